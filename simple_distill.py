@@ -1,0 +1,1418 @@
+#!/usr/bin/env python
+"""Distil a large language model into a small one: the whole trainer, top to bottom, to be read, copied and changed.
+
+    python simple_distill.py                                                     # the demo: no download, no GPU
+    python simple_distill.py --teacher T --student S --dataset D                 # online distillation
+    python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C  # run the teacher once ...
+    python simple_distill.py --student S --cache_dir C                           # ... and train from disk
+    python simple_distill.py --teacher T --student S --dataset D --blockwise     # match hidden states block by block
+    python simple_distill.py --mode generate --api_model M                       # a dataset from an API teacher
+    python simple_distill.py --mode eval --student out/final --teacher T         # what was lost, what was gained
+    ./launch.sh ...                                                              # the same on many devices
+
+Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
+block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, D width, V vocabulary,
+K kept teacher entries a token.
+"""
+import base64
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import types
+import warnings
+from typing import Any, NamedTuple, Optional
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+import datasets
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from config import Config, UserError, parse_config, parse_multipliers, save_config, scheduler_kwargs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
+
+
+def print0(*words):
+    if RANK == 0:
+        tqdm.write(" ".join(map(str, words)))   # through tqdm, so that a line never tears the bar
+
+
+@contextlib.contextmanager
+def process_group():
+    """gloo beside NCCL: counts and flags travel between hosts without making the GPU wait."""
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+        torch.set_float32_matmul_precision("high")   # TF32
+    store = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=datetime.timedelta(hours=1), **store)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def node_first():
+    """The first rank of each node goes ahead (downloads, dataset caches), the others find its work done."""
+    if LOCAL_RANK > 0:
+        all_sum(0)
+    yield
+    if LOCAL_RANK == 0:
+        all_sum(0)
+
+
+def all_sum(*values):
+    """Sum Python numbers over ranks on the host."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def from_rank0(value):
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def digest(*things):
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective in
+# chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGITS_BUDGET = 512 * 2**20   # bytes of student and teacher logits that exist at once; larger is hardly faster
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
+    weight: torch.Tensor                   # [V, D]
+    bias: Optional[torch.Tensor] = None    # [V]
+    scale: float = 1.0                     # Cohere, Granite
+    softcap: Optional[float] = None        # Gemma
+
+
+class SparseTarget(NamedTuple):
+    """A teacher from the cache: some tokens with their probabilities, and the mass of all others as one bucket."""
+    ids: torch.Tensor       # [N, K] token ids, distinct in a row; unused places hold the row's first id and 0 probability
+    probs: torch.Tensor     # [N, K]
+    rest: torch.Tensor      # [N] mass that is not listed: 0 for method sample, which is complete in expectation
+    entropy: torch.Tensor   # [N] of the distribution that KL is measured to
+
+
+def finish_logits(raw, scale, softcap):
+    """Head output -> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw): number or tensor."""
+    logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is None:
+        return logits, scale
+    bent = torch.tanh(logits / softcap)
+    return bent * softcap, (1 - bent * bent) * scale
+
+
+def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
+    """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV).
+
+    target: None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each
+    pass over [C, V] is 3 % of a step; with one they fuse into three.
+    """
+    z, slope = finish_logits(student_CV, *student_bend)
+    own_C1 = labels_C[:, None]
+    logp = torch.log_softmax(z, -1)
+    ce, label_grad = -logp.gather(-1, own_C1)[:, 0], None
+    share = alpha                        # of p that belongs to CE: at T 1 both terms share one softmax
+    weight = (1 - alpha) * temperature   # the term's T^2 times the 1/T of its softmax
+    if temperature != 1 and target is not None:
+        label_grad, share = logp.exp_().mul_(alpha), 0.0
+        logp = torch.log_softmax(z / temperature, -1)
+    if target is None:
+        kl, grad = torch.zeros_like(ce), logp.exp_().mul_(alpha)
+    elif isinstance(target, SparseTarget):   # -sum q log p - H, the rest of the mass as one bucket on both sides
+        p, q = logp.exp(), target.probs
+        listed_p = p.gather(-1, target.ids)
+        rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
+        kl = -(q * logp.gather(-1, target.ids)).sum(-1) - target.entropy
+        kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
+        keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
+        grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
+    else:
+        logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
+        if divergence == "forward":
+            q = logq.exp()
+            kl = torch.linalg.vecdot(q, logq.sub_(logp))
+            p = logp.exp_()
+            grad = p.sub_(q, alpha=weight) if share + weight == 1 else p.sub_(q).mul_(weight) if share == 0 else \
+                p.mul_(share + weight).sub_(q, alpha=weight)
+        else:
+            middle = logq if divergence == "reverse" else torch.logaddexp(logp, logq).sub_(math.log(2))
+            half = 1.0 if divergence == "reverse" else 0.5
+            pull = (logp - middle).mul_(half)   # dKL/dp, up to a constant that the softmax removes
+            other = 0.0 if divergence == "reverse" else torch.linalg.vecdot(logq.exp(), logq - middle) * half
+            p = logp.exp_()
+            mean = torch.linalg.vecdot(p, pull)
+            kl, grad = mean + other, p.mul_(pull.sub_(mean[:, None]).mul_(weight).add_(share))
+    if label_grad is not None:
+        grad.add_(label_grad)
+    grad.scatter_add_(-1, own_C1, grad.new_full(own_C1.shape, -alpha))
+    return ce, kl * temperature ** 2, grad if isinstance(slope, float) and slope == 1.0 else grad * slope
+
+
+@functools.cache
+def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
+    """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
+    eager = functools.partial(chunk_terms, **terms)
+    if vocab < 16384:
+        return eager
+    state = {"run": torch.compile(eager, dynamic=True)}
+
+    def kernel(*args):
+        try:
+            return state["run"](*args)
+        except Exception as e:
+            if state["run"] is eager:
+                raise
+            print0(f"loss: no working compiler ({type(e).__name__}), the element-wise part runs eagerly (about 1.3 x slower)")
+            state["run"] = eager
+            return eager(*args)
+    return kernel
+
+
+class FusedDistillation(torch.autograd.Function):
+    """Sums over tokens of loss, ce and kl. All matmuls, forward and backward, happen here; backward only scales."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, bend, alpha, temperature, divergence, chunk):
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
+        sparse, online = isinstance(teacher, SparseTarget), isinstance(teacher, tuple) and not isinstance(teacher, SparseTarget)
+        teacher_bend = tuple(teacher[1][2:]) if online else (1.0, None)
+        kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha, temperature=temperature,
+                              divergence=divergence, student_bend=bend, teacher_bend=teacher_bend)
+        ce, kl = hidden_ND.new_zeros(2, dtype=torch.float64)
+        for start in range(0, len(hidden_ND), chunk):
+            part = slice(start, start + chunk)
+            h_CD, target = hidden_ND[part], None
+            if sparse:
+                target = SparseTarget(*(x[part] for x in teacher))
+            elif online:
+                target = nn.functional.linear(teacher[0][part], teacher[1].weight, teacher[1].bias)
+            ce_C, kl_C, grad_CV = kernel(nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
+            ce, kl = ce + ce_C.sum(dtype=torch.float64), kl + kl_C.sum(dtype=torch.float64)
+            del target
+            if need_bias:
+                grad_bias += grad_CV.sum(0)
+            grad_CV = grad_CV.to(h_CD.dtype)
+            if need_hidden:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
+            if need_weight and exact == h_CD.dtype:
+                grad_weight.addmm_(grad_CV.T, h_CD)
+            elif need_weight:
+                grad_weight += grad_CV.T @ h_CD
+        ctx.grads, ctx.dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype)
+        ce, kl = ce.to(exact), kl.to(exact)
+        ctx.mark_non_differentiable(ce, kl)
+        return alpha * ce + (1 - alpha) * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        scaled = [g if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype)) for g, dtype in zip(ctx.grads, ctx.dtypes)]
+        return *scaled, *[None] * 7
+
+
+def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature, divergence="forward",
+                      denominator=None, chunk=None):
+    """student_hidden [N, D], labels [N] with -100 = not counted -> loss, ce, kl, each divided by denominator.
+
+    teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host: then
+    dropping the uncounted positions does not make the GPU wait.
+    """
+    counted = (labels != -100).nonzero()[:, 0]
+    denominator = max(len(counted), 1) if denominator is None else denominator
+    student_head, weight, bias = as_head(student_head), student_head.weight, student_head.bias
+    if len(counted) < len(labels):
+        labels, counted = labels[counted], counted.to(student_hidden.device)
+        student_hidden = student_hidden[counted]
+        if isinstance(teacher, SparseTarget):
+            teacher = SparseTarget(*(x[counted] for x in teacher))
+        elif teacher is not None:
+            teacher = (teacher[0][counted], teacher[1])
+    labels = labels.to(student_hidden.device, non_blocking=True)
+    if teacher is not None and not isinstance(teacher, SparseTarget):
+        hidden, head = teacher[0], as_head(teacher[1])
+        vocab = min(len(weight), len(head.weight))   # padded tails are cut, nothing is zero-padded
+        weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
+        teacher = (hidden, head._replace(weight=head.weight[:vocab], bias=None if head.bias is None else head.bias[:vocab]))
+    chunk = chunk or max(1, LOGITS_BUDGET // (2 * max(student_hidden.element_size(), 2) * len(weight)))
+    sums = FusedDistillation.apply(student_hidden, weight, bias, labels, teacher if alpha < 1 else None,
+                                   tuple(student_head[2:]), alpha, temperature, divergence, chunk)
+    return tuple(x / denominator for x in sums)
+
+
+def as_head(head):
+    return Head(head.weight, getattr(head, "bias", None), float(getattr(head, "scale", None) or 1.0), getattr(head, "softcap", None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the number
+# of ranks. Hands on: rows that can be indexed (or a stream), and Batch.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONVERSATIONS = (("messages",), ("conversations",), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
+                 ("instruction", "output"))
+
+
+def load_tokenizer(cfg, *candidates):
+    """--tokenizer, else the first of the candidates that has one, else None."""
+    for name in [cfg.tokenizer] if cfg.tokenizer else candidates:
+        if os.path.isdir(name) and not glob.glob(os.path.join(name, "tokenizer*")):
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+        except Exception as e:
+            raise UserError(f"no tokenizer could be loaded from {name!r} ({one_line(e)}); name one with --tokenizer")
+    if cfg.tokenizer:
+        raise UserError(f"--tokenizer {cfg.tokenizer!r} holds no tokenizer files")
+    return None
+
+
+def one_line(e, limit=160):
+    return " ".join(f"{type(e).__name__}: {e}".split())[:limit]
+
+
+def load_raw(name, config_name, split, streaming):
+    """One split as rows of text or conversations; None where there is no such split."""
+    loader = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    kind = loader.get(os.path.splitext(name)[1].lower())
+    try:
+        if kind:
+            if not os.path.isfile(name):
+                raise UserError(f"dataset file {name!r} does not exist")
+            if os.path.getsize(name) == 0:
+                raise UserError(f"dataset file {name!r} is empty")
+            if split != "train":
+                return None
+            extra = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends a document
+            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming, **extra)
+        if os.path.exists(os.path.join(name, "dataset_dict.json")) or os.path.exists(os.path.join(name, "state.json")):
+            saved = datasets.load_from_disk(name)
+            saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
+            return saved.to_iterable_dataset() if streaming and saved is not None else saved
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+    except UserError:
+        raise
+    except Exception as e:
+        if "Unknown split" in str(e) or "Bad split" in str(e):
+            return None
+        if kind in ("json", "csv", "text"):
+            explain_bad_file(name)
+        where = "a hub dataset (no network? set HF_HUB_OFFLINE=1 to use what is cached), a local file or a save_to_disk directory"
+        raise UserError(f"dataset {name!r}" + (f" cannot be read: {one_line(e)}" if kind else f" could not be loaded as {where}: {one_line(e)}"))
+
+
+def explain_bad_file(path):
+    """datasets' message does not say where: name the line."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as e:
+                raise UserError(f"dataset file {path!r}, line {number}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first")
+            try:
+                if path.endswith(".jsonl") and text.strip() and not isinstance(json.loads(text), dict):
+                    raise UserError(f"dataset file {path!r}, line {number}: not a JSON object; each line needs the same columns")
+            except ValueError as e:
+                raise UserError(f"dataset file {path!r}, line {number}: not valid JSON ({e}); mend or delete that line")
+
+
+def conversation_of(row):
+    """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
+    if row.get("messages") or row.get("conversations"):
+        alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
+        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]}
+                for m in row.get("messages") or row["conversations"]]
+    for ask, *answer in CONVERSATIONS[2:]:
+        if answer and row.get(ask) is not None and row.get(answer[0]) is not None:
+            more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
+            reply = row[answer[0]]
+            if isinstance(reply, list):   # prompt and completion as message lists
+                return list(row[ask]) + list(reply)
+            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": reply}]
+    return None
+
+
+def render(messages, tokenizer):
+    """A conversation as text, and the character spans of it that the assistant wrote, end marks included.
+
+    The spans are found by rendering once more with an assistant turn replaced: what differs is that turn. This holds for
+    any template, with generation markers or not, also for those that treat earlier turns differently.
+    """
+    if not tokenizer.chat_template:
+        text, spans = "", []
+        for m in messages:
+            start, text = len(text), text + m["content"] + (tokenizer.eos_token or "" if m["role"] == "assistant" else "\n")
+            spans += [(start, len(text))] if m["role"] == "assistant" else []
+        return text, spans
+    show = lambda conversation: tokenizer.apply_chat_template(conversation, tokenize=False)
+    text, spans = show(messages), []
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant" and m.get("content"):
+            other = show([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
+            start = len(os.path.commonprefix([text, other]))
+            end = len(text) - len(os.path.commonprefix([text[:start - 1:-1], other[:start - 1:-1]])) if start else len(text)
+            mark = next((s for s in sorted(special_tokens(tokenizer), key=len, reverse=True) if text[end:].lstrip().startswith(s)), None)
+            spans.append((start, text.index(mark, end) + len(mark) if mark else end))
+    return text, spans
+
+
+def special_tokens(tokenizer):
+    return {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+
+
+def encode(batch, tokenizer, text_column, seq_len, carry):
+    """Raw rows -> token rows. Text joins the stream in carry and leaves it in blocks of seq_len; a conversation is a row."""
+    plain = [row[text_column] for row in batch if conversation_of(row) is None and row.get(text_column)]
+    if plain:
+        eos = tokenizer.eos_token_id
+        for ids in tokenizer(plain, verbose=False)["input_ids"]:
+            carry += ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+        whole = len(carry) // seq_len * seq_len
+        yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
+        del carry[:whole]
+    talks = [render(c, tokenizer) for c in map(conversation_of, batch) if c]
+    if talks:
+        coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, verbose=False)
+        for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
+            targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
+            if any(targets[1:]):   # the first token has nothing to be predicted from
+                yield {"input_ids": ids[:seq_len], "targets": targets}
+
+
+def encode_all(raws, tokenizer, text_column, seq_len):
+    for raw in raws:
+        carry = []
+        for batch in raw.iter(1000):
+            yield from encode([dict(zip(batch, values)) for values in zip(*batch.values())], tokenizer, text_column, seq_len, carry)
+        if len(carry) > 1:
+            yield {"input_ids": carry, "targets": None}
+
+
+def check_columns(raw, name, text_column):
+    row = next(iter(raw), None)
+    if row is None:
+        raise UserError(f"dataset {name!r} has no rows")
+    if conversation_of(row) is None and not isinstance(row.get(text_column), str):
+        raise UserError(f"dataset {name!r} has no text column {text_column!r} and no known conversation columns; it has "
+                        f"{', '.join(row)}: name one with --text_column")
+
+
+def tokenize(raw, tokenizer, cfg, what):
+    """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
+    features = datasets.Features(input_ids=datasets.List(datasets.Value("int32")), targets=datasets.List(datasets.Value("bool")))
+    code = [tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(), str(tokenizer.chat_template)]
+    mark = digest(raw._fingerprint, code, cfg.text_column, cfg.seq_len, "v1")
+    workers = min(cfg.num_proc or 1, len(raw))
+    raws = [raw.shard(workers, i, contiguous=True) for i in range(workers)]
+    with node_first():
+        rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, num_proc=cfg.num_proc and workers, gen_kwargs=dict(
+            raws=raws, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len))
+    if len(rows) == 0:
+        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn)")
+    dropped = len(raw) - len(rows) if rows[0]["targets"] is not None else 0
+    if dropped:
+        print0(f"{what}: dropped {dropped} of {len(raw)} conversations without any target token within seq_len {cfg.seq_len}")
+    return rows.with_format("numpy")
+
+
+def load_data(cfg, tokenizer):
+    """-> (train rows or stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
+    if tokenizer is None:
+        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; name one with --tokenizer")
+    load = functools.partial(load_raw, cfg.dataset, cfg.dataset_config)
+    with node_first():
+        raw = load(cfg.train_split, streaming=cfg.streaming)
+        held = load(cfg.eval_split, streaming=False) if cfg.eval_split != cfg.train_split else None
+    if raw is None:
+        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}; name one with --train_split")
+    if held is None and cfg.eval_split != Config.eval_split:
+        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave --eval_split out to hold out a slice of train")
+    check_columns(raw, cfg.dataset, cfg.text_column)
+    if cfg.streaming:
+        if held is None:   # the head of the stream is kept back; a text row may fill several sequences
+            held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
+            raw = raw.skip(len(held))
+        raw = raw.take(cfg.max_samples) if cfg.max_samples else raw
+        return raw, tokenize(held, tokenizer, cfg, "eval").take(cfg.eval_samples)
+    if cfg.max_samples:
+        raw = raw.take(min(cfg.max_samples, len(raw)))
+    if held is None and len(raw) > 1:
+        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
+        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(i for i in range(len(raw)) if i % gap != gap - 1)
+    rows = tokenize(raw, tokenizer, cfg, "train")
+    if held is None:   # one long document: its last twentieth
+        if len(rows) < 2:
+            raise UserError(f"dataset {cfg.dataset!r} gives a single sequence of {cfg.seq_len} tokens; nothing is left to evaluate on")
+        cut = max(1, len(rows) // 20)
+        return rows.take(len(rows) - cut), rows.skip(len(rows) - cut).take(cfg.eval_samples)
+    held = tokenize(held, tokenizer, cfg, "eval")
+    return rows, held.take(min(cfg.eval_samples, len(held)))
+
+
+@dataclasses.dataclass
+class Batch:
+    """A micro-batch of one rank. Only host code looks at labels, so that nothing waits for the GPU to count them."""
+    input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
+    positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
+    labels: torch.Tensor      # [N] their next tokens, on the host
+    sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
+
+
+def collate(rows, pad_to=1):
+    """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
+    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part, nothing counts
+    width = -(-max(len(r["input_ids"]) for r in rows) // pad_to) * pad_to
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    for i, row in enumerate(rows):
+        x = torch.as_tensor(row["input_ids"], dtype=torch.long)
+        ids[i, :len(x)] = x
+        targets = row.get("targets")
+        keep = torch.ones(len(x), dtype=torch.bool) if targets is None or len(targets) == 0 else torch.as_tensor(targets)
+        labels[i, :len(x) - 1] = torch.where(keep, x, -100)[1:]
+    positions = (labels.flatten() != -100).nonzero()[:, 0]
+    sparse = [r["sparse"] for r in rows if "sparse" in r]
+    sparse = SparseTarget(*map(torch.cat, zip(*sparse))) if sparse else None
+    pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
+    send = lambda x: pin(x).to(DEVICE, non_blocking=True)
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse and SparseTarget(*map(send, sparse)))
+
+
+def indexed_batches(rows, seed, global_batch, step):
+    """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
+    steps_per_epoch, order, epoch = -(-len(rows) // global_batch), None, None
+    for step in itertools.count(step):
+        if epoch != step // steps_per_epoch:
+            epoch = step // steps_per_epoch
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        start = step % steps_per_epoch * global_batch
+        yield order[start:start + global_batch], None
+
+
+def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
+    """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began, what
+    was carried into it and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
+    beginning, size, pending = raw.state_dict(), window or 1000, []
+    state = state or {"epoch": 0, "window": 0, "used": 0, "carry": [], "source": beginning}
+    raw.load_state_dict(state["source"])
+    source = iter(raw)
+    while True:
+        block, carry = list(itertools.islice(source, size)), list(state["carry"])
+        rows, ended = list(encode_rows(block, carry=carry)), len(block) < size
+        if ended:
+            rows += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
+            carry = []
+        order = torch.Generator().manual_seed(seed * 1_000_003 + state["window"])
+        order = torch.randperm(len(rows), generator=order).tolist() if window else range(len(rows))
+        for used in range(state["used"], len(rows)):
+            pending.append(rows[order[used]])
+            if len(pending) == global_batch:
+                yield pending, {**state, "used": used + 1}
+                pending = []
+        if ended and state["window"] == 0 and not rows:
+            raise UserError("no row of the stream has a target token")
+        state = {"epoch": state["epoch"] + ended, "window": state["window"] + 1, "used": 0, "carry": carry,
+                 "source": beginning if ended else raw.state_dict()}
+        if ended:
+            raw.load_state_dict(beginning)
+            source = iter(raw)
+
+
+def prefetch(generator, depth=2):
+    """Run a generator in a thread, `depth` items ahead: the next batch is ready while this one computes."""
+    items, closed = queue.Queue(depth), threading.Event()
+
+    def fill():
+        try:
+            for item in generator:
+                while not closed.is_set():
+                    try:
+                        items.put((item, None), timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if closed.is_set():
+                    return
+            items.put((None, StopIteration()))
+        except BaseException as e:
+            items.put((None, e))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+def micro_batches(global_batches, rows, micro_steps, batch_size):
+    """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every WORLD-th sequence."""
+    fetch = (lambda i: i) if rows is None else rows.__getitem__
+    for batch, position in global_batches:
+        mine = [fetch(i) for i in batch[RANK::WORLD]]
+        yield [collate(mine[i * batch_size:(i + 1) * batch_size]) for i in range(micro_steps)], position
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the demo
+# is a run like any other.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO_VOCAB = 1024
+DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+DEMO_TEACHER = dict(hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=5)
+DEMO_TEACHER_RUN = dict(max_steps=500, learning_rate=3e-3, alpha=1.0, batch_size=16, gradient_accumulation_steps=1, save_steps=300,
+                        eval_steps=0, seed=0, lr_multipliers=[], default_lr_multiplier=1.0, blockwise=False)
+
+
+def stdlib_sources():
+    """(name, text) of every module of Python's own library, tests left out."""
+    root = sysconfig.get_paths()["stdlib"]
+    skip = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo", "pydoc_data"}
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(set(inside) - skip)
+        for file in sorted(f for f in files if f.endswith(".py")):
+            with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
+                yield os.path.relpath(os.path.join(folder, file), root), f.read()
+
+
+def make_demo(cfg, folder):
+    """Write corpus, tokenizer and model shapes under folder, once; held-out files are whole modules."""
+    path = functools.partial(os.path.join, folder)
+    if RANK == 0 and not os.path.exists(path("student", "config.json")):
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("corpus", "tokenizer", "teacher-shape", "student"):
+            os.makedirs(path(name))
+        parts = {"train": [], "validation": []}
+        for name, text in stdlib_sources():
+            parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
+        for split, texts in parts.items():
+            with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
+                f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
+        from tokenizers import ByteLevelBPETokenizer
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(path("tokenizer"))
+        for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
+            transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+                                     eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
+    all_sum(0)
+
+
+def resolve_demo(cfg):
+    """Replace each `demo` by what it stands for; the teacher is trained by this very trainer the first time."""
+    if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
+        return cfg
+    folder = os.path.join(cfg.output_dir, "demo")
+    path = functools.partial(os.path.join, folder)
+    make_demo(cfg, folder)
+    places = {"dataset": path("corpus")} if cfg.dataset == "demo" else {}
+    if cfg.student == "demo":
+        places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
+    if cfg.teacher == "demo" and (cfg.alpha < 1 and not cfg.cache_dir or cfg.mode != "train" or cfg.student.startswith("layers:")):
+        places |= {"teacher": path("teacher", "final")}
+        if not os.path.exists(places["teacher"]):
+            print0(f"demo: training the teacher first ({DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')})")
+            shared = {n: getattr(cfg, n) for n in ("dtype", "log_steps", "seq_len", "use_wandb")} | {"use_wandb": False}
+            train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
+                         output_dir=path("teacher"), gradient_checkpointing=False, warmup_ratio=0.05, **{**shared, **DEMO_TEACHER_RUN, "seq_len": 128}))
+    return dataclasses.replace(cfg, **places)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teacher signal: what distillation_loss takes as its teacher, online or from the cache, so that the loop has no fork.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hidden_states(model, input_ids):
+    """[B, T] -> [B, T, D] after the final norm, without the head."""
+    return model.base_model(input_ids=input_ids, use_cache=False)[0]
+
+
+def counted_hidden(model, batch):
+    """Runs inside teacher(...): the hidden states of the counted tokens, and the head to apply to them chunk by chunk."""
+    return hidden_states(model, batch.input_ids).flatten(0, 1)[batch.positions], head_of(model)
+
+
+def teacher_signal(teacher):
+    if teacher is None:
+        return lambda batch: batch.sparse   # None too, at alpha 1
+    return torch.no_grad()(lambda batch: teacher(counted_hidden, batch))
+
+
+def distil(model, batch, signal, objective, denominator):
+    """Runs inside student(...): -> loss, ce, kl."""
+    hidden_ND, head = counted_hidden(model, batch)
+    return distillation_loss(hidden_ND, head, batch.labels, signal, denominator=denominator, **objective)
+
+
+def head_of(model):
+    out, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def head_error(model, ids_1T):
+    """Runs inside either: how far hidden states times head_of are from the model's own logits, relative to their spread."""
+    head = head_of(model)
+    got = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
+    want = model(input_ids=ids_1T, use_cache=False).logits.float()
+    return (got - want).abs().max() / want.std().clamp_min(1e-6)
+
+
+def compare_tokenizers(student, teacher, student_name, teacher_name):
+    """By what they encode, not by size: an id that both use must mean the same token."""
+    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
+    different = next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
+    way_out = "distillation needs one tokenizer; generate data with the teacher and train at --alpha 1 instead"
+    if different is not None:
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: token {different} is "
+                        f"{ours[different]!r} there and {theirs[different]!r} here; {way_out}")
+    probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    if len(ours.keys() & theirs.keys()) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} share a vocabulary but cut text differently; {way_out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on Inside roots: FSDP gathers
+# parameters in the forward of the root, so whatever touches weights is a function run inside it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Inside(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, work, *args):
+        return work(self.model, *args)
+
+    def release(self):
+        """After forwards without a backward: give the root's gathered weights back, else the next step would use stale ones."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+
+def compute_dtype(cfg):
+    """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
+    native = CUDA and torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"auto": torch.bfloat16 if native else torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
+
+
+def model_config(name, cfg, role):
+    try:
+        if name.endswith(".json"):
+            with open(name, encoding="utf-8") as f:
+                values = json.load(f)
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+        else:
+            with node_first():
+                config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    except Exception as e:
+        tried = f"file {name!r}" if name.endswith(".json") else f"local directory {name!r}" if os.path.isdir(name) else \
+            f"{name!r} as a local directory (there is none) and on the hub (no network? no access? HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 0)})"
+        raise UserError(f"{role}: no model config in {tried}: {one_line(e)}")
+    if config.is_encoder_decoder or (type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map")):
+        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model; choose another")
+    return config
+
+
+def read_model(name, config, cfg, role, dtype):
+    """Rank 0's whole copy on the host, memory-mapped until it is cast."""
+    quiet = transformers.utils.logging
+    try:
+        if name.endswith(".json"):
+            torch.manual_seed(cfg.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=cfg.trust_remote_code, output_loading_info=True)
+    except Exception as e:
+        raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
+    if info["missing_keys"]:
+        raise UserError(f"{role} {name!r} lacks weights, among them {sorted(info['missing_keys'])[0]}; is it a whole language model?")
+    return model
+
+
+def layers_of(model):
+    """(path, ModuleList) of the decoder layers: the outermost list as long as the config says."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return path, module
+    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; it cannot be sharded by layer")
+
+
+def thin_config(config, keep):
+    """The same architecture with the kept layers only, lists of one value a layer thinned likewise."""
+    depth, values = config.num_hidden_layers, config.to_dict()
+    values = {k: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v for k, v in values.items()}
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
+    return type(config).from_dict(values)
+
+
+def thin_model(whole, config, keep):
+    path, _ = layers_of(whole)
+    thin = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
+    source = whole.state_dict()
+    moved = {path + "." + str(new) + k[len(f"{path}.{old}"):]: v for new, old in enumerate(keep) for k, v in source.items()
+             if k.startswith(f"{path}.{old}.")}
+    thin.load_state_dict({k: v for k, v in source.items() if not k.startswith(path + ".")} | moved)
+    return thin
+
+
+def load_student(cfg):
+    if not cfg.student.startswith("layers:"):
+        config = model_config(cfg.student, cfg, "student")
+        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
+    whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
+    if not wanted.isdigit() or not 1 <= int(wanted) <= whole.num_hidden_layers:
+        raise UserError(f"student {cfg.student!r}: N must be a number of layers from 1 to the teacher's {whole.num_hidden_layers}")
+    keep = [round(i) for i in torch.linspace(0, whole.num_hidden_layers - 1, int(wanted)).tolist()]
+    config = thin_config(whole, keep)
+    print0(f"student: layers {keep} of {whole.num_hidden_layers} of teacher {cfg.teacher}")
+    return spread(cfg, config, lambda: thin_model(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep))
+
+
+def load_teacher(cfg):
+    """Frozen, in the compute type. fp16 overflows in models trained in bf16: those stay in fp32 then."""
+    config, dtype = model_config(cfg.teacher, cfg, "teacher"), compute_dtype(cfg)
+    if dtype == torch.float16 and config.dtype != torch.float16:
+        dtype = torch.float32
+    return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
+
+
+def spread(cfg, config, read, frozen=None):
+    """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
+    compute_dtype; a teacher (frozen: its dtype) has no gradients, and its root stays gathered for the loss to use its head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
+    source = read() if RANK == 0 else None
+    root, dtype = Inside(model), compute_dtype(cfg)
+    layers = layers_of(model)[1]
+    if frozen:
+        model.requires_grad_(False).eval()
+    else:
+        model.train()
+        if cfg.gradient_checkpointing and cfg.mode == "train":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.compile:
+        for layer in layers:
+            layer.compile()
+    if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
+        shape = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}.get("full_shard" if frozen else cfg.fsdp, (WORLD,))
+        options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
+                       mp_policy=MixedPrecisionPolicy(None if frozen or dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False))
+        if cfg.cpu_offload and CUDA:
+            options["offload_policy"] = CPUOffloadPolicy()
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp in ("full_shard", "hybrid_shard"), **options)
+        fully_shard(root, reshard_after_forward=False, **options)
+    fill(model, dict([*source.named_parameters(), *source.named_buffers()]) if source else {}, "cpu" if cfg.cpu_offload else DEVICE)
+    return root
+
+
+@torch.no_grad()
+def fill(model, source, device):
+    """Rank 0's tensors into everybody's shards, one at a time: no other rank ever holds a whole model."""
+    model.to_empty(device=device)
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        model.tie_weights()   # FSDP keeps ties by itself
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        full = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        if isinstance(tensor, DTensor):
+            tensor.to_local().copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements).to_local())
+        else:
+            dist.broadcast(full, 0)
+            tensor.copy_(full)
+
+
+def check_heads(student, teacher, cfg):
+    """The loss applies heads itself; a model whose own logits differ (a scale it does not know) is refused, not mistrained."""
+    ids = torch.arange(3, 11, device=DEVICE)[None] % min(student.model.config.get_text_config().vocab_size, 11)
+    for role, root, name in (("student", student, cfg.student), ("teacher", teacher, cfg.teacher)):
+        if root is not None:
+            was_training = root.training
+            root.eval()
+            with torch.no_grad():
+                error = root(head_error, ids).item()
+            root.train(was_training)
+            root.release()
+            if not error < (1e-3 if compute_dtype(cfg) == torch.float32 else 0.1):
+                raise UserError(f"{role} {name!r} ({type(root.model).__name__}) has logits that hidden states times head do not reproduce "
+                                f"(off by {error:.2g} of their spread); add its head to head_of() in simple_distill.py")
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def save_model(root, tokenizer, path, dtype):
+    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
+    full = {}
+    for name, tensor in root.model.named_parameters():
+        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if RANK == 0:
+            full[name] = whole.to("cpu", dtype, copy=True)
+    if RANK == 0:
+        with torch.device("meta"):
+            model = type(root.model)(root.model.config)
+        model.load_state_dict(full, assign=True, strict=False)
+        model.tie_weights()
+        model.generation_config = root.model.generation_config
+        shutil.rmtree(path + ".tmp", ignore_errors=True)
+        model.to(dtype).save_pretrained(path + ".tmp")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path + ".tmp")
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(path + ".tmp", path)
+    all_sum(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the GPU.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
+    """The first matching pattern gives the multiplier; 0 freezes: no gradient, no state. Norms and biases do not decay."""
+    groups, hits, named = {}, [0] * len(rules), list(named_parameters)
+    for name, p in named:
+        matches = [i for i, (pattern, _) in enumerate(rules) if pattern.search(name)]
+        for i in matches:
+            hits[i] += 1
+        multiplier = rules[matches[0]][1] if matches else default_multiplier
+        p.requires_grad_(multiplier > 0)
+        if multiplier > 0:
+            groups.setdefault((multiplier, p.ndim >= 2), []).append(p)
+    for (pattern, _), n in zip(rules, hits):
+        if n == 0:
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names look like {named[len(named) // 2][0]}")
+    if not groups:
+        raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
+    frozen = sum(p.numel() for _, p in named if not p.requires_grad)
+    rates = {m: sum(p.numel() for (m2, _), g in groups.items() if m2 == m for p in g) for m, _ in groups}
+    print0("trains " + ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items()) + (f"; {frozen:,} frozen" if frozen else ""))
+    optimizer = torch.optim.AdamW([dict(params=g, lr=learning_rate * m, weight_decay=weight_decay if decay else 0.0)
+                                   for (m, decay), g in groups.items()], fused=True)
+    for group in optimizer.param_groups:   # state from the start: the memory is known, and a checkpoint has where to load to
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def make_scheduler(cfg, optimizer, steps):
+    kwargs = scheduler_kwargs(cfg)
+    if cfg.lr_scheduler == "warmup_stable_decay":
+        kwargs.setdefault("num_decay_steps", max(1, steps // 5))
+    try:
+        return get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps, kwargs)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
+
+
+def new_health(fp16):
+    """On the device: the fp16 loss scale, good steps since it changed, skipped steps in all, and in a row."""
+    return {k: torch.tensor(float(v), device=DEVICE) for k, v in (("scale", 2.0**14 if fp16 else 1.0), ("good", 0), ("skipped", 0), ("streak", 0))}
+
+
+def optimizer_step(optimizer, max_grad_norm, health, fp16):
+    """Clip, unscale, skip what is not finite: all inside fused AdamW, which divides by grad_scale and heeds found_inf."""
+    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(DEVICE) / health["scale"]
+    bad = (~norm.isfinite()).float()
+    optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
+    optimizer.found_inf = bad
+    optimizer.step()
+    optimizer.zero_grad()
+    health["skipped"] += bad
+    health["streak"].add_(bad).mul_(bad)
+    if fp16:
+        health["good"].add_(1 - bad).mul_(1 - bad)
+        grow = (health["good"] >= 2000).float()
+        health["scale"].mul_((1 + grow) * (1 - bad / 2))
+        health["good"].mul_(1 - grow)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: whole or not at all. Tensors through torch.distributed.checkpoint, so that another number of ranks can
+# read them; everything else in state.json. Random numbers need no state: each step seeds itself.
+# ---------------------------------------------------------------------------------------------------------------------
+
+NO_EFFECT = {"mode", "output_dir", "resume", "num_proc", "max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
+             "eval_steps", "keep_checkpoints", "log_steps", "fsdp", "shard_teacher", "cpu_offload", "gradient_checkpointing", "use_wandb",
+             "wandb_project", "wandb_entity", "wandb_run_name", "cache_dir", "shuffle_buffer"} - {"shuffle_buffer"}
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """One run a directory. The kernel holds the lock for the process: a dead one holds nothing. A directory that a refused
+    run made is taken away again."""
+    made = not os.path.isdir(folder)
+    problem = None
+    if RANK == 0:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.access(folder, os.W_OK):
+                problem = f"{folder!r} is not writable"
+        except BlockingIOError:
+            problem = f"another run is at work in {folder!r}; wait for it or choose another --output_dir"
+        except OSError as e:
+            problem = f"cannot use {folder!r} as a directory: {e.strerror}; choose another"
+    problem = from_rank0(problem)
+    if problem:
+        raise UserError(problem)
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            os.close(handle)
+            if made and not os.listdir(folder):
+                os.rmdir(folder)
+
+
+def tensors_of(root, optimizer, health):
+    """Everything with a shape, flat by name: the same call names what to save and where to load to."""
+    names = {p: n for n, p in root.named_parameters()}
+    moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {**{"model." + n: p.detach() for n, p in root.named_parameters()}, **moments, **{"health." + k: v for k, v in health.items()}}
+
+
+def save_checkpoint(folder, step, tensors, state, keep):
+    """-> None, or what went wrong. Nothing old is deleted before the new one stands."""
+    final = os.path.join(folder, f"step-{step:08d}")
+    temporary = os.path.join(folder, f"tmp-{step:08d}")
+    problem = None
+    try:
+        if RANK == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+        all_sum(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # DCP speaks about its own defaults
+            dcp.save(tensors, checkpoint_id=temporary)   # fsyncs each file
+        if RANK == 0:
+            state["files"] = {f: os.path.getsize(os.path.join(temporary, f)) for f in sorted(os.listdir(temporary))}
+            write_json(os.path.join(temporary, "state.json"), state)
+            sync(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+            sync(folder)
+            for old in checkpoints_in(folder)[keep:]:
+                shutil.rmtree(old)
+    except (OSError, dcp.api.CheckpointException) as e:
+        problem = one_line(e, 300)
+        shutil.rmtree(temporary, ignore_errors=True)
+    problem = from_rank0(problem)
+    if problem:
+        print0(f"WARNING: checkpoint of step {step} could not be saved ({problem}); training goes on, older ones are kept")
+    return problem
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def checkpoints_in(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
+
+
+def read_state(path):
+    """state.json of a checkpoint whose files are all there and of their full size; else raises."""
+    with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+        state = json.load(f)
+    for file, size in state["files"].items():
+        if os.path.getsize(os.path.join(path, file)) != size:
+            raise OSError(f"{file} is truncated")
+    return state
+
+
+def newest_state(cfg, candidates=None):
+    """-> (path, state) of the newest readable checkpoint to continue from, or (None, None); unreadable ones are named."""
+    found = None, None
+    if RANK == 0 and cfg.resume != "never":
+        paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else [cfg.resume.rstrip("/")]
+        for path in paths if candidates is None else candidates:
+            try:
+                found = path, read_state(path)
+                break
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+        else:
+            if paths:
+                found = paths[0], None
+    path, state = from_rank0(found)
+    if path and state is None:
+        raise UserError(f"no readable checkpoint in {os.path.dirname(path)!r}; start over with --resume never, or name one with --resume PATH")
+    return path, state
+
+
+def refuse_changes(there, here, where):
+    changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+    if changed:
+        raise UserError(f"{where} holds a run with " + ", ".join(f"{k} {there.get(k)} there, {here.get(k)} here" for k in changed)
+                        + "; change it back, or start over with --resume never or another --output_dir")
+
+
+def load_checkpoint(path, state, tensors, cfg):
+    """Load in place; a checkpoint that turns out unreadable is passed over like a truncated one."""
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, checkpoint_id=path)
+            return path, state
+        except Exception as e:
+            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+            older = [p for p in checkpoints_in(os.path.dirname(path)) if p < path]
+            if cfg.resume != "auto" or not older:
+                raise UserError(f"no readable checkpoint in {os.path.dirname(path)!r}; start over with --resume never")
+            path, state = newest_state(cfg, older)
+
+
+def truncate_log(path, step):
+    """Drop what was logged after the checkpoint, and a half-written last line: those steps are about to be logged again."""
+    if RANK == 0 and os.path.exists(path):
+        kept = []
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if entry.get("train/step", entry.get("eval/step", 0)) <= step:
+                    kept.append(line)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(student, signal, rows, batch_size, objective):
+    """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
+    was_training, sums = student.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    student.eval()
+    for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, with nothing counted where rows end
+        batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
+        sums[:3] += torch.stack(student(distil, batch, signal(batch), objective, 1.0)).double()
+        sums[3] += len(batch.labels)
+    student.train(was_training)
+    student.release()
+    loss, ce, kl, tokens = all_sum(*sums.tolist())
+    tokens = max(tokens, 1)
+    return {"loss": loss / tokens, "ce_loss": ce / tokens, "kl_loss": kl / tokens, "perplexity": math.exp(min(ce / tokens, 700))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once."""
+
+    def __init__(self):
+        self.asked, self.at = 0, 0.0
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)} if threading.current_thread() is threading.main_thread() else {}
+
+    def ask(self, number, frame):
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.time() - self.at < 2   # torchrun repeats what the terminal sent
+        if self.asked and not echo:
+            raise KeyboardInterrupt
+        self.asked, self.at = 1, time.time()
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def start_wandb(cfg, run_id):
+    """A run to log to, or one that swallows everything: nothing ever waits at a prompt."""
+    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=None)
+    if RANK != 0 or not cfg.use_wandb or os.environ.get("WANDB_MODE") == "disabled":
+        return silent
+    try:
+        import wandb
+        if os.environ.get("WANDB_MODE") != "offline" and not wandb.api.api_key:
+            print0("wandb: not logged in, going on without it (run `wandb login`, or pass --no_use_wandb)")
+            return silent
+        config = dataclasses.asdict(cfg)
+        return wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id, resume="allow",
+                          config=config, dir=cfg.output_dir, settings=wandb.Settings(console="off", silent=True))
+    except Exception as e:
+        print0(f"wandb: going on without it ({one_line(e)})")
+        return silent
+
+
+def plan_batch(cfg, state):
+    """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
+    size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
+    wanted = state and state["global_batch"]
+    if wanted and wanted != size * micro * WORLD and [size, micro] == state["batch"] and WORLD != state["world"]:
+        size = min(size, -(-wanted // WORLD))
+        micro = -(-wanted // (WORLD * size))
+        print0(f"continues a run of {state['world']} ranks on {WORLD}: {size} sequences x {micro} micro-steps keep its global batch of {wanted}")
+        return size, micro, wanted
+    if wanted and wanted != size * micro * WORLD:
+        raise UserError(f"{cfg.output_dir!r} holds a run with {wanted} sequences a step, here they are {size} x {micro} x {WORLD} ranks; "
+                        f"keep the product, or start over with --resume never or another --output_dir")
+    return size, micro, size * micro * WORLD
+
+
+def train(cfg):
+    """-> True when the run is done, False when a signal stopped it."""
+    run, begun = resolve_demo(cfg), time.time()
+    if run is None:
+        return False
+    place = functools.partial(os.path.join, cfg.output_dir)
+    resume_path, state = newest_state(cfg)
+    plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
+    if state:
+        refuse_changes({k: v for k, v in state["config"].items()}, plan, os.path.dirname(os.path.dirname(resume_path)) or ".")
+        if state["length"] == [cfg.max_steps, cfg.num_epochs] and state["step"] >= state["steps"] and os.path.isdir(place("final")):
+            print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')} (--resume never starts over)")
+            return True
+
+    # what to train on, and with whom
+    tokenizer = load_tokenizer(run, *[n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")])
+    rows, held = load_data(run, tokenizer)
+    student = load_student(run)
+    teacher = load_teacher(run) if cfg.alpha < 1 else None
+    if teacher is not None:
+        its_tokenizer = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
+        if its_tokenizer is not None:
+            compare_tokenizers(tokenizer, its_tokenizer, run.tokenizer or run.student, run.teacher)
+    check_heads(student, teacher, run)
+    smallest = min(len(root.model.get_output_embeddings().weight) for root in (student, teacher) if root is not None)
+    if max(tokenizer.get_vocab().values()) >= smallest:
+        raise UserError(f"the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but a model has only {smallest} rows; they do not belong together")
+    dtype, signal_of = compute_dtype(cfg), teacher_signal(teacher)
+    objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
+
+    # how long
+    batch_size, micro_steps, global_batch = plan_batch(cfg, state)
+    steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
+    if cfg.streaming and not cfg.max_steps:
+        raise UserError("a stream has no length: give --max_steps")
+    steps = cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch))
+    optimizer = make_optimizer(((n, p) for n, p in student.model.named_parameters()), parse_multipliers(cfg.lr_multipliers),
+                               cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay)
+    health = new_health(dtype == torch.float16)
+
+    # where from
+    step, best, before, position, tokens_seen = 0, math.inf, None, None, 0
+    if state:
+        resume_path, state = load_checkpoint(resume_path, state, tensors_of(student, optimizer, health), cfg)
+        step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
+        print0(f"resumes from {resume_path}")
+    elif RANK == 0 and cfg.resume == "never":
+        for old in (place("checkpoints"), place("final")):
+            shutil.rmtree(old, ignore_errors=True)
+    truncate_log(place("log.jsonl"), step)
+    scheduler = make_scheduler(cfg, optimizer, steps)
+    for _ in range(step):
+        scheduler.step()
+    if RANK == 0:
+        save_config(cfg, place("config.json"))
+        os.makedirs(place("checkpoints"), exist_ok=True)
+    wandb_run = start_wandb(cfg, state and state["wandb"])
+    print0(f"student {run.student}: {count(student.model):,} parameters" + (f"; teacher {run.teacher}: {count(teacher.model):,}" if teacher else "; no teacher (alpha 1)"))
+    print0(f"{WORLD} x {DEVICE.type}, {str(dtype)[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {WORLD}), "
+           f"{'streaming' if cfg.streaming else f'{len(rows):,} sequences'}, steps {step} to {steps}; {len(held)} held out; all goes to {cfg.output_dir}")
+
+    log_file = open(place("log.jsonl"), "a", encoding="utf-8") if RANK == 0 else None
+
+    def log(entry):
+        if RANK == 0:
+            log_file.write(json.dumps(entry) + "\n")
+            log_file.flush()
+            wandb_run.log(entry, step=entry.get("train/step", entry.get("eval/step")))
+
+    def save():
+        return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
+            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before, seed=cfg.seed, world=WORLD,
+            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, length=[cfg.max_steps, cfg.num_epochs],
+            wandb=wandb_run.id, config=plan), cfg.keep_checkpoints)
+
+    epoch = lambda: step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
+    if before is None:
+        before = evaluate(student, signal_of, held, batch_size, objective)
+    if cfg.streaming:
+        encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+        batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+    else:
+        batches = indexed_batches(rows, cfg.seed, global_batch, step)
+    batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
+    stop, bar = Stop(), tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5, desc="distil")
+    saved_at, problem, since, since_tokens = step if state else None, None, time.time(), 0
+    try:
+        while step < steps:
+            micro, position = next(batches)
+            tokens, stopping = all_sum(sum(len(b.labels) for b in micro), stop.asked)
+            if stopping:
+                break
+            torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, so that a resume needs no state
+            sums = torch.zeros(3, device=DEVICE)
+            for i, batch in enumerate(micro):
+                student.set_requires_gradient_sync(i == len(micro) - 1)
+                loss, ce, kl = student(distil, batch, signal_of(batch), objective, max(tokens, 1))
+                # FSDP averages over ranks, the mean is over all tokens; a loss that is not finite takes its gradient along
+                (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
+                sums += torch.stack([loss.detach(), ce, kl])
+            grad_norm = optimizer_step(optimizer, cfg.max_grad_norm, health, dtype == torch.float16) if tokens else torch.zeros(())
+            if not tokens:
+                print0(f"step {step + 1}: no valid target token in the whole batch, nothing changed")
+                optimizer.zero_grad()
+            rates = [g["lr"] for g in optimizer.param_groups]
+            scheduler.step()
+            step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
+            bar.update()
+            if step % cfg.log_steps == 0 or step % 10 == 0 or step == steps or not CUDA:
+                if health["streak"].item() >= 10:
+                    problem = save() or ""
+                    raise UserError(f"loss or gradient was not finite for 10 steps in a row (step {step}); lower --learning_rate, or try "
+                                    f"--dtype fp32; the checkpoint of step {step} is saved, its weights are those of the last good step")
+            if step % cfg.log_steps == 0 or step == steps:
+                loss, ce, kl = all_sum(*sums.tolist())
+                speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
+                log({"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": max(rates), "train/grad_norm": grad_norm.item(),
+                     "train/epoch": epoch(), "train/step": step, "train/tokens_per_second": speed, "train/skipped_steps": int(health["skipped"].item())})
+                bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {max(rates):.2e} {speed:,.0f} tok/s"
+                                    + (f" skipped {int(health['skipped'].item())}" if health["skipped"].item() else ""))
+            if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                now = evaluate(student, signal_of, held, batch_size, objective)
+                best = min(best, now["loss"])
+                log({**{"eval/" + k: v for k, v in now.items()}, "eval/min_loss": best, "eval/epoch": epoch(), "eval/step": step})
+                bar.write(f"step {step}: held-out loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, kl {now['kl_loss']:.4f}") if RANK == 0 else None
+                since, since_tokens = time.time(), 0
+            if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
+                problem, saved_at = save(), step
+    finally:
+        stop.restore()
+        bar.close()
+        batches.close()
+    if step < steps:
+        problem = save() if saved_at != step else problem
+        print0(f"stopped at step {step} of {steps}" + ("" if problem else ", saved; the same command continues"))
+    elif not problem:
+        problem = finish(cfg, run, student, teacher, tokenizer, held, before, batch_size, objective, time.time() - begun)
+    wandb_run.finish()
+    if log_file:
+        log_file.close()
+    if problem:
+        raise UserError(f"the last state of the run could not be saved in {cfg.output_dir!r}: {problem}; free the disk and run the same command again")
+    return step >= steps
+
+
+def finish(cfg, run, student, teacher, tokenizer, held, before, batch_size, objective, seconds):
+    """final/, the closing table and a sample. -> None, or what went wrong while saving."""
+    final, after, dtype = os.path.join(cfg.output_dir, "final"), evaluate(student, teacher_signal(teacher), held, batch_size, objective), compute_dtype(cfg)
+    lines = [("student before", before, count(student.model)), ("student after", after, count(student.model))]
+    if teacher is not None:
+        alone = evaluate(teacher, teacher_signal(None), held, batch_size, {**objective, "alpha": 1.0})
+        lines.insert(0, ("teacher", alone, count(teacher.model)))
+    problem = None
+    try:
+        save_model(student, tokenizer, final, dtype)
+    except OSError as e:
+        problem = one_line(e)
+    print0(f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}")
+    for name, x, size in lines:
+        print0(f"{name:<15}{x['perplexity']:>12.2f}" + (f"{x['kl_loss']:>15.4f}" if teacher is not None else f"{'-':>15}") + f"{size:>15,}")
+    if RANK == 0 and not problem and tokenizer is not None:
+        model, start = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code), torch.as_tensor(held[0]["input_ids"][:32])[None].long()
+        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
+        print0(f"\nsample: {tokenizer.decode(ids[0, :start.shape[1]])!r}\n     -> {tokenizer.decode(ids[0, start.shape[1]:])!r}")
+    print0(f"\ndone in {seconds:.0f} s: {final}")
+    return problem
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main: one mode, one function.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    try:
+        cfg = parse_config(sys.argv[1:] if argv is None else argv)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        with process_group(), lock(cfg.output_dir):
+            {"train": train}[cfg.mode](cfg)
+        return 0
+    except UserError as e:
+        if LOCAL_RANK == 0:
+            print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
