@@ -664,8 +664,10 @@ def resolve_demo(cfg):
         if not os.path.exists(places["teacher"]):
             print0(f"demo: training the teacher first ({DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')})")
             shared = {n: getattr(cfg, n) for n in ("dtype", "log_steps", "seq_len", "use_wandb")} | {"use_wandb": False}
-            train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
+            done = train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
                          output_dir=path("teacher"), gradient_checkpointing=False, warmup_ratio=0.05, **{**shared, **DEMO_TEACHER_RUN, "seq_len": 128}))
+            if not done:
+                return None
     return dataclasses.replace(cfg, **places)
 
 
@@ -690,7 +692,7 @@ def teacher_signal(teacher):
     return torch.no_grad()(lambda batch: teacher(counted_hidden, batch))
 
 
-def distil(model, batch, signal, objective, denominator):
+def distil(model, batch, signal, denominator, **objective):
     """Runs inside student(...): -> loss, ce, kl."""
     hidden_ND, head = counted_hidden(model, batch)
     return distillation_loss(hidden_ND, head, batch.labels, signal, denominator=denominator, **objective)
@@ -843,7 +845,8 @@ def spread(cfg, config, read, frozen=None):
     else:
         model.train()
         if cfg.gradient_checkpointing and cfg.mode == "train":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
+            enable({"use_reentrant": False})
     if cfg.compile:
         for layer in layers:
             layer.compile()
@@ -949,14 +952,22 @@ def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, w
     return optimizer
 
 
-def make_scheduler(cfg, optimizer, steps):
+def make_schedule(cfg, optimizer, steps):
+    """-> a function that sets every group's rate for a step and returns the largest: a function of the step, no state."""
     kwargs = scheduler_kwargs(cfg)
     if cfg.lr_scheduler == "warmup_stable_decay":
         kwargs.setdefault("num_decay_steps", max(1, steps // 5))
     try:
-        return get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps, kwargs)
+        schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps, kwargs)
+        schedule.lr_lambdas[0](steps)
     except (TypeError, ValueError) as e:
         raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
+
+    def set_rates(step):
+        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+            group["lr"] = base * factor(step)
+        return max(g["lr"] for g in optimizer.param_groups)
+    return set_rates
 
 
 def new_health(fp16):
@@ -1133,19 +1144,16 @@ def load_checkpoint(path, state, tensors, cfg):
 
 def truncate_log(path, step):
     """Drop what was logged after the checkpoint, and a half-written last line: those steps are about to be logged again."""
-    if RANK == 0 and os.path.exists(path):
-        kept = []
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                if entry.get("train/step", entry.get("eval/step", 0)) <= step:
-                    kept.append(line)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
+    kept = []
+    with open(path, "a+", encoding="utf-8") as f:
+        f.seek(0)
+        for line in f:
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                kept += [line] if entry.get("train/step", entry.get("eval/step", 0)) <= step else []
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1154,19 +1162,19 @@ def truncate_log(path, step):
 
 
 @torch.no_grad()
-def evaluate(student, signal, rows, batch_size, objective):
+def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    was_training, sums = student.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
-    student.eval()
+    was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    root.eval()
     for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, with nothing counted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        sums[:3] += torch.stack(student(distil, batch, signal(batch), objective, 1.0)).double()
+        sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
         sums[3] += len(batch.labels)
-    student.train(was_training)
-    student.release()
-    loss, ce, kl, tokens = all_sum(*sums.tolist())
-    tokens = max(tokens, 1)
-    return {"loss": loss / tokens, "ce_loss": ce / tokens, "kl_loss": kl / tokens, "perplexity": math.exp(min(ce / tokens, 700))}
+    root.train(was_training)
+    root.release()
+    *means, tokens = all_sum(*sums.tolist())
+    loss, ce, kl = (x / max(tokens, 1) for x in means)
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1174,222 +1182,250 @@ def evaluate(student, signal, rows, batch_size, objective):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Stop:
-    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once."""
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields the list of askings."""
+    asked = []
 
-    def __init__(self):
-        self.asked, self.at = 0, 0.0
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)} if threading.current_thread() is threading.main_thread() else {}
-
-    def ask(self, number, frame):
-        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.time() - self.at < 2   # torchrun repeats what the terminal sent
-        if self.asked and not echo:
+    def ask(number, frame):
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and asked and time.time() - asked[-1] < 2
+        if asked and not echo:   # torchrun repeats what the terminal has sent to everybody already
             raise KeyboardInterrupt
-        self.asked, self.at = 1, time.time()
+        asked.append(time.time())
 
-    def restore(self):
-        for s, handler in self.before.items():
+    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
             signal.signal(s, handler)
 
 
 def start_wandb(cfg, run_id):
     """A run to log to, or one that swallows everything: nothing ever waits at a prompt."""
-    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=None)
-    if RANK != 0 or not cfg.use_wandb or os.environ.get("WANDB_MODE") == "disabled":
+    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=run_id)
+    mode = os.environ.get("WANDB_MODE", "online")
+    if RANK != 0 or not cfg.use_wandb or mode == "disabled":
         return silent
     try:
         import wandb
-        if os.environ.get("WANDB_MODE") != "offline" and not wandb.api.api_key:
-            print0("wandb: not logged in, going on without it (run `wandb login`, or pass --no_use_wandb)")
-            return silent
-        config = dataclasses.asdict(cfg)
-        return wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id, resume="allow",
-                          config=config, dir=cfg.output_dir, settings=wandb.Settings(console="off", silent=True))
+        if mode == "online" and not wandb.api.api_key:
+            raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
+        return wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
+                          resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
+                          settings=wandb.Settings(console="off", silent=True))
     except Exception as e:
-        print0(f"wandb: going on without it ({one_line(e)})")
+        print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
         return silent
 
 
 def plan_batch(cfg, state):
     """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
     size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
-    wanted = state and state["global_batch"]
-    if wanted and wanted != size * micro * WORLD and [size, micro] == state["batch"] and WORLD != state["world"]:
+    wanted = state["global_batch"] if state else size * micro * WORLD
+    if wanted != size * micro * WORLD:
+        if [size, micro] != state["batch"] or WORLD == state["world"]:
+            raise UserError(f"{cfg.output_dir!r} holds a run with {wanted} sequences a step, here they are {size} x {micro} x {WORLD} "
+                            f"ranks; keep the product, or start over with --resume never or another --output_dir")
         size = min(size, -(-wanted // WORLD))
         micro = -(-wanted // (WORLD * size))
-        print0(f"continues a run of {state['world']} ranks on {WORLD}: {size} sequences x {micro} micro-steps keep its global batch of {wanted}")
-        return size, micro, wanted
-    if wanted and wanted != size * micro * WORLD:
-        raise UserError(f"{cfg.output_dir!r} holds a run with {wanted} sequences a step, here they are {size} x {micro} x {WORLD} ranks; "
-                        f"keep the product, or start over with --resume never or another --output_dir")
-    return size, micro, size * micro * WORLD
+        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} micro-steps keep its {wanted} sequences a step")
+    return size, micro, wanted
 
 
-def train(cfg):
-    """-> True when the run is done, False when a signal stopped it."""
-    run, begun = resolve_demo(cfg), time.time()
-    if run is None:
-        return False
-    place = functools.partial(os.path.join, cfg.output_dir)
-    resume_path, state = newest_state(cfg)
-    plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
-    if state:
-        refuse_changes({k: v for k, v in state["config"].items()}, plan, os.path.dirname(os.path.dirname(resume_path)) or ".")
-        if state["length"] == [cfg.max_steps, cfg.num_epochs] and state["step"] >= state["steps"] and os.path.isdir(place("final")):
-            print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')} (--resume never starts over)")
-            return True
+@dataclasses.dataclass
+class Phase:
+    """A stretch of training with its own loss, parameters and schedule. Ordinary distillation is one, block-wise several."""
+    name: str
+    steps: int
+    work: Any       # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
+    signal: Any     # batch -> what work takes from the teacher
+    rules: Any      # [(compiled regex, multiplier)] on parameter names, the first match wins
+    default: float  # multiplier of all others
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
 
-    # what to train on, and with whom
-    tokenizer = load_tokenizer(run, *[n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")])
+
+def load_all(run):
+    """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
+    tokenizer = load_tokenizer(run, *(n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")))
     rows, held = load_data(run, tokenizer)
     student = load_student(run)
-    teacher = load_teacher(run) if cfg.alpha < 1 else None
+    teacher = load_teacher(run) if run.alpha < 1 else None
     if teacher is not None:
         its_tokenizer = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
         if its_tokenizer is not None:
             compare_tokenizers(tokenizer, its_tokenizer, run.tokenizer or run.student, run.teacher)
     check_heads(student, teacher, run)
-    smallest = min(len(root.model.get_output_embeddings().weight) for root in (student, teacher) if root is not None)
-    if max(tokenizer.get_vocab().values()) >= smallest:
-        raise UserError(f"the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but a model has only {smallest} rows; they do not belong together")
-    dtype, signal_of = compute_dtype(cfg), teacher_signal(teacher)
-    objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
+    biggest = max(tokenizer.get_vocab().values())
+    for role, root in (("student", student), ("teacher", teacher)):
+        if root is not None and biggest >= root.model.get_output_embeddings().weight.shape[0]:
+            raise UserError(f"the tokenizer has ids up to {biggest}, but the {role}'s vocabulary is "
+                            f"{root.model.get_output_embeddings().weight.shape[0]}; they do not belong together")
+    return tokenizer, rows, held, student, teacher
 
-    # how long
+
+def train(cfg):
+    """-> True when the run is done, False when a signal stopped it."""
+    begun, run = time.time(), resolve_demo(cfg)
+    if run is None:
+        return False
+    place = functools.partial(os.path.join, cfg.output_dir)
+    here = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
+    resume_path, state = newest_state(cfg)
+    if state:
+        refuse_changes(state["config"], here, os.path.dirname(os.path.dirname(resume_path)) or ".")
+        if state["length"] == [cfg.max_steps, cfg.num_epochs] and state["step"] >= state["steps"] and os.path.isdir(place("final")):
+            print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
+            return True
+    tokenizer, rows, held, student, teacher = load_all(run)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state)
-    steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
     if cfg.streaming and not cfg.max_steps:
         raise UserError("a stream has no length: give --max_steps")
-    steps = cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch))
-    optimizer = make_optimizer(((n, p) for n, p in student.model.named_parameters()), parse_multipliers(cfg.lr_multipliers),
-                               cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay)
-    health = new_health(dtype == torch.float16)
+    steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
+    objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
+    work = functools.partial(distil, **objective)
+    signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
+    phases = [Phase("distil", cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch)), work, signal_of,
+                    parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)]
+    steps, step, best, before, position, tokens_seen = sum(p.steps for p in phases), 0, math.inf, None, None, 0
+    health, log_file, wandb_run, now, problem, saved_at = new_health(fp16), None, None, None, None, None
 
-    # where from
-    step, best, before, position, tokens_seen = 0, math.inf, None, None, 0
-    if state:
-        resume_path, state = load_checkpoint(resume_path, state, tensors_of(student, optimizer, health), cfg)
-        step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
-        print0(f"resumes from {resume_path}")
-    elif RANK == 0 and cfg.resume == "never":
-        for old in (place("checkpoints"), place("final")):
-            shutil.rmtree(old, ignore_errors=True)
-    truncate_log(place("log.jsonl"), step)
-    scheduler = make_scheduler(cfg, optimizer, steps)
-    for _ in range(step):
-        scheduler.step()
-    if RANK == 0:
-        save_config(cfg, place("config.json"))
-        os.makedirs(place("checkpoints"), exist_ok=True)
-    wandb_run = start_wandb(cfg, state and state["wandb"])
-    print0(f"student {run.student}: {count(student.model):,} parameters" + (f"; teacher {run.teacher}: {count(teacher.model):,}" if teacher else "; no teacher (alpha 1)"))
-    print0(f"{WORLD} x {DEVICE.type}, {str(dtype)[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {WORLD}), "
-           f"{'streaming' if cfg.streaming else f'{len(rows):,} sequences'}, steps {step} to {steps}; {len(held)} held out; all goes to {cfg.output_dir}")
+    def epoch():
+        return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
 
-    log_file = open(place("log.jsonl"), "a", encoding="utf-8") if RANK == 0 else None
-
-    def log(entry):
+    def log(**entry):
         if RANK == 0:
             log_file.write(json.dumps(entry) + "\n")
             log_file.flush()
-            wandb_run.log(entry, step=entry.get("train/step", entry.get("eval/step")))
+            wandb_run.log(entry, step=step)
 
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
-            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before, seed=cfg.seed, world=WORLD,
-            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, length=[cfg.max_steps, cfg.num_epochs],
-            wandb=wandb_run.id, config=plan), cfg.keep_checkpoints)
+            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
+            world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, seed=cfg.seed,
+            length=[cfg.max_steps, cfg.num_epochs], wandb=wandb_run.id, config=here), cfg.keep_checkpoints)
 
-    epoch = lambda: step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
-    if before is None:
-        before = evaluate(student, signal_of, held, batch_size, objective)
-    if cfg.streaming:
-        encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-        batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
-    else:
-        batches = indexed_batches(rows, cfg.seed, global_batch, step)
-    batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-    stop, bar = Stop(), tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5, desc="distil")
-    saved_at, problem, since, since_tokens = step if state else None, None, time.time(), 0
-    try:
-        while step < steps:
-            micro, position = next(batches)
-            tokens, stopping = all_sum(sum(len(b.labels) for b in micro), stop.asked)
-            if stopping:
-                break
-            torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, so that a resume needs no state
-            sums = torch.zeros(3, device=DEVICE)
-            for i, batch in enumerate(micro):
-                student.set_requires_gradient_sync(i == len(micro) - 1)
-                loss, ce, kl = student(distil, batch, signal_of(batch), objective, max(tokens, 1))
-                # FSDP averages over ranks, the mean is over all tokens; a loss that is not finite takes its gradient along
-                (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
-                sums += torch.stack([loss.detach(), ce, kl])
-            grad_norm = optimizer_step(optimizer, cfg.max_grad_norm, health, dtype == torch.float16) if tokens else torch.zeros(())
-            if not tokens:
-                print0(f"step {step + 1}: no valid target token in the whole batch, nothing changed")
+    print0(f"student {run.student}: {count(student.model):,} parameters; "
+           + (f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else "no teacher (alpha 1)" if cfg.alpha == 1 else f"cache {cfg.cache_dir}"))
+    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {WORLD}) of "
+           f"{'a stream' if cfg.streaming else f'{len(rows):,}'}; {steps} steps; {len(held)} sequences held out; all goes to {cfg.output_dir}")
+    bar = batches = None
+    with stop_signals() as asked:
+        for number, phase in enumerate(phases):
+            last = sum(p.steps for p in phases[:number + 1])
+            if (state["step"] if state else step) >= last < steps:
+                continue
+            optimizer = make_optimizer(student.model.named_parameters(), phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
+            set_rates = make_schedule(cfg, optimizer, phase.steps)
+            if bar is None:   # the first phase that has work left: continue where the checkpoint stands
+                if state:
+                    resume_path, state = load_checkpoint(resume_path, state, tensors_of(student, optimizer, health), cfg)
+                    step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
+                    saved_at = step
+                    print0(f"resumes from {resume_path}")
+                prepare_output(cfg, step)
+                log_file, wandb_run = open(place("log.jsonl"), "a", encoding="utf-8"), start_wandb(cfg, state and state["wandb"])
+                before = before or evaluate(student, work, signal_of, held, batch_size)
+                if cfg.streaming:
+                    encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+                    batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+                else:
+                    batches = indexed_batches(rows, cfg.seed, global_batch, step)
+                batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
+                bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
+            bar.set_description(phase.name)
+            since, since_tokens = time.time(), 0
+            while step < last:
+                micro, position = next(batches)
+                tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree on the step
+                if stopping:
+                    break
+                torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout; derived, so a resume needs no state
+                rate, sums, grad_norm = set_rates(step - last + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
+                for i, batch in enumerate(micro):
+                    student.set_requires_gradient_sync(i == len(micro) - 1)
+                    loss, ce, kl = student(phase.work, batch, phase.signal(batch), max(tokens, 1))
+                    # FSDP averages over ranks, the mean is over all tokens; a loss that is not finite takes its gradient along
+                    (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
+                    sums += torch.stack([loss.detach(), ce, kl])
+                if tokens:
+                    grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16)
+                else:
+                    print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
                 optimizer.zero_grad()
-            rates = [g["lr"] for g in optimizer.param_groups]
-            scheduler.step()
-            step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
-            bar.update()
-            if step % cfg.log_steps == 0 or step % 10 == 0 or step == steps or not CUDA:
-                if health["streak"].item() >= 10:
-                    problem = save() or ""
-                    raise UserError(f"loss or gradient was not finite for 10 steps in a row (step {step}); lower --learning_rate, or try "
-                                    f"--dtype fp32; the checkpoint of step {step} is saved, its weights are those of the last good step")
-            if step % cfg.log_steps == 0 or step == steps:
-                loss, ce, kl = all_sum(*sums.tolist())
-                speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
-                log({"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": max(rates), "train/grad_norm": grad_norm.item(),
-                     "train/epoch": epoch(), "train/step": step, "train/tokens_per_second": speed, "train/skipped_steps": int(health["skipped"].item())})
-                bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {max(rates):.2e} {speed:,.0f} tok/s"
-                                    + (f" skipped {int(health['skipped'].item())}" if health["skipped"].item() else ""))
-            if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
-                now = evaluate(student, signal_of, held, batch_size, objective)
-                best = min(best, now["loss"])
-                log({**{"eval/" + k: v for k, v in now.items()}, "eval/min_loss": best, "eval/epoch": epoch(), "eval/step": step})
-                bar.write(f"step {step}: held-out loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, kl {now['kl_loss']:.4f}") if RANK == 0 else None
-                since, since_tokens = time.time(), 0
-            if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
-                problem, saved_at = save(), step
-    finally:
-        stop.restore()
+                step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
+                bar.update()
+                if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
+                    save()
+                    raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint there holds the "
+                                    f"last good weights. Lower --learning_rate, or try --dtype fp32, and look at the data")
+                if step % cfg.log_steps == 0 or step == last:
+                    loss, ce, kl = all_sum(*sums.tolist())
+                    speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
+                    skipped = int(health["skipped"].item())
+                    log(**{"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
+                           "train/grad_norm": grad_norm.item(), "train/epoch": epoch(), "train/step": step,
+                           "train/tokens_per_second": speed, "train/skipped_steps": skipped})
+                    bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
+                                        + (f" skipped {skipped}" if skipped else ""))
+                if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                    now = evaluate(student, work, signal_of, held, batch_size)
+                    best = min(best, now["loss"])
+                    log(**{f"eval/{k}": v for k, v in {**now, "min_loss": best, "epoch": epoch(), "step": step}.items()})
+                    print0(f"step {step}: held-out loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, kl {now['kl_loss']:.4f}")
+                if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
+                    problem, saved_at = save(), step
+        if step < steps and saved_at != step:
+            problem = save()
         bar.close()
         batches.close()
     if step < steps:
-        problem = save() if saved_at != step else problem
         print0(f"stopped at step {step} of {steps}" + ("" if problem else ", saved; the same command continues"))
     elif not problem:
-        problem = finish(cfg, run, student, teacher, tokenizer, held, before, batch_size, objective, time.time() - begun)
+        now = now or evaluate(student, work, signal_of, held, batch_size)
+        problem = finish(cfg, run, student, teacher, tokenizer, held, before, now, begun)
     wandb_run.finish()
-    if log_file:
-        log_file.close()
+    log_file.close()
     if problem:
-        raise UserError(f"the last state of the run could not be saved in {cfg.output_dir!r}: {problem}; free the disk and run the same command again")
+        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room and run the same command again")
     return step >= steps
 
 
-def finish(cfg, run, student, teacher, tokenizer, held, before, batch_size, objective, seconds):
+def prepare_output(cfg, step):
+    """output_dir as of `step`: no log lines of steps that are about to be repeated, nothing of a run that starts over."""
+    if RANK == 0:
+        if cfg.resume == "never":
+            for old in ("checkpoints", "final"):
+                shutil.rmtree(os.path.join(cfg.output_dir, old), ignore_errors=True)
+        os.makedirs(os.path.join(cfg.output_dir, "checkpoints"), exist_ok=True)
+        save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
+        truncate_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
+    all_sum(0)
+
+
+def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
-    final, after, dtype = os.path.join(cfg.output_dir, "final"), evaluate(student, teacher_signal(teacher), held, batch_size, objective), compute_dtype(cfg)
-    lines = [("student before", before, count(student.model)), ("student after", after, count(student.model))]
+    final, problem, size = os.path.join(cfg.output_dir, "final"), None, count(student.model)
+    lines = [("student before", before, size), ("student after", after, size)]
     if teacher is not None:
-        alone = evaluate(teacher, teacher_signal(None), held, batch_size, {**objective, "alpha": 1.0})
-        lines.insert(0, ("teacher", alone, count(teacher.model)))
-    problem = None
+        alone = functools.partial(distil, alpha=1.0, temperature=1.0, divergence="forward")
+        lines.insert(0, ("teacher", evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size), count(teacher.model)))
     try:
-        save_model(student, tokenizer, final, dtype)
+        save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
         problem = one_line(e)
     print0(f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}")
     for name, x, size in lines:
-        print0(f"{name:<15}{x['perplexity']:>12.2f}" + (f"{x['kl_loss']:>15.4f}" if teacher is not None else f"{'-':>15}") + f"{size:>15,}")
-    if RANK == 0 and not problem and tokenizer is not None:
-        model, start = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code), torch.as_tensor(held[0]["input_ids"][:32])[None].long()
-        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
-        print0(f"\nsample: {tokenizer.decode(ids[0, :start.shape[1]])!r}\n     -> {tokenizer.decode(ids[0, start.shape[1]:])!r}")
-    print0(f"\ndone in {seconds:.0f} s: {final}")
+        kl = "-" if cfg.alpha == 1 else f"{x['kl_loss']:.4f}"
+        print0(f"{name:<15}{x['perplexity']:>12.2f}{kl:>15}{size:>15,}")
+    if RANK == 0 and not problem:
+        model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
+        start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
+        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False, pad_token_id=0)[0]
+        print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
+    print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
     return problem
 
 
@@ -1412,6 +1448,8 @@ def main(argv=None):
         if LOCAL_RANK == 0:
             print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
