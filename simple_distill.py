@@ -14,7 +14,7 @@ Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, mod
 block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, D width, V vocabulary,
 K kept teacher entries a token.
 """
-import base64
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -26,15 +26,14 @@ import itertools
 import json
 import math
 import os
-import queue
 import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -50,22 +49,20 @@ import datasets
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import Config, UserError, parse_config, parse_multipliers, save_config, scheduler_kwargs
+from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, Config, UserError, parse_config, parse_multipliers,
+                    refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
-# ---------------------------------------------------------------------------------------------------------------------
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
-
 def print0(*words):
     if RANK == 0:
         tqdm.write(" ".join(map(str, words)))   # through tqdm, so that a line never tears the bar
-
 
 @contextlib.contextmanager
 def process_group():
@@ -80,7 +77,6 @@ def process_group():
     finally:
         dist.destroy_process_group()
 
-
 @contextlib.contextmanager
 def node_first():
     """The first rank of each node goes ahead (downloads, dataset caches), the others find its work done."""
@@ -90,31 +86,25 @@ def node_first():
     if LOCAL_RANK == 0:
         all_sum(0)
 
-
 def all_sum(*values):
     """Sum Python numbers over ranks on the host."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
-
 def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
-
 def digest(*things):
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective in
 # chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
-# ---------------------------------------------------------------------------------------------------------------------
 
 LOGITS_BUDGET = 512 * 2**20   # bytes of student and teacher logits that exist at once; larger is hardly faster
-
 
 class Head(NamedTuple):
     """What turns hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
@@ -123,14 +113,12 @@ class Head(NamedTuple):
     scale: float = 1.0                     # Cohere, Granite
     softcap: Optional[float] = None        # Gemma
 
-
 class SparseTarget(NamedTuple):
     """A teacher from the cache: some tokens with their probabilities, and the mass of all others as one bucket."""
     ids: torch.Tensor       # [N, K] token ids, distinct in a row; unused places hold the row's first id and 0 probability
     probs: torch.Tensor     # [N, K]
     rest: torch.Tensor      # [N] mass that is not listed: 0 for method sample, which is complete in expectation
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
-
 
 def finish_logits(raw, scale, softcap):
     """Head output -> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw): number or tensor."""
@@ -141,7 +129,6 @@ def finish_logits(raw, scale, softcap):
         return logits, scale
     bent = torch.tanh(logits / softcap)
     return bent * softcap, (1 - bent * bent) * scale
-
 
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
     """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV).
@@ -189,7 +176,6 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     grad.scatter_add_(-1, own_C1, grad.new_full(own_C1.shape, -alpha))
     return ce, kl * temperature ** 2, grad if isinstance(slope, float) and slope == 1.0 else grad * slope
 
-
 @functools.cache
 def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
     """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
@@ -208,7 +194,6 @@ def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
             state["run"] = eager
             return eager(*args)
     return kernel
-
 
 class FusedDistillation(torch.autograd.Function):
     """Sums over tokens of loss, ce and kl. All matmuls, forward and backward, happen here; backward only scales."""
@@ -254,7 +239,6 @@ class FusedDistillation(torch.autograd.Function):
         scaled = [g if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype)) for g, dtype in zip(ctx.grads, ctx.dtypes)]
         return *scaled, *[None] * 7
 
-
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature, divergence="forward",
                       denominator=None, chunk=None):
     """student_hidden [N, D], labels [N] with -100 = not counted -> loss, ce, kl, each divided by denominator.
@@ -283,82 +267,61 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
                                    tuple(student_head[2:]), alpha, temperature, divergence, chunk)
     return tuple(x / denominator for x in sums)
 
-
 def as_head(head):
     return Head(head.weight, getattr(head, "bias", None), float(getattr(head, "scale", None) or 1.0), getattr(head, "softcap", None))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the number
 # of ranks. Hands on: rows that can be indexed (or a stream), and Batch.
-# ---------------------------------------------------------------------------------------------------------------------
 
-CONVERSATIONS = (("messages",), ("conversations",), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
-                 ("instruction", "output"))
-
-
-def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else the first of the candidates that has one, else None."""
-    for name in [cfg.tokenizer] if cfg.tokenizer else candidates:
-        if os.path.isdir(name) and not glob.glob(os.path.join(name, "tokenizer*")):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-        except Exception as e:
-            raise UserError(f"no tokenizer could be loaded from {name!r} ({one_line(e)}); name one with --tokenizer")
-    if cfg.tokenizer:
-        raise UserError(f"--tokenizer {cfg.tokenizer!r} holds no tokenizer files")
-    return None
-
+CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 def one_line(e, limit=160):
     return " ".join(f"{type(e).__name__}: {e}".split())[:limit]
 
+def load_tokenizer(cfg, *candidates):
+    """--tokenizer, else the first of the candidates that has one, else None."""
+    for name in [cfg.tokenizer] if cfg.tokenizer else candidates:
+        if cfg.tokenizer or not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*")):
+            try:
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+            except Exception as e:
+                raise UserError(f"no tokenizer could be loaded from {name!r} ({one_line(e)}); name one with --tokenizer")
 
-def load_raw(name, config_name, split, streaming):
+def load_raw(cfg, split, streaming):
     """One split as rows of text or conversations; None where there is no such split."""
-    loader = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    kind = loader.get(os.path.splitext(name)[1].lower())
+    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
+    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
+        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
+    if kind and split != "train":
+        return None
     try:
-        if kind:
-            if not os.path.isfile(name):
-                raise UserError(f"dataset file {name!r} does not exist")
-            if os.path.getsize(name) == 0:
-                raise UserError(f"dataset file {name!r} is empty")
-            if split != "train":
-                return None
-            extra = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends a document
+        if kind:   # in a text file a blank line ends a document
+            extra = {"sample_by": "paragraph"} if kind == "text" else {}
             return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming, **extra)
-        if os.path.exists(os.path.join(name, "dataset_dict.json")) or os.path.exists(os.path.join(name, "state.json")):
+        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)
             saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
             return saved.to_iterable_dataset() if streaming and saved is not None else saved
-        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
-    except UserError:
-        raise
+        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
     except Exception as e:
         if "Unknown split" in str(e) or "Bad split" in str(e):
             return None
-        if kind in ("json", "csv", "text"):
-            explain_bad_file(name)
-        where = "a hub dataset (no network? set HF_HUB_OFFLINE=1 to use what is cached), a local file or a save_to_disk directory"
-        raise UserError(f"dataset {name!r}" + (f" cannot be read: {one_line(e)}" if kind else f" could not be loaded as {where}: {one_line(e)}"))
+        explain_bad_file(name, kind)
+        raise UserError(f"dataset {name!r} could not be read as " + (f"{kind} file" if kind else "hub dataset (no network, or no access?), "
+                        "local data file or save_to_disk directory") + f": {one_line(e)}")
 
-
-def explain_bad_file(path):
-    """datasets' message does not say where: name the line."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
+def explain_bad_file(path, kind):
+    """The reader's message does not say where: name the line."""
+    with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
             try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as e:
-                raise UserError(f"dataset file {path!r}, line {number}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first")
-            try:
-                if path.endswith(".jsonl") and text.strip() and not isinstance(json.loads(text), dict):
-                    raise UserError(f"dataset file {path!r}, line {number}: not a JSON object; each line needs the same columns")
-            except ValueError as e:
-                raise UserError(f"dataset file {path!r}, line {number}: not valid JSON ({e}); mend or delete that line")
-
+                value = json.loads(line.decode("utf-8") or "{}") if path.endswith(".jsonl") and line.strip() else line.decode("utf-8")
+            except ValueError as e:   # UnicodeDecodeError is one
+                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+            if path.endswith(".jsonl") and line.strip() and not isinstance(value, dict):
+                raise UserError(f"dataset file {path!r}, line {number}: not a JSON object with columns; mend or delete that line")
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
@@ -366,47 +329,42 @@ def conversation_of(row):
         alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
         return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]}
                 for m in row.get("messages") or row["conversations"]]
-    for ask, *answer in CONVERSATIONS[2:]:
-        if answer and row.get(ask) is not None and row.get(answer[0]) is not None:
+    for ask, answer in CONVERSATIONS:
+        if row.get(ask) is not None and row.get(answer) is not None:
+            if isinstance(row[answer], list):   # prompt and completion as message lists
+                return [*row[ask], *row[answer]]
             more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
-            reply = row[answer[0]]
-            if isinstance(reply, list):   # prompt and completion as message lists
-                return list(row[ask]) + list(reply)
-            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": reply}]
+            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
     return None
 
-
-def render(messages, tokenizer):
+def render(messages, tokenizer, marks):
     """A conversation as text, and the character spans of it that the assistant wrote, end marks included.
 
-    The spans are found by rendering once more with an assistant turn replaced: what differs is that turn. This holds for
+    The spans are found by rendering once more with one assistant turn replaced: what differs is that turn. This holds for
     any template, with generation markers or not, also for those that treat earlier turns differently.
     """
+    text, spans = "", []
     if not tokenizer.chat_template:
-        text, spans = "", []
         for m in messages:
-            start, text = len(text), text + m["content"] + (tokenizer.eos_token or "" if m["role"] == "assistant" else "\n")
-            spans += [(start, len(text))] if m["role"] == "assistant" else []
+            start, ours = len(text), m["role"] == "assistant"
+            text += m["content"] + ((tokenizer.eos_token or "") if ours else "\n")
+            spans += [(start, len(text))] if ours else []
         return text, spans
-    show = lambda conversation: tokenizer.apply_chat_template(conversation, tokenize=False)
-    text, spans = show(messages), []
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
     for i, m in enumerate(messages):
         if m["role"] == "assistant" and m.get("content"):
-            other = show([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
+            changed = [*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]]
+            other = tokenizer.apply_chat_template(changed, tokenize=False)
             start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[:start - 1:-1], other[:start - 1:-1]])) if start else len(text)
-            mark = next((s for s in sorted(special_tokens(tokenizer), key=len, reverse=True) if text[end:].lstrip().startswith(s)), None)
-            spans.append((start, text.index(mark, end) + len(mark) if mark else end))
+            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
+            spans.append((start, text.index(mark, end) + len(mark)))
     return text, spans
-
-
-def special_tokens(tokenizer):
-    return {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
-
 
 def encode(batch, tokenizer, text_column, seq_len, carry):
     """Raw rows -> token rows. Text joins the stream in carry and leaves it in blocks of seq_len; a conversation is a row."""
-    plain = [row[text_column] for row in batch if conversation_of(row) is None and row.get(text_column)]
+    talks = [c for c in map(conversation_of, batch) if c]
+    plain = [row[text_column] for row in batch if row.get(text_column)] if not talks else []
     if plain:
         eos = tokenizer.eos_token_id
         for ids in tokenizer(plain, verbose=False)["input_ids"]:
@@ -414,84 +372,79 @@ def encode(batch, tokenizer, text_column, seq_len, carry):
         whole = len(carry) // seq_len * seq_len
         yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
         del carry[:whole]
-    talks = [render(c, tokenizer) for c in map(conversation_of, batch) if c]
     if talks:
-        coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, verbose=False)
+        special = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+        talks = [render(c, tokenizer, sorted(special, key=len, reverse=True)) for c in talks]
+        coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
+                          return_offsets_mapping=True, verbose=False)
         for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
             targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
             if any(targets[1:]):   # the first token has nothing to be predicted from
                 yield {"input_ids": ids[:seq_len], "targets": targets}
 
-
 def encode_all(raws, tokenizer, text_column, seq_len):
     for raw in raws:
         carry = []
         for batch in raw.iter(1000):
-            yield from encode([dict(zip(batch, values)) for values in zip(*batch.values())], tokenizer, text_column, seq_len, carry)
+            batch = [dict(zip(batch, values)) for values in zip(*batch.values())]
+            yield from encode(batch, tokenizer, text_column, seq_len, carry)
         if len(carry) > 1:
             yield {"input_ids": carry, "targets": None}
-
-
-def check_columns(raw, name, text_column):
-    row = next(iter(raw), None)
-    if row is None:
-        raise UserError(f"dataset {name!r} has no rows")
-    if conversation_of(row) is None and not isinstance(row.get(text_column), str):
-        raise UserError(f"dataset {name!r} has no text column {text_column!r} and no known conversation columns; it has "
-                        f"{', '.join(row)}: name one with --text_column")
-
 
 def tokenize(raw, tokenizer, cfg, what):
     """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
     features = datasets.Features(input_ids=datasets.List(datasets.Value("int32")), targets=datasets.List(datasets.Value("bool")))
-    code = [tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(), str(tokenizer.chat_template)]
-    mark = digest(raw._fingerprint, code, cfg.text_column, cfg.seq_len, "v1")
+    mark = digest(raw._fingerprint, tokenizer_digest(tokenizer), cfg.text_column, cfg.seq_len)
     workers = min(cfg.num_proc or 1, len(raw))
     raws = [raw.shard(workers, i, contiguous=True) for i in range(workers)]
-    with node_first():
-        rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, num_proc=cfg.num_proc and workers, gen_kwargs=dict(
-            raws=raws, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len))
+    kwargs = dict(raws=raws, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+    try:
+        with node_first():
+            rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, gen_kwargs=kwargs,
+                                                   num_proc=workers if workers > 1 else None)
+    except datasets.exceptions.DatasetGenerationError as e:
+        raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e.__cause__ or e)}")
     if len(rows) == 0:
-        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn)")
-    dropped = len(raw) - len(rows) if rows[0]["targets"] is not None else 0
-    if dropped:
-        print0(f"{what}: dropped {dropped} of {len(raw)} conversations without any target token within seq_len {cfg.seq_len}")
+        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn within seq_len)")
+    if rows[0]["targets"] is not None and len(rows) < len(raw):
+        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} conversations without a target token in seq_len {cfg.seq_len}")
     return rows.with_format("numpy")
 
+def tokenizer_digest(tokenizer):
+    return digest(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(), str(tokenizer.chat_template))
 
 def load_data(cfg, tokenizer):
     """-> (train rows or stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
     if tokenizer is None:
         raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; name one with --tokenizer")
-    load = functools.partial(load_raw, cfg.dataset, cfg.dataset_config)
     with node_first():
-        raw = load(cfg.train_split, streaming=cfg.streaming)
-        held = load(cfg.eval_split, streaming=False) if cfg.eval_split != cfg.train_split else None
-    if raw is None:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}; name one with --train_split")
-    if held is None and cfg.eval_split != Config.eval_split:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave --eval_split out to hold out a slice of train")
-    check_columns(raw, cfg.dataset, cfg.text_column)
+        raw = load_raw(cfg, cfg.train_split, cfg.streaming)
+        held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
+    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
+        if found is None and split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another (eval_split unset: a slice of train is held out)")
+    row = next(iter(raw), None)
+    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
+        raise UserError(f"dataset {cfg.dataset!r} has " + ("no rows" if row is None else f"no text column {cfg.text_column!r} and no known "
+                        f"conversation columns; it has {', '.join(row)}: name one with --text_column"))
     if cfg.streaming:
-        if held is None:   # the head of the stream is kept back; a text row may fill several sequences
+        if held is None:   # the head of the stream is kept back
             held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
             raw = raw.skip(len(held))
-        raw = raw.take(cfg.max_samples) if cfg.max_samples else raw
-        return raw, tokenize(held, tokenizer, cfg, "eval").take(cfg.eval_samples)
-    if cfg.max_samples:
-        raw = raw.take(min(cfg.max_samples, len(raw)))
+        held = tokenize(held, tokenizer, cfg, "eval")
+        return raw.take(cfg.max_samples) if cfg.max_samples else raw, held.take(min(cfg.eval_samples, len(held)))
+    raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
     if held is None and len(raw) > 1:
         gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
         held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(i for i in range(len(raw)) if i % gap != gap - 1)
     rows = tokenize(raw, tokenizer, cfg, "train")
+    held = tokenize(held, tokenizer, cfg, "eval") if held is not None else None
     if held is None:   # one long document: its last twentieth
-        if len(rows) < 2:
-            raise UserError(f"dataset {cfg.dataset!r} gives a single sequence of {cfg.seq_len} tokens; nothing is left to evaluate on")
-        cut = max(1, len(rows) // 20)
-        return rows.take(len(rows) - cut), rows.skip(len(rows) - cut).take(cfg.eval_samples)
-    held = tokenize(held, tokenizer, cfg, "eval")
+        cut = len(rows) - max(1, len(rows) // 20)
+        if cut == 0:
+            raise UserError(f"dataset {cfg.dataset!r} is a single sequence of up to {cfg.seq_len} tokens; nothing is left to evaluate on")
+        rows, held = rows.take(cut), rows.skip(cut)
     return rows, held.take(min(cfg.eval_samples, len(held)))
-
 
 @dataclasses.dataclass
 class Batch:
@@ -500,7 +453,6 @@ class Batch:
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
-
 
 def collate(rows, pad_to=1):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
@@ -520,7 +472,6 @@ def collate(rows, pad_to=1):
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
     return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse and SparseTarget(*map(send, sparse)))
 
-
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
     steps_per_epoch, order, epoch = -(-len(rows) // global_batch), None, None
@@ -530,7 +481,6 @@ def indexed_batches(rows, seed, global_batch, step):
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
         start = step % steps_per_epoch * global_batch
         yield order[start:start + global_batch], None
-
 
 def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
     """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began, what
@@ -560,40 +510,14 @@ def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
             raw.load_state_dict(beginning)
             source = iter(raw)
 
-
-def prefetch(generator, depth=2):
+def prefetch(endless, depth=2):
     """Run a generator in a thread, `depth` items ahead: the next batch is ready while this one computes."""
-    items, closed = queue.Queue(depth), threading.Event()
-
-    def fill():
-        try:
-            for item in generator:
-                while not closed.is_set():
-                    try:
-                        items.put((item, None), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if closed.is_set():
-                    return
-            items.put((None, StopIteration()))
-        except BaseException as e:
-            items.put((None, e))
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
+    with ThreadPoolExecutor(1) as pool:
+        ahead = collections.deque(pool.submit(next, endless) for _ in range(depth))
         while True:
-            item, error = items.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+            item = ahead.popleft().result()
+            ahead.append(pool.submit(next, endless))
             yield item
-    finally:
-        closed.set()
-        thread.join()
-
 
 def micro_batches(global_batches, rows, micro_steps, batch_size):
     """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every WORLD-th sequence."""
@@ -602,18 +526,9 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
         mine = [fetch(i) for i in batch[RANK::WORLD]]
         yield [collate(mine[i * batch_size:(i + 1) * batch_size]) for i in range(micro_steps)], position
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the demo
 # is a run like any other.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEMO_VOCAB = 1024
-DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
-DEMO_TEACHER = dict(hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=5)
-DEMO_TEACHER_RUN = dict(max_steps=500, learning_rate=3e-3, alpha=1.0, batch_size=16, gradient_accumulation_steps=1, save_steps=300,
-                        eval_steps=0, seed=0, lr_multipliers=[], default_lr_multiplier=1.0, blockwise=False)
-
 
 def stdlib_sources():
     """(name, text) of every module of Python's own library, tests left out."""
@@ -625,111 +540,108 @@ def stdlib_sources():
             with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
                 yield os.path.relpath(os.path.join(folder, file), root), f.read()
 
-
-def make_demo(cfg, folder):
-    """Write corpus, tokenizer and model shapes under folder, once; held-out files are whole modules."""
-    path = functools.partial(os.path.join, folder)
-    if RANK == 0 and not os.path.exists(path("student", "config.json")):
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in ("corpus", "tokenizer", "teacher-shape", "student"):
-            os.makedirs(path(name))
-        parts = {"train": [], "validation": []}
-        for name, text in stdlib_sources():
-            parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
-        for split, texts in parts.items():
-            with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
-                f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
-        from tokenizers import ByteLevelBPETokenizer
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(path("tokenizer"))
-        for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-            transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-                                     eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
-    all_sum(0)
-
+def make_demo(path):
+    """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
+    from tokenizers import ByteLevelBPETokenizer
+    for name in ("corpus", "tokenizer", "student", "teacher-shape"):
+        os.makedirs(path(name), exist_ok=True)
+    parts = {"train": [], "validation": []}
+    for name, text in stdlib_sources():
+        parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
+    for split, texts in parts.items():
+        with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+                                         ).save_pretrained(path("tokenizer"))
+    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
+        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+                                 eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 def resolve_demo(cfg):
-    """Replace each `demo` by what it stands for; the teacher is trained by this very trainer the first time."""
+    """Each `demo` becomes the files it stands for; the teacher is trained by this very trainer the first time. None: stopped."""
     if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
         return cfg
-    folder = os.path.join(cfg.output_dir, "demo")
-    path = functools.partial(os.path.join, folder)
-    make_demo(cfg, folder)
+    path = functools.partial(os.path.join, cfg.output_dir, "demo")
+    if RANK == 0 and not os.path.exists(path("student", "config.json")):   # the last thing that make_demo writes
+        make_demo(path)
+    all_sum(0)
     places = {"dataset": path("corpus")} if cfg.dataset == "demo" else {}
     if cfg.student == "demo":
         places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
-    if cfg.teacher == "demo" and (cfg.alpha < 1 and not cfg.cache_dir or cfg.mode != "train" or cfg.student.startswith("layers:")):
-        places |= {"teacher": path("teacher", "final")}
+    if cfg.teacher == "demo" and (cfg.mode != "train" or cfg.student.startswith("layers:") or cfg.alpha < 1 and not cfg.cache_dir):
+        places["teacher"] = path("teacher", "final")
         if not os.path.exists(places["teacher"]):
-            print0(f"demo: training the teacher first ({DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')})")
-            shared = {n: getattr(cfg, n) for n in ("dtype", "log_steps", "seq_len", "use_wandb")} | {"use_wandb": False}
-            done = train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
-                         output_dir=path("teacher"), gradient_checkpointing=False, warmup_ratio=0.05, **{**shared, **DEMO_TEACHER_RUN, "seq_len": 128}))
-            if not done:
+            print0(f"demo: first the teacher, {DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')}")
+            if not train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
+                                output_dir=path("teacher"), dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, **DEMO_TEACHER_RUN)):
                 return None
     return dataclasses.replace(cfg, **places)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher signal: what distillation_loss takes as its teacher, online or from the cache, so that the loop has no fork.
-# ---------------------------------------------------------------------------------------------------------------------
 
-
-def hidden_states(model, input_ids):
-    """[B, T] -> [B, T, D] after the final norm, without the head."""
-    return model.base_model(input_ids=input_ids, use_cache=False)[0]
-
+def hidden_states(model, input_ids_BT):
+    """-> [B, T, D] after the final norm, without the head."""
+    return model.base_model(input_ids=input_ids_BT, use_cache=False)[0]
 
 def counted_hidden(model, batch):
-    """Runs inside teacher(...): the hidden states of the counted tokens, and the head to apply to them chunk by chunk."""
+    """Runs inside a root: the hidden states of the counted tokens, and the head to apply to them chunk by chunk."""
     return hidden_states(model, batch.input_ids).flatten(0, 1)[batch.positions], head_of(model)
-
 
 def teacher_signal(teacher):
     if teacher is None:
         return lambda batch: batch.sparse   # None too, at alpha 1
     return torch.no_grad()(lambda batch: teacher(counted_hidden, batch))
 
-
 def distil(model, batch, signal, denominator, **objective):
-    """Runs inside student(...): -> loss, ce, kl."""
+    """Runs inside the student: -> loss, ce, kl."""
     hidden_ND, head = counted_hidden(model, batch)
     return distillation_loss(hidden_ND, head, batch.labels, signal, denominator=denominator, **objective)
-
 
 def head_of(model):
     out, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
 
-
 def head_error(model, ids_1T):
-    """Runs inside either: how far hidden states times head_of are from the model's own logits, relative to their spread."""
+    """Runs inside a root: how far hidden states times head_of are from the model's own logits, relative to their spread."""
     head = head_of(model)
-    got = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
-    want = model(input_ids=ids_1T, use_cache=False).logits.float()
-    return (got - want).abs().max() / want.std().clamp_min(1e-6)
+    ours = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
+    its = model(input_ids=ids_1T, use_cache=False).logits.float()
+    return (ours - its).abs().max() / its.std().clamp_min(1e-6)
 
+def check_head(root, role, name, tokenizer):
+    """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused, not mistrained."""
+    rows, biggest, was_training = root.model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()), root.training
+    if biggest >= rows:
+        raise UserError(f"the tokenizer has ids up to {biggest}, but {role} {name!r} has only {rows} rows; they do not belong together")
+    root.eval()
+    with torch.no_grad():
+        error = root(head_error, torch.arange(8, device=DEVICE)[None] % rows).item()
+    root.train(was_training)
+    root.release()
+    if not error < 0.1:   # bf16 logits are off by 0.02
+        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head are off its own logits by {error:.2g} "
+                        f"of their spread; teach its scaling to head_of() in simple_distill.py")
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
     ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
-    different = next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
-    way_out = "distillation needs one tokenizer; generate data with the teacher and train at --alpha 1 instead"
-    if different is not None:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: token {different} is "
-                        f"{ours[different]!r} there and {theirs[different]!r} here; {way_out}")
-    probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    if len(ours.keys() & theirs.keys()) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} share a vocabulary but cut text differently; {way_out}")
+    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    clash = [f"token {i} is {ours[i]!r} in one and {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]][:1]
+    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
+        clash = ["they share a vocabulary but cut text differently"]
+    if clash:
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. Distil within one "
+                        "tokenizer, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on Inside roots: FSDP gathers
 # parameters in the forward of the root, so whatever touches weights is a function run inside it.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 class Inside(nn.Module):
     def __init__(self, model):
@@ -740,16 +652,16 @@ class Inside(nn.Module):
         return work(self.model, *args)
 
     def release(self):
-        """After forwards without a backward: give the root's gathered weights back, else the next step would use stale ones."""
-        if isinstance(self, FSDPModule):
-            self.reshard()
-
+        """After forwards without a backward: give gathered weights back, else the next step would use stale ones."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 def compute_dtype(cfg):
     """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
     native = CUDA and torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"auto": torch.bfloat16 if native else torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
-
+    auto = torch.bfloat16 if native else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
 
 def model_config(name, cfg, role):
     try:
@@ -761,28 +673,27 @@ def model_config(name, cfg, role):
             with node_first():
                 config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        tried = f"file {name!r}" if name.endswith(".json") else f"local directory {name!r}" if os.path.isdir(name) else \
-            f"{name!r} as a local directory (there is none) and on the hub (no network? no access? HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 0)})"
-        raise UserError(f"{role}: no model config in {tried}: {one_line(e)}")
-    if config.is_encoder_decoder or (type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map")):
+        where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
+            "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
+        raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    if getattr(config, "is_encoder_decoder", False) or not known:
         raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model; choose another")
     return config
 
-
 def read_model(name, config, cfg, role, dtype):
     """Rank 0's whole copy on the host, memory-mapped until it is cast."""
-    quiet = transformers.utils.logging
     try:
         if name.endswith(".json"):
             torch.manual_seed(cfg.seed)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=cfg.trust_remote_code, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=cfg.trust_remote_code,
+                                                           output_loading_info=True)
     except Exception as e:
         raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
     if info["missing_keys"]:
-        raise UserError(f"{role} {name!r} lacks weights, among them {sorted(info['missing_keys'])[0]}; is it a whole language model?")
+        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it a whole language model?")
     return model
-
 
 def layers_of(model):
     """(path, ModuleList) of the decoder layers: the outermost list as long as the config says."""
@@ -790,70 +701,59 @@ def layers_of(model):
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return path, module
-    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; it cannot be sharded by layer")
+    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList of that length; choose another model")
 
-
-def thin_config(config, keep):
-    """The same architecture with the kept layers only, lists of one value a layer thinned likewise."""
-    depth, values = config.num_hidden_layers, config.to_dict()
-    values = {k: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v for k, v in values.items()}
-    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
-    return type(config).from_dict(values)
-
-
-def thin_model(whole, config, keep):
-    path, _ = layers_of(whole)
-    thin = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
-    source = whole.state_dict()
-    moved = {path + "." + str(new) + k[len(f"{path}.{old}"):]: v for new, old in enumerate(keep) for k, v in source.items()
-             if k.startswith(f"{path}.{old}.")}
-    thin.load_state_dict({k: v for k, v in source.items() if not k.startswith(path + ".")} | moved)
-    return thin
-
+def thin(whole, config, keep):
+    """The kept layers of a model as a model of their own."""
+    path, source = layers_of(whole)[0], whole.state_dict()
+    model = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
+    kept = {k: v for k, v in source.items() if not k.startswith(path + ".")}
+    for new, old in enumerate(keep):
+        prefix = f"{path}.{old}."
+        kept |= {f"{path}.{new}.{k[len(prefix):]}": v for k, v in source.items() if k.startswith(prefix)}
+    model.load_state_dict(kept)
+    return model
 
 def load_student(cfg):
     if not cfg.student.startswith("layers:"):
         config = model_config(cfg.student, cfg, "student")
         return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
     whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
-    if not wanted.isdigit() or not 1 <= int(wanted) <= whole.num_hidden_layers:
-        raise UserError(f"student {cfg.student!r}: N must be a number of layers from 1 to the teacher's {whole.num_hidden_layers}")
-    keep = [round(i) for i in torch.linspace(0, whole.num_hidden_layers - 1, int(wanted)).tolist()]
-    config = thin_config(whole, keep)
-    print0(f"student: layers {keep} of {whole.num_hidden_layers} of teacher {cfg.teacher}")
-    return spread(cfg, config, lambda: thin_model(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep))
-
+    depth = whole.num_hidden_layers
+    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
+        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
+    keep = [round(i) for i in torch.linspace(0, depth - 1, int(wanted)).tolist()]
+    values = {k: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v for k, v in whole.to_dict().items()}
+    values[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
+    config = type(whole).from_dict(values)
+    print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
+    return spread(cfg, config, lambda: thin(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep))
 
 def load_teacher(cfg):
-    """Frozen, in the compute type. fp16 overflows in models trained in bf16: those stay in fp32 then."""
+    """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
     config, dtype = model_config(cfg.teacher, cfg, "teacher"), compute_dtype(cfg)
-    if dtype == torch.float16 and config.dtype != torch.float16:
-        dtype = torch.float32
+    dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
-
 
 def spread(cfg, config, read, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients, and its root stays gathered for the loss to use its head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-    source = read() if RANK == 0 else None
-    root, dtype = Inside(model), compute_dtype(cfg)
-    layers = layers_of(model)[1]
-    if frozen:
-        model.requires_grad_(False).eval()
-    else:
-        model.train()
-        if cfg.gradient_checkpointing and cfg.mode == "train":
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
-            enable({"use_reentrant": False})
+    source, root, dtype, layers = read() if RANK == 0 else None, Inside(model), compute_dtype(cfg), layers_of(model)[1]
+    model.train(not frozen).requires_grad_(not frozen)
+    if not frozen and cfg.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
+        enable({"use_reentrant": False})
     if cfg.compile:
         for layer in layers:
             layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
-        shape = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}.get("full_shard" if frozen else cfg.fsdp, (WORLD,))
+        shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
+        shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
+        cast = None if frozen or dtype == torch.float32 else dtype
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
-                       mp_policy=MixedPrecisionPolicy(None if frozen or dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False))
+                       mp_policy=MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False))
         if cfg.cpu_offload and CUDA:
             options["offload_policy"] = CPUOffloadPolicy()
         for layer in layers:
@@ -862,7 +762,6 @@ def spread(cfg, config, read, frozen=None):
     fill(model, dict([*source.named_parameters(), *source.named_buffers()]) if source else {}, "cpu" if cfg.cpu_offload else DEVICE)
     return root
 
-
 @torch.no_grad()
 def fill(model, source, device):
     """Rank 0's tensors into everybody's shards, one at a time: no other rank ever holds a whole model."""
@@ -870,33 +769,16 @@ def fill(model, source, device):
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         model.tie_weights()   # FSDP keeps ties by itself
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        full = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty_like(tensor, device=DEVICE) \
+            if not isinstance(tensor, DTensor) else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
         if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements).to_local())
+            tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
         else:
-            dist.broadcast(full, 0)
-            tensor.copy_(full)
-
-
-def check_heads(student, teacher, cfg):
-    """The loss applies heads itself; a model whose own logits differ (a scale it does not know) is refused, not mistrained."""
-    ids = torch.arange(3, 11, device=DEVICE)[None] % min(student.model.config.get_text_config().vocab_size, 11)
-    for role, root, name in (("student", student, cfg.student), ("teacher", teacher, cfg.teacher)):
-        if root is not None:
-            was_training = root.training
-            root.eval()
-            with torch.no_grad():
-                error = root(head_error, ids).item()
-            root.train(was_training)
-            root.release()
-            if not error < (1e-3 if compute_dtype(cfg) == torch.float32 else 0.1):
-                raise UserError(f"{role} {name!r} ({type(root.model).__name__}) has logits that hidden states times head do not reproduce "
-                                f"(off by {error:.2g} of their spread); add its head to head_of() in simple_distill.py")
-
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
-
 
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
@@ -908,7 +790,7 @@ def save_model(root, tokenizer, path, dtype):
     if RANK == 0:
         with torch.device("meta"):
             model = type(root.model)(root.model.config)
-        model.load_state_dict(full, assign=True, strict=False)
+        model.load_state_dict(full, assign=True, strict=False)   # a tied head is not among the parameters
         model.tie_weights()
         model.generation_config = root.model.generation_config
         shutil.rmtree(path + ".tmp", ignore_errors=True)
@@ -922,8 +804,6 @@ def save_model(root, tokenizer, path, dtype):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the GPU.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
     """The first matching pattern gives the multiplier; 0 freezes: no gradient, no state. Norms and biases do not decay."""
@@ -951,7 +831,6 @@ def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, w
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
-
 def make_schedule(cfg, optimizer, steps):
     """-> a function that sets every group's rate for a step and returns the largest: a function of the step, no state."""
     kwargs = scheduler_kwargs(cfg)
@@ -969,11 +848,9 @@ def make_schedule(cfg, optimizer, steps):
         return max(g["lr"] for g in optimizer.param_groups)
     return set_rates
 
-
 def new_health(fp16):
     """On the device: the fp16 loss scale, good steps since it changed, skipped steps in all, and in a row."""
     return {k: torch.tensor(float(v), device=DEVICE) for k, v in (("scale", 2.0**14 if fp16 else 1.0), ("good", 0), ("skipped", 0), ("streak", 0))}
-
 
 def optimizer_step(optimizer, max_grad_norm, health, fp16):
     """Clip, unscale, skip what is not finite: all inside fused AdamW, which divides by grad_scale and heeds found_inf."""
@@ -994,172 +871,137 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16):
         health["good"].mul_(1 - grow)
     return norm
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: whole or not at all. Tensors through torch.distributed.checkpoint, so that another number of ranks can
 # read them; everything else in state.json. Random numbers need no state: each step seeds itself.
-# ---------------------------------------------------------------------------------------------------------------------
-
-NO_EFFECT = {"mode", "output_dir", "resume", "num_proc", "max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
-             "eval_steps", "keep_checkpoints", "log_steps", "fsdp", "shard_teacher", "cpu_offload", "gradient_checkpointing", "use_wandb",
-             "wandb_project", "wandb_entity", "wandb_run_name", "cache_dir", "shuffle_buffer"} - {"shuffle_buffer"}
-
 
 @contextlib.contextmanager
 def lock(folder):
-    """One run a directory. The kernel holds the lock for the process: a dead one holds nothing. A directory that a refused
-    run made is taken away again."""
-    made = not os.path.isdir(folder)
-    problem = None
+    """One run a directory: the kernel drops the lock with its process. What was made for a refused run goes away again."""
+    made, problem, handle = not os.path.isdir(folder), None, None
     if RANK == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.access(folder, os.W_OK):
-                problem = f"{folder!r} is not writable"
+            problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable; choose another --output_dir"
         except BlockingIOError:
             problem = f"another run is at work in {folder!r}; wait for it or choose another --output_dir"
         except OSError as e:
-            problem = f"cannot use {folder!r} as a directory: {e.strerror}; choose another"
+            problem = f"cannot use {folder!r} as a directory ({e.strerror}); choose another --output_dir"
     problem = from_rank0(problem)
-    if problem:
-        raise UserError(problem)
     try:
+        if problem:
+            raise UserError(problem)
         yield
     finally:
-        if RANK == 0:
+        if handle is not None:
             os.close(handle)
             if made and not os.listdir(folder):
                 os.rmdir(folder)
-
 
 def tensors_of(root, optimizer, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
     moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
-    return {**{"model." + n: p.detach() for n, p in root.named_parameters()}, **moments, **{"health." + k: v for k, v in health.items()}}
-
+    return {**{f"model.{n}": p.detach() for p, n in names.items()}, **moments, **{f"health.{k}": v for k, v in health.items()}}
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """-> None, or what went wrong. Nothing old is deleted before the new one stands."""
-    final = os.path.join(folder, f"step-{step:08d}")
-    temporary = os.path.join(folder, f"tmp-{step:08d}")
-    problem = None
+    """-> None, or what went wrong. Written aside, synced, renamed; nothing old is deleted before the new one stands."""
+    final, aside, problem = os.path.join(folder, f"step-{step:08d}"), os.path.join(folder, f"tmp-{step:08d}"), None
     try:
         if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(aside)
         all_sum(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # DCP speaks about its own defaults
-            dcp.save(tensors, checkpoint_id=temporary)   # fsyncs each file
+            dcp.save(tensors, checkpoint_id=aside)   # syncs each file
         if RANK == 0:
-            state["files"] = {f: os.path.getsize(os.path.join(temporary, f)) for f in sorted(os.listdir(temporary))}
-            write_json(os.path.join(temporary, "state.json"), state)
-            sync(temporary)
+            state["files"] = {f: os.path.getsize(os.path.join(aside, f)) for f in sorted(os.listdir(aside))}
+            with open(os.path.join(aside, "state.json"), "w", encoding="utf-8") as f:
+                json.dump(state, f, indent=1)
+                f.flush()
+                os.fsync(f.fileno())
+            sync(aside)
             shutil.rmtree(final, ignore_errors=True)
-            os.rename(temporary, final)
+            os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
                 shutil.rmtree(old)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = one_line(e, 300)
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     problem = from_rank0(problem)
     if problem:
-        print0(f"WARNING: checkpoint of step {step} could not be saved ({problem}); training goes on, older ones are kept")
+        print0(f"WARNING: the checkpoint of step {step} could not be saved ({problem}); training goes on, older ones are kept")
     return problem
-
-
-def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-
 
 def sync(folder):
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
-
 def checkpoints_in(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
 
+def find_checkpoints(cfg):
+    """-> [(path, state), ...] to continue from, the best first: all files there and of their full size. Others are named."""
+    paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
+    paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
+    found = []
+    for path in paths if RANK == 0 else []:
+        try:
+            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+                state = json.load(f)
+            short = [f for f, size in state["files"].items() if os.path.getsize(os.path.join(path, f)) != size]
+            if short:
+                raise OSError(f"{short[0]} is truncated")
+            found.append((path, state))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+    found = from_rank0(found)
+    if paths and not found:
+        raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never, or name one with --resume")
+    return found
 
-def read_state(path):
-    """state.json of a checkpoint whose files are all there and of their full size; else raises."""
-    with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-        state = json.load(f)
-    for file, size in state["files"].items():
-        if os.path.getsize(os.path.join(path, file)) != size:
-            raise OSError(f"{file} is truncated")
-    return state
-
-
-def newest_state(cfg, candidates=None):
-    """-> (path, state) of the newest readable checkpoint to continue from, or (None, None); unreadable ones are named."""
-    found = None, None
-    if RANK == 0 and cfg.resume != "never":
-        paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else [cfg.resume.rstrip("/")]
-        for path in paths if candidates is None else candidates:
-            try:
-                found = path, read_state(path)
-                break
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-        else:
-            if paths:
-                found = paths[0], None
-    path, state = from_rank0(found)
-    if path and state is None:
-        raise UserError(f"no readable checkpoint in {os.path.dirname(path)!r}; start over with --resume never, or name one with --resume PATH")
-    return path, state
-
-
-def refuse_changes(there, here, where):
-    changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
-    if changed:
-        raise UserError(f"{where} holds a run with " + ", ".join(f"{k} {there.get(k)} there, {here.get(k)} here" for k in changed)
-                        + "; change it back, or start over with --resume never or another --output_dir")
-
-
-def load_checkpoint(path, state, tensors, cfg):
-    """Load in place; a checkpoint that turns out unreadable is passed over like a truncated one."""
-    while True:
+def load_checkpoint(found, tensors):
+    """Load the first of the found checkpoints that can be read, in place -> its path and state."""
+    for path, state in found:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(tensors, checkpoint_id=path)
-            return path, state
+            print0(f"resumes from {path}")
+            return state
         except Exception as e:
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-            older = [p for p in checkpoints_in(os.path.dirname(path)) if p < path]
-            if cfg.resume != "auto" or not older:
-                raise UserError(f"no readable checkpoint in {os.path.dirname(path)!r}; start over with --resume never")
-            path, state = newest_state(cfg, older)
+    raise UserError(f"no readable checkpoint in {os.path.dirname(found[0][0])!r}; start over with --resume never")
 
-
-def truncate_log(path, step):
-    """Drop what was logged after the checkpoint, and a half-written last line: those steps are about to be logged again."""
-    kept = []
-    with open(path, "a+", encoding="utf-8") as f:
-        f.seek(0)
-        for line in f:
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                kept += [line] if entry.get("train/step", entry.get("eval/step", 0)) <= step else []
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+def prepare_output(cfg, step):
+    """output_dir as of `step`: no log lines of steps about to be repeated, no half-written one, nothing of a run that starts over."""
+    place = functools.partial(os.path.join, cfg.output_dir)
+    if RANK == 0:
+        if cfg.resume == "never":
+            for old in ("checkpoints", "final"):
+                shutil.rmtree(place(old), ignore_errors=True)
+        os.makedirs(place("checkpoints"), exist_ok=True)
+        save_config(cfg, place("config.json"))
+        kept = []
+        with open(place("log.jsonl"), "a+", encoding="utf-8") as f:
+            f.seek(0)
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    kept += [line] if entry.get("train/step", entry.get("eval/step", 0)) <= step else []
+        with open(place("log.jsonl.tmp"), "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(place("log.jsonl.tmp"), place("log.jsonl"))
+    all_sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
@@ -1176,11 +1018,8 @@ def evaluate(root, work, signal_of, rows, batch_size):
     loss, ce, kl = (x / max(tokens, 1) for x in means)
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def stop_signals():
@@ -1200,7 +1039,6 @@ def stop_signals():
         for s, handler in before.items():
             signal.signal(s, handler)
 
-
 def start_wandb(cfg, run_id):
     """A run to log to, or one that swallows everything: nothing ever waits at a prompt."""
     silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=run_id)
@@ -1218,7 +1056,6 @@ def start_wandb(cfg, run_id):
         print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
         return silent
 
-
 def plan_batch(cfg, state):
     """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
     size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
@@ -1231,7 +1068,6 @@ def plan_batch(cfg, state):
         micro = -(-wanted // (WORLD * size))
         print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} micro-steps keep its {wanted} sequences a step")
     return size, micro, wanted
-
 
 @dataclasses.dataclass
 class Phase:
@@ -1246,25 +1082,20 @@ class Phase:
     weight_decay: float
     max_grad_norm: float
 
-
 def load_all(run):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
-    tokenizer = load_tokenizer(run, *(n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")))
+    named = [n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
+    tokenizer = load_tokenizer(run, *named)
     rows, held = load_data(run, tokenizer)
     student = load_student(run)
+    check_head(student, "student", run.student, tokenizer)
     teacher = load_teacher(run) if run.alpha < 1 else None
     if teacher is not None:
-        its_tokenizer = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
-        if its_tokenizer is not None:
-            compare_tokenizers(tokenizer, its_tokenizer, run.tokenizer or run.student, run.teacher)
-    check_heads(student, teacher, run)
-    biggest = max(tokenizer.get_vocab().values())
-    for role, root in (("student", student), ("teacher", teacher)):
-        if root is not None and biggest >= root.model.get_output_embeddings().weight.shape[0]:
-            raise UserError(f"the tokenizer has ids up to {biggest}, but the {role}'s vocabulary is "
-                            f"{root.model.get_output_embeddings().weight.shape[0]}; they do not belong together")
+        check_head(teacher, "teacher", run.teacher, tokenizer)
+        its = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
+        if its is not None:
+            compare_tokenizers(tokenizer, its, run.tokenizer or run.student, run.teacher)
     return tokenizer, rows, held, student, teacher
-
 
 def train(cfg):
     """-> True when the run is done, False when a signal stopped it."""
@@ -1272,10 +1103,10 @@ def train(cfg):
     if run is None:
         return False
     place = functools.partial(os.path.join, cfg.output_dir)
-    here = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
-    resume_path, state = newest_state(cfg)
+    found = find_checkpoints(cfg)
+    state = found[0][1] if found else None
     if state:
-        refuse_changes(state["config"], here, os.path.dirname(os.path.dirname(resume_path)) or ".")
+        refuse_changes(state["config"], shapes_result(cfg), found[0][0])
         if state["length"] == [cfg.max_steps, cfg.num_epochs] and state["step"] >= state["steps"] and os.path.isdir(place("final")):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
@@ -1305,7 +1136,7 @@ def train(cfg):
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
             world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, seed=cfg.seed,
-            length=[cfg.max_steps, cfg.num_epochs], wandb=wandb_run.id, config=here), cfg.keep_checkpoints)
+            length=[cfg.max_steps, cfg.num_epochs], wandb=wandb_run.id, config=shapes_result(cfg)), cfg.keep_checkpoints)
 
     print0(f"student {run.student}: {count(student.model):,} parameters; "
            + (f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else "no teacher (alpha 1)" if cfg.alpha == 1 else f"cache {cfg.cache_dir}"))
@@ -1321,10 +1152,9 @@ def train(cfg):
             set_rates = make_schedule(cfg, optimizer, phase.steps)
             if bar is None:   # the first phase that has work left: continue where the checkpoint stands
                 if state:
-                    resume_path, state = load_checkpoint(resume_path, state, tensors_of(student, optimizer, health), cfg)
+                    state = load_checkpoint(found, tensors_of(student, optimizer, health))
                     step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
                     saved_at = step
-                    print0(f"resumes from {resume_path}")
                 prepare_output(cfg, step)
                 log_file, wandb_run = open(place("log.jsonl"), "a", encoding="utf-8"), start_wandb(cfg, state and state["wandb"])
                 before = before or evaluate(student, work, signal_of, held, batch_size)
@@ -1392,19 +1222,6 @@ def train(cfg):
         raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room and run the same command again")
     return step >= steps
 
-
-def prepare_output(cfg, step):
-    """output_dir as of `step`: no log lines of steps that are about to be repeated, nothing of a run that starts over."""
-    if RANK == 0:
-        if cfg.resume == "never":
-            for old in ("checkpoints", "final"):
-                shutil.rmtree(os.path.join(cfg.output_dir, old), ignore_errors=True)
-        os.makedirs(os.path.join(cfg.output_dir, "checkpoints"), exist_ok=True)
-        save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
-        truncate_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
-    all_sum(0)
-
-
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
     final, problem, size = os.path.join(cfg.output_dir, "final"), None, count(student.model)
@@ -1428,11 +1245,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
     return problem
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: one mode, one function.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def main(argv=None):
     try:
@@ -1450,7 +1264,6 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())
