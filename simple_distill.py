@@ -11,8 +11,8 @@
     ./launch.sh ...                                                              # the same on many devices
 
 Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
-block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, D width, V vocabulary,
-K kept teacher entries a token.
+block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
+chunk, D width, V vocabulary, K kept teacher entries a token.
 """
 import collections
 import contextlib
@@ -49,8 +49,8 @@ import datasets
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, Config, UserError, parse_config, parse_multipliers,
-                    refuse_changes, save_config, scheduler_kwargs, shapes_result)
+from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, Config, UserError, parse_config,
+                    parse_multipliers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -101,8 +101,8 @@ def digest(*things):
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective in
-# chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
+# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective
+# in chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
 
 LOGITS_BUDGET = 512 * 2**20   # bytes of student and teacher logits that exist at once; larger is hardly faster
 
@@ -115,13 +115,13 @@ class Head(NamedTuple):
 
 class SparseTarget(NamedTuple):
     """A teacher from the cache: some tokens with their probabilities, and the mass of all others as one bucket."""
-    ids: torch.Tensor       # [N, K] token ids, distinct in a row; unused places hold the row's first id and 0 probability
+    ids: torch.Tensor       # [N, K] distinct in a row; unused places hold the row's first id and probability 0
     probs: torch.Tensor     # [N, K]
     rest: torch.Tensor      # [N] mass that is not listed: 0 for method sample, which is complete in expectation
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
 
 def finish_logits(raw, scale, softcap):
-    """Head output -> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw): number or tensor."""
+    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw), number or tensor."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
@@ -133,8 +133,8 @@ def finish_logits(raw, scale, softcap):
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
     """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV).
 
-    target: None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each
-    pass over [C, V] is 3 % of a step; with one they fuse into three.
+    target: None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler
+    each pass over [C, V] counts; with one they fuse into three.
     """
     z, slope = finish_logits(student_CV, *student_bend)
     own_C1 = labels_C[:, None]
@@ -190,7 +190,7 @@ def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
         except Exception as e:
             if state["run"] is eager:
                 raise
-            print0(f"loss: no working compiler ({type(e).__name__}), the element-wise part runs eagerly (about 1.3 x slower)")
+            print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs eagerly")
             state["run"] = eager
             return eager(*args)
     return kernel
@@ -205,17 +205,17 @@ class FusedDistillation(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
-        sparse, online = isinstance(teacher, SparseTarget), isinstance(teacher, tuple) and not isinstance(teacher, SparseTarget)
-        teacher_bend = tuple(teacher[1][2:]) if online else (1.0, None)
-        kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha, temperature=temperature,
-                              divergence=divergence, student_bend=bend, teacher_bend=teacher_bend)
+        sparse = isinstance(teacher, SparseTarget)
+        kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha,
+                              temperature=temperature, divergence=divergence, student_bend=bend,
+                              teacher_bend=(1.0, None) if sparse or teacher is None else tuple(teacher[1][2:]))
         ce, kl = hidden_ND.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             h_CD, target = hidden_ND[part], None
             if sparse:
                 target = SparseTarget(*(x[part] for x in teacher))
-            elif online:
+            elif teacher is not None:
                 target = nn.functional.linear(teacher[0][part], teacher[1].weight, teacher[1].bias)
             ce_C, kl_C, grad_CV = kernel(nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
             ce, kl = ce + ce_C.sum(dtype=torch.float64), kl + kl_C.sum(dtype=torch.float64)
@@ -229,22 +229,22 @@ class FusedDistillation(torch.autograd.Function):
                 grad_weight.addmm_(grad_CV.T, h_CD)
             elif need_weight:
                 grad_weight += grad_CV.T @ h_CD
-        ctx.grads, ctx.dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype)
+        ctx.grads, ctx.dtype = (grad_hidden, grad_weight, grad_bias), hidden_ND.dtype
         ce, kl = ce.to(exact), kl.to(exact)
         ctx.mark_non_differentiable(ce, kl)
         return alpha * ce + (1 - alpha) * kl, ce, kl
 
     @staticmethod
     def backward(ctx, scale, *_):
-        scaled = [g if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype)) for g, dtype in zip(ctx.grads, ctx.dtypes)]
-        return *scaled, *[None] * 7
+        into = functools.partial(torch.empty_like, dtype=ctx.dtype)
+        return *(g if g is None else torch.mul(g, scale, out=into(g)) for g in ctx.grads), *[None] * 7
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature, divergence="forward",
                       denominator=None, chunk=None):
     """student_hidden [N, D], labels [N] with -100 = not counted -> loss, ce, kl, each divided by denominator.
 
-    teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host: then
-    dropping the uncounted positions does not make the GPU wait.
+    teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host:
+    then dropping the uncounted positions does not make the GPU wait.
     """
     counted = (labels != -100).nonzero()[:, 0]
     denominator = max(len(counted), 1) if denominator is None else denominator
@@ -258,21 +258,22 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
             teacher = (teacher[0][counted], teacher[1])
     labels = labels.to(student_hidden.device, non_blocking=True)
     if teacher is not None and not isinstance(teacher, SparseTarget):
-        hidden, head = teacher[0], as_head(teacher[1])
+        head = as_head(teacher[1])
         vocab = min(len(weight), len(head.weight))   # padded tails are cut, nothing is zero-padded
-        weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-        teacher = (hidden, head._replace(weight=head.weight[:vocab], bias=None if head.bias is None else head.bias[:vocab]))
+        cut = lambda x: None if x is None else x[:vocab]
+        weight, bias, teacher = cut(weight), cut(bias), (teacher[0], Head(cut(head.weight), cut(head.bias), *head[2:]))
     chunk = chunk or max(1, LOGITS_BUDGET // (2 * max(student_hidden.element_size(), 2) * len(weight)))
     sums = FusedDistillation.apply(student_hidden, weight, bias, labels, teacher if alpha < 1 else None,
                                    tuple(student_head[2:]), alpha, temperature, divergence, chunk)
     return tuple(x / denominator for x in sums)
 
 def as_head(head):
-    return Head(head.weight, getattr(head, "bias", None), float(getattr(head, "scale", None) or 1.0), getattr(head, "softcap", None))
+    scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
+    return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the number
-# of ranks. Hands on: rows that can be indexed (or a stream), and Batch.
+# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
+# number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
 
 CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -287,7 +288,7 @@ def load_tokenizer(cfg, *candidates):
             try:
                 return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
             except Exception as e:
-                raise UserError(f"no tokenizer could be loaded from {name!r} ({one_line(e)}); name one with --tokenizer")
+                raise UserError(f"no tokenizer in {name!r} ({one_line(e)}); name one with --tokenizer")
 
 def load_raw(cfg, split, streaming):
     """One split as rows of text or conversations; None where there is no such split."""
@@ -309,19 +310,19 @@ def load_raw(cfg, split, streaming):
         if "Unknown split" in str(e) or "Bad split" in str(e):
             return None
         explain_bad_file(name, kind)
-        raise UserError(f"dataset {name!r} could not be read as " + (f"{kind} file" if kind else "hub dataset (no network, or no access?), "
-                        "local data file or save_to_disk directory") + f": {one_line(e)}")
+        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
+        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
 
 def explain_bad_file(path, kind):
     """The reader's message does not say where: name the line."""
     with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                value = json.loads(line.decode("utf-8") or "{}") if path.endswith(".jsonl") and line.strip() else line.decode("utf-8")
+                text = line.decode("utf-8").strip()
+                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object with columns")
             except ValueError as e:   # UnicodeDecodeError is one
                 raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
-            if path.endswith(".jsonl") and line.strip() and not isinstance(value, dict):
-                raise UserError(f"dataset file {path!r}, line {number}: not a JSON object with columns; mend or delete that line")
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
@@ -340,8 +341,8 @@ def conversation_of(row):
 def render(messages, tokenizer, marks):
     """A conversation as text, and the character spans of it that the assistant wrote, end marks included.
 
-    The spans are found by rendering once more with one assistant turn replaced: what differs is that turn. This holds for
-    any template, with generation markers or not, also for those that treat earlier turns differently.
+    The spans are found by rendering once more with one assistant turn replaced: what differs is that turn. This holds
+    for any template, with generation markers or not, also for those that treat earlier turns differently.
     """
     text, spans = "", []
     if not tokenizer.chat_template:
@@ -362,7 +363,7 @@ def render(messages, tokenizer, marks):
     return text, spans
 
 def encode(batch, tokenizer, text_column, seq_len, carry):
-    """Raw rows -> token rows. Text joins the stream in carry and leaves it in blocks of seq_len; a conversation is a row."""
+    """Raw rows -> token rows. Text joins what is in carry and leaves it in blocks of seq_len; a conversation is a row."""
     talks = [c for c in map(conversation_of, batch) if c]
     plain = [row[text_column] for row in batch if row.get(text_column)] if not talks else []
     if plain:
@@ -373,8 +374,9 @@ def encode(batch, tokenizer, text_column, seq_len, carry):
         yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
         del carry[:whole]
     if talks:
-        special = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
-        talks = [render(c, tokenizer, sorted(special, key=len, reverse=True)) for c in talks]
+        added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        talks = [render(c, tokenizer, marks) for c in talks]
         coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
                           return_offsets_mapping=True, verbose=False)
         for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
@@ -393,7 +395,8 @@ def encode_all(raws, tokenizer, text_column, seq_len):
 
 def tokenize(raw, tokenizer, cfg, what):
     """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
-    features = datasets.Features(input_ids=datasets.List(datasets.Value("int32")), targets=datasets.List(datasets.Value("bool")))
+    a_list = lambda kind: datasets.List(datasets.Value(kind))
+    features = datasets.Features(input_ids=a_list("int32"), targets=a_list("bool"))
     mark = digest(raw._fingerprint, tokenizer_digest(tokenizer), cfg.text_column, cfg.seq_len)
     workers = min(cfg.num_proc or 1, len(raw))
     raws = [raw.shard(workers, i, contiguous=True) for i in range(workers)]
@@ -405,28 +408,30 @@ def tokenize(raw, tokenizer, cfg, what):
     except datasets.exceptions.DatasetGenerationError as e:
         raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e.__cause__ or e)}")
     if len(rows) == 0:
-        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn within seq_len)")
+        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn?)")
     if rows[0]["targets"] is not None and len(rows) < len(raw):
-        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} conversations without a target token in seq_len {cfg.seq_len}")
+        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} conversations, no target within seq_len {cfg.seq_len}")
     return rows.with_format("numpy")
 
 def tokenizer_digest(tokenizer):
-    return digest(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(), str(tokenizer.chat_template))
+    code = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    return digest(code, str(tokenizer.chat_template))
 
 def load_data(cfg, tokenizer):
     """-> (train rows or stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
     if tokenizer is None:
-        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; name one with --tokenizer")
+        raise UserError(f"student {cfg.student!r} and teacher {cfg.teacher!r} have no tokenizer; name one with --tokenizer")
     with node_first():
         raw = load_raw(cfg, cfg.train_split, cfg.streaming)
         held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
     for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
         if found is None and split != Config.eval_split:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another (eval_split unset: a slice of train is held out)")
+            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
+                            "hold out a slice of train")
     row = next(iter(raw), None)
     if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
-        raise UserError(f"dataset {cfg.dataset!r} has " + ("no rows" if row is None else f"no text column {cfg.text_column!r} and no known "
-                        f"conversation columns; it has {', '.join(row)}: name one with --text_column"))
+        raise UserError(f"dataset {cfg.dataset!r} has " + ("no rows" if row is None else f"no text in column {cfg.text_column!r} "
+                        f"and no known conversation columns; it has {', '.join(row)}: name one with --text_column"))
     if cfg.streaming:
         if held is None:   # the head of the stream is kept back
             held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
@@ -436,13 +441,15 @@ def load_data(cfg, tokenizer):
     raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
     if held is None and len(raw) > 1:
         gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(i for i in range(len(raw)) if i % gap != gap - 1)
+        held, kept = raw.select(range(gap - 1, len(raw), gap)), (i for i in range(len(raw)) if i % gap != gap - 1)
+        raw = raw.select(kept)
     rows = tokenize(raw, tokenizer, cfg, "train")
     held = tokenize(held, tokenizer, cfg, "eval") if held is not None else None
     if held is None:   # one long document: its last twentieth
         cut = len(rows) - max(1, len(rows) // 20)
         if cut == 0:
-            raise UserError(f"dataset {cfg.dataset!r} is a single sequence of up to {cfg.seq_len} tokens; nothing is left to evaluate on")
+            raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or less; nothing is left "
+                            "to evaluate on: bring more text or lower --seq_len")
         rows, held = rows.take(cut), rows.skip(cut)
     return rows, held.take(min(cfg.eval_samples, len(held)))
 
@@ -456,21 +463,21 @@ class Batch:
 
 def collate(rows, pad_to=1):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
-    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part, nothing counts
+    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: takes part, uncounted
     width = -(-max(len(r["input_ids"]) for r in rows) // pad_to) * pad_to
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
     for i, row in enumerate(rows):
         x = torch.as_tensor(row["input_ids"], dtype=torch.long)
         ids[i, :len(x)] = x
         targets = row.get("targets")
-        keep = torch.ones(len(x), dtype=torch.bool) if targets is None or len(targets) == 0 else torch.as_tensor(targets)
-        labels[i, :len(x) - 1] = torch.where(keep, x, -100)[1:]
+        labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
     sparse = [r["sparse"] for r in rows if "sparse" in r]
     sparse = SparseTarget(*map(torch.cat, zip(*sparse))) if sparse else None
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse and SparseTarget(*map(send, sparse)))
+    sparse = sparse and SparseTarget(*map(send, sparse))
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
@@ -478,13 +485,13 @@ def indexed_batches(rows, seed, global_batch, step):
     for step in itertools.count(step):
         if epoch != step // steps_per_epoch:
             epoch = step // steps_per_epoch
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         start = step % steps_per_epoch * global_batch
-        yield order[start:start + global_batch], None
+        yield order[start:start + global_batch].tolist(), None
 
 def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
-    """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began, what
-    was carried into it and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
+    """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began,
+    what was carried into it and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
     beginning, size, pending = raw.state_dict(), window or 1000, []
     state = state or {"epoch": 0, "window": 0, "used": 0, "carry": [], "source": beginning}
     raw.load_state_dict(state["source"])
@@ -527,13 +534,13 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
         yield [collate(mine[i * batch_size:(i + 1) * batch_size]) for i in range(micro_steps)], position
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the demo
-# is a run like any other.
+# Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the
+# demo is a run like any other.
 
 def stdlib_sources():
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
-    skip = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo", "pydoc_data"}
+    skip = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo", "pydoc_data"}
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(set(inside) - skip)
         for file in sorted(f for f in files if f.endswith(".py")):
@@ -556,11 +563,11 @@ def make_demo(path):
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
                                          ).save_pretrained(path("tokenizer"))
     for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-                                 eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
+        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
+                                 bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 def resolve_demo(cfg):
-    """Each `demo` becomes the files it stands for; the teacher is trained by this very trainer the first time. None: stopped."""
+    """Each `demo` becomes the files it stands for; this very trainer trains the teacher the first time. None: stopped."""
     if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
         return cfg
     path = functools.partial(os.path.join, cfg.output_dir, "demo")
@@ -570,12 +577,14 @@ def resolve_demo(cfg):
     places = {"dataset": path("corpus")} if cfg.dataset == "demo" else {}
     if cfg.student == "demo":
         places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
-    if cfg.teacher == "demo" and (cfg.mode != "train" or cfg.student.startswith("layers:") or cfg.alpha < 1 and not cfg.cache_dir):
+    online = cfg.alpha < 1 and not cfg.cache_dir
+    if cfg.teacher == "demo" and (cfg.mode != "train" or online or cfg.student.startswith("layers:")):
         places["teacher"] = path("teacher", "final")
         if not os.path.exists(places["teacher"]):
             print0(f"demo: first the teacher, {DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')}")
-            if not train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
-                                output_dir=path("teacher"), dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, **DEMO_TEACHER_RUN)):
+            if not train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), use_wandb=False,
+                                tokenizer=path("tokenizer"), output_dir=path("teacher"), dtype=cfg.dtype,
+                                log_steps=cfg.log_steps, **DEMO_TEACHER_RUN)):
                 return None
     return dataclasses.replace(cfg, **places)
 
@@ -607,36 +616,37 @@ def head_of(model):
     return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
 
 def head_error(model, ids_1T):
-    """Runs inside a root: how far hidden states times head_of are from the model's own logits, relative to their spread."""
+    """Runs inside a root: how far hidden states times head_of are from the model's own logits, by their spread."""
     head = head_of(model)
     ours = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
     its = model(input_ids=ids_1T, use_cache=False).logits.float()
     return (ours - its).abs().max() / its.std().clamp_min(1e-6)
 
 def check_head(root, role, name, tokenizer):
-    """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused, not mistrained."""
-    rows, biggest, was_training = root.model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()), root.training
+    """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused."""
+    rows, biggest = root.model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    was_training = root.training
     if biggest >= rows:
-        raise UserError(f"the tokenizer has ids up to {biggest}, but {role} {name!r} has only {rows} rows; they do not belong together")
+        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; they do not belong together")
     root.eval()
     with torch.no_grad():
         error = root(head_error, torch.arange(8, device=DEVICE)[None] % rows).item()
     root.train(was_training)
     root.release()
     if not error < 0.1:   # bf16 logits are off by 0.02
-        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head are off its own logits by {error:.2g} "
-                        f"of their spread; teach its scaling to head_of() in simple_distill.py")
+        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head are off its own logits by "
+                        f"{error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
     ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
     shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    clash = [f"token {i} is {ours[i]!r} in one and {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]][:1]
+    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]][:1]
     if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
         clash = ["they share a vocabulary but cut text differently"]
     if clash:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. Distil within one "
-                        "tokenizer, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
+                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -678,7 +688,7 @@ def model_config(name, cfg, role):
         raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
     known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     if getattr(config, "is_encoder_decoder", False) or not known:
-        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model; choose another")
+        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model")
     return config
 
 def read_model(name, config, cfg, role, dtype):
@@ -692,7 +702,7 @@ def read_model(name, config, cfg, role, dtype):
     except Exception as e:
         raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
     if info["missing_keys"]:
-        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it a whole language model?")
+        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it whole?")
     return model
 
 def layers_of(model):
@@ -701,7 +711,7 @@ def layers_of(model):
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return path, module
-    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList of that length; choose another model")
+    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
 def thin(whole, config, keep):
     """The kept layers of a model as a model of their own."""
@@ -723,11 +733,13 @@ def load_student(cfg):
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
         raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
     keep = [round(i) for i in torch.linspace(0, depth - 1, int(wanted)).tolist()]
-    values = {k: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v for k, v in whole.to_dict().items()}
+    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
+    values = {k: each(v) for k, v in whole.to_dict().items()}
     values[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
     config = type(whole).from_dict(values)
     print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
-    return spread(cfg, config, lambda: thin(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep))
+    read = lambda: read_model(cfg.teacher, whole, cfg, "teacher", torch.float32)
+    return spread(cfg, config, lambda: thin(read(), config, keep))
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -737,10 +749,11 @@ def load_teacher(cfg):
 
 def spread(cfg, config, read, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
-    compute_dtype; a teacher (frozen: its dtype) has no gradients, and its root stays gathered for the loss to use its head."""
+    compute_dtype; a teacher (frozen: its dtype) has no gradients, its root stays gathered for the loss to use its head."""
+    trust, dtype = dict(trust_remote_code=cfg.trust_remote_code), compute_dtype(cfg)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-    source, root, dtype, layers = read() if RANK == 0 else None, Inside(model), compute_dtype(cfg), layers_of(model)[1]
+        model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, **trust)
+    source, root, layers = read() if RANK == 0 else None, Inside(model), layers_of(model)[1]
     model.train(not frozen).requires_grad_(not frozen)
     if not frozen and cfg.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
@@ -757,9 +770,10 @@ def spread(cfg, config, read, frozen=None):
         if cfg.cpu_offload and CUDA:
             options["offload_policy"] = CPUOffloadPolicy()
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp in ("full_shard", "hybrid_shard"), **options)
+            fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    fill(model, dict([*source.named_parameters(), *source.named_buffers()]) if source else {}, "cpu" if cfg.cpu_offload else DEVICE)
+    tensors = dict([*source.named_parameters(), *source.named_buffers()]) if source else {}
+    fill(model, tensors, "cpu" if cfg.cpu_offload else DEVICE)
     return root
 
 @torch.no_grad()
@@ -803,7 +817,8 @@ def save_model(root, tokenizer, path, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the GPU.
+# Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the
+# GPU.
 
 def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
     """The first matching pattern gives the multiplier; 0 freezes: no gradient, no state. Norms and biases do not decay."""
@@ -818,21 +833,23 @@ def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, w
             groups.setdefault((multiplier, p.ndim >= 2), []).append(p)
     for (pattern, _), n in zip(rules, hits):
         if n == 0:
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names look like {named[len(named) // 2][0]}")
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names look "
+                            f"like {named[len(named) // 2][0]}")
     if not groups:
         raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
     frozen = sum(p.numel() for _, p in named if not p.requires_grad)
     rates = {m: sum(p.numel() for (m2, _), g in groups.items() if m2 == m for p in g) for m, _ in groups}
-    print0("trains " + ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items()) + (f"; {frozen:,} frozen" if frozen else ""))
+    print0("trains " + ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items()) + f"; {frozen:,} frozen")
     optimizer = torch.optim.AdamW([dict(params=g, lr=learning_rate * m, weight_decay=weight_decay if decay else 0.0)
                                    for (m, decay), g in groups.items()], fused=True)
-    for group in optimizer.param_groups:   # state from the start: the memory is known, and a checkpoint has where to load to
+    for group in optimizer.param_groups:   # from the start: the memory is known, and a checkpoint has where to load to
         for p in group["params"]:
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
 
 def make_schedule(cfg, optimizer, steps):
-    """-> a function that sets every group's rate for a step and returns the largest: a function of the step, no state."""
+    """-> a function that sets every group's rate for a step and returns the largest: nothing to save or replay."""
     kwargs = scheduler_kwargs(cfg)
     if cfg.lr_scheduler == "warmup_stable_decay":
         kwargs.setdefault("num_decay_steps", max(1, steps // 5))
@@ -850,7 +867,8 @@ def make_schedule(cfg, optimizer, steps):
 
 def new_health(fp16):
     """On the device: the fp16 loss scale, good steps since it changed, skipped steps in all, and in a row."""
-    return {k: torch.tensor(float(v), device=DEVICE) for k, v in (("scale", 2.0**14 if fp16 else 1.0), ("good", 0), ("skipped", 0), ("streak", 0))}
+    start = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
+    return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
 def optimizer_step(optimizer, max_grad_norm, health, fp16):
     """Clip, unscale, skip what is not finite: all inside fused AdamW, which divides by grad_scale and heeds found_inf."""
@@ -877,7 +895,7 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16):
 
 @contextlib.contextmanager
 def lock(folder):
-    """One run a directory: the kernel drops the lock with its process. What was made for a refused run goes away again."""
+    """One run a directory; the kernel drops the lock with its process. A directory made for a refused run goes again."""
     made, problem, handle = not os.path.isdir(folder), None, None
     if RANK == 0:
         try:
@@ -904,7 +922,7 @@ def tensors_of(root, optimizer, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
     moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
-    return {**{f"model.{n}": p.detach() for p, n in names.items()}, **moments, **{f"health.{k}": v for k, v in health.items()}}
+    return {f"model.{n}": p.detach() for p, n in names.items()} | moments | {f"health.{k}": v for k, v in health.items()}
 
 def save_checkpoint(folder, step, tensors, state, keep):
     """-> None, or what went wrong. Written aside, synced, renamed; nothing old is deleted before the new one stands."""
@@ -934,7 +952,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
         shutil.rmtree(aside, ignore_errors=True)
     problem = from_rank0(problem)
     if problem:
-        print0(f"WARNING: the checkpoint of step {step} could not be saved ({problem}); training goes on, older ones are kept")
+        print0(f"WARNING: the checkpoint of step {step} could not be saved ({problem}); the run goes on, older ones stay")
     return problem
 
 def sync(folder):
@@ -946,7 +964,7 @@ def checkpoints_in(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
 
 def find_checkpoints(cfg):
-    """-> [(path, state), ...] to continue from, the best first: all files there and of their full size. Others are named."""
+    """-> [(path, state), ...] to continue from, the best first: all files there, of their full size. Others are named."""
     paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
     paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
     found = []
@@ -962,7 +980,7 @@ def find_checkpoints(cfg):
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
     found = from_rank0(found)
     if paths and not found:
-        raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never, or name one with --resume")
+        raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never")
     return found
 
 def load_checkpoint(found, tensors):
@@ -979,7 +997,7 @@ def load_checkpoint(found, tensors):
     raise UserError(f"no readable checkpoint in {os.path.dirname(found[0][0])!r}; start over with --resume never")
 
 def prepare_output(cfg, step):
-    """output_dir as of `step`: no log lines of steps about to be repeated, no half-written one, nothing of a run that starts over."""
+    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
     place = functools.partial(os.path.join, cfg.output_dir)
     if RANK == 0:
         if cfg.resume == "never":
@@ -1008,7 +1026,7 @@ def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
     was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
     root.eval()
-    for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, with nothing counted where rows end
+    for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
         sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
         sums[3] += len(batch.labels)
@@ -1062,16 +1080,16 @@ def plan_batch(cfg, state):
     wanted = state["global_batch"] if state else size * micro * WORLD
     if wanted != size * micro * WORLD:
         if [size, micro] != state["batch"] or WORLD == state["world"]:
-            raise UserError(f"{cfg.output_dir!r} holds a run with {wanted} sequences a step, here they are {size} x {micro} x {WORLD} "
-                            f"ranks; keep the product, or start over with --resume never or another --output_dir")
+            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, here they are {size} x {micro} x "
+                            f"{WORLD} ranks; keep the product, or start over with --resume never or another --output_dir")
         size = min(size, -(-wanted // WORLD))
         micro = -(-wanted // (WORLD * size))
-        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} micro-steps keep its {wanted} sequences a step")
+        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} keep its {wanted} sequences a step")
     return size, micro, wanted
 
 @dataclasses.dataclass
 class Phase:
-    """A stretch of training with its own loss, parameters and schedule. Ordinary distillation is one, block-wise several."""
+    """A stretch of training with its own loss, parameters and schedule: ordinary distillation is one, block-wise many."""
     name: str
     steps: int
     work: Any       # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
@@ -1107,7 +1125,8 @@ def train(cfg):
     state = found[0][1] if found else None
     if state:
         refuse_changes(state["config"], shapes_result(cfg), found[0][0])
-        if state["length"] == [cfg.max_steps, cfg.num_epochs] and state["step"] >= state["steps"] and os.path.isdir(place("final")):
+        same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
+        if same_length and state["step"] >= state["steps"] and os.path.isdir(place("final")):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
     tokenizer, rows, held, student, teacher = load_all(run)
@@ -1119,7 +1138,8 @@ def train(cfg):
     work = functools.partial(distil, **objective)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
     phases = [Phase("distil", cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch)), work, signal_of,
-                    parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)]
+                    parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay,
+                    cfg.max_grad_norm)]
     steps, step, best, before, position, tokens_seen = sum(p.steps for p in phases), 0, math.inf, None, None, 0
     health, log_file, wandb_run, now, problem, saved_at = new_health(fp16), None, None, None, None, None
 
@@ -1134,33 +1154,36 @@ def train(cfg):
 
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
-            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
-            world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, seed=cfg.seed,
-            length=[cfg.max_steps, cfg.num_epochs], wandb=wandb_run.id, config=shapes_result(cfg)), cfg.keep_checkpoints)
+            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before, world=WORLD,
+            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, wandb=wandb_run.id,
+            length=[cfg.max_steps, cfg.num_epochs], config=shapes_result(cfg)), cfg.keep_checkpoints)
 
-    print0(f"student {run.student}: {count(student.model):,} parameters; "
-           + (f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else "no teacher (alpha 1)" if cfg.alpha == 1 else f"cache {cfg.cache_dir}"))
-    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {WORLD}) of "
-           f"{'a stream' if cfg.streaming else f'{len(rows):,}'}; {steps} steps; {len(held)} sequences held out; all goes to {cfg.output_dir}")
+    whose = f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else f"teacher: cache {cfg.cache_dir}"
+    print0(f"student {run.student}: {count(student.model):,} parameters; {whose if cfg.alpha < 1 else 'no teacher (alpha 1)'}")
+    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x "
+           f"{WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; {len(held)} held out; "
+           f"all goes to {cfg.output_dir}")
     bar = batches = None
     with stop_signals() as asked:
         for number, phase in enumerate(phases):
             last = sum(p.steps for p in phases[:number + 1])
             if (state["step"] if state else step) >= last < steps:
                 continue
-            optimizer = make_optimizer(student.model.named_parameters(), phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
+            optimizer = make_optimizer(student.model.named_parameters(), phase.rules, phase.default, phase.learning_rate,
+                                       phase.weight_decay)
             set_rates = make_schedule(cfg, optimizer, phase.steps)
             if bar is None:   # the first phase that has work left: continue where the checkpoint stands
                 if state:
                     state = load_checkpoint(found, tensors_of(student, optimizer, health))
-                    step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
-                    saved_at = step
+                    saved_at = step = state["step"]
+                    best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
                 prepare_output(cfg, step)
-                log_file, wandb_run = open(place("log.jsonl"), "a", encoding="utf-8"), start_wandb(cfg, state and state["wandb"])
+                log_file = open(place("log.jsonl"), "a", encoding="utf-8")
+                wandb_run = start_wandb(cfg, state and state["wandb"])
                 before = before or evaluate(student, work, signal_of, held, batch_size)
                 if cfg.streaming:
-                    encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-                    batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+                    how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+                    batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
                 else:
                     batches = indexed_batches(rows, cfg.seed, global_batch, step)
                 batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
@@ -1169,15 +1192,16 @@ def train(cfg):
             since, since_tokens = time.time(), 0
             while step < last:
                 micro, position = next(batches)
-                tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree on the step
+                tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree
                 if stopping:
                     break
-                torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout; derived, so a resume needs no state
-                rate, sums, grad_norm = set_rates(step - last + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
+                torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
+                rate, sums = set_rates(step - last + phase.steps), torch.zeros(3, device=DEVICE)
+                grad_norm = torch.zeros(())
                 for i, batch in enumerate(micro):
                     student.set_requires_gradient_sync(i == len(micro) - 1)
                     loss, ce, kl = student(phase.work, batch, phase.signal(batch), max(tokens, 1))
-                    # FSDP averages over ranks, the mean is over all tokens; a loss that is not finite takes its gradient along
+                    # FSDP averages over ranks, the mean is over tokens; a loss that is not finite takes its gradient along
                     (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                     sums += torch.stack([loss.detach(), ce, kl])
                 if tokens:
@@ -1189,8 +1213,8 @@ def train(cfg):
                 bar.update()
                 if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                     save()
-                    raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint there holds the "
-                                    f"last good weights. Lower --learning_rate, or try --dtype fp32, and look at the data")
+                    raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint "
+                                    "there holds the last good weights. Lower --learning_rate, or try --dtype fp32")
                 if step % cfg.log_steps == 0 or step == last:
                     loss, ce, kl = all_sum(*sums.tolist())
                     speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
@@ -1203,8 +1227,10 @@ def train(cfg):
                 if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
                     now = evaluate(student, work, signal_of, held, batch_size)
                     best = min(best, now["loss"])
-                    log(**{f"eval/{k}": v for k, v in {**now, "min_loss": best, "epoch": epoch(), "step": step}.items()})
-                    print0(f"step {step}: held-out loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, kl {now['kl_loss']:.4f}")
+                    entry = {**now, "min_loss": best, "epoch": epoch(), "step": step}
+                    log(**{f"eval/{k}": v for k, v in entry.items()})
+                    print0(f"step {step}: held out: loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, "
+                           f"kl {now['kl_loss']:.4f}")
                 if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
                     problem, saved_at = save(), step
         if step < steps and saved_at != step:
@@ -1219,7 +1245,7 @@ def train(cfg):
     wandb_run.finish()
     log_file.close()
     if problem:
-        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room and run the same command again")
+        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then the same command again")
     return step >= steps
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
@@ -1228,7 +1254,7 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     lines = [("student before", before, size), ("student after", after, size)]
     if teacher is not None:
         alone = functools.partial(distil, alpha=1.0, temperature=1.0, divergence="forward")
-        lines.insert(0, ("teacher", evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size), count(teacher.model)))
+        lines = [("teacher", evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size), count(teacher.model)), *lines]
     try:
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
@@ -1240,7 +1266,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     if RANK == 0 and not problem:
         model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
         start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
-        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False, pad_token_id=0)[0]
+        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
+                             pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
     print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
     return problem
