@@ -164,10 +164,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
             grad = p.sub_(q, alpha=weight) if share + weight == 1 else p.sub_(q).mul_(weight) if share == 0 else \
                 p.mul_(share + weight).sub_(q, alpha=weight)
         else:
-            middle = logq if divergence == "reverse" else torch.logaddexp(logp, logq).sub_(math.log(2))
-            half = 1.0 if divergence == "reverse" else 0.5
-            pull = (logp - middle).mul_(half)   # dKL/dp, up to a constant that the softmax removes
-            other = 0.0 if divergence == "reverse" else torch.linalg.vecdot(logq.exp(), logq - middle) * half
+            d = logq - logp   # log of the ratio; of p to the middle it is exactly 0 where the two agree
+            pull = -d if divergence == "reverse" else (d.clamp_min(0) + (torch.expm1(-d.abs()) / 2).log1p_()).mul_(-0.5)
+            other = 0.0 if divergence == "reverse" else torch.linalg.vecdot(logq.exp_(), d.mul_(0.5).add_(pull))
             p = logp.exp_()
             mean = torch.linalg.vecdot(p, pull)
             kl, grad = mean + other, p.mul_(pull.sub_(mean[:, None]).mul_(weight).add_(share))
