@@ -226,11 +226,10 @@ def shapes_result(cfg):
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
 
 
-def refuse_changes(there, here, where):
+def refuse_changes(there, here, where, way_out="start over with --resume never or another --output_dir"):
     changed = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in {**there, **here} if there.get(k) != here.get(k)]
     if changed:
-        raise UserError(f"{where} is of a run with {'; '.join(changed)}. Change it back, or start over with --resume never or another "
-                        f"--output_dir")
+        raise UserError(f"{where} is of a run with {'; '.join(changed)}. Change it back, or {way_out}")
 
 
 def parse_multipliers(items):
@@ -309,7 +308,7 @@ def parse_config(argv):
     values, left = parser.parse_known_args(given)
     if left:
         raise UserError(f"cannot make sense of {' '.join(left)!r}; flags start with --")
-    if values.student == "demo" and values.mode in ("train", "cache", "eval"):
+    if "demo" == values.student == (values.teacher if values.mode == "cache" else "demo") and values.mode in ("train", "cache", "eval"):
         parser.set_defaults(**{k: v for k, v in DEMO.items() if k in READ_BY[values.mode]})
         values = parser.parse_args(given)
     values = {k: v for k, v in vars(values).items() if k != "config"}
@@ -318,5 +317,5 @@ def parse_config(argv):
 
 def save_config(cfg, path):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(dataclasses.asdict(cfg), f, indent=2)
+        json.dump(cfg if isinstance(cfg, dict) else dataclasses.asdict(cfg), f, indent=2)
     os.replace(path + ".tmp", path)

@@ -34,9 +34,12 @@ import time
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+import zlib
 from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+import numpy as np
+import safetensors.numpy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -589,6 +592,232 @@ def resolve_demo(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Teacher cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number of
+# workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORWARD_TOKENS = 4096   # of a teacher forward, whatever batch_size is: what shares a batch changes the last bits of logits
+COUNTS = ("rows", "tokens", "targets", "entries", "mass")
+
+def pack(fields):
+    """[(values, bits), ...] -> bytes: a checksum, then each field in its bits (Arrow's 8, 16, 32 are a third more)."""
+    wide = [np.ascontiguousarray(x, "<u4").view(np.uint8).reshape(-1, 4) for x, _ in fields]
+    flat = [np.unpackbits(x, axis=1, count=bits, bitorder="little") for x, (_, bits) in zip(wide, fields)]
+    body = b"".join(np.packbits(x, bitorder="little").tobytes() for x in flat)
+    return zlib.crc32(body).to_bytes(4, "little") + body
+
+def unpack_row(stream, m):
+    """Bytes -> a row like those of load_data, and its SparseTarget with m["size"] places a token."""
+    at, size, wide = 4, m["size"], (m["vocabulary"] - 1).bit_length()
+    if zlib.crc32(stream[4:]) != int.from_bytes(stream[:4], "little"):
+        raise ValueError("wrong checksum")
+
+    def take(n, bits):
+        nonlocal at
+        start, at, out = at, at - (-n * bits // 8), np.zeros((n, 32), np.uint8)
+        out[:, :bits] = np.unpackbits(stream[start:at], count=n * bits, bitorder="little").reshape(n, bits)
+        return np.packbits(out, bitorder="little").view("<u4").astype(np.int64)
+
+    mass = lambda code, top: np.exp(-24 * (code / top) ** 2) * (code < top)
+    length, entries = take(2, 32)
+    ids, keep, both = take(length, wide), take(length, 1).astype(bool), take(entries, wide + m["bits"])
+    listed, code, extra = both & (1 << wide) - 1, both >> wide, take(n := keep[1:].sum(), 12)
+    if m["method"] == "sample":   # the counts of a token sum to size: nothing else marks where its entries end
+        token, place = np.divmod(code.cumsum() - code + np.arange(entries), size)
+        first, probs, rest, entropy = np.flatnonzero(place == 0), np.zeros((n, size)), np.zeros(n), extra / 256
+        places, place = np.repeat(listed[first, None], size, 1), np.arange(entries) - first[token]
+        places[token, place], probs[token, place] = listed, (code + 1) / size
+    else:   # a sum of 1 takes out the common part of the rounding; entropy of what is listed and rest: KL >= 0
+        q = np.column_stack([mass(code, 255).reshape(n, size), mass(extra, 4095)])
+        q /= q.sum(1, keepdims=True)
+        places, probs, rest, entropy = listed.reshape(n, size), q[:, :-1], q[:, -1], -(q * np.log(q + 1e-30)).sum(1)
+    floats = (torch.from_numpy(x.astype(np.float32)) for x in (probs, rest, entropy))
+    return {"input_ids": ids, "targets": keep, "sparse": SparseTarget(torch.from_numpy(places), *floats)}
+
+@torch.no_grad()
+def keep_teacher(signal_of, rows, first, m):
+    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, COUNTS) a row."""
+    (hidden_ND, head), V, at, packed = signal_of(collate(rows)), m["vocabulary"], 0, []
+    weight_VD, bias_V, wide = head.weight[:V], None if head.bias is None else head.bias[:V], (V - 1).bit_length()
+    code = lambda logp, top: (logp / -24).sqrt().mul(top).round().clamp_max(top)   # |error| < 0.0193 sqrt(-logp) + 0.0001
+    for index, row in enumerate(rows, first):
+        keep = np.asarray(row["targets"] if np.size(row["targets"]) > 1 else [True] * len(row["input_ids"]))   # None: all
+        n, parts, draw = int(keep[1:].sum()), [], torch.Generator().manual_seed(int(digest(m["seed"], index), 16) >> 1)
+        u_NS = torch.rand(n, m["size"], dtype=torch.float64, generator=draw).to(DEVICE)   # the same on any device
+        for h_CD, u_CS in zip(*(x.split(max(1, LOGITS_BUDGET // (16 * V))) for x in (hidden_ND[at:at + n], u_NS))):
+            logits = finish_logits(nn.functional.linear(h_CD, weight_VD, bias_V), *head[2:])[0]
+            logp_CV = torch.log_softmax(logits / m["temperature"], -1)
+            if m["method"] == "sample":   # where u falls in the cumulated distribution
+                cdf = logp_CV.exp().cumsum(-1, dtype=torch.float64)
+                draws = torch.searchsorted(cdf, u_CS * cdf[:, -1:], right=True).clamp_max(V - 1).sort(-1)[0]
+                # the entropy as these draws show it: student = teacher then logs a KL of 0, not of noise around 0
+                extra = logp_CV.gather(-1, draws).mean(-1).mul(-256).round().clamp_max(4095)
+                key = draws + V * torch.arange(len(draws), device=DEVICE)[:, None]
+                key, times = torch.unique_consecutive(key, return_counts=True)
+                ids, value, mass = key % V, times - 1, logp_CV.flatten()[key].exp().sum()
+            else:
+                own, ids = logp_CV.topk(m["size"])
+                rest = (1 - own.exp().sum(-1)).clamp_min(0) * (m["size"] < V)
+                value, extra, mass = code(own, 255), code(rest.log(), 4095), own.exp().sum()
+            parts.append([x.flatten().double().cpu() for x in (ids + (value.long() << wide), extra, mass)])
+        at, (both, extra, mass) = at + n, (torch.cat(x).numpy() for x in zip(*parts))
+        fields = ([len(keep), len(both)], 32), (row["input_ids"], wide), (keep, 1), (both, wide + m["bits"]), (extra, 12)
+        packed.append((pack(fields), [1, len(keep), n, len(both), mass.sum()]))
+    return packed
+
+def claimed(place, splits, m, encode_rows, paths):
+    """Yield rows that no living worker has, a forward at a time, with the list for what becomes of them; write chunks.
+    A stream is cut into blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
+    group = max(1, FORWARD_TOKENS // m["seq_len"])
+    with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
+        for even, (split, rows) in enumerate(splits.items()):
+            for c, columns in enumerate(rows.iter(m["chunk"])):
+                paths.append(path := place(f"{split}-{c:08d}.safetensors"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2 * c + even)
+                    if not os.path.exists(path):
+                        block, carry, packed = [dict(zip(columns, x)) for x in zip(*columns.values())], [], []
+                        if not isinstance(rows, datasets.Dataset):
+                            block = list(encode_rows(block, carry=carry))
+                            block += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
+                        for i in range(0, len(block), group):
+                            yield block[i:i + group], (2 * c + even << 32) + i, packed
+                        data, counts = zip(*packed, (b"", [0] * 5))
+                        with open(path + ".tmp", "wb") as f:   # sliced through the memory map, and there is no code in it
+                            f.write(safetensors.numpy.save({
+                                "rows": np.frombuffer(b"".join(data), np.uint8), "counts": np.sum(counts, 0, np.float64),
+                                "starts": np.cumsum([0, *map(len, data[:-1])])}))
+                            f.flush()
+                            os.fsync(f.fileno())
+                        os.replace(path + ".tmp", path)
+                    fcntl.lockf(claims, fcntl.LOCK_UN, 1, 2 * c + even)
+
+def read_chunk(path, what, load=functools.partial(safetensors.safe_open, framework="numpy")):
+    try:
+        return what(load(path))
+    except Exception as e:
+        again = f"rm {path}; python simple_distill.py --config {os.path.join(os.path.dirname(path), 'config.json')}"
+        raise UserError(f"cache chunk {path!r} cannot be read ({one_line(e, 80)}); this makes it, and only it, again: {again}")
+
+class CacheRows:
+    """The rows of a split. Each has its own checksum: nothing is read but what is asked for."""
+
+    def __init__(self, name, m, chunks):
+        self.name, self.m, self.ends = name, m, np.cumsum(chunks)
+        self.load = functools.lru_cache(4096)(functools.partial(safetensors.safe_open, framework="numpy"))
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        c = int(np.searchsorted(self.ends, i, "right"))
+        at = slice(i - int(self.ends[c]) - 1, (i - int(self.ends[c]) + 1) or None)   # from the chunk's end
+        row = lambda f: f.get_slice("rows")[slice(*f.get_tensor("starts")[at].tolist())]
+        return read_chunk(f"{self.name}-{c:08d}.safetensors", lambda f: unpack_row(row(f), self.m), self.load)
+
+def open_cache(cfg):
+    """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
+    place = functools.partial(os.path.join, cfg.cache_dir)
+    try:
+        with open(place("manifest.json"), encoding="utf-8") as f:
+            m = json.load(f)
+        rows, held = (CacheRows(place(split), m, m["chunks"][split]) for split in ("train", "eval"))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{cfg.cache_dir!r} holds no finished teacher cache ({one_line(e)}); --mode cache --cache_dir "
+                        f"{cfg.cache_dir} starts one, python simple_distill.py --config {place('config.json')} goes on")
+    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"])
+    if cfg.teacher != "demo" and os.path.realpath(cfg.teacher) != os.path.realpath(m["teacher"]):
+        here["teacher"] = cfg.teacher
+    refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
+    tokenizer = AutoTokenizer.from_pretrained(place("tokenizer"))
+    own = load_tokenizer(cfg, *(n for n in [cfg.student] if not n.startswith("layers:") and not n.endswith(".json")))
+    compare_tokenizers(own or tokenizer, tokenizer, cfg.tokenizer or cfg.student, f"{m['teacher']} of cache {cfg.cache_dir}")
+    return rows, held, tokenizer, m
+
+def describe_cache(cfg, tokenizer, rows):
+    """The manifest: what shapes the content. 16,384 bytes a file stand for the weights: to hash 70B takes minutes."""
+    folder = cfg.teacher if os.path.isdir(cfg.teacher) else None
+    folder = folder or os.path.dirname(transformers.utils.cached_file(cfg.teacher, "config.json"))
+    files = [np.memmap(x, np.uint8, "r") for x in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))]
+    few = list(rows.take(16)) if cfg.streaming else [rows[i] for i in range(0, len(rows), -(-len(rows) // 64))]
+    vocab, topk = max(tokenizer.get_vocab().values()) + 1, cfg.cache_method == "topk"
+    size = min(cfg.cache_top_k, vocab) if topk else cfg.cache_samples
+    return dict(teacher=cfg.teacher, revision=os.path.basename(folder), dataset=cfg.dataset, dtype=str(compute_dtype(cfg)),
+                weights=hashlib.sha256(b"".join(x[::x.size // 16384 | 1].tobytes() for x in files)).hexdigest()[:16],
+                tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template), vocabulary=vocab, seq_len=cfg.seq_len,
+                dataset_fingerprint=digest(None if cfg.streaming else len(rows), [str(row) for row in few]),
+                temperature=cfg.temperature, method=cfg.cache_method, size=size, seed=cfg.seed, chunk=cfg.cache_chunk,
+                bits=8 if topk else (size - 1).bit_length())
+
+def cache(cfg):
+    """Fill what is missing of cache_dir. Any number of workers may, at any time; the same command goes on."""
+    with lock(cfg.output_dir) if "demo" in (cfg.teacher, cfg.dataset) else contextlib.nullcontext():
+        alone = cfg.student == "demo" and cfg.teacher != "demo"   # without a student, the teacher's tokenizer
+        run = resolve_demo(dataclasses.replace(cfg, student=cfg.teacher) if alone else cfg)
+    if run is None:
+        return
+    tokenizer, rows, held, _, teacher = load_all(run)
+    m, signal_of = describe_cache(run, tokenizer, rows), teacher_signal(teacher)
+    place, problem = functools.partial(os.path.join, cfg.cache_dir), None
+    if RANK == 0:
+        os.makedirs(cfg.cache_dir, exist_ok=True)
+        for old in glob.glob(place("*.safetensors")) + glob.glob(place("manifest.json")) if cfg.force_regenerate else []:
+            os.remove(old)
+        try:
+            with open(place("manifest.json"), encoding="utf-8") as f:
+                there = json.load(f)
+            refuse_changes({k: there.get(k) for k in m}, m, cfg.cache_dir, "choose another, or empty it: --force_regenerate")
+        except FileNotFoundError:
+            tokenizer.save_pretrained(place("tokenizer"))
+            save_config(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
+            save_config(m, place("manifest.json"))
+        except UserError as e:
+            problem = str(e)
+    problem = from_rank0(problem)
+    few = [held[i] for i in range(min(len(held), max(1, FORWARD_TOKENS // cfg.seq_len)))]   # what will it take?
+    data, counts = zip(*keep_teacher(signal_of, few, 0, m))
+    (_, tokens, targets, entries, mass), free = np.sum(counts, 0).tolist(), shutil.disk_usage(cfg.cache_dir).free
+    total = 0 if cfg.streaming else round(tokens / len(few) * (len(rows) + len(held)))
+    chunks = 0 if cfg.streaming else -(-len(rows) // m["chunk"]) + -(-len(held) // m["chunk"])
+    a_token, left = sum(map(len, data)) / tokens, 1 - len(glob.glob(place("*.safetensors"))) / max(chunks, 1)
+    print0(f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold {mass / targets:.1%} "
+           f"of the teacher's mass), {f'{total * a_token / 1e9:.3f} GB' if total else 'as long as the stream lasts'}; "
+           f"{max(left, 0):.0%} of it is missing; {free / 1e9:.1f} GB free")
+    if cfg.temperature > 1:
+        print0(f"WARNING: temperature {cfg.temperature:g} makes distributions so flat that a cache keeps little of them; see the share above, and 1.0")
+    if total * a_token * left > free:
+        problem = f"cache_dir {cfg.cache_dir!r} needs {total * a_token * left / 1e9:.3f} GB, {free / 1e9:.3f} are free; make room or lower --max_samples"
+    if problem:
+        raise UserError(problem)
+    how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+    bar = tqdm(total=total or None, initial=round(total * (1 - left)), disable=RANK != 0, unit="tok", unit_scale=True)
+    stop, missing = 0, 1
+    with stop_signals() as asked:
+        while missing and not stop:   # again, where another worker had a chunk and may have died with it
+            paths, more = [], 1
+            jobs = claimed(place, {"eval": held, "train": rows}, m, how, paths)
+            while more and not stop:
+                todo, first, packed = next(jobs, ([], 0, []))
+                more, tokens, stop = all_sum(len(todo), sum(len(row["input_ids"]) for row in todo), len(asked))
+                packed += keep_teacher(signal_of, todo, first, m)[:len(todo)] if more else []
+                bar.update(int(tokens))
+            missing, = all_sum(sum(not os.path.exists(p) for p in paths))
+            time.sleep(missing > 0)
+    bar.close()
+    if stop:
+        print0("stopped; the same command goes on")
+    elif RANK == 0:   # the sums are read back: they are those of all workers
+        counts = [read_chunk(p, lambda f: f.get_tensor("counts").tolist()) for p in paths]
+        sums, size = dict(zip(COUNTS, map(sum, zip(*counts)))), sum(map(os.path.getsize, paths))
+        m["chunks"] = {s: [int(n) for p, (n, *_) in zip(paths, counts) if p.startswith(place(s))] for s in ("train", "eval")}
+        m |= {**sums, "bytes_per_token": size / sums["tokens"], "mass_kept": sums["mass"] / sums["targets"]}
+        save_config(m, place("manifest.json"))
+        print0(f"cache {cfg.cache_dir}: {sums['rows']:,.0f} sequences, {sums['tokens']:,.0f} tokens, {m['bytes_per_token']:.1f} bytes "
+               f"a token, {m['mass_kept']:.1%} of the teacher's mass kept; python simple_distill.py --student S --cache_dir {cfg.cache_dir}")
+    all_sum(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Teacher signal: what distillation_loss takes as its teacher, online or from the cache, so that the loop has no fork.
 
 def hidden_states(model, input_ids_BT):
@@ -1099,14 +1328,15 @@ class Phase:
     weight_decay: float
     max_grad_norm: float
 
-def load_all(run):
+def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
     named = [n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
-    tokenizer = load_tokenizer(run, *named)
-    rows, held = load_data(run, tokenizer)
-    student = load_student(run)
-    check_head(student, "student", run.student, tokenizer)
-    teacher = load_teacher(run) if run.alpha < 1 else None
+    tokenizer = cached[2] if cached else load_tokenizer(run, *named)
+    rows, held = cached[:2] if cached else load_data(run, tokenizer)
+    student = load_student(run) if run.mode != "cache" else None
+    if student is not None:
+        check_head(student, "student", run.student, tokenizer)
+    teacher = load_teacher(run) if run.alpha < 1 and not cached else None
     if teacher is not None:
         check_head(teacher, "teacher", run.teacher, tokenizer)
         its = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
@@ -1122,13 +1352,15 @@ def train(cfg):
     place = functools.partial(os.path.join, cfg.output_dir)
     found = find_checkpoints(cfg)
     state = found[0][1] if found else None
+    cached = open_cache(run) if cfg.cache_dir else None
+    shape = shapes_result(cfg) | {"cache": cached and digest(cached[3])}   # which one, wherever it lies
     if state:
-        refuse_changes(state["config"], shapes_result(cfg), found[0][0])
+        refuse_changes(state["config"], shape, found[0][0])
         same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
         if same_length and state["step"] >= state["steps"] and os.path.isdir(place("final")):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
-    tokenizer, rows, held, student, teacher = load_all(run)
+    tokenizer, rows, held, student, teacher = load_all(run, cached)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state)
     if cfg.streaming and not cfg.max_steps:
         raise UserError("a stream has no length: give --max_steps")
@@ -1155,7 +1387,7 @@ def train(cfg):
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before, world=WORLD,
             batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, wandb=wandb_run.id,
-            length=[cfg.max_steps, cfg.num_epochs], config=shapes_result(cfg)), cfg.keep_checkpoints)
+            length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
 
     whose = f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else f"teacher: cache {cfg.cache_dir}"
     print0(f"student {run.student}: {count(student.model):,} parameters; {whose if cfg.alpha < 1 else 'no teacher (alpha 1)'}")
@@ -1281,8 +1513,8 @@ def main(argv=None):
         transformers.utils.logging.disable_progress_bar()
         datasets.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
-        with process_group(), lock(cfg.output_dir):
-            {"train": train}[cfg.mode](cfg)
+        with process_group(), contextlib.nullcontext() if cfg.mode == "cache" else lock(cfg.output_dir):
+            {"train": train, "cache": cache}[cfg.mode](cfg)
         return 0
     except UserError as e:
         if LOCAL_RANK == 0:
