@@ -168,6 +168,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
+    elif divergence == "mse":   # of the logits, temperature 1: a choice of the block-wise head phase
+        error = z - finish_logits(target, *teacher_bend)[0]
+        kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
         logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
         if divergence == "forward":
@@ -499,14 +502,16 @@ class Batch:
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
+    real: torch.Tensor        # places of all tokens that are not padding: what hidden states are compared on
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
 
 
 def collate(rows, pad_to=1):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
-    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part, nothing counts
+    exist, rows = bool(rows), rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part, nothing counts
     width = -(-max(len(r["input_ids"]) for r in rows) // pad_to) * pad_to
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    real = torch.cat([i * width + torch.arange(len(r["input_ids"])) for i, r in enumerate(rows)])[0 if exist else 2:]
     for i, row in enumerate(rows):
         x = torch.as_tensor(row["input_ids"], dtype=torch.long)
         ids[i, :len(x)] = x
@@ -518,7 +523,7 @@ def collate(rows, pad_to=1):
     sparse = SparseTarget(*map(torch.cat, zip(*sparse))) if sparse else None
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse and SparseTarget(*map(send, sparse)))
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse and SparseTarget(*map(send, sparse)))
 
 
 def indexed_batches(rows, seed, global_batch, step):
@@ -732,9 +737,10 @@ def compare_tokenizers(student, teacher, student_name, teacher_name):
 
 
 class Inside(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, stitches=None):
         super().__init__()
         self.model = model
+        self.stitches = stitches or nn.ModuleDict()   # of the block-wise mode: trained, in checkpoints, not in final/
 
     def forward(self, work, *args):
         return work(self.model, *args)
@@ -812,16 +818,18 @@ def thin_model(whole, config, keep):
 
 
 def load_student(cfg):
+    stitches_for = functools.partial(plan_blocks, cfg) if cfg.blockwise else lambda config: None
     if not cfg.student.startswith("layers:"):
         config = model_config(cfg.student, cfg, "student")
-        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
+        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32), stitches=stitches_for(config))
     whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
     if not wanted.isdigit() or not 1 <= int(wanted) <= whole.num_hidden_layers:
         raise UserError(f"student {cfg.student!r}: N must be a number of layers from 1 to the teacher's {whole.num_hidden_layers}")
     keep = [round(i) for i in torch.linspace(0, whole.num_hidden_layers - 1, int(wanted)).tolist()]
     config = thin_config(whole, keep)
     print0(f"student: layers {keep} of {whole.num_hidden_layers} of teacher {cfg.teacher}")
-    return spread(cfg, config, lambda: thin_model(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep))
+    return spread(cfg, config, lambda: thin_model(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep),
+                  stitches=stitches_for(config))
 
 
 def load_teacher(cfg):
@@ -832,13 +840,13 @@ def load_teacher(cfg):
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
 
 
-def spread(cfg, config, read, frozen=None):
+def spread(cfg, config, read, frozen=None, stitches=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients, and its root stays gathered for the loss to use its head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
+        root, dtype = Inside(model, stitches and stitches(model)), compute_dtype(cfg)
     source = read() if RANK == 0 else None
-    root, dtype = Inside(model), compute_dtype(cfg)
     layers = layers_of(model)[1]
     if frozen:
         model.requires_grad_(False).eval()
@@ -859,7 +867,10 @@ def spread(cfg, config, read, frozen=None):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp in ("full_shard", "hybrid_shard"), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    fill(model, dict([*source.named_parameters(), *source.named_buffers()]) if source else {}, "cpu" if cfg.cpu_offload else DEVICE)
+    place = "cpu" if cfg.cpu_offload else DEVICE
+    fill(model, dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()]) if source else {}, place)
+    if root.stitches:
+        fill(root.stitches, dict(stitches(model).named_parameters()), place)
     return root
 
 
@@ -871,11 +882,20 @@ def fill(model, source, device):
         model.tie_weights()   # FSDP keeps ties by itself
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         full = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements).to_local())
-        else:
-            dist.broadcast(full, 0)
-            tensor.copy_(full)
+        put(tensor, full)
+
+
+def put(tensor, full):
+    """Rank 0's whole tensor into everybody's shard."""
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements).to_local())
+    else:
+        dist.broadcast(full, 0)
+        tensor.copy_(full)
+
+
+def whole(tensor):
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def check_heads(student, teacher, cfg):
@@ -902,9 +922,9 @@ def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
     full = {}
     for name, tensor in root.model.named_parameters():
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        gathered = whole(tensor)
         if RANK == 0:
-            full[name] = whole.to("cpu", dtype, copy=True)
+            full[name] = gathered.to("cpu", dtype, copy=True)
     if RANK == 0:
         with torch.device("meta"):
             model = type(root.model)(root.model.config)
@@ -1037,7 +1057,7 @@ def lock(folder):
 def tensors_of(root, optimizer, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{key}.{names[p]}": value for p, state in (optimizer.state if optimizer else {}).items() for key, value in state.items()}
     return {**{"model." + n: p.detach() for n, p in root.named_parameters()}, **moments, **{"health." + k: v for k, v in health.items()}}
 
 
@@ -1126,13 +1146,13 @@ def refuse_changes(there, here, where):
                         + "; change it back, or start over with --resume never or another --output_dir")
 
 
-def load_checkpoint(path, state, tensors, cfg):
-    """Load in place; a checkpoint that turns out unreadable is passed over like a truncated one."""
+def load_checkpoint(path, state, tensors_at, cfg):
+    """Load in place into tensors_at(step); a checkpoint that turns out unreadable is passed over like a truncated one."""
     while True:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(tensors, checkpoint_id=path)
+                dcp.load(tensors_at(state["step"]), checkpoint_id=path)
             return path, state
         except Exception as e:
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
@@ -1150,10 +1170,194 @@ def truncate_log(path, step):
         for line in f:
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                kept += [line] if entry.get("train/step", entry.get("eval/step", 0)) <= step else []
+                kept += [line] if entry.get("train/step", entry.get("eval/step", entry.get("block/step", 0))) <= step > 0 else []
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(kept)
     os.replace(path + ".tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm and
+# head learn the teacher's logits. Hands on: stitches for the student's root, phases that train() runs before the ordinary one.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tap(nn.Module):
+    """Stands in for a decoder layer: may feed it another input, keeps what goes in and comes out. Not hooks: activation
+    checkpointing runs the layer again in the backward pass, after hooks are gone, and must find the same input."""
+
+    def __init__(self, layer, feed=None):
+        super().__init__()
+        self.layer, self.feed = layer, feed
+
+    def forward(self, hidden_states, *args, **kwargs):
+        hidden_states = hidden_states if self.feed is None else self.feed
+        out = self.layer(hidden_states, *args, **kwargs)
+        self.kept = hidden_states, out[0] if isinstance(out, tuple) else out
+        return out
+
+    def __getattr__(self, name):   # models ask their layers for attention_type and the like
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+
+def around_blocks(model, batch, blocks, feeds={}):
+    """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each. Later layers do not run."""
+    path, layers = layers_of(model)
+    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    taps = nn.ModuleList(Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1]))
+    setattr(parent, name, taps)
+    try:
+        hidden_states(model, batch.input_ids)
+    finally:
+        setattr(parent, name, layers)
+    return {i: taps[i].kept for i in blocks}
+
+
+def hidden_error(ours_ND, theirs_ND, kind, temperature):
+    """-> [N]. Written so that the gradient is exactly 0 where both agree: Adam would make whole steps of rounding noise."""
+    ours_ND, theirs_ND = ours_ND.float(), theirs_ND.float()
+    if kind == "mse":
+        return (ours_ND - theirs_ND).square().mean(-1)
+    if kind == "cosine":   # 1 - cos is half the squared distance of unit vectors
+        return (nn.functional.normalize(ours_ND, dim=-1) - nn.functional.normalize(theirs_ND, dim=-1)).square().sum(-1) / 2
+    logp, logq = (torch.log_softmax(x / temperature, -1) for x in (ours_ND, theirs_ND))
+    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel in the sum
+
+
+def plan_blocks(cfg, config):
+    """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
+    ours, theirs = config.get_text_config(), model_config(cfg.teacher, cfg, "teacher").get_text_config()
+    depth, a, b = ours.num_hidden_layers, ours.hidden_size, theirs.hidden_size
+    if depth > theirs.num_hidden_layers:
+        raise UserError(f"blockwise: the student has {depth} layers, more than the teacher's {theirs.num_hidden_layers}; choose fewer")
+    if a != b and not cfg.use_stitching_layers:
+        raise UserError(f"blockwise: student width {a} and teacher width {b} differ, that needs use_stitching_layers")
+    for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
+        if (n := len(getattr(cfg, name))) not in (1, depth):
+            raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
+    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        config.tie_word_embeddings = ours.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from the embeddings that its blocks are trained on; final/ is larger by it")
+
+    def stitches_of(model):
+        torch.manual_seed(cfg.seed)
+        # without a bias in the head there is no place for the last stitch's when it folds into the head: then it has none
+        fits = a == b or not cfg.initialize_head_from_teacher or model.get_output_embeddings().bias is not None
+        shapes = {f"up{i}": (a, b, cfg.stitching_layer_bias and (fits or i < depth - 1)) for i in range(depth)}
+        shapes |= {f"down{i}": (b, a, cfg.stitching_layer_bias) for i in range(depth) if cfg.block_input == "teacher"}
+        stitches = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items() if cfg.use_stitching_layers})
+        for p in stitches.parameters():
+            nn.init.zeros_(p) if p.ndim == 1 else nn.init.eye_(p) if a == b else nn.init.xavier_uniform_(p)
+        return stitches
+    return stitches_of
+
+
+def block_pairs(student, teacher):
+    ours, theirs = len(layers_of(student.model)[1]), len(layers_of(teacher.model)[1])
+    return {i: round((i + 1) * theirs / ours) - 1 for i in range(ours)}
+
+
+def matching(cfg, student, teacher, pairs, apart=False):
+    """-> (work, signal) of a phase that holds these blocks against their teacher blocks; apart: a loss a block instead of three."""
+    stitches = student.stitches
+
+    def signal(model, batch):
+        states = around_blocks(model, batch, pairs.values())
+        return {i: states[j] for i, j in pairs.items()}
+
+    def work(model, batch, states, denominator):
+        dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
+        stitch = lambda name, x: stitches[name](x.to(dtype)) if name in stitches else x.to(dtype)
+        feeds = {i: stitch(f"down{i}", states[i][0]) for i in pairs} if cfg.block_input == "teacher" else {}
+        own = around_blocks(model, batch, pairs, feeds)
+        losses = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[i][1]), cfg.distill_loss_type,
+                               cfg.distill_loss_temperature).sum() / denominator for i in pairs]
+        return losses if apart else (sum(losses), *losses[0].new_zeros(2))
+    return work, torch.no_grad()(lambda batch: teacher(signal, batch))
+
+
+def final_norm(model):
+    """The last module beside the decoder layers that has a weight of one dimension."""
+    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
+    return [m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1][-1]
+
+
+@torch.no_grad()
+def initialize_head(student, teacher, held, batch_size):
+    """The teacher's final norm and head at equal width; else what they are on stitched states, folded into the student's."""
+    def norm_and_head(model):   # what a norm multiplies by and adds, whatever its weight means, shows on states of size 1
+        head, norm = head_of(model), final_norm(model)
+        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight.dtype)
+        plus, minus = norm(probe).float(), norm(-probe).float()
+        bias = 0 if head.bias is None else head.bias.float()
+        return head.weight.float() * head.scale, bias * head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2, head.scale
+
+    def sizes(model, batch, _, denominator):   # norms divide by the size of a state: how student and stitched sizes compare
+        h, size = around_blocks(model, batch, [last])[last][1].flatten(0, 1)[batch.real], lambda x: x.float().square().mean(-1).sqrt()
+        return [(size(h) / size(stitch(h)).clamp_min(1e-6)).sum() / denominator]
+
+    weight, bias, gain, shift, _ = teacher(norm_and_head)
+    *_, own_gain, own_shift, scale = student(norm_and_head)
+    student.release()
+    if len(gain) != len(own_gain):
+        last = len(layers_of(student.model)[1]) - 1
+        stitch = student.stitches[f"up{last}"]
+        bias, weight = bias + weight @ shift, weight * gain
+        bias = bias if stitch.bias is None else bias + weight @ whole(stitch.bias)
+        weight, shift = weight @ whole(stitch.weight), own_shift
+        gain = mean_of(student, sizes, lambda batch: None, held, batch_size, lambda batch: len(batch.real))[0]
+    head, norm = student.model.get_output_embeddings(), final_norm(student.model)
+    bias = bias + torch.zeros_like(weight[:, 0])
+    for p, new in ((head.weight, weight / scale), (head.bias, bias / scale)):
+        if p is not None:   # a padded tail of the vocabulary stays as it is
+            put(p, torch.cat([new[:len(p)].to(p.dtype), whole(p)[len(new):]]))
+    put(norm.weight, whole(norm.weight) + gain - own_gain)
+    if getattr(norm, "bias", None) is not None:
+        put(norm.bias, whole(norm.bias) + shift - own_shift)
+
+
+def block_phases(cfg, student, teacher, steps_per_epoch):
+    """-> [Phase, ...]: one a block (block_input teacher: one for all, each block clipped by itself), then the head's."""
+    if steps_per_epoch is None:
+        raise UserError("blockwise counts its phases in epochs, a stream has no length: drop --streaming, use --max_samples")
+    model, pairs, (path, _) = student.model, block_pairs(student, teacher), layers_of(student.model)
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    head = [n for n, p in model.named_parameters() if p in head]
+    epochs, rates, decays, norms = (v * (len(pairs) // len(v)) for v in (cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block,
+                                                                        cfg.max_grad_norm_per_block))
+
+    def clip(scale):
+        for i, limit in enumerate(norms):
+            names = f"model.{path}.{i}.", f"stitches.up{i}.", f"stitches.down{i}."
+            if limit:
+                torch.nn.utils.clip_grad_norm_([p for n, p in student.named_parameters() if n.startswith(names)], limit * scale)
+
+    def phase(name, pairs, trained, i, **more):   # trained: {block: multiplier}; the embeddings belong to block 0
+        rules = [f"^{path}\\.{j}\\.={m}" for j, m in trained.items()] + [f"^{path}\\.=0"] + [f"^{n}$=0" for n in head]
+        if student.stitches:
+            rules = [f"^stitches\\.(up|down){j}\\.={m}" for j, m in trained.items()] + ["^stitches=0"] + rules
+        work, signal = matching(cfg, student, teacher, pairs)
+        return Phase(name, max(1, math.ceil(epochs[i] * steps_per_epoch)), work, signal, parse_multipliers(rules),
+                     float(0 in trained and not more), max(rates) if more else rates[i], decays[i], 0.0 if more else norms[i], lambda b: len(b.real), **more)
+
+    if cfg.block_input == "teacher":
+        phases = [phase("blocks", pairs, {i: r / max(rates) for i, r in enumerate(rates)}, 0, clip=clip)]
+    else:
+        phases = [phase(f"block {i}", {i: j}, {k: 1 for k in range(i if cfg.freeze_previous_blocks else 0, i + 1)}, i) for i, j in pairs.items()]
+    phases[-1].end = functools.partial(initialize_head, student, teacher) if cfg.initialize_head_from_teacher else lambda *_: None
+    if cfg.train_lm_head:
+        labels_only, mse = cfg.logit_loss_type == "ce", cfg.logit_loss_type == "mse"
+        work = functools.partial(distil, alpha=1.0 if labels_only else 1 - cfg.logit_loss_weight, divergence="mse" if mse else "forward",
+                                 temperature=cfg.logit_loss_temperature)
+        phases.append(Phase("head", max(1, math.ceil(cfg.lm_head_epochs * steps_per_epoch)), work, (lambda b: None) if labels_only else teacher_signal(teacher),
+                            parse_multipliers([f"^{n}$=1" for n in head]), 0.0, cfg.lm_head_lr, cfg.lm_head_wd, cfg.lm_head_max_grad_norm))
+    return phases
+
+
+def print_blocks(errors, pairs, kind):
+    print0(f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1))
+    for (i, j), *values in zip(pairs.items(), *errors):
+        print0(f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1161,20 +1365,25 @@ def truncate_log(path, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    loss, ce, kl = mean_of(root, work, signal_of, rows, batch_size, lambda batch: len(batch.labels))
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+
+
+@torch.no_grad()
+def mean_of(root, work, signal_of, rows, batch_size, counted):
+    """-> list of what work returns, as means over what is counted in rows."""
+    was_training, sums = root.training, 0
     root.eval()
     for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, with nothing counted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
-        sums[3] += len(batch.labels)
+        found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
+        sums += torch.cat([found, found.new_tensor([counted(batch)])])
     root.train(was_training)
     root.release()
     *means, tokens = all_sum(*sums.tolist())
-    loss, ce, kl = (x / max(tokens, 1) for x in means)
-    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+    return [x / max(tokens, 1) for x in means]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1245,6 +1454,9 @@ class Phase:
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
+    counted: Any = lambda batch: len(batch.labels)   # what the loss is a mean over, here in this batch
+    clip: Any = None   # (loss scale): clips gradients before the global norm does
+    end: Any = None    # (held rows, batch size) -> block errors, after the last step; what it does is in the checkpoint there
 
 
 def load_all(run):
@@ -1287,10 +1499,15 @@ def train(cfg):
     objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     work = functools.partial(distil, **objective)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
-    phases = [Phase("distil", cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch)), work, signal_of,
-                    parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)]
-    steps, step, best, before, position, tokens_seen = sum(p.steps for p in phases), 0, math.inf, None, None, 0
+    phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
+    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
+    if length:   # 0 is allowed after blocks
+        phases.append(Phase("distil", length, work, signal_of, parse_multipliers(["^stitches=0"] * bool(student.stitches) + cfg.lr_multipliers),
+                            cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm))
+    ends = list(itertools.accumulate(p.steps for p in phases))
+    steps, step, best, before, position, tokens_seen = ends[-1], 0, math.inf, None, None, 0
     health, log_file, wandb_run, now, problem, saved_at = new_health(fp16), None, None, None, None, None
+    phase, last, optimizer, set_rates, stopping = None, None, None, None, 0
 
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
@@ -1300,6 +1517,23 @@ def train(cfg):
             log_file.write(json.dumps(entry) + "\n")
             log_file.flush()
             wandb_run.log(entry, step=step)
+
+    def enter(step):
+        """Begin the phase that the next step belongs to. -> the tensors that a checkpoint at `step` holds for it."""
+        nonlocal phase, last, optimizer, set_rates
+        phase, last = next((p, end) for p, end in zip(phases, ends) if step < end or end == steps)
+        print0(f"{phase.name}: {phase.steps} steps")
+        named = [(n.removeprefix("model."), p) for n, p in student.named_parameters()]
+        optimizer = make_optimizer(named, phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
+        set_rates = make_schedule(cfg, optimizer, phase.steps)
+        return tensors_of(student, optimizer if step > last - phase.steps else None, health)   # at its beginning it has no moments yet
+
+    def measure_blocks():
+        pairs = block_pairs(student, teacher)
+        found = mean_of(student, *matching(cfg, student, teacher, pairs, apart=True), held, batch_size, lambda b: len(b.real))
+        before["blocks"] = before.get("blocks", []) + [found]
+        log(**{f"block/{i}/loss": x for i, x in enumerate(found)}, **{"block/step": step})
+        print_blocks(before["blocks"], pairs, cfg.distill_loss_type)
 
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
@@ -1311,35 +1545,33 @@ def train(cfg):
            + (f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else "no teacher (alpha 1)" if cfg.alpha == 1 else f"cache {cfg.cache_dir}"))
     print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {WORLD}) of "
            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}; {steps} steps; {len(held)} sequences held out; all goes to {cfg.output_dir}")
-    bar = batches = None
     with stop_signals() as asked:
-        for number, phase in enumerate(phases):
-            last = sum(p.steps for p in phases[:number + 1])
-            if (state["step"] if state else step) >= last < steps:
-                continue
-            optimizer = make_optimizer(student.model.named_parameters(), phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
-            set_rates = make_schedule(cfg, optimizer, phase.steps)
-            if bar is None:   # the first phase that has work left: continue where the checkpoint stands
-                if state:
-                    resume_path, state = load_checkpoint(resume_path, state, tensors_of(student, optimizer, health), cfg)
-                    step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
-                    saved_at = step
-                    print0(f"resumes from {resume_path}")
-                prepare_output(cfg, step)
-                log_file, wandb_run = open(place("log.jsonl"), "a", encoding="utf-8"), start_wandb(cfg, state and state["wandb"])
-                before = before or evaluate(student, work, signal_of, held, batch_size)
-                if cfg.streaming:
-                    encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-                    batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
-                else:
-                    batches = indexed_batches(rows, cfg.seed, global_batch, step)
-                batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-                bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
+        if state:
+            resume_path, state = load_checkpoint(resume_path, state, enter, cfg)
+            step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
+            saved_at = step
+            print0(f"resumes from {resume_path}")
+        else:
+            enter(step)
+        prepare_output(cfg, step)
+        log_file, wandb_run = open(place("log.jsonl"), "a", encoding="utf-8"), start_wandb(cfg, state and state["wandb"])
+        if before is None:
+            before = evaluate(student, work, signal_of, held, batch_size)
+            if cfg.blockwise:
+                measure_blocks()
+        if cfg.streaming:
+            encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+            batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+        else:
+            batches = indexed_batches(rows, cfg.seed, global_batch, step)
+        batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
+        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
+        while True:   # phases
             bar.set_description(phase.name)
             since, since_tokens = time.time(), 0
             while step < last:
                 micro, position = next(batches)
-                tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree on the step
+                tokens, stopping = all_sum(sum(phase.counted(b) for b in micro), len(asked))   # all ranks agree on the step
                 if stopping:
                     break
                 torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout; derived, so a resume needs no state
@@ -1351,12 +1583,17 @@ def train(cfg):
                     (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                     sums += torch.stack([loss.detach(), ce, kl])
                 if tokens:
+                    if phase.clip:
+                        phase.clip(health["scale"].item())
                     grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16)
                 else:
                     print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
                 optimizer.zero_grad()
                 step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
                 bar.update()
+                if step == last and phase.end:
+                    measure_blocks()
+                    phase.end(held, batch_size)
                 if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                     save()
                     raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint there holds the "
@@ -1370,13 +1607,16 @@ def train(cfg):
                            "train/tokens_per_second": speed, "train/skipped_steps": skipped})
                     bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
                                         + (f" skipped {skipped}" if skipped else ""))
-                if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                if cfg.eval_steps and step % cfg.eval_steps == 0 and not phase.name.startswith("block") or step == steps:
                     now = evaluate(student, work, signal_of, held, batch_size)
                     best = min(best, now["loss"])
                     log(**{f"eval/{k}": v for k, v in {**now, "min_loss": best, "epoch": epoch(), "step": step}.items()})
                     print0(f"step {step}: held-out loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, kl {now['kl_loss']:.4f}")
                 if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
                     problem, saved_at = save(), step
+            if stopping or step >= steps:
+                break
+            enter(step)
         if step < steps and saved_at != step:
             problem = save()
         bar.close()
@@ -1425,6 +1665,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
         ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False, pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
+    if cfg.blockwise:
+        print_blocks(before["blocks"], block_pairs(student, teacher), cfg.distill_loss_type)
     print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
     return problem
 
