@@ -176,6 +176,7 @@ class Config:
             need(self.alpha < 1, "blockwise learns from a teacher, and alpha 1 never loads one; choose alpha below 1")
             need(self.block_input == "student" or len(self.epochs_per_block) == len(self.wd_per_block) == 1,
                  "block_input teacher trains all blocks at once; give one value for epochs_per_block and wd_per_block")
+            need(not self.streaming, "blockwise counts in epochs and a stream has no length; drop --streaming, or use --max_samples")
             for kind, used, loss in ((self.distill_loss_type, self.distill_loss_temperature, "distill"), (self.logit_loss_type, self.logit_loss_temperature, "logit")):
                 need(kind == "kl_div" or used == 1, f"{loss}_loss_temperature {used:g} means nothing to {loss}_loss_type {kind}; leave it out")
             need(self.use_stitching_layers or self.stitching_layer_bias, "stitching_layer_bias means nothing without use_stitching_layers")

@@ -291,6 +291,17 @@ def as_head(head):
     return Head(head.weight, getattr(head, "bias", None), float(getattr(head, "scale", None) or 1.0), getattr(head, "softcap", None))
 
 
+def hidden_error(ours_ND, theirs_ND, kind, temperature):
+    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam would make whole steps of rounding noise."""
+    ours_ND, theirs_ND = ours_ND.float(), theirs_ND.float()
+    if kind == "mse":
+        return (ours_ND - theirs_ND).square().mean(-1)
+    if kind == "cosine":   # 1 - cos is half the squared distance of unit vectors
+        return (nn.functional.normalize(ours_ND, dim=-1) - nn.functional.normalize(theirs_ND, dim=-1)).square().sum(-1) / 2
+    logp, logq = (torch.log_softmax(x / temperature, -1) for x in (ours_ND, theirs_ND))
+    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel in the sum
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the number
 # of ranks. Hands on: rows that can be indexed (or a stream), and Batch.
@@ -799,6 +810,12 @@ def layers_of(model):
     raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; it cannot be sharded by layer")
 
 
+def final_norm(model):
+    """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
+    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
+    return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
+
+
 def thin_config(config, keep):
     """The same architecture with the kept layers only, lists of one value a layer thinned likewise."""
     depth, values = config.num_hidden_layers, config.to_dict()
@@ -895,7 +912,7 @@ def put(tensor, full):
 
 
 def whole(tensor):
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
 
 
 def check_heads(student, teacher, cfg):
@@ -1177,187 +1194,130 @@ def truncate_log(path, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm and
-# head learn the teacher's logits. Hands on: stitches for the student's root, phases that train() runs before the ordinary one.
+# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
+# and head learn the teacher's logits. Hands on: stitches for the student's root, and the phases train() begins with.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Tap(nn.Module):
-    """Stands in for a decoder layer: may feed it another input, keeps what goes in and comes out. Not hooks: activation
-    checkpointing runs the layer again in the backward pass, after hooks are gone, and must find the same input."""
+class Tap:
+    """In place of a decoder layer: feeds it another input, keeps both ends, still there when it is recomputed (no hook is)."""
 
-    def __init__(self, layer, feed=None):
-        super().__init__()
+    def __init__(self, layer, feed):
         self.layer, self.feed = layer, feed
 
-    def forward(self, hidden_states, *args, **kwargs):
-        hidden_states = hidden_states if self.feed is None else self.feed
-        out = self.layer(hidden_states, *args, **kwargs)
-        self.kept = hidden_states, out[0] if isinstance(out, tuple) else out
+    def __call__(self, hidden_states, *args, **kwargs):
+        before = hidden_states if self.feed is None else self.feed
+        out = self.layer(before, *args, **kwargs)
+        self.kept = before, out[0] if isinstance(out, tuple) else out
         return out
 
     def __getattr__(self, name):   # models ask their layers for attention_type and the like
-        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+        return getattr(self.layer, name)
 
 
 def around_blocks(model, batch, blocks, feeds={}):
-    """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each. Later layers do not run."""
+    """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
     path, layers = layers_of(model)
-    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-    taps = nn.ModuleList(Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1]))
-    setattr(parent, name, taps)
-    try:
-        hidden_states(model, batch.input_ids)
-    finally:
-        setattr(parent, name, layers)
+    parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
+    parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
+    hidden_states(model, batch.input_ids)
+    del parent[name]
     return {i: taps[i].kept for i in blocks}
 
 
-def hidden_error(ours_ND, theirs_ND, kind, temperature):
-    """-> [N]. Written so that the gradient is exactly 0 where both agree: Adam would make whole steps of rounding noise."""
-    ours_ND, theirs_ND = ours_ND.float(), theirs_ND.float()
-    if kind == "mse":
-        return (ours_ND - theirs_ND).square().mean(-1)
-    if kind == "cosine":   # 1 - cos is half the squared distance of unit vectors
-        return (nn.functional.normalize(ours_ND, dim=-1) - nn.functional.normalize(theirs_ND, dim=-1)).square().sum(-1) / 2
-    logp, logq = (torch.log_softmax(x / temperature, -1) for x in (ours_ND, theirs_ND))
-    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel in the sum
+def block_pairs(student, teacher):
+    ours, theirs = (len(layers_of(root.model)[1]) for root in (student, teacher))
+    return {i: round((i + 1) * theirs / ours) - 1 for i in range(ours)}
 
 
 def plan_blocks(cfg, config):
     """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
-    ours, theirs = config.get_text_config(), model_config(cfg.teacher, cfg, "teacher").get_text_config()
+    ours, theirs = (c.get_text_config() for c in (config, model_config(cfg.teacher, cfg, "teacher")))
     depth, a, b = ours.num_hidden_layers, ours.hidden_size, theirs.hidden_size
     if depth > theirs.num_hidden_layers:
-        raise UserError(f"blockwise: the student has {depth} layers, more than the teacher's {theirs.num_hidden_layers}; choose fewer")
+        raise UserError(f"blockwise: the student has {depth} layers, the teacher only {theirs.num_hidden_layers}")
     if a != b and not cfg.use_stitching_layers:
         raise UserError(f"blockwise: student width {a} and teacher width {b} differ, that needs use_stitching_layers")
     for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
         if (n := len(getattr(cfg, name))) not in (1, depth):
             raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
-    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+    if ours.tie_word_embeddings and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
-        print0("blockwise: the student's head is untied from the embeddings that its blocks are trained on; final/ is larger by it")
-
+        print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
     def stitches_of(model):
         torch.manual_seed(cfg.seed)
-        # without a bias in the head there is no place for the last stitch's when it folds into the head: then it has none
         fits = a == b or not cfg.initialize_head_from_teacher or model.get_output_embeddings().bias is not None
-        shapes = {f"up{i}": (a, b, cfg.stitching_layer_bias and (fits or i < depth - 1)) for i in range(depth)}
-        shapes |= {f"down{i}": (b, a, cfg.stitching_layer_bias) for i in range(depth) if cfg.block_input == "teacher"}
-        stitches = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items() if cfg.use_stitching_layers})
-        for p in stitches.parameters():
+        shapes = {f"up{i}": (a, b, fits or i < depth - 1) for i in range(depth)}   # the last one's goes into the head's
+        shapes |= {f"down{i}": (b, a, True) for i in range(depth) if cfg.block_input == "teacher"}
+        made = nn.ModuleDict({n: nn.Linear(x, y, z and cfg.stitching_layer_bias) for n, (x, y, z) in shapes.items()})
+        for p in made.parameters():
             nn.init.zeros_(p) if p.ndim == 1 else nn.init.eye_(p) if a == b else nn.init.xavier_uniform_(p)
-        return stitches
-    return stitches_of
+        return made
+    return stitches_of if cfg.use_stitching_layers else None
 
 
-def block_pairs(student, teacher):
-    ours, theirs = len(layers_of(student.model)[1]), len(layers_of(teacher.model)[1])
-    return {i: round((i + 1) * theirs / ours) - 1 for i in range(ours)}
-
-
-def matching(cfg, student, teacher, pairs, apart=False):
-    """-> (work, signal) of a phase that holds these blocks against their teacher blocks; apart: a loss a block instead of three."""
-    stitches = student.stitches
-
-    def signal(model, batch):
-        states = around_blocks(model, batch, pairs.values())
-        return {i: states[j] for i, j in pairs.items()}
-
+def matching(cfg, student, teacher, blocks=None):
+    """-> (work, signal) of a Phase that trains these blocks; without blocks: work returns the error of each."""
+    fed, pairs = cfg.block_input == "teacher", block_pairs(student, teacher)
+    pairs = {i: pairs[i] for i in (pairs if blocks is None else blocks)}
     def work(model, batch, states, denominator):
         dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
-        stitch = lambda name, x: stitches[name](x.to(dtype)) if name in stitches else x.to(dtype)
-        feeds = {i: stitch(f"down{i}", states[i][0]) for i in pairs} if cfg.block_input == "teacher" else {}
-        own = around_blocks(model, batch, pairs, feeds)
-        losses = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[i][1]), cfg.distill_loss_type,
-                               cfg.distill_loss_temperature).sum() / denominator for i in pairs]
-        return losses if apart else (sum(losses), *losses[0].new_zeros(2))
-    return work, torch.no_grad()(lambda batch: teacher(signal, batch))
-
-
-def final_norm(model):
-    """The last module beside the decoder layers that has a weight of one dimension."""
-    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
-    return [m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1][-1]
+        stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
+        own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
+        errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
+                               cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
+        return errors if blocks is None else (sum(errors), *errors[0].new_zeros(2))
+    return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values()))
 
 
 @torch.no_grad()
-def initialize_head(student, teacher, held, batch_size):
-    """The teacher's final norm and head at equal width; else what they are on stitched states, folded into the student's."""
-    def norm_and_head(model):   # what a norm multiplies by and adds, whatever its weight means, shows on states of size 1
+def initialize_head(student, teacher):
+    """The teacher's norm and head at equal width; else what they make of stitched states, folded into the student's."""
+    def parts(model):   # what a norm multiplies by and adds shows on states of size 1, whatever its weight means
         head, norm = head_of(model), final_norm(model)
-        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight.dtype)
+        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
         plus, minus = norm(probe).float(), norm(-probe).float()
-        bias = 0 if head.bias is None else head.bias.float()
-        return head.weight.float() * head.scale, bias * head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2, head.scale
-
-    def sizes(model, batch, _, denominator):   # norms divide by the size of a state: how student and stitched sizes compare
-        h, size = around_blocks(model, batch, [last])[last][1].flatten(0, 1)[batch.real], lambda x: x.float().square().mean(-1).sqrt()
-        return [(size(h) / size(stitch(h)).clamp_min(1e-6)).sum() / denominator]
-
-    weight, bias, gain, shift, _ = teacher(norm_and_head)
-    *_, own_gain, own_shift, scale = student(norm_and_head)
+        return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
+    (weight, bias, scale, gain, shift), (*_, own_scale, own_gain, own_shift) = teacher(parts), student(parts)
     student.release()
+    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
     if len(gain) != len(own_gain):
-        last = len(layers_of(student.model)[1]) - 1
-        stitch = student.stitches[f"up{last}"]
-        bias, weight = bias + weight @ shift, weight * gain
-        bias = bias if stitch.bias is None else bias + weight @ whole(stitch.bias)
-        weight, shift = weight @ whole(stitch.weight), own_shift
-        gain = mean_of(student, sizes, lambda batch: None, held, batch_size, lambda batch: len(batch.real))[0]
-    head, norm = student.model.get_output_embeddings(), final_norm(student.model)
-    bias = bias + torch.zeros_like(weight[:, 0])
-    for p, new in ((head.weight, weight / scale), (head.bias, bias / scale)):
-        if p is not None:   # a padded tail of the vocabulary stays as it is
-            put(p, torch.cat([new[:len(p)].to(p.dtype), whole(p)[len(new):]]))
-    put(norm.weight, whole(norm.weight) + gain - own_gain)
-    if getattr(norm, "bias", None) is not None:
-        put(norm.bias, whole(norm.bias) + shift - own_shift)
+        stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
+        shift = shift if stitch.bias is None else shift + gain * whole(stitch.bias)
+        bias, weight, shift = bias + weight @ shift, weight * gain @ whole(stitch.weight), own_shift
+        gain = len(gain) ** 0.5 / whole(stitch.weight).norm()   # the student's norm undoes the stitch's scale
+    for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
+        put(p, torch.cat([new[:len(p)] * (scale / own_scale), whole(p)[len(new):]]))   # a padded tail stays
+    for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
+        put(p, whole(p) + more)
 
 
 def block_phases(cfg, student, teacher, steps_per_epoch):
-    """-> [Phase, ...]: one a block (block_input teacher: one for all, each block clipped by itself), then the head's."""
-    if steps_per_epoch is None:
-        raise UserError("blockwise counts its phases in epochs, a stream has no length: drop --streaming, use --max_samples")
-    model, pairs, (path, _) = student.model, block_pairs(student, teacher), layers_of(student.model)
-    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head = [n for n, p in model.named_parameters() if p in head]
-    epochs, rates, decays, norms = (v * (len(pairs) // len(v)) for v in (cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block,
-                                                                        cfg.max_grad_norm_per_block))
-
-    def clip(scale):
-        for i, limit in enumerate(norms):
-            names = f"model.{path}.{i}.", f"stitches.up{i}.", f"stitches.down{i}."
-            if limit:
-                torch.nn.utils.clip_grad_norm_([p for n, p in student.named_parameters() if n.startswith(names)], limit * scale)
-
-    def phase(name, pairs, trained, i, **more):   # trained: {block: multiplier}; the embeddings belong to block 0
-        rules = [f"^{path}\\.{j}\\.={m}" for j, m in trained.items()] + [f"^{path}\\.=0"] + [f"^{n}$=0" for n in head]
-        if student.stitches:
-            rules = [f"^stitches\\.(up|down){j}\\.={m}" for j, m in trained.items()] + ["^stitches=0"] + rules
-        work, signal = matching(cfg, student, teacher, pairs)
-        return Phase(name, max(1, math.ceil(epochs[i] * steps_per_epoch)), work, signal, parse_multipliers(rules),
-                     float(0 in trained and not more), max(rates) if more else rates[i], decays[i], 0.0 if more else norms[i], lambda b: len(b.real), **more)
-
-    if cfg.block_input == "teacher":
-        phases = [phase("blocks", pairs, {i: r / max(rates) for i, r in enumerate(rates)}, 0, clip=clip)]
-    else:
-        phases = [phase(f"block {i}", {i: j}, {k: 1 for k in range(i if cfg.freeze_previous_blocks else 0, i + 1)}, i) for i, j in pairs.items()]
-    phases[-1].end = functools.partial(initialize_head, student, teacher) if cfg.initialize_head_from_teacher else lambda *_: None
+    """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
+    (path, layers), at_once, phases = layers_of(student.model), cfg.block_input == "teacher", []
+    head = {*student.model.get_output_embeddings().parameters(), *final_norm(student.model).parameters()}
+    head = [f"^{n}$" for n, p in student.model.named_parameters() if p in head]
+    steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
+    epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
+        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
+    clip = [((f"model.{path}.{i}.", f"stitches.up{i}.", f"stitches.down{i}."), n) for i, n in enumerate(norms) if n]
+    for i, rate in enumerate(rates[:1] if at_once else rates):
+        trained = dict(enumerate(rates)) if at_once else {j: rate for j in range(i * cfg.freeze_previous_blocks, i + 1)}
+        rules = [rf"^({path}\.|stitches\.(up|down)){j}\.={r}" for j, r in trained.items()]   # rates: multipliers of 1
+        rules += [rf"^({path}|stitches)\.=0", *(f"{n}=0" for n in head)]   # what is left, the embeddings, is block 0's
+        work, signal = matching(cfg, student, teacher, trained if at_once else [i])
+        phases.append(Phase("blocks" if at_once else f"block {i}", steps(epochs[i]), work, signal,
+                            parse_multipliers(rules), rate * (0 in trained and not at_once), 1.0, decays[i],
+                            norms[i] * (not at_once), lambda batch: len(batch.real), clip if at_once else ()))
+    phases[-1].end = lambda: initialize_head(student, teacher) if cfg.initialize_head_from_teacher else None
     if cfg.train_lm_head:
-        labels_only, mse = cfg.logit_loss_type == "ce", cfg.logit_loss_type == "mse"
-        work = functools.partial(distil, alpha=1.0 if labels_only else 1 - cfg.logit_loss_weight, divergence="mse" if mse else "forward",
-                                 temperature=cfg.logit_loss_temperature)
-        phases.append(Phase("head", max(1, math.ceil(cfg.lm_head_epochs * steps_per_epoch)), work, (lambda b: None) if labels_only else teacher_signal(teacher),
-                            parse_multipliers([f"^{n}$=1" for n in head]), 0.0, cfg.lm_head_lr, cfg.lm_head_wd, cfg.lm_head_max_grad_norm))
+        alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+        work = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
+                                 divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
+        phases.append(Phase("head", steps(cfg.lm_head_epochs), work, teacher_signal(teacher if alpha < 1 else None),
+                            parse_multipliers([f"{n}=1" for n in head]), 0.0, cfg.lm_head_lr, cfg.lm_head_wd,
+                            cfg.lm_head_max_grad_norm))
     return phases
-
-
-def print_blocks(errors, pairs, kind):
-    print0(f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1))
-    for (i, j), *values in zip(pairs.items(), *errors):
-        print0(f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1455,8 +1415,8 @@ class Phase:
     weight_decay: float
     max_grad_norm: float
     counted: Any = lambda batch: len(batch.labels)   # what the loss is a mean over, here in this batch
-    clip: Any = None   # (loss scale): clips gradients before the global norm does
-    end: Any = None    # (held rows, batch size) -> block errors, after the last step; what it does is in the checkpoint there
+    clip: Any = ()     # [(starts of parameter names, largest norm)]: parts that are clipped by themselves
+    end: Any = None    # run after the last step, before it is saved
 
 
 def load_all(run):
@@ -1530,7 +1490,7 @@ def train(cfg):
 
     def measure_blocks():
         pairs = block_pairs(student, teacher)
-        found = mean_of(student, *matching(cfg, student, teacher, pairs, apart=True), held, batch_size, lambda b: len(b.real))
+        found = mean_of(student, *matching(cfg, student, teacher), held, batch_size, lambda b: len(b.real))
         before["blocks"] = before.get("blocks", []) + [found]
         log(**{f"block/{i}/loss": x for i, x in enumerate(found)}, **{"block/step": step})
         print_blocks(before["blocks"], pairs, cfg.distill_loss_type)
@@ -1583,8 +1543,9 @@ def train(cfg):
                     (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                     sums += torch.stack([loss.detach(), ce, kl])
                 if tokens:
-                    if phase.clip:
-                        phase.clip(health["scale"].item())
+                    for names, limit in phase.clip:
+                        torch.nn.utils.clip_grad_norm_([p for n, p in student.named_parameters() if n.startswith(names)],
+                                                       limit * health["scale"].item())
                     grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16)
                 else:
                     print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
@@ -1593,7 +1554,7 @@ def train(cfg):
                 bar.update()
                 if step == last and phase.end:
                     measure_blocks()
-                    phase.end(held, batch_size)
+                    phase.end()
                 if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                     save()
                     raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint there holds the "
@@ -1643,6 +1604,12 @@ def prepare_output(cfg, step):
         save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
         truncate_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
     all_sum(0)
+
+
+def print_blocks(errors, pairs, kind):
+    print0(f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1))
+    for (i, j), *values in zip(pairs.items(), *errors):
+        print0(f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:]))
 
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
