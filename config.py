@@ -24,6 +24,11 @@ def knob(default, help):
 
 
 # What the embedded demo sets where the user did not: found by a few dozen runs on 2 CPU cores (see README, Results).
+DEMO_VOCAB = 1024
+DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+DEMO_TEACHER = dict(hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=5)
+DEMO_TEACHER_RUN = dict(alpha=1.0, seq_len=128, batch_size=16, max_steps=500, learning_rate=3e-3, warmup_ratio=0.05,
+                        gradient_checkpointing=False, save_steps=250, eval_steps=0)
 DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05, alpha=0.1,
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
 
@@ -218,6 +223,23 @@ READ_BY = {
 
 def default_of(f):
     return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+# What may differ between the run that a checkpoint is of and the one that continues it. batch_size and accumulation may, as
+# long as the sequences a step stay the same: the trainer compares those.
+NO_EFFECT = {"mode", "output_dir", "resume", "num_proc", "max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps",
+             "gradient_checkpointing", "cache_dir", *GROUPS["saving"], *GROUPS["sharding"], *GROUPS["logging"]}
+
+
+def shapes_result(cfg):
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
+
+
+def refuse_changes(there, here, where):
+    changed = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in {**there, **here} if there.get(k) != here.get(k)]
+    if changed:
+        raise UserError(f"{where} is of a run with {'; '.join(changed)}. Change it back, or start over with --resume never or another "
+                        f"--output_dir")
 
 
 def parse_multipliers(items):

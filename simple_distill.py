@@ -11,10 +11,10 @@
     ./launch.sh ...                                                              # the same on many devices
 
 Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
-block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, D width, V vocabulary,
-K kept teacher entries a token.
+block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
+chunk, D width, V vocabulary, K kept teacher entries a token.
 """
-import base64
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -26,15 +26,14 @@ import itertools
 import json
 import math
 import os
-import queue
 import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -50,22 +49,20 @@ import datasets
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import Config, UserError, parse_config, parse_multipliers, save_config, scheduler_kwargs
+from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, Config, UserError, parse_config,
+                    parse_multipliers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
-# ---------------------------------------------------------------------------------------------------------------------
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
-
 def print0(*words):
     if RANK == 0:
         tqdm.write(" ".join(map(str, words)))   # through tqdm, so that a line never tears the bar
-
 
 @contextlib.contextmanager
 def process_group():
@@ -80,7 +77,6 @@ def process_group():
     finally:
         dist.destroy_process_group()
 
-
 @contextlib.contextmanager
 def node_first():
     """The first rank of each node goes ahead (downloads, dataset caches), the others find its work done."""
@@ -90,31 +86,25 @@ def node_first():
     if LOCAL_RANK == 0:
         all_sum(0)
 
-
 def all_sum(*values):
     """Sum Python numbers over ranks on the host."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
-
 def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
-
 def digest(*things):
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective in
-# chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
-# ---------------------------------------------------------------------------------------------------------------------
+# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective
+# in chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
 
 LOGITS_BUDGET = 512 * 2**20   # bytes of student and teacher logits that exist at once; larger is hardly faster
-
 
 class Head(NamedTuple):
     """What turns hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
@@ -123,17 +113,15 @@ class Head(NamedTuple):
     scale: float = 1.0                     # Cohere, Granite
     softcap: Optional[float] = None        # Gemma
 
-
 class SparseTarget(NamedTuple):
     """A teacher from the cache: some tokens with their probabilities, and the mass of all others as one bucket."""
-    ids: torch.Tensor       # [N, K] token ids, distinct in a row; unused places hold the row's first id and 0 probability
+    ids: torch.Tensor       # [N, K] distinct in a row; unused places hold the row's first id and probability 0
     probs: torch.Tensor     # [N, K]
     rest: torch.Tensor      # [N] mass that is not listed: 0 for method sample, which is complete in expectation
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
 
-
 def finish_logits(raw, scale, softcap):
-    """Head output -> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw): number or tensor."""
+    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw), number or tensor."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
@@ -142,12 +130,11 @@ def finish_logits(raw, scale, softcap):
     bent = torch.tanh(logits / softcap)
     return bent * softcap, (1 - bent * bent) * scale
 
-
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
     """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV).
 
-    target: None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each
-    pass over [C, V] is 3 % of a step; with one they fuse into three.
+    target: None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler
+    each pass over [C, V] counts; with one they fuse into three.
     """
     z, slope = finish_logits(student_CV, *student_bend)
     own_C1 = labels_C[:, None]
@@ -168,7 +155,7 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
-    elif divergence == "mse":   # of the logits, temperature 1: a choice of the block-wise head phase
+    elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
         error = z - finish_logits(target, *teacher_bend)[0]
         kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
@@ -192,7 +179,6 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     grad.scatter_add_(-1, own_C1, grad.new_full(own_C1.shape, -alpha))
     return ce, kl * temperature ** 2, grad if isinstance(slope, float) and slope == 1.0 else grad * slope
 
-
 @functools.cache
 def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
     """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
@@ -207,11 +193,10 @@ def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
         except Exception as e:
             if state["run"] is eager:
                 raise
-            print0(f"loss: no working compiler ({type(e).__name__}), the element-wise part runs eagerly (about 1.3 x slower)")
+            print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs eagerly")
             state["run"] = eager
             return eager(*args)
     return kernel
-
 
 class FusedDistillation(torch.autograd.Function):
     """Sums over tokens of loss, ce and kl. All matmuls, forward and backward, happen here; backward only scales."""
@@ -223,17 +208,17 @@ class FusedDistillation(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
-        sparse, online = isinstance(teacher, SparseTarget), isinstance(teacher, tuple) and not isinstance(teacher, SparseTarget)
-        teacher_bend = tuple(teacher[1][2:]) if online else (1.0, None)
-        kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha, temperature=temperature,
-                              divergence=divergence, student_bend=bend, teacher_bend=teacher_bend)
+        sparse = isinstance(teacher, SparseTarget)
+        kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha,
+                              temperature=temperature, divergence=divergence, student_bend=bend,
+                              teacher_bend=(1.0, None) if sparse or teacher is None else tuple(teacher[1][2:]))
         ce, kl = hidden_ND.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             h_CD, target = hidden_ND[part], None
             if sparse:
                 target = SparseTarget(*(x[part] for x in teacher))
-            elif online:
+            elif teacher is not None:
                 target = nn.functional.linear(teacher[0][part], teacher[1].weight, teacher[1].bias)
             ce_C, kl_C, grad_CV = kernel(nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
             ce, kl = ce + ce_C.sum(dtype=torch.float64), kl + kl_C.sum(dtype=torch.float64)
@@ -247,23 +232,22 @@ class FusedDistillation(torch.autograd.Function):
                 grad_weight.addmm_(grad_CV.T, h_CD)
             elif need_weight:
                 grad_weight += grad_CV.T @ h_CD
-        ctx.grads, ctx.dtypes = (grad_hidden, grad_weight, grad_bias), (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype)
+        ctx.grads, ctx.dtype = (grad_hidden, grad_weight, grad_bias), hidden_ND.dtype
         ce, kl = ce.to(exact), kl.to(exact)
         ctx.mark_non_differentiable(ce, kl)
         return alpha * ce + (1 - alpha) * kl, ce, kl
 
     @staticmethod
     def backward(ctx, scale, *_):
-        scaled = [g if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype)) for g, dtype in zip(ctx.grads, ctx.dtypes)]
-        return *scaled, *[None] * 7
-
+        into = functools.partial(torch.empty_like, dtype=ctx.dtype)
+        return *(g if g is None else torch.mul(g, scale, out=into(g)) for g in ctx.grads), *[None] * 7
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature, divergence="forward",
                       denominator=None, chunk=None):
     """student_hidden [N, D], labels [N] with -100 = not counted -> loss, ce, kl, each divided by denominator.
 
-    teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host: then
-    dropping the uncounted positions does not make the GPU wait.
+    teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host:
+    then dropping the uncounted positions does not make the GPU wait.
     """
     counted = (labels != -100).nonzero()[:, 0]
     denominator = max(len(counted), 1) if denominator is None else denominator
@@ -277,102 +261,82 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
             teacher = (teacher[0][counted], teacher[1])
     labels = labels.to(student_hidden.device, non_blocking=True)
     if teacher is not None and not isinstance(teacher, SparseTarget):
-        hidden, head = teacher[0], as_head(teacher[1])
+        head = as_head(teacher[1])
         vocab = min(len(weight), len(head.weight))   # padded tails are cut, nothing is zero-padded
-        weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-        teacher = (hidden, head._replace(weight=head.weight[:vocab], bias=None if head.bias is None else head.bias[:vocab]))
+        cut = lambda x: None if x is None else x[:vocab]
+        weight, bias, teacher = cut(weight), cut(bias), (teacher[0], Head(cut(head.weight), cut(head.bias), *head[2:]))
     chunk = chunk or max(1, LOGITS_BUDGET // (2 * max(student_hidden.element_size(), 2) * len(weight)))
     sums = FusedDistillation.apply(student_hidden, weight, bias, labels, teacher if alpha < 1 else None,
                                    tuple(student_head[2:]), alpha, temperature, divergence, chunk)
     return tuple(x / denominator for x in sums)
 
-
 def as_head(head):
-    return Head(head.weight, getattr(head, "bias", None), float(getattr(head, "scale", None) or 1.0), getattr(head, "softcap", None))
-
+    scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
+    return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
 
 def hidden_error(ours_ND, theirs_ND, kind, temperature):
-    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam would make whole steps of rounding noise."""
+    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
     ours_ND, theirs_ND = ours_ND.float(), theirs_ND.float()
     if kind == "mse":
         return (ours_ND - theirs_ND).square().mean(-1)
     if kind == "cosine":   # 1 - cos is half the squared distance of unit vectors
-        return (nn.functional.normalize(ours_ND, dim=-1) - nn.functional.normalize(theirs_ND, dim=-1)).square().sum(-1) / 2
+        unit = functools.partial(nn.functional.normalize, dim=-1)
+        return (unit(ours_ND) - unit(theirs_ND)).square().sum(-1) / 2
     logp, logq = (torch.log_softmax(x / temperature, -1) for x in (ours_ND, theirs_ND))
-    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel in the sum
-
+    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the number
-# of ranks. Hands on: rows that can be indexed (or a stream), and Batch.
-# ---------------------------------------------------------------------------------------------------------------------
+# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
+# number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
 
-CONVERSATIONS = (("messages",), ("conversations",), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
-                 ("instruction", "output"))
-
-
-def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else the first of the candidates that has one, else None."""
-    for name in [cfg.tokenizer] if cfg.tokenizer else candidates:
-        if os.path.isdir(name) and not glob.glob(os.path.join(name, "tokenizer*")):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-        except Exception as e:
-            raise UserError(f"no tokenizer could be loaded from {name!r} ({one_line(e)}); name one with --tokenizer")
-    if cfg.tokenizer:
-        raise UserError(f"--tokenizer {cfg.tokenizer!r} holds no tokenizer files")
-    return None
-
+CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 def one_line(e, limit=160):
     return " ".join(f"{type(e).__name__}: {e}".split())[:limit]
 
+def load_tokenizer(cfg, *candidates):
+    """--tokenizer, else the first of the candidates that has one, else None."""
+    for name in [cfg.tokenizer] if cfg.tokenizer else candidates:
+        if cfg.tokenizer or not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*")):
+            try:
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+            except Exception as e:
+                raise UserError(f"no tokenizer in {name!r} ({one_line(e)}); name one with --tokenizer")
 
-def load_raw(name, config_name, split, streaming):
+def load_raw(cfg, split, streaming):
     """One split as rows of text or conversations; None where there is no such split."""
-    loader = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    kind = loader.get(os.path.splitext(name)[1].lower())
+    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
+    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
+        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
+    if kind and split != "train":
+        return None
     try:
-        if kind:
-            if not os.path.isfile(name):
-                raise UserError(f"dataset file {name!r} does not exist")
-            if os.path.getsize(name) == 0:
-                raise UserError(f"dataset file {name!r} is empty")
-            if split != "train":
-                return None
-            extra = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends a document
+        if kind:   # in a text file a blank line ends a document
+            extra = {"sample_by": "paragraph"} if kind == "text" else {}
             return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming, **extra)
-        if os.path.exists(os.path.join(name, "dataset_dict.json")) or os.path.exists(os.path.join(name, "state.json")):
+        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)
             saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
             return saved.to_iterable_dataset() if streaming and saved is not None else saved
-        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
-    except UserError:
-        raise
+        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
     except Exception as e:
         if "Unknown split" in str(e) or "Bad split" in str(e):
             return None
-        if kind in ("json", "csv", "text"):
-            explain_bad_file(name)
-        where = "a hub dataset (no network? set HF_HUB_OFFLINE=1 to use what is cached), a local file or a save_to_disk directory"
-        raise UserError(f"dataset {name!r}" + (f" cannot be read: {one_line(e)}" if kind else f" could not be loaded as {where}: {one_line(e)}"))
+        explain_bad_file(name, kind)
+        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
+        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
 
-
-def explain_bad_file(path):
-    """datasets' message does not say where: name the line."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
+def explain_bad_file(path, kind):
+    """The reader's message does not say where: name the line."""
+    with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
             try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as e:
-                raise UserError(f"dataset file {path!r}, line {number}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first")
-            try:
-                if path.endswith(".jsonl") and text.strip() and not isinstance(json.loads(text), dict):
-                    raise UserError(f"dataset file {path!r}, line {number}: not a JSON object; each line needs the same columns")
-            except ValueError as e:
-                raise UserError(f"dataset file {path!r}, line {number}: not valid JSON ({e}); mend or delete that line")
-
+                text = line.decode("utf-8").strip()
+                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object with columns")
+            except ValueError as e:   # UnicodeDecodeError is one
+                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
@@ -380,47 +344,42 @@ def conversation_of(row):
         alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
         return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]}
                 for m in row.get("messages") or row["conversations"]]
-    for ask, *answer in CONVERSATIONS[2:]:
-        if answer and row.get(ask) is not None and row.get(answer[0]) is not None:
+    for ask, answer in CONVERSATIONS:
+        if row.get(ask) is not None and row.get(answer) is not None:
+            if isinstance(row[answer], list):   # prompt and completion as message lists
+                return [*row[ask], *row[answer]]
             more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
-            reply = row[answer[0]]
-            if isinstance(reply, list):   # prompt and completion as message lists
-                return list(row[ask]) + list(reply)
-            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": reply}]
+            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
     return None
 
-
-def render(messages, tokenizer):
+def render(messages, tokenizer, marks):
     """A conversation as text, and the character spans of it that the assistant wrote, end marks included.
 
-    The spans are found by rendering once more with an assistant turn replaced: what differs is that turn. This holds for
-    any template, with generation markers or not, also for those that treat earlier turns differently.
+    The spans are found by rendering once more with one assistant turn replaced: what differs is that turn. This holds
+    for any template, with generation markers or not, also for those that treat earlier turns differently.
     """
+    text, spans = "", []
     if not tokenizer.chat_template:
-        text, spans = "", []
         for m in messages:
-            start, text = len(text), text + m["content"] + (tokenizer.eos_token or "" if m["role"] == "assistant" else "\n")
-            spans += [(start, len(text))] if m["role"] == "assistant" else []
+            start, ours = len(text), m["role"] == "assistant"
+            text += m["content"] + ((tokenizer.eos_token or "") if ours else "\n")
+            spans += [(start, len(text))] if ours else []
         return text, spans
-    show = lambda conversation: tokenizer.apply_chat_template(conversation, tokenize=False)
-    text, spans = show(messages), []
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
     for i, m in enumerate(messages):
         if m["role"] == "assistant" and m.get("content"):
-            other = show([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
+            changed = [*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]]
+            other = tokenizer.apply_chat_template(changed, tokenize=False)
             start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[:start - 1:-1], other[:start - 1:-1]])) if start else len(text)
-            mark = next((s for s in sorted(special_tokens(tokenizer), key=len, reverse=True) if text[end:].lstrip().startswith(s)), None)
-            spans.append((start, text.index(mark, end) + len(mark) if mark else end))
+            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
+            spans.append((start, text.index(mark, end) + len(mark)))
     return text, spans
 
-
-def special_tokens(tokenizer):
-    return {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
-
-
 def encode(batch, tokenizer, text_column, seq_len, carry):
-    """Raw rows -> token rows. Text joins the stream in carry and leaves it in blocks of seq_len; a conversation is a row."""
-    plain = [row[text_column] for row in batch if conversation_of(row) is None and row.get(text_column)]
+    """Raw rows -> token rows. Text joins what is in carry and leaves it in blocks of seq_len; a conversation is a row."""
+    talks = [c for c in map(conversation_of, batch) if c]
+    plain = [row[text_column] for row in batch if row.get(text_column)] if not talks else []
     if plain:
         eos = tokenizer.eos_token_id
         for ids in tokenizer(plain, verbose=False)["input_ids"]:
@@ -428,84 +387,85 @@ def encode(batch, tokenizer, text_column, seq_len, carry):
         whole = len(carry) // seq_len * seq_len
         yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
         del carry[:whole]
-    talks = [render(c, tokenizer) for c in map(conversation_of, batch) if c]
     if talks:
-        coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, verbose=False)
+        added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        talks = [render(c, tokenizer, marks) for c in talks]
+        coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
+                          return_offsets_mapping=True, verbose=False)
         for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
             targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
             if any(targets[1:]):   # the first token has nothing to be predicted from
                 yield {"input_ids": ids[:seq_len], "targets": targets}
 
-
 def encode_all(raws, tokenizer, text_column, seq_len):
     for raw in raws:
         carry = []
         for batch in raw.iter(1000):
-            yield from encode([dict(zip(batch, values)) for values in zip(*batch.values())], tokenizer, text_column, seq_len, carry)
+            batch = [dict(zip(batch, values)) for values in zip(*batch.values())]
+            yield from encode(batch, tokenizer, text_column, seq_len, carry)
         if len(carry) > 1:
             yield {"input_ids": carry, "targets": None}
 
-
-def check_columns(raw, name, text_column):
-    row = next(iter(raw), None)
-    if row is None:
-        raise UserError(f"dataset {name!r} has no rows")
-    if conversation_of(row) is None and not isinstance(row.get(text_column), str):
-        raise UserError(f"dataset {name!r} has no text column {text_column!r} and no known conversation columns; it has "
-                        f"{', '.join(row)}: name one with --text_column")
-
-
 def tokenize(raw, tokenizer, cfg, what):
     """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
-    features = datasets.Features(input_ids=datasets.List(datasets.Value("int32")), targets=datasets.List(datasets.Value("bool")))
-    code = [tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(), str(tokenizer.chat_template)]
-    mark = digest(raw._fingerprint, code, cfg.text_column, cfg.seq_len, "v1")
+    a_list = lambda kind: datasets.List(datasets.Value(kind))
+    features = datasets.Features(input_ids=a_list("int32"), targets=a_list("bool"))
+    mark = digest(raw._fingerprint, tokenizer_digest(tokenizer), cfg.text_column, cfg.seq_len)
     workers = min(cfg.num_proc or 1, len(raw))
     raws = [raw.shard(workers, i, contiguous=True) for i in range(workers)]
-    with node_first():
-        rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, num_proc=cfg.num_proc and workers, gen_kwargs=dict(
-            raws=raws, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len))
+    kwargs = dict(raws=raws, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+    try:
+        with node_first():
+            rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, gen_kwargs=kwargs,
+                                                   num_proc=workers if workers > 1 else None)
+    except datasets.exceptions.DatasetGenerationError as e:
+        raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e.__cause__ or e)}")
     if len(rows) == 0:
-        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn)")
-    dropped = len(raw) - len(rows) if rows[0]["targets"] is not None else 0
-    if dropped:
-        print0(f"{what}: dropped {dropped} of {len(raw)} conversations without any target token within seq_len {cfg.seq_len}")
+        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn?)")
+    if rows[0]["targets"] is not None and len(rows) < len(raw):
+        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} conversations, no target within seq_len {cfg.seq_len}")
     return rows.with_format("numpy")
 
+def tokenizer_digest(tokenizer):
+    code = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    return digest(code, str(tokenizer.chat_template))
 
 def load_data(cfg, tokenizer):
     """-> (train rows or stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
     if tokenizer is None:
-        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; name one with --tokenizer")
-    load = functools.partial(load_raw, cfg.dataset, cfg.dataset_config)
+        raise UserError(f"student {cfg.student!r} and teacher {cfg.teacher!r} have no tokenizer; name one with --tokenizer")
     with node_first():
-        raw = load(cfg.train_split, streaming=cfg.streaming)
-        held = load(cfg.eval_split, streaming=False) if cfg.eval_split != cfg.train_split else None
-    if raw is None:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}; name one with --train_split")
-    if held is None and cfg.eval_split != Config.eval_split:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave --eval_split out to hold out a slice of train")
-    check_columns(raw, cfg.dataset, cfg.text_column)
+        raw = load_raw(cfg, cfg.train_split, cfg.streaming)
+        held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
+    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
+        if found is None and split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
+                            "hold out a slice of train")
+    row = next(iter(raw), None)
+    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
+        raise UserError(f"dataset {cfg.dataset!r} has " + ("no rows" if row is None else f"no text in column {cfg.text_column!r} "
+                        f"and no known conversation columns; it has {', '.join(row)}: name one with --text_column"))
     if cfg.streaming:
-        if held is None:   # the head of the stream is kept back; a text row may fill several sequences
+        if held is None:   # the head of the stream is kept back
             held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
             raw = raw.skip(len(held))
-        raw = raw.take(cfg.max_samples) if cfg.max_samples else raw
-        return raw, tokenize(held, tokenizer, cfg, "eval").take(cfg.eval_samples)
-    if cfg.max_samples:
-        raw = raw.take(min(cfg.max_samples, len(raw)))
+        held = tokenize(held, tokenizer, cfg, "eval")
+        return raw.take(cfg.max_samples) if cfg.max_samples else raw, held.take(min(cfg.eval_samples, len(held)))
+    raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
     if held is None and len(raw) > 1:
         gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(i for i in range(len(raw)) if i % gap != gap - 1)
+        held, kept = raw.select(range(gap - 1, len(raw), gap)), (i for i in range(len(raw)) if i % gap != gap - 1)
+        raw = raw.select(kept)
     rows = tokenize(raw, tokenizer, cfg, "train")
+    held = tokenize(held, tokenizer, cfg, "eval") if held is not None else None
     if held is None:   # one long document: its last twentieth
-        if len(rows) < 2:
-            raise UserError(f"dataset {cfg.dataset!r} gives a single sequence of {cfg.seq_len} tokens; nothing is left to evaluate on")
-        cut = max(1, len(rows) // 20)
-        return rows.take(len(rows) - cut), rows.skip(len(rows) - cut).take(cfg.eval_samples)
-    held = tokenize(held, tokenizer, cfg, "eval")
+        cut = len(rows) - max(1, len(rows) // 20)
+        if cut == 0:
+            raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or less; nothing is left "
+                            "to evaluate on: bring more text or lower --seq_len")
+        rows, held = rows.take(cut), rows.skip(cut)
     return rows, held.take(min(cfg.eval_samples, len(held)))
-
 
 @dataclasses.dataclass
 class Batch:
@@ -513,29 +473,28 @@ class Batch:
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
-    real: torch.Tensor        # places of all tokens that are not padding: what hidden states are compared on
+    real: torch.Tensor        # places of all tokens but padding: where hidden states are compared
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
-
 
 def collate(rows, pad_to=1):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
-    exist, rows = bool(rows), rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part, nothing counts
-    width = -(-max(len(r["input_ids"]) for r in rows) // pad_to) * pad_to
+    lengths = [len(r["input_ids"]) for r in rows]
+    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: takes part, uncounted
+    width = -(-max(lengths, default=2) // pad_to) * pad_to
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
-    real = torch.cat([i * width + torch.arange(len(r["input_ids"])) for i, r in enumerate(rows)])[0 if exist else 2:]
     for i, row in enumerate(rows):
         x = torch.as_tensor(row["input_ids"], dtype=torch.long)
         ids[i, :len(x)] = x
         targets = row.get("targets")
-        keep = torch.ones(len(x), dtype=torch.bool) if targets is None or len(targets) == 0 else torch.as_tensor(targets)
-        labels[i, :len(x) - 1] = torch.where(keep, x, -100)[1:]
+        labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
+    real = torch.cat([torch.arange(0), *(i * width + torch.arange(n) for i, n in enumerate(lengths))])
     sparse = [r["sparse"] for r in rows if "sparse" in r]
     sparse = SparseTarget(*map(torch.cat, zip(*sparse))) if sparse else None
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse and SparseTarget(*map(send, sparse)))
-
+    sparse = sparse and SparseTarget(*map(send, sparse))
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
@@ -543,14 +502,13 @@ def indexed_batches(rows, seed, global_batch, step):
     for step in itertools.count(step):
         if epoch != step // steps_per_epoch:
             epoch = step // steps_per_epoch
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         start = step % steps_per_epoch * global_batch
-        yield order[start:start + global_batch], None
-
+        yield order[start:start + global_batch].tolist(), None
 
 def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
-    """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began, what
-    was carried into it and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
+    """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began,
+    what was carried into it and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
     beginning, size, pending = raw.state_dict(), window or 1000, []
     state = state or {"epoch": 0, "window": 0, "used": 0, "carry": [], "source": beginning}
     raw.load_state_dict(state["source"])
@@ -576,40 +534,14 @@ def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
             raw.load_state_dict(beginning)
             source = iter(raw)
 
-
-def prefetch(generator, depth=2):
+def prefetch(endless, depth=2):
     """Run a generator in a thread, `depth` items ahead: the next batch is ready while this one computes."""
-    items, closed = queue.Queue(depth), threading.Event()
-
-    def fill():
-        try:
-            for item in generator:
-                while not closed.is_set():
-                    try:
-                        items.put((item, None), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if closed.is_set():
-                    return
-            items.put((None, StopIteration()))
-        except BaseException as e:
-            items.put((None, e))
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
+    with ThreadPoolExecutor(1) as pool:
+        ahead = collections.deque(pool.submit(next, endless) for _ in range(depth))
         while True:
-            item, error = items.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+            item = ahead.popleft().result()
+            ahead.append(pool.submit(next, endless))
             yield item
-    finally:
-        closed.set()
-        thread.join()
-
 
 def micro_batches(global_batches, rows, micro_steps, batch_size):
     """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every WORLD-th sequence."""
@@ -618,155 +550,146 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
         mine = [fetch(i) for i in batch[RANK::WORLD]]
         yield [collate(mine[i * batch_size:(i + 1) * batch_size]) for i in range(micro_steps)], position
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the demo
-# is a run like any other.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEMO_VOCAB = 1024
-DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
-DEMO_TEACHER = dict(hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=5)
-DEMO_TEACHER_RUN = dict(max_steps=500, learning_rate=3e-3, alpha=1.0, batch_size=16, gradient_accumulation_steps=1, save_steps=300,
-                        eval_steps=0, seed=0, lr_multipliers=[], default_lr_multiplier=1.0, blockwise=False)
-
+# Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the
+# demo is a run like any other.
 
 def stdlib_sources():
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
-    skip = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo", "pydoc_data"}
+    skip = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo", "pydoc_data"}
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(set(inside) - skip)
         for file in sorted(f for f in files if f.endswith(".py")):
             with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
                 yield os.path.relpath(os.path.join(folder, file), root), f.read()
 
-
-def make_demo(cfg, folder):
-    """Write corpus, tokenizer and model shapes under folder, once; held-out files are whole modules."""
-    path = functools.partial(os.path.join, folder)
-    if RANK == 0 and not os.path.exists(path("student", "config.json")):
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in ("corpus", "tokenizer", "teacher-shape", "student"):
-            os.makedirs(path(name))
-        parts = {"train": [], "validation": []}
-        for name, text in stdlib_sources():
-            parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
-        for split, texts in parts.items():
-            with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
-                f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
-        from tokenizers import ByteLevelBPETokenizer
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(path("tokenizer"))
-        for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-            transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-                                     eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
-    all_sum(0)
-
+def make_demo(path):
+    """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
+    from tokenizers import ByteLevelBPETokenizer
+    for name in ("corpus", "tokenizer", "student", "teacher-shape"):
+        os.makedirs(path(name), exist_ok=True)
+    parts = {"train": [], "validation": []}
+    for name, text in stdlib_sources():
+        parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
+    for split, texts in parts.items():
+        with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+                                         ).save_pretrained(path("tokenizer"))
+    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
+        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
+                                 bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 def resolve_demo(cfg):
-    """Replace each `demo` by what it stands for; the teacher is trained by this very trainer the first time."""
+    """Each `demo` becomes the files it stands for; this very trainer trains the teacher the first time. None: stopped."""
     if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
         return cfg
-    folder = os.path.join(cfg.output_dir, "demo")
-    path = functools.partial(os.path.join, folder)
-    make_demo(cfg, folder)
+    path = functools.partial(os.path.join, cfg.output_dir, "demo")
+    if RANK == 0 and not os.path.exists(path("student", "config.json")):   # the last thing that make_demo writes
+        make_demo(path)
+    all_sum(0)
     places = {"dataset": path("corpus")} if cfg.dataset == "demo" else {}
     if cfg.student == "demo":
         places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
-    if cfg.teacher == "demo" and (cfg.alpha < 1 and not cfg.cache_dir or cfg.mode != "train" or cfg.student.startswith("layers:")):
-        places |= {"teacher": path("teacher", "final")}
+    online = cfg.alpha < 1 and not cfg.cache_dir
+    if cfg.teacher == "demo" and (cfg.mode != "train" or online or cfg.student.startswith("layers:")):
+        places["teacher"] = path("teacher", "final")
         if not os.path.exists(places["teacher"]):
-            print0(f"demo: training the teacher first ({DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')})")
-            shared = {n: getattr(cfg, n) for n in ("dtype", "log_steps", "seq_len", "use_wandb")} | {"use_wandb": False}
-            done = train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), tokenizer=path("tokenizer"),
-                         output_dir=path("teacher"), gradient_checkpointing=False, warmup_ratio=0.05, **{**shared, **DEMO_TEACHER_RUN, "seq_len": 128}))
-            if not done:
+            print0(f"demo: first the teacher, {DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')}")
+            if not train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), use_wandb=False,
+                                tokenizer=path("tokenizer"), output_dir=path("teacher"), dtype=cfg.dtype,
+                                log_steps=cfg.log_steps, **DEMO_TEACHER_RUN)):
                 return None
     return dataclasses.replace(cfg, **places)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher signal: what distillation_loss takes as its teacher, online or from the cache, so that the loop has no fork.
-# ---------------------------------------------------------------------------------------------------------------------
 
-
-def hidden_states(model, input_ids):
-    """[B, T] -> [B, T, D] after the final norm, without the head."""
-    return model.base_model(input_ids=input_ids, use_cache=False)[0]
-
+def hidden_states(model, input_ids_BT):
+    """-> [B, T, D] after the final norm, without the head."""
+    return model.base_model(input_ids=input_ids_BT, use_cache=False)[0]
 
 def counted_hidden(model, batch):
-    """Runs inside teacher(...): the hidden states of the counted tokens, and the head to apply to them chunk by chunk."""
+    """Runs inside a root: the hidden states of the counted tokens, and the head to apply to them chunk by chunk."""
     return hidden_states(model, batch.input_ids).flatten(0, 1)[batch.positions], head_of(model)
-
 
 def teacher_signal(teacher):
     if teacher is None:
         return lambda batch: batch.sparse   # None too, at alpha 1
     return torch.no_grad()(lambda batch: teacher(counted_hidden, batch))
 
-
 def distil(model, batch, signal, denominator, **objective):
-    """Runs inside student(...): -> loss, ce, kl."""
+    """Runs inside the student: -> loss, ce, kl."""
     hidden_ND, head = counted_hidden(model, batch)
     return distillation_loss(hidden_ND, head, batch.labels, signal, denominator=denominator, **objective)
-
 
 def head_of(model):
     out, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
 
-
 def head_error(model, ids_1T):
-    """Runs inside either: how far hidden states times head_of are from the model's own logits, relative to their spread."""
+    """Runs inside a root: how far hidden states times head_of are from the model's own logits, by their spread."""
     head = head_of(model)
-    got = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
-    want = model(input_ids=ids_1T, use_cache=False).logits.float()
-    return (got - want).abs().max() / want.std().clamp_min(1e-6)
+    ours = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
+    its = model(input_ids=ids_1T, use_cache=False).logits.float()
+    return (ours - its).abs().max() / its.std().clamp_min(1e-6)
 
+def check_head(root, role, name, tokenizer):
+    """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused."""
+    rows, biggest = root.model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    was_training = root.training
+    if biggest >= rows:
+        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; they do not belong together")
+    root.eval()
+    with torch.no_grad():
+        error = root(head_error, torch.arange(8, device=DEVICE)[None] % rows).item()
+    root.train(was_training)
+    root.release()
+    if not error < 0.1:   # bf16 logits are off by 0.02
+        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head are off its own logits by "
+                        f"{error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
     ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
-    different = next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
-    way_out = "distillation needs one tokenizer; generate data with the teacher and train at --alpha 1 instead"
-    if different is not None:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: token {different} is "
-                        f"{ours[different]!r} there and {theirs[different]!r} here; {way_out}")
-    probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    if len(ours.keys() & theirs.keys()) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} share a vocabulary but cut text differently; {way_out}")
+    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]][:1]
+    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
+        clash = ["they share a vocabulary but cut text differently"]
+    if clash:
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
+                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on Inside roots: FSDP gathers
 # parameters in the forward of the root, so whatever touches weights is a function run inside it.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 class Inside(nn.Module):
     def __init__(self, model, stitches=None):
         super().__init__()
         self.model = model
-        self.stitches = stitches or nn.ModuleDict()   # of the block-wise mode: trained, in checkpoints, not in final/
+        self.stitches = stitches or nn.ModuleDict()   # of block-wise: trained, in checkpoints, not in final/
 
     def forward(self, work, *args):
         return work(self.model, *args)
 
     def release(self):
-        """After forwards without a backward: give the root's gathered weights back, else the next step would use stale ones."""
-        if isinstance(self, FSDPModule):
-            self.reshard()
-
+        """After forwards without a backward: give gathered weights back, else the next step would use stale ones."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 def compute_dtype(cfg):
     """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
     native = CUDA and torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"auto": torch.bfloat16 if native else torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
-
+    auto = torch.bfloat16 if native else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
 
 def model_config(name, cfg, role):
     try:
@@ -778,28 +701,27 @@ def model_config(name, cfg, role):
             with node_first():
                 config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        tried = f"file {name!r}" if name.endswith(".json") else f"local directory {name!r}" if os.path.isdir(name) else \
-            f"{name!r} as a local directory (there is none) and on the hub (no network? no access? HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 0)})"
-        raise UserError(f"{role}: no model config in {tried}: {one_line(e)}")
-    if config.is_encoder_decoder or (type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map")):
-        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model; choose another")
+        where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
+            "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
+        raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    if getattr(config, "is_encoder_decoder", False) or not known:
+        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model")
     return config
-
 
 def read_model(name, config, cfg, role, dtype):
     """Rank 0's whole copy on the host, memory-mapped until it is cast."""
-    quiet = transformers.utils.logging
     try:
         if name.endswith(".json"):
             torch.manual_seed(cfg.seed)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=cfg.trust_remote_code, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=cfg.trust_remote_code,
+                                                           output_loading_info=True)
     except Exception as e:
         raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
     if info["missing_keys"]:
-        raise UserError(f"{role} {name!r} lacks weights, among them {sorted(info['missing_keys'])[0]}; is it a whole language model?")
+        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it whole?")
     return model
-
 
 def layers_of(model):
     """(path, ModuleList) of the decoder layers: the outermost list as long as the config says."""
@@ -807,89 +729,81 @@ def layers_of(model):
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return path, module
-    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; it cannot be sharded by layer")
-
+    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
 def final_norm(model):
     """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
     beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
     return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
 
-
-def thin_config(config, keep):
-    """The same architecture with the kept layers only, lists of one value a layer thinned likewise."""
-    depth, values = config.num_hidden_layers, config.to_dict()
-    values = {k: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v for k, v in values.items()}
-    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
-    return type(config).from_dict(values)
-
-
-def thin_model(whole, config, keep):
-    path, _ = layers_of(whole)
-    thin = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
-    source = whole.state_dict()
-    moved = {path + "." + str(new) + k[len(f"{path}.{old}"):]: v for new, old in enumerate(keep) for k, v in source.items()
-             if k.startswith(f"{path}.{old}.")}
-    thin.load_state_dict({k: v for k, v in source.items() if not k.startswith(path + ".")} | moved)
-    return thin
-
+def thin(whole, config, keep):
+    """The kept layers of a model as a model of their own."""
+    path, source = layers_of(whole)[0], whole.state_dict()
+    model = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
+    kept = {k: v for k, v in source.items() if not k.startswith(path + ".")}
+    for new, old in enumerate(keep):
+        prefix = f"{path}.{old}."
+        kept |= {f"{path}.{new}.{k[len(prefix):]}": v for k, v in source.items() if k.startswith(prefix)}
+    model.load_state_dict(kept)
+    return model
 
 def load_student(cfg):
-    stitches_for = functools.partial(plan_blocks, cfg) if cfg.blockwise else lambda config: None
+    stitches = functools.partial(plan_blocks, cfg) if cfg.blockwise else lambda config: None
     if not cfg.student.startswith("layers:"):
         config = model_config(cfg.student, cfg, "student")
-        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32), stitches=stitches_for(config))
+        read = lambda: read_model(cfg.student, config, cfg, "student", torch.float32)
+        return spread(cfg, config, read, stitches=stitches(config))
     whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
-    if not wanted.isdigit() or not 1 <= int(wanted) <= whole.num_hidden_layers:
-        raise UserError(f"student {cfg.student!r}: N must be a number of layers from 1 to the teacher's {whole.num_hidden_layers}")
-    keep = [round(i) for i in torch.linspace(0, whole.num_hidden_layers - 1, int(wanted)).tolist()]
-    config = thin_config(whole, keep)
-    print0(f"student: layers {keep} of {whole.num_hidden_layers} of teacher {cfg.teacher}")
-    return spread(cfg, config, lambda: thin_model(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep),
-                  stitches=stitches_for(config))
-
+    depth = whole.num_hidden_layers
+    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
+        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
+    keep = [round(i) for i in torch.linspace(0, depth - 1, int(wanted)).tolist()]
+    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
+    values = {k: each(v) for k, v in whole.to_dict().items()}
+    values[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
+    config = type(whole).from_dict(values)
+    print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
+    read = lambda: read_model(cfg.teacher, whole, cfg, "teacher", torch.float32)
+    return spread(cfg, config, lambda: thin(read(), config, keep), stitches=stitches(config))
 
 def load_teacher(cfg):
-    """Frozen, in the compute type. fp16 overflows in models trained in bf16: those stay in fp32 then."""
+    """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
     config, dtype = model_config(cfg.teacher, cfg, "teacher"), compute_dtype(cfg)
-    if dtype == torch.float16 and config.dtype != torch.float16:
-        dtype = torch.float32
+    dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
-
 
 def spread(cfg, config, read, frozen=None, stitches=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
-    compute_dtype; a teacher (frozen: its dtype) has no gradients, and its root stays gathered for the loss to use its head."""
+    compute_dtype; a teacher (frozen: its dtype) has no gradients, its root stays gathered for the loss to use its head."""
+    trust, dtype = dict(trust_remote_code=cfg.trust_remote_code), compute_dtype(cfg)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-        root, dtype = Inside(model, stitches and stitches(model)), compute_dtype(cfg)
-    source = read() if RANK == 0 else None
-    layers = layers_of(model)[1]
-    if frozen:
-        model.requires_grad_(False).eval()
-    else:
-        model.train()
-        if cfg.gradient_checkpointing and cfg.mode == "train":
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
-            enable({"use_reentrant": False})
+        model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, **trust)
+        root = Inside(model, stitches and stitches(model))
+    source, layers = read() if RANK == 0 else None, layers_of(model)[1]
+    model.train(not frozen).requires_grad_(not frozen)
+    if not frozen and cfg.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
+        enable({"use_reentrant": False})
     if cfg.compile:
         for layer in layers:
             layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
-        shape = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}.get("full_shard" if frozen else cfg.fsdp, (WORLD,))
+        shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
+        shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
+        cast = None if frozen or dtype == torch.float32 else dtype
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
-                       mp_policy=MixedPrecisionPolicy(None if frozen or dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False))
+                       mp_policy=MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False))
         if cfg.cpu_offload and CUDA:
             options["offload_policy"] = CPUOffloadPolicy()
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp in ("full_shard", "hybrid_shard"), **options)
+            fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    place = "cpu" if cfg.cpu_offload else DEVICE
-    fill(model, dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()]) if source else {}, place)
+    # a head that block-wise unties begins as the copy of the embeddings that it was
+    tensors = dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()]) if source else {}
+    fill(model, tensors, "cpu" if cfg.cpu_offload else DEVICE)
     if root.stitches:
-        fill(root.stitches, dict(stitches(model).named_parameters()), place)
+        fill(root.stitches, dict(stitches(model).named_parameters()), "cpu" if cfg.cpu_offload else DEVICE)
     return root
-
 
 @torch.no_grad()
 def fill(model, source, device):
@@ -898,54 +812,35 @@ def fill(model, source, device):
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         model.tie_weights()   # FSDP keeps ties by itself
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        full = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        put(tensor, full)
+        whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty_like(tensor, device=DEVICE) \
+            if not isinstance(tensor, DTensor) else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        put(tensor, whole)
 
-
-def put(tensor, full):
+def put(tensor, whole):
     """Rank 0's whole tensor into everybody's shard."""
     if isinstance(tensor, DTensor):
-        tensor.to_local().copy_(distribute_tensor(full, tensor.device_mesh, tensor.placements).to_local())
+        tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
     else:
-        dist.broadcast(full, 0)
-        tensor.copy_(full)
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)
 
-
-def whole(tensor):
+def gathered(tensor):
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
-
-
-def check_heads(student, teacher, cfg):
-    """The loss applies heads itself; a model whose own logits differ (a scale it does not know) is refused, not mistrained."""
-    ids = torch.arange(3, 11, device=DEVICE)[None] % min(student.model.config.get_text_config().vocab_size, 11)
-    for role, root, name in (("student", student, cfg.student), ("teacher", teacher, cfg.teacher)):
-        if root is not None:
-            was_training = root.training
-            root.eval()
-            with torch.no_grad():
-                error = root(head_error, ids).item()
-            root.train(was_training)
-            root.release()
-            if not error < (1e-3 if compute_dtype(cfg) == torch.float32 else 0.1):
-                raise UserError(f"{role} {name!r} ({type(root.model).__name__}) has logits that hidden states times head do not reproduce "
-                                f"(off by {error:.2g} of their spread); add its head to head_of() in simple_distill.py")
-
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
-
 
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
     full = {}
     for name, tensor in root.model.named_parameters():
-        gathered = whole(tensor)
+        whole = gathered(tensor)
         if RANK == 0:
-            full[name] = gathered.to("cpu", dtype, copy=True)
+            full[name] = whole.to("cpu", dtype, copy=True)
     if RANK == 0:
         with torch.device("meta"):
             model = type(root.model)(root.model.config)
-        model.load_state_dict(full, assign=True, strict=False)
+        model.load_state_dict(full, assign=True, strict=False)   # a tied head is not among the parameters
         model.tie_weights()
         model.generation_config = root.model.generation_config
         shutil.rmtree(path + ".tmp", ignore_errors=True)
@@ -958,9 +853,8 @@ def save_model(root, tokenizer, path, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the GPU.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the
+# GPU.
 
 def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
     """The first matching pattern gives the multiplier; 0 freezes: no gradient, no state. Norms and biases do not decay."""
@@ -975,22 +869,23 @@ def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, w
             groups.setdefault((multiplier, p.ndim >= 2), []).append(p)
     for (pattern, _), n in zip(rules, hits):
         if n == 0:
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names look like {named[len(named) // 2][0]}")
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names look "
+                            f"like {named[len(named) // 2][0]}")
     if not groups:
         raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
     frozen = sum(p.numel() for _, p in named if not p.requires_grad)
     rates = {m: sum(p.numel() for (m2, _), g in groups.items() if m2 == m for p in g) for m, _ in groups}
-    print0("trains " + ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items()) + (f"; {frozen:,} frozen" if frozen else ""))
+    print0("trains " + ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items()) + f"; {frozen:,} frozen")
     optimizer = torch.optim.AdamW([dict(params=g, lr=learning_rate * m, weight_decay=weight_decay if decay else 0.0)
                                    for (m, decay), g in groups.items()], fused=True)
-    for group in optimizer.param_groups:   # state from the start: the memory is known, and a checkpoint has where to load to
+    for group in optimizer.param_groups:   # from the start: the memory is known, and a checkpoint has where to load to
         for p in group["params"]:
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
 
-
 def make_schedule(cfg, optimizer, steps):
-    """-> a function that sets every group's rate for a step and returns the largest: a function of the step, no state."""
+    """-> a function that sets every group's rate for a step and returns the largest: nothing to save or replay."""
     kwargs = scheduler_kwargs(cfg)
     if cfg.lr_scheduler == "warmup_stable_decay":
         kwargs.setdefault("num_decay_steps", max(1, steps // 5))
@@ -1006,11 +901,10 @@ def make_schedule(cfg, optimizer, steps):
         return max(g["lr"] for g in optimizer.param_groups)
     return set_rates
 
-
 def new_health(fp16):
     """On the device: the fp16 loss scale, good steps since it changed, skipped steps in all, and in a row."""
-    return {k: torch.tensor(float(v), device=DEVICE) for k, v in (("scale", 2.0**14 if fp16 else 1.0), ("good", 0), ("skipped", 0), ("streak", 0))}
-
+    start = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
+    return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
 def optimizer_step(optimizer, max_grad_norm, health, fp16):
     """Clip, unscale, skip what is not finite: all inside fused AdamW, which divides by grad_scale and heeds found_inf."""
@@ -1031,166 +925,136 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16):
         health["good"].mul_(1 - grow)
     return norm
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: whole or not at all. Tensors through torch.distributed.checkpoint, so that another number of ranks can
 # read them; everything else in state.json. Random numbers need no state: each step seeds itself.
-# ---------------------------------------------------------------------------------------------------------------------
-
-NO_EFFECT = {"mode", "output_dir", "resume", "num_proc", "max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
-             "eval_steps", "keep_checkpoints", "log_steps", "fsdp", "shard_teacher", "cpu_offload", "gradient_checkpointing", "use_wandb",
-             "wandb_project", "wandb_entity", "wandb_run_name", "cache_dir", "shuffle_buffer"} - {"shuffle_buffer"}
-
 
 @contextlib.contextmanager
 def lock(folder):
-    """One run a directory. The kernel holds the lock for the process: a dead one holds nothing. A directory that a refused
-    run made is taken away again."""
-    made = not os.path.isdir(folder)
-    problem = None
+    """One run a directory; the kernel drops the lock with its process. A directory made for a refused run goes again."""
+    made, problem, handle = not os.path.isdir(folder), None, None
     if RANK == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.access(folder, os.W_OK):
-                problem = f"{folder!r} is not writable"
+            problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable; choose another --output_dir"
         except BlockingIOError:
             problem = f"another run is at work in {folder!r}; wait for it or choose another --output_dir"
         except OSError as e:
-            problem = f"cannot use {folder!r} as a directory: {e.strerror}; choose another"
+            problem = f"cannot use {folder!r} as a directory ({e.strerror}); choose another --output_dir"
     problem = from_rank0(problem)
-    if problem:
-        raise UserError(problem)
     try:
+        if problem:
+            raise UserError(problem)
         yield
     finally:
-        if RANK == 0:
+        if handle is not None:
             os.close(handle)
             if made and not os.listdir(folder):
                 os.rmdir(folder)
 
-
 def tensors_of(root, optimizer, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in (optimizer.state if optimizer else {}).items() for key, value in state.items()}
-    return {**{"model." + n: p.detach() for n, p in root.named_parameters()}, **moments, **{"health." + k: v for k, v in health.items()}}
-
+    moments = {f"{key}.{names[p]}": value for p, state in (optimizer.state.items() if optimizer else ())
+               for key, value in state.items()}
+    return {f"model.{n}": p.detach() for p, n in names.items()} | moments | {f"health.{k}": v for k, v in health.items()}
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """-> None, or what went wrong. Nothing old is deleted before the new one stands."""
-    final = os.path.join(folder, f"step-{step:08d}")
-    temporary = os.path.join(folder, f"tmp-{step:08d}")
-    problem = None
+    """-> None, or what went wrong. Written aside, synced, renamed; nothing old is deleted before the new one stands."""
+    final, aside, problem = os.path.join(folder, f"step-{step:08d}"), os.path.join(folder, f"tmp-{step:08d}"), None
     try:
         if RANK == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(aside)
         all_sum(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # DCP speaks about its own defaults
-            dcp.save(tensors, checkpoint_id=temporary)   # fsyncs each file
+            dcp.save(tensors, checkpoint_id=aside)   # syncs each file
         if RANK == 0:
-            state["files"] = {f: os.path.getsize(os.path.join(temporary, f)) for f in sorted(os.listdir(temporary))}
-            write_json(os.path.join(temporary, "state.json"), state)
-            sync(temporary)
+            state["files"] = {f: os.path.getsize(os.path.join(aside, f)) for f in sorted(os.listdir(aside))}
+            with open(os.path.join(aside, "state.json"), "w", encoding="utf-8") as f:
+                json.dump(state, f, indent=1)
+                f.flush()
+                os.fsync(f.fileno())
+            sync(aside)
             shutil.rmtree(final, ignore_errors=True)
-            os.rename(temporary, final)
+            os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
                 shutil.rmtree(old)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = one_line(e, 300)
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     problem = from_rank0(problem)
     if problem:
-        print0(f"WARNING: checkpoint of step {step} could not be saved ({problem}); training goes on, older ones are kept")
+        print0(f"WARNING: the checkpoint of step {step} could not be saved ({problem}); the run goes on, older ones stay")
     return problem
-
-
-def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-
 
 def sync(folder):
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
-
 def checkpoints_in(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
 
+def find_checkpoints(cfg):
+    """-> [(path, state), ...] to continue from, the best first: all files there, of their full size. Others are named."""
+    paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
+    paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
+    found = []
+    for path in paths if RANK == 0 else []:
+        try:
+            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+                state = json.load(f)
+            short = [f for f, size in state["files"].items() if os.path.getsize(os.path.join(path, f)) != size]
+            if short:
+                raise OSError(f"{short[0]} is truncated")
+            found.append((path, state))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+    found = from_rank0(found)
+    if paths and not found:
+        raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never")
+    return found
 
-def read_state(path):
-    """state.json of a checkpoint whose files are all there and of their full size; else raises."""
-    with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-        state = json.load(f)
-    for file, size in state["files"].items():
-        if os.path.getsize(os.path.join(path, file)) != size:
-            raise OSError(f"{file} is truncated")
-    return state
-
-
-def newest_state(cfg, candidates=None):
-    """-> (path, state) of the newest readable checkpoint to continue from, or (None, None); unreadable ones are named."""
-    found = None, None
-    if RANK == 0 and cfg.resume != "never":
-        paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else [cfg.resume.rstrip("/")]
-        for path in paths if candidates is None else candidates:
-            try:
-                found = path, read_state(path)
-                break
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-        else:
-            if paths:
-                found = paths[0], None
-    path, state = from_rank0(found)
-    if path and state is None:
-        raise UserError(f"no readable checkpoint in {os.path.dirname(path)!r}; start over with --resume never, or name one with --resume PATH")
-    return path, state
-
-
-def refuse_changes(there, here, where):
-    changed = [k for k in {**there, **here} if there.get(k) != here.get(k)]
-    if changed:
-        raise UserError(f"{where} holds a run with " + ", ".join(f"{k} {there.get(k)} there, {here.get(k)} here" for k in changed)
-                        + "; change it back, or start over with --resume never or another --output_dir")
-
-
-def load_checkpoint(path, state, tensors_at, cfg):
-    """Load in place into tensors_at(step); a checkpoint that turns out unreadable is passed over like a truncated one."""
-    while True:
+def load_checkpoint(found, tensors_at):
+    """Load the first of the found checkpoints that can be read, in place -> its state."""
+    for path, state in found:
+        tensors = tensors_at(state["step"])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(tensors_at(state["step"]), checkpoint_id=path)
-            return path, state
+                dcp.load(tensors, checkpoint_id=path)
+            print0(f"resumes from {path}")
+            return state
         except Exception as e:
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-            older = [p for p in checkpoints_in(os.path.dirname(path)) if p < path]
-            if cfg.resume != "auto" or not older:
-                raise UserError(f"no readable checkpoint in {os.path.dirname(path)!r}; start over with --resume never")
-            path, state = newest_state(cfg, older)
+    raise UserError(f"no readable checkpoint in {os.path.dirname(found[0][0])!r}; start over with --resume never")
 
-
-def truncate_log(path, step):
-    """Drop what was logged after the checkpoint, and a half-written last line: those steps are about to be logged again."""
-    kept = []
-    with open(path, "a+", encoding="utf-8") as f:
-        f.seek(0)
-        for line in f:
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                kept += [line] if entry.get("train/step", entry.get("eval/step", entry.get("block/step", 0))) <= step > 0 else []
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+def prepare_output(cfg, step):
+    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
+    place = functools.partial(os.path.join, cfg.output_dir)
+    if RANK == 0:
+        if cfg.resume == "never":
+            for old in ("checkpoints", "final"):
+                shutil.rmtree(place(old), ignore_errors=True)
+        os.makedirs(place("checkpoints"), exist_ok=True)
+        save_config(cfg, place("config.json"))
+        kept = []
+        with open(place("log.jsonl"), "a+", encoding="utf-8") as f:
+            f.seek(0)
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    at = next((v for k, v in entry.items() if k in ("train/step", "eval/step", "block/step")), 0)
+                    kept += [line] if at <= step > 0 else []
+        with open(place("log.jsonl.tmp"), "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(place("log.jsonl.tmp"), place("log.jsonl"))
+    all_sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1198,9 +1062,8 @@ def truncate_log(path, step):
 # and head learn the teacher's logits. Hands on: stitches for the student's root, and the phases train() begins with.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 class Tap:
-    """In place of a decoder layer: feeds it another input, keeps both ends, still there when it is recomputed (no hook is)."""
+    """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
 
     def __init__(self, layer, feed):
         self.layer, self.feed = layer, feed
@@ -1214,7 +1077,6 @@ class Tap:
     def __getattr__(self, name):   # models ask their layers for attention_type and the like
         return getattr(self.layer, name)
 
-
 def around_blocks(model, batch, blocks, feeds={}):
     """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
     path, layers = layers_of(model)
@@ -1224,11 +1086,9 @@ def around_blocks(model, batch, blocks, feeds={}):
     del parent[name]
     return {i: taps[i].kept for i in blocks}
 
-
 def block_pairs(student, teacher):
     ours, theirs = (len(layers_of(root.model)[1]) for root in (student, teacher))
     return {i: round((i + 1) * theirs / ours) - 1 for i in range(ours)}
-
 
 def plan_blocks(cfg, config):
     """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
@@ -1255,7 +1115,6 @@ def plan_blocks(cfg, config):
         return made
     return stitches_of if cfg.use_stitching_layers else None
 
-
 def matching(cfg, student, teacher, blocks=None):
     """-> (work, signal) of a Phase that trains these blocks; without blocks: work returns the error of each."""
     fed, pairs = cfg.block_input == "teacher", block_pairs(student, teacher)
@@ -1268,7 +1127,6 @@ def matching(cfg, student, teacher, blocks=None):
                                cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
         return errors if blocks is None else (sum(errors), *errors[0].new_zeros(2))
     return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values()))
-
 
 @torch.no_grad()
 def initialize_head(student, teacher):
@@ -1283,14 +1141,13 @@ def initialize_head(student, teacher):
     bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
     if len(gain) != len(own_gain):
         stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
-        shift = shift if stitch.bias is None else shift + gain * whole(stitch.bias)
-        bias, weight, shift = bias + weight @ shift, weight * gain @ whole(stitch.weight), own_shift
-        gain = len(gain) ** 0.5 / whole(stitch.weight).norm()   # the student's norm undoes the stitch's scale
+        shift = shift if stitch.bias is None else shift + gain * gathered(stitch.bias)
+        bias, weight, shift = bias + weight @ shift, weight * gain @ gathered(stitch.weight), own_shift
+        gain = len(gain) ** 0.5 / gathered(stitch.weight).norm()   # the student's norm undoes the stitch's scale
     for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
-        put(p, torch.cat([new[:len(p)] * (scale / own_scale), whole(p)[len(new):]]))   # a padded tail stays
+        put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
     for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
-        put(p, whole(p) + more)
-
+        put(p, gathered(p) + more)
 
 def block_phases(cfg, student, teacher, steps_per_epoch):
     """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
@@ -1319,37 +1176,30 @@ def block_phases(cfg, student, teacher, steps_per_epoch):
                             cfg.lm_head_max_grad_norm))
     return phases
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    loss, ce, kl = mean_of(root, work, signal_of, rows, batch_size, lambda batch: len(batch.labels))
+    loss, ce, kl = means(root, work, signal_of, rows, batch_size, lambda batch: len(batch.labels))
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
-
 @torch.no_grad()
-def mean_of(root, work, signal_of, rows, batch_size, counted):
-    """-> list of what work returns, as means over what is counted in rows."""
+def means(root, work, signal_of, rows, batch_size, counted):
+    """What work returns, as means over what is counted in rows."""
     was_training, sums = root.training, 0
     root.eval()
-    for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, with nothing counted where rows end
+    for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
         found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
         sums += torch.cat([found, found.new_tensor([counted(batch)])])
     root.train(was_training)
     root.release()
-    *means, tokens = all_sum(*sums.tolist())
-    return [x / max(tokens, 1) for x in means]
-
+    *sums, tokens = all_sum(*sums.tolist())
+    return [x / max(tokens, 1) for x in sums]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def stop_signals():
@@ -1369,7 +1219,6 @@ def stop_signals():
         for s, handler in before.items():
             signal.signal(s, handler)
 
-
 def start_wandb(cfg, run_id):
     """A run to log to, or one that swallows everything: nothing ever waits at a prompt."""
     silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=run_id)
@@ -1387,24 +1236,22 @@ def start_wandb(cfg, run_id):
         print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
         return silent
 
-
 def plan_batch(cfg, state):
     """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
     size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
     wanted = state["global_batch"] if state else size * micro * WORLD
     if wanted != size * micro * WORLD:
         if [size, micro] != state["batch"] or WORLD == state["world"]:
-            raise UserError(f"{cfg.output_dir!r} holds a run with {wanted} sequences a step, here they are {size} x {micro} x {WORLD} "
-                            f"ranks; keep the product, or start over with --resume never or another --output_dir")
+            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, here they are {size} x {micro} x "
+                            f"{WORLD} ranks; keep the product, or start over with --resume never or another --output_dir")
         size = min(size, -(-wanted // WORLD))
         micro = -(-wanted // (WORLD * size))
-        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} micro-steps keep its {wanted} sequences a step")
+        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} keep its {wanted} sequences a step")
     return size, micro, wanted
-
 
 @dataclasses.dataclass
 class Phase:
-    """A stretch of training with its own loss, parameters and schedule. Ordinary distillation is one, block-wise several."""
+    """A stretch of training with its own loss, parameters and schedule: ordinary distillation is one, block-wise many."""
     name: str
     steps: int
     work: Any       # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
@@ -1415,28 +1262,23 @@ class Phase:
     weight_decay: float
     max_grad_norm: float
     counted: Any = lambda batch: len(batch.labels)   # what the loss is a mean over, here in this batch
-    clip: Any = ()     # [(starts of parameter names, largest norm)]: parts that are clipped by themselves
-    end: Any = None    # run after the last step, before it is saved
-
+    clip: Any = ()   # [(starts of parameter names, largest norm)]: parts that are clipped by themselves
+    end: Any = None  # run after the last step, before it is saved
 
 def load_all(run):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
-    tokenizer = load_tokenizer(run, *(n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")))
+    named = [n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
+    tokenizer = load_tokenizer(run, *named)
     rows, held = load_data(run, tokenizer)
     student = load_student(run)
+    check_head(student, "student", run.student, tokenizer)
     teacher = load_teacher(run) if run.alpha < 1 else None
     if teacher is not None:
-        its_tokenizer = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
-        if its_tokenizer is not None:
-            compare_tokenizers(tokenizer, its_tokenizer, run.tokenizer or run.student, run.teacher)
-    check_heads(student, teacher, run)
-    biggest = max(tokenizer.get_vocab().values())
-    for role, root in (("student", student), ("teacher", teacher)):
-        if root is not None and biggest >= root.model.get_output_embeddings().weight.shape[0]:
-            raise UserError(f"the tokenizer has ids up to {biggest}, but the {role}'s vocabulary is "
-                            f"{root.model.get_output_embeddings().weight.shape[0]}; they do not belong together")
+        check_head(teacher, "teacher", run.teacher, tokenizer)
+        its = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
+        if its is not None:
+            compare_tokenizers(tokenizer, its, run.tokenizer or run.student, run.teacher)
     return tokenizer, rows, held, student, teacher
-
 
 def train(cfg):
     """-> True when the run is done, False when a signal stopped it."""
@@ -1444,11 +1286,12 @@ def train(cfg):
     if run is None:
         return False
     place = functools.partial(os.path.join, cfg.output_dir)
-    here = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT}
-    resume_path, state = newest_state(cfg)
+    found = find_checkpoints(cfg)
+    state = found[0][1] if found else None
     if state:
-        refuse_changes(state["config"], here, os.path.dirname(os.path.dirname(resume_path)) or ".")
-        if state["length"] == [cfg.max_steps, cfg.num_epochs] and state["step"] >= state["steps"] and os.path.isdir(place("final")):
+        refuse_changes(state["config"], shapes_result(cfg), found[0][0])
+        same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
+        if same_length and state["step"] >= state["steps"] and os.path.isdir(place("final")):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
     tokenizer, rows, held, student, teacher = load_all(run)
@@ -1461,13 +1304,14 @@ def train(cfg):
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
     phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
     length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
-    if length:   # 0 is allowed after blocks
-        phases.append(Phase("distil", length, work, signal_of, parse_multipliers(["^stitches=0"] * bool(student.stitches) + cfg.lr_multipliers),
-                            cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm))
+    if length:   # after blocks it may be 0
+        rules = parse_multipliers(["^stitches=0"] * bool(student.stitches) + cfg.lr_multipliers)
+        phases.append(Phase("distil", length, work, signal_of, rules, cfg.default_lr_multiplier, cfg.learning_rate,
+                            cfg.weight_decay, cfg.max_grad_norm))
     ends = list(itertools.accumulate(p.steps for p in phases))
     steps, step, best, before, position, tokens_seen = ends[-1], 0, math.inf, None, None, 0
+    phase = last = optimizer = set_rates = None
     health, log_file, wandb_run, now, problem, saved_at = new_health(fp16), None, None, None, None, None
-    phase, last, optimizer, set_rates, stopping = None, None, None, None, 0
 
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
@@ -1479,49 +1323,51 @@ def train(cfg):
             wandb_run.log(entry, step=step)
 
     def enter(step):
-        """Begin the phase that the next step belongs to. -> the tensors that a checkpoint at `step` holds for it."""
+        """Begin the phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
         nonlocal phase, last, optimizer, set_rates
         phase, last = next((p, end) for p, end in zip(phases, ends) if step < end or end == steps)
         print0(f"{phase.name}: {phase.steps} steps")
         named = [(n.removeprefix("model."), p) for n, p in student.named_parameters()]
         optimizer = make_optimizer(named, phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
         set_rates = make_schedule(cfg, optimizer, phase.steps)
-        return tensors_of(student, optimizer if step > last - phase.steps else None, health)   # at its beginning it has no moments yet
+        begins = step == last - phase.steps   # then the moments that were saved are of the phase before
+        return tensors_of(student, None if begins else optimizer, health)
 
     def measure_blocks():
         pairs = block_pairs(student, teacher)
-        found = mean_of(student, *matching(cfg, student, teacher), held, batch_size, lambda b: len(b.real))
+        found = means(student, *matching(cfg, student, teacher), held, batch_size, lambda batch: len(batch.real))
         before["blocks"] = before.get("blocks", []) + [found]
         log(**{f"block/{i}/loss": x for i, x in enumerate(found)}, **{"block/step": step})
         print_blocks(before["blocks"], pairs, cfg.distill_loss_type)
 
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
-            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
-            world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, seed=cfg.seed,
-            length=[cfg.max_steps, cfg.num_epochs], wandb=wandb_run.id, config=here), cfg.keep_checkpoints)
+            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before, world=WORLD,
+            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, wandb=wandb_run.id,
+            length=[cfg.max_steps, cfg.num_epochs], config=shapes_result(cfg)), cfg.keep_checkpoints)
 
-    print0(f"student {run.student}: {count(student.model):,} parameters; "
-           + (f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else "no teacher (alpha 1)" if cfg.alpha == 1 else f"cache {cfg.cache_dir}"))
-    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {WORLD}) of "
-           f"{'a stream' if cfg.streaming else f'{len(rows):,}'}; {steps} steps; {len(held)} sequences held out; all goes to {cfg.output_dir}")
+    whose = f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else f"teacher: cache {cfg.cache_dir}"
+    print0(f"student {run.student}: {count(student.model):,} parameters; {whose if cfg.alpha < 1 else 'no teacher (alpha 1)'}")
+    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x "
+           f"{WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; {len(held)} held out; "
+           f"all goes to {cfg.output_dir}")
     with stop_signals() as asked:
         if state:
-            resume_path, state = load_checkpoint(resume_path, state, enter, cfg)
-            step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
-            saved_at = step
-            print0(f"resumes from {resume_path}")
+            state = load_checkpoint(found, enter)
+            saved_at = step = state["step"]
+            best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
         else:
             enter(step)
         prepare_output(cfg, step)
-        log_file, wandb_run = open(place("log.jsonl"), "a", encoding="utf-8"), start_wandb(cfg, state and state["wandb"])
+        log_file = open(place("log.jsonl"), "a", encoding="utf-8")
+        wandb_run = start_wandb(cfg, state and state["wandb"])
         if before is None:
             before = evaluate(student, work, signal_of, held, batch_size)
             if cfg.blockwise:
                 measure_blocks()
         if cfg.streaming:
-            encode_rows = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-            batches = streamed_batches(rows, encode_rows, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+            how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+            batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
         else:
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
@@ -1531,21 +1377,22 @@ def train(cfg):
             since, since_tokens = time.time(), 0
             while step < last:
                 micro, position = next(batches)
-                tokens, stopping = all_sum(sum(phase.counted(b) for b in micro), len(asked))   # all ranks agree on the step
+                tokens, stopping = all_sum(sum(phase.counted(b) for b in micro), len(asked))   # all ranks agree
                 if stopping:
                     break
-                torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout; derived, so a resume needs no state
-                rate, sums, grad_norm = set_rates(step - last + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
+                torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
+                rate, sums = set_rates(step - last + phase.steps), torch.zeros(3, device=DEVICE)
+                grad_norm = torch.zeros(())
                 for i, batch in enumerate(micro):
                     student.set_requires_gradient_sync(i == len(micro) - 1)
                     loss, ce, kl = student(phase.work, batch, phase.signal(batch), max(tokens, 1))
-                    # FSDP averages over ranks, the mean is over all tokens; a loss that is not finite takes its gradient along
+                    # FSDP averages over ranks, the mean is over tokens; a loss that is not finite takes its gradient along
                     (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                     sums += torch.stack([loss.detach(), ce, kl])
                 if tokens:
                     for names, limit in phase.clip:
-                        torch.nn.utils.clip_grad_norm_([p for n, p in student.named_parameters() if n.startswith(names)],
-                                                       limit * health["scale"].item())
+                        part = [p for n, p in student.named_parameters() if n.startswith(names)]
+                        torch.nn.utils.clip_grad_norm_(part, limit * health["scale"].item())
                     grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16)
                 else:
                     print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
@@ -1557,8 +1404,8 @@ def train(cfg):
                     phase.end()
                 if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                     save()
-                    raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint there holds the "
-                                    f"last good weights. Lower --learning_rate, or try --dtype fp32, and look at the data")
+                    raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint "
+                                    "there holds the last good weights. Lower --learning_rate, or try --dtype fp32")
                 if step % cfg.log_steps == 0 or step == last:
                     loss, ce, kl = all_sum(*sums.tolist())
                     speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
@@ -1568,11 +1415,13 @@ def train(cfg):
                            "train/tokens_per_second": speed, "train/skipped_steps": skipped})
                     bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
                                         + (f" skipped {skipped}" if skipped else ""))
-                if cfg.eval_steps and step % cfg.eval_steps == 0 and not phase.name.startswith("block") or step == steps:
+                if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.name[:5] != "block" or step == steps:
                     now = evaluate(student, work, signal_of, held, batch_size)
                     best = min(best, now["loss"])
-                    log(**{f"eval/{k}": v for k, v in {**now, "min_loss": best, "epoch": epoch(), "step": step}.items()})
-                    print0(f"step {step}: held-out loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, kl {now['kl_loss']:.4f}")
+                    entry = {**now, "min_loss": best, "epoch": epoch(), "step": step}
+                    log(**{f"eval/{k}": v for k, v in entry.items()})
+                    print0(f"step {step}: held out: loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, "
+                           f"kl {now['kl_loss']:.4f}")
                 if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
                     problem, saved_at = save(), step
             if stopping or step >= steps:
@@ -1590,27 +1439,13 @@ def train(cfg):
     wandb_run.finish()
     log_file.close()
     if problem:
-        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room and run the same command again")
+        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then the same command again")
     return step >= steps
-
-
-def prepare_output(cfg, step):
-    """output_dir as of `step`: no log lines of steps that are about to be repeated, nothing of a run that starts over."""
-    if RANK == 0:
-        if cfg.resume == "never":
-            for old in ("checkpoints", "final"):
-                shutil.rmtree(os.path.join(cfg.output_dir, old), ignore_errors=True)
-        os.makedirs(os.path.join(cfg.output_dir, "checkpoints"), exist_ok=True)
-        save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
-        truncate_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
-    all_sum(0)
-
 
 def print_blocks(errors, pairs, kind):
     print0(f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1))
     for (i, j), *values in zip(pairs.items(), *errors):
         print0(f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:]))
-
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
@@ -1618,7 +1453,7 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     lines = [("student before", before, size), ("student after", after, size)]
     if teacher is not None:
         alone = functools.partial(distil, alpha=1.0, temperature=1.0, divergence="forward")
-        lines.insert(0, ("teacher", evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size), count(teacher.model)))
+        lines = [("teacher", evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size), count(teacher.model)), *lines]
     try:
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
@@ -1630,18 +1465,16 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     if RANK == 0 and not problem:
         model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
         start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
-        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False, pad_token_id=0)[0]
+        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
+                             pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
     if cfg.blockwise:
         print_blocks(before["blocks"], block_pairs(student, teacher), cfg.distill_loss_type)
     print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
     return problem
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: one mode, one function.
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def main(argv=None):
     try:
@@ -1659,7 +1492,6 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())
