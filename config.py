@@ -33,6 +33,9 @@ DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmu
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
 
 
+DEMO_BLOCKWISE = dict(epochs_per_block=[0.1], lm_head_epochs=0.1, max_steps=200)
+
+
 @dataclass
 class Config:
     # run
@@ -145,7 +148,7 @@ class Config:
                 low, high = RANGES.get(f.name, (None, None))
                 if value is not None and low is not None:
                     need(low <= value <= high, f"{f.name} is {value}; it must be {'at least ' + f'{low:g}' if high == math.inf else f'between {low:g} and {high:g}'}")
-        for name in POSITIVE:
+        for name in (n for n in POSITIVE if n != "num_epochs" or not self.blockwise):
             for value in (v if isinstance(v := getattr(self, name), list) else [v]):
                 need(value is None or value > 0, f"{name} is {value}; it must be greater than 0")
             need(getattr(self, name) != [], f"{name} is empty; give one value, or one a block")
@@ -173,8 +176,14 @@ class Config:
             need(self.provider == "local" or self.api_model, f"provider {self.provider} needs --api_model NAME")
             need(self.max_cost is None or None not in (self.price_in, self.price_out),
                  f"max_cost {self.max_cost} cannot be kept without prices; give --price_in and --price_out (USD a million tokens)")
+        need(self.max_steps != 0 or self.blockwise, "max_steps is 0; it must be at least 1 (0: blockwise ends after the head)")
         if self.blockwise:
             need(self.alpha < 1, "blockwise learns from a teacher, and alpha 1 never loads one; choose alpha below 1")
+            need(self.block_input == "student" or len(self.epochs_per_block) == len(self.wd_per_block) == 1,
+                 "block_input teacher trains all blocks at once; give one value for epochs_per_block and wd_per_block")
+            need(not self.streaming, "blockwise counts in epochs and a stream has no length; drop --streaming, or use --max_samples")
+            for kind, used, loss in ((self.distill_loss_type, self.distill_loss_temperature, "distill"), (self.logit_loss_type, self.logit_loss_temperature, "logit")):
+                need(kind == "kl_div" or used == 1, f"{loss}_loss_temperature {used:g} means nothing to {loss}_loss_type {kind}; leave it out")
             need(self.use_stitching_layers or self.stitching_layer_bias, "stitching_layer_bias means nothing without use_stitching_layers")
             need(self.block_input == "student" or self.freeze_previous_blocks, "block_input teacher trains every block on its own; drop --freeze_previous_blocks false")
 
@@ -186,7 +195,7 @@ def refuse(message):
 INF = math.inf
 RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accumulation_steps=(1, INF), warmup_ratio=(0, 1),
               weight_decay=(0, INF), max_grad_norm=(0, INF), default_lr_multiplier=(0, INF), shuffle_buffer=(0, INF),
-              max_samples=(1, INF), eval_samples=(1, INF), max_steps=(1, INF), num_proc=(1, INF), seed=(0, 2**31),
+              max_samples=(1, INF), eval_samples=(1, INF), max_steps=(0, INF), num_epochs=(0, INF), num_proc=(1, INF), seed=(0, 2**31),
               cache_samples=(1, 255), cache_top_k=(1, INF), cache_chunk=(1, INF), wd_per_block=(0, INF), lm_head_wd=(0, INF),
               max_grad_norm_per_block=(0, INF), lm_head_max_grad_norm=(0, INF), logit_loss_weight=(0, 1), num_examples=(1, INF),
               max_tokens=(1, INF), api_temperature=(0, 2), concurrency=(1, INF), price_in=(0, INF), price_out=(0, INF),
@@ -308,8 +317,10 @@ def parse_config(argv):
     values, left = parser.parse_known_args(given)
     if left:
         raise UserError(f"cannot make sense of {' '.join(left)!r}; flags start with --")
-    if "demo" == values.student == (values.teacher if values.mode == "cache" else "demo") and values.mode in ("train", "cache", "eval"):
-        parser.set_defaults(**{k: v for k, v in DEMO.items() if k in READ_BY[values.mode]})
+    demo = values.student == "demo" and (values.teacher == "demo" or values.mode != "cache") and values.mode != "generate"
+    if demo:
+        defaults = DEMO | (DEMO_BLOCKWISE if values.blockwise else {})
+        parser.set_defaults(**{k: v for k, v in defaults.items() if k in READ_BY[values.mode]})
         values = parser.parse_args(given)
     values = {k: v for k, v in vars(values).items() if k != "config"}
     return Config(**values)

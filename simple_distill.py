@@ -158,6 +158,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
+    elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
+        error = z - finish_logits(target, *teacher_bend)[0]
+        kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
         logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
         if divergence == "forward":
@@ -272,6 +275,17 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 def as_head(head):
     scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
     return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
+
+def hidden_error(ours_ND, theirs_ND, kind, temperature):
+    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
+    ours_ND, theirs_ND = ours_ND.float(), theirs_ND.float()
+    if kind == "mse":
+        return (ours_ND - theirs_ND).square().mean(-1)
+    if kind == "cosine":   # 1 - cos is half the squared distance of unit vectors
+        unit = functools.partial(nn.functional.normalize, dim=-1)
+        return (unit(ours_ND) - unit(theirs_ND)).square().sum(-1) / 2
+    logp, logq = (torch.log_softmax(x / temperature, -1) for x in (ours_ND, theirs_ND))
+    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
@@ -461,12 +475,14 @@ class Batch:
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
+    real: torch.Tensor        # places of all tokens but padding: where hidden states are compared
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
 
 def collate(rows, pad_to=1):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
+    lengths = [len(r["input_ids"]) for r in rows]
     rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: takes part, uncounted
-    width = -(-max(len(r["input_ids"]) for r in rows) // pad_to) * pad_to
+    width = -(-max(lengths, default=2) // pad_to) * pad_to
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
     for i, row in enumerate(rows):
         x = torch.as_tensor(row["input_ids"], dtype=torch.long)
@@ -474,12 +490,13 @@ def collate(rows, pad_to=1):
         targets = row.get("targets")
         labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
+    real = torch.cat([torch.arange(0), *(i * width + torch.arange(n) for i, n in enumerate(lengths))])
     sparse = [r["sparse"] for r in rows if "sparse" in r]
     sparse = SparseTarget(*map(torch.cat, zip(*sparse))) if sparse else None
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
     sparse = sparse and SparseTarget(*map(send, sparse))
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse)
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
@@ -882,9 +899,10 @@ def compare_tokenizers(student, teacher, student_name, teacher_name):
 # parameters in the forward of the root, so whatever touches weights is a function run inside it.
 
 class Inside(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, stitches=None):
         super().__init__()
         self.model = model
+        self.stitches = stitches or nn.ModuleDict()   # of block-wise: trained, in checkpoints, not in final/
 
     def forward(self, work, *args):
         return work(self.model, *args)
@@ -941,6 +959,11 @@ def layers_of(model):
             return path, module
     raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
+def final_norm(model):
+    """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
+    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
+    return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
+
 def thin(whole, config, keep):
     """The kept layers of a model as a model of their own."""
     path, source = layers_of(whole)[0], whole.state_dict()
@@ -953,9 +976,11 @@ def thin(whole, config, keep):
     return model
 
 def load_student(cfg):
+    stitches = functools.partial(plan_blocks, cfg) if cfg.blockwise else lambda config: None
     if not cfg.student.startswith("layers:"):
         config = model_config(cfg.student, cfg, "student")
-        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
+        read = lambda: read_model(cfg.student, config, cfg, "student", torch.float32)
+        return spread(cfg, config, read, stitches=stitches(config))
     whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
     depth = whole.num_hidden_layers
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
@@ -967,7 +992,7 @@ def load_student(cfg):
     config = type(whole).from_dict(values)
     print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
     read = lambda: read_model(cfg.teacher, whole, cfg, "teacher", torch.float32)
-    return spread(cfg, config, lambda: thin(read(), config, keep))
+    return spread(cfg, config, lambda: thin(read(), config, keep), stitches=stitches(config))
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -975,13 +1000,14 @@ def load_teacher(cfg):
     dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
 
-def spread(cfg, config, read, frozen=None):
+def spread(cfg, config, read, frozen=None, stitches=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients, its root stays gathered for the loss to use its head."""
     trust, dtype = dict(trust_remote_code=cfg.trust_remote_code), compute_dtype(cfg)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, **trust)
-    source, root, layers = read() if RANK == 0 else None, Inside(model), layers_of(model)[1]
+        root = Inside(model, stitches and stitches(model))
+    source, layers = read() if RANK == 0 else None, layers_of(model)[1]
     model.train(not frozen).requires_grad_(not frozen)
     if not frozen and cfg.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
@@ -1000,8 +1026,11 @@ def spread(cfg, config, read, frozen=None):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    tensors = dict([*source.named_parameters(), *source.named_buffers()]) if source else {}
+    # a head that block-wise unties begins as the copy of the embeddings that it was
+    tensors = dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()]) if source else {}
     fill(model, tensors, "cpu" if cfg.cpu_offload else DEVICE)
+    if root.stitches:
+        fill(root.stitches, dict(stitches(model).named_parameters()), "cpu" if cfg.cpu_offload else DEVICE)
     return root
 
 @torch.no_grad()
@@ -1013,11 +1042,18 @@ def fill(model, source, device):
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty_like(tensor, device=DEVICE) \
             if not isinstance(tensor, DTensor) else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
-        else:
-            dist.broadcast(whole, 0)
-            tensor.copy_(whole)
+        put(tensor, whole)
+
+def put(tensor, whole):
+    """Rank 0's whole tensor into everybody's shard."""
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
+    else:
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)
+
+def gathered(tensor):
+    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
@@ -1026,7 +1062,7 @@ def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
     full = {}
     for name, tensor in root.model.named_parameters():
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = gathered(tensor)
         if RANK == 0:
             full[name] = whole.to("cpu", dtype, copy=True)
     if RANK == 0:
@@ -1149,7 +1185,8 @@ def lock(folder):
 def tensors_of(root, optimizer, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{key}.{names[p]}": value for p, state in (optimizer.state.items() if optimizer else ())
+               for key, value in state.items()}
     return {f"model.{n}": p.detach() for p, n in names.items()} | moments | {f"health.{k}": v for k, v in health.items()}
 
 def save_checkpoint(folder, step, tensors, state, keep):
@@ -1211,9 +1248,10 @@ def find_checkpoints(cfg):
         raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never")
     return found
 
-def load_checkpoint(found, tensors):
-    """Load the first of the found checkpoints that can be read, in place -> its path and state."""
+def load_checkpoint(found, tensors_at):
+    """Load the first of the found checkpoints that can be read, in place -> its state."""
     for path, state in found:
+        tensors = tensors_at(state["step"])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1239,7 +1277,8 @@ def prepare_output(cfg, step):
             for line in f:
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
-                    kept += [line] if entry.get("train/step", entry.get("eval/step", 0)) <= step else []
+                    at = next((v for k, v in entry.items() if k in ("train/step", "eval/step", "block/step")), 0)
+                    kept += [line] if at <= step > 0 else []
         with open(place("log.jsonl.tmp"), "w", encoding="utf-8") as f:
             f.writelines(kept)
         os.replace(place("log.jsonl.tmp"), place("log.jsonl"))
@@ -1247,22 +1286,145 @@ def prepare_output(cfg, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
+# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
+# and head learn the teacher's logits. Hands on: stitches for the student's root, and the phases train() begins with.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Tap:
+    """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
+
+    def __init__(self, layer, feed):
+        self.layer, self.feed = layer, feed
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        before = hidden_states if self.feed is None else self.feed
+        out = self.layer(before, *args, **kwargs)
+        self.kept = before, out[0] if isinstance(out, tuple) else out
+        return out
+
+    def __getattr__(self, name):   # models ask their layers for attention_type and the like
+        return getattr(self.layer, name)
+
+def around_blocks(model, batch, blocks, feeds={}):
+    """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
+    path, layers = layers_of(model)
+    parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
+    parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
+    hidden_states(model, batch.input_ids)
+    del parent[name]
+    return {i: taps[i].kept for i in blocks}
+
+def block_pairs(student, teacher):
+    ours, theirs = (len(layers_of(root.model)[1]) for root in (student, teacher))
+    return {i: round((i + 1) * theirs / ours) - 1 for i in range(ours)}
+
+def plan_blocks(cfg, config):
+    """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
+    ours, theirs = (c.get_text_config() for c in (config, model_config(cfg.teacher, cfg, "teacher")))
+    depth, a, b = ours.num_hidden_layers, ours.hidden_size, theirs.hidden_size
+    if depth > theirs.num_hidden_layers:
+        raise UserError(f"blockwise: the student has {depth} layers, the teacher only {theirs.num_hidden_layers}")
+    if a != b and not cfg.use_stitching_layers:
+        raise UserError(f"blockwise: student width {a} and teacher width {b} differ, that needs use_stitching_layers")
+    for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
+        if (n := len(getattr(cfg, name))) not in (1, depth):
+            raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
+    if ours.tie_word_embeddings and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        config.tie_word_embeddings = ours.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
+    def stitches_of(model):
+        torch.manual_seed(cfg.seed)
+        fits = a == b or not cfg.initialize_head_from_teacher or model.get_output_embeddings().bias is not None
+        shapes = {f"up{i}": (a, b, fits or i < depth - 1) for i in range(depth)}   # the last one's goes into the head's
+        shapes |= {f"down{i}": (b, a, True) for i in range(depth) if cfg.block_input == "teacher"}
+        made = nn.ModuleDict({n: nn.Linear(x, y, z and cfg.stitching_layer_bias) for n, (x, y, z) in shapes.items()})
+        for p in made.parameters():
+            nn.init.zeros_(p) if p.ndim == 1 else nn.init.eye_(p) if a == b else nn.init.xavier_uniform_(p)
+        return made
+    return stitches_of if cfg.use_stitching_layers else None
+
+def matching(cfg, student, teacher, blocks=None):
+    """-> (work, signal) of a Phase that trains these blocks; without blocks: work returns the error of each."""
+    fed, pairs = cfg.block_input == "teacher", block_pairs(student, teacher)
+    pairs = {i: pairs[i] for i in (pairs if blocks is None else blocks)}
+    def work(model, batch, states, denominator):
+        dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
+        stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
+        own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
+        errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
+                               cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
+        return errors if blocks is None else (sum(errors), *errors[0].new_zeros(2))
+    return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values()))
 
 @torch.no_grad()
+def initialize_head(student, teacher):
+    """The teacher's norm and head at equal width; else what they make of stitched states, folded into the student's."""
+    def parts(model):   # what a norm multiplies by and adds shows on states of size 1, whatever its weight means
+        head, norm = head_of(model), final_norm(model)
+        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
+        plus, minus = norm(probe).float(), norm(-probe).float()
+        return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
+    (weight, bias, scale, gain, shift), (*_, own_scale, own_gain, own_shift) = teacher(parts), student(parts)
+    student.release()
+    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    if len(gain) != len(own_gain):
+        stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
+        shift = shift if stitch.bias is None else shift + gain * gathered(stitch.bias)
+        bias, weight, shift = bias + weight @ shift, weight * gain @ gathered(stitch.weight), own_shift
+        gain = len(gain) ** 0.5 / gathered(stitch.weight).norm()   # the student's norm undoes the stitch's scale
+    for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
+        put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
+    for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
+        put(p, gathered(p) + more)
+
+def block_phases(cfg, student, teacher, steps_per_epoch):
+    """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
+    (path, layers), at_once, phases = layers_of(student.model), cfg.block_input == "teacher", []
+    head = {*student.model.get_output_embeddings().parameters(), *final_norm(student.model).parameters()}
+    head = [f"^{n}$" for n, p in student.model.named_parameters() if p in head]
+    steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
+    epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
+        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
+    clip = [((f"model.{path}.{i}.", f"stitches.up{i}.", f"stitches.down{i}."), n) for i, n in enumerate(norms) if n]
+    for i, rate in enumerate(rates[:1] if at_once else rates):
+        trained = dict(enumerate(rates)) if at_once else {j: rate for j in range(i * cfg.freeze_previous_blocks, i + 1)}
+        rules = [rf"^({path}\.|stitches\.(up|down)){j}\.={r}" for j, r in trained.items()]   # rates: multipliers of 1
+        rules += [rf"^({path}|stitches)\.=0", *(f"{n}=0" for n in head)]   # what is left, the embeddings, is block 0's
+        work, signal = matching(cfg, student, teacher, trained if at_once else [i])
+        phases.append(Phase("blocks" if at_once else f"block {i}", steps(epochs[i]), work, signal,
+                            parse_multipliers(rules), rate * (0 in trained and not at_once), 1.0, decays[i],
+                            norms[i] * (not at_once), lambda batch: len(batch.real), clip if at_once else ()))
+    phases[-1].end = lambda: initialize_head(student, teacher) if cfg.initialize_head_from_teacher else None
+    if cfg.train_lm_head:
+        alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+        work = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
+                                 divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
+        phases.append(Phase("head", steps(cfg.lm_head_epochs), work, teacher_signal(teacher if alpha < 1 else None),
+                            parse_multipliers([f"{n}=1" for n in head]), 0.0, cfg.lm_head_lr, cfg.lm_head_wd,
+                            cfg.lm_head_max_grad_norm))
+    return phases
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
+
 def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    loss, ce, kl = means(root, work, signal_of, rows, batch_size, lambda batch: len(batch.labels))
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+
+@torch.no_grad()
+def means(root, work, signal_of, rows, batch_size, counted):
+    """What work returns, as means over what is counted in rows."""
+    was_training, sums = root.training, 0
     root.eval()
     for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
-        sums[3] += len(batch.labels)
+        found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
+        sums += torch.cat([found, found.new_tensor([counted(batch)])])
     root.train(was_training)
     root.release()
-    *means, tokens = all_sum(*sums.tolist())
-    loss, ce, kl = (x / max(tokens, 1) for x in means)
-    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+    *sums, tokens = all_sum(*sums.tolist())
+    return [x / max(tokens, 1) for x in sums]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
@@ -1327,6 +1489,9 @@ class Phase:
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
+    counted: Any = lambda batch: len(batch.labels)   # what the loss is a mean over, here in this batch
+    clip: Any = ()   # [(starts of parameter names, largest norm)]: parts that are clipped by themselves
+    end: Any = None  # run after the last step, before it is saved
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
@@ -1368,10 +1533,15 @@ def train(cfg):
     objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     work = functools.partial(distil, **objective)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
-    phases = [Phase("distil", cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch)), work, signal_of,
-                    parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay,
-                    cfg.max_grad_norm)]
-    steps, step, best, before, position, tokens_seen = sum(p.steps for p in phases), 0, math.inf, None, None, 0
+    phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
+    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
+    if length:   # after blocks it may be 0
+        rules = parse_multipliers(["^stitches=0"] * bool(student.stitches) + cfg.lr_multipliers)
+        phases.append(Phase("distil", length, work, signal_of, rules, cfg.default_lr_multiplier, cfg.learning_rate,
+                            cfg.weight_decay, cfg.max_grad_norm))
+    ends = list(itertools.accumulate(p.steps for p in phases))
+    steps, step, best, before, position, tokens_seen = ends[-1], 0, math.inf, None, None, 0
+    phase = last = optimizer = set_rates = None
     health, log_file, wandb_run, now, problem, saved_at = new_health(fp16), None, None, None, None, None
 
     def epoch():
@@ -1382,6 +1552,24 @@ def train(cfg):
             log_file.write(json.dumps(entry) + "\n")
             log_file.flush()
             wandb_run.log(entry, step=step)
+
+    def enter(step):
+        """Begin the phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
+        nonlocal phase, last, optimizer, set_rates
+        phase, last = next((p, end) for p, end in zip(phases, ends) if step < end or end == steps)
+        print0(f"{phase.name}: {phase.steps} steps")
+        named = [(n.removeprefix("model."), p) for n, p in student.named_parameters()]
+        optimizer = make_optimizer(named, phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
+        set_rates = make_schedule(cfg, optimizer, phase.steps)
+        begins = step == last - phase.steps   # then the moments that were saved are of the phase before
+        return tensors_of(student, None if begins else optimizer, health)
+
+    def measure_blocks():
+        pairs = block_pairs(student, teacher)
+        found = means(student, *matching(cfg, student, teacher), held, batch_size, lambda batch: len(batch.real))
+        before["blocks"] = before.get("blocks", []) + [found]
+        log(**{f"block/{i}/loss": x for i, x in enumerate(found)}, **{"block/step": step})
+        print_blocks(before["blocks"], pairs, cfg.distill_loss_type)
 
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
@@ -1394,36 +1582,33 @@ def train(cfg):
     print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x "
            f"{WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; {len(held)} held out; "
            f"all goes to {cfg.output_dir}")
-    bar = batches = None
     with stop_signals() as asked:
-        for number, phase in enumerate(phases):
-            last = sum(p.steps for p in phases[:number + 1])
-            if (state["step"] if state else step) >= last < steps:
-                continue
-            optimizer = make_optimizer(student.model.named_parameters(), phase.rules, phase.default, phase.learning_rate,
-                                       phase.weight_decay)
-            set_rates = make_schedule(cfg, optimizer, phase.steps)
-            if bar is None:   # the first phase that has work left: continue where the checkpoint stands
-                if state:
-                    state = load_checkpoint(found, tensors_of(student, optimizer, health))
-                    saved_at = step = state["step"]
-                    best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
-                prepare_output(cfg, step)
-                log_file = open(place("log.jsonl"), "a", encoding="utf-8")
-                wandb_run = start_wandb(cfg, state and state["wandb"])
-                before = before or evaluate(student, work, signal_of, held, batch_size)
-                if cfg.streaming:
-                    how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-                    batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
-                else:
-                    batches = indexed_batches(rows, cfg.seed, global_batch, step)
-                batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-                bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
+        if state:
+            state = load_checkpoint(found, enter)
+            saved_at = step = state["step"]
+            best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
+        else:
+            enter(step)
+        prepare_output(cfg, step)
+        log_file = open(place("log.jsonl"), "a", encoding="utf-8")
+        wandb_run = start_wandb(cfg, state and state["wandb"])
+        if before is None:
+            before = evaluate(student, work, signal_of, held, batch_size)
+            if cfg.blockwise:
+                measure_blocks()
+        if cfg.streaming:
+            how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+            batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+        else:
+            batches = indexed_batches(rows, cfg.seed, global_batch, step)
+        batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
+        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
+        while True:   # phases
             bar.set_description(phase.name)
             since, since_tokens = time.time(), 0
             while step < last:
                 micro, position = next(batches)
-                tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree
+                tokens, stopping = all_sum(sum(phase.counted(b) for b in micro), len(asked))   # all ranks agree
                 if stopping:
                     break
                 torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
@@ -1436,12 +1621,18 @@ def train(cfg):
                     (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                     sums += torch.stack([loss.detach(), ce, kl])
                 if tokens:
+                    for names, limit in phase.clip:
+                        part = [p for n, p in student.named_parameters() if n.startswith(names)]
+                        torch.nn.utils.clip_grad_norm_(part, limit * health["scale"].item())
                     grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16)
                 else:
                     print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
                 optimizer.zero_grad()
                 step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
                 bar.update()
+                if step == last and phase.end:
+                    measure_blocks()
+                    phase.end()
                 if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                     save()
                     raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint "
@@ -1455,7 +1646,7 @@ def train(cfg):
                            "train/tokens_per_second": speed, "train/skipped_steps": skipped})
                     bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
                                         + (f" skipped {skipped}" if skipped else ""))
-                if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.name[:5] != "block" or step == steps:
                     now = evaluate(student, work, signal_of, held, batch_size)
                     best = min(best, now["loss"])
                     entry = {**now, "min_loss": best, "epoch": epoch(), "step": step}
@@ -1464,6 +1655,9 @@ def train(cfg):
                            f"kl {now['kl_loss']:.4f}")
                 if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
                     problem, saved_at = save(), step
+            if stopping or step >= steps:
+                break
+            enter(step)
         if step < steps and saved_at != step:
             problem = save()
         bar.close()
@@ -1478,6 +1672,11 @@ def train(cfg):
     if problem:
         raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then the same command again")
     return step >= steps
+
+def print_blocks(errors, pairs, kind):
+    print0(f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1))
+    for (i, j), *values in zip(pairs.items(), *errors):
+        print0(f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:]))
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
@@ -1500,6 +1699,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
                              pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
+    if cfg.blockwise:
+        print_blocks(before["blocks"], block_pairs(student, teacher), cfg.distill_loss_type)
     print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
     return problem
 
