@@ -1166,15 +1166,14 @@ def lock(folder):
             os.makedirs(folder, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable; choose another --output_dir"
-        except BlockingIOError:
-            problem = f"another run is at work in {folder!r}; wait for it or choose another --output_dir"
+            problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable"
         except OSError as e:
-            problem = f"cannot use {folder!r} as a directory ({e.strerror}); choose another --output_dir"
+            problem = f"cannot use {folder!r} as a directory ({e.strerror})"
+            problem = f"another run is at work in {folder!r}" if isinstance(e, BlockingIOError) else problem
     problem = from_rank0(problem)
     try:
         if problem:
-            raise UserError(problem)
+            raise UserError(f"{problem}; choose another --output_dir")
         yield
     finally:
         if handle is not None:
@@ -1204,9 +1203,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
             state["files"] = {f: os.path.getsize(os.path.join(aside, f)) for f in sorted(os.listdir(aside))}
             with open(os.path.join(aside, "state.json"), "w", encoding="utf-8") as f:
                 json.dump(state, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
-            sync(aside)
+            sync(f.name, aside)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(aside, final)
             sync(folder)
@@ -1220,10 +1217,12 @@ def save_checkpoint(folder, step, tensors, state, keep):
         print0(f"WARNING: the checkpoint of step {step} could not be saved ({problem}); the run goes on, older ones stay")
     return problem
 
-def sync(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def sync(*paths):
+    """Files or folders to the disk itself."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 def checkpoints_in(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
@@ -1271,17 +1270,13 @@ def prepare_output(cfg, step):
                 shutil.rmtree(place(old), ignore_errors=True)
         os.makedirs(place("checkpoints"), exist_ok=True)
         save_config(cfg, place("config.json"))
-        kept = []
-        with open(place("log.jsonl"), "a+", encoding="utf-8") as f:
+        with open(place("log.jsonl"), "a+", encoding="utf-8") as f, open(place("log.jsonl.tmp"), "w", encoding="utf-8") as kept:
             f.seek(0)
             for line in f:
-                with contextlib.suppress(ValueError):
-                    entry = json.loads(line)
-                    at = next((v for k, v in entry.items() if k in ("train/step", "eval/step", "block/step")), 0)
-                    kept += [line] if at <= step > 0 else []
-        with open(place("log.jsonl.tmp"), "w", encoding="utf-8") as f:
-            f.writelines(kept)
-        os.replace(place("log.jsonl.tmp"), place("log.jsonl"))
+                with contextlib.suppress(ValueError):   # a half-written last line
+                    at = next(v for k, v in json.loads(line).items() if k.endswith("/step"))
+                    kept.write(line if at <= step > 0 else "")
+        os.replace(kept.name, f.name)
     all_sum(0)
 
 
@@ -1583,12 +1578,12 @@ def train(cfg):
            f"{WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; {len(held)} held out; "
            f"all goes to {cfg.output_dir}")
     with stop_signals() as asked:
-        if state:
-            state = load_checkpoint(found, enter)
-            saved_at = step = state["step"]
-            best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
-        else:
+        if not state:
             enter(step)
+        else:
+            state = load_checkpoint(found, enter)
+            step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
+            saved_at = step
         prepare_output(cfg, step)
         log_file = open(place("log.jsonl"), "a", encoding="utf-8")
         wandb_run = start_wandb(cfg, state and state["wandb"])
@@ -1649,10 +1644,8 @@ def train(cfg):
                 if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.name[:5] != "block" or step == steps:
                     now = evaluate(student, work, signal_of, held, batch_size)
                     best = min(best, now["loss"])
-                    entry = {**now, "min_loss": best, "epoch": epoch(), "step": step}
-                    log(**{f"eval/{k}": v for k, v in entry.items()})
-                    print0(f"step {step}: held out: loss {now['loss']:.4f}, perplexity {now['perplexity']:.2f}, "
-                           f"kl {now['kl_loss']:.4f}")
+                    log(**{f"eval/{k}": v for k, v in dict(now, min_loss=best, epoch=epoch(), step=step).items()})
+                    print0(f"step {step}: held-out " + ", ".join(f"{k} {v:.4f}" for k, v in now.items()))
                 if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
                     problem, saved_at = save(), step
             if stopping or step >= steps:

@@ -1318,13 +1318,13 @@ def test_wrong_values_are_refused(words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-NOT_BUILT = {group for group in ("cache", "blockwise", "generate", "eval") if not hasattr(sd, {"cache": "write_cache"}.get(group, group))}
+MODES = re.findall(r'"(\w+)": \w+[,}]', re.search(r"\{.*\}(?=\[cfg.mode\])", Path(sd.__file__).read_text())[0])
 
 
 def test_every_field_is_read():
     """By name, somewhere in the code: a flag that does nothing is worse than none."""
     source, checks = (Path(module.__file__).read_text() for module in (sd, config))
-    fields = [name for group, names in config.GROUPS.items() if group not in NOT_BUILT for name in names]
+    fields = [name for group, names in config.GROUPS.items() if group in MODES or group not in ("generate", "eval") for name in names]
     assert not [name for name in fields if not re.search(rf"\b(cfg|run)\.{name}\b|[\"']{name}[\"']", source)
                 and not re.search(rf"\bcfg\.{name}\b", checks)]
 
@@ -1340,15 +1340,21 @@ def test_every_field_has_one_line_of_help():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_wandb_missing(out, student, text, monkeypatch):
+@pytest.fixture
+def no_wandb_settings(monkeypatch):
+    for name in [k for k in os.environ if k.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+
+
+def test_wandb_missing(out, student, text, monkeypatch, no_wandb_settings):
     monkeypatch.setitem(sys.modules, "wandb", None)   # importing it fails
     shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True)
     assert len(re.findall("^wandb.*", shown.out + shown.err, re.M)) == 1
 
 
-def test_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text):
+def test_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text, no_wandb_settings):
     """On a terminal, where wandb would ask."""
-    env = {k: "" for k in os.environ if k.startswith("WANDB")} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "OMP_NUM_THREADS": "1"}
+    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     ours, theirs = pty.openpty()
     fields = flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True)
     process, shown, deadline = spawn(*fields, env=env, stdin=theirs, stdout=theirs, stderr=theirs), b"", time.time() + 120
@@ -1367,7 +1373,7 @@ def test_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, tex
     assert shown.count(b"wandb: ") == 1 and b"logged in" in shown and os.path.exists(f"{out}/final")
 
 
-def test_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text, monkeypatch):
+def test_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text, monkeypatch, no_wandb_settings):
     """A stand-in for the service, not for our code."""
     seen = types.SimpleNamespace(config=None, entries=[], finished=False)
 
@@ -1409,27 +1415,29 @@ def test_the_top_level_is_six_files_and_five_requirements():
 
 
 def readme_commands():
-    """Every command of the trainer in a fenced block of the README, as lists of words."""
-    readme = HERE / "README.md"
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", readme.read_text(), re.S) if readme.exists() else []
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [line[re.search(r"(python3? simple_distill\.py|\./launch\.sh)", line).start():] for line in lines
-             if re.search(r"(python3? simple_distill\.py|\./launch\.sh)", line)]
-    return [shlex.split(line, comments=True) for line in found]
+    """Every command of the trainer in the README, in a block or in a line, as lists of words; all but the bare one (the demo)."""
+    readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+    readme = readme.replace("\\\n", " ")
+    found = re.findall(r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)", readme, re.M)
+    found = [shlex.split(re.sub(r"\s#.*", "", line)) for line in found]
+    return [c for i, c in enumerate(found) if len(c) > 2 and not {"...", "--help"} & set(c) and c not in found[:i]]
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if len(c) > 2 and not {"...", "cache", "generate", "eval"} & set(c)], ids=shlex.join)
+@pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
 def test_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
     """As they stand there, on tiny models: names of models and data are replaced, lengths cut short, nothing else."""
+    mode = command[command.index("--mode") + 1] if "--mode" in command else "train"
+    if mode == "generate" or mode not in MODES:
+        pytest.skip(f"mode {mode} has tests of its own, with a server")
     words = command[1 if command[0].endswith("launch.sh") else 2:]
     ours = {"--teacher": teacher, "--student": student, "--dataset": text, "--tokenizer": teacher}
     result, i = [], 0
     while i < len(words):
-        name, _, value = words[i].partition("=")
+        name, _, value = words[i].partition("=") if words[i].startswith("--") else (words[i], "", "")
         if name == "--dataset_config":
             i += 1 if value else 2
             continue
-        takes = not value and i + 1 < len(words) and not words[i + 1].startswith("--")
+        takes = not value and name.startswith("--") and i + 1 < len(words) and not words[i + 1].startswith("--")
         value = value or (words[i + 1] if takes else None)
         i += 1 + takes
         if name == "--config":
@@ -1437,7 +1445,12 @@ def test_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, t
         value = ours[name] if name in ours and not (value or "").startswith(("layers:", "demo")) else value
         result += [name] if value is None else [name, value]
     monkeypatch.chdir(tmp_path)
-    short = {"--max_steps": 2, "--seq_len": 32, "--output_dir": tmp_path / "out"}
+    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"} | ({"--max_steps": 2, "--log_steps": 1} if mode == "train" else {})
+    if "--cache_dir" not in result or mode == "cache":
+        short["--dataset"] = text
+    elif mode == "train":   # its other half comes first
+        fields = dict(teacher=teacher, dataset=text, seq_len=32, cache_dir=result[result.index("--cache_dir") + 1])
+        cli("--mode", "cache", *flags(**fields, output_dir=tmp_path / "out"))
     cli(*result, *[x for k, v in short.items() if k not in result for x in (k, v)])
 
 
