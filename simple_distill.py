@@ -1324,7 +1324,7 @@ def plan_blocks(cfg, config):
     for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
         if (n := len(getattr(cfg, name))) not in (1, depth):
             raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
-    if ours.tie_word_embeddings and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
     def stitches_of(model):
@@ -1375,7 +1375,11 @@ def initialize_head(student, teacher):
 def block_phases(cfg, student, teacher, steps_per_epoch):
     """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
     (path, layers), at_once, phases = layers_of(student.model), cfg.block_input == "teacher", []
-    head = {*student.model.get_output_embeddings().parameters(), *final_norm(student.model).parameters()}
+    inner, outer = student.model.get_input_embeddings().weight, student.model.get_output_embeddings()
+    if inner is outer.weight and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        raise UserError(f"{type(student.model).__name__} ties its head whatever its config says: --train_lm_head false "
+                        "--initialize_head_from_teacher false")
+    head = {*outer.parameters(), *final_norm(student.model).parameters()} - {inner}
     head = [f"^{n}$" for n, p in student.model.named_parameters() if p in head]
     steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
     epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
