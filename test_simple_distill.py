@@ -229,6 +229,11 @@ def talk(n, seed=0):
     return [{"prompt": prose(1 + i % 3, seed + i), "response": prose(1 + (5 * i) % 16, seed + 100 + i)} for i in range(n)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)   # models this small take twice as long on two, and longer still beside other work
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("models") / "teacher", hidden=32, seed=1)
@@ -1468,7 +1473,7 @@ def test_demo_labels_only_needs_no_teacher(out):
 @pytest.mark.campaign
 def test_demo_from_nothing_to_a_better_student(out):
     """What a newcomer types, in a fresh process; the teacher is kept, and distilling beats labels alone at the same steps."""
-    process = spawn("--output_dir", out)
+    process = spawn("--output_dir", out, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     shown, _ = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     entry = json.loads(Path(out, "config.json").read_text())
