@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -1492,6 +1493,26 @@ class Phase:
     clip: Any = ()   # [(starts of parameter names, largest norm)]: parts that are clipped by themselves
     end: Any = None  # run after the last step, before it is saved
 
+def local_numbers(root):
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in root.parameters()) if root else 0
+
+def memory_plan(cfg, student, teacher, batch_size):
+    """Bytes a device by what they are for, said before the first step: running out happens in the middle of one."""
+    config, size = student.model.config.get_text_config(), compute_dtype(cfg).itemsize
+    mine, trained = local_numbers(student), sum(p.to_local().numel() for p in student.parameters() if p.requires_grad)
+    tokens, depth, width = batch_size * cfg.seq_len, config.num_hidden_layers, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layer, whole = tokens * (10 * width + 3 * inner) * size, count(student.model) * size   # one layer's activations
+    heads = sum(root.model.get_output_embeddings().weight.shape[0] * root.model.config.get_text_config().hidden_size
+                for root in (student, teacher) if root)
+    gathered = whole if cfg.fsdp in ("no_shard", "shard_grad_op") else min(whole, heads * size + 2 * whole // depth)
+    return {"weights": 4 * mine, "gradients": 4 * trained, "optimiser": 8 * trained, "gathered": gathered,
+            "teacher": local_numbers(teacher) * size, "activations": tokens * width * size * depth + layer
+            if cfg.gradient_checkpointing else layer * depth, "loss": 2 * LOGITS_BUDGET + 4 * heads}
+
+MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more --gradient_accumulation_steps, "
+                 "a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
     named = [n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
@@ -1581,6 +1602,10 @@ def train(cfg):
     print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x "
            f"{WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; {len(held)} held out; "
            f"all goes to {cfg.output_dir}")
+    memory = memory_plan(cfg, student, teacher, batch_size)
+    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print0(f"memory a device, estimated: {sum(memory.values()) / 1e9:.2f} GB (" + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in
+           memory.items()) + f"), {free / 1e9:.1f} free" + (f"; if it runs out, turn {MEMORY_ADVICE}" if sum(memory.values()) > free else ""))
     with stop_signals() as asked:
         if not state:
             enter(step)
@@ -1698,7 +1723,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
     if cfg.blockwise:
         print_blocks(before["blocks"], block_pairs(student, teacher), cfg.distill_loss_type)
-    print0(f"\ndone in {time.time() - begun:.0f} s: {final}")
+    peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     return problem
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1717,6 +1743,9 @@ def main(argv=None):
     except UserError as e:
         if LOCAL_RANK == 0:
             print(f"error: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as e:
+        print(f"error: rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
