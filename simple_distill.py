@@ -14,43 +14,19 @@ Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, mod
 block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
-import collections
-import contextlib
-import dataclasses
-import datetime
-import fcntl
-import functools
-import glob
-import hashlib
-import itertools
-import json
-import math
-import os
-import resource
-import shutil
-import signal
-import sys
-import sysconfig
-import time
-import types
-import warnings
+import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, itertools, json, math, os
+import resource, shutil, signal, sys, sysconfig, time, types, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
-import zlib
 from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+import datasets, safetensors.numpy, torch, transformers
 import numpy as np
-import safetensors.numpy
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.nn as nn
+import torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
-import datasets
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, Config, UserError, parse_config,
@@ -125,21 +101,18 @@ class SparseTarget(NamedTuple):
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
 
 def finish_logits(raw, scale, softcap):
-    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw), number or tensor."""
+    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw)."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    if scale != 1.0:
-        logits = logits * scale
+    logits = logits if scale == 1.0 else logits * scale
     if softcap is None:
         return logits, scale
     bent = torch.tanh(logits / softcap)
     return bent * softcap, (1 - bent * bent) * scale
 
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
-    """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV).
-
-    target: None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler
-    each pass over [C, V] counts; with one they fuse into three.
-    """
+    """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV). target:
+    None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each pass
+    over [C, V] counts; with one they fuse into three."""
     z, slope = finish_logits(student_CV, *student_bend)
     own_C1 = labels_C[:, None]
     logp = torch.log_softmax(z, -1)
@@ -166,8 +139,7 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
         if divergence == "forward":
             q = logq.exp()
-            kl = torch.linalg.vecdot(q, logq.sub_(logp))
-            p = logp.exp_()
+            kl, p = torch.linalg.vecdot(q, logq.sub_(logp)), logp.exp_()
             grad = p.sub_(q, alpha=weight) if share + weight == 1 else p.sub_(q).mul_(weight) if share == 0 else \
                 p.mul_(share + weight).sub_(q, alpha=weight)
         else:
@@ -186,31 +158,36 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
 def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
     """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
     eager = functools.partial(chunk_terms, **terms)
-    if vocab < 16384:
-        return eager
-    state = {"run": torch.compile(eager, dynamic=True)}
+    run = eager if vocab < 16384 else torch.compile(eager, dynamic=True)
 
     def kernel(*args):
+        nonlocal run
         try:
-            return state["run"](*args)
+            return run(*args)
         except Exception as e:
-            if state["run"] is eager:
+            if run is eager:
                 raise
             print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs eagerly")
-            state["run"] = eager
+            run = eager
             return eager(*args)
     return kernel
+
+def take(teacher, where):
+    """The same tokens of (hidden states, head), of a SparseTarget or of None."""
+    if isinstance(teacher, SparseTarget):
+        return SparseTarget(*(x[where] for x in teacher))
+    return teacher and (teacher[0][where], teacher[1])
 
 class FusedDistillation(torch.autograd.Function):
     """Sums over tokens of loss, ce and kl. All matmuls, forward and backward, happen here; backward only scales."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, bend, alpha, temperature, divergence, chunk):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_hidden, *needs = ctx.needs_input_grad[:3]
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
+        grad_weight, grad_bias = (torch.zeros_like(x, dtype=exact) if need else None
+                                  for x, need in zip((weight_VD, bias_V), needs))
         sparse = isinstance(teacher, SparseTarget)
         kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha,
                               temperature=temperature, divergence=divergence, student_bend=bend,
@@ -218,22 +195,20 @@ class FusedDistillation(torch.autograd.Function):
         ce, kl = hidden_ND.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            h_CD, target = hidden_ND[part], None
-            if sparse:
-                target = SparseTarget(*(x[part] for x in teacher))
-            elif teacher is not None:
-                target = nn.functional.linear(teacher[0][part], teacher[1].weight, teacher[1].bias)
+            h_CD, target = hidden_ND[part], take(teacher, part)
+            if target is not None and not sparse:
+                target = nn.functional.linear(target[0], target[1].weight, target[1].bias)
             ce_C, kl_C, grad_CV = kernel(nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
             ce, kl = ce + ce_C.sum(dtype=torch.float64), kl + kl_C.sum(dtype=torch.float64)
             del target
-            if need_bias:
+            if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
             grad_CV = grad_CV.to(h_CD.dtype)
             if need_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
-            if need_weight and exact == h_CD.dtype:
+            if grad_weight is not None and exact == h_CD.dtype:
                 grad_weight.addmm_(grad_CV.T, h_CD)
-            elif need_weight:
+            elif grad_weight is not None:
                 grad_weight += grad_CV.T @ h_CD
         ctx.grads, ctx.dtype = (grad_hidden, grad_weight, grad_bias), hidden_ND.dtype
         ce, kl = ce.to(exact), kl.to(exact)
@@ -248,20 +223,14 @@ class FusedDistillation(torch.autograd.Function):
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature, divergence="forward",
                       denominator=None, chunk=None):
     """student_hidden [N, D], labels [N] with -100 = not counted -> loss, ce, kl, each divided by denominator.
-
     teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host:
-    then dropping the uncounted positions does not make the GPU wait.
-    """
+    then dropping the uncounted positions does not make the GPU wait."""
     counted = (labels != -100).nonzero()[:, 0]
     denominator = max(len(counted), 1) if denominator is None else denominator
-    student_head, weight, bias = as_head(student_head), student_head.weight, student_head.bias
+    weight, bias, *bend = as_head(student_head)
     if len(counted) < len(labels):
         labels, counted = labels[counted], counted.to(student_hidden.device)
-        student_hidden = student_hidden[counted]
-        if isinstance(teacher, SparseTarget):
-            teacher = SparseTarget(*(x[counted] for x in teacher))
-        elif teacher is not None:
-            teacher = (teacher[0][counted], teacher[1])
+        student_hidden, teacher = student_hidden[counted], take(teacher, counted)
     labels = labels.to(student_hidden.device, non_blocking=True)
     if teacher is not None and not isinstance(teacher, SparseTarget):
         head = as_head(teacher[1])
@@ -269,8 +238,8 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
         cut = lambda x: None if x is None else x[:vocab]
         weight, bias, teacher = cut(weight), cut(bias), (teacher[0], Head(cut(head.weight), cut(head.bias), *head[2:]))
     chunk = chunk or max(1, LOGITS_BUDGET // (2 * max(student_hidden.element_size(), 2) * len(weight)))
-    sums = FusedDistillation.apply(student_hidden, weight, bias, labels, teacher if alpha < 1 else None,
-                                   tuple(student_head[2:]), alpha, temperature, divergence, chunk)
+    sums = FusedDistillation.apply(student_hidden, weight, bias, labels, teacher if alpha < 1 else None, tuple(bend),
+                                   alpha, temperature, divergence, chunk)
     return tuple(x / denominator for x in sums)
 
 def as_head(head):
@@ -300,12 +269,12 @@ def one_line(e, limit=160):
 
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
-    for name in [cfg.tokenizer] if cfg.tokenizer else candidates:
-        if cfg.tokenizer or not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*")):
-            try:
-                return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-            except Exception as e:
-                raise UserError(f"no tokenizer in {name!r} ({one_line(e)}); name one with --tokenizer")
+    has_one = lambda name: not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
+    name = cfg.tokenizer or next(filter(has_one, candidates), None)
+    try:
+        return name and AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    except Exception as e:
+        raise UserError(f"no tokenizer in {name!r} ({one_line(e)}); name one with --tokenizer")
 
 def load_raw(cfg, split, streaming):
     """One split as rows of text or conversations; None where there is no such split."""
@@ -316,8 +285,8 @@ def load_raw(cfg, split, streaming):
         return None
     try:
         if kind:   # in a text file a blank line ends a document
-            extra = {"sample_by": "paragraph"} if kind == "text" else {}
-            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming, **extra)
+            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming,
+                                         **({"sample_by": "paragraph"} if kind == "text" else {}))
         if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)
             saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
@@ -343,24 +312,19 @@ def explain_bad_file(path, kind):
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
-    if row.get("messages") or row.get("conversations"):
+    if talk := row.get("messages") or row.get("conversations"):
         alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
-        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]}
-                for m in row.get("messages") or row["conversations"]]
+        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]} for m in talk]
     for ask, answer in CONVERSATIONS:
         if row.get(ask) is not None and row.get(answer) is not None:
             if isinstance(row[answer], list):   # prompt and completion as message lists
                 return [*row[ask], *row[answer]]
             more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
             return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
-    return None
 
 def render(messages, tokenizer, marks):
-    """A conversation as text, and the character spans of it that the assistant wrote, end marks included.
-
-    The spans are found by rendering once more with one assistant turn replaced: what differs is that turn. This holds
-    for any template, with generation markers or not, also for those that treat earlier turns differently.
-    """
+    """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
+    when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
     text, spans = "", []
     if not tokenizer.chat_template:
         for m in messages:
@@ -380,16 +344,15 @@ def render(messages, tokenizer, marks):
     return text, spans
 
 def encode(batch, tokenizer, text_column, seq_len, carry):
-    """Raw rows -> token rows. Text joins what is in carry and leaves it in blocks of seq_len; a conversation is a row."""
+    """Raw rows -> token rows. Text joins carry and leaves it in blocks of seq_len; a conversation is a row."""
     talks = [c for c in map(conversation_of, batch) if c]
     plain = [row[text_column] for row in batch if row.get(text_column)] if not talks else []
-    if plain:
-        eos = tokenizer.eos_token_id
-        for ids in tokenizer(plain, verbose=False)["input_ids"]:
-            carry += ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        whole = len(carry) // seq_len * seq_len
-        yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
-        del carry[:whole]
+    eos = tokenizer.eos_token_id
+    for ids in tokenizer(plain, verbose=False)["input_ids"] if plain else ():
+        carry += ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+    whole = len(carry) // seq_len * seq_len
+    yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
+    del carry[:whole]
     if talks:
         added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
@@ -401,23 +364,23 @@ def encode(batch, tokenizer, text_column, seq_len, carry):
             if any(targets[1:]):   # the first token has nothing to be predicted from
                 yield {"input_ids": ids[:seq_len], "targets": targets}
 
-def encode_all(raws, tokenizer, text_column, seq_len):
+def encode_all(raws, **how):
     for raw in raws:
         carry = []
         for batch in raw.iter(1000):
-            batch = [dict(zip(batch, values)) for values in zip(*batch.values())]
-            yield from encode(batch, tokenizer, text_column, seq_len, carry)
+            yield from encode([dict(zip(batch, values)) for values in zip(*batch.values())], carry=carry, **how)
         if len(carry) > 1:
             yield {"input_ids": carry, "targets": None}
 
 def tokenize(raw, tokenizer, cfg, what):
     """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
-    a_list = lambda kind: datasets.List(datasets.Value(kind))
-    features = datasets.Features(input_ids=a_list("int32"), targets=a_list("bool"))
-    mark = digest(raw._fingerprint, tokenizer_digest(tokenizer), cfg.text_column, cfg.seq_len)
+    columns = (("input_ids", "int32"), ("targets", "bool"))
+    features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in columns})
+    code = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    mark = digest(raw._fingerprint, digest(code, str(tokenizer.chat_template)), cfg.text_column, cfg.seq_len)
     workers = min(cfg.num_proc or 1, len(raw))
-    raws = [raw.shard(workers, i, contiguous=True) for i in range(workers)]
-    kwargs = dict(raws=raws, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+    kwargs = dict(raws=[raw.shard(workers, i, contiguous=True) for i in range(workers)], tokenizer=tokenizer,
+                  text_column=cfg.text_column, seq_len=cfg.seq_len)
     try:
         with node_first():
             rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, gen_kwargs=kwargs,
@@ -425,19 +388,15 @@ def tokenize(raw, tokenizer, cfg, what):
     except datasets.exceptions.DatasetGenerationError as e:
         raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e.__cause__ or e)}")
     if len(rows) == 0:
-        raise UserError(f"{what}: none of {len(raw)} rows has a target token (rows of one token, or no assistant turn?)")
+        raise UserError(f"{what}: none of {len(raw)} rows has a target token (one-token rows, or no assistant turn?)")
     if rows[0]["targets"] is not None and len(rows) < len(raw):
-        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} conversations, no target within seq_len {cfg.seq_len}")
+        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} rows, no target within seq_len {cfg.seq_len}")
     return rows.with_format("numpy")
-
-def tokenizer_digest(tokenizer):
-    code = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    return digest(code, str(tokenizer.chat_template))
 
 def load_data(cfg, tokenizer):
     """-> (train rows or stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
     if tokenizer is None:
-        raise UserError(f"student {cfg.student!r} and teacher {cfg.teacher!r} have no tokenizer; name one with --tokenizer")
+        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; use --tokenizer")
     with node_first():
         raw = load_raw(cfg, cfg.train_split, cfg.streaming)
         held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
@@ -447,26 +406,28 @@ def load_data(cfg, tokenizer):
                             "hold out a slice of train")
     row = next(iter(raw), None)
     if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
-        raise UserError(f"dataset {cfg.dataset!r} has " + ("no rows" if row is None else f"no text in column {cfg.text_column!r} "
-                        f"and no known conversation columns; it has {', '.join(row)}: name one with --text_column"))
+        raise UserError(f"dataset {cfg.dataset!r} has " + (
+            "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
+            f"it has {', '.join(row)}: name one with --text_column"))
     if cfg.streaming:
         if held is None:   # the head of the stream is kept back
             held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
             raw = raw.skip(len(held))
+        rows = raw.take(cfg.max_samples) if cfg.max_samples else raw
+    else:
+        raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
+        if held is None and len(raw) > 1:
+            gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
+            kept = (i for i in range(len(raw)) if i % gap != gap - 1)
+            held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
+        rows = tokenize(raw, tokenizer, cfg, "train")
+    if held is not None:
         held = tokenize(held, tokenizer, cfg, "eval")
-        return raw.take(cfg.max_samples) if cfg.max_samples else raw, held.take(min(cfg.eval_samples, len(held)))
-    raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
-    if held is None and len(raw) > 1:
-        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-        held, kept = raw.select(range(gap - 1, len(raw), gap)), (i for i in range(len(raw)) if i % gap != gap - 1)
-        raw = raw.select(kept)
-    rows = tokenize(raw, tokenizer, cfg, "train")
-    held = tokenize(held, tokenizer, cfg, "eval") if held is not None else None
-    if held is None:   # one long document: its last twentieth
+    elif len(rows) == 1:
+        raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or less; nothing is "
+                        "left to evaluate on: bring more text or lower --seq_len")
+    else:   # one long document: its last twentieth
         cut = len(rows) - max(1, len(rows) // 20)
-        if cut == 0:
-            raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or less; nothing is left "
-                            "to evaluate on: bring more text or lower --seq_len")
         rows, held = rows.take(cut), rows.skip(cut)
     return rows, held.take(min(cfg.eval_samples, len(held)))
 
@@ -482,32 +443,29 @@ class Batch:
 def collate(rows, pad_to=1):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
     lengths = [len(r["input_ids"]) for r in rows]
-    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: takes part, uncounted
+    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part
     width = -(-max(lengths, default=2) // pad_to) * pad_to
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
     for i, row in enumerate(rows):
-        x = torch.as_tensor(row["input_ids"], dtype=torch.long)
+        x, targets = torch.as_tensor(row["input_ids"], dtype=torch.long), row.get("targets")
         ids[i, :len(x)] = x
-        targets = row.get("targets")
         labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
     real = torch.cat([torch.arange(0), *(i * width + torch.arange(n) for i, n in enumerate(lengths))])
-    sparse = [r["sparse"] for r in rows if "sparse" in r]
-    sparse = SparseTarget(*map(torch.cat, zip(*sparse))) if sparse else None
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
-    sparse = sparse and SparseTarget(*map(send, sparse))
+    sparse = [r["sparse"] for r in rows if "sparse" in r]
+    sparse = SparseTarget(*(send(torch.cat(field)) for field in zip(*sparse))) if sparse else None
     return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
-    steps_per_epoch, order, epoch = -(-len(rows) // global_batch), None, None
-    for step in itertools.count(step):
-        if epoch != step // steps_per_epoch:
-            epoch = step // steps_per_epoch
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        start = step % steps_per_epoch * global_batch
-        yield order[start:start + global_batch].tolist(), None
+    steps_per_epoch = -(-len(rows) // global_batch)
+    for epoch in itertools.count(step // steps_per_epoch):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for start in range(step % steps_per_epoch * global_batch, len(rows), global_batch):
+            yield order[start:start + global_batch].tolist(), None
+        step = 0
 
 def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
     """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began,
@@ -520,10 +478,9 @@ def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
         block, carry = list(itertools.islice(source, size)), list(state["carry"])
         rows, ended = list(encode_rows(block, carry=carry)), len(block) < size
         if ended:
-            rows += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
-            carry = []
-        order = torch.Generator().manual_seed(seed * 1_000_003 + state["window"])
-        order = torch.randperm(len(rows), generator=order).tolist() if window else range(len(rows))
+            rows, carry = rows + [{"input_ids": carry, "targets": None}] * (len(carry) > 1), []
+        shuffle = torch.Generator().manual_seed(seed * 1_000_003 + state["window"])
+        order = torch.randperm(len(rows), generator=shuffle).tolist() if window else range(len(rows))
         for used in range(state["used"], len(rows)):
             pending.append(rows[order[used]])
             if len(pending) == global_batch:
@@ -542,15 +499,13 @@ def prefetch(endless, depth=2):
     with ThreadPoolExecutor(1) as pool:
         ahead = collections.deque(pool.submit(next, endless) for _ in range(depth))
         while True:
-            item = ahead.popleft().result()
             ahead.append(pool.submit(next, endless))
-            yield item
+            yield ahead.popleft().result()
 
 def micro_batches(global_batches, rows, micro_steps, batch_size):
     """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every WORLD-th sequence."""
-    fetch = (lambda i: i) if rows is None else rows.__getitem__
     for batch, position in global_batches:
-        mine = [fetch(i) for i in batch[RANK::WORLD]]
+        mine = [i if rows is None else rows[i] for i in batch[RANK::WORLD]]   # a stream hands on rows, not numbers
         yield [collate(mine[i * batch_size:(i + 1) * batch_size]) for i in range(micro_steps)], position
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,7 +515,7 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
 def stdlib_sources():
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
-    skip = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo", "pydoc_data"}
+    skip = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo pydoc_data".split())
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(set(inside) - skip)
         for file in sorted(f for f in files if f.endswith(".py")):
@@ -570,8 +525,7 @@ def stdlib_sources():
 def make_demo(path):
     """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
     from tokenizers import ByteLevelBPETokenizer
-    for name in ("corpus", "tokenizer", "student", "teacher-shape"):
-        os.makedirs(path(name), exist_ok=True)
+    os.makedirs(path("corpus"), exist_ok=True)
     parts = {"train": [], "validation": []}
     for name, text in stdlib_sources():
         parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
@@ -587,7 +541,7 @@ def make_demo(path):
                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 def resolve_demo(cfg):
-    """Each `demo` becomes the files it stands for; this very trainer trains the teacher the first time. None: stopped."""
+    """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
     if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
         return cfg
     path = functools.partial(os.path.join, cfg.output_dir, "demo")
