@@ -562,20 +562,16 @@ def resolve_demo(cfg):
                 return None
     return dataclasses.replace(cfg, **places)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Teacher cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number of
-# workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
-# ---------------------------------------------------------------------------------------------------------------------
+# Teacher cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number
+# of workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
 
-FORWARD_TOKENS = 4096   # of a teacher forward, whatever batch_size is: what shares a batch changes the last bits of logits
-COUNTS = ("rows", "tokens", "targets", "entries", "mass")
+FORWARD_TOKENS = 4096   # a teacher forward, whatever batch_size is: what shares a batch changes the last bits of logits
 
 def pack(fields):
     """[(values, bits), ...] -> bytes: a checksum, then each field in its bits (Arrow's 8, 16, 32 are a third more)."""
-    wide = [np.ascontiguousarray(x, "<u4").view(np.uint8).reshape(-1, 4) for x, _ in fields]
-    flat = [np.unpackbits(x, axis=1, count=bits, bitorder="little") for x, (_, bits) in zip(wide, fields)]
-    body = b"".join(np.packbits(x, bitorder="little").tobytes() for x in flat)
+    cut = lambda x, n: np.unpackbits(np.asarray(x, "<u4")[:, None].view("u1"), axis=1, count=n, bitorder="little")
+    body = b"".join(np.packbits(cut(x, bits), bitorder="little").tobytes() for x, bits in fields)
     return zlib.crc32(body).to_bytes(4, "little") + body
 
 def unpack_row(stream, m):
@@ -583,13 +579,11 @@ def unpack_row(stream, m):
     at, size, wide = 4, m["size"], (m["vocabulary"] - 1).bit_length()
     if zlib.crc32(stream[4:]) != int.from_bytes(stream[:4], "little"):
         raise ValueError("wrong checksum")
-
     def take(n, bits):
         nonlocal at
         start, at, out = at, at - (-n * bits // 8), np.zeros((n, 32), np.uint8)
         out[:, :bits] = np.unpackbits(stream[start:at], count=n * bits, bitorder="little").reshape(n, bits)
         return np.packbits(out, bitorder="little").view("<u4").astype(np.int64)
-
     mass = lambda code, top: np.exp(-24 * (code / top) ** 2) * (code < top)
     length, entries = take(2, 32)
     ids, keep, both = take(length, wide), take(length, 1).astype(bool), take(entries, wide + m["bits"])
@@ -608,12 +602,12 @@ def unpack_row(stream, m):
 
 @torch.no_grad()
 def keep_teacher(signal_of, rows, first, m):
-    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, COUNTS) a row."""
+    """One teacher forward, of all ranks (it may be sharded) -> a row: bytes, [1, tokens, targets, entries, mass]."""
     (hidden_ND, head), V, at, packed = signal_of(collate(rows)), m["vocabulary"], 0, []
     weight_VD, bias_V, wide = head.weight[:V], None if head.bias is None else head.bias[:V], (V - 1).bit_length()
-    code = lambda logp, top: (logp / -24).sqrt().mul(top).round().clamp_max(top)   # |error| < 0.0193 sqrt(-logp) + 0.0001
+    code = lambda logp, top: (logp / -24).sqrt().mul(top).round().clamp_max(top)   # error < .0193 sqrt(-logp) + .0001
     for index, row in enumerate(rows, first):
-        keep = np.asarray(row["targets"] if np.size(row["targets"]) > 1 else [True] * len(row["input_ids"]))   # None: all
+        keep = np.asarray(row["targets"] if np.size(row["targets"]) > 1 else [True] * len(row["input_ids"]))
         n, parts, draw = int(keep[1:].sum()), [], torch.Generator().manual_seed(int(digest(m["seed"], index), 16) >> 1)
         u_NS = torch.rand(n, m["size"], dtype=torch.float64, generator=draw).to(DEVICE)   # the same on any device
         for h_CD, u_CS in zip(*(x.split(max(1, LOGITS_BUDGET // (16 * V))) for x in (hidden_ND[at:at + n], u_NS))):
@@ -624,8 +618,8 @@ def keep_teacher(signal_of, rows, first, m):
                 draws = torch.searchsorted(cdf, u_CS * cdf[:, -1:], right=True).clamp_max(V - 1).sort(-1)[0]
                 # the entropy as these draws show it: student = teacher then logs a KL of 0, not of noise around 0
                 extra = logp_CV.gather(-1, draws).mean(-1).mul(-256).round().clamp_max(4095)
-                key = draws + V * torch.arange(len(draws), device=DEVICE)[:, None]
-                key, times = torch.unique_consecutive(key, return_counts=True)
+                draws += V * torch.arange(len(draws), device=DEVICE)[:, None]   # places in the flattened logp_CV
+                key, times = torch.unique_consecutive(draws, return_counts=True)
                 ids, value, mass = key % V, times - 1, logp_CV.flatten()[key].exp().sum()
             else:
                 own, ids = logp_CV.topk(m["size"])
@@ -633,59 +627,56 @@ def keep_teacher(signal_of, rows, first, m):
                 value, extra, mass = code(own, 255), code(rest.log(), 4095), own.exp().sum()
             parts.append([x.flatten().double().cpu() for x in (ids + (value.long() << wide), extra, mass)])
         at, (both, extra, mass) = at + n, (torch.cat(x).numpy() for x in zip(*parts))
-        fields = ([len(keep), len(both)], 32), (row["input_ids"], wide), (keep, 1), (both, wide + m["bits"]), (extra, 12)
-        packed.append((pack(fields), [1, len(keep), n, len(both), mass.sum()]))
+        fields = [([len(keep), len(both)], 32), (row["input_ids"], wide), (keep, 1), (both, wide + m["bits"])]
+        packed.append((pack([*fields, (extra, 12)]), [1, len(keep), n, len(both), mass.sum()]))
     return packed
 
 def claimed(place, splits, m, encode_rows, paths):
     """Yield rows that no living worker has, a forward at a time, with the list for what becomes of them; write chunks.
     A stream is cut into blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
     group = max(1, FORWARD_TOKENS // m["seq_len"])
+    chunks = ((2 * c + even, place(f"{split}-{c:08d}.safetensors"), rows, columns) for even, (split, rows) in
+              enumerate(splits.items()) for c, columns in enumerate(rows.iter(m["chunk"])))
     with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
-        for even, (split, rows) in enumerate(splits.items()):
-            for c, columns in enumerate(rows.iter(m["chunk"])):
-                paths.append(path := place(f"{split}-{c:08d}.safetensors"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2 * c + even)
-                    if not os.path.exists(path):
-                        block, carry, packed = [dict(zip(columns, x)) for x in zip(*columns.values())], [], []
-                        if not isinstance(rows, datasets.Dataset):
-                            block = list(encode_rows(block, carry=carry))
-                            block += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
-                        for i in range(0, len(block), group):
-                            yield block[i:i + group], (2 * c + even << 32) + i, packed
-                        data, counts = zip(*packed, (b"", [0] * 5))
-                        with open(path + ".tmp", "wb") as f:   # sliced through the memory map, and there is no code in it
-                            f.write(safetensors.numpy.save({
-                                "rows": np.frombuffer(b"".join(data), np.uint8), "counts": np.sum(counts, 0, np.float64),
-                                "starts": np.cumsum([0, *map(len, data[:-1])])}))
-                            f.flush()
-                            os.fsync(f.fileno())
-                        os.replace(path + ".tmp", path)
-                    fcntl.lockf(claims, fcntl.LOCK_UN, 1, 2 * c + even)
+        for number, path, rows, columns in chunks:
+            paths.append(path)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                if not os.path.exists(path):
+                    block, carry, packed = [dict(zip(columns, x)) for x in zip(*columns.values())], [], []
+                    if not isinstance(rows, datasets.Dataset):
+                        block = list(encode_rows(block, carry=carry))
+                        block += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
+                    for i in range(0, len(block), group):
+                        yield block[i:i + group], (number << 32) + i, packed
+                    data, counts = zip(*packed, (b"", [0] * 5))
+                    safetensors.numpy.save_file({   # sliced through the memory map, no code in it
+                        "rows": np.frombuffer(b"".join(data), np.uint8), "counts": np.sum(counts, 0, float),
+                        "starts": np.cumsum([0, *map(len, data[:-1])])}, path + ".tmp")
+                    os.replace(path + ".tmp", path)
+                fcntl.lockf(claims, fcntl.LOCK_UN, 1, number)
 
-def read_chunk(path, what, load=functools.partial(safetensors.safe_open, framework="numpy")):
+def read_chunk(path, what):
+    """A file is mapped anew for every row: that costs 20 us, and nothing has to be kept."""
     try:
-        return what(load(path))
+        return what(safetensors.safe_open(path, "numpy"))
     except Exception as e:
         again = f"rm {path}; python simple_distill.py --config {os.path.join(os.path.dirname(path), 'config.json')}"
-        raise UserError(f"cache chunk {path!r} cannot be read ({one_line(e, 80)}); this makes it, and only it, again: {again}")
+        raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and only it, again: {again}")
 
 class CacheRows:
-    """The rows of a split. Each has its own checksum: nothing is read but what is asked for."""
-
+    """The rows of a split, by number. Each has its own checksum: nothing is read but what is asked for."""
     def __init__(self, name, m, chunks):
-        self.name, self.m, self.ends = name, m, np.cumsum(chunks)
-        self.load = functools.lru_cache(4096)(functools.partial(safetensors.safe_open, framework="numpy"))
+        self.name, self.m, self.ends = name, m, np.cumsum(chunks)   # [chunks] rows up to and with each chunk
 
     def __len__(self):
         return int(self.ends[-1])
 
     def __getitem__(self, i):
         c = int(np.searchsorted(self.ends, i, "right"))
-        at = slice(i - int(self.ends[c]) - 1, (i - int(self.ends[c]) + 1) or None)   # from the chunk's end
-        row = lambda f: f.get_slice("rows")[slice(*f.get_tensor("starts")[at].tolist())]
-        return read_chunk(f"{self.name}-{c:08d}.safetensors", lambda f: unpack_row(row(f), self.m), self.load)
+        at = i - int(self.ends[c - 1] if c else 0)
+        row = lambda f: f.get_slice("rows")[slice(*f.get_tensor("starts")[at:at + 2].tolist())]
+        return read_chunk(f"{self.name}-{c:08d}.safetensors", lambda f: unpack_row(row(f), self.m))
 
 def open_cache(cfg):
     """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
@@ -697,74 +688,68 @@ def open_cache(cfg):
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{cfg.cache_dir!r} holds no finished teacher cache ({one_line(e)}); --mode cache --cache_dir "
                         f"{cfg.cache_dir} starts one, python simple_distill.py --config {place('config.json')} goes on")
-    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"])
-    if cfg.teacher != "demo" and os.path.realpath(cfg.teacher) != os.path.realpath(m["teacher"]):
-        here["teacher"] = cfg.teacher
+    same = cfg.teacher == "demo" or os.path.realpath(cfg.teacher) == os.path.realpath(m["teacher"])
+    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"] if same else cfg.teacher)
     refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
     tokenizer = AutoTokenizer.from_pretrained(place("tokenizer"))
     own = load_tokenizer(cfg, *(n for n in [cfg.student] if not n.startswith("layers:") and not n.endswith(".json")))
-    compare_tokenizers(own or tokenizer, tokenizer, cfg.tokenizer or cfg.student, f"{m['teacher']} of cache {cfg.cache_dir}")
+    compare_tokenizers(own or tokenizer, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
     return rows, held, tokenizer, m
 
 def describe_cache(cfg, tokenizer, rows):
     """The manifest: what shapes the content. 16,384 bytes a file stand for the weights: to hash 70B takes minutes."""
-    folder = cfg.teacher if os.path.isdir(cfg.teacher) else None
-    folder = folder or os.path.dirname(transformers.utils.cached_file(cfg.teacher, "config.json"))
+    local = os.path.isdir(cfg.teacher)
+    folder = cfg.teacher if local else os.path.dirname(transformers.utils.cached_file(cfg.teacher, "config.json"))
     files = [np.memmap(x, np.uint8, "r") for x in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))]
     few = list(rows.take(16)) if cfg.streaming else [rows[i] for i in range(0, len(rows), -(-len(rows) // 64))]
     vocab, topk = max(tokenizer.get_vocab().values()) + 1, cfg.cache_method == "topk"
     size = min(cfg.cache_top_k, vocab) if topk else cfg.cache_samples
-    return dict(teacher=cfg.teacher, revision=os.path.basename(folder), dataset=cfg.dataset, dtype=str(compute_dtype(cfg)),
+    return dict(teacher=cfg.teacher, revision=None if local else os.path.basename(folder), dataset=cfg.dataset,
                 weights=hashlib.sha256(b"".join(x[::x.size // 16384 | 1].tobytes() for x in files)).hexdigest()[:16],
                 tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template), vocabulary=vocab, seq_len=cfg.seq_len,
                 dataset_fingerprint=digest(None if cfg.streaming else len(rows), [str(row) for row in few]),
                 temperature=cfg.temperature, method=cfg.cache_method, size=size, seed=cfg.seed, chunk=cfg.cache_chunk,
-                bits=8 if topk else (size - 1).bit_length())
+                bits=8 if topk else (size - 1).bit_length(), dtype=str(compute_dtype(cfg)))
 
 def cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time; the same command goes on."""
     with lock(cfg.output_dir) if "demo" in (cfg.teacher, cfg.dataset) else contextlib.nullcontext():
-        alone = cfg.student == "demo" and cfg.teacher != "demo"   # without a student, the teacher's tokenizer
+        alone = cfg.student == "demo" and cfg.teacher != "demo"   # no student named: the teacher's tokenizer
         run = resolve_demo(dataclasses.replace(cfg, student=cfg.teacher) if alone else cfg)
     if run is None:
         return
     tokenizer, rows, held, _, teacher = load_all(run)
     m, signal_of = describe_cache(run, tokenizer, rows), teacher_signal(teacher)
-    place, problem = functools.partial(os.path.join, cfg.cache_dir), None
-    if RANK == 0:
+    place = functools.partial(os.path.join, cfg.cache_dir)
+    known = os.path.exists(place("manifest.json")) and not cfg.force_regenerate
+    with open(place("manifest.json"), encoding="utf-8") if known else contextlib.nullcontext() as f:
+        there = from_rank0(json.load(f) if known else None)
+    if there:
+        refuse_changes({k: there.get(k) for k in m}, m, cfg.cache_dir, "choose another; --force_regenerate empties it")
+    elif RANK == 0:
         os.makedirs(cfg.cache_dir, exist_ok=True)
-        for old in glob.glob(place("*.safetensors")) + glob.glob(place("manifest.json")) if cfg.force_regenerate else []:
+        for old in [*glob.glob(place("*.safetensors")), *glob.glob(place("manifest.json"))] * cfg.force_regenerate:
             os.remove(old)
-        try:
-            with open(place("manifest.json"), encoding="utf-8") as f:
-                there = json.load(f)
-            refuse_changes({k: there.get(k) for k in m}, m, cfg.cache_dir, "choose another, or empty it: --force_regenerate")
-        except FileNotFoundError:
-            tokenizer.save_pretrained(place("tokenizer"))
-            save_config(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
-            save_config(m, place("manifest.json"))
-        except UserError as e:
-            problem = str(e)
-    problem = from_rank0(problem)
+        tokenizer.save_pretrained(place("tokenizer"))
+        save_config(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
+        save_config(m, place("manifest.json"))
+    all_sum(0)
     few = [held[i] for i in range(min(len(held), max(1, FORWARD_TOKENS // cfg.seq_len)))]   # what will it take?
     data, counts = zip(*keep_teacher(signal_of, few, 0, m))
-    (_, tokens, targets, entries, mass), free = np.sum(counts, 0).tolist(), shutil.disk_usage(cfg.cache_dir).free
-    total = 0 if cfg.streaming else round(tokens / len(few) * (len(rows) + len(held)))
-    chunks = 0 if cfg.streaming else -(-len(rows) // m["chunk"]) + -(-len(held) // m["chunk"])
-    a_token, left = sum(map(len, data)) / tokens, 1 - len(glob.glob(place("*.safetensors"))) / max(chunks, 1)
-    print0(f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold {mass / targets:.1%} "
-           f"of the teacher's mass), {f'{total * a_token / 1e9:.3f} GB' if total else 'as long as the stream lasts'}; "
-           f"{max(left, 0):.0%} of it is missing; {free / 1e9:.1f} GB free")
-    if cfg.temperature > 1:
-        print0(f"WARNING: temperature {cfg.temperature:g} makes distributions so flat that a cache keeps little of them; see the share above, and 1.0")
-    if total * a_token * left > free:
-        problem = f"cache_dir {cfg.cache_dir!r} needs {total * a_token * left / 1e9:.3f} GB, {free / 1e9:.3f} are free; make room or lower --max_samples"
-    if problem:
-        raise UserError(problem)
+    (_, tokens, targets, entries, mass), free = np.sum(counts, 0).tolist(), shutil.disk_usage(cfg.cache_dir).free / 1e9
+    total, a_token = 0 if cfg.streaming else tokens / len(few) * (len(rows) + len(held)), sum(map(len, data)) / tokens
+    ready = min(1, len(glob.glob(place("*.safetensors"))) * m["chunk"] / (len(rows) + len(held))) if total else 0
+    need = total * (1 - ready) * a_token / 1e9
+    print0(f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold "
+           f"{mass / targets:.1%} of the teacher's mass), "
+           f"{f'{need:.3f} GB to write' if total else 'as long as the stream lasts'}; {free:.1f} GB free"
+           + "\nWARNING: above temperature 1 a cache keeps little of such flat distributions" * (cfg.temperature > 1))
+    if need > free:
+        raise UserError(f"{cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free; make room or lower --max_samples")
     how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-    bar = tqdm(total=total or None, initial=round(total * (1 - left)), disable=RANK != 0, unit="tok", unit_scale=True)
+    bar = tqdm(total=total or None, initial=ready * total, disable=RANK != 0, unit="tok", unit_scale=True)
     stop, missing = 0, 1
-    with stop_signals() as asked:
+    with bar, stop_signals() as asked:
         while missing and not stop:   # again, where another worker had a chunk and may have died with it
             paths, more = [], 1
             jobs = claimed(place, {"eval": held, "train": rows}, m, how, paths)
@@ -775,19 +760,18 @@ def cache(cfg):
                 bar.update(int(tokens))
             missing, = all_sum(sum(not os.path.exists(p) for p in paths))
             time.sleep(missing > 0)
-    bar.close()
     if stop:
         print0("stopped; the same command goes on")
-    elif RANK == 0:   # the sums are read back: they are those of all workers
+    elif RANK == 0:   # the counts are read back: they are those of all workers
         counts = [read_chunk(p, lambda f: f.get_tensor("counts").tolist()) for p in paths]
-        sums, size = dict(zip(COUNTS, map(sum, zip(*counts)))), sum(map(os.path.getsize, paths))
-        m["chunks"] = {s: [int(n) for p, (n, *_) in zip(paths, counts) if p.startswith(place(s))] for s in ("train", "eval")}
-        m |= {**sums, "bytes_per_token": size / sums["tokens"], "mass_kept": sums["mass"] / sums["targets"]}
+        n, tokens, targets, _, mass = map(sum, zip(*counts))
+        size, kept = sum(map(os.path.getsize, paths)) / tokens, mass / targets
+        chunks = {s: [int(c[0]) for p, c in zip(paths, counts) if p.startswith(place(s))] for s in ("train", "eval")}
+        m |= dict(rows=int(n), tokens=int(tokens), bytes_per_token=size, mass_kept=kept, chunks=chunks)
         save_config(m, place("manifest.json"))
-        print0(f"cache {cfg.cache_dir}: {sums['rows']:,.0f} sequences, {sums['tokens']:,.0f} tokens, {m['bytes_per_token']:.1f} bytes "
-               f"a token, {m['mass_kept']:.1%} of the teacher's mass kept; python simple_distill.py --student S --cache_dir {cfg.cache_dir}")
+        print0(f"cache {cfg.cache_dir}: {n:,.0f} sequences, {tokens:,.0f} tokens, {size:.1f} bytes a token, {kept:.1%} "
+               f"of the teacher's mass kept; python simple_distill.py --student S --cache_dir {cfg.cache_dir}")
     all_sum(0)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher signal: what distillation_loss takes as its teacher, online or from the cache, so that the loop has no fork.
@@ -807,8 +791,7 @@ def teacher_signal(teacher):
 
 def distil(model, batch, signal, denominator, **objective):
     """Runs inside the student: -> loss, ce, kl."""
-    hidden_ND, head = counted_hidden(model, batch)
-    return distillation_loss(hidden_ND, head, batch.labels, signal, denominator=denominator, **objective)
+    return distillation_loss(*counted_hidden(model, batch), batch.labels, signal, denominator=denominator, **objective)
 
 def head_of(model):
     out, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -817,37 +800,33 @@ def head_of(model):
 
 def head_error(model, ids_1T):
     """Runs inside a root: how far hidden states times head_of are from the model's own logits, by their spread."""
-    head = head_of(model)
+    head, its = head_of(model), model(input_ids=ids_1T, use_cache=False).logits.float()
     ours = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
-    its = model(input_ids=ids_1T, use_cache=False).logits.float()
     return (ours - its).abs().max() / its.std().clamp_min(1e-6)
 
 def check_head(root, role, name, tokenizer):
     """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused."""
     rows, biggest = root.model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
-    was_training = root.training
     if biggest >= rows:
-        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; they do not belong together")
-    root.eval()
+        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; they do not match")
+    was_training = root.training
     with torch.no_grad():
-        error = root(head_error, torch.arange(8, device=DEVICE)[None] % rows).item()
-    root.train(was_training)
-    root.release()
+        error = root.eval()(head_error, torch.arange(8, device=DEVICE)[None] % rows).item()
+    root.train(was_training).release()
     if not error < 0.1:   # bf16 logits are off by 0.02
-        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head are off its own logits by "
-                        f"{error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
+        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head miss its own logits "
+                        f"by {error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
     ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
     shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]][:1]
+    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]]
     if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
         clash = ["they share a vocabulary but cut text differently"]
     if clash:
         raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
                         "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on Inside roots: FSDP gathers
@@ -856,33 +835,25 @@ def compare_tokenizers(student, teacher, student_name, teacher_name):
 class Inside(nn.Module):
     def __init__(self, model, stitches=None):
         super().__init__()
-        self.model = model
-        self.stitches = stitches or nn.ModuleDict()   # of block-wise: trained, in checkpoints, not in final/
+        self.model, self.stitches = model, stitches or nn.ModuleDict()   # stitches: in checkpoints, not in final/
 
     def forward(self, work, *args):
         return work(self.model, *args)
 
     def release(self):
         """After forwards without a backward: give gathered weights back, else the next step would use stale ones."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in (m for m in self.modules() if isinstance(m, FSDPModule)):
+            module.reshard()
 
 def compute_dtype(cfg):
     """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
-    native = CUDA and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = torch.bfloat16 if native else torch.float32
+    auto = torch.bfloat16 if CUDA and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
 
 def model_config(name, cfg, role):
     try:
-        if name.endswith(".json"):
-            with open(name, encoding="utf-8") as f:
-                values = json.load(f)
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
-        else:
-            with node_first():
-                config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+        with node_first():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
         where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
             "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
@@ -894,12 +865,12 @@ def model_config(name, cfg, role):
 
 def read_model(name, config, cfg, role, dtype):
     """Rank 0's whole copy on the host, memory-mapped until it is cast."""
+    options = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
     try:
         if name.endswith(".json"):
             torch.manual_seed(cfg.seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=cfg.trust_remote_code,
-                                                           output_loading_info=True)
+            return AutoModelForCausalLM.from_config(config, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except Exception as e:
         raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
     if info["missing_keys"]:
@@ -921,13 +892,10 @@ def final_norm(model):
 
 def thin(whole, config, keep):
     """The kept layers of a model as a model of their own."""
-    path, source = layers_of(whole)[0], whole.state_dict()
+    path, layers = layers_of(whole)
+    whole.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
     model = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
-    kept = {k: v for k, v in source.items() if not k.startswith(path + ".")}
-    for new, old in enumerate(keep):
-        prefix = f"{path}.{old}."
-        kept |= {f"{path}.{new}.{k[len(prefix):]}": v for k, v in source.items() if k.startswith(prefix)}
-    model.load_state_dict(kept)
+    model.load_state_dict(whole.state_dict())
     return model
 
 def load_student(cfg):
@@ -942,12 +910,11 @@ def load_student(cfg):
         raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
     keep = [round(i) for i in torch.linspace(0, depth - 1, int(wanted)).tolist()]
     each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
-    values = {k: each(v) for k, v in whole.to_dict().items()}
-    values[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
-    config = type(whole).from_dict(values)
+    depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    config = type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)})
     print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
-    read = lambda: read_model(cfg.teacher, whole, cfg, "teacher", torch.float32)
-    return spread(cfg, config, lambda: thin(read(), config, keep), stitches=stitches(config))
+    read = lambda: thin(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep)
+    return spread(cfg, config, read, stitches=stitches(config))
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -957,35 +924,33 @@ def load_teacher(cfg):
 
 def spread(cfg, config, read, frozen=None, stitches=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
-    compute_dtype; a teacher (frozen: its dtype) has no gradients, its root stays gathered for the loss to use its head."""
-    trust, dtype = dict(trust_remote_code=cfg.trust_remote_code), compute_dtype(cfg)
+    compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
+    dtype, home = compute_dtype(cfg), "cpu" if cfg.cpu_offload else DEVICE
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32, **trust)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
         root = Inside(model, stitches and stitches(model))
     source, layers = read() if RANK == 0 else None, layers_of(model)[1]
     model.train(not frozen).requires_grad_(not frozen)
-    if not frozen and cfg.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)   # newer name
-        enable({"use_reentrant": False})
-    if cfg.compile:
-        for layer in layers:
-            layer.compile()
+    if not frozen and cfg.gradient_checkpointing:   # the first name is the newer one
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for layer in layers if cfg.compile else ():
+        layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
         shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
         shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
         cast = None if frozen or dtype == torch.float32 else dtype
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
                        mp_policy=MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False))
-        if cfg.cpu_offload and CUDA:
-            options["offload_policy"] = CPUOffloadPolicy()
+        options |= dict(offload_policy=CPUOffloadPolicy()) if cfg.cpu_offload and CUDA else {}
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
     # a head that block-wise unties begins as the copy of the embeddings that it was
-    tensors = dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()]) if source else {}
-    fill(model, tensors, "cpu" if cfg.cpu_offload else DEVICE)
+    tensors = [*source.named_parameters(remove_duplicate=False), *source.named_buffers()] if source else []
+    fill(model, dict(tensors), home)
     if root.stitches:
-        fill(root.stitches, dict(stitches(model).named_parameters()), "cpu" if cfg.cpu_offload else DEVICE)
+        fill(root.stitches, dict(stitches(model).named_parameters()), home)
     return root
 
 @torch.no_grad()
@@ -995,9 +960,8 @@ def fill(model, source, device):
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         model.tie_weights()   # FSDP keeps ties by itself
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else torch.empty_like(tensor, device=DEVICE) \
-            if not isinstance(tensor, DTensor) else torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        put(tensor, whole)
+        put(tensor, source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
 
 def put(tensor, whole):
     """Rank 0's whole tensor into everybody's shard."""
@@ -1015,11 +979,8 @@ def count(model):
 
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
-    full = {}
-    for name, tensor in root.model.named_parameters():
-        whole = gathered(tensor)
-        if RANK == 0:
-            full[name] = whole.to("cpu", dtype, copy=True)
+    keep = "cpu" if RANK == 0 else "meta"   # the other ranks take part, and drop each tensor at once
+    full = {name: gathered(p).to(keep, dtype, copy=True) for name, p in root.model.named_parameters()}
     if RANK == 0:
         with torch.device("meta"):
             model = type(root.model)(root.model.config)
@@ -1027,57 +988,48 @@ def save_model(root, tokenizer, path, dtype):
         model.tie_weights()
         model.generation_config = root.model.generation_config
         shutil.rmtree(path + ".tmp", ignore_errors=True)
-        model.to(dtype).save_pretrained(path + ".tmp")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path + ".tmp")
+        for part in (model.to(dtype), tokenizer) if tokenizer is not None else (model.to(dtype),):
+            part.save_pretrained(path + ".tmp")
         shutil.rmtree(path, ignore_errors=True)
         os.rename(path + ".tmp", path)
     all_sum(0)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser: AdamW groups by learning-rate multiplier, and one step that clips, unscales and skips without asking the
-# GPU.
+# Optimiser: AdamW groups by learning-rate multiplier; one step that clips, unscales and skips without asking the GPU.
 
 def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
-    """The first matching pattern gives the multiplier; 0 freezes: no gradient, no state. Norms and biases do not decay."""
-    groups, hits, named = {}, [0] * len(rules), list(named_parameters)
+    """The first matching pattern gives the multiplier; 0: no gradient, no state. Norms and biases do not decay."""
+    groups, named = {}, list(named_parameters)
+    for pattern, _ in rules:
+        if not any(pattern.search(name) for name, _ in named):
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names "
+                            f"look like {named[len(named) // 2][0]}")
     for name, p in named:
-        matches = [i for i, (pattern, _) in enumerate(rules) if pattern.search(name)]
-        for i in matches:
-            hits[i] += 1
-        multiplier = rules[matches[0]][1] if matches else default_multiplier
-        p.requires_grad_(multiplier > 0)
-        if multiplier > 0:
+        multiplier = next((factor for pattern, factor in rules if pattern.search(name)), default_multiplier)
+        if p.requires_grad_(multiplier > 0).requires_grad:
             groups.setdefault((multiplier, p.ndim >= 2), []).append(p)
-    for (pattern, _), n in zip(rules, hits):
-        if n == 0:
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names look "
-                            f"like {named[len(named) // 2][0]}")
     if not groups:
         raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
     frozen = sum(p.numel() for _, p in named if not p.requires_grad)
     rates = {m: sum(p.numel() for (m2, _), g in groups.items() if m2 == m for p in g) for m, _ in groups}
-    print0("trains " + ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items()) + f"; {frozen:,} frozen")
+    at = ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items())
+    print0(f"trains {at}; {frozen:,} frozen")
     optimizer = torch.optim.AdamW([dict(params=g, lr=learning_rate * m, weight_decay=weight_decay if decay else 0.0)
                                    for (m, decay), g in groups.items()], fused=True)
-    for group in optimizer.param_groups:   # from the start: the memory is known, and a checkpoint has where to load to
-        for p in group["params"]:
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    for p in itertools.chain(*groups.values()):   # from the start: memory is known, a checkpoint has where to load to
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
 
 def make_schedule(cfg, optimizer, steps):
     """-> a function that sets every group's rate for a step and returns the largest: nothing to save or replay."""
-    kwargs = scheduler_kwargs(cfg)
-    if cfg.lr_scheduler == "warmup_stable_decay":
-        kwargs.setdefault("num_decay_steps", max(1, steps // 5))
+    kwargs = {"num_decay_steps": max(1, steps // 5)} if cfg.lr_scheduler == "warmup_stable_decay" else {}
+    kwargs |= scheduler_kwargs(cfg)
     try:
         schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps, kwargs)
         schedule.lr_lambdas[0](steps)
     except (TypeError, ValueError) as e:
         raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
-
     def set_rates(step):
         for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
             group["lr"] = base * factor(step)
@@ -1090,13 +1042,12 @@ def new_health(fp16):
     return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
 def optimizer_step(optimizer, max_grad_norm, health, fp16):
-    """Clip, unscale, skip what is not finite: all inside fused AdamW, which divides by grad_scale and heeds found_inf."""
+    """Clip, unscale, skip what is not finite: in fused AdamW, which divides by grad_scale and heeds found_inf."""
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(DEVICE) / health["scale"]
-    bad = (~norm.isfinite()).float()
     optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
-    optimizer.found_inf = bad
+    optimizer.found_inf = bad = (~norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
     health["skipped"] += bad
