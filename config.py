@@ -33,13 +33,10 @@ DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmu
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
 
 
-DEMO_BLOCKWISE = dict(epochs_per_block=[0.1], lm_head_epochs=0.1, max_steps=200)
-
-
 @dataclass
 class Config:
     # run
-    mode: Literal["train", "cache", "generate", "eval"] = knob("train", "what to do")
+    mode: Literal["train", "cache"] = knob("train", "train, or fill a teacher cache")
     output_dir: str = knob("out", "where everything of this run goes")
     seed: int = knob(0, "of data order, random weights and dropout")
     resume: str = knob("auto", "auto: newest checkpoint of output_dir; never: start over; or a checkpoint path")
@@ -87,44 +84,6 @@ class Config:
     cache_top_k: int = knob(64, "largest logits a token (method topk)")
     cache_chunk: int = knob(256, "sequences a cache file")
     force_regenerate: bool = knob(False, "empty cache_dir first")
-    # block-wise
-    blockwise: bool = knob(False, "match hidden states block by block, then the head, then distil as usual")
-    block_input: Literal["student", "teacher"] = knob("student", "what feeds block i: the student's stream or the teacher's")
-    distill_loss_type: Literal["mse", "cosine", "kl_div"] = knob("mse", "loss between hidden states")
-    distill_loss_temperature: float = knob(1.0, "temperature of kl_div over the hidden dimension")
-    use_stitching_layers: bool = knob(True, "a linear map from student width to teacher width a block")
-    stitching_layer_bias: bool = knob(True, "stitching layers have a bias")
-    freeze_previous_blocks: bool = knob(True, "block i trains alone (block_input student)")
-    epochs_per_block: list[float] = knob([1.0], "passes over the data, one value or one a block")
-    lr_per_block: list[float] = knob([1e-3], "learning rate, one value or one a block")
-    wd_per_block: list[float] = knob([0.0], "weight decay, one value or one a block")
-    max_grad_norm_per_block: list[float] = knob([1.0], "gradient clipping, one value or one a block; 0: none")
-    train_lm_head: bool = knob(True, "train norm and head on the teacher's logits after the blocks")
-    lm_head_epochs: float = knob(1.0, "passes over the data for the head")
-    lm_head_lr: float = knob(1e-3, "learning rate of the head phase")
-    lm_head_wd: float = knob(0.0, "weight decay of the head phase")
-    lm_head_max_grad_norm: float = knob(1.0, "gradient clipping of the head phase; 0: none")
-    logit_loss_type: Literal["kl_div", "mse", "ce"] = knob("kl_div", "head loss: on the teacher's logits, or ce on labels")
-    logit_loss_temperature: float = knob(1.0, "temperature of the head phase")
-    logit_loss_weight: float = knob(1.0, "share of the teacher term in the head phase; the rest is ce on labels")
-    initialize_head_from_teacher: bool = knob(True, "start from the teacher's head, projected through the last stitch")
-    # generate
-    provider: Literal["openai", "anthropic", "local"] = knob("openai", "who answers: an SDK, or the model --teacher names")
-    api_model: Optional[str] = knob(None, "model name at the provider")
-    api_base: Optional[str] = knob(None, "URL of an OpenAI- or Anthropic-compatible server")
-    num_examples: int = knob(100, "prompts to ask")
-    categories: list[str] = knob([], "task categories, name or name=weight; unset: all eight alike")
-    prompts_file: Optional[str] = knob(None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)")
-    max_tokens: int = knob(1024, "longest reply in tokens")
-    api_temperature: float = knob(0.7, "sampling temperature of the replies")
-    concurrency: int = knob(8, "requests in flight (provider local: prompts a batch)")
-    max_cost: Optional[float] = knob(None, "USD that are never exceeded, requests in flight included; needs both prices")
-    price_in: Optional[float] = knob(None, "USD a million prompt tokens")
-    price_out: Optional[float] = knob(None, "USD a million reply tokens")
-    request_timeout: float = knob(120.0, "seconds before a request is given up and tried again")
-    # eval
-    compare: list[str] = knob([], "more model directories to put beside the student")
-    generate_comparisons: bool = knob(True, "show continuations of held-out prompts side by side")
     # saving
     save_steps: int = knob(200, "steps between checkpoints; 0: only at the end")
     eval_steps: int = knob(200, "steps between evaluations; 0: only at the end")
@@ -148,7 +107,7 @@ class Config:
                 low, high = RANGES.get(f.name, (None, None))
                 if value is not None and low is not None:
                     need(low <= value <= high, f"{f.name} is {value}; it must be {'at least ' + f'{low:g}' if high == math.inf else f'between {low:g} and {high:g}'}")
-        for name in (n for n in POSITIVE if n != "num_epochs" or not self.blockwise):
+        for name in POSITIVE:
             for value in (v if isinstance(v := getattr(self, name), list) else [v]):
                 need(value is None or value > 0, f"{name} is {value}; it must be greater than 0")
             need(getattr(self, name) != [], f"{name} is empty; give one value, or one a block")
@@ -156,15 +115,12 @@ class Config:
             need(getattr(self, name).strip(), f"{name} is empty")
         unread = [f.name for f in dataclasses.fields(self) if f.name not in READ_BY[self.mode] and getattr(self, f.name) != default_of(f)]
         need(not unread, f"mode {self.mode} does not read {', '.join(unread)}; leave {'it' if len(unread) == 1 else 'them'} out")
-        unread = [n for n in BLOCKWISE if n != "blockwise" and not self.blockwise and getattr(self, n) != default_of(FIELDS[n])]
-        need(not unread, f"{', '.join(unread)} mean nothing without --blockwise; add it or leave them out")
         need(self.lr_scheduler in [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")],
              f"lr_scheduler {self.lr_scheduler!r} is unknown here; one of "
              + ", ".join(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")))
         scheduler_kwargs(self), parse_multipliers(self.lr_multipliers)
         if self.mode == "train" and self.cache_dir:
             need(self.alpha < 1, f"alpha {self.alpha:g} never uses a teacher, so cache_dir {self.cache_dir!r} would be ignored; drop one")
-            need(not self.blockwise, "blockwise needs the teacher's hidden states, which a cache does not hold; drop cache_dir")
             need(self.divergence == "forward", f"divergence {self.divergence} needs whole distributions; a cache holds forward KL targets")
         if self.mode == "cache":
             need(self.cache_dir, "mode cache writes cache_dir; name it with --cache_dir DIR")
@@ -172,20 +128,6 @@ class Config:
             need(self.teacher != "demo" or self.student[7:].isdigit(), f"student {self.student!r}; write layers:N")
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
             need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one with --student, for example layers:4")
-        if self.mode == "generate":
-            need(self.provider == "local" or self.api_model, f"provider {self.provider} needs --api_model NAME")
-            need(self.max_cost is None or None not in (self.price_in, self.price_out),
-                 f"max_cost {self.max_cost} cannot be kept without prices; give --price_in and --price_out (USD a million tokens)")
-        need(self.max_steps != 0 or self.blockwise, "max_steps is 0; it must be at least 1 (0: blockwise ends after the head)")
-        if self.blockwise:
-            need(self.alpha < 1, "blockwise learns from a teacher, and alpha 1 never loads one; choose alpha below 1")
-            need(self.block_input == "student" or len(self.epochs_per_block) == len(self.wd_per_block) == 1,
-                 "block_input teacher trains all blocks at once; give one value for epochs_per_block and wd_per_block")
-            need(not self.streaming, "blockwise counts in epochs and a stream has no length; drop --streaming, or use --max_samples")
-            for kind, used, loss in ((self.distill_loss_type, self.distill_loss_temperature, "distill"), (self.logit_loss_type, self.logit_loss_temperature, "logit")):
-                need(kind == "kl_div" or used == 1, f"{loss}_loss_temperature {used:g} means nothing to {loss}_loss_type {kind}; leave it out")
-            need(self.use_stitching_layers or self.stitching_layer_bias, "stitching_layer_bias means nothing without use_stitching_layers")
-            need(self.block_input == "student" or self.freeze_previous_blocks, "block_input teacher trains every block on its own; drop --freeze_previous_blocks false")
 
 
 def refuse(message):
@@ -195,29 +137,21 @@ def refuse(message):
 INF = math.inf
 RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accumulation_steps=(1, INF), warmup_ratio=(0, 1),
               weight_decay=(0, INF), max_grad_norm=(0, INF), default_lr_multiplier=(0, INF), shuffle_buffer=(0, INF),
-              max_samples=(1, INF), eval_samples=(1, INF), max_steps=(0, INF), num_epochs=(0, INF), num_proc=(1, INF), seed=(0, 2**31),
-              cache_samples=(1, 255), cache_top_k=(1, INF), cache_chunk=(1, INF), wd_per_block=(0, INF), lm_head_wd=(0, INF),
-              max_grad_norm_per_block=(0, INF), lm_head_max_grad_norm=(0, INF), logit_loss_weight=(0, 1), num_examples=(1, INF),
-              max_tokens=(1, INF), api_temperature=(0, 2), concurrency=(1, INF), price_in=(0, INF), price_out=(0, INF),
-              save_steps=(0, INF), eval_steps=(0, INF), keep_checkpoints=(1, INF), log_steps=(1, INF))
-POSITIVE = ("temperature", "num_epochs", "learning_rate", "distill_loss_temperature", "epochs_per_block", "lr_per_block",
-            "lm_head_epochs", "lm_head_lr", "logit_loss_temperature", "max_cost", "request_timeout",
-            "wd_per_block", "max_grad_norm_per_block")[:-2]
+              max_samples=(1, INF), eval_samples=(1, INF), max_steps=(1, INF), num_proc=(1, INF), seed=(0, 2**31),
+              cache_samples=(1, 255), cache_top_k=(1, INF), cache_chunk=(1, INF), save_steps=(0, INF), eval_steps=(0, INF),
+              keep_checkpoints=(1, INF), log_steps=(1, INF))
+POSITIVE = ("temperature", "num_epochs", "learning_rate")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-GROUPS, names, starts = {}, list(FIELDS), dict(run="mode", models="teacher", data="dataset", objective="alpha", optimiser="num_epochs",
-                                               cache="cache_dir", blockwise="blockwise", generate="provider", eval="compare",
-                                               saving="save_steps", sharding="fsdp", logging="use_wandb")
+GROUPS, names = {}, list(FIELDS)
+starts = dict(run="mode", models="teacher", data="dataset", objective="alpha", optimiser="num_epochs", cache="cache_dir",
+              saving="save_steps", sharding="fsdp", logging="use_wandb")
 for group, after in zip(starts, [*list(starts)[1:], None]):   # the groups are the runs of fields between these names
     GROUPS[group] = names[names.index(starts[group]):names.index(starts[after]) if after else None]
-BLOCKWISE = GROUPS["blockwise"]
 READ_BY = {
-    "train": {n for g in GROUPS if g not in ("generate", "eval", "cache") for n in GROUPS[g]} | {"cache_dir"},
+    "train": {n for g in GROUPS if g != "cache" for n in GROUPS[g]} | {"cache_dir"},
     "cache": {n for g in ("models", "data", "cache", "sharding") for n in GROUPS[g]} - {"gradient_checkpointing", "fsdp"}
              | {"mode", "output_dir", "seed", "temperature", "batch_size"},
-    "generate": {*GROUPS["generate"], "mode", "output_dir", "seed", "teacher", "tokenizer", "dtype", "trust_remote_code"},
-    "eval": {*GROUPS["eval"], *GROUPS["data"], "mode", "output_dir", "seed", "teacher", "student", "tokenizer", "dtype", "compile",
-             "trust_remote_code", "temperature", "batch_size", "shard_teacher", "cpu_offload"},
 }
 
 
@@ -317,10 +251,8 @@ def parse_config(argv):
     values, left = parser.parse_known_args(given)
     if left:
         raise UserError(f"cannot make sense of {' '.join(left)!r}; flags start with --")
-    demo = values.student == "demo" and (values.teacher == "demo" or values.mode != "cache") and values.mode != "generate"
-    if demo:
-        defaults = DEMO | (DEMO_BLOCKWISE if values.blockwise else {})
-        parser.set_defaults(**{k: v for k, v in defaults.items() if k in READ_BY[values.mode]})
+    if values.student == "demo" and (values.teacher == "demo" or values.mode == "train"):
+        parser.set_defaults(**{k: v for k, v in DEMO.items() if k in READ_BY[values.mode]})
         values = parser.parse_args(given)
     values = {k: v for k, v in vars(values).items() if k != "config"}
     return Config(**values)

@@ -5,9 +5,6 @@
     python simple_distill.py --teacher T --student S --dataset D                 # online distillation
     python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C  # run the teacher once ...
     python simple_distill.py --student S --cache_dir C                           # ... and train from disk
-    python simple_distill.py --teacher T --student S --dataset D --blockwise     # match hidden states block by block
-    python simple_distill.py --mode generate --api_model M                       # a dataset from an API teacher
-    python simple_distill.py --mode eval --student out/final --teacher T         # what was lost, what was gained
     ./launch.sh ...                                                              # the same on many devices
 
 Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
@@ -132,9 +129,6 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
-    elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
-        error = z - finish_logits(target, *teacher_bend)[0]
-        kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
         logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
         if divergence == "forward":
@@ -245,17 +239,6 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 def as_head(head):
     scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
     return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
-
-def hidden_error(ours_ND, theirs_ND, kind, temperature):
-    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
-    ours_ND, theirs_ND = ours_ND.float(), theirs_ND.float()
-    if kind == "mse":
-        return (ours_ND - theirs_ND).square().mean(-1)
-    if kind == "cosine":   # 1 - cos is half the squared distance of unit vectors
-        unit = functools.partial(nn.functional.normalize, dim=-1)
-        return (unit(ours_ND) - unit(theirs_ND)).square().sum(-1) / 2
-    logp, logq = (torch.log_softmax(x / temperature, -1) for x in (ours_ND, theirs_ND))
-    return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)   # the last two cancel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
@@ -404,7 +387,7 @@ def load_data(cfg, tokenizer):
         if found is None and split != Config.eval_split:
             raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
                             "hold out a slice of train")
-    row = next(iter(raw), None)
+    row = next(iter(raw.take(1)), None)   # a look at the stream itself would move it
     if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
         raise UserError(f"dataset {cfg.dataset!r} has " + (
             "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
@@ -418,7 +401,7 @@ def load_data(cfg, tokenizer):
         raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
         if held is None and len(raw) > 1:
             gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-            kept = (i for i in range(len(raw)) if i % gap != gap - 1)
+            kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
             held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
         rows = tokenize(raw, tokenizer, cfg, "train")
     if held is not None:
@@ -437,26 +420,23 @@ class Batch:
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
-    real: torch.Tensor        # places of all tokens but padding: where hidden states are compared
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
 
-def collate(rows, pad_to=1):
+def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
-    lengths = [len(r["input_ids"]) for r in rows]
     rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part
-    width = -(-max(lengths, default=2) // pad_to) * pad_to
+    width = max(len(r["input_ids"]) for r in rows)
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
     for i, row in enumerate(rows):
         x, targets = torch.as_tensor(row["input_ids"], dtype=torch.long), row.get("targets")
         ids[i, :len(x)] = x
         labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
-    real = torch.cat([torch.arange(0), *(i * width + torch.arange(n) for i, n in enumerate(lengths))])
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
     sparse = [r["sparse"] for r in rows if "sparse" in r]
     sparse = SparseTarget(*(send(torch.cat(field)) for field in zip(*sparse))) if sparse else None
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
@@ -833,9 +813,9 @@ def compare_tokenizers(student, teacher, student_name, teacher_name):
 # parameters in the forward of the root, so whatever touches weights is a function run inside it.
 
 class Inside(nn.Module):
-    def __init__(self, model, stitches=None):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.stitches = model, stitches or nn.ModuleDict()   # stitches: in checkpoints, not in final/
+        self.model = model
 
     def forward(self, work, *args):
         return work(self.model, *args)
@@ -885,11 +865,6 @@ def layers_of(model):
             return path, module
     raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
-def final_norm(model):
-    """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
-    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
-    return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
-
 def thin(whole, config, keep):
     """The kept layers of a model as a model of their own."""
     path, layers = layers_of(whole)
@@ -899,11 +874,9 @@ def thin(whole, config, keep):
     return model
 
 def load_student(cfg):
-    stitches = functools.partial(plan_blocks, cfg) if cfg.blockwise else lambda config: None
     if not cfg.student.startswith("layers:"):
         config = model_config(cfg.student, cfg, "student")
-        read = lambda: read_model(cfg.student, config, cfg, "student", torch.float32)
-        return spread(cfg, config, read, stitches=stitches(config))
+        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
     whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
     depth = whole.num_hidden_layers
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
@@ -914,7 +887,7 @@ def load_student(cfg):
     config = type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)})
     print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
     read = lambda: thin(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep)
-    return spread(cfg, config, read, stitches=stitches(config))
+    return spread(cfg, config, read)
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -922,15 +895,14 @@ def load_teacher(cfg):
     dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
 
-def spread(cfg, config, read, frozen=None, stitches=None):
+def spread(cfg, config, read, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
     dtype, home = compute_dtype(cfg), "cpu" if cfg.cpu_offload else DEVICE
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-        root = Inside(model, stitches and stitches(model))
-    source, layers = read() if RANK == 0 else None, layers_of(model)[1]
+    root, source, layers = Inside(model), read() if RANK == 0 else None, layers_of(model)[1]
     model.train(not frozen).requires_grad_(not frozen)
     if not frozen and cfg.gradient_checkpointing:   # the first name is the newer one
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -946,11 +918,8 @@ def spread(cfg, config, read, frozen=None, stitches=None):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    # a head that block-wise unties begins as the copy of the embeddings that it was
-    tensors = [*source.named_parameters(remove_duplicate=False), *source.named_buffers()] if source else []
+    tensors = [*source.named_parameters(), *source.named_buffers()] if source else []
     fill(model, dict(tensors), home)
-    if root.stitches:
-        fill(root.stitches, dict(stitches(model).named_parameters()), home)
     return root
 
 @torch.no_grad()
@@ -960,16 +929,13 @@ def fill(model, source, device):
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         model.tie_weights()   # FSDP keeps ties by itself
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        put(tensor, source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
-
-def put(tensor, whole):
-    """Rank 0's whole tensor into everybody's shard."""
-    if isinstance(tensor, DTensor):
-        tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
-    else:
-        dist.broadcast(whole, 0)
-        tensor.copy_(whole)
+        whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else \
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        if isinstance(tensor, DTensor):
+            tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
+        else:
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)
 
 def gathered(tensor):
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
@@ -1065,7 +1031,7 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16):
 
 @contextlib.contextmanager
 def lock(folder):
-    """One run a directory; the kernel drops the lock with its process. A directory made for a refused run goes again."""
+    """One run a directory; the kernel drops the lock with its process. One made for a refused run goes again."""
     made, problem, handle = not os.path.isdir(folder), None, None
     if RANK == 0:
         try:
@@ -1090,9 +1056,9 @@ def lock(folder):
 def tensors_of(root, optimizer, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in (optimizer.state.items() if optimizer else ())
-               for key, value in state.items()}
-    return {f"model.{n}": p.detach() for p, n in names.items()} | moments | {f"health.{k}": v for k, v in health.items()}
+    moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    weights = {f"model.{n}": p.detach() for p, n in names.items()}
+    return weights | moments | {f"health.{k}": v for k, v in health.items()}
 
 def save_checkpoint(folder, step, tensors, state, keep):
     """-> None, or what went wrong. Written aside, synced, renamed; nothing old is deleted before the new one stands."""
@@ -1120,7 +1086,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
         shutil.rmtree(aside, ignore_errors=True)
     problem = from_rank0(problem)
     if problem:
-        print0(f"WARNING: the checkpoint of step {step} could not be saved ({problem}); the run goes on, older ones stay")
+        print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older ones stay")
     return problem
 
 def sync(*paths):
@@ -1134,7 +1100,7 @@ def checkpoints_in(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
 
 def find_checkpoints(cfg):
-    """-> [(path, state), ...] to continue from, the best first: all files there, of their full size. Others are named."""
+    """-> [(path, state), ...] to continue from, the best first: all files there, of full size. Others are named."""
     paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
     paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
     found = []
@@ -1153,10 +1119,9 @@ def find_checkpoints(cfg):
         raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never")
     return found
 
-def load_checkpoint(found, tensors_at):
+def load_checkpoint(found, tensors):
     """Load the first of the found checkpoints that can be read, in place -> its state."""
     for path, state in found:
-        tensors = tensors_at(state["step"])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1176,7 +1141,8 @@ def prepare_output(cfg, step):
                 shutil.rmtree(place(old), ignore_errors=True)
         os.makedirs(place("checkpoints"), exist_ok=True)
         save_config(cfg, place("config.json"))
-        with open(place("log.jsonl"), "a+", encoding="utf-8") as f, open(place("log.jsonl.tmp"), "w", encoding="utf-8") as kept:
+        text = functools.partial(open, encoding="utf-8")
+        with text(place("log.jsonl"), "a+") as f, text(place("log.jsonl.tmp"), "w") as kept:
             f.seek(0)
             for line in f:
                 with contextlib.suppress(ValueError):   # a half-written last line
@@ -1187,149 +1153,22 @@ def prepare_output(cfg, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
-# and head learn the teacher's logits. Hands on: stitches for the student's root, and the phases train() begins with.
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Tap:
-    """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
-
-    def __init__(self, layer, feed):
-        self.layer, self.feed = layer, feed
-
-    def __call__(self, hidden_states, *args, **kwargs):
-        before = hidden_states if self.feed is None else self.feed
-        out = self.layer(before, *args, **kwargs)
-        self.kept = before, out[0] if isinstance(out, tuple) else out
-        return out
-
-    def __getattr__(self, name):   # models ask their layers for attention_type and the like
-        return getattr(self.layer, name)
-
-def around_blocks(model, batch, blocks, feeds={}):
-    """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
-    path, layers = layers_of(model)
-    parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
-    parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
-    hidden_states(model, batch.input_ids)
-    del parent[name]
-    return {i: taps[i].kept for i in blocks}
-
-def block_pairs(student, teacher):
-    ours, theirs = (len(layers_of(root.model)[1]) for root in (student, teacher))
-    return {i: round((i + 1) * theirs / ours) - 1 for i in range(ours)}
-
-def plan_blocks(cfg, config):
-    """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
-    ours, theirs = (c.get_text_config() for c in (config, model_config(cfg.teacher, cfg, "teacher")))
-    depth, a, b = ours.num_hidden_layers, ours.hidden_size, theirs.hidden_size
-    if depth > theirs.num_hidden_layers:
-        raise UserError(f"blockwise: the student has {depth} layers, the teacher only {theirs.num_hidden_layers}")
-    if a != b and not cfg.use_stitching_layers:
-        raise UserError(f"blockwise: student width {a} and teacher width {b} differ, that needs use_stitching_layers")
-    for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
-        if (n := len(getattr(cfg, name))) not in (1, depth):
-            raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
-    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        config.tie_word_embeddings = ours.tie_word_embeddings = False
-        print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
-    def stitches_of(model):
-        torch.manual_seed(cfg.seed)
-        fits = a == b or not cfg.initialize_head_from_teacher or model.get_output_embeddings().bias is not None
-        shapes = {f"up{i}": (a, b, fits or i < depth - 1) for i in range(depth)}   # the last one's goes into the head's
-        shapes |= {f"down{i}": (b, a, True) for i in range(depth) if cfg.block_input == "teacher"}
-        made = nn.ModuleDict({n: nn.Linear(x, y, z and cfg.stitching_layer_bias) for n, (x, y, z) in shapes.items()})
-        for p in made.parameters():
-            nn.init.zeros_(p) if p.ndim == 1 else nn.init.eye_(p) if a == b else nn.init.xavier_uniform_(p)
-        return made
-    return stitches_of if cfg.use_stitching_layers else None
-
-def matching(cfg, student, teacher, blocks=None):
-    """-> (work, signal) of a Phase that trains these blocks; without blocks: work returns the error of each."""
-    fed, pairs = cfg.block_input == "teacher", block_pairs(student, teacher)
-    pairs = {i: pairs[i] for i in (pairs if blocks is None else blocks)}
-    def work(model, batch, states, denominator):
-        dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
-        stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
-        own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
-        errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
-                               cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
-        return errors if blocks is None else (sum(errors), *errors[0].new_zeros(2))
-    return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values()))
-
-@torch.no_grad()
-def initialize_head(student, teacher):
-    """The teacher's norm and head at equal width; else what they make of stitched states, folded into the student's."""
-    def parts(model):   # what a norm multiplies by and adds shows on states of size 1, whatever its weight means
-        head, norm = head_of(model), final_norm(model)
-        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
-        plus, minus = norm(probe).float(), norm(-probe).float()
-        return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
-    (weight, bias, scale, gain, shift), (*_, own_scale, own_gain, own_shift) = teacher(parts), student(parts)
-    student.release()
-    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
-    if len(gain) != len(own_gain):
-        stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
-        shift = shift if stitch.bias is None else shift + gain * gathered(stitch.bias)
-        bias, weight, shift = bias + weight @ shift, weight * gain @ gathered(stitch.weight), own_shift
-        gain = len(gain) ** 0.5 / gathered(stitch.weight).norm()   # the student's norm undoes the stitch's scale
-    for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
-        put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
-    for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
-        put(p, gathered(p) + more)
-
-def block_phases(cfg, student, teacher, steps_per_epoch):
-    """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
-    (path, layers), at_once, phases = layers_of(student.model), cfg.block_input == "teacher", []
-    inner, outer = student.model.get_input_embeddings().weight, student.model.get_output_embeddings()
-    if inner is outer.weight and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(student.model).__name__} ties its head whatever its config says: --train_lm_head false "
-                        "--initialize_head_from_teacher false")
-    head = {*outer.parameters(), *final_norm(student.model).parameters()} - {inner}
-    head = [f"^{n}$" for n, p in student.model.named_parameters() if p in head]
-    steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
-    epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
-        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
-    clip = [((f"model.{path}.{i}.", f"stitches.up{i}.", f"stitches.down{i}."), n) for i, n in enumerate(norms) if n]
-    for i, rate in enumerate(rates[:1] if at_once else rates):
-        trained = dict(enumerate(rates)) if at_once else {j: rate for j in range(i * cfg.freeze_previous_blocks, i + 1)}
-        rules = [rf"^({path}\.|stitches\.(up|down)){j}\.={r}" for j, r in trained.items()]   # rates: multipliers of 1
-        rules += [rf"^({path}|stitches)\.=0", *(f"{n}=0" for n in head)]   # what is left, the embeddings, is block 0's
-        work, signal = matching(cfg, student, teacher, trained if at_once else [i])
-        phases.append(Phase("blocks" if at_once else f"block {i}", steps(epochs[i]), work, signal,
-                            parse_multipliers(rules), rate * (0 in trained and not at_once), 1.0, decays[i],
-                            norms[i] * (not at_once), lambda batch: len(batch.real), clip if at_once else ()))
-    phases[-1].end = lambda: initialize_head(student, teacher) if cfg.initialize_head_from_teacher else None
-    if cfg.train_lm_head:
-        alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
-        work = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
-                                 divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
-        phases.append(Phase("head", steps(cfg.lm_head_epochs), work, teacher_signal(teacher if alpha < 1 else None),
-                            parse_multipliers([f"{n}=1" for n in head]), 0.0, cfg.lm_head_lr, cfg.lm_head_wd,
-                            cfg.lm_head_max_grad_norm))
-    return phases
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
 
+@torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    loss, ce, kl = means(root, work, signal_of, rows, batch_size, lambda batch: len(batch.labels))
-    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
-
-@torch.no_grad()
-def means(root, work, signal_of, rows, batch_size, counted):
-    """What work returns, as means over what is counted in rows."""
-    was_training, sums = root.training, 0
+    was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
     root.eval()
     for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
-        sums += torch.cat([found, found.new_tensor([counted(batch)])])
+        sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
+        sums[3] += len(batch.labels)
     root.train(was_training)
     root.release()
     *sums, tokens = all_sum(*sums.tolist())
-    return [x / max(tokens, 1) for x in sums]
+    loss, ce, kl = (x / max(tokens, 1) for x in sums)
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
@@ -1375,28 +1214,12 @@ def plan_batch(cfg, state):
     wanted = state["global_batch"] if state else size * micro * WORLD
     if wanted != size * micro * WORLD:
         if [size, micro] != state["batch"] or WORLD == state["world"]:
-            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, here they are {size} x {micro} x "
-                            f"{WORLD} ranks; keep the product, or start over with --resume never or another --output_dir")
+            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
+                            f"x {WORLD} ranks; keep the product, or start over with --resume never or elsewhere")
         size = min(size, -(-wanted // WORLD))
         micro = -(-wanted // (WORLD * size))
-        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} keep its {wanted} sequences a step")
+        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} keep {wanted} sequences a step")
     return size, micro, wanted
-
-@dataclasses.dataclass
-class Phase:
-    """A stretch of training with its own loss, parameters and schedule: ordinary distillation is one, block-wise many."""
-    name: str
-    steps: int
-    work: Any       # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
-    signal: Any     # batch -> what work takes from the teacher
-    rules: Any      # [(compiled regex, multiplier)] on parameter names, the first match wins
-    default: float  # multiplier of all others
-    learning_rate: float
-    weight_decay: float
-    max_grad_norm: float
-    counted: Any = lambda batch: len(batch.labels)   # what the loss is a mean over, here in this batch
-    clip: Any = ()   # [(starts of parameter names, largest norm)]: parts that are clipped by themselves
-    end: Any = None  # run after the last step, before it is saved
 
 def local_numbers(root):
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in root.parameters()) if root else 0
@@ -1415,8 +1238,8 @@ def memory_plan(cfg, student, teacher, batch_size):
             "teacher": local_numbers(teacher) * size, "activations": tokens * width * size * depth + layer
             if cfg.gradient_checkpointing else layer * depth, "loss": 2 * LOGITS_BUDGET + 4 * heads}
 
-MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more --gradient_accumulation_steps, "
-                 "a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
+                 "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
@@ -1458,16 +1281,11 @@ def train(cfg):
     objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     work = functools.partial(distil, **objective)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
-    phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
-    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
-    if length:   # after blocks it may be 0
-        rules = parse_multipliers(["^stitches=0"] * bool(student.stitches) + cfg.lr_multipliers)
-        phases.append(Phase("distil", length, work, signal_of, rules, cfg.default_lr_multiplier, cfg.learning_rate,
-                            cfg.weight_decay, cfg.max_grad_norm))
-    ends = list(itertools.accumulate(p.steps for p in phases))
-    steps, step, best, before, position, tokens_seen = ends[-1], 0, math.inf, None, None, 0
-    phase = last = optimizer = set_rates = None
-    health, log_file, wandb_run, now, problem, saved_at = new_health(fp16), None, None, None, None, None
+    steps = cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch))
+    optimizer = make_optimizer(student.model.named_parameters(), parse_multipliers(cfg.lr_multipliers),
+                               cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay)
+    set_rates, health = make_schedule(cfg, optimizer, steps), new_health(fp16)
+    step, best, before, position, tokens_seen, now, problem, saved_at = 0, math.inf, None, None, 0, None, None, None
 
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
@@ -1478,113 +1296,81 @@ def train(cfg):
             log_file.flush()
             wandb_run.log(entry, step=step)
 
-    def enter(step):
-        """Begin the phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
-        nonlocal phase, last, optimizer, set_rates
-        phase, last = next((p, end) for p, end in zip(phases, ends) if step < end or end == steps)
-        print0(f"{phase.name}: {phase.steps} steps")
-        named = [(n.removeprefix("model."), p) for n, p in student.named_parameters()]
-        optimizer = make_optimizer(named, phase.rules, phase.default, phase.learning_rate, phase.weight_decay)
-        set_rates = make_schedule(cfg, optimizer, phase.steps)
-        begins = step == last - phase.steps   # then the moments that were saved are of the phase before
-        return tensors_of(student, None if begins else optimizer, health)
-
-    def measure_blocks():
-        pairs = block_pairs(student, teacher)
-        found = means(student, *matching(cfg, student, teacher), held, batch_size, lambda batch: len(batch.real))
-        before["blocks"] = before.get("blocks", []) + [found]
-        log(**{f"block/{i}/loss": x for i, x in enumerate(found)}, **{"block/step": step})
-        print_blocks(before["blocks"], pairs, cfg.distill_loss_type)
-
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
-            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before, world=WORLD,
-            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch, wandb=wandb_run.id,
+            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
+            world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
+            wandb=wandb_run.id,
             length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
 
     whose = f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else f"teacher: cache {cfg.cache_dir}"
-    print0(f"student {run.student}: {count(student.model):,} parameters; {whose if cfg.alpha < 1 else 'no teacher (alpha 1)'}")
-    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x {micro_steps} x "
-           f"{WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; {len(held)} held out; "
-           f"all goes to {cfg.output_dir}")
+    whose = whose if cfg.alpha < 1 else "no teacher (alpha 1)"
+    print0(f"student {run.student}: {count(student.model):,} parameters; {whose}")
+    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x "
+           f"{micro_steps} x {WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; "
+           f"{len(held)} held out; all goes to {cfg.output_dir}")
     memory = memory_plan(cfg, student, teacher, batch_size)
+    need, parts = sum(memory.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items())
     free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print0(f"memory a device, estimated: {sum(memory.values()) / 1e9:.2f} GB (" + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in
-           memory.items()) + f"), {free / 1e9:.1f} free" + (f"; if it runs out, turn {MEMORY_ADVICE}" if sum(memory.values()) > free else ""))
+    print0(f"memory a device, estimated: {need / 1e9:.2f} GB ({parts}), {free / 1e9:.1f} free"
+           + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
     with stop_signals() as asked:
-        if not state:
-            enter(step)
-        else:
-            state = load_checkpoint(found, enter)
-            step, best, before, position, tokens_seen = (state[k] for k in ("step", "best", "before", "position", "tokens"))
-            saved_at = step
+        if state:
+            state = load_checkpoint(found, tensors_of(student, optimizer, health))
+            saved_at = step = state["step"]
+            best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
         prepare_output(cfg, step)
         log_file = open(place("log.jsonl"), "a", encoding="utf-8")
         wandb_run = start_wandb(cfg, state and state["wandb"])
-        if before is None:
-            before = evaluate(student, work, signal_of, held, batch_size)
-            if cfg.blockwise:
-                measure_blocks()
+        before = before or evaluate(student, work, signal_of, held, batch_size)
         if cfg.streaming:
             how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
             batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
         else:
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
-        while True:   # phases
-            bar.set_description(phase.name)
-            since, since_tokens = time.time(), 0
-            while step < last:
-                micro, position = next(batches)
-                tokens, stopping = all_sum(sum(phase.counted(b) for b in micro), len(asked))   # all ranks agree
-                if stopping:
-                    break
-                torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
-                rate, sums = set_rates(step - last + phase.steps), torch.zeros(3, device=DEVICE)
-                grad_norm = torch.zeros(())
-                for i, batch in enumerate(micro):
-                    student.set_requires_gradient_sync(i == len(micro) - 1)
-                    loss, ce, kl = student(phase.work, batch, phase.signal(batch), max(tokens, 1))
-                    # FSDP averages over ranks, the mean is over tokens; a loss that is not finite takes its gradient along
-                    (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
-                    sums += torch.stack([loss.detach(), ce, kl])
-                if tokens:
-                    for names, limit in phase.clip:
-                        part = [p for n, p in student.named_parameters() if n.startswith(names)]
-                        torch.nn.utils.clip_grad_norm_(part, limit * health["scale"].item())
-                    grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16)
-                else:
-                    print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
-                optimizer.zero_grad()
-                step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
-                bar.update()
-                if step == last and phase.end:
-                    measure_blocks()
-                    phase.end()
-                if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
-                    save()
-                    raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the checkpoint "
-                                    "there holds the last good weights. Lower --learning_rate, or try --dtype fp32")
-                if step % cfg.log_steps == 0 or step == last:
-                    loss, ce, kl = all_sum(*sums.tolist())
-                    speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
-                    skipped = int(health["skipped"].item())
-                    log(**{"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
-                           "train/grad_norm": grad_norm.item(), "train/epoch": epoch(), "train/step": step,
-                           "train/tokens_per_second": speed, "train/skipped_steps": skipped})
-                    bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
-                                        + (f" skipped {skipped}" if skipped else ""))
-                if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.name[:5] != "block" or step == steps:
-                    now = evaluate(student, work, signal_of, held, batch_size)
-                    best = min(best, now["loss"])
-                    log(**{f"eval/{k}": v for k, v in dict(now, min_loss=best, epoch=epoch(), step=step).items()})
-                    print0(f"step {step}: held-out " + ", ".join(f"{k} {v:.4f}" for k, v in now.items()))
-                if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
-                    problem, saved_at = save(), step
-            if stopping or step >= steps:
+        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5, desc="distil")
+        since, since_tokens = time.time(), 0
+        while step < steps:
+            micro, position = next(batches)
+            tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree
+            if stopping:
                 break
-            enter(step)
+            torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
+            rate, sums, grad_norm = set_rates(step), torch.zeros(3, device=DEVICE), torch.zeros(())
+            for i, batch in enumerate(micro):
+                student.set_requires_gradient_sync(i == len(micro) - 1)
+                loss, ce, kl = student(work, batch, signal_of(batch), max(tokens, 1))
+                # FSDP averages over ranks, we over tokens; a loss that is not finite takes its gradient along
+                (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
+                sums += torch.stack([loss.detach(), ce, kl])
+            if tokens:
+                grad_norm = optimizer_step(optimizer, cfg.max_grad_norm, health, fp16)
+            else:
+                print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
+            optimizer.zero_grad()
+            step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
+            bar.update()
+            if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
+                save()
+                raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the "
+                                "checkpoint there holds the last good weights. Lower --learning_rate, or try --dtype fp32")
+            if step % cfg.log_steps == 0 or step == steps:
+                loss, ce, kl = all_sum(*sums.tolist())
+                speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
+                skipped = int(health["skipped"].item())
+                log(**{"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
+                       "train/grad_norm": grad_norm.item(), "train/epoch": epoch(), "train/step": step,
+                       "train/tokens_per_second": speed, "train/skipped_steps": skipped})
+                bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
+                                    + (f" skipped {skipped}" if skipped else ""))
+            if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                now = evaluate(student, work, signal_of, held, batch_size)
+                best = min(best, now["loss"])
+                log(**{f"eval/{k}": v for k, v in dict(now, min_loss=best, epoch=epoch(), step=step).items()})
+                print0(f"step {step}: held-out " + ", ".join(f"{k} {v:.4f}" for k, v in now.items()))
+            if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
+                problem, saved_at = save(), step
         if step < steps and saved_at != step:
             problem = save()
         bar.close()
@@ -1597,13 +1383,8 @@ def train(cfg):
     wandb_run.finish()
     log_file.close()
     if problem:
-        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then the same command again")
+        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then run it again")
     return step >= steps
-
-def print_blocks(errors, pairs, kind):
-    print0(f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1))
-    for (i, j), *values in zip(pairs.items(), *errors):
-        print0(f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:]))
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
@@ -1611,7 +1392,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     lines = [("student before", before, size), ("student after", after, size)]
     if teacher is not None:
         alone = functools.partial(distil, alpha=1.0, temperature=1.0, divergence="forward")
-        lines = [("teacher", evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size), count(teacher.model)), *lines]
+        its = evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size)
+        lines = [("teacher", its, count(teacher.model)), *lines]
     try:
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
@@ -1626,8 +1408,6 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
                              pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
-    if cfg.blockwise:
-        print_blocks(before["blocks"], block_pairs(student, teacher), cfg.distill_loss_type)
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     return problem
