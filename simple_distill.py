@@ -1353,8 +1353,8 @@ def train(cfg):
             bar.update()
             if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                 save()
-                raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; the "
-                                "checkpoint there holds the last good weights. Lower --learning_rate, or try --dtype fp32")
+                raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; its "
+                                "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
             if step % cfg.log_steps == 0 or step == steps:
                 loss, ce, kl = all_sum(*sums.tolist())
                 speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0

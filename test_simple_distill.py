@@ -7,6 +7,8 @@
 import ast
 import atexit
 import contextlib
+import functools
+import glob
 import io
 import itertools
 import json
@@ -15,9 +17,12 @@ import os
 import pty
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +39,7 @@ if "HF_DATASETS_CACHE" not in os.environ:   # tokenised rows and model code go t
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -1503,9 +1509,818 @@ def test_demo_from_nothing_to_a_better_student(out):
     assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Never lose a run: killed anywhere, damaged, moved to another number of ranks, out of disk. Processes are forked from one
+# that has imported the libraries, which makes a fresh start cost tenths of a second.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ZYGOTE = """
+import json, os, sys
+import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor, datasets, transformers, tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, HfArgumentParser
+sys.path.insert(0, sys.argv[1])
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.environ.update(job["env"])
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            if job["limit"]:
+                import resource, signal
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+            import simple_distill
+            code = simple_distill.main(job["args"])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+    if job["wait"]:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Fork:
+    """A run in processes of its own, one a rank."""
+    mother = None
+
+    def __init__(self, log, *args, ranks=1, limit=0):
+        if Fork.mother is None:
+            Fork.mother = subprocess.Popen([sys.executable, "-c", ZYGOTE, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            atexit.register(Fork.mother.kill)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.log, self.pids = str(log), []
+        for rank in range(ranks):
+            env = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                                         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False, "limit": limit}
+            Fork.mother.stdin.write(json.dumps(job) + "\n")
+            Fork.mother.stdin.flush()
+            self.pids.append(int(Fork.mother.stdout.readline()))
+
+    def running(self):
+        def alive(pid):   # a child of the mother that nobody has waited for is a zombie
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            except OSError:
+                return False
+        return [pid for pid in self.pids if alive(pid)]
+
+    def signal(self, number):
+        for pid in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return self
+
+    def wait(self, seconds=180):
+        """-> what it printed, once all of it has ended."""
+        end = time.time() + seconds
+        while self.running():
+            assert time.time() < end, Path(self.log).read_text()[-3000:]
+            time.sleep(0.02)
+        return Path(self.log).read_text()
+
+
+DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
+KILLED = {"map": {}, "stream": dict(streaming=True, shuffle_buffer=7), "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
+          "dropout": dict(student="dropout"), "2 ranks": dict(ranks=2, batch_size=2)}
+
+
+def quiet_log(out):
+    return [{k: v for k, v in entry.items() if "second" not in k} for entry in log(out)]
+
+
+def killed_run(tmp_path, teacher, student, text, kind, kills, seed):
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4, "max_steps": 12, "save_steps": 2,
+              "eval_steps": 5, "eval_samples": 8, "alpha": 0.4, "lr_scheduler": "cosine", **KILLED[kind]}
+    ranks, random_ = fields.pop("ranks", 1), random.Random(seed)
+    if fields["student"] == "dropout":
+        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    start = time.time()
+    assert "done in" in Fork(tmp_path / "whole.txt", *flags(**{**fields, "output_dir": whole}), ranks=ranks).wait()
+    usual, inside = time.time() - start, 0
+    for n in range(kills):
+        run = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks)
+        if n % 2:   # in the middle of a save
+            end = time.time() + 20
+            while run.running() and time.time() < end and not list(Path(broken, "checkpoints").glob("tmp-*")):
+                time.sleep(0.001)
+            inside += bool(list(Path(broken, "checkpoints").glob("tmp-*")))
+        else:
+            time.sleep(usual * random_.uniform(0.3, 0.9))
+        run.signal(signal.SIGKILL).wait()
+    shown = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks).wait()
+    assert os.path.isdir(f"{broken}/final"), shown[-3000:]
+    assert same(final_weights(whole), final_weights(broken)), shown
+    assert quiet_log(whole) == quiet_log(broken)
+    assert kills < 2 or inside, "no kill fell into a save"
+
+
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, teacher, student, text, kind):
+    killed_run(tmp_path, teacher, student, text, kind, kills=3, seed=len(kind))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", KILLED)
+def test_twelve_kills(tmp_path, teacher, student, text, kind):
+    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=1)
+
+
+def test_two_ranks_one_two_again(tmp_path, teacher, student, text):
+    """Another number of ranks goes on with the same global batches, optimiser state included."""
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3, "save_steps": 2}
+    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=tmp_path / "a"), ranks=2).wait()
+    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
+        shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=steps, output_dir=tmp_path / "b"), ranks=ranks).wait()
+        assert Path(tmp_path, "b", "checkpoints", f"step-{steps:08d}").is_dir(), shown
+    assert distance(final_weights(tmp_path / "b"), final_weights(tmp_path / "a")) < 1e-5
+    pairs = zip(column(tmp_path / "a", "train/loss"), column(tmp_path / "b", "train/loss"), strict=True)
+    assert all(abs(x - y) < 1e-5 * abs(x) for x, y in pairs)
+    refused = distil(tmp_path / "b", teacher=teacher, student=student, dataset=text, batch_size=5, max_steps=8, rc=2)
+    assert "6 sequences a step" in refused.err
+
+
+def test_each_truncated_file_makes_it_fall_back(tmp_path, teacher, student, text):
+    fields = dict(teacher=teacher, student=student, dataset=text, save_steps=2, batch_size=4)
+    distil(tmp_path / "whole", **fields, max_steps=4)
+    newest = Path("checkpoints", "step-00000004")
+    files = sorted(f.name for f in (tmp_path / "whole" / newest).iterdir())
+    assert "state.json" in files and ".metadata" in files
+    for file in files:
+        run = tmp_path / f"run{file}"
+        shutil.copytree(tmp_path / "whole", run)
+        config_file = json.loads((run / "config.json").read_text()) | {"output_dir": str(run)}
+        (run / "config.json").write_text(json.dumps(config_file))
+        shutil.rmtree(run / "final")
+        with open(run / newest / file, "r+b") as f:
+            f.truncate(os.path.getsize(f.name) // 2)
+        shown = distil(run, **fields, max_steps=4).out
+        assert "step-00000004 is not readable" in shown and "resumes from" in shown and "step-00000002" in shown
+        assert same(final_weights(run), final_weights(tmp_path / "whole")) and quiet_log(run) == quiet_log(tmp_path / "whole")
+    shutil.rmtree(run / newest)
+    os.truncate(run / "checkpoints" / "step-00000002" / "state.json", 3)
+    assert "no readable checkpoint" in distil(run, **fields, max_steps=6, rc=2).err
+
+
+def test_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
+    """A file-size limit makes every larger write fail as a full disk does: the run goes on, says so, and ends with an error."""
+    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2, output_dir=tmp_path / "run")
+    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=2)).wait()
+    before = checkpoint(tmp_path / "run", 2)
+    shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
+    assert shown.count("could not be saved") >= 2 and "error: the run could not be saved" in shown and "Traceback" not in shown, shown
+    assert same(checkpoint(tmp_path / "run", 2), before)
+    assert "done in" in Fork(tmp_path / "c.txt", *flags(**fields, max_steps=6)).wait()
+    assert not list(Path(tmp_path, "run", "checkpoints").glob("tmp*"))
+
+
+def test_a_full_tmpfs(tmp_path, teacher, student, text):
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        shown = distil(place / "run", teacher=teacher, student=student, dataset=text, save_steps=1, keep_checkpoints=9, max_steps=6, rc=2)
+        assert "could not be saved" in shown.out + shown.err
+        kept = sorted(p.name for p in (place / "run" / "checkpoints").glob("step-*"))
+        assert kept[0] == "step-00000001" and len(checkpoint(place / "run", 1)) > 3
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number):
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 100_000, "output_dir": tmp_path / "run"}
+    process = spawn(*flags(**fields))
+    wait_for_log(tmp_path / "run", process)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
+    stopped = log(tmp_path / "run", "train")[-1]["train/step"]
+    assert Path(tmp_path, "run", "checkpoints", f"step-{stopped:08d}").is_dir()
+
+
+def wait_for_log(out, process, seconds=120):
+    end = time.time() + seconds
+    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
+        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many devices, as processes over gloo: every kind of sharding gives what one process gives.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, teacher, student, chat):
+    """Rows of very different lengths, so that ranks count different numbers of tokens."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3, temperature=2.0)
+    distil(out, **fields, batch_size=8)
+    return out, fields
+
+
+def close_to(out, other, shown):
+    assert os.path.isdir(f"{out}/final"), shown
+    pairs = list(zip(column(out, "train/loss"), column(other, "train/loss"), strict=True))
+    assert all(abs(x - y) <= 1e-5 * abs(y) for x, y in pairs), pairs
+    assert distance(final_weights(out), final_weights(other)) < 1e-5
+
+
+@pytest.mark.parametrize("shard_teacher", [True, False])
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
+def test_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
+    other, fields = alone
+    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": tmp_path / "run", "batch_size": 2,
+              "gradient_accumulation_steps": 2}
+    close_to(tmp_path / "run", other, Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait())
+
+
+FAMILIES = {"qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
+            "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
+            "gpt2": dict(cls="GPT2Config")}
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("shard_grad_op", marks=pytest.mark.campaign),
+                                  pytest.param("hybrid_shard", marks=pytest.mark.campaign), "no_shard"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_under_sharding(tmp_path, text, family, fsdp):
+    fields = {**PLAIN, "teacher": tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **FAMILIES[family]),
+              "student": tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **FAMILIES[family]), "dataset": text,
+              "max_steps": 3, "alpha": 0.5}
+    distil(tmp_path / "one", **{**fields, "batch_size": 4})
+    shown = Fork(tmp_path / "log.txt", *flags(**fields, fsdp=fsdp, batch_size=2, output_dir=tmp_path / "two"), ranks=2).wait()
+    close_to(tmp_path / "two", tmp_path / "one", shown)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
+
+
+def test_loading_costs_other_ranks_their_shard_only(tmp_path):
+    path = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
+    script = (f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\nimport simple_distill as sd\n"
+              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+              f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n    before = peak()\n"
+              "    root = sd.load_student(cfg)\n    whole = 4 * sd.count(root.model)\n"
+              "    shard = sum(4 * p.to_local().numel() for p in root.parameters())\n"
+              "    print('RANK', sd.RANK, (peak() - before - shard) / whole, flush=True)\n")
+    Path(tmp_path, "load.py").write_text(script)
+    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "load.py"],
+                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
+    assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
+
+
+def test_launcher_with_two_processes_and_sigterm(tmp_path, alone):
+    other, fields = alone
+    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}), nproc=2)
+    shown, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, shown
+    close_to(tmp_path / "run", other, shown)
+    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "long", "batch_size": 4, "max_steps": 100_000}), nproc=2)
+    wait_for_log(tmp_path / "long", process)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
+    assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
+
+
+def test_two_nodes_of_one_process(tmp_path, alone):
+    other, fields = alone
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    words = words_of(flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}))
+    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [subprocess.Popen([HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(n)}, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
+    shown = [n.communicate(timeout=180)[0] for n in nodes]
+    assert [n.returncode for n in nodes] == [0, 0], shown
+    close_to(tmp_path / "run", other, shown)
+    assert "done in" in shown[0] and "done in" not in shown[1]   # only rank 0 prints
+
+
+def test_a_rank_that_dies_takes_the_job_down(tmp_path, alone):
+    process = spawn(*flags(**{**PLAIN, **alone[1], "output_dir": tmp_path / "run", "batch_size": 4, "max_steps": 100_000}), nproc=2)
+    wait_for_log(tmp_path / "run", process)
+    workers = subprocess.run(["pgrep", "-f", f"simple_distill.py.*{tmp_path}/run"], capture_output=True, text=True).stdout.split()
+    ranks = [p for p in workers if "RANK=1" in Path(f"/proc/{p}/environ").read_text().split("\0")]
+    start = time.time()
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    process.communicate(timeout=90)
+    assert process.returncode != 0 and time.time() - start < 60
+
+
+def test_launcher_explains_itself():
+    shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
+
+
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher cache: what it holds, who may fill it, what damages it, what it costs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CACHE_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "simple_distill.py")
+
+
+def _cache_tiny(folder, rows=120, vocab=300, end="<|end|>"):
+    """Random teacher and student of one tokenizer, text and conversations; -> the paths as flags."""
+    import random
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    draw, words = random.Random(0), "the quick brown fox jumps over a lazy dog while seven wizards boil soup in green pots".split()
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) + "." for _ in range(rows)]
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/data.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": t}) + "\n" for t in texts)
+    with open(f"{folder}/chat.jsonl", "w") as f:
+        f.writelines(json.dumps({"prompt": t[:50], "response": t[:90][::-1]}) + "\n" for t in texts)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=[end], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=end)
+    for name, width, layers, seed in (("teacher", 32, 3, 0), ("student", 16, 2, 1), ("small", 16, 1, 2)):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=vocab - 40 * (name == "small"), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                             num_attention_heads=4, max_position_embeddings=128, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+                             tie_word_embeddings=True, initializer_range=0.3)
+        AutoModelForCausalLM.from_config(config).save_pretrained(f"{folder}/{name}")
+        if name != "small":
+            tokenizer.save_pretrained(f"{folder}/{name}")
+    return f"{folder}/"
+
+
+@pytest.fixture(scope="module")
+def _cache_home(tmp_path_factory):
+    torch.set_num_threads(1)   # tiny models: threads cost more than they bring
+    return _cache_tiny(str(tmp_path_factory.mktemp("cache")))
+
+
+def _cache_fill(home, to, *more, data="data.jsonl"):
+    return ["--mode", "cache", "--teacher", home + "teacher", "--dataset", home + data, "--seq_len", "32", "--cache_chunk", "16",
+            "--cache_dir", str(to), *map(str, more)]
+
+
+def _cache_train(home, out, *more):
+    flags = {"--student": home + "student", "--seq_len": 32, "--alpha": 0.3, "--max_steps": 6, "--learning_rate": 0.001, "--log_steps": 1,
+             "--eval_steps": 0, "--batch_size": 8, "--output_dir": out}
+    flags |= dict(zip(more[::2], more[1::2]))
+    return [*(str(x) for pair in flags.items() for x in pair), "--no_use_wandb"]
+
+
+def _cache_log(out):
+    with open(f"{out}/log.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def _cache_bytes(folder):
+    return {os.path.basename(p): open(p, "rb").read() for p in sorted(glob.glob(f"{folder}/*.safetensors"))}
+
+
+def _cache_teacher(vocab, tokens, seed=0, sharp=3.0):
+    """A made-up teacher: hidden states, head, and its distribution [N, V] in float64."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(tokens, 24, generator=g), torch.randn(vocab, 24, generator=g) * sharp / 24 ** 0.5
+    return hidden, sd.Head(weight), (hidden.double() @ weight.double().T).softmax(-1)
+
+
+def _cache_keep(hidden, head, method, size, seed=0, temperature=1.0):
+    """Through packing and back -> SparseTarget of one row, bytes."""
+    m = dict(vocabulary=len(head.weight), method=method, size=size, seed=seed, temperature=temperature,
+             bits=8 if method == "topk" else (size - 1).bit_length())
+    row = {"input_ids": np.arange(len(hidden) + 1) % len(head.weight), "targets": None}
+    (data, counts), = sd.keep_teacher(lambda batch: (hidden, head), [row], 7, m)
+    back = sd.unpack_row(np.frombuffer(data, np.uint8), m)
+    assert (back["input_ids"] == row["input_ids"]).all() and back["targets"].all() and counts[2] == len(hidden)
+    return back["sparse"], len(data), counts
+
+
+@pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
+def test_cache_topk_is_what_the_teacher_says(vocab):
+    for size in {min(64, vocab), min(300, vocab)}:
+        hidden, head, p = _cache_teacher(vocab, 40)
+        sparse, length, _ = _cache_keep(hidden, head, "topk", size)
+        top, ids = p.topk(size)
+        assert len(set(sparse.ids[3].tolist())) == size and (p.gather(-1, sparse.ids) - top).abs().max() < 1e-6
+        bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)   # the common rescaling at most doubles the rounding
+        assert ((sparse.probs.double().log() - top.log()).abs() < bound)[top > 1e-9].all()
+        assert (sparse.probs.sum(-1) + sparse.rest - 1).abs().max() < 1e-5 and (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
+        if vocab == 151936 and size == 64:
+            assert length / 41 <= 230
+        exact = -(sparse.probs.double() * sparse.probs.double().log()).nansum(-1) - torch.special.xlogy(sparse.rest, sparse.rest)
+        assert (sparse.entropy - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("vocab,size", [(2, 1), (300, 50), (32000, 64), (151936, 50), (151936, 255)])
+def test_cache_samples_are_counted_and_small(vocab, size):
+    hidden, head, p = _cache_teacher(vocab, 200)
+    sparse, length, counts = _cache_keep(hidden, head, "sample", size)
+    used = sparse.probs > 0
+    assert torch.allclose(sparse.probs.sum(-1), torch.ones(200)) and (sparse.rest == 0).all() and used.sum() == counts[3]
+    assert all(len(set(ids[u].tolist())) == u.sum() and (ids[~u] == ids[0]).all() for ids, u in zip(sparse.ids, used))
+    own = -(sparse.probs * p.gather(-1, sparse.ids).log()).sum(-1)
+    assert (sparse.entropy - own).abs().max() < 0.0021   # half of 1/256 nat
+    assert abs(own.mean() + (p * p.log()).sum(-1).mean()) < 4 / size ** 0.5   # ... which is the entropy on average
+    if (vocab, size) == (151936, 50):
+        assert length <= 3 * counts[3] + 4 * 201
+
+
+def test_cache_same_model_logs_no_kl():
+    hidden, head, _ = _cache_teacher(300, 200)
+    for method, size, most in (("sample", 50, 1e-3), ("topk", 12, 1e-3), ("topk", 300, 1e-3)):
+        sparse, *_ = _cache_keep(hidden, head, method, size)
+        _, _, kl = sd.distillation_loss(hidden, head, torch.zeros(200, dtype=torch.long), sparse, alpha=0.0, temperature=1.0)
+        assert abs(kl) < most, (method, size, kl)
+    other = sd.Head(head.weight + 0.3 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    for size in (1, 12, 64):   # the bucketed KL is never negative
+        sparse, *_ = _cache_keep(hidden, head, "topk", size)
+        terms = dict(alpha=0.0, temperature=1.0, divergence="forward", student_bend=(1.0, None), teacher_bend=(1.0, None))
+        assert (sd.chunk_terms(hidden @ other.weight.T, torch.zeros(200, dtype=torch.long), sparse, **terms)[1] > -1e-5).all()
+
+
+def _cache_gradients(head, hidden, student, signals, temperature=1.0):
+    grads = []
+    for signal_ in signals:
+        weight = student.clone().requires_grad_()
+        sd.distillation_loss(hidden, sd.Head(weight), torch.zeros(len(hidden), dtype=torch.long), signal_, alpha=0.0, temperature=temperature)[0].backward()
+        grads.append(weight.grad.double())
+    return grads
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_cache_sample_gradient_is_unbiased(temperature):
+    hidden, head, _ = _cache_teacher(300, 60)
+    student = torch.randn(300, 24, generator=torch.Generator().manual_seed(5)) * 0.3
+    full, = _cache_gradients(head, hidden, student, [(hidden, head)], temperature)
+    seeds = [_cache_keep(hidden, head, "sample", 20, seed, temperature)[0] for seed in range(256)]
+    grads = torch.stack(_cache_gradients(head, hidden, student, seeds, temperature))
+    error = lambda n: ((grads.view(256 // n, n, *full.shape).mean(1) - full).norm(dim=(1, 2)).mean() / full.norm()).item()
+    errors = {n: error(n) for n in (1, 4, 16, 64)}
+    for n in (4, 16, 64):   # 1/sqrt(n); a bias would stay
+        assert abs(errors[n] / errors[1] * n ** 0.5 - 1) < 0.25, errors
+
+
+def test_cache_topk_of_everything_trains_like_online(_cache_home, tmp_path, capsys):
+    home = _cache_home
+    assert sd.main(_cache_fill(home, tmp_path / "c", "--cache_method", "topk", "--cache_top_k", 100000)) == 0
+    assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "c")) == 0
+    assert sd.main(_cache_train(home, tmp_path / "b", "--teacher", home + "teacher", "--dataset", home + "data.jsonl")) == 0
+    for ours, online in zip(_cache_log(tmp_path / "a"), _cache_log(tmp_path / "b"), strict=True):
+        kind = "train" if "train/loss" in ours else "eval"
+        assert abs(ours[f"{kind}/kl_loss"] - online[f"{kind}/kl_loss"]) < 1e-3
+        assert abs(ours[f"{kind}/ce_loss"] - online[f"{kind}/ce_loss"]) < 5e-3
+    from safetensors.torch import load_file
+    start, a, b = (load_file(f"{p}/model.safetensors") for p in (home + "student", tmp_path / "a/final", tmp_path / "b/final"))
+    moved, apart = (sum(((x[k] - y[k]).double() ** 2).sum().item() for k in a) ** 0.5 for x, y in ((b, start), (a, b)))
+    assert apart < 0.05 * moved, (apart, moved)
+
+
+def test_cache_is_the_dataset(tmp_path, capsys):
+    """Teacher and data are gone; a mask of assistant tokens, resume and a final tokenizer work all the same."""
+    home = _cache_tiny(str(tmp_path / "own"))
+    assert sd.main(_cache_fill(home, tmp_path / "c", data="chat.jsonl")) == 0
+    shutil.rmtree(home + "teacher"), os.remove(home + "chat.jsonl")
+    rows, held, _, m = sd.open_cache(sd.parse_config(_cache_train(home, "x", "--cache_dir", tmp_path / "c")))
+    assert len(rows) + len(held) == m["rows"] and 0 < m["mass_kept"] <= 1
+    for i in (0, 15, 16, len(rows) - 1):
+        batch = sd.collate([rows[i], rows[0]])
+        assert len(batch.sparse.ids) == len(batch.labels) == rows[i]["targets"][1:].sum() + rows[0]["targets"][1:].sum() > 0
+        assert not rows[i]["targets"].all()
+    assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "c", "--save_steps", 3)) == 0
+    assert os.path.exists(tmp_path / "a/final/tokenizer.json")
+    shutil.move(tmp_path / "c", tmp_path / "moved"), shutil.rmtree(tmp_path / "a/final"), shutil.rmtree(tmp_path / "a/checkpoints/step-00000006")
+    before = _cache_log(tmp_path / "a")
+    assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "moved", "--save_steps", 3)) == 0
+    drop = lambda log: [{k: v for k, v in e.items() if "second" not in k} for e in log]
+    assert drop(_cache_log(tmp_path / "a")) == drop(before)
+
+
+def test_cache_refuses_what_does_not_fit(_cache_home, tmp_path, capsys):
+    home, c = _cache_home, tmp_path / "c"
+    assert sd.main(_cache_fill(home, c)) == 0
+    other = _cache_tiny(str(tmp_path / "other"), end="<|fin|>")
+    for flags, words in ((("--temperature", 2), "1.0 .*2.0"), (("--seq_len", 64), "32 .*64"), (("--teacher", other + "teacher"), "cache.*other"),
+                         (("--student", other + "student"), "different tokenizers: token"), (("--student", home + "small"), "299.*260"),
+                         (("--cache_dir", tmp_path / "none"), "none")):
+        capsys.readouterr()
+        assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, *flags)) == 2, flags
+        assert re.search(words, capsys.readouterr().err), (flags, words)
+    for flags, words in ((("--temperature", 2), "1.0 .*2.0"), (("--cache_samples", 9), "50 .*9"), (("--teacher", home + "student"), "weights")):
+        command = [x for x in _cache_fill(home, c) if flags[0] != "--teacher" or x not in ("--teacher", home + "teacher")]
+        assert sd.main([*command, *map(str, flags)]) == 2 and re.search(words, capsys.readouterr().err), flags
+    assert sd.main([*_cache_fill(home, c), "--temperature", "2", "--force_regenerate"]) == 0
+    assert "WARNING" in capsys.readouterr().out and json.load(open(c / "manifest.json"))["temperature"] == 2
+
+
+def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeypatch):
+    home, c, draw = _cache_home, tmp_path / "c", np.random.default_rng(0)
+    assert sd.main(_cache_fill(home, c)) == 0
+    whole, path = _cache_bytes(c), str(c / "train-00000001.safetensors")
+    data = whole["train-00000001.safetensors"]
+    cfg = sd.parse_config(_cache_train(home, "x", "--cache_dir", c))
+    for cut in (0, 7, 100, len(data) // 2, len(data) - 1):
+        open(path, "wb").write(data[:cut])
+        with pytest.raises(sd.UserError, match="train-00000001"):
+            sd.open_cache(cfg)[0][16]
+    body, harmless = 8 + int.from_bytes(data[:8], "little"), 0
+    counts = 5 * 8   # what they sum to was printed and is in the manifest; training never looks at them
+    for at in [*draw.integers(body + counts, len(data), 40), 3, 20, 60]:
+        open(path, "wb").write(data[:at] + bytes([data[at] ^ (1 << draw.integers(8))]) + data[at + 1:])
+        rows, found = sd.open_cache(cfg)[0], 0
+        for i in range(16, 32):
+            try:
+                rows[i]
+            except sd.UserError as e:
+                found += "train-00000001" in str(e)
+        assert found, at
+    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c)) == 2
+    remove, again = re.search("again: (.*)", capsys.readouterr().err)[1].split("; ")
+    os.remove(shlex.split(remove)[1])
+    assert sd.main(shlex.split(again)[2:]) == 0 and _cache_bytes(c) == whole
+
+
+@pytest.mark.parametrize("more", [(), ("--streaming",)])
+def test_cache_is_the_same_in_pieces(_cache_home, tmp_path, more):
+    assert sd.main([*_cache_fill(_cache_home, tmp_path / "a"), *more]) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    whole = _cache_bytes(tmp_path / "a")
+    for name in list(whole)[::2]:
+        os.remove(tmp_path / "b" / name)
+    with open(tmp_path / "b" / (list(whole)[0] + ".tmp"), "wb") as f:   # what a dead worker left
+        f.write(b"half")
+    assert sd.main([*_cache_fill(_cache_home, tmp_path / "b"), *more]) == 0 and _cache_bytes(tmp_path / "b") == whole
+    assert json.load(open(tmp_path / "b/manifest.json")) == json.load(open(tmp_path / "a/manifest.json")) and len(whole) > 4
+
+
+@pytest.mark.campaign
+def test_cache_survives_a_killed_worker(tmp_path):
+    """Two workers, one killed with a claim in its hands; three more come. The same files as from one that was left alone."""
+    home = _cache_tiny(str(tmp_path / "own"), rows=3000)
+    start = lambda: subprocess.Popen([sys.executable, _CACHE_SCRIPT, *_cache_fill(home, tmp_path / "c")], stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert sd.main(_cache_fill(home, tmp_path / "whole")) == 0
+    workers = [start(), start()]
+    while len(glob.glob(f"{tmp_path}/c/train*.safetensors")) < 10:
+        assert workers[1].poll() is None, workers[1].stdout.read()
+        time.sleep(0.01)
+    workers[1].send_signal(signal.SIGKILL)
+    workers += [start(), start(), start()]
+    logs = [w.communicate(timeout=600)[0] for w in workers]
+    assert [w.returncode for w in workers] == [0, -signal.SIGKILL, 0, 0, 0], logs
+    assert _cache_bytes(tmp_path / "c") == _cache_bytes(tmp_path / "whole")
+    assert json.load(open(tmp_path / "c/manifest.json")) == json.load(open(tmp_path / "whole/manifest.json"))
+    for ranks in (2, 3):
+        to = tmp_path / f"ranks{ranks}"
+        subprocess.run(["torchrun", f"--nproc_per_node={ranks}", _CACHE_SCRIPT, *_cache_fill(home, to)], check=True, capture_output=True)
+        assert _cache_bytes(to) == _cache_bytes(tmp_path / "whole")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("more", [(), ("--streaming",)])
+def test_cache_memory_is_constant(tmp_path, more):
+    code = "import resource, sys, simple_distill as s; assert s.main(sys.argv[1:]) == 0; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for rows in (300, 3000):
+        home = _cache_tiny(str(tmp_path / str(rows)), rows=rows)
+        run = subprocess.run([sys.executable, "-c", code, *_cache_fill(home, tmp_path / f"c{rows}"), *more], capture_output=True, text=True,
+                             check=True, cwd=os.path.dirname(_CACHE_SCRIPT), env={**os.environ, "OMP_NUM_THREADS": "1"})
+        peaks.append(int(run.stdout.split()[-1]))
+    assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+def bench_cache():
+    """Tables: entries a second on one core, bytes a token, and a training step from the cache beside one on labels only."""
+    torch.set_num_threads(1)
+    best = lambda f, times=9: min(_cache_seconds(f) for _ in range(times))
+    print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} {'fp16+int32':>11} {'pack M/s':>9} {'unpack M/s':>11}")
+    for vocab in (32000, 151936):
+        for method, size in (("sample", 50), ("topk", 64)):
+            hidden, head, _ = _cache_teacher(vocab, 511, sharp=5.0)
+            m = dict(vocabulary=vocab, method=method, size=size, seed=0, temperature=1.0, bits=8 if method == "topk" else 6)
+            (data, counts), = sd.keep_teacher(lambda b: (hidden, head), [{"input_ids": np.arange(512), "targets": None}], 0, m)
+            both = np.random.default_rng(0).integers(0, vocab << m["bits"], counts[3])
+            packing = best(lambda: sd.pack([(both, (vocab - 1).bit_length() + m["bits"])]))
+            stream = np.frombuffer(data, np.uint8)
+            unpacking = best(lambda: sd.unpack_row(stream, m))
+            print(f"{vocab:8} {method + str(size):>10} {counts[3] / 511:6.1f} {len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
+                  f"{counts[3] / packing / 1e6:9.1f} {counts[3] / unpacking / 1e6:11.1f}")
+    print(f"\n{'V':>8} {'labels only':>12} {'from cache':>11} {'ratio':>6}   (seconds a step of 4 x 256 tokens, forward and backward)")
+    for vocab in (32000, 151936):
+        from transformers import LlamaConfig, LlamaForCausalLM
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+                                             tie_word_embeddings=True))
+        hidden, head, _ = _cache_teacher(vocab, 255, sharp=5.0)
+        m = dict(vocabulary=vocab, method="sample", size=50, seed=0, temperature=1.0, bits=6)
+        rows = [{"input_ids": np.arange(i, i + 256), "targets": None} for i in range(4)]
+        made = [sd.keep_teacher(lambda b: (hidden, head), [row], i, m)[0][0] for i, row in enumerate(rows)]
+        batch = sd.collate([sd.unpack_row(np.frombuffer(x, np.uint8), m) for x in made])
+
+        def step(alpha, signal_):
+            sd.distil(model, batch, signal_, 1020, alpha=alpha, temperature=1.0, divergence="forward")[0].backward()
+        for alpha, signal_ in ((1.0, None), (0.1, batch.sparse)):
+            step(alpha, signal_)   # compiles
+        pairs = [(_cache_seconds(lambda: step(1.0, None)), _cache_seconds(lambda: step(0.1, batch.sparse))) for _ in range(5)]
+        labels, cached = (min(x) for x in zip(*pairs))
+        print(f"{vocab:8} {labels:12.3f} {cached:11.3f} {cached / labels:6.2f}")
+
+
+def _cache_seconds(work):
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures: python test_simple_distill.py --bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def interleaved(cases, rounds=7):
+    """{name: function} -> {name: median seconds}: the rounds alternate, so that a noisy machine is noisy for all."""
+    times = {name: [] for name in cases}
+    for n in range(rounds + 1):
+        for name, work in cases.items():
+            start = time.perf_counter()
+            work()
+            if DEVICE_SYNC:
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - start] * (n > 0)   # the first round warms up
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+DEVICE_SYNC = torch.cuda.is_available()
+
+
+def loss_case(V, N, D, Dt, counted=1.0):
+    device, dtype = ("cuda", torch.bfloat16) if DEVICE_SYNC else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
+    h, th, w, tw = make(N, D), make(N, Dt), make(V, D) / D ** 0.5, make(V, Dt) / Dt ** 0.5
+    labels = torch.randint(0, V, (N,), device=device)
+    labels[torch.arange(N, device=device) >= counted * N] = -100
+    return h, w, th, tw, labels
+
+
+def plain_loss(h, w, th, tw, labels):
+    h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+    keep = labels != -100
+    s, t = (h @ w.T).float(), (th @ tw.T).float()
+    (0.5 * F.cross_entropy(s, labels) + 0.5 * F.kl_div(F.log_softmax(s[keep], -1), F.log_softmax(t[keep], -1), log_target=True,
+                                                       reduction="batchmean")).backward()
+
+
+def our_loss(h, w, th, tw, labels):
+    h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+    sd.distillation_loss(h, sd.Head(w), labels, (th, sd.Head(tw)), alpha=0.5, temperature=1.0)[0].backward()
+
+
+def its_matmuls(h, w, th, tw, labels):
+    keep, grad_w = labels != -100, torch.zeros_like(w)
+    h, th = h[keep], th[keep]
+    step = max(1, sd.LOGITS_BUDGET // (2 * h.element_size() * len(w)))
+    for i in range(0, len(h), step):
+        s, _ = h[i:i + step] @ w.T, th[i:i + step] @ tw.T
+        s @ w
+        grad_w.addmm_(s.T, h[i:i + step])
+
+
+def eager(work, *case):
+    """The same with the element-wise part as it runs where there is no compiler."""
+    compiled, sd.torch.compile = sd.torch.compile, lambda f, **_: f
+    kernels, sd.chunk_kernel = sd.chunk_kernel, sd.chunk_kernel.__wrapped__
+    try:
+        work(*case)
+    finally:
+        sd.torch.compile, sd.chunk_kernel = compiled, kernels
+
+
+def bench_loss():
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError:
+        LigerFusedLinearJSDLoss = None
+    shapes = ((151936, 8192, 2048, 4096),) if DEVICE_SYNC else ((32000, 1024, 256, 512), (151936, 512, 256, 512))
+    for V, N, D, Dt in shapes:
+        case, half, small = loss_case(V, N, D, Dt, 7 / 8), loss_case(V, N, D, Dt, 0.5), loss_case(V, 64, D, Dt)
+        full = loss_case(V, N, D, Dt)
+        cases = {"its matmuls": lambda: its_matmuls(*case), "ours": lambda: our_loss(*case), "ours, eager": lambda: eager(our_loss, *case),
+                 "plain PyTorch": lambda: plain_loss(*case), "ours, none masked": lambda: our_loss(*full), "ours, half masked": lambda: our_loss(*half),
+                 "ours, 64 tokens": lambda: our_loss(*small), "plain, 64 tokens": lambda: plain_loss(*small)}
+        if LigerFusedLinearJSDLoss:
+            liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0, compiled=DEVICE_SYNC, temperature=1.0)
+
+            def run_liger():
+                h, w, th, tw, labels = case
+                liger(h.clone().requires_grad_(), w.clone().requires_grad_(), th, tw, labels).backward()
+            cases["Liger fused JSD"] = run_liger
+        found = interleaved(cases)
+        print(f"\nloss, V {V:,}, {N:,} tokens, 7 of 8 counted, D {D}, Dt {Dt}, {'bf16 cuda' if DEVICE_SYNC else 'fp32 cpu'}")
+        for name, seconds in found.items():
+            print(f"  {name:<20}{seconds:>9.3f} s{seconds / found['its matmuls']:>8.2f} x its matmuls")
+
+
+def peak_memory(which):
+    """In a process of its own: bytes above the inputs."""
+    case = loss_case(151936, 4096, 256, 512)
+    before = torch.cuda.memory_allocated() if DEVICE_SYNC else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    {"ours": our_loss, "ours, eager": functools.partial(eager, our_loss), "plain": plain_loss}[which](*case)
+    print((torch.cuda.max_memory_allocated() if DEVICE_SYNC else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) - before)
+
+
+def bench_memory():
+    found = {}
+    for which in ("ours", "ours, eager", "plain"):
+        shown = subprocess.run([sys.executable, __file__, "--peak-memory", which], capture_output=True, text=True)
+        found[which] = int(shown.stdout.split()[-1]) if shown.returncode == 0 else math.nan   # killed: did not fit
+    print("\npeak memory of the loss above its inputs, V 151,936, 4,096 tokens")
+    for which, size in found.items():
+        print(f"  {which:<20}{size / 2**30:>9.2f} GiB{size / found['plain']:>8.1%} of plain")
+
+
+def bench_step():
+    """Tokens a second of a whole optimiser step, random weights: a 0.6B student and a 4B teacher's shapes on a GPU, tiny ones here."""
+    shape = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=2048)
+    big = dict(shape, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)
+    B, T = 8, 1024
+    if not DEVICE_SYNC:
+        small = dict(vocab_size=32000, head_dim=32, num_key_value_heads=4, max_position_embeddings=512)
+        shape = dict(shape, **small, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
+        big = dict(big, **small, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8)
+        B, T = 4, 256
+    with tempfile.TemporaryDirectory() as folder, sd.process_group():
+        for name, fields in (("student", shape), ("teacher", big)):
+            transformers.Qwen3Config(**fields).save_pretrained(f"{folder}/{name}")
+        tokens = torch.randint(0, shape["vocab_size"], (B, T))
+        batch = sd.collate([{"input_ids": row, "targets": None} for row in tokens])
+
+        def stepper(alpha, compile=False):
+            cfg = sd.Config(student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json", compile=compile, alpha=alpha,
+                            gradient_checkpointing=False, use_wandb=False)
+            student, teacher = sd.load_student(cfg), sd.load_teacher(cfg) if alpha < 1 else None
+            optimizer = sd.make_optimizer(student.model.named_parameters(), [], 1.0, 1e-4, 0.0)
+            health, signal_of = sd.new_health(False), sd.teacher_signal(teacher)
+            work = functools.partial(sd.distil, alpha=alpha, temperature=1.0, divergence="forward")
+
+            def step():
+                student(work, batch, signal_of(batch), len(batch.labels))[0].backward()
+                sd.optimizer_step(optimizer, 1.0, health, False)
+            return step
+
+        def plain(divergence):
+            dtype, device = (torch.bfloat16, "cuda") if DEVICE_SYNC else (torch.float32, "cpu")
+            student = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**shape)).to(device)
+            teacher = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**big), dtype=dtype).to(device)
+            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+            ids = batch.input_ids
+
+            def step():
+                with torch.no_grad():
+                    t = teacher(ids).logits[:, :-1].flatten(0, 1)
+                with torch.autocast(device, dtype, enabled=DEVICE_SYNC):
+                    s = student(ids).logits[:, :-1].flatten(0, 1).float()
+                (0.5 * F.cross_entropy(s, ids[:, 1:].flatten()) + 0.5 * divergence(s, t.float())).backward()
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            return step
+        kl = lambda s, t: F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), log_target=True, reduction="batchmean")
+        cases = {"labels only": stepper(1.0), "online": stepper(0.5), "online, compile": stepper(0.5, True), "plain PyTorch": plain(kl)}
+        with contextlib.suppress(ImportError):
+            from trl.experimental.gkd import GKDTrainer
+            cases["TRL's GKD loss"] = plain(lambda s, t: GKDTrainer.generalized_jsd_loss(s[None], t[None], beta=0.0))
+        found = interleaved(cases, rounds=5)
+        print(f"\nwhole step, {B} x {T} tokens, V {shape['vocab_size']:,}")
+        for name, seconds in found.items():
+            print(f"  {name:<20}{B * T / seconds:>12,.0f} tokens/s{found['plain PyTorch'] / seconds:>8.2f} x plain")
+
+
 def bench():
     """Tables of speed and memory, interleaved rounds in one process, medians, ratios."""
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if DEVICE_SYNC else 'CPU'}")
+    bench_loss()
+    bench_memory()
+    bench_step()
+    bench_cache()
 
 
 if __name__ == "__main__":
-    sys.exit(bench() if "--bench" in sys.argv else pytest.main([__file__, *sys.argv[1:]]))
+    if "--peak-memory" in sys.argv:
+        peak_memory(sys.argv[-1])
+    else:
+        sys.exit(bench() if "--bench" in sys.argv else pytest.main([__file__, *sys.argv[1:]]))
