@@ -122,10 +122,10 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     if target is None:
         kl, grad = torch.zeros_like(ce), logp.exp_().mul_(alpha)
     elif isinstance(target, SparseTarget):   # -sum q log p - H, the rest of the mass as one bucket on both sides
-        p, q = logp.exp(), target.probs
-        listed_p = p.gather(-1, target.ids)
+        q, listed_logp = target.probs, logp.gather(-1, target.ids)
+        p, listed_p = logp.exp_(), listed_logp.exp()
         rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
-        kl = -(q * logp.gather(-1, target.ids)).sum(-1) - target.entropy
+        kl = -(q * listed_logp).sum(-1) - target.entropy
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
@@ -522,7 +522,9 @@ def make_demo(path):
 
 def resolve_demo(cfg):
     """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
-    if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
+    online = cfg.alpha < 1 and not cfg.cache_dir
+    asks = cfg.teacher == "demo" and (cfg.mode != "train" or online or cfg.student.startswith("layers:"))
+    if not asks and "demo" not in (cfg.student, cfg.dataset):
         return cfg
     path = functools.partial(os.path.join, cfg.output_dir, "demo")
     if RANK == 0 and not os.path.exists(path("student", "config.json")):   # the last thing that make_demo writes
@@ -531,8 +533,7 @@ def resolve_demo(cfg):
     places = {"dataset": path("corpus")} if cfg.dataset == "demo" else {}
     if cfg.student == "demo":
         places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
-    online = cfg.alpha < 1 and not cfg.cache_dir
-    if cfg.teacher == "demo" and (cfg.mode != "train" or online or cfg.student.startswith("layers:")):
+    if asks:
         places["teacher"] = path("teacher", "final")
         if not os.path.exists(places["teacher"]):
             print0(f"demo: first the teacher, {DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')}")
@@ -545,13 +546,16 @@ def resolve_demo(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number
 # of workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
+# ---------------------------------------------------------------------------------------------------------------------
 
 FORWARD_TOKENS = 4096   # a teacher forward, whatever batch_size is: what shares a batch changes the last bits of logits
+COUNTS = ("rows", "tokens", "targets", "entries", "mass")
 
 def pack(fields):
     """[(values, bits), ...] -> bytes: a checksum, then each field in its bits (Arrow's 8, 16, 32 are a third more)."""
-    cut = lambda x, n: np.unpackbits(np.asarray(x, "<u4")[:, None].view("u1"), axis=1, count=n, bitorder="little")
-    body = b"".join(np.packbits(cut(x, bits), bitorder="little").tobytes() for x, bits in fields)
+    wide = [np.ascontiguousarray(x, "<u4").view(np.uint8).reshape(-1, 4) for x, _ in fields]
+    flat = [np.unpackbits(x, axis=1, count=bits, bitorder="little") for x, (_, bits) in zip(wide, fields)]
+    body = b"".join(np.packbits(x, bitorder="little").tobytes() for x in flat)
     return zlib.crc32(body).to_bytes(4, "little") + body
 
 def unpack_row(stream, m):
@@ -559,11 +563,13 @@ def unpack_row(stream, m):
     at, size, wide = 4, m["size"], (m["vocabulary"] - 1).bit_length()
     if zlib.crc32(stream[4:]) != int.from_bytes(stream[:4], "little"):
         raise ValueError("wrong checksum")
+
     def take(n, bits):
         nonlocal at
         start, at, out = at, at - (-n * bits // 8), np.zeros((n, 32), np.uint8)
         out[:, :bits] = np.unpackbits(stream[start:at], count=n * bits, bitorder="little").reshape(n, bits)
         return np.packbits(out, bitorder="little").view("<u4").astype(np.int64)
+
     mass = lambda code, top: np.exp(-24 * (code / top) ** 2) * (code < top)
     length, entries = take(2, 32)
     ids, keep, both = take(length, wide), take(length, 1).astype(bool), take(entries, wide + m["bits"])
@@ -582,7 +588,7 @@ def unpack_row(stream, m):
 
 @torch.no_grad()
 def keep_teacher(signal_of, rows, first, m):
-    """One teacher forward, of all ranks (it may be sharded) -> a row: bytes, [1, tokens, targets, entries, mass]."""
+    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, COUNTS) a row."""
     (hidden_ND, head), V, at, packed = signal_of(collate(rows)), m["vocabulary"], 0, []
     weight_VD, bias_V, wide = head.weight[:V], None if head.bias is None else head.bias[:V], (V - 1).bit_length()
     code = lambda logp, top: (logp / -24).sqrt().mul(top).round().clamp_max(top)   # error < .0193 sqrt(-logp) + .0001
@@ -598,8 +604,8 @@ def keep_teacher(signal_of, rows, first, m):
                 draws = torch.searchsorted(cdf, u_CS * cdf[:, -1:], right=True).clamp_max(V - 1).sort(-1)[0]
                 # the entropy as these draws show it: student = teacher then logs a KL of 0, not of noise around 0
                 extra = logp_CV.gather(-1, draws).mean(-1).mul(-256).round().clamp_max(4095)
-                draws += V * torch.arange(len(draws), device=DEVICE)[:, None]   # places in the flattened logp_CV
-                key, times = torch.unique_consecutive(draws, return_counts=True)
+                key = draws + V * torch.arange(len(draws), device=DEVICE)[:, None]
+                key, times = torch.unique_consecutive(key, return_counts=True)
                 ids, value, mass = key % V, times - 1, logp_CV.flatten()[key].exp().sum()
             else:
                 own, ids = logp_CV.topk(m["size"])
@@ -615,26 +621,29 @@ def claimed(place, splits, m, encode_rows, paths):
     """Yield rows that no living worker has, a forward at a time, with the list for what becomes of them; write chunks.
     A stream is cut into blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
     group = max(1, FORWARD_TOKENS // m["seq_len"])
-    chunks = ((2 * c + even, place(f"{split}-{c:08d}.safetensors"), rows, columns) for even, (split, rows) in
-              enumerate(splits.items()) for c, columns in enumerate(rows.iter(m["chunk"])))
     with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
-        for number, path, rows, columns in chunks:
-            paths.append(path)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-                if not os.path.exists(path):
-                    block, carry, packed = [dict(zip(columns, x)) for x in zip(*columns.values())], [], []
-                    if not isinstance(rows, datasets.Dataset):
-                        block = list(encode_rows(block, carry=carry))
-                        block += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
-                    for i in range(0, len(block), group):
-                        yield block[i:i + group], (number << 32) + i, packed
-                    data, counts = zip(*packed, (b"", [0] * 5))
-                    safetensors.numpy.save_file({   # sliced through the memory map, no code in it
-                        "rows": np.frombuffer(b"".join(data), np.uint8), "counts": np.sum(counts, 0, float),
-                        "starts": np.cumsum([0, *map(len, data[:-1])])}, path + ".tmp")
-                    os.replace(path + ".tmp", path)
-                fcntl.lockf(claims, fcntl.LOCK_UN, 1, number)
+        for even, (split, rows) in enumerate(splits.items()):
+            for c, columns in enumerate(rows.iter(m["chunk"])):
+                paths.append(path := place(f"{split}-{c:08d}.safetensors"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2 * c + even)
+                    if not os.path.exists(path):
+                        block, carry, packed = [dict(zip(columns, x)) for x in zip(*columns.values())], [], []
+                        first = c * m["chunk"] + (even << 60)   # the number of a sequence decides its draws
+                        if not isinstance(rows, datasets.Dataset):
+                            block, first = list(encode_rows(block, carry=carry)), (c << 32) + (even << 60)
+                            block += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
+                        for i in range(0, len(block), group):
+                            yield block[i:i + group], first + i, packed
+                        data, counts = zip(*packed, (b"", [0] * 5))
+                        with open(path + ".tmp", "wb") as f:   # sliced through the memory map, no code in it
+                            f.write(safetensors.numpy.save({
+                                "rows": np.frombuffer(b"".join(data), np.uint8), "counts": np.sum(counts, 0, float),
+                                "starts": np.cumsum([0, *map(len, data[:-1])])}))
+                            f.flush()
+                            os.fsync(f.fileno())
+                        os.replace(path + ".tmp", path)
+                    fcntl.lockf(claims, fcntl.LOCK_UN, 1, 2 * c + even)
 
 def read_chunk(path, what):
     """A file is mapped anew for every row: that costs 20 us, and nothing has to be kept."""
@@ -644,10 +653,12 @@ def read_chunk(path, what):
         again = f"rm {path}; python simple_distill.py --config {os.path.join(os.path.dirname(path), 'config.json')}"
         raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and only it, again: {again}")
 
+@dataclasses.dataclass
 class CacheRows:
     """The rows of a split, by number. Each has its own checksum: nothing is read but what is asked for."""
-    def __init__(self, name, m, chunks):
-        self.name, self.m, self.ends = name, m, np.cumsum(chunks)   # [chunks] rows up to and with each chunk
+    name: str
+    manifest: dict
+    ends: Any   # [chunks] rows up to and with each chunk
 
     def __len__(self):
         return int(self.ends[-1])
@@ -656,7 +667,7 @@ class CacheRows:
         c = int(np.searchsorted(self.ends, i, "right"))
         at = i - int(self.ends[c - 1] if c else 0)
         row = lambda f: f.get_slice("rows")[slice(*f.get_tensor("starts")[at:at + 2].tolist())]
-        return read_chunk(f"{self.name}-{c:08d}.safetensors", lambda f: unpack_row(row(f), self.m))
+        return read_chunk(f"{self.name}-{c:08d}.safetensors", lambda f: unpack_row(row(f), self.manifest))
 
 def open_cache(cfg):
     """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
@@ -664,10 +675,10 @@ def open_cache(cfg):
     try:
         with open(place("manifest.json"), encoding="utf-8") as f:
             m = json.load(f)
-        rows, held = (CacheRows(place(split), m, m["chunks"][split]) for split in ("train", "eval"))
+        rows, held = (CacheRows(place(s), m, np.cumsum(m["chunks"][s])) for s in ("train", "eval"))
+        held.ends = held.ends.clip(max=cfg.eval_samples)
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{cfg.cache_dir!r} holds no finished teacher cache ({one_line(e)}); --mode cache --cache_dir "
-                        f"{cfg.cache_dir} starts one, python simple_distill.py --config {place('config.json')} goes on")
+        raise UserError(f"{cfg.cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins or finishes it")
     same = cfg.teacher == "demo" or os.path.realpath(cfg.teacher) == os.path.realpath(m["teacher"])
     here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"] if same else cfg.teacher)
     refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
@@ -678,7 +689,7 @@ def open_cache(cfg):
 
 def describe_cache(cfg, tokenizer, rows):
     """The manifest: what shapes the content. 16,384 bytes a file stand for the weights: to hash 70B takes minutes."""
-    local = os.path.isdir(cfg.teacher)
+    local = os.path.exists(cfg.teacher)
     folder = cfg.teacher if local else os.path.dirname(transformers.utils.cached_file(cfg.teacher, "config.json"))
     files = [np.memmap(x, np.uint8, "r") for x in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))]
     few = list(rows.take(16)) if cfg.streaming else [rows[i] for i in range(0, len(rows), -(-len(rows) // 64))]
@@ -701,14 +712,17 @@ def cache(cfg):
     tokenizer, rows, held, _, teacher = load_all(run)
     m, signal_of = describe_cache(run, tokenizer, rows), teacher_signal(teacher)
     place = functools.partial(os.path.join, cfg.cache_dir)
+    try:
+        os.makedirs(cfg.cache_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot use cache_dir {cfg.cache_dir!r} as a directory ({e.strerror}); choose another")
     known = os.path.exists(place("manifest.json")) and not cfg.force_regenerate
     with open(place("manifest.json"), encoding="utf-8") if known else contextlib.nullcontext() as f:
         there = from_rank0(json.load(f) if known else None)
     if there:
-        refuse_changes({k: there.get(k) for k in m}, m, cfg.cache_dir, "choose another; --force_regenerate empties it")
+        refuse_changes({k: there.get(k) for k in m}, m, cfg.cache_dir, "empty it: --force_regenerate")
     elif RANK == 0:
-        os.makedirs(cfg.cache_dir, exist_ok=True)
-        for old in [*glob.glob(place("*.safetensors")), *glob.glob(place("manifest.json"))] * cfg.force_regenerate:
+        for old in glob.glob(place("*.safetensors")) if cfg.force_regenerate else ():
             os.remove(old)
         tokenizer.save_pretrained(place("tokenizer"))
         save_config(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
@@ -716,41 +730,41 @@ def cache(cfg):
     all_sum(0)
     few = [held[i] for i in range(min(len(held), max(1, FORWARD_TOKENS // cfg.seq_len)))]   # what will it take?
     data, counts = zip(*keep_teacher(signal_of, few, 0, m))
-    (_, tokens, targets, entries, mass), free = np.sum(counts, 0).tolist(), shutil.disk_usage(cfg.cache_dir).free / 1e9
+    _, tokens, targets, entries, mass = np.sum(counts, 0).tolist()
     total, a_token = 0 if cfg.streaming else tokens / len(few) * (len(rows) + len(held)), sum(map(len, data)) / tokens
-    ready = min(1, len(glob.glob(place("*.safetensors"))) * m["chunk"] / (len(rows) + len(held))) if total else 0
-    need = total * (1 - ready) * a_token / 1e9
+    ready = len(glob.glob(place("*.safetensors"))) * m["chunk"] / (len(rows) + len(held)) if total else 0
+    free, need = shutil.disk_usage(cfg.cache_dir).free / 1e9, total * max(0, 1 - ready) * a_token / 1e9
+    size = f"{need:.3f} GB to write" if total else "a stream has no length"
     print0(f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold "
-           f"{mass / targets:.1%} of the teacher's mass), "
-           f"{f'{need:.3f} GB to write' if total else 'as long as the stream lasts'}; {free:.1f} GB free"
-           + "\nWARNING: above temperature 1 a cache keeps little of such flat distributions" * (cfg.temperature > 1))
+           f"{mass / targets:.1%} of the teacher's mass), {size}, {free:.1f} GB free"
+           + "\nWARNING: above temperature 1 a cache grows and keeps less: see the share" * (cfg.temperature > 1))
     if need > free:
-        raise UserError(f"{cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free; make room or lower --max_samples")
+        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: make room")
     how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-    bar = tqdm(total=total or None, initial=ready * total, disable=RANK != 0, unit="tok", unit_scale=True)
+    bar = tqdm(total=total or None, initial=min(1, ready) * total, disable=RANK != 0, unit="tok", unit_scale=True)
     stop, missing = 0, 1
-    with bar, stop_signals() as asked:
-        while missing and not stop:   # again, where another worker had a chunk and may have died with it
+    with stop_signals() as asked:
+        while missing and not stop:   # once more, where another worker had a chunk and may have died with it
             paths, more = [], 1
             jobs = claimed(place, {"eval": held, "train": rows}, m, how, paths)
             while more and not stop:
                 todo, first, packed = next(jobs, ([], 0, []))
-                more, tokens, stop = all_sum(len(todo), sum(len(row["input_ids"]) for row in todo), len(asked))
+                more, tokens, stop = all_sum(len(todo), sum(len(r["input_ids"]) for r in todo), len(asked))
                 packed += keep_teacher(signal_of, todo, first, m)[:len(todo)] if more else []
                 bar.update(int(tokens))
             missing, = all_sum(sum(not os.path.exists(p) for p in paths))
             time.sleep(missing > 0)
+    bar.close()
     if stop:
         print0("stopped; the same command goes on")
     elif RANK == 0:   # the counts are read back: they are those of all workers
         counts = [read_chunk(p, lambda f: f.get_tensor("counts").tolist()) for p in paths]
-        n, tokens, targets, _, mass = map(sum, zip(*counts))
-        size, kept = sum(map(os.path.getsize, paths)) / tokens, mass / targets
-        chunks = {s: [int(c[0]) for p, c in zip(paths, counts) if p.startswith(place(s))] for s in ("train", "eval")}
-        m |= dict(rows=int(n), tokens=int(tokens), bytes_per_token=size, mass_kept=kept, chunks=chunks)
-        save_config(m, place("manifest.json"))
-        print0(f"cache {cfg.cache_dir}: {n:,.0f} sequences, {tokens:,.0f} tokens, {size:.1f} bytes a token, {kept:.1%} "
-               f"of the teacher's mass kept; python simple_distill.py --student S --cache_dir {cfg.cache_dir}")
+        sums, size = dict(zip(COUNTS, map(sum, zip(*counts)))), sum(map(os.path.getsize, paths))
+        chunks = {s: [int(n[0]) for p, n in zip(paths, counts) if p.startswith(place(s))] for s in ("train", "eval")}
+        m |= {"rows": int(sums["rows"]), "tokens": int(sums["tokens"]), "bytes_per_token": size / sums["tokens"]}
+        save_config({**m, "mass_kept": sums["mass"] / sums["targets"], "chunks": chunks}, place("manifest.json"))
+        print0(f"cache {cfg.cache_dir}: {sums['rows']:,.0f} sequences, {sums['tokens']:,.0f} tokens of "
+               f"{size / sums['tokens']:.1f} bytes, {sums['mass'] / sums['targets']:.1%} of the teacher's mass is kept")
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,10 +793,11 @@ def head_of(model):
     return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
 
 def head_error(model, ids_1T):
-    """Runs inside a root: how far hidden states times head_of are from the model's own logits, by their spread."""
+    """Runs inside a root: how far hidden states times head_of are from its logits, and what rounding may do."""
     head, its = head_of(model), model(input_ids=ids_1T, use_cache=False).logits.float()
-    ours = finish_logits(nn.functional.linear(hidden_states(model, ids_1T), head.weight, head.bias), *head[2:])[0]
-    return (ours - its).abs().max() / its.std().clamp_min(1e-6)
+    hidden = hidden_states(model, ids_1T)
+    ours = finish_logits(nn.functional.linear(hidden, head.weight, head.bias), *head[2:])[0]
+    return (ours - its).abs().max() / its.std().clamp_min(1e-6), 1e-3 if hidden.dtype == torch.float32 else 0.1
 
 def check_head(root, role, name, tokenizer):
     """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused."""
@@ -791,9 +806,11 @@ def check_head(root, role, name, tokenizer):
         raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; they do not match")
     was_training = root.training
     with torch.no_grad():
-        error = root.eval()(head_error, torch.arange(8, device=DEVICE)[None] % rows).item()
+        error, allowed = root.eval()(head_error, torch.arange(8, device=DEVICE)[None] % rows)
     root.train(was_training).release()
-    if not error < 0.1:   # bf16 logits are off by 0.02
+    if not error.isfinite():
+        raise UserError(f"{role} {name!r} computes logits that are not finite: damaged, or --dtype fp32?")
+    if error > allowed:
         raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head miss its own logits "
                         f"by {error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
 
@@ -870,7 +887,10 @@ def thin(whole, config, keep):
     path, layers = layers_of(whole)
     whole.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
     model = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
-    model.load_state_dict(whole.state_dict())
+    try:
+        model.load_state_dict(whole.state_dict())
+    except RuntimeError:   # dense and sparse layers of a mixture, told apart by their number
+        raise UserError(f"layers:{len(keep)} cannot be cut from {type(whole).__name__}: its layers differ by number")
     return model
 
 def load_student(cfg):
@@ -1082,7 +1102,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
             for old in checkpoints_in(folder)[keep:]:
                 shutil.rmtree(old)
     except (OSError, dcp.api.CheckpointException) as e:
-        problem = one_line(e, 300)
+        problem = one_line(next(iter(getattr(e, "failures", {}).values()), [e])[0], 300)   # DCP wraps what happened
         shutil.rmtree(aside, ignore_errors=True)
     problem = from_rank0(problem)
     if problem:
@@ -1353,6 +1373,7 @@ def train(cfg):
             bar.update()
             if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                 save()
+                bar.close()
                 raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; its "
                                 "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
             if step % cfg.log_steps == 0 or step == steps:

@@ -605,10 +605,8 @@ def test_the_label_is_the_next_token(tmp_path, out):
 
 def test_collate_shifts_before_it_masks():
     rows = [{"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]}, {"input_ids": [9, 10], "targets": None}]
-    for pad_to in (1, 16):
-        batch = sd.collate(rows, pad_to)
-        width = batch.input_ids.shape[1]
-        assert batch.positions.tolist() == [1, 2, width] and batch.labels.tolist() == [7, 8, 10]
+    batch = sd.collate(rows)
+    assert batch.positions.tolist() == [1, 2, 4] and batch.labels.tolist() == [7, 8, 10]
 
 
 def test_alpha_1_never_touches_the_teacher(out, student, text):
@@ -1572,7 +1570,8 @@ class Fork:
     def running(self):
         def alive(pid):   # a child of the mother that nobody has waited for is a zombie
             try:
-                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1   # its threads may outlive it for a moment
             except OSError:
                 return False
         return [pid for pid in self.pids if alive(pid)]
@@ -1752,7 +1751,7 @@ def test_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
 
 FAMILIES = {"qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
             "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
-            "gpt2": dict(cls="GPT2Config")}
+            "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)}
 
 
 @pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("shard_grad_op", marks=pytest.mark.campaign),
@@ -1772,8 +1771,9 @@ def test_loading_costs_other_ranks_their_shard_only(tmp_path):
     path = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
     script = (f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\nimport simple_distill as sd\n"
               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-              f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n    before = peak()\n"
-              "    root = sd.load_student(cfg)\n    whole = 4 * sd.count(root.model)\n"
+              f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n"
+              f"    sd.load_student(sd.Config(student={tiny_model(tmp_path / 'first')!r}))   # imports the model's code\n"
+              "    before = peak()\n    root = sd.load_student(cfg)\n    whole = 4 * sd.count(root.model)\n"
               "    shard = sum(4 * p.to_local().numel() for p in root.parameters())\n"
               "    print('RANK', sd.RANK, (peak() - before - shard) / whole, flush=True)\n")
     Path(tmp_path, "load.py").write_text(script)
@@ -2036,7 +2036,7 @@ def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeyp
         open(path, "wb").write(data[:cut])
         with pytest.raises(sd.UserError, match="train-00000001"):
             sd.open_cache(cfg)[0][16]
-    body, harmless = 8 + int.from_bytes(data[:8], "little"), 0
+    body = 8 + int.from_bytes(data[:8], "little")
     counts = 5 * 8   # what they sum to was printed and is in the manifest; training never looks at them
     for at in [*draw.integers(body + counts, len(data), 40), 3, 20, 60]:
         open(path, "wb").write(data[:at] + bytes([data[at] ^ (1 << draw.integers(8))]) + data[at + 1:])
