@@ -1256,7 +1256,7 @@ def memory_plan(cfg, student, teacher, batch_size):
     gathered = whole if cfg.fsdp in ("no_shard", "shard_grad_op") else min(whole, heads * size + 2 * whole // depth)
     return {"weights": 4 * mine, "gradients": 4 * trained, "optimiser": 8 * trained, "gathered": gathered,
             "teacher": local_numbers(teacher) * size, "activations": tokens * width * size * depth + layer
-            if cfg.gradient_checkpointing else layer * depth, "loss": 2 * LOGITS_BUDGET + 4 * heads}
+            if cfg.gradient_checkpointing else layer * depth, "loss": min(2 * LOGITS_BUDGET, 16 * tokens * config.vocab_size) + 4 * heads}
 
 MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
                  "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # tiny models: a second thread costs more than it brings
 if "HF_DATASETS_CACHE" not in os.environ:   # tokenised rows and model code go to a place of our own, which subprocesses share
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="simple-distill-test-")
     os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_DATASETS_CACHE"], "modules")
@@ -2312,6 +2313,7 @@ def bench_step():
 
 def bench():
     """Tables of speed and memory, interleaved rounds in one process, medians, ratios."""
+    torch.set_num_threads(os.cpu_count())
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if DEVICE_SYNC else 'CPU'}")
     bench_loss()
     bench_memory()
