@@ -1255,8 +1255,9 @@ def memory_plan(cfg, student, teacher, batch_size):
                 for root in (student, teacher) if root)
     gathered = whole if cfg.fsdp in ("no_shard", "shard_grad_op") else min(whole, heads * size + 2 * whole // depth)
     return {"weights": 4 * mine, "gradients": 4 * trained, "optimiser": 8 * trained, "gathered": gathered,
-            "teacher": local_numbers(teacher) * size, "activations": tokens * width * size * depth + layer
-            if cfg.gradient_checkpointing else layer * depth, "loss": min(2 * LOGITS_BUDGET, 16 * tokens * config.vocab_size) + 4 * heads}
+            "activations": tokens * width * size * depth + layer if cfg.gradient_checkpointing else layer * depth,
+            "teacher": local_numbers(teacher) * size,
+            "loss": min(2 * LOGITS_BUDGET, 16 * tokens * config.vocab_size) + 4 * heads}
 
 MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
                  "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
@@ -1312,8 +1313,8 @@ def train(cfg):
 
     def log(**entry):
         if RANK == 0:
-            log_file.write(json.dumps(entry) + "\n")
-            log_file.flush()
+            with open(place("log.jsonl"), "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
             wandb_run.log(entry, step=step)
 
     def save():
@@ -1340,7 +1341,6 @@ def train(cfg):
             saved_at = step = state["step"]
             best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
         prepare_output(cfg, step)
-        log_file = open(place("log.jsonl"), "a", encoding="utf-8")
         wandb_run = start_wandb(cfg, state and state["wandb"])
         before = before or evaluate(student, work, signal_of, held, batch_size)
         if cfg.streaming:
@@ -1402,7 +1402,6 @@ def train(cfg):
         now = now or evaluate(student, work, signal_of, held, batch_size)
         problem = finish(cfg, run, student, teacher, tokenizer, held, before, now, begun)
     wandb_run.finish()
-    log_file.close()
     if problem:
         raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then run it again")
     return step >= steps

@@ -1611,16 +1611,17 @@ def killed_run(tmp_path, teacher, student, text, kind, kills, seed):
     start = time.time()
     assert "done in" in Fork(tmp_path / "whole.txt", *flags(**{**fields, "output_dir": whole}), ranks=ranks).wait()
     usual, inside = time.time() - start, 0
+    half_saved = lambda: bool(list(Path(broken, "checkpoints").glob("tmp-*")))
     for n in range(kills):
         run = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks)
-        if n % 2:   # in the middle of a save
-            end = time.time() + 20
-            while run.running() and time.time() < end and not list(Path(broken, "checkpoints").glob("tmp-*")):
-                time.sleep(0.001)
-            inside += bool(list(Path(broken, "checkpoints").glob("tmp-*")))
+        if n % 2 == 0:   # in the middle of a save
+            end = time.time() + 30
+            while not half_saved() and time.time() < end and not os.path.isdir(f"{broken}/final"):
+                pass
         else:
             time.sleep(usual * random_.uniform(0.3, 0.9))
         run.signal(signal.SIGKILL).wait()
+        inside += half_saved()
     shown = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks).wait()
     assert os.path.isdir(f"{broken}/final"), shown[-3000:]
     assert same(final_weights(whole), final_weights(broken)), shown
