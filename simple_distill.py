@@ -1075,37 +1075,37 @@ def token_terms(hidden_ND, own, labels_N, teacher, temperature):
     head = lambda h, of: nn.functional.linear(h, of.weight[:vocab], of.bias if of.bias is None else of.bias[:vocab])
     chunk, found = max(1, LOGITS_BUDGET // (20 * vocab)), [torch.zeros(0, 6)]   # five fp32 [chunk, V] at a time
     for part in (slice(i, i + chunk) for i in range(0, len(labels_N), chunk)):
-        raw, target = head(hidden_ND[part], own), [head(h[part], of) for h, of in teacher]
-        ce, kl, _ = chunk_terms(raw, labels_N[part], *target or [None], alpha=0.0, temperature=temperature, divergence="forward",
+        raw, target = head(hidden_ND[part], own), [head(h[part], of) for h, of in teacher] or [None]
+        ce, kl, _ = chunk_terms(raw, labels_N[part], *target, alpha=0.0, temperature=temperature, divergence="forward",
                                 student_bend=own[2:], teacher_bend=teacher and teacher[0][1][2:])
         z = finish_logits(raw, *own[2:])[0]
         best, top = z.max(-1)
-        agree = top == target[0].argmax(-1) if target else torch.zeros_like(ce)
+        agree = top == target[0].argmax(-1) if teacher else torch.zeros_like(ce)
         terms = torch.ones_like(ce), ce, top == labels_N[part], agree, kl, (best - z.logsumexp(-1)).exp()
         found.append(torch.stack([x.double() for x in terms], 1).cpu())
     return torch.cat(found).double()
 
 @torch.no_grad()
 def score(root, teacher, rows, batch_size, temperature, layer_rows):
-    """-> [rows, 5] sums of token_terms a sequence; [15, 3] tokens, hits, confidence a bin of confidence; and a layer, over
-    the first rows: MSE to the teacher's (other width: after the best linear map), its share of the variance, linear CKA."""
+    """-> [rows, 5] sums of token_terms a sequence, [15, 3] tokens, hits, confidence a bin of confidence; of each layer, over
+    the first rows: MSE to the teacher's (other width: after the best linear map), share of its variance, linear CKA."""
     def look(model, batch):   # hidden states after each layer, the last one after the final norm
         out = model.base_model(input_ids=batch.input_ids, use_cache=False, output_hidden_states=True)
         return [h.flatten(0, 1)[batch.positions] for h in (*out.hidden_states[1:-1], out[0])], head_of(model)
     sums, bins = torch.zeros(len(rows), 5, dtype=torch.float64), torch.zeros(15, 3, dtype=torch.float64)
-    moments, layers = {}, []
+    moments, layers = {}, []   # second moments of [student, teacher, 1]: all that the layers' figures need
     for start in range(0, len(rows), batch_size * WORLD):
         mine = range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
         batch = collate([rows[i] for i in mine])
-        (ours, head), (theirs, its_head) = root(look, batch), teacher(look, batch) if teacher else ([None], None)
-        terms = token_terms(ours[-1], head, batch.labels.to(DEVICE), [(theirs[-1], its_head)] * bool(teacher), temperature)
+        (ours, head), (theirs, its) = root(look, batch), teacher(look, batch) if teacher else ([None], None)
+        terms = token_terms(ours[-1], head, batch.labels.to(DEVICE), [(theirs[-1], its)] * bool(teacher), temperature)
         row_N = torch.tensor([*mine, 0])[(batch.positions // batch.input_ids.shape[1]).cpu()]
         sums.index_add_(0, row_N, terms[:, :5])
         bins.index_add_(0, (terms[:, 5] * 15).long().clamp(max=14), terms[:, [0, 2, 5]])
         for s, x in enumerate(ours if teacher and start < layer_rows else []):
             t = max(0, round((s + 1) * len(theirs) / len(ours)) - 1)   # as block-wise mode maps them
             joint = torch.cat([x, theirs[t], torch.ones_like(x[:, :1])], 1)[row_N.to(DEVICE) < layer_rows].double()
-            moments[s, t] = moments.get((s, t), 0) + (joint.T @ joint).cpu()   # all that follows needs no more than these
+            moments[s, t] = moments.get((s, t), 0) + (joint.T @ joint).cpu()
     for (s, t), moment in moments.items():
         dist.all_reduce(moment)
         n, mean, width = moment[-1, -1], moment[-1, :-1] / moment[-1, -1], ours[0].shape[1]
@@ -1121,7 +1121,7 @@ def score(root, teacher, rows, batch_size, temperature, layer_rows):
     return sums, bins, layers
 
 def interval(top, bottom, seed):
-    """95 % of sum(top) / sum(bottom), sequences drawn anew: percentiles, widened as Student's t would for few of them."""
+    """95 % of sum(top) / sum(bottom), sequences drawn anew: percentiles, widened for few of them like Student's t."""
     n, draw = len(top), torch.Generator().manual_seed(seed)
     picks = (torch.randint(n, (100, n), generator=draw) for _ in range(20))
     drawn, middle = torch.cat([top[i].sum(1) / bottom[i].sum(1) for i in picks]), top.sum() / bottom.sum()
@@ -1146,19 +1146,20 @@ def try_out(root, tokenizer, ids_BT, prompts, seed):
     root.release()
     return found
 
-METRICS = {"perplexity": "perplexity", "bits": "bits a byte", "accuracy": "top-1 accuracy", "agreement": "top-1 as teacher",
-           "kl": "KL to teacher", "ece": "calibration error", "parameters": "parameters", "disk": "bytes on disk",
-           "prefill": "prefill tokens/s", "generation": "generation tokens/s", "memory": "peak memory, bytes"}
+METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy", agreement="top-1 as the teacher",
+               kl="KL to the teacher", ece="calibration error", parameters="parameters", disk="bytes on disk",
+               prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes")
 
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
     run, student = resolve_demo(cfg), os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
     base = load_tokenizer(run, run.teacher, student)
-    rows, teacher, models, sums, against = load_data(run, base)[1], load_teacher(run), {}, {}, []
+    rows, teacher, models, sums, against = load_data(run, base)[1], load_teacher(run), {}, {}, {}
     if len(rows) < 2:
-        raise UserError(f"one held-out sequence has no interval; bring more text than {cfg.dataset!r}, or lower --seq_len")
+        raise UserError(f"{cfg.dataset!r} gives one held-out sequence, so no intervals; bring more text or lower --seq_len")
     sizes, shown = retell(rows, base, base)[1], rows.select(range(0, len(rows), -(-len(rows) // 3)))
     prompts = [base.decode(row["input_ids"][:max(32, collate([row]).positions[0] + 1)]) for row in shown]
+    prompts = prompts if cfg.generate_comparisons else []
     for role, name in [("teacher", run.teacher), ("student", student), *(("compare", name) for name in cfg.compare)]:
         name = name.rstrip("/")
         root, own, folder = (teacher, base, "") if role == "teacher" else load_evaluated(run, name, role)
@@ -1170,21 +1171,20 @@ def report(cfg):
             compare_tokenizers(base, own, run.teacher, name)
         except UserError:   # perplexity of its own tokens, bits on the same bytes, nothing that needs one vocabulary
             (told, _), signal = retell(rows, base, own), None
-        few = max(4096, 8 * root.model.config.get_text_config().hidden_size) // cfg.seq_len + 1   # 8 tokens a fitted row
-        sums[label], bins, layers = score(root, signal, told, cfg.batch_size, cfg.temperature, few)
-        counts, nats = sums[label][:, 0], sums[label][:, 1]
-        tokens, _, right, agreed, kl = sums[label].sum(0).tolist()
+        few = max(4096, 8 * root.model.config.get_text_config().hidden_size) // cfg.seq_len + 1   # 8 tokens a fit row
+        table, bins, layers = score(root, signal, told, cfg.batch_size, cfg.temperature, few)
+        counts, nats, sums[label] = table[:, 0], table[:, 1], table
+        tokens, nll, right, agreed, kl = table.sum(0).tolist()
         disk = [os.path.getsize(f) for end in ("safetensors", "bin") for f in glob.glob(f"{glob.escape(name)}/*.{end}")]
         batch = collate([told[i % len(told)] for i in range(cfg.batch_size)]).input_ids
-        models[label] = m = {
-            "name": name, "tokens": int(tokens), "perplexity": (nats.sum() / tokens).exp().item(),
-            "perplexity_95": [math.exp(min(x, 700)) for x in interval(nats, counts, cfg.seed)],
-            "bits": (nats.sum() / sizes.sum()).item() / math.log(2), "bits_95": interval(nats / math.log(2), sizes, cfg.seed),
-            "accuracy": right / tokens, "agreement": agreed / tokens if signal else None, "kl": kl / tokens if signal else None,
-            "ece": (bins[:, 1] - bins[:, 2]).abs().sum().item() / tokens, "calibration": bins.tolist(),
-            "parameters": count(root.model), "disk": sum(disk) or count(root.model) * compute_dtype(cfg).itemsize,
-            "layers": layers * (role != "teacher"), "curves": [],
-            **try_out(root, own, batch, prompts * cfg.generate_comparisons, cfg.seed)}
+        models[label] = m = dict(
+            name=name, tokens=int(tokens), perplexity=math.exp(min(nll / tokens, 700)), accuracy=right / tokens,
+            perplexity_95=[math.exp(min(x, 700)) for x in interval(nats, counts, cfg.seed)],
+            bits=nll / math.log(2) / sizes.sum().item(), bits_95=interval(nats / math.log(2), sizes, cfg.seed),
+            agreement=agreed / tokens if signal else None, kl=kl / tokens if signal else None,
+            ece=(bins[:, 1] - bins[:, 2]).abs().sum().item() / tokens, parameters=count(root.model),
+            disk=sum(disk) or count(root.model) * compute_dtype(cfg).itemsize, calibration=bins.tolist(),
+            layers=layers * (role != "teacher"), curves=[], **try_out(root, own, batch, prompts, cfg.seed))
         m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
         with contextlib.suppress(OSError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
             m["curves"] = [json.loads(line) for line in f if line.endswith("}\n")]
@@ -1192,11 +1192,11 @@ def report(cfg):
     for other in [k for k in models if k != "student"]:
         gap = (sums["student"] - sums[other])[:, 1] / math.log(2)
         low, high = interval(gap, sizes, cfg.seed)
-        against.append({"other": other, "difference": (gap.sum() / sizes.sum()).item(), "interval": [low, high],
-                        "verdict": "better" if high < 0 else "worse" if low > 0 else "no significant difference"})
-    how = (f"{len(rows)} held-out sequences, {models['teacher']['tokens']:,} tokens, {int(sizes.sum()):,} bytes of {run.dataset}; "
-           f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; KL at T {cfg.temperature:g}. In brackets: 95 %, bootstrap over "
-           f"sequences; x: times the teacher's; prefill {cfg.batch_size} x {cfg.seq_len}, generation 1 x 32, peak memory on GPUs.")
+        verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
+        against[other] = dict(difference=(gap.sum() / sizes.sum()).item(), interval=[low, high], verdict=verdict)
+    how = (f"{len(rows)} held-out sequences of {run.dataset}, {models['teacher']['tokens']:,} tokens, {int(sizes.sum()):,} "
+           f"bytes; {WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; KL at T {cfg.temperature:g}; in brackets 95 %, "
+           f"bootstrap over sequences; x: times the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; peak memory: GPUs only")
     if RANK == 0:
         write_report(cfg.output_dir, {"how": how, "against": against, "models": models, "prompts": prompts})
     all_sum(0)
@@ -1211,11 +1211,11 @@ def write_report(folder, found):
         widths = [max(map(len, column)) for column in zip(*rows)]
         pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
         return [pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
-    for x in found["against"]:
-        low, high = x["interval"]
-        lines.append(f"- student minus {x['other']}: {x['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): **{x['verdict']}**")
-    lines += ["", *table(["", *models], *([title, *(cell(m, k) for m in models.values())] for k, title in METRICS.items()))]
-    lines += [found["how"], ""]
+    for other, x in found["against"].items():
+        gap = "{:+.4f} bits a byte ({:+.4f} to {:+.4f})".format(x["difference"], *x["interval"])
+        lines += [f"- student against {other}: {gap}: {x['verdict']}"]
+    cells = ([title, *(cell(m, k) for m in models.values())] for k, title in METRICS.items())
+    lines += ["", *table(["", *models], *cells), found["how"], ""]
     print0("\n" + "\n".join(lines))
     try:
         draw(os.path.join(folder, "report.png"), models)
@@ -1223,11 +1223,12 @@ def write_report(folder, found):
     except ImportError:
         print0("no report.png: pip install matplotlib")
     for label, m in models.items():
-        lines += [f"## Layers of {label}", ""] + table(["layer", "teacher's", "MSE", "share of variance", "CKA"], *(
-            list(map(show, x.values())) for x in m["layers"])) if m["layers"] else []
-    for i, prompt in enumerate(found["prompts"] if models["student"]["texts"] else []):   # indented: code, nothing to escape
-        texts = (f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i])
-        lines += [f"## Greedy, then sampled, after", "", f"    {prompt!r}", "", *texts, ""]
+        cells = [list(map(show, x.values())) for x in m["layers"]]
+        head = ["layer", "teacher's", "MSE", "share of variance", "CKA"]
+        lines += [f"## Layers of {label}", "", *table(head, *cells)] if cells else []
+    for i, prompt in enumerate(found["prompts"]):   # indented is code: nothing to escape
+        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
+        lines += [*(f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i]), ""]
     for file, text in (("report.md", "\n".join(lines)), ("report.json", json.dumps(found, indent=1))):
         with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
             f.write(text)
@@ -1237,23 +1238,29 @@ def draw(path, models):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
     (training, layers), (quality, trust) = figure.subplots(2, 2)
-    for (label, m), color, mark in zip(models.items(), itertools.cycle(["0.6", "black", "tab:red", "tab:blue"]), itertools.cycle("sD^o")):
-        curve = lambda kind, key: [(x[kind + "/step"], x[f"{kind}/{key}"]) for x in m["curves"] if x.get(f"{kind}/{key}")]
+    looks = zip(itertools.count(), itertools.cycle(["0.6", "black", "#d55e00", "#56b4e9"]), itertools.cycle("sD^o"))
+    for (label, m), (i, color, mark) in zip(models.items(), looks):
+        curve = lambda key, at: [(x[at], x[key]) for x in m["curves"] if x.get(key)]
         layer = lambda key: [(x["student"], x[key]) for x in m["layers"]]
+        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
         for panel, points, line, name in (
-                (training, curve("train", "ce_loss"), "-", "ce"), (training, curve("train", "kl_loss"), ":", "KL"),
-                (training, curve("eval", "ce_loss"), mark, "ce held out"), (layers, layer("share"), mark + "-", "share missed"),
-                (layers, layer("cka"), mark + ":", "CKA"), (quality, [(m["parameters"], m["bits"])], mark, ""),
-                (trust, [(c / n, h / n) for n, h, c in m["calibration"] if n], mark + "-", f"ECE {m['ece']:.3f}")):
-            panel.plot(*zip(*points), line, color=color, markersize=5, linewidth=1.2, label=f"{label} {name}") if points else None
-        quality.vlines(m["parameters"], *m["bits_95"], color=color)
-        quality.annotate(f"  {label}", (m["parameters"], m["bits"]), va="center")
-    training.set(title="Training", xlabel="step", ylabel="nats a token", yscale="log")
-    layers.set(title="Layers against the teacher's", xlabel="student layer", ylabel="share of variance missed, CKA", ylim=(0, None))
+                (training, curve("train/ce_loss", "train/step"), "-", ": ce"),
+                (training, curve("train/kl_loss", "train/step"), ":", ": KL"),
+                (training, curve("eval/ce_loss", "eval/step"), mark, ": ce held out"),
+                (layers, layer("share"), mark + "-", ": missed"), (layers, layer("cka"), mark + ":", ": CKA"),
+                (quality, [(size, m["bits"])], mark, ""), (quality, [(size, x) for x in m["bits_95"]], "-", None),
+                (trust, [(c / n, h / n) for n, h, c in m["calibration"] if n], mark + "-", f": ECE {m['ece']:.3f}")):
+            if points:
+                panel.plot(*zip(*points), line, color=color, markersize=5, label=name if name is None else label + name)
+    training.set(title="Training", xlabel="step", ylabel="nats a token")
+    layers.set(title="Layers against the teacher's", xlabel="student layer", ylabel="share of variance missed; CKA")
     quality.set(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log")
+    quality.set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
     trust.set(title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
     trust.plot([0, 1], [0, 1], color="0.85", zorder=0)
-    for panel in (p for p in (training, layers, trust) if p.get_legend_handles_labels()[0]):
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    quality.minorticks_off(), quality.margins(0.25)
+    for panel in (p for p in (training, layers, quality, trust) if p.get_legend_handles_labels()[0]):
         panel.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 

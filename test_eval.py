@@ -127,7 +127,7 @@ def test_eval_teacher_against_itself(_eval_world):
     assert student["kl"] == 0 and student["agreement"] == 1 and student["perplexity"] == found["models"]["teacher"]["perplexity"]
     assert [x["teacher"] for x in student["layers"]] == [1, 2, 3, 4]
     assert all(x["cka"] == pytest.approx(1, abs=1e-9) and x["mse"] < 1e-12 for x in student["layers"])
-    assert found["against"][0]["verdict"] == "no significant difference" and found["against"][0]["interval"] == [0, 0]
+    assert found["against"]["teacher"]["verdict"] == "no significant difference" and found["against"]["teacher"]["interval"] == [0, 0]
 
 
 def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
@@ -202,7 +202,7 @@ def test_eval_report_files(_eval_world, _eval_found):
                 assert shown == "-"
             else:
                 assert float(shown.rstrip("kM")) * units.get(shown[-1], 1) == pytest.approx(value, rel=6e-3)
-    for x in _eval_found["against"]:
+    for x in _eval_found["against"].values():
         assert f"{x['difference']:+.4f} bits a byte ({x['interval'][0]:+.4f} to {x['interval'][1]:+.4f})" in text and x["verdict"] in text
     assert "report.png" in text and len(_eval_found["models"]["student"]["curves"]) == 12 + 3 and len(_eval_found["models"]["student"]["texts"]) == 3
     from matplotlib import image
@@ -244,7 +244,8 @@ def test_eval_same_numbers_on_two_ranks(_eval_world, _eval_found):
             assert one[key] is None or two["models"][label][key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (label, key)
         for a, b in zip(one["layers"], two["models"][label]["layers"], strict=True):
             assert a == pytest.approx(b, rel=1e-4)
-    for a, b in zip(_eval_found["against"], two["against"]):
+    for other, a in _eval_found["against"].items():
+        b = two["against"][other]
         assert a["verdict"] == b["verdict"] and a["interval"] == pytest.approx(b["interval"], rel=1e-4, abs=1e-7)
 
 
