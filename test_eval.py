@@ -16,6 +16,8 @@ import simple_distill
 
 # ---- mode eval ------------------------------------------------------------------------------------------------------
 
+_EVAL_QUICK = ("--generate_comparisons", "false", "--dtype", "fp32")
+
 
 def _eval_tokenizer(texts, size, folder):
     bpe = ByteLevelBPETokenizer()
@@ -112,7 +114,7 @@ def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
 
 
 def test_eval_temperature_is_that_of_training(_eval_world, _eval_found):
-    hot = _eval_report(_eval_world, "hot", "run/final", "--temperature", 2, "--generate_comparisons", "false")["models"]["student"]
+    hot = _eval_report(_eval_world, "hot", "run/final", "--temperature", 2, *_EVAL_QUICK)["models"]["student"]
     rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
     model, teacher = (AutoModelForCausalLM.from_pretrained(_eval_world / n).double() for n in ("run/final", "teacher"))
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_eval_temperature_is_that_of_training(_eval_world, _eval_found):
 
 
 def test_eval_teacher_against_itself(_eval_world):
-    found = _eval_report(_eval_world, "self", "teacher")
+    found = _eval_report(_eval_world, "self", "teacher", *_EVAL_QUICK)
     student = found["models"]["student"]
     assert student["kl"] == 0 and student["agreement"] == 1 and student["perplexity"] == found["models"]["teacher"]["perplexity"]
     assert [x["teacher"] for x in student["layers"]] == [1, 2, 3, 4]
@@ -215,14 +217,14 @@ def test_eval_report_files(_eval_world, _eval_found):
 
 def test_eval_without_matplotlib(_eval_world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _eval_report(_eval_world, "plain", "run/final")
+    _eval_report(_eval_world, "plain", "run/final", *_EVAL_QUICK)
     assert not (_eval_world / "plain/report.png").exists()
     assert "pip install matplotlib" in capsys.readouterr().out and "report.png)" not in (_eval_world / "plain/report.md").read_text()
 
 
 def test_eval_takes_a_checkpoint_of_a_run(_eval_world):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    last, earlier = (_eval_report(_eval_world, f"at{n}", f"run/checkpoints/step-{n:08d}", "--generate_comparisons", "false") for n in (12, 6))
+    last, earlier = (_eval_report(_eval_world, f"at{n}", f"run/checkpoints/step-{n:08d}", *_EVAL_QUICK) for n in (12, 6))
     final = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher")), 320)
     assert last["models"]["student"]["perplexity"] == pytest.approx(final["perplexity"], rel=1e-5)
     assert earlier["models"]["student"]["perplexity"] != pytest.approx(final["perplexity"], rel=1e-3)
@@ -234,7 +236,7 @@ def test_eval_takes_a_checkpoint_of_a_run(_eval_world):
 
 
 def test_eval_same_numbers_on_two_ranks(_eval_world, _eval_found):
-    words = _eval_words(_eval_world, "two", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger")
+    words = _eval_words(_eval_world, "two", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger", *_EVAL_QUICK)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", simple_distill.__file__, *words],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
