@@ -1087,8 +1087,8 @@ def token_terms(hidden_ND, own, labels_N, teacher, temperature):
 
 @torch.no_grad()
 def score(root, teacher, rows, batch_size, temperature, layer_rows):
-    """-> [rows, 5] sums of token_terms a sequence, [15, 3] tokens, hits, confidence a bin of confidence; a layer, over the
-    first rows: MSE to the teacher's (other width: after the best linear map), share of its variance, linear CKA."""
+    """-> [rows, 5] sums of token_terms a sequence, [15, 3] tokens, hits, confidence a bin of confidence; a layer, of
+    the first rows: MSE to the teacher's (other width: after the best linear map), share of its variance, linear CKA."""
     def look(model, batch):   # hidden states after each layer, the last one after the final norm
         out = model.base_model(input_ids=batch.input_ids, use_cache=False, output_hidden_states=True)
         return [h.flatten(0, 1)[batch.positions] for h in (*out.hidden_states[1:-1], out[0])], head_of(model)
@@ -1153,15 +1153,18 @@ METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accu
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
     run, student = resolve_demo(cfg), os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
-    base = load_tokenizer(run, run.teacher, student)
-    rows, teacher, models, sums, against = load_data(run, base)[1], load_teacher(run), {}, {}, {}
+    base, models, sums, against = load_tokenizer(run, run.teacher, student), {}, {}, {}
+    named = [("teacher", run.teacher), ("student", student), *(("compare", name) for name in cfg.compare)]
+    named = [(role, name.rstrip("/")) for role, name in named]
+    for role, name in named:   # a name that is no model is refused before any work
+        os.path.exists(os.path.join(name, "state.json")) or model_config(name, run, role)
+    rows, teacher = load_data(run, base)[1], load_teacher(run)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text or lower --seq_len")
     sizes, shown = retell(rows, base, base)[1], rows.select(range(0, len(rows), -(-len(rows) // 3)))
     prompts = [base.decode(row["input_ids"][:max(32, collate([row]).positions[0] + 1)]) for row in shown]
     prompts = prompts if cfg.generate_comparisons else []
-    for role, name in [("teacher", run.teacher), ("student", student), *(("compare", name) for name in cfg.compare)]:
-        name = name.rstrip("/")
+    for role, name in named:
         root, own, folder = (teacher, base, "") if role == "teacher" else load_evaluated(run, name, role)
         own, told, signal = own or base, rows, teacher
         check_head(root, role, name, own)
@@ -1194,10 +1197,9 @@ def report(cfg):
         low, high = interval(gap, sizes, cfg.seed)
         verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
         against[other] = dict(difference=(gap.sum() / sizes.sum()).item(), interval=[low, high], verdict=verdict)
-    tokens, how = models["teacher"]["tokens"], f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}"
-    how = (f"{len(rows)} held-out sequences of {run.dataset}, {tokens:,} tokens, {int(sizes.sum()):,} bytes; {how}; KL at T "
-           f"{cfg.temperature:g}; in brackets 95 %, bootstrap over sequences; x: times the teacher's; prefill of "
-           f"{cfg.batch_size} x {cfg.seq_len}, generation at batch 1, peak memory only on GPUs")
+    how = (f"{len(rows)} held-out sequences of {run.dataset}, {models['teacher']['tokens']:,} tokens, {int(sizes.sum()):,} "
+           f"bytes; {WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; KL at T {cfg.temperature:g}; in brackets 95 %, "
+           f"bootstrap over sequences; x: times the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; memory: GPUs only")
     if RANK == 0:
         write_report(cfg.output_dir, {"how": how, "against": against, "models": models, "prompts": prompts})
     all_sum(0)
