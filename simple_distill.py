@@ -1197,9 +1197,9 @@ def report(cfg):
         low, high = interval(gap, sizes, cfg.seed)
         verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
         against[other] = dict(difference=(gap.sum() / sizes.sum()).item(), interval=[low, high], verdict=verdict)
-    how = (f"{len(rows)} held-out sequences of {run.dataset}, {models['teacher']['tokens']:,} tokens, {int(sizes.sum()):,} "
-           f"bytes; {WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; KL at T {cfg.temperature:g}; in brackets 95 %, "
-           f"bootstrap over sequences; x: times the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; memory: GPUs only")
+    how = (f"{len(rows)} held-out sequences of {run.dataset}: {models['teacher']['tokens']:,} tokens, "
+           f"{int(sizes.sum()):,} bytes; {WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; T {cfg.temperature:g}; in "
+           f"brackets 95 % by bootstrap; x: of the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; memory: GPUs only")
     if RANK == 0:
         write_report(cfg.output_dir, {"how": how, "against": against, "models": models, "prompts": prompts})
     all_sum(0)
