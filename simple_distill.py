@@ -1198,8 +1198,8 @@ def report(cfg):
         verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
         against[other] = dict(difference=(gap.sum() / sizes.sum()).item(), interval=[low, high], verdict=verdict)
     how = (f"{len(rows)} held-out sequences of {run.dataset}: {models['teacher']['tokens']:,} tokens, "
-           f"{int(sizes.sum()):,} bytes; {WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; T {cfg.temperature:g}; in "
-           f"brackets 95 % by bootstrap; x: of the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; memory: GPUs only")
+           f"{int(sizes.sum()):,} bytes; {WORLD} x {DEVICE.type}, {compute_dtype(cfg)}; T {cfg.temperature:g}; "
+           f"brackets: 95 %, bootstrap; x: of the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; memory: GPUs only")
     if RANK == 0:
         write_report(cfg.output_dir, {"how": how, "against": against, "models": models, "prompts": prompts})
     all_sum(0)
