@@ -32,7 +32,7 @@ def _eval_model(folder, seed, width, layers, vocab=320, padding=0):
     AutoModelForCausalLM.from_config(LlamaConfig(
         vocab_size=vocab + padding, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
-        initializer_range=0.15)).save_pretrained(folder)
+        initializer_range=0.6)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,14 @@ def _eval_reference(model, teacher, rows, vocab):
         agree.append(p.argmax(-1) == q.argmax(-1))
         right.append(p.argmax(-1) == ids[0, 1:])
         confidence.append(p.max(-1)[0].exp())
+    rowwise = torch.stack([x.sum() for x in nll])
     nll, kl, agree, right, confidence = (torch.cat(x).double() for x in (nll, kl, agree, right, confidence))
     ece = 0.0
     for low in np.arange(15) / 15:
         inside = (confidence >= low) & (confidence < low + 1 / 15)
         ece += (right[inside].sum() - confidence[inside].sum()).abs().item() / len(right)
     return {"perplexity": nll.mean().exp().item(), "kl": kl.mean().item(), "agreement": agree.mean().item(), "accuracy": right.mean().item(),
-            "ece": ece, "nll": nll.sum().item(), "tokens": len(nll)}
+            "ece": ece, "nll": nll.sum().item(), "tokens": len(nll), "rows": rowwise}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,8 @@ def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
     for label, name in (("student", "run/final"), ("labels", "labels/final"), ("padded", "padded"), ("teacher", "teacher")):
         want, got = _eval_reference(_eval_world / name, _eval_world / "teacher", rows, 320), _eval_found["models"][label]
         assert got["tokens"] == want["tokens"]
+        around = simple_distill.interval(want["rows"], torch.tensor([len(r) - 1.0 for r in rows], dtype=torch.float64), 0)
+        assert got["perplexity_95"] == pytest.approx([math.exp(x) for x in around], rel=1e-5)
         for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
             assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6), (label, key)
 
