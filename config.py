@@ -33,7 +33,7 @@ DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmu
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
 
 
-DEMO_BLOCKWISE = dict(epochs_per_block=[0.1], lm_head_epochs=0.1, max_steps=200)
+DEMO_BLOCKWISE = dict(epochs_per_block=[0.1], lr_per_block=[4e-3], lm_head_epochs=0.1, lm_head_lr=4e-3, max_steps=200)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Config:
     distill_loss_type: Literal["mse", "cosine", "kl_div"] = knob("mse", "loss between hidden states")
     distill_loss_temperature: float = knob(1.0, "temperature of kl_div over the hidden dimension")
     use_stitching_layers: bool = knob(True, "a linear map from student width to teacher width a block")
-    stitching_layer_bias: bool = knob(True, "stitching layers have a bias")
+    stitching_layer_bias: bool = knob(True, "stitching layers have a bias (the last one only if the head has one)")
     freeze_previous_blocks: bool = knob(True, "block i trains alone (block_input student)")
     epochs_per_block: list[float] = knob([1.0], "passes over the data, one value or one a block")
     lr_per_block: list[float] = knob([1e-3], "learning rate, one value or one a block")
@@ -107,7 +107,7 @@ class Config:
     logit_loss_type: Literal["kl_div", "mse", "ce"] = knob("kl_div", "head loss: on the teacher's logits, or ce on labels")
     logit_loss_temperature: float = knob(1.0, "temperature of the head phase")
     logit_loss_weight: float = knob(1.0, "share of the teacher term in the head phase; the rest is ce on labels")
-    initialize_head_from_teacher: bool = knob(True, "start from the teacher's head, projected through the last stitch")
+    initialize_head_from_teacher: bool = knob(True, "begin from the teacher's norm and head, through the last stitch")
     # generate
     provider: Literal["openai", "anthropic", "local"] = knob("openai", "who answers: an SDK, or the model --teacher names")
     api_model: Optional[str] = knob(None, "model name at the provider")
