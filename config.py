@@ -25,8 +25,10 @@ def knob(default, help):
 
 # What the embedded demo sets where the user did not: found by a few dozen runs on 2 CPU cores (see README, Results).
 DEMO_VOCAB = 1024
-DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.05)
-DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6, initializer_range=0.05)
+DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                    initializer_range=0.05)
+DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
+                    initializer_range=0.05)
 DEMO_TEACHER_RUN = dict(alpha=1.0, seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05,
                         gradient_checkpointing=False, save_steps=250, eval_steps=0)
 DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05, alpha=0.1,
@@ -63,7 +65,7 @@ class Config:
     # objective
     alpha: float = knob(0.5, "weight of the label loss: 1 labels only, 0 teacher only")
     temperature: float = knob(1.0, "softens both distributions of the KL term, which is scaled by its square")
-    divergence: Literal["forward", "reverse", "jsd"] = knob("forward", "KL(teacher||student), KL(student||teacher), JSD")
+    divergence: Literal["forward", "reverse", "jsd"] = knob("forward", "KL(teacher||student), the reverse, or JSD")
     # optimiser
     num_epochs: float = knob(1.0, "passes over the training data (max_steps, if set, wins)")
     max_steps: Optional[int] = knob(None, "optimiser steps; unset: num_epochs decides")
@@ -90,7 +92,8 @@ class Config:
     keep_checkpoints: int = knob(3, "newest checkpoints to keep")
     log_steps: int = knob(10, "steps between log lines")
     # sharding
-    fsdp: Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"] = knob("full_shard", "how the student is spread")
+    fsdp: Literal["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"] = knob(
+        "full_shard", "how the student is spread: all of it, not its gathered weights, within a node, or not at all")
     shard_teacher: bool = knob(True, "spread the teacher too (else a whole copy a device)")
     cpu_offload: bool = knob(False, "keep weights and optimiser state in host memory between uses")
     # logging
@@ -106,28 +109,28 @@ class Config:
                 need(not isinstance(value, float) or math.isfinite(value), f"{f.name} is {value}; give a finite number")
                 low, high = RANGES.get(f.name, (None, None))
                 if value is not None and low is not None:
-                    need(low <= value <= high, f"{f.name} is {value}; it must be {'at least ' + f'{low:g}' if high == math.inf else f'between {low:g} and {high:g}'}")
+                    bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                    need(low <= value <= high, f"{f.name} is {value}; it must be {bounds}")
         for name in POSITIVE:
-            for value in (v if isinstance(v := getattr(self, name), list) else [v]):
-                need(value is None or value > 0, f"{name} is {value}; it must be greater than 0")
-            need(getattr(self, name) != [], f"{name} is empty; give one value, or one a block")
+            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be greater than 0")
         for name in ("output_dir", "teacher", "student", "dataset", "train_split", "text_column"):
             need(getattr(self, name).strip(), f"{name} is empty")
-        unread = [f.name for f in dataclasses.fields(self) if f.name not in READ_BY[self.mode] and getattr(self, f.name) != default_of(f)]
-        need(not unread, f"mode {self.mode} does not read {', '.join(unread)}; leave {'it' if len(unread) == 1 else 'them'} out")
-        need(self.lr_scheduler in [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")],
-             f"lr_scheduler {self.lr_scheduler!r} is unknown here; one of "
-             + ", ".join(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")))
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != default_of(f)]
+        unread = [name for name in given if name not in READ_BY[self.mode]]
+        need(not unread, f"mode {self.mode} does not read {', '.join(unread)}; leave that out")
+        known = [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")]
+        need(self.lr_scheduler in known, f"lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(known)}")
         scheduler_kwargs(self), parse_multipliers(self.lr_multipliers)
         if self.mode == "train" and self.cache_dir:
-            need(self.alpha < 1, f"alpha {self.alpha:g} never uses a teacher, so cache_dir {self.cache_dir!r} would be ignored; drop one")
-            need(self.divergence == "forward", f"divergence {self.divergence} needs whole distributions; a cache holds forward KL targets")
+            need(self.alpha < 1, f"alpha {self.alpha:g} uses no teacher, cache_dir {self.cache_dir!r} is one; drop either")
+            need(self.divergence == "forward", f"divergence {self.divergence} needs whole distributions; a cache holds "
+                 "targets of the forward KL")
         if self.mode == "cache":
             need(self.cache_dir, "mode cache writes cache_dir; name it with --cache_dir DIR")
         if self.mode == "train" and self.student.startswith("layers:"):
             need(self.teacher != "demo" or self.student[7:].isdigit(), f"student {self.student!r}; write layers:N")
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
-            need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one with --student, for example layers:4")
+            need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one, for example --student layers:4")
 
 
 def refuse(message):
@@ -135,23 +138,24 @@ def refuse(message):
 
 
 INF = math.inf
-RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accumulation_steps=(1, INF), warmup_ratio=(0, 1),
-              weight_decay=(0, INF), max_grad_norm=(0, INF), default_lr_multiplier=(0, INF), shuffle_buffer=(0, INF),
+RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accumulation_steps=(1, INF),
+              warmup_ratio=(0, 1), weight_decay=(0, INF), max_grad_norm=(0, INF), default_lr_multiplier=(0, INF),
+              shuffle_buffer=(0, INF),
               max_samples=(1, INF), eval_samples=(1, INF), max_steps=(1, INF), num_proc=(1, INF), seed=(0, 2**31),
-              cache_samples=(1, 255), cache_top_k=(1, INF), cache_chunk=(1, INF), save_steps=(0, INF), eval_steps=(0, INF),
-              keep_checkpoints=(1, INF), log_steps=(1, INF))
+              cache_samples=(1, 255), cache_top_k=(1, INF), cache_chunk=(1, INF), save_steps=(0, INF),
+              eval_steps=(0, INF), keep_checkpoints=(1, INF), log_steps=(1, INF))
 POSITIVE = ("temperature", "num_epochs", "learning_rate")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS, names = {}, list(FIELDS)
-starts = dict(run="mode", models="teacher", data="dataset", objective="alpha", optimiser="num_epochs", cache="cache_dir",
-              saving="save_steps", sharding="fsdp", logging="use_wandb")
+starts = dict(run="mode", models="teacher", data="dataset", objective="alpha", optimiser="num_epochs",
+              cache="cache_dir", saving="save_steps", sharding="fsdp", logging="use_wandb")
 for group, after in zip(starts, [*list(starts)[1:], None]):   # the groups are the runs of fields between these names
     GROUPS[group] = names[names.index(starts[group]):names.index(starts[after]) if after else None]
 READ_BY = {
     "train": {n for g in GROUPS if g != "cache" for n in GROUPS[g]} | {"cache_dir"},
-    "cache": {n for g in ("models", "data", "cache", "sharding") for n in GROUPS[g]} - {"gradient_checkpointing", "fsdp"}
-             | {"mode", "output_dir", "seed", "temperature", "batch_size"},
+    "cache": {n for g in ("models", "data", "cache", "sharding") for n in GROUPS[g]}
+             - {"gradient_checkpointing", "fsdp"} | {"mode", "output_dir", "seed", "temperature", "batch_size"},
 }
 
 
@@ -159,10 +163,11 @@ def default_of(f):
     return f.default if f.default is not dataclasses.MISSING else f.default_factory()
 
 
-# What may differ between the run that a checkpoint is of and the one that continues it. batch_size and accumulation may, as
-# long as the sequences a step stay the same: the trainer compares those.
-NO_EFFECT = {"mode", "output_dir", "resume", "num_proc", "max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps",
-             "gradient_checkpointing", "cache_dir", *GROUPS["saving"], *GROUPS["sharding"], *GROUPS["logging"]}
+# What may differ between the run that a checkpoint is of and the one that continues it. batch_size and accumulation
+# may, as long as the sequences a step stay the same: the trainer compares those.
+NO_EFFECT = {"mode", "output_dir", "resume", "num_proc", "max_steps", "num_epochs", "batch_size",
+             "gradient_accumulation_steps", "gradient_checkpointing", "cache_dir",
+             *GROUPS["saving"], *GROUPS["sharding"], *GROUPS["logging"]}
 
 
 def shapes_result(cfg):
@@ -170,7 +175,8 @@ def shapes_result(cfg):
 
 
 def refuse_changes(there, here, where, way_out="start over with --resume never or another --output_dir"):
-    changed = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in {**there, **here} if there.get(k) != here.get(k)]
+    names = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+    changed = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in names]
     if changed:
         raise UserError(f"{where} is of a run with {'; '.join(changed)}. Change it back, or {way_out}")
 
@@ -194,7 +200,7 @@ def scheduler_kwargs(cfg):
         given = json.loads(cfg.lr_scheduler_kwargs or "{}")
         assert isinstance(given, dict)
     except (ValueError, AssertionError):
-        raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is not a JSON object such as {{\"min_lr\": 1e-5}}")
+        raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is no JSON object like {{\"min_lr\": 1e-5}}")
     return given
 
 
@@ -215,7 +221,8 @@ def read_config_file(path):
     except OSError as e:
         raise UserError(f"--config {path}: {e.strerror}")
     except Exception as e:
-        raise UserError(f"--config {path} is not valid {'JSON' if path.endswith('.json') else 'YAML'}: {' '.join(str(e).split())[:200]}")
+        kind, why = "JSON" if path.endswith(".json") else "YAML", " ".join(str(e).split())[:200]
+        raise UserError(f"--config {path} is not valid {kind}: {why}")
     if not isinstance(values, dict):
         raise UserError(f"--config {path} holds a {type(values).__name__}, not a mapping of field: value")
     words = []
@@ -237,7 +244,8 @@ def nearest(name):
 
 
 def parse_config(argv):
-    parser = Parser(Config, allow_abbrev=False, prog="simple_distill.py", description="Knowledge distillation for language models.")
+    about = "Knowledge distillation for language models."
+    parser = Parser(Config, allow_abbrev=False, prog="simple_distill.py", description=about)
     parser.add_argument("--config", help="yaml or json file of these fields; the command line wins over it")
     flags = [re.sub("^no_", "", w[2:].split("=")[0].replace("-", "_")) for w in argv if w.startswith("--")]
     twice = sorted({n for n in flags if flags.count(n) > 1})
