@@ -31,7 +31,7 @@ DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2,
                     initializer_range=0.05)
 DEMO_TEACHER_RUN = dict(alpha=1.0, seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05,
                         gradient_checkpointing=False, save_steps=250, eval_steps=0)
-DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05, alpha=0.1,
+DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05,
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
 
 
@@ -122,7 +122,7 @@ class Config:
         need(self.lr_scheduler in known, f"lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(known)}")
         scheduler_kwargs(self), parse_multipliers(self.lr_multipliers)
         if self.mode == "train" and self.cache_dir:
-            need(self.alpha < 1, f"alpha {self.alpha:g} uses no teacher, cache_dir {self.cache_dir!r} is one; drop either")
+            need(self.alpha < 1, f"alpha {self.alpha:g} uses no teacher, cache_dir {self.cache_dir!r} is one")
             need(self.divergence == "forward", f"divergence {self.divergence} needs whole distributions; a cache holds "
                  "targets of the forward KL")
         if self.mode == "cache":
@@ -200,7 +200,7 @@ def scheduler_kwargs(cfg):
         given = json.loads(cfg.lr_scheduler_kwargs or "{}")
         assert isinstance(given, dict)
     except (ValueError, AssertionError):
-        raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is no JSON object like {{\"min_lr\": 1e-5}}")
+        raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is no JSON object")
     return given
 
 
