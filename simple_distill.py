@@ -364,6 +364,7 @@ def tokenize(raw, tokenizer, cfg, what):
     workers = min(cfg.num_proc or 1, len(raw))
     kwargs = dict(raws=[raw.shard(workers, i, contiguous=True) for i in range(workers)], tokenizer=tokenizer,
                   text_column=cfg.text_column, seq_len=cfg.seq_len)
+    os.environ["TOKENIZERS_PARALLELISM"] = str(workers == 1).lower()   # its threads do not survive a fork
     try:
         with node_first():
             rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, gen_kwargs=kwargs,
