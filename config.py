@@ -1,21 +1,35 @@
 """Every knob of simple_distill in one flat dataclass: a default, one line of help, and all cross-field checks.
 
     cfg = parse_config(sys.argv[1:])     # defaults < demo defaults < --config FILE < command line
+
+Below it what a run reads besides knobs: the demo's files and words that explain bad input. No torch in here.
 """
+import contextlib
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
 import re
+import sysconfig
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+import transformers
 from transformers import HfArgumentParser, SchedulerType
 
 
 class UserError(Exception):
     """Anything the user can mend: shown as one `error:` line without a traceback, exit code 2."""
+
+
+def one_line(e, limit=160):
+    return " ".join(f"{type(e).__name__}: {e}".split())[:limit]
+
+
+def digest(*things):
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def knob(default, help):
@@ -33,12 +47,14 @@ DEMO_TEACHER_RUN = dict(alpha=1.0, seq_len=128, batch_size=16, max_steps=500, le
                         gradient_checkpointing=False, save_steps=250, eval_steps=0)
 DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05,
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
+DEMO_BLOCKWISE = dict(epochs_per_block=[0.1], lr_per_block=[4e-3], lm_head_epochs=0.1, lm_head_lr=4e-3,
+                      max_steps=200)
 
 
 @dataclass
 class Config:
     # run
-    mode: Literal["train", "cache"] = knob("train", "train, or fill a teacher cache")
+    mode: Literal["train", "cache", "generate", "eval"] = knob("train", "what to do")
     output_dir: str = knob("out", "where everything of this run goes")
     seed: int = knob(0, "of data order, random weights and dropout")
     resume: str = knob("auto", "auto: newest checkpoint of output_dir; never: start over; or a checkpoint path")
@@ -86,6 +102,44 @@ class Config:
     cache_top_k: int = knob(64, "largest logits a token (method topk)")
     cache_chunk: int = knob(256, "sequences a cache file")
     force_regenerate: bool = knob(False, "empty cache_dir first")
+    # block-wise
+    blockwise: bool = knob(False, "match hidden states block by block, then the head, then distil as usual")
+    block_input: Literal["student", "teacher"] = knob("student", "what feeds block i: its own stream or the teacher's")
+    distill_loss_type: Literal["mse", "cosine", "kl_div"] = knob("mse", "loss between hidden states")
+    distill_loss_temperature: float = knob(1.0, "temperature of kl_div over the hidden dimension")
+    use_stitching_layers: bool = knob(True, "a linear map from student width to teacher width a block")
+    stitching_layer_bias: bool = knob(True, "stitching layers have a bias")
+    freeze_previous_blocks: bool = knob(True, "block i trains alone (block_input student)")
+    epochs_per_block: list[float] = knob([1.0], "passes over the data, one value or one a block")
+    lr_per_block: list[float] = knob([1e-3], "learning rate, one value or one a block")
+    wd_per_block: list[float] = knob([0.0], "weight decay, one value or one a block")
+    max_grad_norm_per_block: list[float] = knob([1.0], "gradient clipping, one value or one a block; 0: none")
+    train_lm_head: bool = knob(True, "train norm and head on the teacher's logits after the blocks")
+    lm_head_epochs: float = knob(1.0, "passes over the data for the head")
+    lm_head_lr: float = knob(1e-3, "learning rate of the head phase")
+    lm_head_wd: float = knob(0.0, "weight decay of the head phase")
+    lm_head_max_grad_norm: float = knob(1.0, "gradient clipping of the head phase; 0: none")
+    logit_loss_type: Literal["kl_div", "mse", "ce"] = knob("kl_div", "of the teacher's logits, or ce on labels")
+    logit_loss_temperature: float = knob(1.0, "temperature of the head phase")
+    logit_loss_weight: float = knob(1.0, "weight of the teacher term in the head phase; the rest: ce")
+    initialize_head_from_teacher: bool = knob(True, "start from the teacher's head, projected through the last stitch")
+    # generate
+    provider: Literal["openai", "anthropic", "local"] = knob("openai", "who answers: an API, or --teacher's model here")
+    api_model: Optional[str] = knob(None, "model name at the provider")
+    api_base: Optional[str] = knob(None, "URL of an OpenAI- or Anthropic-compatible server")
+    num_examples: int = knob(100, "prompts to ask")
+    categories: list[str] = knob([], "task categories, name or name=weight; unset: all eight alike")
+    prompts_file: Optional[str] = knob(None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)")
+    max_tokens: int = knob(1024, "longest reply in tokens")
+    api_temperature: float = knob(0.7, "sampling temperature of the replies")
+    concurrency: int = knob(8, "requests in flight (provider local: prompts a batch)")
+    max_cost: Optional[float] = knob(None, "USD that are never exceeded, requests in flight included; needs prices")
+    price_in: Optional[float] = knob(None, "USD a million prompt tokens")
+    price_out: Optional[float] = knob(None, "USD a million reply tokens")
+    request_timeout: float = knob(120.0, "seconds before a request is given up and tried again")
+    # eval
+    compare: list[str] = knob([], "more model directories to put beside the student")
+    generate_comparisons: bool = knob(True, "show continuations of held-out prompts side by side")
     # saving
     save_steps: int = knob(200, "steps between checkpoints; 0: only at the end")
     eval_steps: int = knob(200, "steps between evaluations; 0: only at the end")
@@ -112,17 +166,23 @@ class Config:
                     bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                     need(low <= value <= high, f"{f.name} is {value}; it must be {bounds}")
         for name in POSITIVE:
-            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be greater than 0")
+            need(getattr(self, name) != [], f"{name} is empty; give one value, or one a block")
+            for value in v if isinstance(v := getattr(self, name), list) else [v]:
+                zero = name == "num_epochs" and self.blockwise   # then it ends after the head
+                need(value is None or value > 0 or zero, f"{name} is {value}; it must be greater than 0")
         for name in ("output_dir", "teacher", "student", "dataset", "train_split", "text_column"):
             need(getattr(self, name).strip(), f"{name} is empty")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != default_of(f)]
         unread = [name for name in given if name not in READ_BY[self.mode]]
         need(not unread, f"mode {self.mode} does not read {', '.join(unread)}; leave that out")
+        unread = [name for name in given if name in GROUPS["blockwise"] and not self.blockwise]
+        need(not unread, f"{', '.join(unread)} needs --blockwise; add it, or leave that out")
         known = [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")]
         need(self.lr_scheduler in known, f"lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(known)}")
         scheduler_kwargs(self), parse_multipliers(self.lr_multipliers)
         if self.mode == "train" and self.cache_dir:
             need(self.alpha < 1, f"alpha {self.alpha:g} uses no teacher, cache_dir {self.cache_dir!r} is one")
+            need(not self.blockwise, f"blockwise needs hidden states, cache_dir {self.cache_dir!r} has none; drop one")
             need(self.divergence == "forward", f"divergence {self.divergence} needs whole distributions; a cache holds "
                  "targets of the forward KL")
         if self.mode == "cache":
@@ -131,6 +191,25 @@ class Config:
             need(self.teacher != "demo" or self.student[7:].isdigit(), f"student {self.student!r}; write layers:N")
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
             need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one, for example --student layers:4")
+        if self.mode == "generate":
+            need(self.provider == "local" or self.api_model, f"provider {self.provider} needs --api_model NAME")
+            need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
+                 "needs prices: give --price_in and --price_out, USD a million tokens")
+        if self.mode == "train" and not self.blockwise:
+            need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
+        if self.blockwise:
+            need(self.alpha < 1, "alpha 1 never loads a teacher, blockwise learns from one; choose alpha below 1")
+            need(not self.streaming, "blockwise counts in epochs, a stream has no length; drop --streaming")
+            for loss in ("distill_loss", "logit_loss"):
+                kind, used = getattr(self, f"{loss}_type"), getattr(self, f"{loss}_temperature")
+                need(kind == "kl_div" or used == 1, f"{loss}_temperature {used:g} means nothing to {loss}_type {kind}")
+            need(self.use_stitching_layers or self.stitching_layer_bias, "stitching_layer_bias false needs stitches; "
+                 "drop it or use_stitching_layers false")
+            if self.block_input == "teacher":
+                need(self.freeze_previous_blocks, "block_input teacher trains every block on its own; drop "
+                     "freeze_previous_blocks false")
+                need(len(self.epochs_per_block) == len(self.wd_per_block) == 1, "block_input teacher trains all blocks "
+                     "at once; give one value for epochs_per_block and wd_per_block")
 
 
 def refuse(message):
@@ -140,22 +219,30 @@ def refuse(message):
 INF = math.inf
 RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accumulation_steps=(1, INF),
               warmup_ratio=(0, 1), weight_decay=(0, INF), max_grad_norm=(0, INF), default_lr_multiplier=(0, INF),
-              shuffle_buffer=(0, INF),
-              max_samples=(1, INF), eval_samples=(1, INF), max_steps=(1, INF), num_proc=(1, INF), seed=(0, 2**31),
-              cache_samples=(1, 255), cache_top_k=(1, INF), cache_chunk=(1, INF), save_steps=(0, INF),
+              shuffle_buffer=(0, INF), max_samples=(1, INF), eval_samples=(1, INF), max_steps=(0, INF),
+              num_epochs=(0, INF), num_proc=(1, INF), seed=(0, 2**31), cache_samples=(1, 255), cache_top_k=(1, INF),
+              cache_chunk=(1, INF), wd_per_block=(0, INF), max_grad_norm_per_block=(0, INF), lm_head_wd=(0, INF),
+              lm_head_max_grad_norm=(0, INF), logit_loss_weight=(0, 1), num_examples=(1, INF), max_tokens=(1, INF),
+              api_temperature=(0, 2), concurrency=(1, INF), price_in=(0, INF), price_out=(0, INF), save_steps=(0, INF),
               eval_steps=(0, INF), keep_checkpoints=(1, INF), log_steps=(1, INF))
-POSITIVE = ("temperature", "num_epochs", "learning_rate")
+POSITIVE = ("temperature", "num_epochs", "learning_rate", "distill_loss_temperature", "epochs_per_block",
+            "lr_per_block", "lm_head_epochs", "lm_head_lr", "logit_loss_temperature", "max_cost", "request_timeout")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS, names = {}, list(FIELDS)
 starts = dict(run="mode", models="teacher", data="dataset", objective="alpha", optimiser="num_epochs",
-              cache="cache_dir", saving="save_steps", sharding="fsdp", logging="use_wandb")
+              cache="cache_dir", blockwise="blockwise", generate="provider", eval="compare", saving="save_steps",
+              sharding="fsdp", logging="use_wandb")
 for group, after in zip(starts, [*list(starts)[1:], None]):   # the groups are the runs of fields between these names
     GROUPS[group] = names[names.index(starts[group]):names.index(starts[after]) if after else None]
 READ_BY = {
-    "train": {n for g in GROUPS if g != "cache" for n in GROUPS[g]} | {"cache_dir"},
+    "train": {n for g in GROUPS if g not in ("generate", "eval", "cache") for n in GROUPS[g]} | {"cache_dir"},
     "cache": {n for g in ("models", "data", "cache", "sharding") for n in GROUPS[g]}
-             - {"gradient_checkpointing", "fsdp"} | {"mode", "output_dir", "seed", "temperature", "batch_size"},
+             - {"gradient_checkpointing", "fsdp", "shuffle_buffer"} | {"mode", "output_dir", "seed", "temperature"},
+    "generate": {*GROUPS["generate"], "mode", "output_dir", "seed", "teacher", "tokenizer", "dtype",
+                 "trust_remote_code"},
+    "eval": {*GROUPS["eval"], *GROUPS["data"], "mode", "output_dir", "seed", "teacher", "student", "tokenizer", "dtype",
+             "compile", "trust_remote_code", "temperature", "batch_size", "shard_teacher", "cpu_offload"},
 }
 
 
@@ -259,9 +346,10 @@ def parse_config(argv):
     values, left = parser.parse_known_args(given)
     if left:
         raise UserError(f"cannot make sense of {' '.join(left)!r}; flags start with --")
-    if values.student == "demo" and (values.teacher == "demo" or values.mode == "train"):
-        parser.set_defaults(**{k: v for k, v in DEMO.items() if k in READ_BY[values.mode]})
-        values = parser.parse_args(given)
+    if values.student == "demo" and (values.teacher == "demo" or values.mode in ("train", "eval")):
+        defaults = DEMO | (DEMO_BLOCKWISE if values.blockwise else {})
+        parser.set_defaults(**{k: v for k, v in defaults.items() if k in READ_BY[values.mode]})
+        values = parser.parse_args(given)   # a second time: now with those defaults
     values = {k: v for k, v in vars(values).items() if k != "config"}
     return Config(**values)
 
@@ -271,3 +359,47 @@ def save_config(cfg, path):
     with open(aside, "w", encoding="utf-8") as f:
         json.dump(cfg if isinstance(cfg, dict) else dataclasses.asdict(cfg), f, indent=2)
     os.replace(aside, path)
+
+
+def explain_bad_file(path, kind):
+    """The reader's message does not say where: name the line."""
+    with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8").strip()
+                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object with columns")
+            except ValueError as e:   # UnicodeDecodeError is one
+                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+
+
+# ----- the demo: text, tokenizer and model shapes from what every machine has, as ordinary files
+
+def stdlib_sources():
+    """(name, text) of every module of Python's own library, tests left out."""
+    root = sysconfig.get_paths()["stdlib"]
+    skip = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo pydoc_data".split())
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(set(inside) - skip)
+        for file in sorted(f for f in files if f.endswith(".py")):
+            with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
+                yield os.path.relpath(os.path.join(folder, file), root), f.read()
+
+
+def make_demo(path):
+    """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
+    from tokenizers import ByteLevelBPETokenizer
+    os.makedirs(path("corpus"), exist_ok=True)
+    parts = {"train": [], "validation": []}
+    for name, text in stdlib_sources():
+        parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
+    for split, texts in parts.items():
+        with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+                                         ).save_pretrained(path("tokenizer"))
+    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
+        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
+                                 bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))

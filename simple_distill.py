@@ -12,7 +12,7 @@ block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T po
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
 import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, itertools, json, math, os
-import resource, shutil, signal, sys, sysconfig, time, types, warnings, zlib
+import resource, shutil, signal, sys, time, types, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, Config, UserError, parse_config,
+from config import (DEMO_TEACHER_RUN, Config, UserError, digest, explain_bad_file, make_demo, one_line, parse_config,
                     parse_multipliers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,9 +73,6 @@ def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-def digest(*things):
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective
@@ -247,9 +244,6 @@ def as_head(head):
 CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
-def one_line(e, limit=160):
-    return " ".join(f"{type(e).__name__}: {e}".split())[:limit]
-
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
     has_one = lambda name: not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
@@ -281,17 +275,6 @@ def load_raw(cfg, split, streaming):
         explain_bad_file(name, kind)
         tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
         raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
-
-def explain_bad_file(path, kind):
-    """The reader's message does not say where: name the line."""
-    with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").strip()
-                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
-                    raise ValueError("not an object with columns")
-            except ValueError as e:   # UnicodeDecodeError is one
-                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
@@ -492,34 +475,6 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the
 # demo is a run like any other.
-
-def stdlib_sources():
-    """(name, text) of every module of Python's own library, tests left out."""
-    root = sysconfig.get_paths()["stdlib"]
-    skip = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo pydoc_data".split())
-    for folder, inside, files in os.walk(root):
-        inside[:] = sorted(set(inside) - skip)
-        for file in sorted(f for f in files if f.endswith(".py")):
-            with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
-                yield os.path.relpath(os.path.join(folder, file), root), f.read()
-
-def make_demo(path):
-    """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
-    from tokenizers import ByteLevelBPETokenizer
-    os.makedirs(path("corpus"), exist_ok=True)
-    parts = {"train": [], "validation": []}
-    for name, text in stdlib_sources():
-        parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
-    for split, texts in parts.items():
-        with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
-                                         ).save_pretrained(path("tokenizer"))
-    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
-                                 bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 def resolve_demo(cfg):
     """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
