@@ -242,6 +242,8 @@ def as_head(head):
 # number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
 
 CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
+                  "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 def load_tokenizer(cfg, *candidates):
@@ -291,69 +293,61 @@ def conversation_of(row):
 def render(messages, tokenizer, marks):
     """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
     when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
-    text, spans = "", []
-    if not tokenizer.chat_template:
-        for m in messages:
-            start, ours = len(text), m["role"] == "assistant"
-            text += m["content"] + ((tokenizer.eos_token or "") if ours else "\n")
-            spans += [(start, len(text))] if ours else []
-        return text, spans
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False,
+                              chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
+    text, spans = write(messages), []
     for i, m in enumerate(messages):
         if m["role"] == "assistant" and m.get("content"):
-            changed = [*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]]
-            other = tokenizer.apply_chat_template(changed, tokenize=False)
+            other = write([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
             start = len(os.path.commonprefix([text, other]))
             end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
             mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
             spans.append((start, text.index(mark, end) + len(mark)))
     return text, spans
 
-def encode(batch, tokenizer, text_column, seq_len, carry):
-    """Raw rows -> token rows. Text joins carry and leaves it in blocks of seq_len; a conversation is a row."""
-    talks = [c for c in map(conversation_of, batch) if c]
-    plain = [row[text_column] for row in batch if row.get(text_column)] if not talks else []
-    eos = tokenizer.eos_token_id
-    for ids in tokenizer(plain, verbose=False)["input_ids"] if plain else ():
-        carry += ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-    whole = len(carry) // seq_len * seq_len
-    yield from ({"input_ids": carry[i:i + seq_len], "targets": None} for i in range(0, whole, seq_len))
-    del carry[:whole]
-    if talks:
-        added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-        marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-        talks = [render(c, tokenizer, marks) for c in talks]
-        coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
-                          return_offsets_mapping=True, verbose=False)
-        for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
-            targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
-            if any(targets[1:]):   # the first token has nothing to be predicted from
-                yield {"input_ids": ids[:seq_len], "targets": targets}
+def rows_of(columns):
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
-def encode_all(raws, **how):
-    for raw in raws:
-        carry = []
-        for batch in raw.iter(1000):
-            yield from encode([dict(zip(batch, values)) for values in zip(*batch.values())], carry=carry, **how)
-        if len(carry) > 1:
-            yield {"input_ids": carry, "targets": None}
+def encode(columns, tokenizer, text_column, seq_len):
+    """Raw rows -> token rows, both as columns. Texts are joined with EOS and cut into blocks of seq_len (the last of a
+    call may be shorter); a conversation is a row of its own, and targets says which tokens the assistant wrote."""
+    batch, found = rows_of(columns), {"input_ids": [], "targets": []}
+    talks = [c for c in map(conversation_of, batch) if c]
+    if not talks:
+        texts, eos = [row[text_column] for row in batch if row.get(text_column)], tokenizer.eos_token_id
+        coded = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        ids = [i for x in coded for i in (x if eos is None or x[-1:] == [eos] else [*x, eos])]
+        blocks = [ids[i:i + seq_len] for i in range(0, len(ids) - 1, seq_len)]   # - 1: one token predicts nothing
+        return {"input_ids": blocks, "targets": [None] * len(blocks)}
+    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    talks = [render(c, tokenizer, marks) for c in talks]
+    coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
+                      return_offsets_mapping=True, verbose=False)
+    for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
+        targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
+        if any(targets[1:]):   # the first token has nothing to be predicted from
+            found["input_ids"].append(ids[:seq_len])
+            found["targets"].append(targets)
+    return found
 
 def tokenize(raw, tokenizer, cfg, what):
     """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
-    columns = (("input_ids", "int32"), ("targets", "bool"))
-    features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in columns})
     code = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     mark = digest(raw._fingerprint, digest(code, str(tokenizer.chat_template)), cfg.text_column, cfg.seq_len)
+    place = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill", f"{mark}.arrow")
     workers = min(cfg.num_proc or 1, len(raw))
-    kwargs = dict(raws=[raw.shard(workers, i, contiguous=True) for i in range(workers)], tokenizer=tokenizer,
-                  text_column=cfg.text_column, seq_len=cfg.seq_len)
     os.environ["TOKENIZERS_PARALLELISM"] = str(workers == 1).lower()   # its threads do not survive a fork
+    list_of = lambda kind: datasets.List(datasets.Value(kind))
+    os.makedirs(os.path.dirname(place), exist_ok=True)
     try:
         with node_first():
-            rows = datasets.Dataset.from_generator(encode_all, features=features, fingerprint=mark, gen_kwargs=kwargs,
-                                                   num_proc=workers if workers > 1 else None)
-    except datasets.exceptions.DatasetGenerationError as e:
-        raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e.__cause__ or e)}")
+            rows = raw.map(encode, batched=True, remove_columns=raw.column_names, cache_file_name=place,
+                           num_proc=workers if workers > 1 else None, new_fingerprint=mark,
+                           features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")),
+                           fn_kwargs=dict(tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len))
+    except Exception as e:
+        raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e)}")
     if len(rows) == 0:
         raise UserError(f"{what}: none of {len(raw)} rows has a target token (one-token rows, or no assistant turn?)")
     if rows[0]["targets"] is not None and len(rows) < len(raw):
@@ -361,7 +355,7 @@ def tokenize(raw, tokenizer, cfg, what):
     return rows.with_format("numpy")
 
 def load_data(cfg, tokenizer):
-    """-> (train rows or stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
+    """-> (train rows or raw stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
     if tokenizer is None:
         raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; use --tokenizer")
     with node_first():
@@ -376,18 +370,16 @@ def load_data(cfg, tokenizer):
         raise UserError(f"dataset {cfg.dataset!r} has " + (
             "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
             f"it has {', '.join(row)}: name one with --text_column"))
-    if cfg.streaming:
-        if held is None:   # the head of the stream is kept back
-            held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
-            raw = raw.skip(len(held))
-        rows = raw.take(cfg.max_samples) if cfg.max_samples else raw
-    else:
-        raw = raw.take(min(cfg.max_samples or len(raw), len(raw)))
-        if held is None and len(raw) > 1:
-            gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-            kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
-            held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
-        rows = tokenize(raw, tokenizer, cfg, "train")
+    if cfg.max_samples:
+        raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
+    if held is None and cfg.streaming:   # the head of the stream is kept back
+        held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
+        raw = raw.skip(len(held))
+    elif held is None and len(raw) > 1:
+        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
+        kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
+        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
+    rows = raw if cfg.streaming or cfg.mode == "eval" and held else tokenize(raw, tokenizer, cfg, "train")
     if held is not None:
         held = tokenize(held, tokenizer, cfg, "eval")
     elif len(rows) == 1:
@@ -431,19 +423,17 @@ def indexed_batches(rows, seed, global_batch, step):
             yield order[start:start + global_batch].tolist(), None
         step = 0
 
-def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
-    """The same from a stream. Windows of raw rows are shuffled whole, so that the position is where the window began,
-    what was carried into it and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
+def streamed_batches(raw, encode_columns, seed, window, global_batch, state):
+    """The same from a stream. Windows of raw rows are packed and shuffled whole, so that the position is where the
+    window began and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
     beginning, size, pending = raw.state_dict(), window or 1000, []
-    state = state or {"epoch": 0, "window": 0, "used": 0, "carry": [], "source": beginning}
+    state = state or {"epoch": 0, "window": 0, "used": 0, "source": beginning}
     raw.load_state_dict(state["source"])
     source = iter(raw)
     while True:
-        block, carry = list(itertools.islice(source, size)), list(state["carry"])
-        rows, ended = list(encode_rows(block, carry=carry)), len(block) < size
-        if ended:
-            rows, carry = rows + [{"input_ids": carry, "targets": None}] * (len(carry) > 1), []
-        shuffle = torch.Generator().manual_seed(seed * 1_000_003 + state["window"])
+        block = list(itertools.islice(source, size))
+        rows = rows_of(encode_columns({k: [row[k] for row in block] for k in (block or [()])[0]}))
+        shuffle, ended = torch.Generator().manual_seed(seed * 1_000_003 + state["window"]), len(block) < size
         order = torch.randperm(len(rows), generator=shuffle).tolist() if window else range(len(rows))
         for used in range(state["used"], len(rows)):
             pending.append(rows[order[used]])
@@ -452,7 +442,7 @@ def streamed_batches(raw, encode_rows, seed, window, global_batch, state):
                 pending = []
         if ended and state["window"] == 0 and not rows:
             raise UserError("no row of the stream has a target token")
-        state = {"epoch": state["epoch"] + ended, "window": state["window"] + 1, "used": 0, "carry": carry,
+        state = {"epoch": state["epoch"] + ended, "window": state["window"] + 1, "used": 0,
                  "source": beginning if ended else raw.state_dict()}
         if ended:
             raw.load_state_dict(beginning)
@@ -1009,15 +999,16 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16):
 def lock(folder):
     """One run a directory; the kernel drops the lock with its process. One made for a refused run goes again."""
     made, problem, handle = not os.path.isdir(folder), None, None
-    if RANK == 0:
-        try:
+    try:
+        if RANK == 0:
             os.makedirs(folder, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable"
-        except OSError as e:
-            problem = f"cannot use {folder!r} as a directory ({e.strerror})"
-            problem = f"another run is at work in {folder!r}" if isinstance(e, BlockingIOError) else problem
+    except BlockingIOError:
+        problem = f"another run is at work in {folder!r}"
+    except OSError as e:
+        problem = f"cannot use {folder!r} as a directory ({e.strerror})"
     problem = from_rank0(problem)
     try:
         if problem:

@@ -679,7 +679,7 @@ def target_runs(row, tokenizer):
 
 
 def encode(rows, tokenizer, seq_len=512):
-    return list(sd.encode(rows, tokenizer, "text", seq_len, []))
+    return sd.rows_of(sd.encode({k: [row[k] for row in rows] for k in rows[0]}, tokenizer, "text", seq_len))
 
 
 TWO_TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hello there"},
