@@ -12,7 +12,7 @@ block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T po
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
 import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, itertools, json, math, os
-import resource, shutil, signal, sys, time, types, warnings, zlib
+import resource, shutil, signal, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
@@ -1030,14 +1030,11 @@ def tensors_of(root, optimizer, health):
 def save_checkpoint(folder, step, tensors, state, keep):
     """-> None, or what went wrong. Written aside, synced, renamed; nothing old is deleted before the new one stands."""
     final, aside, problem = os.path.join(folder, f"step-{step:08d}"), os.path.join(folder, f"tmp-{step:08d}"), None
+    if RANK == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    all_sum(0)
     try:
-        if RANK == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.makedirs(aside)
-        all_sum(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # DCP speaks about its own defaults
-            dcp.save(tensors, checkpoint_id=aside)   # syncs each file
+        dcp.save(tensors, checkpoint_id=aside)   # syncs each file
         if RANK == 0:
             state["files"] = {f: os.path.getsize(os.path.join(aside, f)) for f in sorted(os.listdir(aside))}
             with open(os.path.join(aside, "state.json"), "w", encoding="utf-8") as f:
@@ -1090,9 +1087,7 @@ def load_checkpoint(found, tensors):
     """Load the first of the found checkpoints that can be read, in place -> its state."""
     for path, state in found:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.load(tensors, checkpoint_id=path)
+            dcp.load(tensors, checkpoint_id=path)
             print0(f"resumes from {path}")
             return state
         except Exception as e:
@@ -1117,7 +1112,6 @@ def prepare_output(cfg, step):
                     kept.write(line if at <= step > 0 else "")
         os.replace(kept.name, f.name)
     all_sum(0)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
