@@ -361,9 +361,10 @@ def save_config(cfg, path):
     os.replace(aside, path)
 
 
-def explain_bad_file(path, kind):
+def explain_bad_file(path):
     """The reader's message does not say where: name the line."""
-    with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
+    lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
+    with open(path, "rb") if lined else contextlib.nullcontext(()) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode("utf-8").strip()

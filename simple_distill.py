@@ -253,7 +253,8 @@ def load_tokenizer(cfg, *candidates):
     try:
         return name and AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        raise UserError(f"no tokenizer in {name!r} ({one_line(e)}); name one with --tokenizer")
+        raise UserError(f"{name!r} has no tokenizer that can be read ({one_line(e, 80)}); is the name right? "
+                        "--tokenizer names another")
 
 def load_raw(cfg, split, streaming):
     """One split as rows of text or conversations; None where there is no such split."""
@@ -274,7 +275,7 @@ def load_raw(cfg, split, streaming):
     except Exception as e:
         if "Unknown split" in str(e) or "Bad split" in str(e):
             return None
-        explain_bad_file(name, kind)
+        explain_bad_file(name)
         tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
         raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
 
@@ -347,6 +348,7 @@ def tokenize(raw, tokenizer, cfg, what):
                            features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")),
                            fn_kwargs=dict(tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len))
     except Exception as e:
+        explain_bad_file(cfg.dataset)
         raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e)}")
     if len(rows) == 0:
         raise UserError(f"{what}: none of {len(raw)} rows has a target token (one-token rows, or no assistant turn?)")
@@ -1080,7 +1082,7 @@ def find_checkpoints(cfg):
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
     found = from_rank0(found)
     if paths and not found:
-        raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never")
+        raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
     return found
 
 def load_checkpoint(found, tensors):
@@ -1092,7 +1094,7 @@ def load_checkpoint(found, tensors):
             return state
         except Exception as e:
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-    raise UserError(f"no readable checkpoint in {os.path.dirname(found[0][0])!r}; start over with --resume never")
+    raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
 
 def prepare_output(cfg, step):
     """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
