@@ -406,8 +406,8 @@ def describe_cache(cfg, tokenizer, rows, dtype):
         teacher=cfg.teacher, revision=revision, weights=weights, dtype=dtype, vocabulary=vocabulary,
         tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template), dataset=cfg.dataset,
         dataset_fingerprint=digest(None if cfg.streaming else len(rows), list(itertools.islice(rows, 64))),
-        seq_len=cfg.seq_len, temperature=cfg.temperature, method=cfg.cache_method, size=size, seed=cfg.seed,
-        chunk=cfg.cache_chunk,
+        eval_samples=cfg.eval_samples, seq_len=cfg.seq_len, temperature=cfg.temperature, method=cfg.cache_method,
+        size=size, seed=cfg.seed, chunk=cfg.cache_chunk,
         group=max(1, 4096 // cfg.seq_len),   # sequences a forward: what shares a batch changes the last bits of logits
         # of an id, of its count or log-probability, of what else is kept a token (its entropy)
         bits=[(vocabulary - 1).bit_length(), *((8, 0) if topk else ((size - 1).bit_length(), 12))])

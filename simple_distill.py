@@ -534,8 +534,8 @@ def unpack_row(data, tokens, n, entries, m):
 
 @torch.no_grad()
 def keep_teacher(signal_of, rows, first, m):
-    """One teacher forward, by every rank since a sharded teacher needs them all -> each row's
-    bytes and, for the table, what is in them: 1 row, tokens, targets, entries, teacher mass, checksum."""
+    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, their line in the table: 1
+    row, tokens, targets, entries, teacher mass, checksum) a row."""
     (hidden_ND, head), V, (wide, bits, more), packed = signal_of(collate(rows)), m["vocabulary"], m["bits"], []
     for index, row in enumerate(rows, first):
         ids = np.asarray(row["input_ids"])
@@ -565,7 +565,7 @@ def keep_teacher(signal_of, rows, first, m):
         packed.append((data, (1, len(ids), n, len(both), mass.sum(), zlib.crc32(data))))
     return packed
 
-def fill_chunks(place, splits, m, encoding, signal_of, paths):
+def fill_chunks(place, splits, m, how, signal_of, paths):
     """Make the chunks that no living worker has, list them all, yield tokens after each forward. A stream is cut into
     blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
     with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
@@ -578,8 +578,8 @@ def fill_chunks(place, splits, m, encoding, signal_of, paths):
                         continue
                     block, first = [dict(zip(columns, x)) for x in zip(*columns.values())], c * m["chunk"] + (odd << 60)
                     if not isinstance(rows, datasets.Dataset):
-                        block, first = list(encode_all([datasets.Dataset.from_list(block)], **encoding)), c << 32
-                    packed = [(b"", (0,) * 6)]   # before the first row, and all there is of a chunk without rows
+                        block, first = list(encode_all([datasets.Dataset.from_list(block)], **how)), first + (c << 32)
+                    packed = [(b"-", (*[0] * 5, zlib.crc32(b"-")))]   # row 0: all there is of a chunk without rows
                     for i in range(0, len(block), m["group"]):
                         packed += keep_teacher(signal_of, block[i:i + m["group"]], first + i, m)
                         yield sum(len(row["input_ids"]) for row in block[i:i + m["group"]])

@@ -2103,6 +2103,18 @@ def test_cache_is_the_same_in_pieces(_cache_home, tmp_path, more):
     assert json.load(open(tmp_path / "b/manifest.json")) == json.load(open(tmp_path / "a/manifest.json")) and len(whole) > 4
 
 
+def test_cache_of_a_stream_with_an_empty_block(_cache_home, tmp_path):
+    """A chunk whose conversations all lose their targets to seq_len holds no row, and is in nobody's way."""
+    with open(_cache_home + "gap.jsonl", "w") as f:
+        f.writelines(json.dumps({"prompt": "fox " * (100 if 8 <= i < 24 else 2), "response": "jumps over"}) + "\n" for i in range(48))
+    flags = [*_cache_fill(_cache_home, tmp_path / "c", data="gap.jsonl"), "--streaming", "--eval_samples", "8"]
+    assert sd.main(flags) == 0 and sd.main(flags) == 0
+    assert json.load(open(tmp_path / "c/manifest.json"))["chunks"] == {"train": [0, 16, 8], "eval": [8]}
+    rows, *_ = sd.open_cache(sd.parse_config(_cache_train(_cache_home, "x", "--cache_dir", tmp_path / "c")))
+    assert len(rows) == 24 and all(len(rows[i]["input_ids"]) < 20 for i in range(24))
+    assert sd.main(_cache_train(_cache_home, tmp_path / "o", "--cache_dir", tmp_path / "c")) == 0
+
+
 @pytest.mark.campaign
 def test_cache_survives_a_killed_worker(tmp_path):
     """Two workers, one killed with a claim in its hands; three more come. The same files as from one that was left alone."""
