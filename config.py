@@ -7,15 +7,20 @@ Below it what a run reads besides knobs: the demo's files and words that explain
 import contextlib
 import dataclasses
 import difflib
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sysconfig
+import zlib
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+import numpy as np
 import transformers
 from transformers import HfArgumentParser, SchedulerType
 
@@ -187,6 +192,8 @@ class Config:
                  "targets of the forward KL")
         if self.mode == "cache":
             need(self.cache_dir, "mode cache writes cache_dir; name it with --cache_dir DIR")
+            if self.student == "demo":   # none named: the teacher's tokenizer
+                self.student = self.teacher
         if self.mode == "train" and self.student.startswith("layers:"):
             need(self.teacher != "demo" or self.student[7:].isdigit(), f"student {self.student!r}; write layers:N")
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
@@ -372,6 +379,122 @@ def explain_bad_file(path):
                     raise ValueError("not an object with columns")
             except ValueError as e:   # UnicodeDecodeError is one
                 raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+
+
+# ----- a teacher cache's manifest, what it says before and after, and what may be wrong with it
+
+def tensor_files(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+
+
+def teacher_files(teacher):
+    """-> revision, fingerprint of the weights: 16,384 bytes of each file, to hash all of a 70B model takes minutes."""
+    folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
+    files = [np.memmap(path, np.uint8, "r") for path in tensor_files(folder)]
+    return (None if os.path.exists(teacher) else os.path.basename(folder),
+            digest([zlib.crc32(x[::x.size // 16384 | 1].tobytes()) for x in files]))
+
+
+def describe_cache(cfg, tokenizer, rows, dtype):
+    """The manifest of an empty cache: all that shapes its content."""
+    vocabulary, topk = max(tokenizer.get_vocab().values()) + 1, cfg.cache_method == "topk"
+    its = transformers.AutoConfig.from_pretrained(cfg.teacher, trust_remote_code=cfg.trust_remote_code)
+    rows_V = its.get_text_config().vocab_size   # the padded ones are no tokens, but to ask for them is no mistake
+    if topk and cfg.cache_top_k > rows_V:
+        raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {rows_V} tokens; lower it")
+    size = min(cfg.cache_top_k, vocabulary) if topk else cfg.cache_samples
+    few = itertools.islice(rows, 64) if cfg.streaming else (rows[i] for i in range(0, len(rows), -(-len(rows) // 64)))
+    revision, weights = teacher_files(cfg.teacher)
+    return dict(
+        teacher=cfg.teacher, revision=revision, weights=weights, dtype=dtype, vocabulary=vocabulary,
+        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template), dataset=cfg.dataset,
+        dataset_fingerprint=digest(None if cfg.streaming else len(rows), list(few)),
+        eval_samples=cfg.eval_samples, seq_len=cfg.seq_len, temperature=cfg.temperature, method=cfg.cache_method,
+        size=size, seed=cfg.seed, chunk=cfg.cache_chunk,
+        group=max(1, 4096 // cfg.seq_len),   # sequences a forward: what shares a batch changes the last bits of logits
+        # of an id, of its count or log-probability, of what else is kept a token (its entropy)
+        bits=[(vocabulary - 1).bit_length(), *((8, 0) if topk else ((size - 1).bit_length(), 12))])
+
+
+def begin_cache(cfg, run, tokenizer, rows, dtype, rank):
+    """-> the manifest. A new cache is begun, an old one must be of the same run. run: cfg with the demo's files."""
+    place = lambda *names: os.path.join(cfg.cache_dir, *names)
+    here, there = describe_cache(run, tokenizer, rows, dtype), None
+    os.makedirs(cfg.cache_dir, exist_ok=True)
+    if not cfg.force_regenerate and os.path.exists(place("manifest.json")):
+        with open(place("manifest.json"), encoding="utf-8") as f:
+            there = json.load(f)
+        refuse_changes({k: there.get(k) for k in here}, here, cfg.cache_dir, "empty it: --force_regenerate")
+    elif rank == 0:
+        for old in tensor_files(cfg.cache_dir) if cfg.force_regenerate else ():
+            os.remove(old)
+        tokenizer.save_pretrained(place("tokenizer"))
+        save_config(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
+        save_config(here, place("manifest.json"))   # last: from here on there is a cache
+    return here
+
+
+def plan_cache(cfg, few, sequences, say):
+    """Say what it will take, from a few packed rows -> tokens in all (or None), tokens done. Refused without room."""
+    data, counts = zip(*few)
+    count, tokens, targets, entries, mass, _ = map(float, map(sum, zip(*counts)))
+    a_token = sum(map(len, data)) / tokens
+    total = sequences and int(tokens / count * sequences)
+    there = sum(map(os.path.getsize, tensor_files(cfg.cache_dir)))
+    free, need = shutil.disk_usage(cfg.cache_dir).free / 1e9, max(0, (total or 0) * a_token - there) / 1e9
+    size = f"{need:.3f} GB to write" if total else "a stream has no length"
+    words = (f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold "
+             f"{mass / targets:.1%} of the teacher's mass), {size}, {free:.1f} GB free")
+    say(words + "\nWARNING: above temperature 1 a cache grows and keeps less: see the share" * (cfg.temperature > 1))
+    if need > free:
+        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: make room")
+    return total, min(int(there / a_token), total or 0)
+
+
+def finish_cache(cfg, m, paths, sums):
+    """The manifest of a full cache, from what the tables of all chunks sum to -> words."""
+    _, count, tokens, targets, _, mass, _ = map(sum, zip(*sums))
+    size, kept = sum(map(os.path.getsize, paths)) / tokens, mass / targets
+    split = lambda name: [int(s[1]) for path, s in zip(paths, sums) if os.path.basename(path).startswith(name)]
+    m = m | dict(rows=int(count), tokens=int(tokens), bytes_per_token=size, mass_kept=kept,
+                 chunks={name: split(name) for name in ("train", "eval")})
+    save_config(m, os.path.join(cfg.cache_dir, "manifest.json"))
+    return (f"cache {cfg.cache_dir}: {count:,.0f} sequences, {tokens:,.0f} tokens of {size:.1f} bytes, "
+            f"{kept:.1%} of the teacher's mass is kept")
+
+
+def read_manifest(cfg):
+    """Of a full cache, refused where the training run does not fit what is stored."""
+    try:
+        with open(os.path.join(cfg.cache_dir, "manifest.json"), encoding="utf-8") as f:
+            m = json.load(f)
+        with open(os.path.join(cfg.cache_dir, "config.json"), encoding="utf-8") as f:
+            decided = json.load(f)
+        m["chunks"], m["bits"]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{cfg.cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins or finishes it")
+    same = cfg.teacher == "demo" or os.path.realpath(cfg.teacher) == os.path.realpath(m["teacher"])
+    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"] if same else cfg.teacher)
+    refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
+    # the cache is the dataset: what it has decided may be left out or said again
+    here = {k: v for k, v in vars(cfg).items() if k in GROUPS["data"] and v != default_of(FIELDS[k])}
+    here = {k: v for k, v in here.items() if k not in ("seq_len", "eval_samples", "shuffle_buffer", "num_proc")}
+    refuse_changes({k: decided[k] for k in here}, here, cfg.cache_dir, "leave it out")
+    return m
+
+
+def explain_bad_chunk(path, e):
+    again = f"rm {path}; python simple_distill.py --config {os.path.join(os.path.dirname(path), 'config.json')}"
+    raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and only it, again: {again}")
+
+
+@contextlib.contextmanager
+def explain_bad_disk(folder):
+    try:
+        yield
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished chunks stay; make "
+                        "room or mend it, and the same command goes on")
 
 
 # ----- the demo: text, tokenizer and model shapes from what every machine has, as ordinary files

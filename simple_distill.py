@@ -11,7 +11,7 @@ Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, mod
 block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
-import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, itertools, json, math, os
+import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, itertools, json, math, os
 import resource, shutil, signal, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, Config, UserError, digest, explain_bad_file, make_demo, one_line, parse_config,
-                    parse_multipliers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
+from config import (DEMO_TEACHER_RUN, Config, UserError, begin_cache, digest, explain_bad_chunk, explain_bad_disk,
+                    explain_bad_file, finish_cache, make_demo, one_line, parse_config, parse_multipliers, plan_cache,
+                    read_manifest, refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -89,7 +90,7 @@ class Head(NamedTuple):
 
 class SparseTarget(NamedTuple):
     """A teacher from the cache: some tokens with their probabilities, and the mass of all others as one bucket."""
-    ids: torch.Tensor       # [N, K] distinct in a row; unused places hold the row's first id and probability 0
+    ids: torch.Tensor       # [N, K] distinct in a row, or, where rest is 0, repeated: their probabilities add up
     probs: torch.Tensor     # [N, K]
     rest: torch.Tensor      # [N] mass that is not listed: 0 for method sample, which is complete in expectation
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
@@ -472,13 +473,14 @@ def resolve_demo(cfg):
     """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
     online = cfg.alpha < 1 and not cfg.cache_dir
     asks = cfg.teacher == "demo" and (cfg.mode != "train" or online or cfg.student.startswith("layers:"))
-    if not asks and "demo" not in (cfg.student, cfg.dataset):
+    data = cfg.dataset == "demo" and not (cfg.mode == "train" and cfg.cache_dir)   # there the cache is the dataset
+    if not (asks or data or cfg.student == "demo"):
         return cfg
     path = functools.partial(os.path.join, cfg.output_dir, "demo")
     if RANK == 0 and not os.path.exists(path("student", "config.json")):   # the last thing that make_demo writes
         make_demo(path)
     all_sum(0)
-    places = {"dataset": path("corpus")} if cfg.dataset == "demo" else {}
+    places = {"dataset": path("corpus")} if data else {}
     if cfg.student == "demo":
         places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
     if asks:
@@ -496,224 +498,162 @@ def resolve_demo(cfg):
 # of workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
 # ---------------------------------------------------------------------------------------------------------------------
 
-FORWARD_TOKENS = 4096   # a teacher forward, whatever batch_size is: what shares a batch changes the last bits of logits
-COUNTS = ("rows", "tokens", "targets", "entries", "mass")
+def pack(*fields):
+    """(values, bits), ... -> bytes, each value in its bits: Arrow's 8, 16 and 32 are a third more."""
+    wide = ((np.asarray(x, ">u4").view(np.uint8).reshape(-1, 4), bits) for x, bits in fields)
+    return np.packbits(np.concatenate([np.unpackbits(x, axis=1)[:, 32 - n:].ravel() for x, n in wide])).tobytes()
 
-def pack(fields):
-    """[(values, bits), ...] -> bytes: a checksum, then each field in its bits (Arrow's 8, 16, 32 are a third more)."""
-    wide = [np.ascontiguousarray(x, "<u4").view(np.uint8).reshape(-1, 4) for x, _ in fields]
-    flat = [np.unpackbits(x, axis=1, count=bits, bitorder="little") for x, (_, bits) in zip(wide, fields)]
-    body = b"".join(np.packbits(x, bitorder="little").tobytes() for x in flat)
-    return zlib.crc32(body).to_bytes(4, "little") + body
+def unpack(data, *fields):
+    """Bytes, (how many, bits), ... -> the values of each."""
+    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), np.cumsum([n * bits for n, bits in fields]))
+    wide = (np.pad(x.reshape(n, bits), ((0, 0), (32 - bits, 0))) for x, (n, bits) in zip(parts, fields))
+    return [np.packbits(x).view(">u4").astype(np.int64) for x in wide]
 
-def unpack_row(stream, m):
-    """Bytes -> a row like those of load_data, and its SparseTarget with m["size"] places a token."""
-    at, size, wide = 4, m["size"], (m["vocabulary"] - 1).bit_length()
-    if zlib.crc32(stream[4:]) != int.from_bytes(stream[:4], "little"):
-        raise ValueError("wrong checksum")
-
-    def take(n, bits):
-        nonlocal at
-        start, at, out = at, at - (-n * bits // 8), np.zeros((n, 32), np.uint8)
-        out[:, :bits] = np.unpackbits(stream[start:at], count=n * bits, bitorder="little").reshape(n, bits)
-        return np.packbits(out, bitorder="little").view("<u4").astype(np.int64)
-
-    mass = lambda code, top: np.exp(-24 * (code / top) ** 2) * (code < top)
-    length, entries = take(2, 32)
-    ids, keep, both = take(length, wide), take(length, 1).astype(bool), take(entries, wide + m["bits"])
-    listed, code, extra = both & (1 << wide) - 1, both >> wide, take(n := keep[1:].sum(), 12)
-    if m["method"] == "sample":   # the counts of a token sum to size: nothing else marks where its entries end
-        token, place = np.divmod(code.cumsum() - code + np.arange(entries), size)
-        first, probs, rest, entropy = np.flatnonzero(place == 0), np.zeros((n, size)), np.zeros(n), extra / 256
-        places, place = np.repeat(listed[first, None], size, 1), np.arange(entries) - first[token]
-        places[token, place], probs[token, place] = listed, (code + 1) / size
+def unpack_row(data, tokens, n, entries, m):
+    """-> a row like those of load_data, and its SparseTarget with m["size"] places a token."""
+    size, (wide, bits, more) = m["size"], m["bits"]
+    text, both, extra = unpack(data, (tokens, wide + 1), (entries, wide + bits), (n, more))
+    ids, code = both & (1 << wide) - 1, both >> wide
+    if m["method"] == "sample":   # an id stands as often as it was drawn
+        ids, entropy = np.repeat(ids, code + 1).reshape(n, size), extra / 256
+        q = np.pad(np.full((n, size), 1 / size), ((0, 0), (0, 1)))
     else:   # a sum of 1 takes out the common part of the rounding; entropy of what is listed and rest: KL >= 0
-        q = np.column_stack([mass(code, 255).reshape(n, size), mass(extra, 4095)])
+        ids, q = ids.reshape(n, size + 1)[:, :-1], (np.exp(-24 * (code / 255) ** 2) * (code < 255)).reshape(n, size + 1)
         q /= q.sum(1, keepdims=True)
-        places, probs, rest, entropy = listed.reshape(n, size), q[:, :-1], q[:, -1], -(q * np.log(q + 1e-30)).sum(1)
-    floats = (torch.from_numpy(x.astype(np.float32)) for x in (probs, rest, entropy))
-    return {"input_ids": ids, "targets": keep, "sparse": SparseTarget(torch.from_numpy(places), *floats)}
+        entropy = -(q * np.log(q + 1e-30)).sum(1)
+    ids, q, entropy = torch.from_numpy(ids), torch.from_numpy(q).float(), torch.from_numpy(entropy).float()
+    return {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": SparseTarget(ids, q[:, :-1], q[:, -1], entropy)}
 
 @torch.no_grad()
 def keep_teacher(signal_of, rows, first, m):
-    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, COUNTS) a row."""
-    (hidden_ND, head), V, at, packed = signal_of(collate(rows)), m["vocabulary"], 0, []
-    weight_VD, bias_V, wide = head.weight[:V], None if head.bias is None else head.bias[:V], (V - 1).bit_length()
-    code = lambda logp, top: (logp / -24).sqrt().mul(top).round().clamp_max(top)   # error < .0193 sqrt(-logp) + .0001
+    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, their line in the table: 1
+    row, tokens, targets, entries, teacher mass, checksum) a row."""
+    (hidden_ND, head), V, (wide, bits, more), packed = signal_of(collate(rows)), m["vocabulary"], m["bits"], []
     for index, row in enumerate(rows, first):
-        keep = np.asarray(row["targets"] if np.size(row["targets"]) > 1 else [True] * len(row["input_ids"]))
+        ids = np.asarray(row["input_ids"])
+        keep = np.ones(len(ids), bool) if row["targets"] is None else np.asarray(row["targets"])
         n, parts, draw = int(keep[1:].sum()), [], torch.Generator().manual_seed(int(digest(m["seed"], index), 16) >> 1)
         u_NS = torch.rand(n, m["size"], dtype=torch.float64, generator=draw).to(DEVICE)   # the same on any device
-        for h_CD, u_CS in zip(*(x.split(max(1, LOGITS_BUDGET // (16 * V))) for x in (hidden_ND[at:at + n], u_NS))):
-            logits = finish_logits(nn.functional.linear(h_CD, weight_VD, bias_V), *head[2:])[0]
+        mine_ND, hidden_ND = hidden_ND.tensor_split([n])
+        for h_CD, u_CS in zip(*(x.split(max(1, LOGITS_BUDGET // (16 * V))) for x in (mine_ND, u_NS))):
+            logits = finish_logits(nn.functional.linear(h_CD, head.weight, head.bias)[:, :V], *head[2:])[0]
             logp_CV = torch.log_softmax(logits / m["temperature"], -1)
             if m["method"] == "sample":   # where u falls in the cumulated distribution
                 cdf = logp_CV.exp().cumsum(-1, dtype=torch.float64)
                 draws = torch.searchsorted(cdf, u_CS * cdf[:, -1:], right=True).clamp_max(V - 1).sort(-1)[0]
                 # the entropy as these draws show it: student = teacher then logs a KL of 0, not of noise around 0
                 extra = logp_CV.gather(-1, draws).mean(-1).mul(-256).round().clamp_max(4095)
-                key = draws + V * torch.arange(len(draws), device=DEVICE)[:, None]
-                key, times = torch.unique_consecutive(key, return_counts=True)
-                ids, value, mass = key % V, times - 1, logp_CV.flatten()[key].exp().sum()
-            else:
-                own, ids = logp_CV.topk(m["size"])
-                rest = (1 - own.exp().sum(-1)).clamp_min(0) * (m["size"] < V)
-                value, extra, mass = code(own, 255), code(rest.log(), 4095), own.exp().sum()
-            parts.append([x.flatten().double().cpu() for x in (ids + (value.long() << wide), extra, mass)])
-        at, (both, extra, mass) = at + n, (torch.cat(x).numpy() for x in zip(*parts))
-        fields = [([len(keep), len(both)], 32), (row["input_ids"], wide), (keep, 1), (both, wide + m["bits"])]
-        packed.append((pack([*fields, (extra, 12)]), [1, len(keep), n, len(both), mass.sum()]))
+                places = draws + V * torch.arange(len(draws), device=DEVICE)[:, None]
+                places, times = torch.unique_consecutive(places, return_counts=True)
+                own, listed, code = logp_CV.flatten()[places], places % V, times - 1
+            else:   # 8 bits of sqrt(-log p), the rest being one more entry: log p is off < .0193 sqrt(-log p) + .0001
+                own, listed = logp_CV.topk(m["size"])
+                extra = (1 - own.exp().sum(-1, keepdim=True)).clamp_min(0)
+                code = torch.cat([own, extra.log()], -1).div(-24).sqrt().mul(255).round().clamp_max(255)
+                listed = nn.functional.pad(listed, (0, 1))
+            parts.append([x.flatten().double().cpu() for x in (listed + (code.long() << wide), extra, own.exp().sum())])
+        both, extra, mass = (torch.cat(x).numpy() for x in zip(*parts))
+        data = pack((ids << 1 | keep, wide + 1), (both, wide + bits), (extra, more))
+        packed.append((data, (1, len(ids), n, len(both), mass.sum(), zlib.crc32(data))))
     return packed
 
-def claimed(place, splits, m, encode_rows, paths):
-    """Yield rows that no living worker has, a forward at a time, with the list for what becomes of them; write chunks.
-    A stream is cut into blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
-    group = max(1, FORWARD_TOKENS // m["seq_len"])
+def fill_chunks(place, splits, m, how, signal_of, paths):
+    """Make the chunks that no living worker has, list them all, yield tokens after each forward. A stream is cut into
+    blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
     with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
-        for even, (split, rows) in enumerate(splits.items()):
+        for odd, (split, rows) in enumerate(splits.items()):
             for c, columns in enumerate(rows.iter(m["chunk"])):
                 paths.append(path := place(f"{split}-{c:08d}.safetensors"))
                 with contextlib.suppress(BlockingIOError):
-                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2 * c + even)
-                    if not os.path.exists(path):
-                        block, carry, packed = [dict(zip(columns, x)) for x in zip(*columns.values())], [], []
-                        first = c * m["chunk"] + (even << 60)   # the number of a sequence decides its draws
-                        if not isinstance(rows, datasets.Dataset):
-                            block, first = list(encode_rows(block, carry=carry)), (c << 32) + (even << 60)
-                            block += [{"input_ids": carry, "targets": None}] if len(carry) > 1 else []
-                        for i in range(0, len(block), group):
-                            yield block[i:i + group], first + i, packed
-                        data, counts = zip(*packed, (b"", [0] * 5))
-                        with open(path + ".tmp", "wb") as f:   # sliced through the memory map, no code in it
-                            f.write(safetensors.numpy.save({
-                                "rows": np.frombuffer(b"".join(data), np.uint8), "counts": np.sum(counts, 0, float),
-                                "starts": np.cumsum([0, *map(len, data[:-1])])}))
-                            f.flush()
-                            os.fsync(f.fileno())
-                        os.replace(path + ".tmp", path)
-                    fcntl.lockf(claims, fcntl.LOCK_UN, 1, 2 * c + even)
+                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, c + (odd << 60))
+                    if os.path.exists(path):
+                        continue
+                    block, first = columns, c * m["chunk"] + (odd << 60)
+                    if not isinstance(rows, datasets.Dataset):
+                        block, first = encode(columns, **how), first + (c << 32)
+                    block = rows_of(block)
+                    packed = [(b"-", (*[0] * 5, zlib.crc32(b"-")))]   # row 0: all there is of a chunk without rows
+                    for i in range(0, len(block), m["group"]):
+                        packed += keep_teacher(signal_of, block[i:i + m["group"]], first + i, m)
+                        yield sum(len(row["input_ids"]) for row in block[i:i + m["group"]])
+                    data, counts = zip(*packed)
+                    table = np.column_stack([np.cumsum([len(x) for x in data]), counts])
+                    with open(path + ".tmp", "wb") as f:   # sliced through the memory map, no code in it
+                        f.write(safetensors.numpy.save({"rows": np.frombuffer(b"".join(data), np.uint8),
+                                                        "table": table}, {"crc": str(zlib.crc32(table))}))
+                    sync(f.name)
+                    os.replace(f.name, path)
 
-def read_chunk(path, what):
-    """A file is mapped anew for every row: that costs 20 us, and nothing has to be kept."""
+def read_chunk(path, row=0):
+    """-> its table, the bytes of a row (the first is 1). Mapped anew each time: 50 us, and nothing has to be kept."""
     try:
-        return what(safetensors.safe_open(path, "numpy"))
+        with safetensors.safe_open(path, "numpy") as f:
+            table = f.get_tensor("table")
+            data = f.get_slice("rows")[int(table[row - 1, 0]) if row else 0:int(table[row, 0])].tobytes()
+            if (zlib.crc32(table), zlib.crc32(data)) != (int(f.metadata()["crc"]), table[row, -1]):
+                raise ValueError("wrong checksum")
+            return table, data
     except Exception as e:
-        again = f"rm {path}; python simple_distill.py --config {os.path.join(os.path.dirname(path), 'config.json')}"
-        raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and only it, again: {again}")
+        explain_bad_chunk(path, e)
 
-@dataclasses.dataclass
 class CacheRows:
-    """The rows of a split, by number. Each has its own checksum: nothing is read but what is asked for."""
-    name: str
-    manifest: dict
-    ends: Any   # [chunks] rows up to and with each chunk
+    """The rows of a split, by number: nothing is read but what is asked for."""
+    def __init__(self, name, m, chunks):
+        self.name, self.m, self.starts = name, m, np.cumsum([0, *chunks])
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def __getitem__(self, i):
-        c = int(np.searchsorted(self.ends, i, "right"))
-        at = i - int(self.ends[c - 1] if c else 0)
-        row = lambda f: f.get_slice("rows")[slice(*f.get_tensor("starts")[at:at + 2].tolist())]
-        return read_chunk(f"{self.name}-{c:08d}.safetensors", lambda f: unpack_row(row(f), self.manifest))
+        c = int(np.searchsorted(self.starts, i, "right")) - 1
+        table, data = read_chunk(f"{self.name}-{c:08d}.safetensors", row := i - int(self.starts[c]) + 1)
+        return unpack_row(data, *table[row, 2:5].astype(int), self.m)
 
 def open_cache(cfg):
     """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
-    place = functools.partial(os.path.join, cfg.cache_dir)
-    try:
-        with open(place("manifest.json"), encoding="utf-8") as f:
-            m = json.load(f)
-        rows, held = (CacheRows(place(s), m, np.cumsum(m["chunks"][s])) for s in ("train", "eval"))
-        held.ends = held.ends.clip(max=cfg.eval_samples)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{cfg.cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins or finishes it")
-    same = cfg.teacher == "demo" or os.path.realpath(cfg.teacher) == os.path.realpath(m["teacher"])
-    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"] if same else cfg.teacher)
-    refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
+    m, place = read_manifest(cfg), functools.partial(os.path.join, cfg.cache_dir)
+    rows, held = (CacheRows(place(s), m, m["chunks"][s]) for s in ("train", "eval"))
+    held.starts = held.starts.clip(max=cfg.eval_samples)
     tokenizer = AutoTokenizer.from_pretrained(place("tokenizer"))
     own = load_tokenizer(cfg, *(n for n in [cfg.student] if not n.startswith("layers:") and not n.endswith(".json")))
     compare_tokenizers(own or tokenizer, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
     return rows, held, tokenizer, m
 
-def describe_cache(cfg, tokenizer, rows):
-    """The manifest: what shapes the content. 16,384 bytes a file stand for the weights: to hash 70B takes minutes."""
-    local = os.path.exists(cfg.teacher)
-    folder = cfg.teacher if local else os.path.dirname(transformers.utils.cached_file(cfg.teacher, "config.json"))
-    files = [np.memmap(x, np.uint8, "r") for x in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))]
-    few = list(rows.take(16)) if cfg.streaming else [rows[i] for i in range(0, len(rows), -(-len(rows) // 64))]
-    vocab, topk = max(tokenizer.get_vocab().values()) + 1, cfg.cache_method == "topk"
-    size = min(cfg.cache_top_k, vocab) if topk else cfg.cache_samples
-    return dict(teacher=cfg.teacher, revision=None if local else os.path.basename(folder), dataset=cfg.dataset,
-                weights=hashlib.sha256(b"".join(x[::x.size // 16384 | 1].tobytes() for x in files)).hexdigest()[:16],
-                tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template), vocabulary=vocab, seq_len=cfg.seq_len,
-                dataset_fingerprint=digest(None if cfg.streaming else len(rows), [str(row) for row in few]),
-                temperature=cfg.temperature, method=cfg.cache_method, size=size, seed=cfg.seed, chunk=cfg.cache_chunk,
-                bits=8 if topk else (size - 1).bit_length(), dtype=str(compute_dtype(cfg)))
-
 def cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time; the same command goes on."""
     with lock(cfg.output_dir) if "demo" in (cfg.teacher, cfg.dataset) else contextlib.nullcontext():
-        alone = cfg.student == "demo" and cfg.teacher != "demo"   # no student named: the teacher's tokenizer
-        run = resolve_demo(dataclasses.replace(cfg, student=cfg.teacher) if alone else cfg)
+        run = resolve_demo(cfg)
     if run is None:
         return
     tokenizer, rows, held, _, teacher = load_all(run)
-    m, signal_of = describe_cache(run, tokenizer, rows), teacher_signal(teacher)
-    place = functools.partial(os.path.join, cfg.cache_dir)
-    try:
-        os.makedirs(cfg.cache_dir, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot use cache_dir {cfg.cache_dir!r} as a directory ({e.strerror}); choose another")
-    known = os.path.exists(place("manifest.json")) and not cfg.force_regenerate
-    with open(place("manifest.json"), encoding="utf-8") if known else contextlib.nullcontext() as f:
-        there = from_rank0(json.load(f) if known else None)
-    if there:
-        refuse_changes({k: there.get(k) for k in m}, m, cfg.cache_dir, "empty it: --force_regenerate")
-    elif RANK == 0:
-        for old in glob.glob(place("*.safetensors")) if cfg.force_regenerate else ():
-            os.remove(old)
-        tokenizer.save_pretrained(place("tokenizer"))
-        save_config(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
-        save_config(m, place("manifest.json"))
-    all_sum(0)
-    few = [held[i] for i in range(min(len(held), max(1, FORWARD_TOKENS // cfg.seq_len)))]   # what will it take?
-    data, counts = zip(*keep_teacher(signal_of, few, 0, m))
-    _, tokens, targets, entries, mass = np.sum(counts, 0).tolist()
-    total, a_token = 0 if cfg.streaming else tokens / len(few) * (len(rows) + len(held)), sum(map(len, data)) / tokens
-    ready = len(glob.glob(place("*.safetensors"))) * m["chunk"] / (len(rows) + len(held)) if total else 0
-    free, need = shutil.disk_usage(cfg.cache_dir).free / 1e9, total * max(0, 1 - ready) * a_token / 1e9
-    size = f"{need:.3f} GB to write" if total else "a stream has no length"
-    print0(f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold "
-           f"{mass / targets:.1%} of the teacher's mass), {size}, {free:.1f} GB free"
-           + "\nWARNING: above temperature 1 a cache grows and keeps less: see the share" * (cfg.temperature > 1))
-    if need > free:
-        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: make room")
-    how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-    bar = tqdm(total=total or None, initial=min(1, ready) * total, disable=RANK != 0, unit="tok", unit_scale=True)
-    stop, missing = 0, 1
-    with stop_signals() as asked:
-        while missing and not stop:   # once more, where another worker had a chunk and may have died with it
-            paths, more = [], 1
-            jobs = claimed(place, {"eval": held, "train": rows}, m, how, paths)
-            while more and not stop:
-                todo, first, packed = next(jobs, ([], 0, []))
-                more, tokens, stop = all_sum(len(todo), sum(len(r["input_ids"]) for r in todo), len(asked))
-                packed += keep_teacher(signal_of, todo, first, m)[:len(todo)] if more else []
-                bar.update(int(tokens))
-            missing, = all_sum(sum(not os.path.exists(p) for p in paths))
-            time.sleep(missing > 0)
-    bar.close()
-    if stop:
-        print0("stopped; the same command goes on")
-    elif RANK == 0:   # the counts are read back: they are those of all workers
-        counts = [read_chunk(p, lambda f: f.get_tensor("counts").tolist()) for p in paths]
-        sums, size = dict(zip(COUNTS, map(sum, zip(*counts)))), sum(map(os.path.getsize, paths))
-        chunks = {s: [int(n[0]) for p, n in zip(paths, counts) if p.startswith(place(s))] for s in ("train", "eval")}
-        m |= {"rows": int(sums["rows"]), "tokens": int(sums["tokens"]), "bytes_per_token": size / sums["tokens"]}
-        save_config({**m, "mass_kept": sums["mass"] / sums["targets"], "chunks": chunks}, place("manifest.json"))
-        print0(f"cache {cfg.cache_dir}: {sums['rows']:,.0f} sequences, {sums['tokens']:,.0f} tokens of "
-               f"{size / sums['tokens']:.1f} bytes, {sums['mass'] / sums['targets']:.1%} of the teacher's mass is kept")
-    all_sum(0)
+    place, signal_of = functools.partial(os.path.join, cfg.cache_dir), teacher_signal(teacher)
+    how, missing, stop = dict(tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len), 1, 0
+    with explain_bad_disk(cfg.cache_dir), stop_signals() as asked:
+        m = begin_cache(cfg, run, tokenizer, rows, str(compute_dtype(cfg)), RANK)
+        all_sum(0)
+        few = keep_teacher(signal_of, [held[i] for i in range(min(len(held), m["group"]))], 0, m)
+        total, done = plan_cache(cfg, few, None if cfg.streaming else len(rows) + len(held), print0)
+        with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
+            while missing and not stop:   # once more, where another worker had a chunk and may have died with it
+                paths, problem, more = [], None, 1
+                jobs = fill_chunks(place, {"eval": held, "train": rows}, m, how, signal_of, paths)
+                while more and not stop:
+                    try:
+                        tokens = next(jobs, 0)
+                    except OSError as e:
+                        problem, tokens = e, 0
+                    if not tokens:   # the others may still need this rank
+                        keep_teacher(signal_of, [], 0, m)
+                    more, stop, failed = all_sum(tokens, len(asked), problem is not None)
+                    if failed:
+                        raise problem or OSError("another rank could not write")
+                    bar.update(int(more))
+                missing, = all_sum(sum(not os.path.exists(p) for p in paths))
+                time.sleep(missing > 0)
+        if stop:
+            print0("stopped; the same command goes on")
+        elif RANK == 0:   # read back: of all workers
+            print0(finish_cache(cfg, m, paths, [table.sum(0).tolist() for table, _ in map(read_chunk, paths)]))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher signal: what distillation_loss takes as its teacher, online or from the cache, so that the loop has no fork.

@@ -17,7 +17,6 @@ import os
 import pty
 import random
 import re
-import resource
 import select
 import shlex
 import shutil
@@ -1429,7 +1428,8 @@ BAD_INPUT = {
     "flag without value": (["--alpha"], "alpha"),
     "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"), "cache and reverse": (dict(cache_dir="c", divergence="reverse"), "divergence"),
     "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"), "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),
-    "k above V": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=0), "cache_top_k"),
+    "k 0": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=0), "cache_top_k"),
+    "k above the vocabulary": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=264), "cache_top_k 264 263"),
     "draws 0": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_samples=0), "cache_samples"),
     "a mode's unread field": (dict(api_model="x"), "api_model train"), "stream without steps": (dict(streaming=True), "max_steps"),
     "layers 0": (dict(student="layers:0"), "layers:N"), "layers too many": (dict(student="layers:9"), "layers:N 2"), "layers x": (dict(student="layers:x"), "layers:N"),
@@ -2020,13 +2020,17 @@ def _cache_teacher(vocab, tokens, seed=0, sharp=3.0):
     return hidden, sd.Head(weight), (hidden.double() @ weight.double().T).softmax(-1)
 
 
+def _cache_manifest(vocab, method, size, seed=0, temperature=1.0):
+    bits = [(vocab - 1).bit_length(), *((8, 0) if method == "topk" else ((size - 1).bit_length(), 12))]
+    return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature, bits=bits)
+
+
 def _cache_keep(hidden, head, method, size, seed=0, temperature=1.0):
-    """Through packing and back -> SparseTarget of one row, bytes."""
-    m = dict(vocabulary=len(head.weight), method=method, size=size, seed=seed, temperature=temperature,
-             bits=8 if method == "topk" else (size - 1).bit_length())
+    """Through packing and back -> SparseTarget of one row, bytes, counts."""
+    m = _cache_manifest(len(head.weight), method, size, seed, temperature)
     row = {"input_ids": np.arange(len(hidden) + 1) % len(head.weight), "targets": None}
     (data, counts), = sd.keep_teacher(lambda batch: (hidden, head), [row], 7, m)
-    back = sd.unpack_row(np.frombuffer(data, np.uint8), m)
+    back = sd.unpack_row(data, *counts[1:4], m)
     assert (back["input_ids"] == row["input_ids"]).all() and back["targets"].all() and counts[2] == len(hidden)
     return back["sparse"], len(data), counts
 
@@ -2051,9 +2055,8 @@ def test_cache_topk_is_what_the_teacher_says(vocab):
 def test_cache_samples_are_counted_and_small(vocab, size):
     hidden, head, p = _cache_teacher(vocab, 200)
     sparse, length, counts = _cache_keep(hidden, head, "sample", size)
-    used = sparse.probs > 0
-    assert torch.allclose(sparse.probs.sum(-1), torch.ones(200)) and (sparse.rest == 0).all() and used.sum() == counts[3]
-    assert all(len(set(ids[u].tolist())) == u.sum() and (ids[~u] == ids[0]).all() for ids, u in zip(sparse.ids, used))
+    assert torch.allclose(sparse.probs, torch.full((200, size), 1 / size)) and (sparse.rest == 0).all()   # an id stands as often as drawn
+    assert sum(len(set(ids.tolist())) for ids in sparse.ids) == counts[3]
     own = -(sparse.probs * p.gather(-1, sparse.ids).log()).sum(-1)
     assert (sparse.entropy - own).abs().max() < 0.0021   # half of 1/256 nat
     assert abs(own.mean() + (p * p.log()).sum(-1).mean()) < 4 / size ** 0.5   # ... which is the entropy on average
@@ -2098,7 +2101,7 @@ def test_cache_sample_gradient_is_unbiased(temperature):
 
 def test_cache_topk_of_everything_trains_like_online(_cache_home, tmp_path, capsys):
     home = _cache_home
-    assert sd.main(_cache_fill(home, tmp_path / "c", "--cache_method", "topk", "--cache_top_k", 100000)) == 0
+    assert sd.main(_cache_fill(home, tmp_path / "c", "--cache_method", "topk", "--cache_top_k", 300)) == 0
     assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "c")) == 0
     assert sd.main(_cache_train(home, tmp_path / "b", "--teacher", home + "teacher", "--dataset", home + "data.jsonl")) == 0
     for ours, online in zip(_cache_log(tmp_path / "a"), _cache_log(tmp_path / "b"), strict=True):
@@ -2159,8 +2162,7 @@ def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeyp
         with pytest.raises(sd.UserError, match="train-00000001"):
             sd.open_cache(cfg)[0][16]
     body = 8 + int.from_bytes(data[:8], "little")
-    counts = 5 * 8   # what they sum to was printed and is in the manifest; training never looks at them
-    for at in [*draw.integers(body + counts, len(data), 40), 3, 20, 60]:
+    for at in [*draw.integers(body, len(data), 20), *draw.integers(len(data) - 17 * 7 * 8, len(data), 20), *draw.integers(0, body, 20)]:
         open(path, "wb").write(data[:at] + bytes([data[at] ^ (1 << draw.integers(8))]) + data[at + 1:])
         rows, found = sd.open_cache(cfg)[0], 0
         for i in range(16, 32):
@@ -2175,6 +2177,40 @@ def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeyp
     assert sd.main(shlex.split(again)[2:]) == 0 and _cache_bytes(c) == whole
 
 
+def test_cache_has_decided_the_data(_cache_home, tmp_path, capsys):
+    home, c = _cache_home, tmp_path / "c"
+    assert sd.main(_cache_fill(home, c)) == 0
+    for flags in (("--dataset", home + "other.jsonl"), ("--text_column", "body"), ("--max_samples", 3), ("--streaming", "true")):
+        assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, *flags)) == 2
+        assert re.search(f"error: .*{flags[0][2:]} .* there, .*{flags[1]}.* here", capsys.readouterr().err, re.I)
+    said_again = json.loads((c / "config.json").read_text())["dataset"]
+    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--eval_samples", 3, "--dataset", said_again)) == 0
+    assert "; 3 held out" in capsys.readouterr().out and not os.path.exists(tmp_path / "o/demo")
+    assert sd.main(["--config", str(tmp_path / "o/config.json"), "--output_dir", str(tmp_path / "p")]) == 0
+    assert [e.get("train/loss") for e in _cache_log(tmp_path / "o")] == [e.get("train/loss") for e in _cache_log(tmp_path / "p")]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
+def test_cache_on_a_full_disk(tmp_path, ranks):
+    """Files longer than a limit fail as on a full disk; the chunks that were finished go into the cache when there is room."""
+    home = _cache_tiny(str(tmp_path / "own"), rows=800)
+    fill = [w.replace("16", "64") if w == "16" else w for w in _cache_fill(home, tmp_path / "c")]
+    assert sd.main([w.replace(str(tmp_path / "c"), str(tmp_path / "whole")) for w in fill]) == 0
+    whole = _cache_bytes(tmp_path / "whole")
+    full = sorted(map(len, whole.values()))[-2]   # one chunk is larger, and nothing else that is written
+    code = f"import resource, sys, simple_distill as s; s.os.path.exists(sys.argv[-1]) and resource.setrlimit(resource.RLIMIT_FSIZE, ({full},) * 2)"
+    script = tmp_path / "limited.py"
+    script.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(_CACHE_SCRIPT)!r})\n{code}\nsys.exit(s.main(sys.argv[1:-1]))")
+    runner = [sys.executable] if ranks == 1 else ["torchrun", f"--nproc_per_node={ranks}"]
+    run = lambda mark: subprocess.run([*runner, str(script), *fill, mark], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    failed = run("/")
+    assert failed.returncode == (2 if ranks == 1 else 1) and "error: cache_dir" in failed.stderr, failed.stderr
+    assert ranks > 1 or "Traceback" not in failed.stderr   # torchrun shows its own
+    kept = _cache_bytes(tmp_path / "c")
+    assert 0 < len(kept) < len(whole) and all(whole[name] == data for name, data in kept.items())
+    assert run("/nowhere").returncode == 0 and _cache_bytes(tmp_path / "c") == whole
+
+
 @pytest.mark.parametrize("more", [(), ("--streaming",)])
 def test_cache_is_the_same_in_pieces(_cache_home, tmp_path, more):
     assert sd.main([*_cache_fill(_cache_home, tmp_path / "a"), *more]) == 0
@@ -2186,6 +2222,18 @@ def test_cache_is_the_same_in_pieces(_cache_home, tmp_path, more):
         f.write(b"half")
     assert sd.main([*_cache_fill(_cache_home, tmp_path / "b"), *more]) == 0 and _cache_bytes(tmp_path / "b") == whole
     assert json.load(open(tmp_path / "b/manifest.json")) == json.load(open(tmp_path / "a/manifest.json")) and len(whole) > 4
+
+
+def test_cache_of_a_stream_with_an_empty_block(_cache_home, tmp_path):
+    """A chunk whose conversations all lose their targets to seq_len holds no row, and is in nobody's way."""
+    with open(_cache_home + "gap.jsonl", "w") as f:
+        f.writelines(json.dumps({"prompt": "fox " * (100 if 8 <= i < 24 else 2), "response": "jumps over"}) + "\n" for i in range(48))
+    flags = [*_cache_fill(_cache_home, tmp_path / "c", data="gap.jsonl"), "--streaming", "--eval_samples", "8"]
+    assert sd.main(flags) == 0 and sd.main(flags) == 0
+    assert json.load(open(tmp_path / "c/manifest.json"))["chunks"] == {"train": [0, 16, 8], "eval": [8]}
+    rows, *_ = sd.open_cache(sd.parse_config(_cache_train(_cache_home, "x", "--cache_dir", tmp_path / "c")))
+    assert len(rows) == 24 and all(len(rows[i]["input_ids"]) < 20 for i in range(24))
+    assert sd.main(_cache_train(_cache_home, tmp_path / "o", "--cache_dir", tmp_path / "c")) == 0
 
 
 @pytest.mark.campaign
@@ -2232,12 +2280,11 @@ def bench_cache():
     for vocab in (32000, 151936):
         for method, size in (("sample", 50), ("topk", 64)):
             hidden, head, _ = _cache_teacher(vocab, 511, sharp=5.0)
-            m = dict(vocabulary=vocab, method=method, size=size, seed=0, temperature=1.0, bits=8 if method == "topk" else 6)
+            m = _cache_manifest(vocab, method, size)
             (data, counts), = sd.keep_teacher(lambda b: (hidden, head), [{"input_ids": np.arange(512), "targets": None}], 0, m)
-            both = np.random.default_rng(0).integers(0, vocab << m["bits"], counts[3])
-            packing = best(lambda: sd.pack([(both, (vocab - 1).bit_length() + m["bits"])]))
-            stream = np.frombuffer(data, np.uint8)
-            unpacking = best(lambda: sd.unpack_row(stream, m))
+            both = np.random.default_rng(0).integers(0, vocab << m["bits"][1], counts[3])
+            packing = best(lambda: sd.pack((both, sum(m["bits"][:2]))))
+            unpacking = best(lambda: sd.unpack_row(data, *counts[1:4], m))
             print(f"{vocab:8} {method + str(size):>10} {counts[3] / 511:6.1f} {len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
                   f"{counts[3] / packing / 1e6:9.1f} {counts[3] / unpacking / 1e6:11.1f}")
     print(f"\n{'V':>8} {'labels only':>12} {'from cache':>11} {'ratio':>6}   (seconds a step of 4 x 256 tokens, forward and backward)")
@@ -2247,10 +2294,10 @@ def bench_cache():
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
                                              tie_word_embeddings=True))
         hidden, head, _ = _cache_teacher(vocab, 255, sharp=5.0)
-        m = dict(vocabulary=vocab, method="sample", size=50, seed=0, temperature=1.0, bits=6)
+        m = _cache_manifest(vocab, "sample", 50)
         rows = [{"input_ids": np.arange(i, i + 256), "targets": None} for i in range(4)]
-        made = [sd.keep_teacher(lambda b: (hidden, head), [row], i, m)[0][0] for i, row in enumerate(rows)]
-        batch = sd.collate([sd.unpack_row(np.frombuffer(x, np.uint8), m) for x in made])
+        made = [sd.keep_teacher(lambda b: (hidden, head), [row], i, m)[0] for i, row in enumerate(rows)]
+        batch = sd.collate([sd.unpack_row(data, *counts[1:4], m) for data, counts in made])
 
         def step(alpha, signal_):
             sd.distil(model, batch, signal_, 1020, alpha=alpha, temperature=1.0, divergence="forward")[0].backward()
