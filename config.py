@@ -20,6 +20,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+import datasets
 import numpy as np
 import transformers
 from transformers import HfArgumentParser, SchedulerType
@@ -368,19 +369,6 @@ def save_config(cfg, path):
     os.replace(aside, path)
 
 
-def explain_bad_file(path):
-    """The reader's message does not say where: name the line."""
-    lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
-    with open(path, "rb") if lined else contextlib.nullcontext(()) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").strip()
-                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
-                    raise ValueError("not an object with columns")
-            except ValueError as e:   # UnicodeDecodeError is one
-                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
-
-
 # ----- a teacher cache's manifest, what it says before and after, and what may be wrong with it
 
 def tensor_files(folder):
@@ -527,3 +515,59 @@ def make_demo(path):
     for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
         transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
+
+
+# ----- datasets as people have them: files, hub names, saved folders; columns of text or of conversations
+
+CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_raw(cfg, split, streaming):
+    """One split as rows of text or conversations; None where there is no such split."""
+    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
+    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
+        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
+    if kind and split != "train":
+        return None
+    try:
+        if kind:   # in a text file a blank line ends a document
+            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming,
+                                         **({"sample_by": "paragraph"} if kind == "text" else {}))
+        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
+            return saved.to_iterable_dataset() if streaming and saved is not None else saved
+        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
+    except Exception as e:
+        if "Unknown split" in str(e) or "Bad split" in str(e):
+            return None
+        explain_bad_file(name)
+        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
+        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
+
+
+def conversation_of(row):
+    """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
+    if talk := row.get("messages") or row.get("conversations"):
+        alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
+        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]} for m in talk]
+    for ask, answer in CONVERSATIONS:
+        if row.get(ask) is not None and row.get(answer) is not None:
+            if isinstance(row[answer], list):   # prompt and completion as message lists
+                return [*row[ask], *row[answer]]
+            more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
+            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
+
+
+def explain_bad_file(path):
+    """The reader's message does not say where: name the line."""
+    lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
+    with open(path, "rb") if lined else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8").strip()
+                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object with columns")
+            except ValueError as e:   # UnicodeDecodeError is one
+                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")

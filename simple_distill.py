@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, Config, UserError, begin_cache, digest, explain_bad_chunk, explain_bad_disk,
-                    explain_bad_file, finish_cache, make_demo, one_line, parse_config, parse_multipliers, plan_cache,
-                    read_manifest, refuse_changes, save_config, scheduler_kwargs, shapes_result)
+from config import (DEMO_TEACHER_RUN, Config, UserError, begin_cache, conversation_of, digest, explain_bad_chunk,
+                    explain_bad_disk, explain_bad_file, finish_cache, load_raw, make_demo, one_line, parse_config,
+                    parse_multipliers, plan_cache, read_manifest, refuse_changes, save_config, scheduler_kwargs,
+                    shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -242,10 +243,8 @@ def as_head(head):
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
 # number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
 
-CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
                   "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
@@ -256,41 +255,6 @@ def load_tokenizer(cfg, *candidates):
     except Exception as e:
         raise UserError(f"{name!r} has no tokenizer that can be read ({one_line(e, 80)}); is the name right? "
                         "--tokenizer names another")
-
-def load_raw(cfg, split, streaming):
-    """One split as rows of text or conversations; None where there is no such split."""
-    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
-    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
-        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
-    if kind and split != "train":
-        return None
-    try:
-        if kind:   # in a text file a blank line ends a document
-            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming,
-                                         **({"sample_by": "paragraph"} if kind == "text" else {}))
-        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)
-            saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
-            return saved.to_iterable_dataset() if streaming and saved is not None else saved
-        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
-    except Exception as e:
-        if "Unknown split" in str(e) or "Bad split" in str(e):
-            return None
-        explain_bad_file(name)
-        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
-        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
-
-def conversation_of(row):
-    """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
-    if talk := row.get("messages") or row.get("conversations"):
-        alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
-        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]} for m in talk]
-    for ask, answer in CONVERSATIONS:
-        if row.get(ask) is not None and row.get(answer) is not None:
-            if isinstance(row[answer], list):   # prompt and completion as message lists
-                return [*row[ask], *row[answer]]
-            more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
-            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
 
 def render(messages, tokenizer, marks):
     """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
