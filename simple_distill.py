@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, READ_BY, Config, UserError, digest, explain_bad_file, make_demo, one_line, parse_config,
-                    parse_multipliers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
+from config import (DEMO_TEACHER_RUN, READ_BY, Config, UserError, digest, explain_bad_file, make_demo, one_line,
+                    parse_config, parse_multipliers, read_log, refuse_changes, retell, save_config, scheduler_kwargs,
+                    shapes_result, weight_bytes, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1146,235 +1147,168 @@ def evaluate(root, work, signal_of, rows, batch_size):
     loss, ce, kl = (x / max(tokens, 1) for x in sums)
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
-def load_evaluated(cfg, name, role):
-    """A model, or checkpoints/step-XXXXXXXX of a run in progress -> root, its tokenizer or None, folder of its run."""
-    folder = os.path.dirname(os.path.abspath(name))
+def load_evaluated(cfg, name):
+    """A model, or checkpoints/step-... of a run in progress -> root, its tokenizer or None."""
     if not os.path.exists(os.path.join(name, "state.json")):
         own = dataclasses.replace(cfg, teacher=name, tokenizer=None)
-        return load_teacher(own), load_tokenizer(own, name), folder
-    found, folder = find_checkpoints(types.SimpleNamespace(resume=name)), os.path.dirname(folder)
-    kept = ("student", "teacher", "tokenizer", "trust_remote_code")   # alpha 1: no teacher where none is cut into layers
-    made = resolve_demo(Config(alpha=1.0, output_dir=folder, dtype=cfg.dtype, **{k: found[0][1]["config"][k] for k in kept}))
-    root = load_student(made)
-    load_checkpoint(found, {"model." + n: p.detach() for n, p in root.named_parameters()})
+        return load_teacher(own), load_tokenizer(own, name)
+    found = find_checkpoints(types.SimpleNamespace(resume=name))
+    saved, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
+    saved |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=saved.pop("cache"))   # with a cache: no teacher needed
+    made = resolve_demo(Config(**saved))
+    root = load_student(made).eval()
+    load_checkpoint(found, {f"model.{n}": p.detach() for n, p in root.named_parameters()})
     named = [n for n in (made.student, made.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
-    return root.eval(), load_tokenizer(made, *named), folder
-
-def retell(rows, base, other):
-    """Rows under another tokenizer, and the counted bytes of each. Text is cut where counting begins and ends, and each
-    piece encoded by itself: both count the same bytes. Special tokens are no text, they become the other's EOS."""
-    decode = functools.partial(base.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    special, eos = {i for i, t in base.added_tokens_decoder.items() if t.special}, other.eos_token_id or 0
-    told, sizes = [], []
-    for row in rows:
-        ids, counted = row["input_ids"].tolist(), {*(collate([row]).positions + 1).tolist()}
-        whole, new, size, start = decode(ids), [], 0, 0
-        for (counts, mark), place in itertools.groupby(range(len(ids)), lambda i: (i in counted, ids[i] in special)):
-            *_, last = place   # decoded from the start, for SentencePiece's spaces; a character that is cut goes right
-            end = len(os.path.commonprefix([whole, decode(ids[:last + 1])]))
-            piece, start = whole[start:end], end
-            new += [] if new or not counts else [(eos, False)]   # the first token needs something to be predicted from
-            code = [eos] if mark else other(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            new, size = new + [(x, counts) for x in code], size + counts * len(piece.encode())
-        told.append(dict(zip(("input_ids", "targets"), zip(*new))))
-        sizes.append(size)
-    return told, torch.tensor(sizes, dtype=torch.float64)
-
-def token_terms(hidden_ND, own, labels_N, teacher, temperature):
-    """-> [N, 6] on the host: 1, -log p, top-1 right, top-1 the teacher's, KL to it (with its T^2), confidence."""
-    vocab = min(len(head.weight) for _, head in [(None, own), *teacher])
-    head = lambda h, of: nn.functional.linear(h, of.weight[:vocab], of.bias if of.bias is None else of.bias[:vocab])
-    chunk, found = max(1, LOGITS_BUDGET // (20 * vocab)), [torch.zeros(0, 6)]   # five fp32 [chunk, V] at a time
-    for part in (slice(i, i + chunk) for i in range(0, len(labels_N), chunk)):
-        raw, target = head(hidden_ND[part], own), [head(h[part], of) for h, of in teacher] or [None]
-        ce, kl, _ = chunk_terms(raw, labels_N[part], *target, alpha=0.0, temperature=temperature, divergence="forward",
-                                student_bend=own[2:], teacher_bend=teacher and teacher[0][1][2:])
-        z = finish_logits(raw, *own[2:])[0]
-        best, top = z.max(-1)
-        agree = top == target[0].argmax(-1) if teacher else torch.zeros_like(ce)
-        terms = torch.ones_like(ce), ce, top == labels_N[part], agree, kl, (best - z.logsumexp(-1)).exp()
-        found.append(torch.stack([x.double() for x in terms], 1).cpu())
-    return torch.cat(found).double()
+    return root, load_tokenizer(made, *named)
 
 @torch.no_grad()
-def score(root, teacher, rows, batch_size, temperature, layer_rows):
-    """-> [rows, 5] sums of token_terms a sequence, [15, 3] tokens, hits, confidence a bin of confidence; a layer, of
-    the first rows: MSE to the teacher's (other width: after the best linear map), share of its variance, linear CKA."""
-    def look(model, batch):   # hidden states after each layer, the last one after the final norm
-        out = model.base_model(input_ids=batch.input_ids, use_cache=False, output_hidden_states=True)
-        return [h.flatten(0, 1)[batch.positions] for h in (*out.hidden_states[1:-1], out[0])], head_of(model)
+def score(root, teacher, rows, batch_size, temperature):
+    """-> [rows, 5] sums a sequence: tokens, -log p, top-1 right, top-1 the teacher's, KL to it (with its T^2); and
+    [15, 3] tokens, hits, confidence a bin of confidence."""
     sums, bins = torch.zeros(len(rows), 5, dtype=torch.float64), torch.zeros(15, 3, dtype=torch.float64)
-    moments, layers = {}, []   # second moments of [student, teacher, 1]: all that the layers' figures need
     for start in range(0, len(rows), batch_size * WORLD):
         mine = range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
         batch = collate([rows[i] for i in mine])
-        (ours, head), (theirs, its) = root(look, batch), teacher(look, batch) if teacher else ([None], None)
-        terms = token_terms(ours[-1], head, batch.labels.to(DEVICE), [(theirs[-1], its)] * bool(teacher), temperature)
-        row_N = torch.tensor([*mine, 0])[(batch.positions // batch.input_ids.shape[1]).cpu()]
-        sums.index_add_(0, row_N, terms[:, :5])
-        bins.index_add_(0, (terms[:, 5] * 15).long().clamp(max=14), terms[:, [0, 2, 5]])
-        for s, x in enumerate(ours if teacher and start < layer_rows else []):
-            t = max(0, round((s + 1) * len(theirs) / len(ours)) - 1)   # as block-wise mode maps them
-            joint = torch.cat([x, theirs[t], torch.ones_like(x[:, :1])], 1)[row_N.to(DEVICE) < layer_rows].double()
-            moments[s, t] = moments.get((s, t), 0) + (joint.T @ joint).cpu()
-    for (s, t), moment in moments.items():
-        dist.all_reduce(moment)
-        n, mean, width = moment[-1, -1], moment[-1, :-1] / moment[-1, -1], ours[0].shape[1]
-        both = moment[:-1, :-1] / n - torch.outer(mean, mean)
-        xx, xy, yy = both[:width, :width], both[:width, width:], both[width:, width:]
-        error = xx.trace() + yy.trace() - 2 * xy.trace() + (mean[:width] - mean[-width:]).square().sum()
-        if len(xx) != len(yy):   # each row of the map takes a token away from the average
-            missed = yy.trace() - (xy * torch.linalg.lstsq(xx, xy, driver="gelsd").solution).sum()
-            error = missed * n / max(n - width - 1, 1)
-        error, cka = error.clamp_min(0).item(), (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
-        layers.append(dict(student=s + 1, teacher=t + 1, mse=error / len(yy), share=error / yy.trace().item(), cka=cka))
-    dist.all_reduce(sums), dist.all_reduce(bins), root.release(), teacher and teacher.release()
-    return sums, bins, layers
+        sides, row_N = [x(counted_hidden, batch) for x in (root, teacher)], batch.positions // batch.input_ids.shape[1]
+        vocab = min(len(head.weight) for _, head in sides)
+        cut = lambda x: None if x is None else x[:vocab]
+        for part in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocab))):   # six fp32 [C, V] at a time
+            z, y = (finish_logits(nn.functional.linear(h[part], cut(head.weight), cut(head.bias)), *head[2:])[0]
+                    for h, head in sides)
+            (best, top), total, label_C1 = z.max(-1), z.logsumexp(-1), batch.labels[part, None].to(DEVICE)
+            ce, right, agrees = total - z.gather(1, label_C1)[:, 0], top == label_C1[:, 0], top == y.argmax(-1)
+            logp, logq = (torch.log_softmax(x / temperature, -1) for x in (z, y))
+            kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature ** 2
+            terms = torch.ones_like(ce), ce, right, agrees, kl, (best - total).exp()
+            terms = torch.stack([x.double().cpu() for x in terms], 1)
+            sums.index_add_(0, torch.tensor([*mine, 0])[row_N[part].cpu()], terms[:, :5])
+            bins.index_add_(0, (terms[:, 5] * 15).long().clamp(max=14), terms[:, [0, 2, 5]])
+    dist.all_reduce(sums), dist.all_reduce(bins), root.release(), teacher.release()
+    return sums, bins
+
+@torch.no_grad()
+def layer_errors(root, teacher, rows):
+    """A student layer: MSE to its teacher layer (other width: after the best linear map), that in shares of the
+    teacher's variance, linear CKA. On about 4 tokens a row of the map; every rank looks at the same ones."""
+    tokens = max(4096, 4 * root.model.config.get_text_config().hidden_size)
+    batch, layers = collate([rows[i] for i in range(min(len(rows), tokens // len(rows[0]["input_ids"]) + 1))]), []
+    look = lambda model: model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True).hidden_states
+    (_, *ours), (_, *theirs) = root(look), teacher(look)
+    for s, x in enumerate(ours):
+        t = max(0, round((s + 1) * len(theirs) / len(ours)) - 1)   # as block-wise mode maps them
+        x, y = (h.flatten(0, 1)[batch.positions].double() for h in (x, theirs[t]))
+        (xc, yc), (n, width), missed = (h - h.mean(0) for h in (x, y)), x.shape, x - y if x.shape == y.shape else None
+        xx, xy, yy = xc.T @ xc, xc.T @ yc, yc.T @ yc
+        if missed is None:   # each row of the map takes a token away from the average
+            missed = (yc - xc @ torch.linalg.pinv(xx, hermitian=True) @ xy) * math.sqrt(n / max(n - width - 1, 1))
+        mse, cka = missed.square().mean(), xy.norm() ** 2 / xx.norm() / yy.norm()
+        share = mse / yc.square().mean()
+        layers.append(dict(student=s + 1, teacher=t + 1, mse=mse.item(), share=share.item(), cka=cka.item()))
+    root.release(), teacher.release()
+    return layers
 
 def interval(top, bottom, seed):
-    """95 % of sum(top) / sum(bottom), sequences drawn anew: percentiles, widened for few of them like Student's t."""
-    n, draw = len(top), torch.Generator().manual_seed(seed)
+    """sum(top) / sum(bottom) and its 95 %, sequences drawn anew: percentiles, widened for few like Student's t."""
+    n, draw, middle = len(top), torch.Generator().manual_seed(seed), (top.sum() / bottom.sum()).item()
     picks = (torch.randint(n, (100, n), generator=draw) for _ in range(20))
-    drawn, middle = torch.cat([top[i].sum(1) / bottom[i].sum(1) for i in picks]), top.sum() / bottom.sum()
+    off = torch.cat([top[i].sum(1) / bottom[i].sum(1) for i in picks]) - middle
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
-    return (middle + (drawn.quantile(drawn.new_tensor([0.025, 0.975])) - middle) * widen).tolist()
+    return [middle, *(middle + widen * off.quantile(off.new_tensor([0.025, 0.975]))).tolist()]
 
 @torch.no_grad()
 def try_out(root, tokenizer, ids_BT, prompts, seed):
-    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt."""
+    """-> tokens a second, and [greedy, sampled] continuations of each prompt."""
     root.model.generation_config.eos_token_id = None   # always the whole length: ranks stay in step, speeds compare
-    write = lambda ids, new, sample=False: root(lambda model: model.generate(ids, attention_mask=torch.ones_like(
-        ids), max_new_tokens=new, do_sample=sample, pad_token_id=0))[0, ids.shape[1]:].tolist()
-    seconds = lambda *how: min(-time.time() + (write(*how), time.time())[1] for _ in range(3))
-    torch.cuda.reset_peak_memory_stats() if CUDA else None
-    found = {"prefill": ids_BT.numel() / seconds(ids_BT, 1), "generation": 32 / seconds(ids_BT[:1, :32], 32),
-             "memory": torch.cuda.max_memory_allocated() if CUDA else None, "texts": []}
-    for prompt in prompts:
-        ids, eos = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"], tokenizer.eos_token_id
+    def write(ids, new, sample):
         torch.manual_seed(seed)
-        both = (itertools.takewhile(lambda x: x != eos, write(ids.to(DEVICE), 48, sample)) for sample in (False, True))
-        found["texts"].append([tokenizer.decode(list(x)) for x in both])
+        begun, options = time.time(), dict(max_new_tokens=new, do_sample=sample, pad_token_id=0)
+        said = root(lambda model: model.generate(ids, attention_mask=torch.ones_like(ids), **options))[0, ids.shape[1]:]
+        said = itertools.takewhile(lambda x: x != tokenizer.eos_token_id, said.tolist())   # tolist waits for the GPU
+        return time.time() - begun, tokenizer.decode(list(said))
+    prefill = ids_BT.numel() / min(write(ids_BT, 1, False)[0] for _ in range(3))
+    ids = [tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"].to(DEVICE) for x in prompts]
+    said = [[write(x, 48, sample) for sample in (False, True)] for x in ids]
     root.release()
-    return found
-
-METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy", agreement="top-1 as the teacher",
-               kl="KL to the teacher", ece="calibration error", parameters="parameters", disk="bytes on disk",
-               prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes")
+    return dict(prefill=prefill, generation=48 / min(min(x)[0] for x in said), texts=[[t for _, t in x] for x in said])
 
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
     run, student = resolve_demo(cfg), os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
-    base, models, sums, against = load_tokenizer(run, run.teacher, student), {}, {}, {}
-    named = [("teacher", run.teacher), ("student", student), *(("compare", name) for name in cfg.compare)]
-    named = [(role, name.rstrip("/")) for role, name in named]
-    for role, name in named:   # a name that is no model is refused before any work
+    if run is None:
+        return
+    names, models, terms, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
+    for name in cfg.compare:
+        short = os.path.basename(name.rstrip("/").removesuffix("/final"))
+        names[name if short in names else short] = name
+    for role, name in names.items():   # a name that is no model is refused before any work
         os.path.exists(os.path.join(name, "state.json")) or model_config(name, run, role)
-    rows, teacher = load_data(run, base)[1], load_teacher(run)
+    base = load_tokenizer(run, run.teacher, student)
+    _, rows = load_data(run, base)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text or lower --seq_len")
-    sizes, shown = retell(rows, base, base)[1], rows.select(range(0, len(rows), -(-len(rows) // 3)))
-    prompts = [base.decode(row["input_ids"][:max(32, collate([row]).positions[0] + 1)]) for row in shown]
-    prompts = prompts if cfg.generate_comparisons else []
-    for role, name in named:
-        root, own, folder = (teacher, base, "") if role == "teacher" else load_evaluated(run, name, role)
-        own, told, signal = own or base, rows, teacher
-        check_head(root, role, name, own)
-        label = role if role != "compare" else os.path.basename(folder if name.endswith("final") else name)
-        label += f" {len(models)}" * (label in models)
+    sizes = torch.tensor(retell(rows, base, base)[1], dtype=torch.float64)
+    prompts = [base.decode(row["input_ids"][:max(32, collate([row]).positions[0] + 1)])
+               for row in rows.select(range(0, len(rows), -(-len(rows) // 3)))]
+    for label, name in names.items():
+        before = torch.cuda.memory_allocated()
+        root, own = load_evaluated(run, name)
+        own, told, judge, teacher = own or base, rows, teacher or root, teacher or root
+        check_head(root, label, name, own)
         try:
             compare_tokenizers(base, own, run.teacher, name)
         except UserError:   # perplexity of its own tokens, bits on the same bytes, nothing that needs one vocabulary
-            (told, _), signal = retell(rows, base, own), None
-        few = max(4096, 8 * root.model.config.get_text_config().hidden_size) // cfg.seq_len + 1   # 8 tokens a fit row
-        table, bins, layers = score(root, signal, told, cfg.batch_size, cfg.temperature, few)
-        counts, nats, sums[label] = table[:, 0], table[:, 1], table
-        tokens, nll, right, agreed, kl = table.sum(0).tolist()
-        disk = [os.path.getsize(f) for end in ("safetensors", "bin") for f in glob.glob(f"{glob.escape(name)}/*.{end}")]
-        batch = collate([told[i % len(told)] for i in range(cfg.batch_size)]).input_ids
-        models[label] = m = dict(
-            name=name, tokens=int(tokens), perplexity=math.exp(min(nll / tokens, 700)), accuracy=right / tokens,
-            perplexity_95=[math.exp(min(x, 700)) for x in interval(nats, counts, cfg.seed)],
-            bits=nll / math.log(2) / sizes.sum().item(), bits_95=interval(nats / math.log(2), sizes, cfg.seed),
-            agreement=agreed / tokens if signal else None, kl=kl / tokens if signal else None,
+            (told, _), judge = retell(rows, base, own), None
+        terms[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
+        (tokens, _, right, agreed, kl), (counts, nats) = terms[label].sum(0).tolist(), terms[label][:, :2].T
+        perplexity, *perplexity_95 = (math.exp(min(x, 700)) for x in interval(nats, counts, cfg.seed))
+        bits, *bits_95 = interval(nats / math.log(2), sizes, cfg.seed)
+        models[label] = dict(
+            name=name, tokens=int(tokens), perplexity=perplexity, perplexity_95=perplexity_95, bits=bits,
+            bits_95=bits_95, accuracy=right / tokens, agreement=judge and agreed / tokens, kl=judge and kl / tokens,
             ece=(bins[:, 1] - bins[:, 2]).abs().sum().item() / tokens, parameters=count(root.model),
-            disk=sum(disk) or count(root.model) * compute_dtype(cfg).itemsize, calibration=bins.tolist(),
-            layers=layers * (role != "teacher"), curves=[], **try_out(root, own, batch, prompts, cfg.seed))
-        m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
-        with contextlib.suppress(OSError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            m["curves"] = [json.loads(line) for line in f if line.endswith("}\n")]
+            disk=weight_bytes(name) or count(root.model) * compute_dtype(cfg).itemsize, calibration=bins.tolist(),
+            layers=layer_errors(root, judge, rows) if judge not in (None, root) else [], curves=read_log(name))
+        CUDA and torch.cuda.reset_peak_memory_stats()
+        batch = collate([told[i % len(told)] for i in range(cfg.batch_size)])
+        models[label] |= try_out(root, own, batch.input_ids, prompts, cfg.seed)
+        models[label]["memory"] = torch.cuda.max_memory_allocated() - before if CUDA else None
         del root
-    for other in [k for k in models if k != "student"]:
-        gap = (sums["student"] - sums[other])[:, 1] / math.log(2)
-        low, high = interval(gap, sizes, cfg.seed)
-        verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
-        against[other] = dict(difference=(gap.sum() / sizes.sum()).item(), interval=[low, high], verdict=verdict)
-    how = (f"{len(rows)} held-out sequences of {run.dataset}: {models['teacher']['tokens']:,} tokens, "
-           f"{int(sizes.sum()):,} bytes; {WORLD} x {DEVICE.type}, {compute_dtype(cfg)}; T {cfg.temperature:g}; "
-           f"brackets: 95 %, bootstrap; x: of the teacher; prefill {cfg.batch_size} x {cfg.seq_len}; memory: GPUs only")
+    gap = lambda other: interval((terms["student"] - terms[other])[:, 1] / math.log(2), sizes, cfg.seed)
+    found = dict(against={x: gap(x) for x in models if x != "student"}, models=models,
+                 prompts=prompts if cfg.generate_comparisons else [], setting=dict(
+                     dataset=run.dataset, sequences=len(rows), bytes=int(sizes.sum()), ranks=WORLD, device=DEVICE.type,
+                     dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape]))
     if RANK == 0:
-        write_report(cfg.output_dir, {"how": how, "against": against, "models": models, "prompts": prompts})
+        print0(write_report(cfg.output_dir, found, draw))
     all_sum(0)
-
-def write_report(folder, found):
-    models, lines = found["models"], [f"# {found['models']['student']['name']}: the report", ""]
-    show = lambda x: "-" if x is None else f"{x:.4g}" if abs(x) < 1e4 else tqdm.format_sizeof(x)
-    cell = lambda m, k: show(m[k]) + f" ({' to '.join(map(show, m.get(k + '_95', [])))})" * (k + "_95" in m) \
-        + f", {show(m['ratio'].get(k))} x" * (k in m["ratio"] and m is not models["teacher"])
-
-    def table(*rows):
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
-        return [pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
-    for other, x in found["against"].items():
-        gap = "{:+.4f} bits a byte ({:+.4f} to {:+.4f})".format(x["difference"], *x["interval"])
-        lines += [f"- student against {other}: {gap}: {x['verdict']}"]
-    cells = ([title, *(cell(m, k) for m in models.values())] for k, title in METRICS.items())
-    lines += ["", *table(["", *models], *cells), found["how"], ""]
-    print0("\n" + "\n".join(lines))
-    try:
-        draw(os.path.join(folder, "report.png"), models)
-        lines += ["![training, layers, quality against size, reliability](report.png)", ""]
-    except ImportError:
-        print0("no report.png: pip install matplotlib")
-    for label, m in models.items():
-        cells = [list(map(show, x.values())) for x in m["layers"]]
-        head = ["layer", "teacher's", "MSE", "share of variance", "CKA"]
-        lines += [f"## Layers of {label}", "", *table(head, *cells)] if cells else []
-    for i, prompt in enumerate(found["prompts"]):   # indented is code: nothing to escape
-        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
-        lines += [*(f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i]), ""]
-    for file, text in (("report.md", "\n".join(lines)), ("report.json", json.dumps(found, indent=1))):
-        with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
-            f.write(text)
 
 def draw(path, models):
     """Four panels; shades, lines and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
-    (training, layers), (quality, trust) = figure.subplots(2, 2)
-    looks = zip(itertools.count(), itertools.cycle(["0.6", "black", "#d55e00", "#56b4e9"]), itertools.cycle("sD^o"))
-    for (label, m), (i, color, mark) in zip(models.items(), looks):
-        curve = lambda key, at: [(x[at], x[key]) for x in m["curves"] if x.get(key)]
+    training, layers, quality, trust = figure.subplots(2, 2).flat
+    for i, (label, m) in enumerate(models.items()):
+        color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
+        curve = lambda key, at: [(x[at], x[key]) for x in m["curves"] if x.get(key)] if i else []
         layer = lambda key: [(x["student"], x[key]) for x in m["layers"]]
-        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
         for panel, points, line, name in (
-                (training, curve("train/ce_loss", "train/step"), "-", ": ce"),
-                (training, curve("train/kl_loss", "train/step"), ":", ": KL"),
-                (training, curve("eval/ce_loss", "eval/step"), mark, ": ce held out"),
-                (layers, layer("share"), mark + "-", ": missed"), (layers, layer("cka"), mark + ":", ": CKA"),
-                (quality, [(size, m["bits"])], mark, ""), (quality, [(size, x) for x in m["bits_95"]], "-", None),
-                (trust, [(c / n, h / n) for n, h, c in m["calibration"] if n], mark + "-", f": ECE {m['ece']:.3f}")):
+                (training, curve("train/ce_loss", "train/step"), "-", "ce"),
+                (training, curve("train/kl_loss", "train/step"), ":", "KL"),
+                (training, curve("eval/ce_loss", "eval/step"), mark, "ce held out"),
+                (layers, layer("share"), mark + "-", "error"), (layers, layer("cka"), mark + ":", "CKA"),
+                (trust, [(c / n, h / n) for n, h, c in m["calibration"] if n], mark + "-", f"ECE {m['ece']:.3f}")):
             if points:
-                panel.plot(*zip(*points), line, color=color, markersize=5, label=name if name is None else label + name)
+                panel.plot(*zip(*points), line, color=color, markersize=5, label=f"{label}: {name}")
+        around = [[abs(x - m["bits"])] for x in m["bits_95"]]   # aside a little: models of one size are the common case
+        quality.errorbar(m["parameters"] * 1.05 ** i, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
     training.set(title="Training", xlabel="step", ylabel="nats a token")
-    layers.set(title="Layers against the teacher's", xlabel="student layer", ylabel="share of variance missed; CKA")
+    layers.set(title="Layers against the teacher's", xlabel="student layer", ylabel="error / variance; CKA")
     quality.set(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log")
-    quality.set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
     trust.set(title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
-    trust.plot([0, 1], [0, 1], color="0.85", zorder=0)
+    quality.set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
+    quality.minorticks_off(), quality.margins(0.25), trust.plot([0, 1], [0, 1], color="0.85", zorder=0)
     layers.xaxis.get_major_locator().set_params(integer=True)
-    quality.minorticks_off(), quality.margins(0.25)
-    for panel in (p for p in (training, layers, quality, trust) if p.get_legend_handles_labels()[0]):
+    for panel in (p for p in figure.axes if p.get_legend_handles_labels()[0]):
         panel.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
@@ -1619,7 +1553,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     if teacher is not None and not problem and cfg.student == cfg.teacher == cfg.dataset == "demo":
-        report(Config(**{k: v for k, v in vars(run).items() if k in READ_BY["eval"]} | dict(mode="eval", student=final)))
+        same = {k: v for k, v in vars(run).items() if k in READ_BY["eval"]}
+        report(Config(**same | dict(mode="eval", student=final)))
     return problem
 
 # ---------------------------------------------------------------------------------------------------------------------
