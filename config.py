@@ -7,8 +7,8 @@ Below it what a run reads besides knobs: the demo's files and words that explain
 import contextlib
 import dataclasses
 import difflib
+import glob
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -406,84 +406,85 @@ def make_demo(path):
                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 
-# ----- mode eval: rows under another tokenizer, what lies beside a model, the words of the report
+# ----- mode eval: the words of the report, rows under another tokenizer
 
 METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy", agreement="top-1 as the teacher",
                kl="KL to the teacher", ece="calibration error", parameters="parameters", disk="bytes on disk",
                prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes")
 LEGEND = ("In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that shape; generation: "
-          "batch 1; memory: while generating, GPUs only.")
+          "batch 1; memory: while generating, GPUs only. A checkpoint is as large as its final/ will be.")
+PANELS = (dict(title="Training", xlabel="step", ylabel="nats a token"),
+          dict(title="Layers against the teacher's", xlabel="student layer", ylabel="MSE / variance; CKA"),
+          dict(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log"),
+          dict(title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)))
 
 
 def retell(rows, base, other):
-    """Rows under another tokenizer, and the counted bytes of each: both count the same ones, since text is cut where
-    counting begins or ends, and each piece encoded by itself. Special tokens are no bytes, they become EOS."""
-    special = "|".join(re.escape(t.content) for t in base.added_tokens_decoder.values() if t.special) or "$^"
-    told, sizes = [], []
-    for row in rows:
-        ids, whole, start, size = row["input_ids"], base.decode(row["input_ids"]), 0, 0
-        counted = [i > 0 and (row["targets"] is None or bool(row["targets"][i])) for i in range(len(ids))]
-        new = [(other.eos_token_id or 0, False)]   # the first token needs something to be predicted from
-        for counts, places in itertools.groupby(range(len(ids)), counted.__getitem__):
-            *_, last = places   # decoded from the start; a character that is cut in two goes right
-            end = len(os.path.commonprefix([whole, base.decode(ids[:last + 1])]))
-            piece = re.sub(special, other.eos_token or "", whole[start:end])
-            new += [(x, counts) for x in other(piece, add_special_tokens=False, verbose=False)["input_ids"]]
-            start, size = end, size + counts * len(re.sub(special, "", whole[start:end]).encode())
-        told.append(dict(zip(("input_ids", "targets"), zip(*new))))
-        sizes.append(size)
-    return told, sizes
+    """The counted text of each row under another tokenizer: the same bytes, after EOS in place of the first token."""
+    if rows[0]["targets"] is not None:
+        raise UserError("models with different tokenizers are compared on plain text; here prompts are masked")
+    ends, how = (base.eos_token or "\0", other.eos_token or ""), dict(add_special_tokens=False, verbose=False)
+    texts = (base.decode(row["input_ids"][1:]).replace(*ends) for row in rows)
+    return [{"input_ids": [other.eos_token_id or 0, *other(text, **how)["input_ids"]]} for text in texts]
 
 
-def read_log(name):
-    """log.jsonl of the run that a model directory or a checkpoint is of."""
+def read_curves(name):
+    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint is of."""
+    curves = {}
     for up in ("..", "../.."):
         with contextlib.suppress(OSError), open(os.path.join(name, up, "log.jsonl"), encoding="utf-8") as f:
-            return [json.loads(line) for line in f if line.endswith("}\n")]
-    return []
+            for entry in (json.loads(line) for line in f if line.endswith("}\n")):
+                step = entry.get("train/step", entry.get("eval/step"))
+                for key in (k for k in entry if k.endswith("loss") and entry[k]):
+                    curves.setdefault(key, []).append((step, entry[key]))
+            break
+    return curves
 
 
-def weight_bytes(name):
-    folder = name if os.path.isdir(name) else os.path.dirname(transformers.utils.cached_file(name, "config.json"))
-    return sum(os.path.getsize(os.path.join(folder, x)) for x in os.listdir(folder)
-               if x.endswith((".safetensors", ".bin")))
-
-
-def write_report(folder, found, draw):
-    """Add what follows from the numbers, write report.json, report.png and report.md. -> its beginning"""
-    models, lines = found["models"], [f"# {found['models']['student']['name']}: the report", ""]
+def write_report(folder, setting, models, against, prompts, draw):
+    """Derive what follows from the sums, write report.json, report.png and report.md. -> its beginning"""
+    lines = [f"# {models['student']['name']}: the report", ""]
     show = lambda x: "-" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"
-    for m in models.values():
+    for label, m in models.items():
+        tokens, _, right, agreed, kl = m.pop("sums")
+        m["perplexity"], *m["perplexity_95"] = (math.exp(min(x, 700)) for x in m.pop("nats"))
+        m["bits"], *m["bits_95"] = m["bits"]
+        judged, files = m.pop("judged"), glob.glob(os.path.join(glob.escape(m["name"]), "*.safetensors"))
+        m |= dict(tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens if judged else None,
+                  kl=kl / tokens if judged else None, ece=sum(abs(h - c) for _, h, c in m["calibration"]) / tokens,
+                  disk=sum(map(os.path.getsize, files)) or m["parameters"] * m.pop("itemsize"),
+                  curves={} if label == "teacher" else read_curves(m["name"]))
         m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
-    for other, (gap, low, high) in found["against"].items():
+    for other, (gap, low, high) in against.items():
         verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
-        found["against"][other] = dict(difference=gap, interval=[low, high], verdict=verdict)
+        against[other] = dict(difference=gap, interval=[low, high], verdict=verdict)
         lines += [f"- student against {other}: {gap:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): {verdict}"]
 
-    def cell(m, key):
+    def cell(label, m, key):
         around = f" ({' to '.join(map(show, m[key + '_95']))})" if key + "_95" in m else ""
-        return show(m[key]) + around + (f", {show(m['ratio'][key])} x" if m["name"] != "" and key in m["ratio"] else "")
+        return show(m[key]) + around + f", {show(m['ratio'].get(key))} x" * (label != "teacher" and key in m["ratio"])
 
     def table(*rows):
         widths = [max(map(len, column)) for column in zip(*rows)]
         pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
         return ["", pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
 
-    lines += table(["", *models], *([title, *(cell(m, k) for m in models.values())] for k, title in METRICS.items()))
-    lines += [", ".join(f"{k} {v}" for k, v in found["setting"].items()) + ". " + LEGEND, ""]
+    lines += table(["", *models], *([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items()))
+    lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
     try:
         draw(os.path.join(folder, "report.png"), models)
         lines += ["![training, layers, quality against size, reliability](report.png)", ""]
     except ImportError:
         lines += ["No report.png: pip install matplotlib", ""]
-    first = "\n".join(["", *lines])
+    start = "\n".join(["", *lines])
     for label, m in models.items():
-        head = ["layer", "teacher's", "MSE", "MSE / variance", "CKA"]
-        lines += [f"## Layers of {label}", *table(head, *(list(map(show, x.values())) for x in m["layers"]))] * bool(m["layers"])
-    for i, prompt in enumerate(found["prompts"]):   # indented is code: nothing to escape
+        if cells := [list(map(show, x.values())) for x in m["layers"]]:
+            lines += [f"## Layers of {label}", *table(["layer", "teacher's", "MSE", "MSE / variance", "CKA"], *cells)]
+    for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         said = [f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i]]
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", "", *said, ""]
+    found = dict(setting=setting, models=models, against=against, prompts=prompts)
     save_config(found, os.path.join(folder, "report.json"))
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
-    return first
+    return start

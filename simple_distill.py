@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, READ_BY, Config, UserError, digest, explain_bad_file, make_demo, one_line,
-                    parse_config, parse_multipliers, read_log, refuse_changes, retell, save_config, scheduler_kwargs,
-                    shapes_result, weight_bytes, write_report)
+from config import (DEMO_TEACHER_RUN, PANELS, READ_BY, Config, UserError, digest, explain_bad_file, make_demo, one_line,
+                    parse_config, parse_multipliers, refuse_changes, retell, save_config, scheduler_kwargs,
+                    shapes_result, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1148,18 +1148,15 @@ def evaluate(root, work, signal_of, rows, batch_size):
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 def load_evaluated(cfg, name):
-    """A model, or checkpoints/step-... of a run in progress -> root, its tokenizer or None."""
+    """A model, or checkpoints/step-... of a run in progress."""
     if not os.path.exists(os.path.join(name, "state.json")):
-        own = dataclasses.replace(cfg, teacher=name, tokenizer=None)
-        return load_teacher(own), load_tokenizer(own, name)
+        return load_teacher(dataclasses.replace(cfg, teacher=name))
     found = find_checkpoints(types.SimpleNamespace(resume=name))
-    saved, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
-    saved |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=saved.pop("cache"))   # with a cache: no teacher needed
-    made = resolve_demo(Config(**saved))
-    root = load_student(made).eval()
+    made, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
+    made |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=made.pop("cache"))   # from a cache: no teacher needed
+    root = load_student(resolve_demo(Config(**made))).eval()
     load_checkpoint(found, {f"model.{n}": p.detach() for n, p in root.named_parameters()})
-    named = [n for n in (made.student, made.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
-    return root, load_tokenizer(made, *named)
+    return root
 
 @torch.no_grad()
 def score(root, teacher, rows, batch_size, temperature):
@@ -1169,41 +1166,37 @@ def score(root, teacher, rows, batch_size, temperature):
     for start in range(0, len(rows), batch_size * WORLD):
         mine = range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
         batch = collate([rows[i] for i in mine])
-        sides, row_N = [x(counted_hidden, batch) for x in (root, teacher)], batch.positions // batch.input_ids.shape[1]
+        sides = [x(counted_hidden, batch) for x in (root, teacher)]
+        row_N = torch.tensor([*mine, 0])[(batch.positions // batch.input_ids.shape[1]).cpu()]
         vocab = min(len(head.weight) for _, head in sides)
-        cut = lambda x: None if x is None else x[:vocab]
         for part in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocab))):   # six fp32 [C, V] at a time
-            z, y = (finish_logits(nn.functional.linear(h[part], cut(head.weight), cut(head.bias)), *head[2:])[0]
+            z, y = (finish_logits(nn.functional.linear(h[part], head.weight, head.bias)[:, :vocab], *head[2:])[0]
                     for h, head in sides)
             (best, top), total, label_C1 = z.max(-1), z.logsumexp(-1), batch.labels[part, None].to(DEVICE)
-            ce, right, agrees = total - z.gather(1, label_C1)[:, 0], top == label_C1[:, 0], top == y.argmax(-1)
             logp, logq = (torch.log_softmax(x / temperature, -1) for x in (z, y))
             kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature ** 2
-            terms = torch.ones_like(ce), ce, right, agrees, kl, (best - total).exp()
-            terms = torch.stack([x.double().cpu() for x in terms], 1)
-            sums.index_add_(0, torch.tensor([*mine, 0])[row_N[part].cpu()], terms[:, :5])
+            terms = torch.stack([x.double().cpu() for x in (
+                torch.ones_like(kl), total - z.gather(1, label_C1)[:, 0], top == label_C1[:, 0], top == y.argmax(-1),
+                kl, (best - total).exp())], 1)
+            sums.index_add_(0, row_N[part], terms[:, :5])
             bins.index_add_(0, (terms[:, 5] * 15).long().clamp(max=14), terms[:, [0, 2, 5]])
     dist.all_reduce(sums), dist.all_reduce(bins), root.release(), teacher.release()
     return sums, bins
 
 @torch.no_grad()
-def layer_errors(root, teacher, rows):
-    """A student layer: MSE to its teacher layer (other width: after the best linear map), that in shares of the
-    teacher's variance, linear CKA. On about 4 tokens a row of the map; every rank looks at the same ones."""
-    tokens = max(4096, 4 * root.model.config.get_text_config().hidden_size)
-    batch, layers = collate([rows[i] for i in range(min(len(rows), tokens // len(rows[0]["input_ids"]) + 1))]), []
+def layer_errors(root, teacher, batch):
+    """A student layer: MSE to the teacher's (other width: after the best linear map), MSE / variance, linear CKA."""
     look = lambda model: model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True).hidden_states
-    (_, *ours), (_, *theirs) = root(look), teacher(look)
-    for s, x in enumerate(ours):
+    (_, *ours), (_, *theirs), layers = root(look), teacher(look), []
+    for s, h in enumerate(ours):
         t = max(0, round((s + 1) * len(theirs) / len(ours)) - 1)   # as block-wise mode maps them
-        x, y = (h.flatten(0, 1)[batch.positions].double() for h in (x, theirs[t]))
-        (xc, yc), (n, width), missed = (h - h.mean(0) for h in (x, y)), x.shape, x - y if x.shape == y.shape else None
+        x, y = (h.flatten(0, 1)[batch.positions].double() for h in (h, theirs[t]))
+        (xc, yc), (n, width) = (h - h.mean(0) for h in (x, y)), x.shape
         xx, xy, yy = xc.T @ xc, xc.T @ yc, yc.T @ yc
-        if missed is None:   # each row of the map takes a token away from the average
-            missed = (yc - xc @ torch.linalg.pinv(xx, hermitian=True) @ xy) * math.sqrt(n / max(n - width - 1, 1))
-        mse, cka = missed.square().mean(), xy.norm() ** 2 / xx.norm() / yy.norm()
-        share = mse / yc.square().mean()
-        layers.append(dict(student=s + 1, teacher=t + 1, mse=mse.item(), share=share.item(), cka=cka.item()))
+        missed = x - y if x.shape == y.shape else (   # each row of the map takes a token away from the average
+            yc - xc @ torch.linalg.pinv(xx, hermitian=True) @ xy) * math.sqrt(n / max(n - width - 1, 1))
+        mse, cka = missed.square().mean().item(), (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
+        layers.append(dict(student=s + 1, teacher=t + 1, mse=mse, share=mse / yc.square().mean().item(), cka=cka))
     root.release(), teacher.release()
     return layers
 
@@ -1216,26 +1209,27 @@ def interval(top, bottom, seed):
     return [middle, *(middle + widen * off.quantile(off.new_tensor([0.025, 0.975]))).tolist()]
 
 @torch.no_grad()
-def try_out(root, tokenizer, ids_BT, prompts, seed):
-    """-> tokens a second, and [greedy, sampled] continuations of each prompt."""
-    root.model.generation_config.eos_token_id = None   # always the whole length: ranks stay in step, speeds compare
-    def write(ids, new, sample):
+def try_out(root, tokenizer, ids_BT, prompts, seed, others):
+    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt."""
+    def write(ids, new=48, sample=False):   # always the whole length: ranks stay in step, speeds compare
         torch.manual_seed(seed)
         begun, options = time.time(), dict(max_new_tokens=new, do_sample=sample, pad_token_id=0)
         said = root(lambda model: model.generate(ids, attention_mask=torch.ones_like(ids), **options))[0, ids.shape[1]:]
         said = itertools.takewhile(lambda x: x != tokenizer.eos_token_id, said.tolist())   # tolist waits for the GPU
         return time.time() - begun, tokenizer.decode(list(said))
-    prefill = ids_BT.numel() / min(write(ids_BT, 1, False)[0] for _ in range(3))
+    root.model.generation_config.eos_token_id = None
+    CUDA and torch.cuda.reset_peak_memory_stats()
+    prefill = ids_BT.numel() / min(write(ids_BT, 1)[0] for _ in range(3))
     ids = [tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"].to(DEVICE) for x in prompts]
-    said = [[write(x, 48, sample) for sample in (False, True)] for x in ids]
+    said = [(write(x), write(x, sample=True)) for x in ids]
     root.release()
-    return dict(prefill=prefill, generation=48 / min(min(x)[0] for x in said), texts=[[t for _, t in x] for x in said])
+    return dict(prefill=prefill, generation=48 / min(greedy[0] for greedy, _ in said), texts=[[t for _, t in x] for x in
+                said], memory=torch.cuda.max_memory_allocated() - others if CUDA else None)
 
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
-    run, student = resolve_demo(cfg), os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
-    if run is None:
-        return
+    run = resolve_demo(cfg) or sys.exit()   # stopped by a signal
+    student = os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
     names, models, terms, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
     for name in cfg.compare:
         short = os.path.basename(name.rstrip("/").removesuffix("/final"))
@@ -1246,70 +1240,60 @@ def report(cfg):
     _, rows = load_data(run, base)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text or lower --seq_len")
-    sizes = torch.tensor(retell(rows, base, base)[1], dtype=torch.float64)
-    prompts = [base.decode(row["input_ids"][:max(32, collate([row]).positions[0] + 1)])
-               for row in rows.select(range(0, len(rows), -(-len(rows) // 3)))]
+    sizes = [len(base.decode(collate([row]).labels, skip_special_tokens=True).encode()) for row in rows]
+    sizes, few = torch.tensor(sizes, dtype=torch.float64), collate([*itertools.islice(rows, 8192 // cfg.seq_len + 1)])
+    prompts = [base.decode(x["input_ids"][:max(32, collate([x]).positions[0] + 1)])
+               for x in itertools.islice(rows, 0, None, -(-len(rows) // 3))]
     for label, name in names.items():
-        before = torch.cuda.memory_allocated()
-        root, own = load_evaluated(run, name)
-        own, told, judge, teacher = own or base, rows, teacher or root, teacher or root
+        before, root = torch.cuda.memory_allocated(), load_evaluated(run, name)
+        own, told = load_tokenizer(dataclasses.replace(run, tokenizer=None), name) or base, rows
+        judge = teacher = teacher or root
         check_head(root, label, name, own)
         try:
             compare_tokenizers(base, own, run.teacher, name)
         except UserError:   # perplexity of its own tokens, bits on the same bytes, nothing that needs one vocabulary
-            (told, _), judge = retell(rows, base, own), None
+            told, judge = retell(rows, base, own), None
         terms[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
-        (tokens, _, right, agreed, kl), (counts, nats) = terms[label].sum(0).tolist(), terms[label][:, :2].T
-        perplexity, *perplexity_95 = (math.exp(min(x, 700)) for x in interval(nats, counts, cfg.seed))
-        bits, *bits_95 = interval(nats / math.log(2), sizes, cfg.seed)
-        models[label] = dict(
-            name=name, tokens=int(tokens), perplexity=perplexity, perplexity_95=perplexity_95, bits=bits,
-            bits_95=bits_95, accuracy=right / tokens, agreement=judge and agreed / tokens, kl=judge and kl / tokens,
-            ece=(bins[:, 1] - bins[:, 2]).abs().sum().item() / tokens, parameters=count(root.model),
-            disk=weight_bytes(name) or count(root.model) * compute_dtype(cfg).itemsize, calibration=bins.tolist(),
-            layers=layer_errors(root, judge, rows) if judge not in (None, root) else [], curves=read_log(name))
-        CUDA and torch.cuda.reset_peak_memory_stats()
+        counts, nats = terms[label][:, :2].T
         batch = collate([told[i % len(told)] for i in range(cfg.batch_size)])
-        models[label] |= try_out(root, own, batch.input_ids, prompts, cfg.seed)
-        models[label]["memory"] = torch.cuda.max_memory_allocated() - before if CUDA else None
+        models[label] = dict(
+            name=name, sums=terms[label].sum(0).tolist(), calibration=bins.tolist(), judged=judge is not None,
+            nats=interval(nats, counts, cfg.seed), bits=interval(nats / math.log(2), sizes, cfg.seed),
+            parameters=count(root.model), itemsize=compute_dtype(cfg).itemsize,
+            layers=[] if judge in (None, root) else layer_errors(root, judge, few),
+            **try_out(root, own, batch.input_ids, prompts, cfg.seed, before))
         del root
-    gap = lambda other: interval((terms["student"] - terms[other])[:, 1] / math.log(2), sizes, cfg.seed)
-    found = dict(against={x: gap(x) for x in models if x != "student"}, models=models,
-                 prompts=prompts if cfg.generate_comparisons else [], setting=dict(
-                     dataset=run.dataset, sequences=len(rows), bytes=int(sizes.sum()), ranks=WORLD, device=DEVICE.type,
-                     dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape]))
+    against = {x: interval((terms["student"] - terms[x])[:, 1] / math.log(2), sizes, cfg.seed)
+               for x in names if x != "student"}
+    setting = dict(dataset=run.dataset, sequences=len(rows), bytes=int(sizes.sum()), ranks=WORLD, device=DEVICE.type,
+                   dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape])
     if RANK == 0:
-        print0(write_report(cfg.output_dir, found, draw))
+        print0(write_report(cfg.output_dir, setting, models, against, prompts * cfg.generate_comparisons, draw))
     all_sum(0)
 
 def draw(path, models):
     """Four panels; shades, lines and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
-    training, layers, quality, trust = figure.subplots(2, 2).flat
+    training, layers, quality, trust = panels = figure.subplots(2, 2).flatten()
     for i, (label, m) in enumerate(models.items()):
         color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
-        curve = lambda key, at: [(x[at], x[key]) for x in m["curves"] if x.get(key)] if i else []
-        layer = lambda key: [(x["student"], x[key]) for x in m["layers"]]
-        for panel, points, line, name in (
-                (training, curve("train/ce_loss", "train/step"), "-", "ce"),
-                (training, curve("train/kl_loss", "train/step"), ":", "KL"),
-                (training, curve("eval/ce_loss", "eval/step"), mark, "ce held out"),
-                (layers, layer("share"), mark + "-", "error"), (layers, layer("cka"), mark + ":", "CKA"),
-                (trust, [(c / n, h / n) for n, h, c in m["calibration"] if n], mark + "-", f"ECE {m['ece']:.3f}")):
+        curves = [(training, m["curves"].get(key), line, name) for key, line, name in (
+            ("train/ce_loss", "-", "ce"), ("train/kl_loss", ":", "KL"), ("eval/ce_loss", mark, "ce held out"))]
+        curves += [(layers, [(x["student"], x[key]) for x in m["layers"]], mark + line, name)
+                   for key, line, name in (("share", "-", "error"), ("cka", ":", "CKA"))]
+        bins = [(c / n, h / n) for n, h, c in m["calibration"] if n]
+        for panel, points, line, name in (*curves, (trust, bins, mark + "-", f"ECE {m['ece']:.3f}")):
             if points:
                 panel.plot(*zip(*points), line, color=color, markersize=5, label=f"{label}: {name}")
         around = [[abs(x - m["bits"])] for x in m["bits_95"]]   # aside a little: models of one size are the common case
         quality.errorbar(m["parameters"] * 1.05 ** i, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
-    training.set(title="Training", xlabel="step", ylabel="nats a token")
-    layers.set(title="Layers against the teacher's", xlabel="student layer", ylabel="error / variance; CKA")
-    quality.set(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log")
-    trust.set(title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
+    trust.plot([0, 1], [0, 1], color="0.85", zorder=0)
+    for panel, words in zip(panels, PANELS):
+        panel.set(**words)
+        panel.get_legend_handles_labels()[0] and panel.legend(fontsize=8, frameon=False)
     quality.set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
-    quality.minorticks_off(), quality.margins(0.25), trust.plot([0, 1], [0, 1], color="0.85", zorder=0)
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    for panel in (p for p in figure.axes if p.get_legend_handles_labels()[0]):
-        panel.legend(fontsize=8, frameon=False)
+    quality.minorticks_off(), quality.margins(0.25), layers.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
 
 # ---------------------------------------------------------------------------------------------------------------------

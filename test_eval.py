@@ -157,28 +157,30 @@ def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(_eval_world, _eval_found):
     base, other = (AutoTokenizer.from_pretrained(_eval_world / n) for n in ("teacher", "stranger"))
     ids = _eval_rows(_eval_world, base)
-    rows = [{"input_ids": np.array(r), "targets": None} for r in ids]
-    (same, sizes), (told, again) = config.retell(rows, base, base), config.retell(rows, base, other)
-    assert sizes == again
-    text_of = lambda tokenizer, row: [tokenizer.decode([i for i, t in zip(row["input_ids"], row["targets"]) if t == wanted], skip_special_tokens=True)
-                                      for wanted in (False, True)]
-    whole = 0
-    for mine, theirs, size, row in zip(same, told, sizes, ids):
-        assert text_of(base, mine) == text_of(other, theirs) and not theirs["targets"][0]
-        assert len(text_of(other, theirs)[1].encode()) == size
-        assert theirs["input_ids"].count(0) == row.count(0) + 1   # document ends stay document ends, one more leads
-        whole += len(base.decode(row, skip_special_tokens=True).encode()) - len(text_of(base, mine)[0].encode())
-    assert sum(sizes) == whole
+    told = config.retell([{"input_ids": np.array(r), "targets": None} for r in ids], base, other)
+    sizes = [len(base.decode(r[1:], skip_special_tokens=True).encode()) for r in ids]
+    for row, new, size in zip(ids, told, sizes, strict=True):
+        new = new["input_ids"]
+        assert new[0] == 0 and other.decode(new[1:]) == base.decode(row[1:]) and new[1:].count(0) == row[1:].count(0)
+        assert len(other.decode(new[1:], skip_special_tokens=True).encode()) == size
     stranger = AutoModelForCausalLM.from_pretrained(_eval_world / "stranger").double()
     bits = 0.0
-    for row in told:
+    for new in told:
+        new = torch.tensor(new["input_ids"])
         with torch.no_grad():
-            logp = stranger(torch.tensor(row["input_ids"])[None]).logits[0].log_softmax(-1)
-        bits -= sum(logp[i - 1, row["input_ids"][i]].item() for i, t in enumerate(row["targets"]) if t) / math.log(2)
+            bits -= stranger(new[None]).logits[0, :-1].log_softmax(-1).gather(1, new[1:, None]).sum().item() / math.log(2)
     got = _eval_found["models"]["stranger"]
     assert got["bits"] == pytest.approx(bits / sum(sizes), rel=1e-5) and got["kl"] is None and got["agreement"] is None
     want = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", ids, 320)["nll"]
     assert _eval_found["models"]["student"]["bits"] == pytest.approx(want / math.log(2) / sum(sizes), rel=1e-5)
+
+
+def test_eval_another_tokenizer_and_masked_prompts_are_refused(_eval_world, tmp_path):
+    rows = [{"prompt": "the quick brown", "response": "fox jumps"}] * 40
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ["--mode", "eval", "--teacher", _eval_world / "teacher", "--student", _eval_world / "stranger", "--dataset", tmp_path / "talk.jsonl",
+             "--seq_len", 48, "--output_dir", tmp_path / "out"]
+    assert "plain text" in cli(*words, rc=2).err
 
 
 @pytest.mark.parametrize("n", [12, 60])
@@ -207,7 +209,9 @@ def test_eval_report_files(_eval_world, _eval_found):
                 assert float(shown) == pytest.approx(value, rel=6e-4)
     for x in _eval_found["against"].values():
         assert f"{x['difference']:+.4f} bits a byte ({x['interval'][0]:+.4f} to {x['interval'][1]:+.4f})" in text and x["verdict"] in text
-    assert "report.png" in text and len(_eval_found["models"]["student"]["curves"]) == 12 + 3 and len(_eval_found["models"]["student"]["texts"]) == 3
+    assert "report.png" in text and {k: len(v) for k, v in _eval_found["models"]["student"]["curves"].items()} == {
+        **dict.fromkeys(("train/loss", "train/ce_loss", "train/kl_loss"), 12), **dict.fromkeys(("eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/min_loss"), 3)}
+    assert True and len(_eval_found["models"]["student"]["texts"]) == 3
     from matplotlib import image
     picture = image.imread(folder / "report.png")[..., :3]
     assert min(picture.shape[:2]) > 800
