@@ -17,6 +17,7 @@ import sysconfig
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+import numpy as np
 import transformers
 from transformers import HfArgumentParser, SchedulerType
 
@@ -355,6 +356,11 @@ def parse_config(argv):
     return Config(**values)
 
 
+def in_mode(mode, cfg, **changes):
+    """The same of all that this mode reads, with changes; the rest is default."""
+    return Config(**{k: v for k, v in vars(cfg).items() if k in READ_BY[mode]} | changes | dict(mode=mode))
+
+
 def save_config(cfg, path):
     aside = f"{path}.{os.getpid()}.tmp"   # workers of a cache may write at the same moment
     with open(aside, "w", encoding="utf-8") as f:
@@ -413,6 +419,8 @@ METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accu
                prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes")
 LEGEND = ("In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that shape; generation: "
           "batch 1; memory: while generating, GPUs only. A checkpoint is as large as its final/ will be.")
+CURVES = ((0, "train/ce_loss", "-"), (0, "train/kl_loss", ":"), (0, "eval/ce_loss", "{}"), (1, "MSE / variance", "{}-"),
+          (1, "CKA", "{}:"), (3, "reliability", "{}-"))   # panel, name, line and the model's {mark}
 PANELS = (dict(title="Training", xlabel="step", ylabel="nats a token"),
           dict(title="Layers against the teacher's", xlabel="student layer", ylabel="MSE / variance; CKA"),
           dict(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log"),
@@ -428,37 +436,54 @@ def retell(rows, base, other):
     return [{"input_ids": [other.eos_token_id or 0, *other(text, **how)["input_ids"]]} for text in texts]
 
 
+def interval(top, bottom, seed):
+    """sum(top) / sum(bottom) and its 95 %, sequences drawn anew: percentiles, widened for few like Student's t."""
+    n, draw, middle = len(top), np.random.default_rng(seed), top.sum() / bottom.sum()
+    picks = (draw.integers(0, n, (100, n)) for _ in range(20))
+    off = np.concatenate([top[i].sum(1) / bottom[i].sum(1) for i in picks]) - middle
+    widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
+    return [float(middle), *(middle + widen * np.quantile(off, (0.025, 0.975))).tolist()]
+
+
 def read_curves(name):
     """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint is of."""
-    curves = {}
-    for up in ("..", "../.."):
-        with contextlib.suppress(OSError), open(os.path.join(name, up, "log.jsonl"), encoding="utf-8") as f:
-            for entry in (json.loads(line) for line in f if line.endswith("}\n")):
-                step = entry.get("train/step", entry.get("eval/step"))
-                for key in (k for k in entry if k.endswith("loss") and entry[k]):
-                    curves.setdefault(key, []).append((step, entry[key]))
-            break
+    curves, places = {}, (os.path.join(name, up, "log.jsonl") for up in ("..", "../.."))
+    with open(next(filter(os.path.isfile, places), os.devnull), encoding="utf-8") as f:
+        for entry in (json.loads(line) for line in f if line.endswith("}\n")):
+            for key in (k for k in entry if k.endswith("loss") and entry[k]):
+                curves.setdefault(key, []).append((entry[key.split("/")[0] + "/step"], entry[key]))
     return curves
 
 
-def write_report(folder, setting, models, against, prompts, draw):
-    """Derive what follows from the sums, write report.json, report.png and report.md. -> its beginning"""
+def derive(models, tables, sizes, seed):
+    """The figures of each model, from its sums a sequence (see score) and the bytes of each."""
+    for label, m in models.items():
+        counts, nats, *_ = tables[label].T
+        tokens, _, right, agreed, kl = tables[label].sum(0).tolist()
+        judged, files = m.pop("judged"), glob.glob(os.path.join(glob.escape(m["name"]), "*.safetensors"))
+        m["perplexity"], *m["perplexity_95"] = (math.exp(min(x, 700)) for x in interval(nats, counts, seed))
+        m["bits"], *m["bits_95"] = interval(nats / math.log(2), sizes, seed)
+        m |= dict(tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens if judged else None,
+                  kl=kl / tokens if judged else None, ece=sum(abs(h - c) for _, h, c in m["bins"]) / tokens,
+                  disk=sum(map(os.path.getsize, files)) or m["disk"])
+        m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
+        m["curves"] = {} if label == "teacher" else read_curves(m["name"])
+        for name, key in (("MSE / variance", "share"), ("CKA", "cka")):
+            m["curves"][name] = [(x["student"], x[key]) for x in m["layers"]]
+        m["curves"]["reliability"] = [(c / n, h / n) for n, h, c in m["bins"] if n]
+    for label, m in models.items():
+        gap, low, high = interval((tables["student"] - tables[label])[:, 1] / math.log(2), sizes, seed)
+        verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
+        m["student_against_it"] = dict(difference=gap, interval=[low, high], verdict=verdict)
+
+
+def write_report(folder, setting, models, prompts, draw):
+    """report.json, report.png and report.md -> the beginning of the last"""
     lines = [f"# {models['student']['name']}: the report", ""]
     show = lambda x: "-" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"
-    for label, m in models.items():
-        tokens, _, right, agreed, kl = m.pop("sums")
-        m["perplexity"], *m["perplexity_95"] = (math.exp(min(x, 700)) for x in m.pop("nats"))
-        m["bits"], *m["bits_95"] = m["bits"]
-        judged, files = m.pop("judged"), glob.glob(os.path.join(glob.escape(m["name"]), "*.safetensors"))
-        m |= dict(tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens if judged else None,
-                  kl=kl / tokens if judged else None, ece=sum(abs(h - c) for _, h, c in m["calibration"]) / tokens,
-                  disk=sum(map(os.path.getsize, files)) or m["parameters"] * m.pop("itemsize"),
-                  curves={} if label == "teacher" else read_curves(m["name"]))
-        m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
-    for other, (gap, low, high) in against.items():
-        verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
-        against[other] = dict(difference=gap, interval=[low, high], verdict=verdict)
-        lines += [f"- student against {other}: {gap:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): {verdict}"]
+    for label, x in ((k, m["student_against_it"]) for k, m in models.items() if k != "student"):
+        gap = "{:+.4f} bits a byte ({:+.4f} to {:+.4f})".format(x["difference"], *x["interval"])
+        lines += [f"- student against {label}: {gap}: {x['verdict']}"]
 
     def cell(label, m, key):
         around = f" ({' to '.join(map(show, m[key + '_95']))})" if key + "_95" in m else ""
@@ -469,7 +494,8 @@ def write_report(folder, setting, models, against, prompts, draw):
         pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
         return ["", pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
 
-    lines += table(["", *models], *([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items()))
+    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items())
+    lines += table(["", *models], *cells)
     lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
     try:
         draw(os.path.join(folder, "report.png"), models)
@@ -483,8 +509,7 @@ def write_report(folder, setting, models, against, prompts, draw):
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         said = [f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i]]
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", "", *said, ""]
-    found = dict(setting=setting, models=models, against=against, prompts=prompts)
-    save_config(found, os.path.join(folder, "report.json"))
+    save_config(dict(setting=setting, models=models, prompts=prompts), os.path.join(folder, "report.json"))
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
     return start

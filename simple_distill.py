@@ -5,6 +5,7 @@
     python simple_distill.py --teacher T --student S --dataset D                 # online distillation
     python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C  # run the teacher once ...
     python simple_distill.py --student S --cache_dir C                           # ... and train from disk
+    python simple_distill.py --mode eval --student out/final --teacher T         # what was lost, what was gained
     ./launch.sh ...                                                              # the same on many devices
 
 Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
@@ -26,9 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, PANELS, READ_BY, Config, UserError, digest, explain_bad_file, make_demo, one_line,
-                    parse_config, parse_multipliers, refuse_changes, retell, save_config, scheduler_kwargs,
-                    shapes_result, write_report)
+from config import (CURVES, DEMO_TEACHER_RUN, PANELS, Config, UserError, derive, digest, explain_bad_file, in_mode,
+                    make_demo, one_line, parse_config, parse_multipliers, refuse_changes, retell, save_config,
+                    scheduler_kwargs, shapes_result, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1130,7 +1131,8 @@ def prepare_output(cfg, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
+# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks; and mode eval,
+# whose numbers are made here and whose words are config.py's.
 
 @torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
@@ -1200,14 +1202,6 @@ def layer_errors(root, teacher, batch):
     root.release(), teacher.release()
     return layers
 
-def interval(top, bottom, seed):
-    """sum(top) / sum(bottom) and its 95 %, sequences drawn anew: percentiles, widened for few like Student's t."""
-    n, draw, middle = len(top), torch.Generator().manual_seed(seed), (top.sum() / bottom.sum()).item()
-    picks = (torch.randint(n, (100, n), generator=draw) for _ in range(20))
-    off = torch.cat([top[i].sum(1) / bottom[i].sum(1) for i in picks]) - middle
-    widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
-    return [middle, *(middle + widen * off.quantile(off.new_tensor([0.025, 0.975]))).tolist()]
-
 @torch.no_grad()
 def try_out(root, tokenizer, ids_BT, prompts, seed, others):
     """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt."""
@@ -1221,16 +1215,16 @@ def try_out(root, tokenizer, ids_BT, prompts, seed, others):
     CUDA and torch.cuda.reset_peak_memory_stats()
     prefill = ids_BT.numel() / min(write(ids_BT, 1)[0] for _ in range(3))
     ids = [tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"].to(DEVICE) for x in prompts]
-    said = [(write(x), write(x, sample=True)) for x in ids]
+    seconds, texts = zip(*(zip(write(x), write(x, sample=True)) for x in ids))
     root.release()
-    return dict(prefill=prefill, generation=48 / min(greedy[0] for greedy, _ in said), texts=[[t for _, t in x] for x in
-                said], memory=torch.cuda.max_memory_allocated() - others if CUDA else None)
+    return dict(prefill=prefill, generation=48 / min(greedy for greedy, _ in seconds), texts=texts,
+                memory=torch.cuda.max_memory_allocated() - others if CUDA else None)
 
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
     run = resolve_demo(cfg) or sys.exit()   # stopped by a signal
     student = os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
-    names, models, terms, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
+    names, models, tables, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
     for name in cfg.compare:
         short = os.path.basename(name.rstrip("/").removesuffix("/final"))
         names[name if short in names else short] = name
@@ -1240,8 +1234,7 @@ def report(cfg):
     _, rows = load_data(run, base)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text or lower --seq_len")
-    sizes = [len(base.decode(collate([row]).labels, skip_special_tokens=True).encode()) for row in rows]
-    sizes, few = torch.tensor(sizes, dtype=torch.float64), collate([*itertools.islice(rows, 8192 // cfg.seq_len + 1)])
+    few = collate([*itertools.islice(rows, 8192 // cfg.seq_len + 1)])   # for the layers, the same on every rank
     prompts = [base.decode(x["input_ids"][:max(32, collate([x]).positions[0] + 1)])
                for x in itertools.islice(rows, 0, None, -(-len(rows) // 3))]
     for label, name in names.items():
@@ -1253,47 +1246,39 @@ def report(cfg):
             compare_tokenizers(base, own, run.teacher, name)
         except UserError:   # perplexity of its own tokens, bits on the same bytes, nothing that needs one vocabulary
             told, judge = retell(rows, base, own), None
-        terms[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
-        counts, nats = terms[label][:, :2].T
+        tables[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
         batch = collate([told[i % len(told)] for i in range(cfg.batch_size)])
         models[label] = dict(
-            name=name, sums=terms[label].sum(0).tolist(), calibration=bins.tolist(), judged=judge is not None,
-            nats=interval(nats, counts, cfg.seed), bits=interval(nats / math.log(2), sizes, cfg.seed),
-            parameters=count(root.model), itemsize=compute_dtype(cfg).itemsize,
-            layers=[] if judge in (None, root) else layer_errors(root, judge, few),
-            **try_out(root, own, batch.input_ids, prompts, cfg.seed, before))
+            name=name, parameters=count(root.model), disk=count(root.model) * compute_dtype(cfg).itemsize,
+            judged=judge is not None, layers=[] if judge in (None, root) else layer_errors(root, judge, few),
+            bins=bins.tolist(), **try_out(root, own, batch.input_ids, prompts, cfg.seed, before))
         del root
-    against = {x: interval((terms["student"] - terms[x])[:, 1] / math.log(2), sizes, cfg.seed)
-               for x in names if x != "student"}
-    setting = dict(dataset=run.dataset, sequences=len(rows), bytes=int(sizes.sum()), ranks=WORLD, device=DEVICE.type,
-                   dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape])
     if RANK == 0:
-        print0(write_report(cfg.output_dir, setting, models, against, prompts * cfg.generate_comparisons, draw))
-    all_sum(0)
+        sizes = [len(base.decode(collate([row]).labels, skip_special_tokens=True).encode()) for row in rows]
+        setting = dict(dataset=run.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD, device=DEVICE.type,
+                       dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape])
+        derive(models, {label: table.numpy() for label, table in tables.items()}, np.array(sizes), cfg.seed)
+        print0(write_report(cfg.output_dir, setting, models, prompts * cfg.generate_comparisons, draw))
 
 def draw(path, models):
     """Four panels; shades, lines and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
-    training, layers, quality, trust = panels = figure.subplots(2, 2).flatten()
+    panels = figure.subplots(2, 2).flatten()
     for i, (label, m) in enumerate(models.items()):
         color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
-        curves = [(training, m["curves"].get(key), line, name) for key, line, name in (
-            ("train/ce_loss", "-", "ce"), ("train/kl_loss", ":", "KL"), ("eval/ce_loss", mark, "ce held out"))]
-        curves += [(layers, [(x["student"], x[key]) for x in m["layers"]], mark + line, name)
-                   for key, line, name in (("share", "-", "error"), ("cka", ":", "CKA"))]
-        bins = [(c / n, h / n) for n, h, c in m["calibration"] if n]
-        for panel, points, line, name in (*curves, (trust, bins, mark + "-", f"ECE {m['ece']:.3f}")):
-            if points:
-                panel.plot(*zip(*points), line, color=color, markersize=5, label=f"{label}: {name}")
-        around = [[abs(x - m["bits"])] for x in m["bits_95"]]   # aside a little: models of one size are the common case
-        quality.errorbar(m["parameters"] * 1.05 ** i, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
-    trust.plot([0, 1], [0, 1], color="0.85", zorder=0)
+        for panel, key, line in CURVES:
+            if points := m["curves"].get(key):
+                panels[panel].plot(*zip(*points), line.format(mark), color=color, markersize=5, label=f"{label}: {key}")
+        around = [[abs(x - m["bits"])] for x in m["bits_95"]]
+        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
+        panels[2].errorbar(size, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
+    panels[3].plot([0, 1], [0, 1], color="0.85", zorder=0)
     for panel, words in zip(panels, PANELS):
         panel.set(**words)
         panel.get_legend_handles_labels()[0] and panel.legend(fontsize=8, frameon=False)
-    quality.set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
-    quality.minorticks_off(), quality.margins(0.25), layers.xaxis.get_major_locator().set_params(integer=True)
+    panels[2].set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
+    panels[2].minorticks_off(), panels[2].margins(0.25), panels[1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1537,8 +1522,7 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     if teacher is not None and not problem and cfg.student == cfg.teacher == cfg.dataset == "demo":
-        same = {k: v for k, v in vars(run).items() if k in READ_BY["eval"]}
-        report(Config(**same | dict(mode="eval", student=final)))
+        report(in_mode("eval", run, student=final))
     return problem
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, pipeline
 
 import config
-import simple_distill as sd
 from test_simple_distill import cli, log, spawn
 
 # ---- mode eval ------------------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
     for label, name in (("student", "run/final"), ("labels", "labels/final"), ("padded", "padded"), ("teacher", "teacher")):
         want, got = _eval_reference(_eval_world / name, _eval_world / "teacher", rows, 320), _eval_found["models"][label]
         assert got["tokens"] == want["tokens"]
-        _, *around = sd.interval(want["rows"], torch.tensor([len(r) - 1.0 for r in rows], dtype=torch.float64), 0)
+        _, *around = config.interval(want["rows"].numpy(), np.array([len(r) - 1 for r in rows]), 0)
         assert got["perplexity_95"] == pytest.approx([math.exp(x) for x in around], rel=1e-5)
         for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
             assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6), (label, key)
@@ -131,7 +130,7 @@ def test_eval_teacher_against_itself(_eval_world):
     assert student["kl"] == 0 and student["agreement"] == 1 and student["perplexity"] == found["models"]["teacher"]["perplexity"]
     assert [x["teacher"] for x in student["layers"]] == [1, 2, 3, 4]
     assert all(x["cka"] == pytest.approx(1, abs=1e-9) and x["mse"] < 1e-12 for x in student["layers"])
-    assert found["against"]["teacher"]["verdict"] == "no significant difference" and found["against"]["teacher"]["interval"] == [0, 0]
+    assert found["models"]["teacher"]["student_against_it"] == {"difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
 
 
 def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
@@ -189,7 +188,7 @@ def test_eval_intervals_cover(n):
     for trial in range(200):   # sequences of many lengths, skewed losses that hang together within one; true mean 2
         bottom = torch.randint(20, 60, (n,), generator=draw).double()
         top = bottom * 2 * (0.4 * torch.randn(n, generator=draw, dtype=torch.float64) - 0.08).exp()
-        _, low, high = sd.interval(top, bottom, trial)
+        _, low, high = config.interval(top.numpy(), bottom.numpy(), trial)
         inside += low <= 2 <= high
     assert 180 <= inside <= 198
 
@@ -207,11 +206,11 @@ def test_eval_report_files(_eval_world, _eval_found):
                 assert shown == "-"
             else:
                 assert float(shown) == pytest.approx(value, rel=6e-4)
-    for x in _eval_found["against"].values():
+    for x in (m["student_against_it"] for label, m in _eval_found["models"].items() if label != "student"):
         assert f"{x['difference']:+.4f} bits a byte ({x['interval'][0]:+.4f} to {x['interval'][1]:+.4f})" in text and x["verdict"] in text
-    assert "report.png" in text and {k: len(v) for k, v in _eval_found["models"]["student"]["curves"].items()} == {
-        **dict.fromkeys(("train/loss", "train/ce_loss", "train/kl_loss"), 12), **dict.fromkeys(("eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/min_loss"), 3)}
-    assert True and len(_eval_found["models"]["student"]["texts"]) == 3
+    curves = _eval_found["models"]["student"]["curves"]
+    assert "report.png" in text and [len(curves[k]) for k in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/ce_loss")] == [12, 12, 12, 3]
+    assert len(_eval_found["models"]["student"]["texts"]) == 3
     from matplotlib import image
     picture = image.imread(folder / "report.png")[..., :3]
     assert min(picture.shape[:2]) > 800
@@ -251,8 +250,8 @@ def test_eval_same_numbers_on_two_ranks(_eval_world, _eval_found):
             assert one[key] is None or two["models"][label][key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (label, key)
         for a, b in zip(one["layers"], two["models"][label]["layers"], strict=True):
             assert a == pytest.approx(b, rel=1e-4)
-    for other, a in _eval_found["against"].items():
-        b = two["against"][other]
+    for label, one in _eval_found["models"].items():
+        a, b = one["student_against_it"], two["models"][label]["student_against_it"]
         assert a["verdict"] == b["verdict"] and a["interval"] == pytest.approx(b["interval"], rel=1e-4, abs=1e-7)
 
 
