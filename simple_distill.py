@@ -1131,8 +1131,7 @@ def prepare_output(cfg, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks; and mode eval,
-# whose numbers are made here and whose words are config.py's.
+# Evaluation: every token of held-out rows counts once, whatever the number of ranks. The report's words: config.py.
 
 @torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
