@@ -362,6 +362,11 @@ def parse_config(argv):
     return Config(**values)
 
 
+def in_mode(mode, cfg, **changes):
+    """The same of all that this mode reads, with changes; the rest is default."""
+    return Config(**{k: v for k, v in vars(cfg).items() if k in READ_BY[mode]} | changes | dict(mode=mode))
+
+
 def save_config(cfg, path):
     aside = f"{path}.{os.getpid()}.tmp"   # workers of a cache may write at the same moment
     with open(aside, "w", encoding="utf-8") as f:
@@ -571,3 +576,106 @@ def explain_bad_file(path):
                     raise ValueError("not an object with columns")
             except ValueError as e:   # UnicodeDecodeError is one
                 raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+
+
+# ----- mode eval: the words of the report, rows under another tokenizer
+
+METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy", agreement="top-1 as the teacher",
+               kl="KL to the teacher", ece="calibration error", parameters="parameters", disk="bytes on disk",
+               prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes")
+LEGEND = ("In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that shape; generation: "
+          "batch 1; memory: while generating, GPUs only. A checkpoint is as large as its final/ will be.")
+CURVES = ((0, "train/ce_loss", "-"), (0, "train/kl_loss", ":"), (0, "eval/ce_loss", "{}"), (1, "MSE / variance", "{}-"),
+          (1, "CKA", "{}:"), (3, "reliability", "{}-"))   # panel, name, line and the model's {mark}
+PANELS = (dict(title="Training", xlabel="step", ylabel="nats a token"),
+          dict(title="Layers against the teacher's", xlabel="student layer", ylabel="MSE / variance; CKA"),
+          dict(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log"),
+          dict(title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)))
+
+
+def retell(rows, base, other):
+    """The counted text of each row under another tokenizer: the same bytes, after EOS in place of the first token."""
+    if rows[0]["targets"] is not None:
+        raise UserError("models with different tokenizers are compared on plain text; here prompts are masked")
+    ends, how = (base.eos_token or "\0", other.eos_token or ""), dict(add_special_tokens=False, verbose=False)
+    texts = (base.decode(row["input_ids"][1:]).replace(*ends) for row in rows)
+    return [{"input_ids": [other.eos_token_id or 0, *other(text, **how)["input_ids"]]} for text in texts]
+
+
+def interval(top, bottom, seed):
+    """sum(top) / sum(bottom) and its 95 %, sequences drawn anew: percentiles, widened for few like Student's t."""
+    n, draw, middle = len(top), np.random.default_rng(seed), top.sum() / bottom.sum()
+    picks = (draw.integers(0, n, (100, n)) for _ in range(20))
+    off = np.concatenate([top[i].sum(1) / bottom[i].sum(1) for i in picks]) - middle
+    widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
+    return [float(middle), *(middle + widen * np.quantile(off, (0.025, 0.975))).tolist()]
+
+
+def read_curves(name):
+    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint is of."""
+    curves, places = {}, (os.path.join(name, up, "log.jsonl") for up in ("..", "../.."))
+    with open(next(filter(os.path.isfile, places), os.devnull), encoding="utf-8") as f:
+        for entry in (json.loads(line) for line in f if line.endswith("}\n")):
+            for key in (k for k in entry if k.endswith("loss") and entry[k]):
+                curves.setdefault(key, []).append((entry[key.split("/")[0] + "/step"], entry[key]))
+    return curves
+
+
+def derive(models, tables, sizes, seed):
+    """The figures of each model, from its sums a sequence (see score) and the bytes of each."""
+    for label, m in models.items():
+        counts, nats, *_ = tables[label].T
+        tokens, _, right, agreed, kl = tables[label].sum(0).tolist()
+        judged, files = m.pop("judged"), glob.glob(os.path.join(glob.escape(m["name"]), "*.safetensors"))
+        m["perplexity"], *m["perplexity_95"] = (math.exp(min(x, 700)) for x in interval(nats, counts, seed))
+        m["bits"], *m["bits_95"] = interval(nats / math.log(2), sizes, seed)
+        m |= dict(tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens if judged else None,
+                  kl=kl / tokens if judged else None, ece=sum(abs(h - c) for _, h, c in m["bins"]) / tokens,
+                  disk=sum(map(os.path.getsize, files)) or m["disk"])
+        m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
+        m["curves"] = {} if label == "teacher" else read_curves(m["name"])
+        for name, key in (("MSE / variance", "share"), ("CKA", "cka")):
+            m["curves"][name] = [(x["student"], x[key]) for x in m["layers"]]
+        m["curves"]["reliability"] = [(c / n, h / n) for n, h, c in m["bins"] if n]
+    for label, m in models.items():
+        gap, low, high = interval((tables["student"] - tables[label])[:, 1] / math.log(2), sizes, seed)
+        verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
+        m["student_against_it"] = dict(difference=gap, interval=[low, high], verdict=verdict)
+
+
+def write_report(folder, setting, models, prompts, draw):
+    """report.json, report.png and report.md -> the beginning of the last"""
+    lines = [f"# {models['student']['name']}: the report", ""]
+    show = lambda x: "-" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"
+    for label, x in ((k, m["student_against_it"]) for k, m in models.items() if k != "student"):
+        gap = "{:+.4f} bits a byte ({:+.4f} to {:+.4f})".format(x["difference"], *x["interval"])
+        lines += [f"- student against {label}: {gap}: {x['verdict']}"]
+
+    def cell(label, m, key):
+        around = f" ({' to '.join(map(show, m[key + '_95']))})" if key + "_95" in m else ""
+        return show(m[key]) + around + f", {show(m['ratio'].get(key))} x" * (label != "teacher" and key in m["ratio"])
+
+    def table(*rows):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
+        return ["", pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
+
+    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items())
+    lines += table(["", *models], *cells)
+    lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
+    try:
+        draw(os.path.join(folder, "report.png"), models)
+        lines += ["![training, layers, quality against size, reliability](report.png)", ""]
+    except ImportError:
+        lines += ["No report.png: pip install matplotlib", ""]
+    start = "\n".join(["", *lines])
+    for label, m in models.items():
+        if cells := [list(map(show, x.values())) for x in m["layers"]]:
+            lines += [f"## Layers of {label}", *table(["layer", "teacher's", "MSE", "MSE / variance", "CKA"], *cells)]
+    for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
+        said = [f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i]]
+        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", "", *said, ""]
+    save_config(dict(setting=setting, models=models, prompts=prompts), os.path.join(folder, "report.json"))
+    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(lines))
+    return start

@@ -5,6 +5,7 @@
     python simple_distill.py --teacher T --student S --dataset D                 # online distillation
     python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C  # run the teacher once ...
     python simple_distill.py --student S --cache_dir C                           # ... and train from disk
+    python simple_distill.py --mode eval --student out/final --teacher T         # what was lost, what was gained
     ./launch.sh ...                                                              # the same on many devices
 
 Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
@@ -26,10 +27,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, Config, UserError, begin_cache, conversation_of, digest, explain_bad_chunk,
-                    explain_bad_disk, explain_bad_file, finish_cache, load_raw, make_demo, one_line, parse_config,
-                    parse_multipliers, plan_cache, read_manifest, refuse_changes, save_config, scheduler_kwargs,
-                    shapes_result)
+from config import (CURVES, DEMO_TEACHER_RUN, PANELS, Config, UserError, begin_cache, conversation_of, derive, digest,
+                    explain_bad_chunk, explain_bad_disk, explain_bad_file, finish_cache, in_mode, load_raw, make_demo,
+                    one_line, parse_config, parse_multipliers, plan_cache, read_manifest, refuse_changes, retell,
+                    save_config, scheduler_kwargs, shapes_result, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -346,7 +347,7 @@ def load_data(cfg, tokenizer):
         gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
         kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
         held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
-    rows = raw if cfg.streaming or cfg.mode == "eval" and held else tokenize(raw, tokenizer, cfg, "train")
+    rows = raw if cfg.streaming or cfg.mode == "eval" and held is not None else tokenize(raw, tokenizer, cfg, "train")
     if held is not None:
         held = tokenize(held, tokenizer, cfg, "eval")
     elif len(rows) == 1:
@@ -1020,7 +1021,7 @@ def prepare_output(cfg, step):
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
+# Evaluation: every token of held-out rows counts once, whatever the number of ranks. The report's words: config.py.
 
 @torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
@@ -1036,6 +1037,138 @@ def evaluate(root, work, signal_of, rows, batch_size):
     *sums, tokens = all_sum(*sums.tolist())
     loss, ce, kl = (x / max(tokens, 1) for x in sums)
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+
+def load_evaluated(cfg, name):
+    """A model, or checkpoints/step-... of a run in progress."""
+    if not os.path.exists(os.path.join(name, "state.json")):
+        return load_teacher(dataclasses.replace(cfg, teacher=name))
+    found = find_checkpoints(types.SimpleNamespace(resume=name))
+    made, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
+    made |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=made.pop("cache"))   # from a cache: no teacher needed
+    root = load_student(resolve_demo(Config(**made))).eval()
+    load_checkpoint(found, {f"model.{n}": p.detach() for n, p in root.named_parameters()})
+    return root
+
+@torch.no_grad()
+def score(root, teacher, rows, batch_size, temperature):
+    """-> [rows, 5] sums a sequence: tokens, -log p, top-1 right, top-1 the teacher's, KL to it (with its T^2); and
+    [15, 3] tokens, hits, confidence a bin of confidence."""
+    sums, bins = torch.zeros(len(rows), 5, dtype=torch.float64), torch.zeros(15, 3, dtype=torch.float64)
+    for start in range(0, len(rows), batch_size * WORLD):
+        mine = range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
+        batch = collate([rows[i] for i in mine])
+        sides = [x(counted_hidden, batch) for x in (root, teacher)]
+        row_N = torch.tensor([*mine, 0])[(batch.positions // batch.input_ids.shape[1]).cpu()]
+        vocab = min(len(head.weight) for _, head in sides)
+        for part in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocab))):   # six fp32 [C, V] at a time
+            z, y = (finish_logits(nn.functional.linear(h[part], head.weight, head.bias)[:, :vocab], *head[2:])[0]
+                    for h, head in sides)
+            (best, top), total, label_C1 = z.max(-1), z.logsumexp(-1), batch.labels[part, None].to(DEVICE)
+            logp, logq = (torch.log_softmax(x / temperature, -1) for x in (z, y))
+            kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature ** 2
+            terms = torch.stack([x.double().cpu() for x in (
+                torch.ones_like(kl), total - z.gather(1, label_C1)[:, 0], top == label_C1[:, 0], top == y.argmax(-1),
+                kl, (best - total).exp())], 1)
+            sums.index_add_(0, row_N[part], terms[:, :5])
+            bins.index_add_(0, (terms[:, 5] * 15).long().clamp(max=14), terms[:, [0, 2, 5]])
+    dist.all_reduce(sums), dist.all_reduce(bins), root.release(), teacher.release()
+    return sums, bins
+
+@torch.no_grad()
+def layer_errors(root, teacher, batch):
+    """A student layer: MSE to the teacher's (other width: after the best linear map), MSE / variance, linear CKA."""
+    look = lambda model: model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True).hidden_states
+    (_, *ours), (_, *theirs), layers = root(look), teacher(look), []
+    for s, h in enumerate(ours):
+        t = max(0, round((s + 1) * len(theirs) / len(ours)) - 1)   # as block-wise mode maps them
+        x, y = (h.flatten(0, 1)[batch.positions].double() for h in (h, theirs[t]))
+        (xc, yc), (n, width) = (h - h.mean(0) for h in (x, y)), x.shape
+        xx, xy, yy = xc.T @ xc, xc.T @ yc, yc.T @ yc
+        missed = x - y if x.shape == y.shape else (   # each row of the map takes a token away from the average
+            yc - xc @ torch.linalg.pinv(xx, hermitian=True) @ xy) * math.sqrt(n / max(n - width - 1, 1))
+        mse, cka = missed.square().mean().item(), (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
+        layers.append(dict(student=s + 1, teacher=t + 1, mse=mse, share=mse / yc.square().mean().item(), cka=cka))
+    root.release(), teacher.release()
+    return layers
+
+@torch.no_grad()
+def try_out(root, tokenizer, ids_BT, prompts, seed, others):
+    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt."""
+    def write(ids, new=48, sample=False):   # always the whole length: ranks stay in step, speeds compare
+        torch.manual_seed(seed)
+        begun, options = time.time(), dict(max_new_tokens=new, do_sample=sample, pad_token_id=0)
+        said = root(lambda model: model.generate(ids, attention_mask=torch.ones_like(ids), **options))[0, ids.shape[1]:]
+        said = itertools.takewhile(lambda x: x != tokenizer.eos_token_id, said.tolist())   # tolist waits for the GPU
+        return time.time() - begun, tokenizer.decode(list(said))
+    root.model.generation_config.eos_token_id = None
+    CUDA and torch.cuda.reset_peak_memory_stats()
+    prefill = ids_BT.numel() / min(write(ids_BT, 1)[0] for _ in range(3))
+    ids = [tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"].to(DEVICE) for x in prompts]
+    seconds, texts = zip(*(zip(write(x), write(x, sample=True)) for x in ids))
+    root.release()
+    return dict(prefill=prefill, generation=48 / min(greedy for greedy, _ in seconds), texts=texts,
+                memory=torch.cuda.max_memory_allocated() - others if CUDA else None)
+
+def report(cfg):
+    """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
+    run = resolve_demo(cfg) or sys.exit()   # stopped by a signal
+    student = os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
+    names, models, tables, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
+    for name in cfg.compare:
+        short = os.path.basename(name.rstrip("/").removesuffix("/final"))
+        names[name if short in names else short] = name
+    for role, name in names.items():   # a name that is no model is refused before any work
+        os.path.exists(os.path.join(name, "state.json")) or model_config(name, run, role)
+    base = load_tokenizer(run, run.teacher, student)
+    _, rows = load_data(run, base)
+    if len(rows) < 2:
+        raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text or lower --seq_len")
+    few = collate([*itertools.islice(rows, 8192 // cfg.seq_len + 1)])   # for the layers, the same on every rank
+    prompts = [base.decode(x["input_ids"][:max(32, collate([x]).positions[0] + 1)])
+               for x in itertools.islice(rows, 0, None, -(-len(rows) // 3))]
+    for label, name in names.items():
+        before, root = torch.cuda.memory_allocated(), load_evaluated(run, name)
+        own, told = load_tokenizer(dataclasses.replace(run, tokenizer=None), name) or base, rows
+        judge = teacher = teacher or root
+        check_head(root, label, name, own)
+        try:
+            compare_tokenizers(base, own, run.teacher, name)
+        except UserError:   # perplexity of its own tokens, bits on the same bytes, nothing that needs one vocabulary
+            told, judge = retell(rows, base, own), None
+        tables[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
+        batch = collate([told[i % len(told)] for i in range(cfg.batch_size)])
+        models[label] = dict(
+            name=name, parameters=count(root.model), disk=count(root.model) * compute_dtype(cfg).itemsize,
+            judged=judge is not None, layers=[] if judge in (None, root) else layer_errors(root, judge, few),
+            bins=bins.tolist(), **try_out(root, own, batch.input_ids, prompts, cfg.seed, before))
+        del root
+    if RANK == 0:
+        sizes = [len(base.decode(collate([row]).labels, skip_special_tokens=True).encode()) for row in rows]
+        setting = dict(dataset=run.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD, device=DEVICE.type,
+                       dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape])
+        derive(models, {label: table.numpy() for label, table in tables.items()}, np.array(sizes), cfg.seed)
+        print0(write_report(cfg.output_dir, setting, models, prompts * cfg.generate_comparisons, draw))
+
+def draw(path, models):
+    """Four panels; shades, lines and markers tell models apart in grey too."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for i, (label, m) in enumerate(models.items()):
+        color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
+        for panel, key, line in CURVES:
+            if points := m["curves"].get(key):
+                panels[panel].plot(*zip(*points), line.format(mark), color=color, markersize=5, label=f"{label}: {key}")
+        around = [[abs(x - m["bits"])] for x in m["bits_95"]]
+        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
+        panels[2].errorbar(size, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
+    panels[3].plot([0, 1], [0, 1], color="0.85", zorder=0)
+    for panel, words in zip(panels, PANELS):
+        panel.set(**words)
+        panel.get_legend_handles_labels()[0] and panel.legend(fontsize=8, frameon=False)
+    panels[2].set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
+    panels[2].minorticks_off(), panels[2].margins(0.25), panels[1].xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=130)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
@@ -1277,6 +1410,8 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
+    if teacher is not None and not problem and cfg.student == cfg.teacher == cfg.dataset == "demo":
+        report(in_mode("eval", run, student=final))
     return problem
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1290,7 +1425,7 @@ def main(argv=None):
         datasets.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         with process_group(), contextlib.nullcontext() if cfg.mode == "cache" else lock(cfg.output_dir):
-            {"train": train, "cache": cache}[cfg.mode](cfg)
+            {"train": train, "cache": cache, "eval": report}[cfg.mode](cfg)
         return 0
     except UserError as e:
         if LOCAL_RANK == 0:
