@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import random
 import re
 import sysconfig
 import textwrap
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from typing import Literal, Optional
@@ -201,7 +203,14 @@ class Config:
             local, own = self.provider == "local", ("teacher", "tokenizer", "dtype", "trust_remote_code")
             unread = {*given} & ({*API_ONLY} if local else {*own})
             need(not unread, f"provider {self.provider} does not read {', '.join(sorted(unread))}; leave that out")
+            need("RANK" not in os.environ, "mode generate is one process; start it with python simple_distill.py --mode "
+                 "generate, not with torchrun or launch.sh")
             need(local or self.api_model, f"provider {self.provider} needs --api_model NAME")
+            need(local or importlib.util.find_spec(self.provider), f"provider {self.provider} needs its SDK: pip install "
+                 f"{self.provider}")
+            variable = f"{self.provider.upper()}_API_KEY"
+            need(local or self.api_base or os.environ.get(variable), f"provider {self.provider} takes its key from the "
+                 f"environment: set {variable}")
             need(not local or self.teacher != "demo", "provider local asks the model that --teacher names; give a hub "
                  "name or a directory")
             need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
@@ -375,6 +384,23 @@ def save_config(cfg, path):
     os.replace(aside, path)
 
 
+def append_row(path, row):
+    with open(path, "a", encoding="utf-8", errors="replace") as f:   # half a surrogate pair cannot be written
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rows(path):
+    """The rows of a .jsonl, none where there is no file; a last line that a kill cut in half is removed."""
+    with open(path, "ab+") as f:
+        f.seek(0)
+        whole, newline, _ = f.read().rpartition(b"\n")
+        f.truncate(len(whole + newline))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        explain_bad_file(path, "json")
+
+
 def explain_bad_file(path, kind):
     """The reader's message does not say where: name the line."""
     with open(path, "rb") if kind in ("json", "csv", "text") else contextlib.nullcontext(()) as lines:
@@ -488,30 +514,58 @@ def read_prompts(path):
         raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
 
 
-def judge(prompt, reply, finish_reason):
-    """-> {filter: whether it rejects the reply}; the first that does is the reason."""
+def all_prompts(cfg):
+    """num_examples different prompts in the order they are asked; size: tokens that none of its tokenizers exceeds."""
+    prompts = {}
+    source = read_prompts(cfg.prompts_file) if cfg.prompts_file else compose_prompts(cfg.categories, cfg.seed)
+    for category, messages in source:
+        size = sum(len(m["content"].encode()) + 64 for m in messages)   # a token is a byte or more; 64: chat format
+        prompts[digest(messages)] = dict(prompt_id=digest(messages), category=category, messages=messages, size=size)
+        if len(prompts) == cfg.num_examples:
+            break
+    return prompts.values()
+
+
+def judge(job, said, finish_reason, usage):
+    """A reply, or None -> its row; `reason` is the first filter that rejects it, or why there is no reply."""
+    row = dict(messages=job.messages, category=job.category, prompt_id=job.prompt_id, finish_reason=finish_reason,
+               usage=dict(zip(("prompt_tokens", "completion_tokens"), usage)))
+    if said is None:
+        return row | {"finish_reason": None, "reason": finish_reason}
+    flaws = find_flaws(job.messages[-1]["content"], said, finish_reason)
+    reason = next((name for name, found in flaws.items() if found), None)
+    return row | {"messages": [*job.messages, {"role": "assistant", "content": said}]} | (
+        {"reason": reason} if reason else {})
+
+
+def find_flaws(prompt, reply, finish_reason):
+    """-> {filter: whether it rejects the reply}"""
     asked, said = (" ".join(re.sub(r"```\w*", " ", text).split()) for text in (prompt, reply))
     fenced = r"(?ms)^[ \t]*(```+)[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*\1`*[ \t]*$"
     sorry = r"(?i)\W*(i.?m |i am )?(\w* ?sorry\b.{,9}\bi\b|as an ai\b|(un|not )able to|i can(.?t|not) (help|assist))"
     broken = re.search(r"(?m)^[ \t]*```", re.sub(fenced, "", reply))   # a fence that nothing closes
     try:
-        for _, language, code in re.findall(fenced, reply):
-            ast.parse(textwrap.dedent(code) if language.lower() in ("python", "py") and ">>>" not in code else "")
+        with warnings.catch_warnings(action="ignore"):
+            for _, language, code in re.findall(fenced, reply):
+                ast.parse(textwrap.dedent(code) if language.lower() in ("python", "py") and ">>>" not in code else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         broken = True
     # a loop deflates to an eighth, code to a third; the tail alone shows a reply that ended in one
     loops = [len(zlib.compress(data)) < len(data) / 8 - 40 for data in (reply.encode(), reply.encode()[-1000:])]
-    return {"cut off": finish_reason == "length", "empty or too short": len(said) < 20, "repetition loop": any(loops),
-            "refusal": finish_reason in ("refusal", "content_filter") or "```" not in reply and re.match(sorry, said),
-            "repeats the prompt": said in asked or asked in said and len(said) < 1.2 * len(asked),
-            "code does not parse": broken}
+    return {"cut off": finish_reason in ("length", "max_tokens"), "empty or too short": len(said) < 20,
+            "repetition loop": any(loops), "refusal": finish_reason in ("refusal", "content_filter")
+            or "```" not in reply and re.match(sorry, said), "code does not parse": broken,
+            "repeats the prompt": said in asked or asked in said and len(said) < 1.2 * len(asked)}
 
 
-def duplicates(replies):
-    """Yields, a reply: None, or the kind of copy it is of an earlier one."""
-    texts, similar = set(), collections.defaultdict(list)
-    for reply in replies:
-        words = re.findall(r"\w+", reply.lower())
+def drop_duplicates(train, rejected, order):
+    """Sorts train, moves copies to rejected; at the end, so that who answered first does not matter. -> {fate: rows}"""
+    place, texts, similar = {name: i for i, name in enumerate(order)}, set(), collections.defaultdict(list)
+    gone = {row["prompt_id"] for row in read_rows(rejected)}   # a kill in here leaves some in both files
+    rows = [row for row in read_rows(train) if row["prompt_id"] not in gone]
+    open(train + ".tmp", "w").close()
+    for row in sorted(rows, key=lambda row: place.get(row["prompt_id"], -1)):
+        words = re.findall(r"\w+", row["messages"][-1]["content"].lower())
         # of all 5-word shingles the 64 smallest hashes: two such sketches overlap about as much as the texts do
         mine = sorted({zlib.crc32(" ".join(words[i:i + 5]).encode()) for i in range(max(1, len(words) - 4))})[:64]
         near = any(len({*mine} & {*other} & (both := {*sorted({*mine, *other})[:64]})) > 0.8 * len(both)
@@ -520,4 +574,8 @@ def duplicates(replies):
         texts.add(hash(tuple(words)))
         for h in () if kind else mine[:8]:
             similar[h] += [mine] * (len(similar[h]) < 50)   # what everybody says is no evidence, and costs time
-        yield kind
+        append_row(rejected if kind else train + ".tmp", row | ({"reason": kind} if kind else {}))
+    os.replace(train + ".tmp", train)
+    fates = [row.get("reason", "kept").partition(":")[0] for row in read_rows(train) + read_rows(rejected)]
+    names = ["kept", *find_flaws("", "", None), "exact duplicate", "near duplicate", "failed"]
+    return {name: fates.count(name) for name in names}

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, Config, UserError, compose_prompts, digest, duplicates, explain_bad_file, judge,
-                    make_demo, one_line, parse_config, parse_multipliers, read_prompts, refuse_changes, save_config,
-                    scheduler_kwargs, shapes_result)
+from config import (DEMO_TEACHER_RUN, Config, UserError, all_prompts, append_row, digest, drop_duplicates,
+                    explain_bad_file, judge, make_demo, one_line, parse_config, parse_multipliers, read_rows, refuse,
+                    refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1129,209 +1129,133 @@ def prepare_output(cfg, step):
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# API data: a model behind an API, or a local one, answers the prompts of config.py. Hands on output_dir/train.jsonl, one
-# conversation a row, which --dataset FILE --alpha 1 trains on.
+# API data: a model behind an API, or one of our own, answers the prompts of config.py; its filters judge the replies.
+# Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1 trains on.
 
-@dataclasses.dataclass
-class Job:
-    prompt_id: str
-    category: str
-    messages: list
-    worst: float      # USD a try can cost at most
-    tries: int = 0    # those that may be billed
-    held: float = 0.0   # USD set aside for them and the next
-
-def read_rows(path):
-    """The rows of a .jsonl; a last line that a kill cut in half is removed, so that its prompt is asked again."""
-    with open(path, "ab+") as f:
-        f.seek(0)
-        whole, newline, _ = f.read().rpartition(b"\n")
-        f.truncate(len(whole + newline))
-        return [json.loads(line) for line in whole.splitlines()]
-
-def api_teacher(cfg, run):
+@contextlib.asynccontextmanager
+async def api_teacher(cfg, run):
     """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
-    openai, name = cfg.provider == "openai", f"{cfg.provider.upper()}_API_KEY"
-    try:
-        sdk = importlib.import_module(cfg.provider)
-    except ImportError:
-        raise UserError(f"provider {cfg.provider} needs its SDK: pip install {cfg.provider}")
-    key = os.environ.get(name, "").strip() or ("no key" if cfg.api_base else "")   # servers of one's own ask for none
-    if not key:
-        raise UserError(f"provider {cfg.provider} takes its key from the environment: set {name}")
-    clean = lambda text: str(text or "").replace(key, "***")   # some servers repeat it in errors
+    sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
+    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY") or "none"
+    secret = key if len(key) > 7 else "\0"   # a shorter one is a word, as EMPTY is for vLLM
+    clean = lambda text: str(text or "").replace(secret, "***")   # some servers repeat it in errors
 
     class Wire(sdk.DefaultAsyncHttpxClient):
-        async def send(self, request, **options):   # every try passes here, so none leaves without money held for it
+        async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
             job = run.jobs[asyncio.current_task().get_name()]
-            if run.stop or run.asked or job.tries > 3 or not run.hold(job):
-                raise asyncio.CancelledError   # not an Exception: after those the SDK tries again
+            if run.stop or job.tries > 3 or not run.hold(job):   # after an Exception the SDK would try again
+                raise asyncio.CancelledError("no answer in 4 tries, or no money for another")
             job.tries += 1
-            try:
-                async with asyncio.timeout(2 * cfg.request_timeout):   # the SDK's begins again with every byte
-                    response = await super().send(request, **options)
-            except Exception as e:
-                job.tries -= type(e).__name__.startswith("Connect")   # nothing was sent
-                raise
-            job.tries -= response.status_code >= 400   # refused: free, and the money held serves the next try
-            if response.status_code == 429 or response.status_code >= 500:
-                run.pace = max(1, run.pace * 0.9)
+            response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
+            if response.status_code >= 400:   # refused: free, and what is held serves the next try
+                job.tries, run.pace = job.tries - 1, max(1, 0.9 * run.pace)
             return response
 
-    client = (sdk.AsyncOpenAI if openai else sdk.AsyncAnthropic)(
-        api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire())
-    # OpenAI's newer models refuse max_tokens, which other servers need
-    fixed = {"model": cfg.api_model, "max_completion_tokens" if openai and not cfg.api_base else "max_tokens": cfg.max_tokens}
-    fixed |= {} if cfg.api_temperature is None else {"temperature": cfg.api_temperature}
-
     async def ask(jobs):
-        messages, client.max_retries = jobs[0].messages, 20 if run.answered else 2   # patience once it answered
-        if not openai and messages[0]["role"] == "system":
-            body = fixed | {"system": messages[0]["content"], "messages": messages[1:]}
-        else:
-            body = fixed | {"messages": messages}
+        client.max_retries = 20 if run.answered else 2   # patience once it answered
+        turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
+        body = {"messages": turns, "system": next((m["content"] for m in jobs[0].messages if m not in turns), None),
+                "model": cfg.api_model, "temperature": cfg.api_temperature, limit: cfg.max_tokens}
         try:   # post: the typed methods cost twice the time and change from version to version
-            r = await client.post("/chat/completions" if openai else "/v1/messages", body=body, cast_to=object)
+            r = await client.post(path, body={k: v for k, v in body.items() if v is not None}, cast_to=object)
             said = r["choices"][0]["message"]["content"] if openai else "".join(b.get("text", "") for b in r["content"])
-            end, usage = r["choices"][0]["finish_reason"] if openai else r["stop_reason"], r.get("usage") or {}
+            end = r["choices"][0]["finish_reason"] if openai else r["stop_reason"]
             sides = ("prompt_tokens", "completion_tokens") if openai else ("input_tokens", "output_tokens")
-            return [(clean(said), clean({"max_tokens": "length", "end_turn": "stop"}.get(end, end)),
-                     *(usage.get(side) for side in sides))]
-        except asyncio.CancelledError:
-            error = "no answer in 4 tries, or no money left for another"
-        except Exception as e:
+            return [(clean(said), clean(end), *map((r.get("usage") or {}).get, sides))]
+        except (Exception, asyncio.CancelledError) as e:
             error, status = clean(one_line(e, 9999))[:300], getattr(e, "status_code", None)
-            if not run.stop and (status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered):
-                run.stop = UserError(f"{cfg.provider}, model {cfg.api_model}: {error}")   # and so would all others
-        return [(None, f"failed: {error}", None, None)]
-    return ask
+            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered:   # so would all others
+                run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
+            return [(None, f"failed: {error}", None, None)]
+    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
+    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
+    async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:
+        yield ask
 
-def local_teacher(cfg):
+@contextlib.asynccontextmanager
+async def local_teacher(cfg):
     """-> ask(jobs) over a transformers model on this device, a batch at a time."""
-    tokenizer = load_tokenizer(cfg, cfg.teacher)
-    if tokenizer is None:
-        raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; name one with --tokenizer")
-    config = model_config(cfg.teacher, cfg, "teacher")
-    model = read_model(cfg.teacher, config, cfg, "teacher", compute_dtype(cfg)).to(DEVICE).eval()
+    tokenizer = load_tokenizer(cfg, cfg.teacher) or refuse(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
+    config, heat = model_config(cfg.teacher, cfg, "teacher"), cfg.api_temperature
+    model = read_model(cfg.teacher, config, cfg, "teacher", compute_dtype(cfg)).to(DEVICE)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    chat, pad, ends = tokenizer.chat_template, tokenizer.pad_token_id, model.generation_config.eos_token_id
-    ends = {pad, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    heat = cfg.api_temperature
-    sampling = {} if heat is None else {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
-    torch.manual_seed(cfg.seed)
+    tokenizer.chat_template = tokenizer.chat_template or "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id)}
+    sampling = {} if heat is None else {"do_sample": heat > 0, "temperature": heat or 1.0}
 
     async def ask(jobs):
-        texts = [tokenizer.apply_chat_template(job.messages, tokenize=False, add_generation_prompt=True) if chat
-                 else "\n\n".join([*(m["content"] for m in job.messages), ""]) for job in jobs]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat,
-                           return_token_type_ids=False).to(DEVICE)
-        new_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, pad_token_id=pad, **sampling)
-        rows = zip(new_BT[:, inputs["input_ids"].shape[1]:].tolist(), inputs["attention_mask"].sum(1).tolist())
-        return [(tokenizer.decode(row, skip_special_tokens=True).strip(), "stop" if row[-1] in ends else "length",
-                 asked, sum(t != pad for t in row)) for row, asked in rows]
-    return ask
+        inputs = tokenizer.apply_chat_template([job.messages for job in jobs], add_generation_prompt=True, padding=True,
+                                               return_dict=True, return_tensors="pt").to(DEVICE)
+        ids_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+        rows, asked = ids_BT[:, inputs["input_ids"].shape[1]:].tolist(), inputs["attention_mask"].sum(1).tolist()
+        return [(tokenizer.decode(row, skip_special_tokens=True).strip(), "stop" if row[-1] in ends else "length", n,
+                 sum(t != tokenizer.pad_token_id for t in row)) for row, n in zip(rows, asked)]
+    yield ask
 
-async def ask_all(run, batches, ask, settle):
-    """Asks in prompt order, run.pace batches at a time, until all is answered or run.stop says why not."""
-    flying, batches = {}, collections.deque(batches)
-    while flying or batches and not run.stop:
-        run.stop = run.stop or ("stopped by a signal" if run.asked else None)
-        if batches and not run.stop and len(flying) < int(run.pace) and all(map(run.hold, batches[0])):
-            jobs = batches.popleft()
-            flying[asyncio.create_task(ask(jobs), name=jobs[0].prompt_id)] = jobs
-        elif flying:   # what is in flight is paid for, so it still arrives, and may cost less than is held for it
-            for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
-                for job, answer in zip(flying.pop(task), task.result()):
-                    settle(job, *answer)
-        elif batches and not run.stop:
-            run.stop = "max_cost is reached"
-
-def close_files(run, train, rejected):
-    """Drop duplicates and sort train, at the end, so that who answered first does not matter. -> {fate: rows}."""
-    fate, order = {row["prompt_id"]: row["reason"].partition(":")[0] for row in read_rows(rejected)}, list(run.jobs)
-    order = {name: i for i, name in enumerate(order)}
-    rows = [row for row in read_rows(train) if row["prompt_id"] not in fate]   # a kill in here leaves some in both
-    rows.sort(key=lambda row: order.get(row["prompt_id"], -1))
-    with open(train + ".tmp", "w", encoding="utf-8") as kept, open(rejected, "a", encoding="utf-8") as out:
-        for row, reason in zip(rows, duplicates(row["messages"][-1]["content"] for row in rows)):
-            fate[row["prompt_id"]] = reason or "kept"
-            row |= {"reason": reason} if reason else {}
-            (out if reason else kept).write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(train + ".tmp", train)
-    names = ["kept", *judge("", "", None), "exact duplicate", "near duplicate", "failed"]
-    return {name: sum(name == f for f in fate.values()) for name in names}
+async def ask_all(run, teacher, batches, settle):
+    """In prompt order, run.pace batches in flight, until all is answered or run.stop says why not."""
+    flying = {}
+    async with teacher as ask:
+        while flying or batches and not run.stop:
+            if batches and not run.stop and len(flying) < int(run.pace) and all(map(run.hold, batches[0])):
+                jobs = batches.popleft()
+                flying[asyncio.create_task(ask(jobs), name=jobs[0].prompt_id)] = jobs
+            elif flying:   # even when stopped: what is in flight is paid for; and it may cost less than is held for it
+                for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    for job, answer in zip(flying.pop(task), task.result()):
+                        settle(job, *answer)
+            else:
+                run.stop.append("max_cost is reached")
 
 def generate(cfg):
-    """Ask what has no row yet, and leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
-    if WORLD > 1:
-        raise UserError("mode generate is one process; start it with python simple_distill.py, without torchrun")
-    local, place = cfg.provider == "local", functools.partial(os.path.join, cfg.output_dir)
-    train, rejected, summary = (place(name) for name in ("train.jsonl", "rejected.jsonl", "summary.json"))
+    """Ask what has no row yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
+    train, rejected, summary = (os.path.join(cfg.output_dir, f) for f in ("train.jsonl", "rejected.jsonl", "summary.json"))
     usd = lambda sent, got: (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
-    jobs, own = {}, cfg.prompts_file
-    for category, messages in read_prompts(own) if own else compose_prompts(cfg.categories, cfg.seed):
-        size = sum(len(m["content"].encode()) + 64 for m in messages)   # a token is a byte or more; 64: chat format
-        jobs.setdefault(digest(messages), Job(digest(messages), category, messages, usd(size, cfg.max_tokens)))
-        if len(jobs) == cfg.num_examples:
-            break
-    save_config(cfg, place("config.json"))
+    jobs = {p["prompt_id"]: types.SimpleNamespace(**p, worst=usd(p["size"], cfg.max_tokens), tries=0, held=0.0)
+            for p in all_prompts(cfg)}
     done = {row["prompt_id"]: row["cost"] for path in (train, rejected) for row in read_rows(path)}
-    todo = [job for name, job in jobs.items() if name not in done]
-    spent = sum(done.values())
-    if os.path.exists(summary):
-        with open(summary, encoding="utf-8") as f:
-            spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
-    run = types.SimpleNamespace(jobs=jobs, spent=spent, pace=1, answered=False, tokens=0, stop=None)
-    size, worst = sum(len(str(job.messages)) for job in todo), sum(job.worst for job in todo)
-    print0(f"{len(jobs):,} prompts, {len(jobs) - len(todo):,} done; the others send about {size // 4:,} tokens and get "
-           f"at most {len(todo) * cfg.max_tokens:,}, for {worst:.2f} USD at most")
+    todo, recent = [job for name, job in jobs.items() if name not in done], collections.deque(maxlen=50)
+    run = types.SimpleNamespace(jobs=jobs, spent=sum(done.values()), tokens=0, pace=1, answered=False)
+    with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
+        run.spent = max(run.spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+    save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
+    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask: about {sum(job.size for job in todo) // 4:,} tokens, at most "
+           f"{len(todo) * cfg.max_tokens:,} in reply, at most {sum(job.worst for job in todo):.2f} USD")
 
     def hold(job):   # the worst case is spent before a try leaves, on disk too: a cap holds over kills and restarts
         more = (job.tries + 1) * job.worst - job.held
-        if cfg.max_cost is not None and run.spent + more > cfg.max_cost:
-            return False
-        run.spent, job.held = run.spent + more, job.held + more
-        if cfg.max_cost is not None:
+        if more > 0 and run.spent + more <= (cfg.max_cost or math.inf):
+            run.spent, job.held, more = run.spent + more, job.held + more, 0
             save_config({"spent_usd": run.spent}, summary)
-        return True
+        return more <= 0
 
     def settle(job, said, end, *usage):
-        known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
-        cost = max(0, job.tries - known) * job.worst + (usd(*usage) if known else 0)   # usage lost: the worst case
+        known = all(isinstance(n, int) and n >= 0 for n in usage)
+        cost = (job.tries - known) * job.worst + (usd(*usage) if known else 0)   # usage lost: the worst case
         run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
-        if failed and run.stop:   # no row: a later run asks again
+        if said is None and run.stop:   # no row: a later run asks again
             return
-        flaws = {end: True} if failed else judge(job.messages[-1]["content"], said, end)
-        reason = next((name for name, bad in flaws.items() if bad), None)
-        row = {"messages": job.messages + [{"role": "assistant", "content": said}][failed:], "category": job.category,
-               "model": cfg.api_model or cfg.teacher, "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]},
-               "cost": cost, "finish_reason": None if failed else end, "prompt_id": job.prompt_id}
-        row |= {"reason": reason} if reason else {}
-        with open(rejected if reason else train, "a", encoding="utf-8", errors="replace") as f:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        recent.append(failed)
-        if not failed:   # one at a time until the first answer, so that what is wrong with all shows on one
+        row = judge(job, said, end, usage) | {"model": cfg.api_model or cfg.teacher, "cost": cost}
+        append_row(rejected if "reason" in row else train, row)
+        recent.append(said is None)
+        if said is not None:   # one at a time until the first answer, so that what is wrong with all shows on one
             run.pace, run.answered = min(width, run.pace + 0.25) if run.answered else width, True
         if sum(recent) > 10:
-            run.stop = UserError(f"{sum(recent)} of the last {len(recent)} requests failed, the last: {end}")
+            run.stop.append(UserError(f"{sum(recent)} of the last {len(recent)} requests failed, the last: {end}"))
         bar.set_postfix_str(f"{run.tokens:,} tokens, {run.spent:.4f} USD", refresh=False)
         bar.update()
-
-    run.hold, recent = hold, collections.deque(maxlen=50)
-    batch, width = (cfg.concurrency, 1) if local else (1, cfg.concurrency)
-    ask = local_teacher(cfg) if local else api_teacher(cfg, run)
-    bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
-    try:
-        with stop_signals() as run.asked:
-            asyncio.run(ask_all(run, [todo[i:i + batch] for i in range(0, len(todo), batch)], ask, settle))
-    finally:
-        bar.close()
-        counts = close_files(run, train, rejected)
-        save_config({"spent_usd": run.spent, "tokens": run.tokens, "stopped": run.stop and str(run.stop), **counts}, summary)
-        print0("\n".join(f"  {name:20}{n:8,}{n / max(1, sum(counts.values())):8.1%}" for name, n in counts.items()))
-        print0(f"{run.tokens:,} tokens, {run.spent:.4f} USD; {run.stop or 'all is answered'}; --dataset {train} reads it")
-    if isinstance(run.stop, UserError):
-        raise run.stop
+    run.hold, local = hold, cfg.provider == "local"
+    size, width, teacher = (cfg.concurrency, 1, local_teacher(cfg)) if local else (1, cfg.concurrency, api_teacher(cfg, run))
+    batches = collections.deque(todo[i:i + size] for i in range(0, len(todo), size))
+    with stop_signals() as run.stop, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5) as bar:
+        asyncio.run(ask_all(run, teacher, batches, settle))
+    ended = next(("stopped by a signal" if isinstance(x, float) else x for x in run.stop), "all is answered")
+    fates = drop_duplicates(train, rejected, list(jobs))
+    save_config({"spent_usd": run.spent, "tokens": run.tokens, "ended": str(ended), **fates}, summary)
+    print0("\n".join(f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items()))
+    print0(f"{run.tokens:,} tokens, {run.spent:.4f} USD; {ended}; --dataset {train} trains on it")
+    if isinstance(ended, UserError):
+        raise ended
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.

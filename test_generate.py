@@ -12,11 +12,9 @@ import threading
 import time
 
 import pytest
-from transformers import AutoTokenizer
 
 import config
-import simple_distill as sd
-from test_simple_distill import cli, one_thread, spawn, student, teacher   # noqa: F401
+from test_simple_distill import cli, one_thread, prose, spawn, student, teacher, tiny_model, tiny_tokenizer   # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mode generate, through the real SDKs, against a server on loopback that misbehaves on demand.
@@ -170,9 +168,9 @@ def test_generate_filters(tmp_path):
     for reply in ("```python\n>>> 1 + 1\n2\n```\nA session.", "````md\n```python\nx = (\n```\n````\nFences in a fence.",
                   "I can't assist but so:\n```python\nx = 1\n```", "   ```python\n   x = 1\n   ```\nindented, as in a list",
                   "```js\nfoo(() => {\n```\nis no Python", "Sorry is a word of five letters.", open(__file__).read()):
-        assert not any(config.judge("What is it?", reply, "stop").values()), reply
+        assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
     for reply in ("I’m sorry, but I cannot help with this.", "As an AI model, I do not.", "I can't help you."):
-        assert config.judge("What is it?", reply, "stop")["refusal"], reply
+        assert config.find_flaws("What is it?", reply, "stop")["refusal"], reply
 
 
 def _gen_spawn(args, server, count):
@@ -284,7 +282,8 @@ def test_generate_slow_server(tmp_path):
         return 429 if time.monotonic() - times[0] < 0.1 else times.append(time.monotonic())
     with _GenServer(limited) as server:
         cli(*_gen_args(tmp_path, server, 100, "--concurrency", 30, "--request_timeout", 1))
-    assert len(_gen_rows(tmp_path)[0]) == 100 and sum(server.tries.values()) > 120
+    assert len(_gen_rows(tmp_path)[0]) == 100, _gen_rows(tmp_path)[1]
+    assert sum(server.tries.values()) > 120
 
 
 def test_generate_stops(tmp_path):
@@ -299,9 +298,10 @@ def test_generate_stops(tmp_path):
 def test_generate_prompts_file(tmp_path):
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a trie?"}]
     own = [{"prompt": "What is a heap?"}] * 2 + [{"messages": talk, "category": "explain", "more": 1}]
-    for provider, sent in (("openai", (0.7, 300, None)), ("anthropic", (None, 300, "Be brief."))):
+    for provider, sent in (("openai", (0.3, 300, None)), ("anthropic", (None, 300, "Be brief."))):
         with _GenServer() as server:
             args = _gen_args(tmp_path / provider, server, 9, provider=provider)
+            args += ["--api_temperature", 0.3] if provider == "openai" else []
             path = args[args.index("--prompts_file") + 1] = tmp_path / "own.jsonl"
             path.write_text("\n\n".join(map(json.dumps, own)))
             cli(*args)
