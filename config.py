@@ -19,6 +19,7 @@ import random
 import re
 import sysconfig
 import textwrap
+import types
 import warnings
 import zlib
 from dataclasses import dataclass, field
@@ -514,16 +515,23 @@ def read_prompts(path):
         raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
 
 
+def usd(cfg, sent, got):
+    return (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
+
+
 def all_prompts(cfg):
-    """num_examples different prompts in the order they are asked; size: tokens that none of its tokenizers exceeds."""
-    prompts = {}
+    """-> {prompt_id: job} of num_examples different prompts, in the order they are asked."""
     source = read_prompts(cfg.prompts_file) if cfg.prompts_file else compose_prompts(cfg.categories, cfg.seed)
+    jobs = {}
     for category, messages in source:
+        name = digest(messages)
         size = sum(len(m["content"].encode()) + 64 for m in messages)   # a token is a byte or more; 64: chat format
-        prompts[digest(messages)] = dict(prompt_id=digest(messages), category=category, messages=messages, size=size)
-        if len(prompts) == cfg.num_examples:
+        jobs[name] = types.SimpleNamespace(
+            prompt_id=name, category=category, messages=messages, size=size,
+            worst=usd(cfg, size, cfg.max_tokens), tries=0, held=0.0)   # USD a try, tries to pay for, USD set aside
+        if len(jobs) == cfg.num_examples:
             break
-    return prompts.values()
+    return jobs
 
 
 def judge(job, said, finish_reason, usage):

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 
 from config import (DEMO_TEACHER_RUN, Config, UserError, all_prompts, append_row, digest, drop_duplicates,
                     explain_bad_file, judge, make_demo, one_line, parse_config, parse_multipliers, read_rows, refuse,
-                    refuse_changes, save_config, scheduler_kwargs, shapes_result)
+                    refuse_changes, save_config, scheduler_kwargs, shapes_result, usd)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1136,10 +1136,8 @@ def prepare_output(cfg, step):
 async def api_teacher(cfg, run):
     """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
     sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
-    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY") or "none"
-    secret = key if len(key) > 7 else "\0"   # a shorter one is a word, as EMPTY is for vLLM
-    clean = lambda text: str(text or "").replace(secret, "***")   # some servers repeat it in errors
-
+    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY") or "none"   # some servers repeat it in errors; short ones are
+    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # words, as EMPTY is for vLLM
     class Wire(sdk.DefaultAsyncHttpxClient):
         async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
             job = run.jobs[asyncio.current_task().get_name()]
@@ -1148,7 +1146,7 @@ async def api_teacher(cfg, run):
             job.tries += 1
             response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
             if response.status_code >= 400:   # refused: free, and what is held serves the next try
-                job.tries, run.pace = job.tries - 1, max(1, 0.9 * run.pace)
+                job.tries, run.pace = job.tries - 1, max(1, 0.7 * run.pace)
             return response
 
     async def ask(jobs):
@@ -1173,23 +1171,22 @@ async def api_teacher(cfg, run):
         yield ask
 
 @contextlib.asynccontextmanager
-async def local_teacher(cfg):
+async def local_teacher(cfg, run):
     """-> ask(jobs) over a transformers model on this device, a batch at a time."""
     tokenizer = load_tokenizer(cfg, cfg.teacher) or refuse(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
     config, heat = model_config(cfg.teacher, cfg, "teacher"), cfg.api_temperature
     model = read_model(cfg.teacher, config, cfg, "teacher", compute_dtype(cfg)).to(DEVICE)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id)}
+    model.generation_config.pad_token_id = pad = tokenizer.pad_token_id
     sampling = {} if heat is None else {"do_sample": heat > 0, "temperature": heat or 1.0}
-
     async def ask(jobs):
         inputs = tokenizer.apply_chat_template([job.messages for job in jobs], add_generation_prompt=True, padding=True,
                                                return_dict=True, return_tensors="pt").to(DEVICE)
-        ids_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
-        rows, asked = ids_BT[:, inputs["input_ids"].shape[1]:].tolist(), inputs["attention_mask"].sum(1).tolist()
-        return [(tokenizer.decode(row, skip_special_tokens=True).strip(), "stop" if row[-1] in ends else "length", n,
-                 sum(t != tokenizer.pad_token_id for t in row)) for row, n in zip(rows, asked)]
+        ids_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, **sampling)[:, inputs["input_ids"].shape[1]:]
+        return [(tokenizer.decode(row, skip_special_tokens=True).strip(),
+                 "stop" if len(row) < cfg.max_tokens or row[-1] == pad else "length", mask.sum().item(),
+                 sum(t != pad for t in row)) for row, mask in zip(ids_BT.tolist(), inputs["attention_mask"])]
     yield ask
 
 async def ask_all(run, teacher, batches, settle):
@@ -1209,15 +1206,12 @@ async def ask_all(run, teacher, batches, settle):
 
 def generate(cfg):
     """Ask what has no row yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
-    train, rejected, summary = (os.path.join(cfg.output_dir, f) for f in ("train.jsonl", "rejected.jsonl", "summary.json"))
-    usd = lambda sent, got: (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
-    jobs = {p["prompt_id"]: types.SimpleNamespace(**p, worst=usd(p["size"], cfg.max_tokens), tries=0, held=0.0)
-            for p in all_prompts(cfg)}
+    train, rejected, summary = (f"{cfg.output_dir}/{name}" for name in ("train.jsonl", "rejected.jsonl", "summary.json"))
+    jobs, recent, local = all_prompts(cfg), collections.deque(maxlen=50), cfg.provider == "local"
     done = {row["prompt_id"]: row["cost"] for path in (train, rejected) for row in read_rows(path)}
-    todo, recent = [job for name, job in jobs.items() if name not in done], collections.deque(maxlen=50)
-    run = types.SimpleNamespace(jobs=jobs, spent=sum(done.values()), tokens=0, pace=1, answered=False)
+    todo, spent = [job for name, job in jobs.items() if name not in done], sum(done.values())
     with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
-        run.spent = max(run.spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+        spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
     save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
     print0(f"{len(todo):,} of {len(jobs):,} prompts to ask: about {sum(job.size for job in todo) // 4:,} tokens, at most "
            f"{len(todo) * cfg.max_tokens:,} in reply, at most {sum(job.worst for job in todo):.2f} USD")
@@ -1230,28 +1224,27 @@ def generate(cfg):
         return more <= 0
 
     def settle(job, said, end, *usage):
-        known = all(isinstance(n, int) and n >= 0 for n in usage)
-        cost = (job.tries - known) * job.worst + (usd(*usage) if known else 0)   # usage lost: the worst case
+        known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
+        cost = (job.tries - known) * job.worst + (usd(cfg, *usage) if known else 0)   # usage lost: the worst case
         run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
-        if said is None and run.stop:   # no row: a later run asks again
+        if failed and run.stop:   # no row: a later run asks again
             return
         row = judge(job, said, end, usage) | {"model": cfg.api_model or cfg.teacher, "cost": cost}
         append_row(rejected if "reason" in row else train, row)
-        recent.append(said is None)
-        if said is not None:   # one at a time until the first answer, so that what is wrong with all shows on one
-            run.pace, run.answered = min(width, run.pace + 0.25) if run.answered else width, True
+        recent.append(failed)
+        run.pace, run.answered = min(width, run.pace + (not failed)), run.answered or not failed
         if sum(recent) > 10:
             run.stop.append(UserError(f"{sum(recent)} of the last {len(recent)} requests failed, the last: {end}"))
         bar.set_postfix_str(f"{run.tokens:,} tokens, {run.spent:.4f} USD", refresh=False)
         bar.update()
-    run.hold, local = hold, cfg.provider == "local"
-    size, width, teacher = (cfg.concurrency, 1, local_teacher(cfg)) if local else (1, cfg.concurrency, api_teacher(cfg, run))
+    run = types.SimpleNamespace(jobs=jobs, hold=hold, spent=spent, tokens=0, pace=1, answered=False)
+    make, size, width = (local_teacher, cfg.concurrency, 1) if local else (api_teacher, 1, cfg.concurrency)
     batches = collections.deque(todo[i:i + size] for i in range(0, len(todo), size))
     with stop_signals() as run.stop, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5) as bar:
-        asyncio.run(ask_all(run, teacher, batches, settle))
+        asyncio.run(ask_all(run, make(cfg, run), batches, settle))
     ended = next(("stopped by a signal" if isinstance(x, float) else x for x in run.stop), "all is answered")
     fates = drop_duplicates(train, rejected, list(jobs))
-    save_config({"spent_usd": run.spent, "tokens": run.tokens, "ended": str(ended), **fates}, summary)
+    save_config({"spent_usd": run.spent, "tokens_this_time": run.tokens, "ended": str(ended), **fates}, summary)
     print0("\n".join(f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items()))
     print0(f"{run.tokens:,} tokens, {run.spent:.4f} USD; {ended}; --dataset {train} trains on it")
     if isinstance(ended, UserError):
