@@ -204,20 +204,18 @@ class Config:
             local, own = self.provider == "local", ("teacher", "tokenizer", "dtype", "trust_remote_code")
             unread = {*given} & ({*API_ONLY} if local else {*own})
             need(not unread, f"provider {self.provider} does not read {', '.join(sorted(unread))}; leave that out")
-            need("RANK" not in os.environ, "mode generate is one process; start it with python simple_distill.py --mode "
-                 "generate, not with torchrun or launch.sh")
+            need("RANK" not in os.environ, "mode generate is one process; start it with python simple_distill.py, not "
+                 "with torchrun or launch.sh")
             need(local or self.api_model, f"provider {self.provider} needs --api_model NAME")
-            need(local or importlib.util.find_spec(self.provider), f"provider {self.provider} needs its SDK: pip install "
-                 f"{self.provider}")
-            variable = f"{self.provider.upper()}_API_KEY"
-            need(local or self.api_base or os.environ.get(variable), f"provider {self.provider} takes its key from the "
-                 f"environment: set {variable}")
+            name = self.provider
+            need(local or importlib.util.find_spec(name), f"provider {name} needs its SDK: pip install {name}")
+            need(local or self.api_base or os.environ.get(f"{name.upper()}_API_KEY"), f"provider {name} takes its key "
+                 f"from the environment: set {name.upper()}_API_KEY")
             need(not local or self.teacher != "demo", "provider local asks the model that --teacher names; give a hub "
                  "name or a directory")
             need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
                  "needs prices: give --price_in and --price_out, USD a million tokens")
             need(not (self.categories and self.prompts_file), "prompts_file brings its own prompts; drop categories")
-            parse_categories(self.categories)
         if self.mode == "train" and not self.blockwise:
             need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
         if self.blockwise:
@@ -233,6 +231,11 @@ class Config:
                      "freeze_previous_blocks false")
                 need(len(self.epochs_per_block) == len(self.wd_per_block) == 1, "block_input teacher trains all blocks "
                      "at once; give one value for epochs_per_block and wd_per_block")
+
+
+    def usd(self, sent, got):
+        """What tokens cost."""
+        return (sent * (self.price_in or 0) + got * (self.price_out or 0)) / 1e6
 
 
 def refuse(message):
@@ -461,31 +464,21 @@ LIMITS = "Keep it short.|Name the edge cases.|State its cost.|Give an example.|S
 BUGS = [pair.split("|") for pair in (" <= | < ", " >= | > ", " == | != ", " < | > ", " + | - ", " += | -= ", "[0]|[1]")]
 
 
-def parse_categories(items):
-    """['implement=3', 'explain'] -> {'implement': 3.0, 'explain': 1.0}; nothing: all alike."""
-    weights = {}
-    for name, _, weight in (item.partition("=") for item in items or TASKS):
-        if name not in TASKS or not re.fullmatch(r"|0*[1-9]\d*|\d*\.0*[1-9]\d*", weight):
-            raise UserError(f"categories {name}={weight}: write name or name=weight; the names are {', '.join(TASKS)}")
-        weights[name] = float(weight or 1)
-    return weights
-
-
-def real_functions(rng):
-    """Yields functions without a docstring from Python's own library."""
-    sources = list(stdlib_sources())
-    for _, text in rng.sample(sources, len(sources) // 3):   # parsing them all takes 5 s
-        lines = text.split("\n")
-        with contextlib.suppress(SyntaxError, ValueError):
+def compose_prompts(categories, seed):
+    """Yields distinct (category, messages) without end: asking for more only adds, so a run can be extended."""
+    def real_functions():
+        for _, text in rng.sample(sources := list(stdlib_sources()), len(sources) // 3):   # parsing all takes 5 s
+            lines = text.split("\n")
             for f in ast.walk(ast.parse(text)):
                 if isinstance(f, ast.FunctionDef) and 5 < f.end_lineno - f.lineno < 30 and not ast.get_docstring(f):
                     yield "\n".join(line[f.col_offset:] for line in lines[f.lineno - 1:f.end_lineno])
 
-
-def compose_prompts(categories, seed):
-    """Yields distinct (category, messages) without end: asking for more only adds, so a run can be extended."""
-    weights, rng, seen, misses = parse_categories(categories), random.Random(seed), set(), 0
-    asked, codes, pick = collections.Counter(), itertools.cycle(real_functions(rng)), rng.choice
+    weights, rng, seen, misses = {}, random.Random(seed), set(), 0
+    for name, _, weight in (item.partition("=") for item in categories or TASKS):
+        if name not in TASKS or not re.fullmatch(r"|0*[1-9]\d*|\d*\.0*[1-9]\d*", weight):
+            raise UserError(f"categories {name}={weight}: write name or name=weight; the names are {', '.join(TASKS)}")
+        weights[name] = float(weight or 1)
+    asked, codes, pick = collections.Counter(), itertools.cycle(real_functions()), rng.choice
     while misses < 1000:
         name = min(weights, key=lambda n: (asked[n] + 1) / weights[n])   # the one most behind its share
         code, misses = next(itertools.islice(codes, pick(range(20)), None)), misses + 1
@@ -515,35 +508,30 @@ def read_prompts(path):
         raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
 
 
-def usd(cfg, sent, got):
-    return (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
-
-
 def all_prompts(cfg):
     """-> {prompt_id: job} of num_examples different prompts, in the order they are asked."""
-    source = read_prompts(cfg.prompts_file) if cfg.prompts_file else compose_prompts(cfg.categories, cfg.seed)
-    jobs = {}
-    for category, messages in source:
-        name = digest(messages)
-        size = sum(len(m["content"].encode()) + 64 for m in messages)   # a token is a byte or more; 64: chat format
-        jobs[name] = types.SimpleNamespace(
-            prompt_id=name, category=category, messages=messages, size=size,
-            worst=usd(cfg, size, cfg.max_tokens), tries=0, held=0.0)   # USD a try, tries to pay for, USD set aside
+    source, jobs = cfg.prompts_file, {}
+    for category, messages in read_prompts(source) if source else compose_prompts(cfg.categories, cfg.seed):
+        # no more tokens than this: each is a byte or more, and 64 a turn for the chat format
+        size, name = sum(64 + len(m["content"].encode(errors="replace")) for m in messages), digest(messages)
+        jobs[name] = types.SimpleNamespace(prompt_id=name, category=category, messages=messages, size=size,
+                                           worst=cfg.usd(size, cfg.max_tokens),   # USD that a try may cost
+                                           tries=0, held=0.0)   # tries that may be billed, USD set aside
         if len(jobs) == cfg.num_examples:
             break
-    return jobs
+    return jobs or refuse(f"prompts_file {source} holds no prompt")
 
 
 def judge(job, said, finish_reason, usage):
     """A reply, or None -> its row; `reason` is the first filter that rejects it, or why there is no reply."""
-    row = dict(messages=job.messages, category=job.category, prompt_id=job.prompt_id, finish_reason=finish_reason,
-               usage=dict(zip(("prompt_tokens", "completion_tokens"), usage)))
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), usage))
+    row = {"messages": job.messages, "category": job.category, "usage": usage, "finish_reason": finish_reason,
+           "prompt_id": job.prompt_id}
     if said is None:
         return row | {"finish_reason": None, "reason": finish_reason}
+    row["messages"] = [*job.messages, {"role": "assistant", "content": said}]
     flaws = find_flaws(job.messages[-1]["content"], said, finish_reason)
-    reason = next((name for name, found in flaws.items() if found), None)
-    return row | {"messages": [*job.messages, {"role": "assistant", "content": said}]} | (
-        {"reason": reason} if reason else {})
+    return row | next(({"reason": name} for name, found in flaws.items() if found), {})
 
 
 def find_flaws(prompt, reply, finish_reason):
@@ -559,7 +547,8 @@ def find_flaws(prompt, reply, finish_reason):
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         broken = True
     # a loop deflates to an eighth, code to a third; the tail alone shows a reply that ended in one
-    loops = [len(zlib.compress(data)) < len(data) / 8 - 40 for data in (reply.encode(), reply.encode()[-1000:])]
+    data = reply.encode(errors="replace")
+    loops = [len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:])]
     return {"cut off": finish_reason in ("length", "max_tokens"), "empty or too short": len(said) < 20,
             "repetition loop": any(loops), "refusal": finish_reason in ("refusal", "content_filter")
             or "```" not in reply and re.match(sorry, said), "code does not parse": broken,

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 
 from config import (DEMO_TEACHER_RUN, Config, UserError, all_prompts, append_row, digest, drop_duplicates,
                     explain_bad_file, judge, make_demo, one_line, parse_config, parse_multipliers, read_rows, refuse,
-                    refuse_changes, save_config, scheduler_kwargs, shapes_result, usd)
+                    refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1136,19 +1136,20 @@ def prepare_output(cfg, step):
 async def api_teacher(cfg, run):
     """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
     sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
-    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY") or "none"   # some servers repeat it in errors; short ones are
-    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # words, as EMPTY is for vLLM
+    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
+    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
+    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"   # a short one is a word: EMPTY
+    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # some servers repeat it
     class Wire(sdk.DefaultAsyncHttpxClient):
         async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
             job = run.jobs[asyncio.current_task().get_name()]
-            if run.stop or job.tries > 3 or not run.hold(job):   # after an Exception the SDK would try again
-                raise asyncio.CancelledError("no answer in 4 tries, or no money for another")
+            if run.stop or job.tries > 5 or not run.hold(job):   # after an Exception the SDK would try again
+                raise asyncio.CancelledError("no answer in 6 tries, or no money for another")
             job.tries += 1
             response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
             if response.status_code >= 400:   # refused: free, and what is held serves the next try
                 job.tries, run.pace = job.tries - 1, max(1, 0.7 * run.pace)
             return response
-
     async def ask(jobs):
         client.max_retries = 20 if run.answered else 2   # patience once it answered
         turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
@@ -1165,8 +1166,6 @@ async def api_teacher(cfg, run):
             if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered:   # so would all others
                 run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
             return [(None, f"failed: {error}", None, None)]
-    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
-    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
     async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:
         yield ask
 
@@ -1206,16 +1205,15 @@ async def ask_all(run, teacher, batches, settle):
 
 def generate(cfg):
     """Ask what has no row yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
-    train, rejected, summary = (f"{cfg.output_dir}/{name}" for name in ("train.jsonl", "rejected.jsonl", "summary.json"))
+    train, rejected, summary = (f"{cfg.output_dir}/{f}" for f in ("train.jsonl", "rejected.jsonl", "summary.json"))
     jobs, recent, local = all_prompts(cfg), collections.deque(maxlen=50), cfg.provider == "local"
     done = {row["prompt_id"]: row["cost"] for path in (train, rejected) for row in read_rows(path)}
     todo, spent = [job for name, job in jobs.items() if name not in done], sum(done.values())
     with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
         spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
     save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
-    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask: about {sum(job.size for job in todo) // 4:,} tokens, at most "
-           f"{len(todo) * cfg.max_tokens:,} in reply, at most {sum(job.worst for job in todo):.2f} USD")
-
+    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, some {sum(job.size for job in todo) // 4:,} tokens; at most "
+           f"{len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at most")
     def hold(job):   # the worst case is spent before a try leaves, on disk too: a cap holds over kills and restarts
         more = (job.tries + 1) * job.worst - job.held
         if more > 0 and run.spent + more <= (cfg.max_cost or math.inf):
@@ -1225,7 +1223,7 @@ def generate(cfg):
 
     def settle(job, said, end, *usage):
         known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
-        cost = (job.tries - known) * job.worst + (usd(cfg, *usage) if known else 0)   # usage lost: the worst case
+        cost = (job.tries - known) * job.worst + (cfg.usd(*usage) if known else 0)   # usage lost: the worst case
         run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
         if failed and run.stop:   # no row: a later run asks again
             return

@@ -341,6 +341,13 @@ def test_generate_local(tmp_path, teacher):
         assert row["usage"]["prompt_tokens"] == len((row["messages"][0]["content"] + "\n\n").encode()) + 1   # <|begin|>
     for more in (("--api_model", "x"), ("--price_in", 1)):
         cli(*args, *more, "--output_dir", tmp_path / "other", rc=2)
+    (tmp_path / "out/train.jsonl").write_text('{"messages": [\n{}\n')
+    assert "train.jsonl" in (err := cli(*args, "--output_dir", tmp_path / "out", rc=2).err) and "line 1" in err
+
+
+def test_generate_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert "torchrun" in cli("--mode", "generate", "--api_model", "m", "--output_dir", tmp_path / "out", rc=2).err
 
 
 def test_generate_then_train(tmp_path, student):
