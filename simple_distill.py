@@ -1212,8 +1212,8 @@ def generate(cfg):
     with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
         spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
     save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
-    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, some {sum(job.size for job in todo) // 4:,} tokens; at most "
-           f"{len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at most")
+    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, some {sum(job.size for job in todo) // 4:,} tokens; at "
+           f"most {len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at most")
     def hold(job):   # the worst case is spent before a try leaves, on disk too: a cap holds over kills and restarts
         more = (job.tries + 1) * job.worst - job.held
         if more > 0 and run.spent + more <= (cfg.max_cost or math.inf):
