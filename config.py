@@ -233,10 +233,6 @@ class Config:
                      "at once; give one value for epochs_per_block and wd_per_block")
 
 
-    def usd(self, sent, got):
-        """What tokens cost."""
-        return (sent * (self.price_in or 0) + got * (self.price_out or 0)) / 1e6
-
 
 def refuse(message):
     raise UserError(message)
@@ -508,6 +504,10 @@ def read_prompts(path):
         raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
 
 
+def usd(cfg, sent, got):
+    return (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
+
+
 def all_prompts(cfg):
     """-> {prompt_id: job} of num_examples different prompts, in the order they are asked."""
     source, jobs = cfg.prompts_file, {}
@@ -515,7 +515,7 @@ def all_prompts(cfg):
         # no more tokens than this: each is a byte or more, and 64 a turn for the chat format
         size, name = sum(64 + len(m["content"].encode(errors="replace")) for m in messages), digest(messages)
         jobs[name] = types.SimpleNamespace(prompt_id=name, category=category, messages=messages, size=size,
-                                           worst=cfg.usd(size, cfg.max_tokens),   # USD that a try may cost
+                                           worst=usd(cfg, size, cfg.max_tokens),   # USD that a try may cost
                                            tries=0, held=0.0)   # tries that may be billed, USD set aside
         if len(jobs) == cfg.num_examples:
             break

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 
 from config import (DEMO_TEACHER_RUN, Config, UserError, all_prompts, append_row, digest, drop_duplicates,
                     explain_bad_file, judge, make_demo, one_line, parse_config, parse_multipliers, read_rows, refuse,
-                    refuse_changes, save_config, scheduler_kwargs, shapes_result)
+                    refuse_changes, save_config, scheduler_kwargs, shapes_result, usd)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1223,7 +1223,7 @@ def generate(cfg):
 
     def settle(job, said, end, *usage):
         known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
-        cost = (job.tries - known) * job.worst + (cfg.usd(*usage) if known else 0)   # usage lost: the worst case
+        cost = (job.tries - known) * job.worst + (usd(cfg, *usage) if known else 0)   # usage lost: the worst case
         run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
         if failed and run.stop:   # no row: a later run asks again
             return
