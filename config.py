@@ -4,18 +4,25 @@
 
 Below it what a run reads besides knobs: the demo's files and words that explain bad input. No torch in here.
 """
+import ast
+import collections
 import contextlib
 import dataclasses
 import difflib
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sysconfig
+import textwrap
+import types
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from typing import Literal, Optional
@@ -137,7 +144,7 @@ class Config:
     categories: list[str] = knob([], "task categories, name or name=weight; unset: all eight alike")
     prompts_file: Optional[str] = knob(None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)")
     max_tokens: int = knob(1024, "longest reply in tokens")
-    api_temperature: float = knob(0.7, "sampling temperature of the replies")
+    api_temperature: Optional[float] = knob(None, "sampling temperature of the replies; unset: the model's own")
     concurrency: int = knob(8, "requests in flight (provider local: prompts a batch)")
     max_cost: Optional[float] = knob(None, "USD that are never exceeded, requests in flight included; needs prices")
     price_in: Optional[float] = knob(None, "USD a million prompt tokens")
@@ -200,9 +207,21 @@ class Config:
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
             need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one, for example --student layers:4")
         if self.mode == "generate":
-            need(self.provider == "local" or self.api_model, f"provider {self.provider} needs --api_model NAME")
+            local, own = self.provider == "local", ("teacher", "tokenizer", "dtype", "trust_remote_code")
+            unread = {*given} & ({*API_ONLY} if local else {*own})
+            need(not unread, f"provider {self.provider} does not read {', '.join(sorted(unread))}; leave that out")
+            need("RANK" not in os.environ, "mode generate is one process; start it with python simple_distill.py, not "
+                 "with torchrun or launch.sh")
+            need(local or self.api_model, f"provider {self.provider} needs --api_model NAME")
+            name = self.provider
+            need(local or importlib.util.find_spec(name), f"provider {name} needs its SDK: pip install {name}")
+            need(local or self.api_base or os.environ.get(f"{name.upper()}_API_KEY"), f"provider {name} takes its key "
+                 f"from the environment: set {name.upper()}_API_KEY")
+            need(not local or self.teacher != "demo", "provider local asks the model that --teacher names; give a hub "
+                 "name or a directory")
             need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
                  "needs prices: give --price_in and --price_out, USD a million tokens")
+            need(not (self.categories and self.prompts_file), "prompts_file brings its own prompts; drop categories")
         if self.mode == "train" and not self.blockwise:
             need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
         if self.blockwise:
@@ -220,6 +239,7 @@ class Config:
                      "at once; give one value for epochs_per_block and wd_per_block")
 
 
+
 def refuse(message):
     raise UserError(message)
 
@@ -233,6 +253,7 @@ RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accu
               lm_head_max_grad_norm=(0, INF), logit_loss_weight=(0, 1), num_examples=(1, INF), max_tokens=(1, INF),
               api_temperature=(0, 2), concurrency=(1, INF), price_in=(0, INF), price_out=(0, INF), save_steps=(0, INF),
               eval_steps=(0, INF), keep_checkpoints=(1, INF), log_steps=(1, INF))
+API_ONLY = ("api_model", "api_base", "request_timeout", "max_cost", "price_in", "price_out")
 POSITIVE = ("temperature", "num_epochs", "learning_rate", "distill_loss_temperature", "epochs_per_block",
             "lr_per_block", "lm_head_epochs", "lm_head_lr", "logit_loss_temperature", "max_cost", "request_timeout")
 
@@ -372,6 +393,23 @@ def save_config(cfg, path):
     with open(aside, "w", encoding="utf-8") as f:
         json.dump(cfg if isinstance(cfg, dict) else dataclasses.asdict(cfg), f, indent=2)
     os.replace(aside, path)
+
+
+def append_row(path, row):
+    with open(path, "a", encoding="utf-8", errors="replace") as f:   # half a surrogate pair cannot be written
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rows(path):
+    """The rows of a .jsonl, none where there is no file; a last line that a kill cut in half is removed."""
+    with open(path, "ab+") as f:
+        f.seek(0)
+        whole, newline, _ = f.read().rpartition(b"\n")
+        f.truncate(len(whole + newline))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        explain_bad_file(path)
 
 
 # ----- a teacher cache's manifest, what it says before and after, and what may be wrong with it
@@ -520,6 +558,139 @@ def make_demo(path):
     for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
         transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
+
+
+# ----- mode generate: what is asked, and which replies are worth training on. Made to be edited.
+
+TASKS = {"implement": "Write {thing} in {language}.", "complete": "Complete this function; give all of it.",
+         "explain": "Explain what this function does.", "debug": "One operator in this function is wrong. Fix it.",
+         "refactor": "Refactor this function; keep what it does.", "translate": "Translate this to {language}.",
+         "test": "Write pytest tests for this function.", "document": "Write the docstring of this function."}
+FORMS = "{}|Please help me: {}|Here is a task for you. {}|I need this for my project. {}".split("|")
+THINGS = "LRU cache|trie|tokenizer|diff tool|job scheduler|web crawler|state machine|CSV reader|URL router".split("|")
+TRAITS = "thread-safe|memory-bounded|streaming|resumable|strict|pluggable|lazy|minimal|configurable".split("|")
+LANGUAGES = "Python|C|C++|C#|Go|Java|JavaScript|Kotlin|PHP|Ruby|Rust|Swift|TypeScript".split("|")
+LEVELS = "I am new to programming.|I program every day.|I am an expert, so go deep.".split("|")
+LIMITS = "Keep it short.|Name the edge cases.|State its cost.|Give an example.|Say why.|Say what could fail.".split("|")
+BUGS = [pair.split("|") for pair in (" <= | < ", " >= | > ", " == | != ", " < | > ", " + | - ", " += | -= ", "[0]|[1]")]
+
+
+def compose_prompts(categories, seed):
+    """Yields distinct (category, messages) without end: asking for more only adds, so a run can be extended."""
+    def real_functions():
+        for _, text in rng.sample(sources := list(stdlib_sources()), len(sources) // 3):   # parsing all takes 5 s
+            lines = text.split("\n")
+            for f in ast.walk(ast.parse(text)):
+                if isinstance(f, ast.FunctionDef) and 5 < f.end_lineno - f.lineno < 30 and not ast.get_docstring(f):
+                    yield "\n".join(line[f.col_offset:] for line in lines[f.lineno - 1:f.end_lineno])
+
+    weights, rng, seen, misses = {}, random.Random(seed), set(), 0
+    for name, _, weight in (item.partition("=") for item in categories or TASKS):
+        if name not in TASKS or not re.fullmatch(r"|0*[1-9]\d*|\d*\.0*[1-9]\d*", weight):
+            raise UserError(f"categories {name}={weight}: write name or name=weight; the names are {', '.join(TASKS)}")
+        weights[name] = float(weight or 1)
+    asked, codes, pick = collections.Counter(), itertools.cycle(real_functions()), rng.choice
+    while misses < 1000:
+        name = min(weights, key=lambda n: (asked[n] + 1) / weights[n])   # the one most behind its share
+        code, misses = next(itertools.islice(codes, pick(range(20)), None)), misses + 1
+        bugs = [bug for bug in BUGS if bug[0] in code]
+        code = {"complete": code[:len(code) // 2].rpartition("\n")[0],
+                "debug": bugs and code.replace(*pick(bugs), 1)}.get(name, code)
+        language, thing = pick(LANGUAGES[name == "translate":]), f"a {pick(TRAITS)} {pick(THINGS)}"
+        shown = "" if name == "implement" else f"\n\n```python\n{code}\n```"
+        text = pick(FORMS).format(TASKS[name].format(language=language, thing=thing)) + shown
+        text += f"\n\n{pick(LEVELS)} {pick(LIMITS)}"
+        if code and text not in seen:
+            seen.add(text)
+            asked[name], misses = asked[name] + 1, 0
+            yield name, [{"role": "user", "content": text}]
+    raise UserError(f"category {name} has few more than {asked[name]:,} prompts; lower num_examples or its weight")
+
+
+def read_prompts(path):
+    """Yields (category, messages) of the user's own prompts: the lines of a .txt, or .jsonl rows."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in filter(str.strip, f):
+                row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
+                messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+                yield row.get("category", "own"), [{"role": m["role"], "content": m["content"] + ""} for m in messages]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
+
+
+def usd(cfg, sent, got):
+    return (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
+
+
+def all_prompts(cfg):
+    """-> {prompt_id: job} of num_examples different prompts, in the order they are asked."""
+    source, jobs = cfg.prompts_file, {}
+    for category, messages in read_prompts(source) if source else compose_prompts(cfg.categories, cfg.seed):
+        # no more tokens than this: each is a byte or more, and 64 a turn for the chat format
+        size, name = sum(64 + len(m["content"].encode(errors="replace")) for m in messages), digest(messages)
+        jobs[name] = types.SimpleNamespace(prompt_id=name, category=category, messages=messages, size=size,
+                                           worst=usd(cfg, size, cfg.max_tokens),   # USD that a try may cost
+                                           tries=0, held=0.0)   # tries that may be billed, USD set aside
+        if len(jobs) == cfg.num_examples:
+            break
+    return jobs or refuse(f"prompts_file {source} holds no prompt")
+
+
+def judge(job, said, finish_reason, usage):
+    """A reply, or None -> its row; `reason` is the first filter that rejects it, or why there is no reply."""
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), usage))
+    row = {"messages": job.messages, "category": job.category, "usage": usage, "finish_reason": finish_reason,
+           "prompt_id": job.prompt_id}
+    if said is None:
+        return row | {"finish_reason": None, "reason": finish_reason}
+    row["messages"] = [*job.messages, {"role": "assistant", "content": said}]
+    flaws = find_flaws(job.messages[-1]["content"], said, finish_reason)
+    return row | next(({"reason": name} for name, found in flaws.items() if found), {})
+
+
+def find_flaws(prompt, reply, finish_reason):
+    """-> {filter: whether it rejects the reply}"""
+    asked, said = (" ".join(re.sub(r"```\w*", " ", text).split()) for text in (prompt, reply))
+    fenced = r"(?ms)^[ \t]*(```+)[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*\1`*[ \t]*$"
+    sorry = r"(?i)\W*(i.?m |i am )?(\w* ?sorry\b.{,9}\bi\b|as an ai\b|(un|not )able to|i can(.?t|not) (help|assist))"
+    broken = re.search(r"(?m)^[ \t]*```", re.sub(fenced, "", reply))   # a fence that nothing closes
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            for _, language, code in re.findall(fenced, reply):
+                ast.parse(textwrap.dedent(code) if language.lower() in ("python", "py") and ">>>" not in code else "")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        broken = True
+    # a loop deflates to an eighth, code to a third; the tail alone shows a reply that ended in one
+    data = reply.encode(errors="replace")
+    loops = [len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:])]
+    return {"cut off": finish_reason in ("length", "max_tokens"), "empty or too short": len(said) < 20,
+            "repetition loop": any(loops), "refusal": finish_reason in ("refusal", "content_filter")
+            or "```" not in reply and re.match(sorry, said), "code does not parse": broken,
+            "repeats the prompt": said in asked or asked in said and len(said) < 1.2 * len(asked)}
+
+
+def drop_duplicates(train, rejected, order):
+    """Sorts train, moves copies to rejected; at the end, so that who answered first does not matter. -> {fate: rows}"""
+    place, texts, similar = {name: i for i, name in enumerate(order)}, set(), collections.defaultdict(list)
+    gone = {row["prompt_id"] for row in read_rows(rejected)}   # a kill in here leaves some in both files
+    rows = [row for row in read_rows(train) if row["prompt_id"] not in gone]
+    open(train + ".tmp", "w").close()
+    for row in sorted(rows, key=lambda row: place.get(row["prompt_id"], -1)):
+        words = re.findall(r"\w+", row["messages"][-1]["content"].lower())
+        # of all 5-word shingles the 64 smallest hashes: two such sketches overlap about as much as the texts do
+        mine = sorted({zlib.crc32(" ".join(words[i:i + 5]).encode()) for i in range(max(1, len(words) - 4))})[:64]
+        near = any(len({*mine} & {*other} & (both := {*sorted({*mine, *other})[:64]})) > 0.8 * len(both)
+                   for h in mine[:8] for other in similar[h])
+        kind = "exact duplicate" if hash(tuple(words)) in texts else "near duplicate" if near else None
+        texts.add(hash(tuple(words)))
+        for h in () if kind else mine[:8]:
+            similar[h] += [mine] * (len(similar[h]) < 50)   # what everybody says is no evidence, and costs time
+        append_row(rejected if kind else train + ".tmp", row | ({"reason": kind} if kind else {}))
+    os.replace(train + ".tmp", train)
+    fates = [row.get("reason", "kept").partition(":")[0] for row in read_rows(train) + read_rows(rejected)]
+    names = ["kept", *find_flaws("", "", None), "exact duplicate", "near duplicate", "failed"]
+    return {name: fates.count(name) for name in names}
 
 
 # ----- datasets as people have them: files, hub names, saved folders; columns of text or of conversations

@@ -12,8 +12,8 @@ Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, mod
 block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
-import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, itertools, json, math, os
-import resource, shutil, signal, sys, time, types, zlib
+import asyncio, collections, contextlib, dataclasses, datetime, fcntl, functools, glob, importlib, itertools, json, math
+import os, resource, shutil, signal, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
@@ -27,10 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (CURVES, DEMO_TEACHER_RUN, PANELS, Config, UserError, begin_cache, conversation_of, derive, digest,
-                    explain_bad_chunk, explain_bad_disk, explain_bad_file, finish_cache, in_mode, load_raw, make_demo,
-                    one_line, parse_config, parse_multipliers, plan_cache, read_manifest, refuse_changes, retell,
-                    save_config, scheduler_kwargs, shapes_result, write_report)
+from config import (CURVES, DEMO_TEACHER_RUN, PANELS, Config, UserError, all_prompts, append_row, begin_cache,
+                    conversation_of, derive, digest, drop_duplicates, explain_bad_chunk, explain_bad_disk,
+                    explain_bad_file, finish_cache, in_mode, judge, load_raw, make_demo, one_line, parse_config,
+                    parse_multipliers, plan_cache, read_manifest, read_rows, refuse, refuse_changes, retell,
+                    save_config, scheduler_kwargs, shapes_result, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -1021,6 +1022,126 @@ def prepare_output(cfg, step):
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# API data: a model behind an API, or one of our own, answers the prompts of config.py; its filters judge the replies.
+# Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1 trains on.
+
+@contextlib.asynccontextmanager
+async def api_teacher(cfg, run):
+    """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
+    sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
+    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
+    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
+    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"   # a short one is a word: EMPTY
+    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # some servers repeat it
+    class Wire(sdk.DefaultAsyncHttpxClient):
+        async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
+            job = run.jobs[asyncio.current_task().get_name()]
+            if run.stop or job.tries > 5 or not run.hold(job):   # after an Exception the SDK would try again
+                raise asyncio.CancelledError("no answer in 6 tries, or no money for another")
+            job.tries += 1
+            response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
+            if response.status_code >= 400:   # refused: free, and what is held serves the next try
+                job.tries, run.pace = job.tries - 1, max(1, 0.7 * run.pace)
+            return response
+    async def ask(jobs):
+        client.max_retries = 20 if run.answered else 2   # patience once it answered
+        turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
+        body = {"messages": turns, "system": next((m["content"] for m in jobs[0].messages if m not in turns), None),
+                "model": cfg.api_model, "temperature": cfg.api_temperature, limit: cfg.max_tokens}
+        try:   # post: the typed methods cost twice the time and change from version to version
+            r = await client.post(path, body={k: v for k, v in body.items() if v is not None}, cast_to=object)
+            said = r["choices"][0]["message"]["content"] if openai else "".join(b.get("text", "") for b in r["content"])
+            end = r["choices"][0]["finish_reason"] if openai else r["stop_reason"]
+            sides = ("prompt_tokens", "completion_tokens") if openai else ("input_tokens", "output_tokens")
+            return [(clean(said), clean(end), *map((r.get("usage") or {}).get, sides))]
+        except (Exception, asyncio.CancelledError) as e:
+            error, status = clean(one_line(e, 9999))[:300], getattr(e, "status_code", None)
+            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered:   # so would all others
+                run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
+            return [(None, f"failed: {error}", None, None)]
+    async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:
+        yield ask
+
+@contextlib.asynccontextmanager
+async def local_teacher(cfg, run):
+    """-> ask(jobs) over a transformers model on this device, a batch at a time."""
+    tokenizer = load_tokenizer(cfg, cfg.teacher) or refuse(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
+    config, heat = model_config(cfg.teacher, cfg, "teacher"), cfg.api_temperature
+    model = read_model(cfg.teacher, config, cfg, "teacher", compute_dtype(cfg)).to(DEVICE)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template or "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+    model.generation_config.pad_token_id = pad = tokenizer.pad_token_id
+    sampling = {} if heat is None else {"do_sample": heat > 0, "temperature": heat or 1.0}
+    async def ask(jobs):
+        inputs = tokenizer.apply_chat_template([job.messages for job in jobs], add_generation_prompt=True, padding=True,
+                                               return_dict=True, return_tensors="pt").to(DEVICE)
+        ids_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, **sampling)[:, inputs["input_ids"].shape[1]:]
+        return [(tokenizer.decode(row, skip_special_tokens=True).strip(),
+                 "stop" if len(row) < cfg.max_tokens or row[-1] == pad else "length", mask.sum().item(),
+                 sum(t != pad for t in row)) for row, mask in zip(ids_BT.tolist(), inputs["attention_mask"])]
+    yield ask
+
+async def ask_all(run, teacher, batches, settle):
+    """In prompt order, run.pace batches in flight, until all is answered or run.stop says why not."""
+    flying = {}
+    async with teacher as ask:
+        while flying or batches and not run.stop:
+            if batches and not run.stop and len(flying) < int(run.pace) and all(map(run.hold, batches[0])):
+                jobs = batches.popleft()
+                flying[asyncio.create_task(ask(jobs), name=jobs[0].prompt_id)] = jobs
+            elif flying:   # even when stopped: what is in flight is paid for; and it may cost less than is held for it
+                for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    for job, answer in zip(flying.pop(task), task.result()):
+                        settle(job, *answer)
+            else:
+                run.stop.append("max_cost is reached")
+
+def generate(cfg):
+    """Ask what has no row yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
+    train, rejected, summary = (f"{cfg.output_dir}/{f}" for f in ("train.jsonl", "rejected.jsonl", "summary.json"))
+    jobs, recent, local = all_prompts(cfg), collections.deque(maxlen=50), cfg.provider == "local"
+    done = {row["prompt_id"]: row["cost"] for path in (train, rejected) for row in read_rows(path)}
+    todo, spent = [job for name, job in jobs.items() if name not in done], sum(done.values())
+    with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
+        spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+    save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
+    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, some {sum(job.size for job in todo) // 4:,} tokens; at "
+           f"most {len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at most")
+    def hold(job):   # the worst case is spent before a try leaves, on disk too: a cap holds over kills and restarts
+        more = (job.tries + 1) * job.worst - job.held
+        if more > 0 and run.spent + more <= (cfg.max_cost or math.inf):
+            run.spent, job.held, more = run.spent + more, job.held + more, 0
+            save_config({"spent_usd": run.spent}, summary)
+        return more <= 0
+
+    def settle(job, said, end, *usage):
+        known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
+        cost = (job.tries - known) * job.worst + (usd(cfg, *usage) if known else 0)   # usage lost: the worst case
+        run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
+        if failed and run.stop:   # no row: a later run asks again
+            return
+        row = judge(job, said, end, usage) | {"model": cfg.api_model or cfg.teacher, "cost": cost}
+        append_row(rejected if "reason" in row else train, row)
+        recent.append(failed)
+        run.pace, run.answered = min(width, run.pace + (not failed)), run.answered or not failed
+        if sum(recent) > 10:
+            run.stop.append(UserError(f"{sum(recent)} of the last {len(recent)} requests failed, the last: {end}"))
+        bar.set_postfix_str(f"{run.tokens:,} tokens, {run.spent:.4f} USD", refresh=False)
+        bar.update()
+    run = types.SimpleNamespace(jobs=jobs, hold=hold, spent=spent, tokens=0, pace=1, answered=False)
+    make, size, width = (local_teacher, cfg.concurrency, 1) if local else (api_teacher, 1, cfg.concurrency)
+    batches = collections.deque(todo[i:i + size] for i in range(0, len(todo), size))
+    with stop_signals() as run.stop, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5) as bar:
+        asyncio.run(ask_all(run, make(cfg, run), batches, settle))
+    ended = next(("stopped by a signal" if isinstance(x, float) else x for x in run.stop), "all is answered")
+    fates = drop_duplicates(train, rejected, list(jobs))
+    save_config({"spent_usd": run.spent, "tokens_this_time": run.tokens, "ended": str(ended), **fates}, summary)
+    print0("\n".join(f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items()))
+    print0(f"{run.tokens:,} tokens, {run.spent:.4f} USD; {ended}; --dataset {train} trains on it")
+    if isinstance(ended, UserError):
+        raise ended
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: every token of held-out rows counts once, whatever the number of ranks. The report's words: config.py.
 
 @torch.no_grad()
@@ -1425,7 +1546,7 @@ def main(argv=None):
         datasets.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         with process_group(), contextlib.nullcontext() if cfg.mode == "cache" else lock(cfg.output_dir):
-            {"train": train, "cache": cache, "eval": report}[cfg.mode](cfg)
+            {"train": train, "cache": cache, "generate": generate, "eval": report}[cfg.mode](cfg)
         return 0
     except UserError as e:
         if LOCAL_RANK == 0:
