@@ -850,3 +850,29 @@ def write_report(folder, setting, models, prompts, draw):
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
     return start
+
+
+# ----- what an earlier run left behind
+
+def read_states(paths, say):
+    """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others are named."""
+    found = []
+    for path in paths:
+        try:
+            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+                state = json.load(f)
+            short = [f for f, size in state["files"].items() if os.path.getsize(os.path.join(path, f)) != size]
+            if short:
+                raise OSError(f"{short[0]} is truncated")
+            found.append((path, state))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            say(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+    return found
+
+
+def cut_log(path, step):
+    """No lines of steps that are about to be repeated."""
+    kept = [row for row in read_rows(path) if next(v for k, v in row.items() if k.endswith("/step")) <= step > 0]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in kept)
+    os.replace(f.name, path)

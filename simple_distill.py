@@ -28,10 +28,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from config import (CURVES, DEMO_TEACHER_RUN, PANELS, Config, UserError, all_prompts, append_row, begin_cache,
-                    conversation_of, derive, digest, drop_duplicates, explain_bad_chunk, explain_bad_disk,
+                    conversation_of, cut_log, derive, digest, drop_duplicates, explain_bad_chunk, explain_bad_disk,
                     explain_bad_file, finish_cache, in_mode, judge, load_raw, make_demo, one_line, parse_config,
-                    parse_multipliers, plan_cache, read_manifest, read_rows, refuse, refuse_changes, retell,
-                    save_config, scheduler_kwargs, shapes_result, usd, write_report)
+                    parse_multipliers, plan_cache, read_manifest, read_rows, read_states, refuse, refuse_changes,
+                    retell, save_config, scheduler_kwargs, shapes_result, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -972,21 +972,10 @@ def checkpoints_in(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
 
 def find_checkpoints(cfg):
-    """-> [(path, state), ...] to continue from, the best first: all files there, of full size. Others are named."""
+    """-> [(path, state), ...] to continue from, the best first."""
     paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
     paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
-    found = []
-    for path in paths if RANK == 0 else []:
-        try:
-            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-                state = json.load(f)
-            short = [f for f, size in state["files"].items() if os.path.getsize(os.path.join(path, f)) != size]
-            if short:
-                raise OSError(f"{short[0]} is truncated")
-            found.append((path, state))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-    found = from_rank0(found)
+    paths, found = from_rank0((paths, read_states(paths, print0) if RANK == 0 else []))
     if paths and not found:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
     return found
@@ -1011,14 +1000,7 @@ def prepare_output(cfg, step):
                 shutil.rmtree(place(old), ignore_errors=True)
         os.makedirs(place("checkpoints"), exist_ok=True)
         save_config(cfg, place("config.json"))
-        text = functools.partial(open, encoding="utf-8")
-        with text(place("log.jsonl"), "a+") as f, text(place("log.jsonl.tmp"), "w") as kept:
-            f.seek(0)
-            for line in f:
-                with contextlib.suppress(ValueError):   # a half-written last line
-                    at = next(v for k, v in json.loads(line).items() if k.endswith("/step"))
-                    kept.write(line if at <= step > 0 else "")
-        os.replace(kept.name, f.name)
+        cut_log(place("log.jsonl"), step)
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
