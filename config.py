@@ -373,6 +373,110 @@ def explain_bad_file(path, kind):
                 raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
 
 
+def explain_no_config(name, role, e):
+    where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
+        "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
+    raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+
+
+def compare_tokenizers(student, teacher, student_name, teacher_name):
+    """By what they encode, not by size: an id that both use must mean the same token."""
+    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
+    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]]
+    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
+        clash = ["they share a vocabulary but cut text differently"]
+    if clash:
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
+                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
+
+
+# ----- plans: numbers that follow from the config, the models' shapes and the number of ranks
+
+def plan_batch(cfg, state, world):
+    """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
+    size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
+    wanted = state["global_batch"] if state else size * micro * world
+    if wanted != size * micro * world:
+        if [size, micro] != state["batch"] or world == state["world"]:
+            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
+                            f"x {world} ranks; keep the product, or start over with --resume never or elsewhere")
+        size = min(size, -(-wanted // world))
+        micro = -(-wanted // (world * size))
+    return size, micro, wanted
+
+
+def plan_layers(cfg, whole):
+    """student layers:N -> (numbers of N evenly spaced layers of the teacher, the fields of a config that has those)."""
+    depth, wanted = whole.num_hidden_layers, cfg.student[7:]
+    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
+        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
+    keep = [round(i * (depth - 1) / max(1, int(wanted) - 1)) for i in range(int(wanted))]
+    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
+    depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return keep, {k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)}
+
+
+def plan_blocks(cfg, student, teacher):
+    """Two model configs -> {block of the student: block of the teacher}, refused where they cannot be matched."""
+    ours, theirs = student.get_text_config(), teacher.get_text_config()
+    depth, its_depth = ours.num_hidden_layers, theirs.num_hidden_layers
+    if depth > its_depth:
+        raise UserError(f"blockwise: the student has {depth} layers, the teacher only {its_depth}; take a shallower "
+                        "student")
+    if ours.hidden_size != theirs.hidden_size and not cfg.use_stitching_layers:
+        raise UserError(f"blockwise: student width {ours.hidden_size} and teacher width {theirs.hidden_size} differ, "
+                        "that needs use_stitching_layers")
+    for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
+        if (n := len(getattr(cfg, name))) not in (1, depth):
+            raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
+    return {i: round((i + 1) * its_depth / depth) - 1 for i in range(depth)}
+
+
+def block_table(pairs, errors, kind):
+    """errors: of every block, once before and perhaps once after."""
+    lines = [f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1)]
+    return "\n".join(lines + [f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:])
+                              for (i, j), *values in zip(pairs.items(), *errors)])
+
+
+def learning_rates(cfg, names, tied):
+    """One for each parameter name, by the first pattern that matches; 0 freezes. tied: {a parameter's other name: its
+    name}."""
+    rules = parse_multipliers(cfg.lr_multipliers)
+    for pattern, _ in rules:
+        if not any(map(pattern.search, names)):
+            other = next(filter(pattern.search, tied), None)
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} " + (
+                f"matches only {other}, which is tied to {tied[other]}: the pattern must match that name" if other else
+                f"matches none of the {len(names)} parameters; names look like {names[len(names) // 2]}"))
+    factors = (next((f for p, f in rules if p.search(n)), cfg.default_lr_multiplier) for n in names)
+    return [cfg.learning_rate * f for f in factors]
+
+
+MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
+                 "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+
+
+def memory_plan(cfg, shape, sizes, *, trained, itemsize, batch_size, world, local_world, logits_budget, free):
+    """One line: bytes a device by what they are for, estimated from the student's config, the numbers of parameters
+    (sizes: of the student, the teacher, both heads; trained: of those that are) and free bytes."""
+    student, teacher, heads = sizes
+    share = {"no_shard": 1, "hybrid_shard": local_world}.get(cfg.fsdp, world)
+    tokens, depth, width = batch_size * cfg.seq_len, shape.num_hidden_layers, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * width
+    layer, whole = tokens * (10 * width + 3 * inner) * itemsize, student * itemsize   # one layer's activations
+    whole_copy = cfg.fsdp in ("no_shard", "shard_grad_op")
+    parts = {"weights": 4 * student / share, "gradients": 4 * trained / share, "optimiser": 8 * trained / share,
+             "gathered": whole if whole_copy else min(whole, heads * itemsize + 2 * whole // depth),
+             "activations": tokens * width * itemsize * depth + layer if cfg.gradient_checkpointing else layer * depth,
+             "teacher": teacher * itemsize / (world if cfg.shard_teacher else 1),
+             "loss": min(2 * logits_budget, 16 * tokens * shape.vocab_size) + 4 * heads}
+    need, listed = sum(parts.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
+    return (f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
+            + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
+
+
 # ----- the demo: text, tokenizer and model shapes from what every machine has, as ordinary files
 
 def stdlib_sources():

@@ -12,7 +12,7 @@ block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T po
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
 import collections, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, itertools, json, math, os
-import resource, shutil, signal, sys, time, types, warnings, zlib
+import re, resource, shutil, signal, sys, time, types, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, Config, UserError, digest, explain_bad_file, make_demo, one_line, parse_config,
-                    parse_multipliers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
+from config import (DEMO_TEACHER_RUN, MEMORY_ADVICE, Config, UserError, block_table, compare_tokenizers, digest,
+                    explain_bad_file, explain_no_config, learning_rates, make_demo, memory_plan, one_line, parse_config,
+                    plan_batch, plan_blocks, plan_layers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -126,6 +127,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
+    elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
+        error = z - finish_logits(target, *teacher_bend)[0]
+        kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
         logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
         if divergence == "forward":
@@ -236,6 +240,16 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 def as_head(head):
     scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
     return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
+
+def hidden_error(ours_ND, theirs_ND, kind, temperature):
+    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
+    if kind == "kl_div":   # the last two terms cancel, but for rounding
+        logp, logq = (torch.log_softmax(x.float() / temperature, -1) for x in (ours_ND, theirs_ND))
+        return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)
+    if kind == "mse":
+        return (ours_ND.float() - theirs_ND.float()).square().mean(-1)
+    ours_ND, theirs_ND = (nn.functional.normalize(x.float(), dim=-1) for x in (ours_ND, theirs_ND))
+    return (ours_ND - theirs_ND).square().sum(-1) / 2   # of unit vectors: 1 - cos
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
@@ -404,6 +418,7 @@ class Batch:
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
+    real: torch.Tensor        # places of all tokens but padding: where block-wise compares hidden states
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
 
 def collate(rows):
@@ -416,11 +431,12 @@ def collate(rows):
         ids[i, :len(x)] = x
         labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
+    real = torch.cat([i * width + torch.arange(len(r["input_ids"])) for i, r in enumerate(rows)])
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
     sparse = [r["sparse"] for r in rows if "sparse" in r]
     sparse = SparseTarget(*(send(torch.cat(field)) for field in zip(*sparse))) if sparse else None
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse)
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
@@ -770,25 +786,14 @@ def check_head(root, role, name, tokenizer):
         raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head miss its own logits "
                         f"by {error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
 
-def compare_tokenizers(student, teacher, student_name, teacher_name):
-    """By what they encode, not by size: an id that both use must mean the same token."""
-    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
-    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]]
-    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
-        clash = ["they share a vocabulary but cut text differently"]
-    if clash:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
-                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on Inside roots: FSDP gathers
 # parameters in the forward of the root, so whatever touches weights is a function run inside it.
 
 class Inside(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, stitches=None):
         super().__init__()
-        self.model = model
+        self.model, self.stitches = model, stitches or nn.ModuleDict()   # of block-wise: kept in checkpoints only
 
     def forward(self, work, *args):
         return work(self.model, *args)
@@ -808,9 +813,7 @@ def model_config(name, cfg, role):
         with node_first():
             config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
-            "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
-        raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+        explain_no_config(name, role, e)
     known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     if getattr(config, "is_encoder_decoder", False) or not known:
         raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model")
@@ -838,32 +841,20 @@ def layers_of(model):
             return path, module
     raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
-def thin(whole, config, keep):
-    """The kept layers of a model as a model of their own."""
-    path, layers = layers_of(whole)
-    whole.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
-    model = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
-    try:
-        model.load_state_dict(whole.state_dict())
-    except RuntimeError:   # dense and sparse layers of a mixture, told apart by their number
-        raise UserError(f"layers:{len(keep)} cannot be cut from {type(whole).__name__}: its layers differ by number")
-    return model
-
 def load_student(cfg):
     if not cfg.student.startswith("layers:"):
         config = model_config(cfg.student, cfg, "student")
         return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
-    whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
-    depth = whole.num_hidden_layers
-    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
-        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
-    keep = [round(i) for i in torch.linspace(0, depth - 1, int(wanted)).tolist()]
-    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
-    depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    config = type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)})
-    print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
-    read = lambda: thin(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep)
-    return spread(cfg, config, read)
+    whole = model_config(cfg.teacher, cfg, "teacher")
+    keep, fields = plan_layers(cfg, whole)
+    print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {cfg.teacher}")
+
+    def read():
+        model = read_model(cfg.teacher, whole, cfg, "teacher", torch.float32)
+        path, layers = layers_of(model)
+        model.set_submodule(path, nn.ModuleList(layers[i] for i in keep))   # in place k: layer keep[k], with its weights
+        return model
+    return spread(cfg, type(whole).from_dict(fields), read)
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -874,12 +865,13 @@ def load_teacher(cfg):
 def spread(cfg, config, read, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
-    dtype, home = compute_dtype(cfg), "cpu" if cfg.cpu_offload else DEVICE
+    dtype, stitches = compute_dtype(cfg), (lambda model: None) if frozen or not cfg.blockwise else stitching(cfg, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-    root, source, layers = Inside(model), read() if RANK == 0 else None, layers_of(model)[1]
-    model.train(not frozen).requires_grad_(not frozen)
+        root = Inside(model, stitches(model))
+    source, layers = read() if RANK == 0 else None, layers_of(model)[1]
+    root.train(not frozen).requires_grad_(not frozen)
     if not frozen and cfg.gradient_checkpointing:   # the first name is the newer one
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     for layer in layers if cfg.compile else ():
@@ -894,18 +886,21 @@ def spread(cfg, config, read, frozen=None):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    tensors = [*source.named_parameters(), *source.named_buffers()] if source else []
-    fill(model, dict(tensors), home)
+    fill(root, source and Inside(source, stitches(source)), "cpu" if cfg.cpu_offload else DEVICE)
     return root
 
 @torch.no_grad()
-def fill(model, source, device):
+def fill(root, source, device):
     """Rank 0's tensors into everybody's shards, one at a time: no other rank ever holds a whole model."""
-    model.to_empty(device=device)
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
-        model.tie_weights()   # FSDP keeps ties by itself
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else \
+    root.to_empty(device=device)
+    if not any(isinstance(p, DTensor) for p in root.parameters()):
+        root.model.tie_weights()   # FSDP keeps ties by itself
+    # a head that block-wise unties begins as the copy of the embeddings that it was
+    there = dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()] if source else ())
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        if source and getattr(there.get(name), "shape", None) != tensor.shape:   # a mixture's dense and sparse layers
+            raise UserError(f"layers:N cannot be cut from {type(root.model).__name__}: its layers differ by number")
+        whole = there.pop(name).to(DEVICE, tensor.dtype) if source else \
             torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
         if isinstance(tensor, DTensor):
             tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
@@ -939,25 +934,21 @@ def save_model(root, tokenizer, path, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimiser: AdamW groups by learning-rate multiplier; one step that clips, unscales and skips without asking the GPU.
 
-def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
-    """The first matching pattern gives the multiplier; 0: no gradient, no state. Norms and biases do not decay."""
-    groups, named = {}, list(named_parameters)
-    for pattern, _ in rules:
-        if not any(pattern.search(name) for name, _ in named):
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names "
-                            f"look like {named[len(named) // 2][0]}")
-    for name, p in named:
-        multiplier = next((factor for pattern, factor in rules if pattern.search(name)), default_multiplier)
-        if p.requires_grad_(multiplier > 0).requires_grad:
-            groups.setdefault((multiplier, p.ndim >= 2), []).append(p)
+def make_optimizer(parameters, rates, weight_decay):
+    """rates: {parameter: learning rate}; 0 or none: no gradient, no state. Norms and biases do not decay."""
+    groups, parameters = {}, list(parameters)
+    for p in parameters:
+        if p.requires_grad_(rates.get(p, 0) > 0).requires_grad:
+            groups.setdefault((rates[p], p.ndim >= 2), []).append(p)
     if not groups:
         raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
-    frozen = sum(p.numel() for _, p in named if not p.requires_grad)
-    rates = {m: sum(p.numel() for (m2, _), g in groups.items() if m2 == m for p in g) for m, _ in groups}
-    at = ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items())
-    print0(f"trains {at}; {frozen:,} frozen")
-    optimizer = torch.optim.AdamW([dict(params=g, lr=learning_rate * m, weight_decay=weight_decay if decay else 0.0)
-                                   for (m, decay), g in groups.items()], fused=True)
+    sizes = collections.Counter()
+    for p in parameters:
+        sizes[rates.get(p, 0)] += p.numel()
+    frozen = sizes.pop(0, 0)
+    print0(f"trains {', '.join(f'{n:,} parameters at {rate:g}' for rate, n in sizes.items())}; {frozen:,} frozen")
+    optimizer = torch.optim.AdamW([dict(params=g, lr=rate, weight_decay=weight_decay if decay else 0.0)
+                                   for (rate, decay), g in groups.items()], lr=max(sizes), fused=True)
     for p in itertools.chain(*groups.values()):   # from the start: memory is known, a checkpoint has where to load to
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -983,8 +974,11 @@ def new_health(fp16):
     start = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
     return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
-def optimizer_step(optimizer, max_grad_norm, health, fp16):
-    """Clip, unscale, skip what is not finite: in fused AdamW, which divides by grad_scale and heeds found_inf."""
+def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
+    """Clip, unscale, skip what is not finite: in fused AdamW, which divides by grad_scale and heeds found_inf.
+    parts: [(parameters, largest norm)] that are clipped each by itself."""
+    for part, limit in parts:
+        torch.nn.utils.clip_grad_norm_(part, limit * health["scale"].item())
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(DEVICE) / health["scale"]
@@ -1029,10 +1023,10 @@ def lock(folder):
             if made and not os.listdir(folder):
                 os.rmdir(folder)
 
-def tensors_of(root, optimizer, health):
+def tensors_of(root, moments, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{key}.{names[p]}": value for p, state in moments.items() for key, value in state.items()}
     weights = {f"model.{n}": p.detach() for p, n in names.items()}
     return weights | moments | {f"health.{k}": v for k, v in health.items()}
 
@@ -1095,9 +1089,10 @@ def find_checkpoints(cfg):
         raise UserError(f"no readable checkpoint in {os.path.dirname(paths[0])!r}; start over with --resume never")
     return found
 
-def load_checkpoint(found, tensors):
+def load_checkpoint(found, tensors_at):
     """Load the first of the found checkpoints that can be read, in place -> its state."""
     for path, state in found:
+        tensors = tensors_at(state["step"])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1127,24 +1122,147 @@ def prepare_output(cfg, step):
         os.replace(kept.name, f.name)
     all_sum(0)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
+# and head learn the teacher's logits. Hands on stitches for the student's root, and the phases that train begins with.
+
+class Tap:
+    """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
+
+    def __init__(self, layer, feed):
+        self.layer, self.feed = layer, feed
+
+    def __getattr__(self, name):   # models ask their layers for attention_type and the like
+        return getattr(self.layer, name)
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        before = hidden_states if self.feed is None else self.feed
+        out = self.layer(before, *args, **kwargs)
+        self.kept = before, out[0] if isinstance(out, tuple) else out
+        return out
+
+def around_blocks(model, batch, blocks, feeds):
+    """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
+    path, layers = layers_of(model)
+    parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
+    parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
+    hidden_states(model, batch.input_ids)
+    del parent[name]
+    return {i: taps[i].kept for i in blocks}
+
+def stitching(cfg, config):
+    """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
+    ours, its = config.get_text_config(), model_config(cfg.teacher, cfg, "teacher")
+    pairs, a, b = plan_blocks(cfg, config, its), ours.hidden_size, its.get_text_config().hidden_size
+    new_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
+    if getattr(ours, "tie_word_embeddings", False) and new_head:
+        config.tie_word_embeddings = ours.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
+
+    def stitches_of(model):
+        outer = model.get_output_embeddings()
+        if model.get_input_embeddings().weight is outer.weight and new_head:
+            raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
+                            "--initialize_head_from_teacher false")
+        fits = a == b or not cfg.initialize_head_from_teacher or outer.bias is not None
+        shapes = {f"up{i}": (a, b, fits or i + 1 < len(pairs)) for i in pairs}   # the last bias goes into the head's
+        shapes |= {f"down{i}": (b, a, True) for i in pairs if cfg.block_input == "teacher"}
+        torch.manual_seed(cfg.seed)
+        made = {n: nn.Linear(x, y, z and cfg.stitching_layer_bias) for n, (x, y, z) in shapes.items()}
+        for p in itertools.chain(*(m.parameters() for m in made.values())):
+            nn.init.zeros_(p) if p.ndim == 1 else nn.init.eye_(p) if a == b else nn.init.xavier_uniform_(p)
+        return nn.ModuleDict(made if cfg.use_stitching_layers else {})
+    return stitches_of
+
+def matching(cfg, student, teacher, blocks=None):
+    """-> (work, signal) of a Phase that trains these blocks; without blocks: work returns the error of each."""
+    pairs, fed = plan_blocks(cfg, student.model.config, teacher.model.config), cfg.block_input == "teacher"
+    pairs = {i: pairs[i] for i in (pairs if blocks is None else blocks)}
+
+    def work(model, batch, states, denominator):
+        dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
+        stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
+        own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
+        errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
+                               cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
+        return errors if blocks is None else (sum(errors), *errors[0].new_zeros(2))
+    return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values(), {}))
+
+def final_norm(model):
+    """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
+    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
+    return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
+
+@torch.no_grad()
+def initialize_head(student, teacher):
+    """The teacher's norm and head at equal width; else what they make of stitched states, folded into the student's."""
+    def parts(model):   # what a norm multiplies by and adds shows on states of size 1, whatever its weight means
+        head, norm = head_of(model), final_norm(model)
+        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
+        plus, minus = norm(probe).float(), norm(-probe).float()
+        return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
+    (weight, bias, scale, gain, shift), (*_, own_scale, own_gain, own_shift) = teacher(parts), student(parts)
+    student.release()
+    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    if len(gain) != len(own_gain):
+        stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
+        shift = shift if stitch.bias is None else shift + gain * gathered(stitch.bias)
+        bias, weight, shift = bias + weight @ shift, weight * gain @ gathered(stitch.weight), own_shift
+        gain = len(gain) ** 0.5 / gathered(stitch.weight).norm()   # the student's norm undoes the stitch's scale
+    put = lambda p, x: p.to_local().copy_(distribute_tensor(x.to(p.dtype), p.device_mesh, p.placements).to_local())
+    for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
+        put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
+    for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
+        put(p, gathered(p) + more)
+
+def block_phases(cfg, student, teacher, steps_per_epoch):
+    """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
+    (path, layers), at_once, phases, part = layers_of(student.model), cfg.block_input == "teacher", [], {}
+    outer = {*student.model.get_output_embeddings().parameters(), *final_norm(student.model).parameters()}
+    for name, p in student.named_parameters():   # the number of its block; -1 embeddings: they go with block 0
+        number = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        part[p] = int(number[1]) if number else "head" if p in outer else -1
+    steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
+    epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
+        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
+    for i in range(1 if at_once else len(layers)):
+        own = range(len(layers)) if at_once else range(i if i and cfg.freeze_previous_blocks else -1, i + 1)
+        work, signal_of = matching(cfg, student, teacher, range(len(layers)) if at_once else [i])
+        phases.append(Phase(
+            "blocks" if at_once else f"block {i}", steps(epochs[i]), work, signal_of,
+            {p: rates[j if at_once else i] for p, j in part.items() if j in own}, decays[i],
+            0 if at_once else norms[i], "real", [([p for p in part if part[p] == j], norms[j]) for j in own
+                                                 if at_once and norms[j]]))
+    if cfg.train_lm_head:
+        alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+        work = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
+                                 divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
+        phases.append(Phase("head", steps(cfg.lm_head_epochs), work, teacher_signal(teacher if alpha < 1 else None),
+                            {p: cfg.lm_head_lr for p in part if part[p] == "head"}, cfg.lm_head_wd,
+                            cfg.lm_head_max_grad_norm))
+    return phases
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
 
-@torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    loss, ce, kl = means(root, work, signal_of, rows, batch_size, "labels")
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+
+@torch.no_grad()
+def means(root, work, signal_of, rows, batch_size, over):
+    """What work returns, as means over the labels or the real tokens of rows."""
+    was_training, sums = root.training, 0
     root.eval()
     for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
-        sums[3] += len(batch.labels)
+        found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
+        sums += torch.cat([found, found.new_tensor([len(getattr(batch, over))])])
     root.train(was_training)
     root.release()
     *sums, tokens = all_sum(*sums.tolist())
-    loss, ce, kl = (x / max(tokens, 1) for x in sums)
-    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+    return [x / max(tokens, 1) for x in sums]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
@@ -1168,55 +1286,32 @@ def stop_signals():
             signal.signal(s, handler)
 
 def start_wandb(cfg, run_id):
-    """A run to log to, or one that swallows everything: nothing ever waits at a prompt."""
-    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=run_id)
-    mode = os.environ.get("WANDB_MODE", "online")
-    if RANK != 0 or not cfg.use_wandb or mode == "disabled":
-        return silent
+    """-> a run to log to, or one that swallows everything, to be used in a `with`: nothing ever waits at a prompt."""
+    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
+    mode, run = os.environ.get("WANDB_MODE", "online"), None
     try:
-        import wandb
-        if mode == "online" and not wandb.api.api_key:
-            raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
-        return wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
-                          resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
-                          settings=wandb.Settings(console="off", silent=True))
+        if RANK == 0 and cfg.use_wandb and mode != "disabled":
+            import wandb
+            if mode == "online" and not wandb.api.api_key:
+                raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
+            run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
+                             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
+                             settings=wandb.Settings(console="off", silent=True))
     except Exception as e:
         print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
-        return silent
+    return run or silent
 
-def plan_batch(cfg, state):
-    """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
-    size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
-    wanted = state["global_batch"] if state else size * micro * WORLD
-    if wanted != size * micro * WORLD:
-        if [size, micro] != state["batch"] or WORLD == state["world"]:
-            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
-                            f"x {WORLD} ranks; keep the product, or start over with --resume never or elsewhere")
-        size = min(size, -(-wanted // WORLD))
-        micro = -(-wanted // (WORLD * size))
-        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} keep {wanted} sequences a step")
-    return size, micro, wanted
-
-def local_numbers(root):
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in root.parameters()) if root else 0
-
-def memory_plan(cfg, student, teacher, batch_size):
-    """Bytes a device by what they are for, said before the first step: running out happens in the middle of one."""
-    config, size = student.model.config.get_text_config(), compute_dtype(cfg).itemsize
-    mine, trained = local_numbers(student), sum(p.to_local().numel() for p in student.parameters() if p.requires_grad)
-    tokens, depth, width = batch_size * cfg.seq_len, config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    layer, whole = tokens * (10 * width + 3 * inner) * size, count(student.model) * size   # one layer's activations
-    heads = sum(root.model.get_output_embeddings().weight.shape[0] * root.model.config.get_text_config().hidden_size
-                for root in (student, teacher) if root)
-    gathered = whole if cfg.fsdp in ("no_shard", "shard_grad_op") else min(whole, heads * size + 2 * whole // depth)
-    return {"weights": 4 * mine, "gradients": 4 * trained, "optimiser": 8 * trained, "gathered": gathered,
-            "activations": tokens * width * size * depth + layer if cfg.gradient_checkpointing else layer * depth,
-            "teacher": local_numbers(teacher) * size,
-            "loss": min(2 * LOGITS_BUDGET, 16 * tokens * config.vocab_size) + 4 * heads}
-
-MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
-                 "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+class Phase(NamedTuple):
+    """A stretch of training with its own loss, parameters and schedule. Plain distillation is the last of them."""
+    name: str
+    steps: int
+    work: Any              # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
+    signal_of: Any         # batch -> what work takes from the teacher
+    rates: dict            # {parameter: peak learning rate}, all others are frozen
+    weight_decay: float
+    max_grad_norm: float
+    over: str = "labels"   # what of a batch the loss is a mean over
+    parts: Any = ()        # [(parameters, largest norm)] that are clipped each by itself
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
@@ -1251,30 +1346,50 @@ def train(cfg):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
     tokenizer, rows, held, student, teacher = load_all(run, cached)
-    batch_size, micro_steps, global_batch = plan_batch(cfg, state)
+    batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
     if cfg.streaming and not cfg.max_steps:
         raise UserError("a stream has no length: give --max_steps")
     steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
-    objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
-    work = functools.partial(distil, **objective)
+    work = functools.partial(distil, alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
-    steps = cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch))
-    optimizer = make_optimizer(student.model.named_parameters(), parse_multipliers(cfg.lr_multipliers),
-                               cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay)
-    set_rates, health = make_schedule(cfg, optimizer, steps), new_health(fp16)
-    step, best, before, position, tokens_seen, now, problem, saved_at = 0, math.inf, None, None, 0, None, None, None
+    phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
+    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
+    if length:   # after blocks it may be 0
+        names = {p: n for n, p in student.model.named_parameters()}
+        tied = {n: names[p] for n, p in student.model.named_parameters(remove_duplicate=False) if n != names[p]}
+        rates = dict(zip(names, learning_rates(cfg, list(names.values()), tied)))
+        phases.append(Phase("distil", length, work, signal_of, rates, cfg.weight_decay, cfg.max_grad_norm))
+    ends = list(itertools.accumulate(p.steps for p in phases))
+    steps, health, step, best, before, position, tokens_seen = ends[-1], new_health(fp16), 0, math.inf, None, None, 0
+    phase = end = optimizer = set_rates = now = problem = saved_at = None
 
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
 
     def log(**entry):
         if RANK == 0:
+            strict = {k: v if math.isfinite(v) else None for k, v in entry.items()}   # JSON knows no NaN
             with open(place("log.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
+                f.write(json.dumps(strict) + "\n")
             wandb_run.log(entry, step=step)
 
+    def begin(step):
+        """The phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
+        nonlocal phase, end, optimizer, set_rates
+        phase, end = next((p, e) for p, e in zip(phases, ends) if step < e or e == steps)
+        print0(f"{phase.name}: {phase.steps} steps")
+        optimizer = make_optimizer(student.parameters(), phase.rates, phase.weight_decay)
+        set_rates = make_schedule(cfg, optimizer, phase.steps)
+        fresh = step == end - phase.steps   # then the moments that were saved are of the phase before
+        return tensors_of(student, {} if fresh else optimizer.state, health)
+
+    def measure_blocks():
+        errors = means(student, *matching(cfg, student, teacher), held, batch_size, "real")
+        before["blocks"] = before.get("blocks", []) + [errors]
+        log(**{f"block/{i}/loss": x for i, x in enumerate(errors)}, **{"block/step": step})
+
     def save():
-        return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
+        return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer.state, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
             world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
             wandb=wandb_run.id,
@@ -1286,42 +1401,52 @@ def train(cfg):
     print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x "
            f"{micro_steps} x {WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; "
            f"{len(held)} held out; all goes to {cfg.output_dir}")
-    memory = memory_plan(cfg, student, teacher, batch_size)
-    need, parts = sum(memory.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items())
     free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print0(f"memory a device, estimated: {need / 1e9:.2f} GB ({parts}), {free / 1e9:.1f} free"
-           + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
-    with stop_signals() as asked:
+    heads = sum(r.model.get_output_embeddings().weight.numel() for r in (student, teacher) if r)
+    print0(memory_plan(cfg, student.model.config.get_text_config(),
+                       (count(student.model), count(teacher.model) if teacher else 0, heads),
+                       trained=max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases),
+                       itemsize=compute_dtype(cfg).itemsize, batch_size=batch_size, world=WORLD,
+                       local_world=LOCAL_WORLD, logits_budget=LOGITS_BUDGET, free=free))
+    with stop_signals() as asked, contextlib.ExitStack() as stack:
         if state:
-            state = load_checkpoint(found, tensors_of(student, optimizer, health))
+            state = load_checkpoint(found, begin)
             saved_at = step = state["step"]
             best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
+        else:
+            begin(step)
         prepare_output(cfg, step)
         wandb_run = start_wandb(cfg, state and state["wandb"])
-        before = before or evaluate(student, work, signal_of, held, batch_size)
+        stack.push(lambda kind, *_: wandb_run.finish(exit_code=int(kind is not None)))
+        if before is None:
+            before = evaluate(student, work, signal_of, held, batch_size)
+            if cfg.blockwise:
+                measure_blocks()
         if cfg.streaming:
             how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
             batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
         else:
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5, desc="distil")
+        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
         since, since_tokens = time.time(), 0
         while step < steps:
+            if step == end:
+                begin(step)
             micro, position = next(batches)
-            tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree
+            tokens, stopping = all_sum(sum(len(getattr(b, phase.over)) for b in micro), len(asked))   # all ranks agree
             if stopping:
                 break
             torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
-            rate, sums, grad_norm = set_rates(step), torch.zeros(3, device=DEVICE), torch.zeros(())
+            rate, sums, grad_norm = set_rates(step - end + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
             for i, batch in enumerate(micro):
                 student.set_requires_gradient_sync(i == len(micro) - 1)
-                loss, ce, kl = student(work, batch, signal_of(batch), max(tokens, 1))
+                loss, ce, kl = student(phase.work, batch, phase.signal_of(batch), max(tokens, 1))
                 # FSDP averages over ranks, we over tokens; a loss that is not finite takes its gradient along
                 (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                 sums += torch.stack([loss.detach(), ce, kl])
             if tokens:
-                grad_norm = optimizer_step(optimizer, cfg.max_grad_norm, health, fp16)
+                grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16, phase.parts)
             else:
                 print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
             optimizer.zero_grad()
@@ -1332,16 +1457,20 @@ def train(cfg):
                 bar.close()
                 raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; its "
                                 "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
-            if step % cfg.log_steps == 0 or step == steps:
+            if step % cfg.log_steps == 0 or step == end:
                 loss, ce, kl = all_sum(*sums.tolist())
                 speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
                 skipped = int(health["skipped"].item())
                 log(**{"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
                        "train/grad_norm": grad_norm.item(), "train/epoch": epoch(), "train/step": step,
                        "train/tokens_per_second": speed, "train/skipped_steps": skipped})
-                bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
-                                    + (f" skipped {skipped}" if skipped else ""))
-            if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                bar.set_postfix_str(f"{phase.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
+                                    f"{speed:,.0f} tok/s" + (f" skipped {skipped}" if skipped else ""))
+            if step == end and phase.over == "real" and (step == steps or phases[ends.index(end) + 1].over != "real"):
+                measure_blocks()
+                if cfg.initialize_head_from_teacher:
+                    initialize_head(student, teacher)
+            if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.over == "labels" or step == steps:
                 now = evaluate(student, work, signal_of, held, batch_size)
                 best = min(best, now["loss"])
                 log(**{f"eval/{k}": v for k, v in dict(now, min_loss=best, epoch=epoch(), step=step).items()})
@@ -1357,7 +1486,6 @@ def train(cfg):
     elif not problem:
         now = now or evaluate(student, work, signal_of, held, batch_size)
         problem = finish(cfg, run, student, teacher, tokenizer, held, before, now, begun)
-    wandb_run.finish()
     if problem:
         raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then run it again")
     return step >= steps
@@ -1384,6 +1512,9 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
                              pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
+    if cfg.blockwise:
+        pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
+        print0(block_table(pairs, before["blocks"], cfg.distill_loss_type))
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     return problem
