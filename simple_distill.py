@@ -1154,17 +1154,12 @@ def stitching(cfg, config):
     """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
     ours, its = config.get_text_config(), model_config(cfg.teacher, cfg, "teacher")
     pairs, a, b = plan_blocks(cfg, config, its), ours.hidden_size, its.get_text_config().hidden_size
-    new_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
-    if getattr(ours, "tie_word_embeddings", False) and new_head:
+    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
 
     def stitches_of(model):
-        outer = model.get_output_embeddings()
-        if model.get_input_embeddings().weight is outer.weight and new_head:
-            raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
-                            "--initialize_head_from_teacher false")
-        fits = a == b or not cfg.initialize_head_from_teacher or outer.bias is not None
+        fits = a == b or not cfg.initialize_head_from_teacher or model.get_output_embeddings().bias is not None
         shapes = {f"up{i}": (a, b, fits or i + 1 < len(pairs)) for i in pairs}   # the last bias goes into the head's
         shapes |= {f"down{i}": (b, a, True) for i in pairs if cfg.block_input == "teacher"}
         torch.manual_seed(cfg.seed)
@@ -1218,10 +1213,14 @@ def initialize_head(student, teacher):
 def block_phases(cfg, student, teacher, steps_per_epoch):
     """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
     (path, layers), at_once, phases, part = layers_of(student.model), cfg.block_input == "teacher", [], {}
+    inner = student.model.get_input_embeddings().weight
     outer = {*student.model.get_output_embeddings().parameters(), *final_norm(student.model).parameters()}
+    if inner in outer and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        raise UserError(f"{type(student.model).__name__} ties its head whatever its config says: --train_lm_head false "
+                        "--initialize_head_from_teacher false")
     for name, p in student.named_parameters():   # the number of its block; -1 embeddings: they go with block 0
         number = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        part[p] = int(number[1]) if number else "head" if p in outer else -1
+        part[p] = int(number[1]) if number else "head" if p in outer - {inner} else -1
     steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
     epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
         cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))

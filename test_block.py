@@ -1,5 +1,6 @@
-from test_simple_distill import *   # noqa: goes away when this is appended there
-from test_simple_distill import distil, checkpoint, final_weights, load, log, column, same, cli, flags, spawn, PLAIN, STILL, HERE
+from test_simple_distill import (F, HERE, PLAIN, STILL, Path, checkpoint, cli, column, config, contextlib, distil, edit_weights,   # noqa: F401
+                                 final_weights, flags, io, itertools, json, load, log, math, nn, one_thread, os, out, pytest, re, same, sd, shutil,
+                                 signal, spawn, subprocess, sys, talk, tempfile, time, tiny_model, tiny_tokenizer, torch, types, weights, write_splits)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Block-wise: hidden states against plain models with hooks, the head, freezing, resuming, a student class of one's own.

@@ -1166,7 +1166,7 @@ def test_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, teacher, 
     rows = [{"prompt": "Z" if i % 4 == 0 else "a", "response": prose(3, i)} for i in range(12)]
     distil(out, **pair, dataset=write_splits(tmp_path / "d", rows, rows[1:3]), seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
     assert column(out, "train/skipped_steps")[-1] == 3
-    assert sum(math.isfinite(x) for x in column(out, "train/loss")) == 9
+    assert sum(x is not None for x in column(out, "train/loss")) == 9   # null: JSON knows no NaN
     before, after = weights(pair["student"]), final_weights(out)
     assert not same(before, after) and all(after[k].isfinite().all() for k in after if "embed" not in k)
 
@@ -2275,7 +2275,7 @@ def bench_step():
             cfg = sd.Config(student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json", compile=compile, alpha=alpha,
                             gradient_checkpointing=False, use_wandb=False)
             student, teacher = sd.load_student(cfg), sd.load_teacher(cfg) if alpha < 1 else None
-            optimizer = sd.make_optimizer(student.model.named_parameters(), [], 1.0, 1e-4, 0.0)
+            optimizer = sd.make_optimizer(student.parameters(), dict.fromkeys(student.parameters(), 1e-4), 0.0)
             health, signal_of = sd.new_health(False), sd.teacher_signal(teacher)
             work = functools.partial(sd.distil, alpha=alpha, temperature=1.0, divergence="forward")
 
