@@ -195,6 +195,7 @@ class Config:
             need(self.provider == "local" or self.api_model, f"provider {self.provider} needs --api_model NAME")
             need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
                  "needs prices: give --price_in and --price_out, USD a million tokens")
+        need(self.mode != "train" or not self.streaming or self.max_steps, "a stream has no length: give --max_steps")
         if self.mode == "train" and not self.blockwise:
             need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
         if self.blockwise:
@@ -282,13 +283,13 @@ def parse_multipliers(items):
     return rules
 
 
-def scheduler_kwargs(cfg):
+def scheduler_kwargs(cfg, steps=1):
     try:
         given = json.loads(cfg.lr_scheduler_kwargs or "{}")
         assert isinstance(given, dict)
     except (ValueError, AssertionError):
         raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is no JSON object")
-    return given
+    return ({"num_decay_steps": max(1, steps // 5)} if cfg.lr_scheduler == "warmup_stable_decay" else {}) | given
 
 
 class Parser(HfArgumentParser):
@@ -407,14 +408,16 @@ def plan_batch(cfg, state, world):
 
 
 def plan_layers(cfg, whole):
-    """student layers:N -> (numbers of N evenly spaced layers of the teacher, the fields of a config that has those)."""
-    depth, wanted = whole.num_hidden_layers, cfg.student[7:]
+    """-> (config of the student, None), or of student layers:N and the numbers of N evenly spaced teacher layers."""
+    depth, wanted = getattr(whole, "num_hidden_layers", None), cfg.student.removeprefix("layers:")
+    if wanted == cfg.student:
+        return whole, None
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
         raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
     keep = [round(i * (depth - 1) / max(1, int(wanted) - 1)) for i in range(int(wanted))]
     each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
     depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return keep, {k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)}
+    return type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)}), keep
 
 
 def plan_blocks(cfg, student, teacher):
@@ -433,6 +436,37 @@ def plan_blocks(cfg, student, teacher):
     return {i: round((i + 1) * its_depth / depth) - 1 for i in range(depth)}
 
 
+def plan_stitches(cfg, student, teacher, head_has_bias):
+    """-> {name: (width in, width out, bias)}: up<i> from block i to the teacher's width, down<i> the other way."""
+    pairs, a, b = plan_blocks(cfg, student, teacher), *(c.get_text_config().hidden_size for c in (student, teacher))
+    # what is folded into the head must fit there: the last stitch of a student whose head has no bias has none
+    folded = a != b and cfg.initialize_head_from_teacher and not head_has_bias
+    up = {f"up{i}": (a, b, cfg.stitching_layer_bias and not (folded and i + 1 == len(pairs))) for i in pairs}
+    down = {f"down{i}": (b, a, cfg.stitching_layer_bias) for i in pairs if cfg.block_input == "teacher"}
+    return up | down if cfg.use_stitching_layers else {}
+
+
+def plan_phases(cfg, depth, steps_per_epoch):
+    """The numbers of each phase of block-wise: what it matches (blocks; none: logits), for how many steps, at which
+    rate it trains which part (a block's number, embeddings or head), and how it clips, all together or block by block."""
+    def phase(name, blocks, epochs, rates, weight_decay, max_grad_norm, max_grad_norms={}):
+        return dict(name=name, blocks=blocks, steps=max(1, math.ceil(epochs * steps_per_epoch)), rates=rates,
+                    weight_decay=weight_decay, max_grad_norm=max_grad_norm, max_grad_norms=max_grad_norms)
+    epochs, rates, decays, norms = (v * (depth // len(v)) for v in (
+        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
+    before = lambda i: [] if i and cfg.freeze_previous_blocks else ["embeddings", *range(i)]
+    if cfg.block_input == "teacher":
+        phases = [phase("blocks", list(range(depth)), epochs[0], dict(enumerate(rates)), decays[0], 0,
+                        {i: n for i, n in enumerate(norms) if n})]
+    else:
+        phases = [phase(f"block {i}", [i], epochs[i], dict.fromkeys([*before(i), i], rates[i]), decays[i], norms[i])
+                  for i in range(depth)]
+    if cfg.train_lm_head:
+        phases.append(phase("head", [], cfg.lm_head_epochs, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
+                            cfg.lm_head_max_grad_norm))
+    return phases
+
+
 def block_table(pairs, errors, kind):
     """errors: of every block, once before and perhaps once after."""
     lines = [f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1)]
@@ -440,33 +474,39 @@ def block_table(pairs, errors, kind):
                               for (i, j), *values in zip(pairs.items(), *errors)])
 
 
-def learning_rates(cfg, names, tied):
-    """One for each parameter name, by the first pattern that matches; 0 freezes. tied: {a parameter's other name: its
-    name}."""
-    rules = parse_multipliers(cfg.lr_multipliers)
+def learning_rates(cfg, named):
+    """(name, parameter) pairs, a tied parameter under each of its names -> {parameter: rate}. The first pattern that
+    matches its first name decides; 0 freezes."""
+    names, tied, rules = {}, {}, parse_multipliers(cfg.lr_multipliers)
+    for name, p in named:
+        if names.setdefault(p, name) != name:
+            tied[name] = names[p]
     for pattern, _ in rules:
-        if not any(map(pattern.search, names)):
-            other = next(filter(pattern.search, tied), None)
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} " + (
-                f"matches only {other}, which is tied to {tied[other]}: the pattern must match that name" if other else
-                f"matches none of the {len(names)} parameters; names look like {names[len(names) // 2]}"))
-    factors = (next((f for p, f in rules if p.search(n)), cfg.default_lr_multiplier) for n in names)
-    return [cfg.learning_rate * f for f in factors]
+        if not any(map(pattern.search, names.values())):
+            other, some = next(filter(pattern.search, tied), None), list(names.values())[len(names) // 2]
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches " + (
+                f"only {other}, which is tied to {tied[other]}; write a pattern for that" if other else
+                f"none of the {len(names)} parameters; names look like {some}"))
+    rates = {p: cfg.learning_rate * next((f for pattern, f in rules if pattern.search(name)), cfg.default_lr_multiplier)
+             for p, name in names.items()}
+    if not any(rates.values()):
+        raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
+    return rates
 
 
 MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
                  "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
 
 
-def memory_plan(cfg, shape, sizes, *, trained, itemsize, batch_size, world, local_world, logits_budget, free):
-    """One line: bytes a device by what they are for, estimated from the student's config, the numbers of parameters
-    (sizes: of the student, the teacher, both heads; trained: of those that are) and free bytes."""
-    student, teacher, heads = sizes
+def memory_plan(cfg, shapes, sizes, trained, itemsize, batch_size, world, local_world, logits_budget, free):
+    """One line: bytes a device by what they are for. shapes, sizes: config and number of parameters of the student, and
+    of the teacher if there is one; trained: how many of the student's are; free: bytes."""
+    shape, student, teacher = shapes[0], sizes[0], sum(sizes[1:])
     share = {"no_shard": 1, "hybrid_shard": local_world}.get(cfg.fsdp, world)
     tokens, depth, width = batch_size * cfg.seq_len, shape.num_hidden_layers, shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * width
     layer, whole = tokens * (10 * width + 3 * inner) * itemsize, student * itemsize   # one layer's activations
-    whole_copy = cfg.fsdp in ("no_shard", "shard_grad_op")
+    heads, whole_copy = sum(x.vocab_size * x.hidden_size for x in shapes), cfg.fsdp in ("no_shard", "shard_grad_op")
     parts = {"weights": 4 * student / share, "gradients": 4 * trained / share, "optimiser": 8 * trained / share,
              "gathered": whole if whole_copy else min(whole, heads * itemsize + 2 * whole // depth),
              "activations": tokens * width * itemsize * depth + layer if cfg.gradient_checkpointing else layer * depth,

@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 
 from config import (DEMO_TEACHER_RUN, MEMORY_ADVICE, Config, UserError, block_table, compare_tokenizers, digest,
                     explain_bad_file, explain_no_config, learning_rates, make_demo, memory_plan, one_line, parse_config,
-                    plan_batch, plan_blocks, plan_layers, refuse_changes, save_config, scheduler_kwargs, shapes_result)
+                    plan_batch, plan_blocks, plan_layers, plan_phases, plan_stitches, refuse_changes, save_config,
+                    scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -819,8 +820,8 @@ def model_config(name, cfg, role):
         raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model")
     return config
 
-def read_model(name, config, cfg, role, dtype):
-    """Rank 0's whole copy on the host, memory-mapped until it is cast."""
+def read_model(name, config, cfg, role, dtype, keep=None):
+    """Rank 0's whole copy on the host, memory-mapped until it is cast; keep: with only those decoder layers."""
     options = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
     try:
         if name.endswith(".json"):
@@ -831,6 +832,9 @@ def read_model(name, config, cfg, role, dtype):
         raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
     if info["missing_keys"]:
         raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it whole?")
+    if keep:
+        path, layers = layers_of(model)
+        model.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
     return model
 
 def layers_of(model):
@@ -842,19 +846,12 @@ def layers_of(model):
     raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
 def load_student(cfg):
-    if not cfg.student.startswith("layers:"):
-        config = model_config(cfg.student, cfg, "student")
-        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
-    whole = model_config(cfg.teacher, cfg, "teacher")
-    keep, fields = plan_layers(cfg, whole)
-    print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {cfg.teacher}")
-
-    def read():
-        model = read_model(cfg.teacher, whole, cfg, "teacher", torch.float32)
-        path, layers = layers_of(model)
-        model.set_submodule(path, nn.ModuleList(layers[i] for i in keep))   # in place k: layer keep[k], with its weights
-        return model
-    return spread(cfg, type(whole).from_dict(fields), read)
+    name, role = (cfg.teacher, "teacher") if cfg.student.startswith("layers:") else (cfg.student, "student")
+    whole = model_config(name, cfg, role)
+    config, keep = plan_layers(cfg, whole)
+    if keep:
+        print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {name}")
+    return spread(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep))
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -865,7 +862,7 @@ def load_teacher(cfg):
 def spread(cfg, config, read, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
-    dtype, stitches = compute_dtype(cfg), (lambda model: None) if frozen or not cfg.blockwise else stitching(cfg, config)
+    dtype, stitches = compute_dtype(cfg), stitching(cfg, config) if cfg.blockwise and not frozen else lambda _: None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
@@ -878,7 +875,7 @@ def spread(cfg, config, read, frozen=None):
         layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
         shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
-        shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
+        shape = shapes.get(not frozen and cfg.fsdp, (WORLD,))
         cast = None if frozen or dtype == torch.float32 else dtype
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
                        mp_policy=MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False))
@@ -911,9 +908,6 @@ def fill(root, source, device):
 def gathered(tensor):
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
 
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
     keep = "cpu" if RANK == 0 else "meta"   # the other ranks take part, and drop each tensor at once
@@ -932,19 +926,16 @@ def save_model(root, tokenizer, path, dtype):
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser: AdamW groups by learning-rate multiplier; one step that clips, unscales and skips without asking the GPU.
+# Optimiser: AdamW groups by learning rate; one step that clips, unscales and skips without asking the GPU.
 
 def make_optimizer(parameters, rates, weight_decay):
     """rates: {parameter: learning rate}; 0 or none: no gradient, no state. Norms and biases do not decay."""
-    groups, parameters = {}, list(parameters)
+    groups, sizes = {}, collections.Counter()
     for p in parameters:
-        if p.requires_grad_(rates.get(p, 0) > 0).requires_grad:
-            groups.setdefault((rates[p], p.ndim >= 2), []).append(p)
-    if not groups:
-        raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
-    sizes = collections.Counter()
-    for p in parameters:
-        sizes[rates.get(p, 0)] += p.numel()
+        rate = rates.get(p, 0)
+        sizes[rate] += p.numel()
+        if p.requires_grad_(rate > 0).requires_grad:
+            groups.setdefault((rate, p.ndim >= 2), []).append(p)
     frozen = sizes.pop(0, 0)
     print0(f"trains {', '.join(f'{n:,} parameters at {rate:g}' for rate, n in sizes.items())}; {frozen:,} frozen")
     optimizer = torch.optim.AdamW([dict(params=g, lr=rate, weight_decay=weight_decay if decay else 0.0)
@@ -956,43 +947,39 @@ def make_optimizer(parameters, rates, weight_decay):
 
 def make_schedule(cfg, optimizer, steps):
     """-> a function that sets every group's rate for a step and returns the largest: nothing to save or replay."""
-    kwargs = {"num_decay_steps": max(1, steps // 5)} if cfg.lr_scheduler == "warmup_stable_decay" else {}
-    kwargs |= scheduler_kwargs(cfg)
     try:
-        schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps, kwargs)
+        schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps,
+                                 scheduler_kwargs(cfg, steps))
         schedule.lr_lambdas[0](steps)
     except (TypeError, ValueError) as e:
         raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
+
     def set_rates(step):
-        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
-            group["lr"] = base * factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule.lr_lambdas[0](step)   # one for all groups
         return max(g["lr"] for g in optimizer.param_groups)
     return set_rates
 
 def new_health(fp16):
-    """On the device: the fp16 loss scale, good steps since it changed, skipped steps in all, and in a row."""
+    """On the device: the fp16 loss scale, good steps in a row, skipped steps in all, and in a row."""
     start = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
     return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
 def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
-    """Clip, unscale, skip what is not finite: in fused AdamW, which divides by grad_scale and heeds found_inf.
-    parts: [(parameters, largest norm)] that are clipped each by itself."""
-    for part, limit in parts:
-        torch.nn.utils.clip_grad_norm_(part, limit * health["scale"].item())
+    """Clip (parts, [(parameters, norm)], first), unscale, skip what is not finite: in fused AdamW, by its grad_scale."""
+    for part, norm in parts:
+        torch.nn.utils.clip_grad_norm_(part, norm * health["scale"].item())
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(DEVICE) / health["scale"]
+    norm = gathered(torch.nn.utils.get_total_norm(gradients)) / health["scale"]
     optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
     optimizer.found_inf = bad = (~norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
     health["skipped"] += bad
     health["streak"].add_(bad).mul_(bad)
-    if fp16:
-        health["good"].add_(1 - bad).mul_(1 - bad)
-        grow = (health["good"] >= 2000).float()
-        health["scale"].mul_((1 + grow) * (1 - bad / 2))
-        health["good"].mul_(1 - grow)
+    health["good"].add_(1 - bad).mul_(1 - bad)
+    if fp16:   # twice the scale after every 2000 good steps, half of it after a bad one
+        health["scale"].mul_((1 + (health["good"] % 2000 == 1999).float()) * (1 - bad / 2))
     return norm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1128,7 +1115,6 @@ def prepare_output(cfg, step):
 
 class Tap:
     """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
-
     def __init__(self, layer, feed):
         self.layer, self.feed = layer, feed
 
@@ -1152,21 +1138,19 @@ def around_blocks(model, batch, blocks, feeds):
 
 def stitching(cfg, config):
     """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
-    ours, its = config.get_text_config(), model_config(cfg.teacher, cfg, "teacher")
-    pairs, a, b = plan_blocks(cfg, config, its), ours.hidden_size, its.get_text_config().hidden_size
+    its, ours = model_config(cfg.teacher, cfg, "teacher"), config.get_text_config()
+    plan_blocks(cfg, config, its)
     if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
 
     def stitches_of(model):
-        fits = a == b or not cfg.initialize_head_from_teacher or model.get_output_embeddings().bias is not None
-        shapes = {f"up{i}": (a, b, fits or i + 1 < len(pairs)) for i in pairs}   # the last bias goes into the head's
-        shapes |= {f"down{i}": (b, a, True) for i in pairs if cfg.block_input == "teacher"}
         torch.manual_seed(cfg.seed)
-        made = {n: nn.Linear(x, y, z and cfg.stitching_layer_bias) for n, (x, y, z) in shapes.items()}
-        for p in itertools.chain(*(m.parameters() for m in made.values())):
-            nn.init.zeros_(p) if p.ndim == 1 else nn.init.eye_(p) if a == b else nn.init.xavier_uniform_(p)
-        return nn.ModuleDict(made if cfg.use_stitching_layers else {})
+        shapes = plan_stitches(cfg, config, its, model.get_output_embeddings().bias is not None)
+        made = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
+        for p in made.parameters():
+            nn.init.zeros_(p) if p.ndim == 1 else (nn.init.eye_ if len(p) == len(p.T) else nn.init.xavier_uniform_)(p)
+        return made
     return stitches_of
 
 def matching(cfg, student, teacher, blocks=None):
@@ -1212,33 +1196,25 @@ def initialize_head(student, teacher):
 
 def block_phases(cfg, student, teacher, steps_per_epoch):
     """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
-    (path, layers), at_once, phases, part = layers_of(student.model), cfg.block_input == "teacher", [], {}
-    inner = student.model.get_input_embeddings().weight
-    outer = {*student.model.get_output_embeddings().parameters(), *final_norm(student.model).parameters()}
+    model, part, phases = student.model, {}, []
+    (path, layers), inner = layers_of(model), model.get_input_embeddings().weight
+    outer = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
     if inner in outer and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(student.model).__name__} ties its head whatever its config says: --train_lm_head false "
+        raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
                         "--initialize_head_from_teacher false")
-    for name, p in student.named_parameters():   # the number of its block; -1 embeddings: they go with block 0
-        number = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        part[p] = int(number[1]) if number else "head" if p in outer - {inner} else -1
-    steps = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch))
-    epochs, rates, decays, norms = (v * (len(layers) // len(v)) for v in (
-        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
-    for i in range(1 if at_once else len(layers)):
-        own = range(len(layers)) if at_once else range(i if i and cfg.freeze_previous_blocks else -1, i + 1)
-        work, signal_of = matching(cfg, student, teacher, range(len(layers)) if at_once else [i])
-        phases.append(Phase(
-            "blocks" if at_once else f"block {i}", steps(epochs[i]), work, signal_of,
-            {p: rates[j if at_once else i] for p, j in part.items() if j in own}, decays[i],
-            0 if at_once else norms[i], "real", [([p for p in part if part[p] == j], norms[j]) for j in own
-                                                 if at_once and norms[j]]))
-    if cfg.train_lm_head:
-        alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
-        work = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
-                                 divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
-        phases.append(Phase("head", steps(cfg.lm_head_epochs), work, teacher_signal(teacher if alpha < 1 else None),
-                            {p: cfg.lm_head_lr for p in part if part[p] == "head"}, cfg.lm_head_wd,
-                            cfg.lm_head_max_grad_norm))
+    for name, p in student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        part[p] = int(block[1]) if block else "head" if p in outer - {inner} else "embeddings"
+    alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+    logits = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
+                               divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
+    for x in plan_phases(cfg, len(layers), steps_per_epoch):
+        blocks, rates = x["blocks"], {p: x["rates"][k] for p, k in part.items() if k in x["rates"]}
+        parts = [([p for p in part if part[p] == i], norm) for i, norm in x["max_grad_norms"].items()]
+        work, signal_of = matching(cfg, student, teacher, blocks) if blocks else (
+            logits, teacher_signal(teacher if alpha < 1 else None))
+        phases.append(Phase(x["name"], x["steps"], work, signal_of, rates, x["weight_decay"], x["max_grad_norm"],
+                            "real" if blocks else "labels", parts))
     return phases
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1346,21 +1322,18 @@ def train(cfg):
             return True
     tokenizer, rows, held, student, teacher = load_all(run, cached)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
-    if cfg.streaming and not cfg.max_steps:
-        raise UserError("a stream has no length: give --max_steps")
     steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
     work = functools.partial(distil, alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
     phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
     length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
     if length:   # after blocks it may be 0
-        names = {p: n for n, p in student.model.named_parameters()}
-        tied = {n: names[p] for n, p in student.model.named_parameters(remove_duplicate=False) if n != names[p]}
-        rates = dict(zip(names, learning_rates(cfg, list(names.values()), tied)))
+        rates = learning_rates(cfg, student.model.named_parameters(remove_duplicate=False))
         phases.append(Phase("distil", length, work, signal_of, rates, cfg.weight_decay, cfg.max_grad_norm))
     ends = list(itertools.accumulate(p.steps for p in phases))
     steps, health, step, best, before, position, tokens_seen = ends[-1], new_health(fp16), 0, math.inf, None, None, 0
     phase = end = optimizer = set_rates = now = problem = saved_at = None
+    blocks_end = sum(p.steps for p in phases if p.over == "real")
 
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
@@ -1391,22 +1364,19 @@ def train(cfg):
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer.state, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
             world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
-            wandb=wandb_run.id,
-            length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
+            wandb=wandb_run.id, length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
 
-    whose = f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else f"teacher: cache {cfg.cache_dir}"
+    whose = f"teacher {run.teacher}: {teacher.model.num_parameters():,}" if teacher else f"teacher: cache {cfg.cache_dir}"
     whose = whose if cfg.alpha < 1 else "no teacher (alpha 1)"
-    print0(f"student {run.student}: {count(student.model):,} parameters; {whose}")
+    print0(f"student {run.student}: {student.model.num_parameters():,} parameters; {whose}")
     print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x "
            f"{micro_steps} x {WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; "
            f"{len(held)} held out; all goes to {cfg.output_dir}")
-    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    heads = sum(r.model.get_output_embeddings().weight.numel() for r in (student, teacher) if r)
-    print0(memory_plan(cfg, student.model.config.get_text_config(),
-                       (count(student.model), count(teacher.model) if teacher else 0, heads),
-                       trained=max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases),
-                       itemsize=compute_dtype(cfg).itemsize, batch_size=batch_size, world=WORLD,
-                       local_world=LOCAL_WORLD, logits_budget=LOGITS_BUDGET, free=free))
+    roots, free = [r.model for r in (student, teacher) if r], torch.cuda.mem_get_info()[0] if CUDA else \
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    trained = max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases)
+    print0(memory_plan(cfg, [m.config.get_text_config() for m in roots], [m.num_parameters() for m in roots], trained,
+                       compute_dtype(cfg).itemsize, batch_size, WORLD, LOCAL_WORLD, LOGITS_BUDGET, free))
     with stop_signals() as asked, contextlib.ExitStack() as stack:
         if state:
             state = load_checkpoint(found, begin)
@@ -1465,7 +1435,7 @@ def train(cfg):
                        "train/tokens_per_second": speed, "train/skipped_steps": skipped})
                 bar.set_postfix_str(f"{phase.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
                                     f"{speed:,.0f} tok/s" + (f" skipped {skipped}" if skipped else ""))
-            if step == end and phase.over == "real" and (step == steps or phases[ends.index(end) + 1].over != "real"):
+            if step == blocks_end:
                 measure_blocks()
                 if cfg.initialize_head_from_teacher:
                     initialize_head(student, teacher)
@@ -1491,12 +1461,12 @@ def train(cfg):
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
-    final, problem, size = os.path.join(cfg.output_dir, "final"), None, count(student.model)
+    final, problem, size = os.path.join(cfg.output_dir, "final"), None, student.model.num_parameters()
     lines = [("student before", before, size), ("student after", after, size)]
     if teacher is not None:
         alone = functools.partial(distil, alpha=1.0, temperature=1.0, divergence="forward")
         its = evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size)
-        lines = [("teacher", its, count(teacher.model)), *lines]
+        lines = [("teacher", its, teacher.model.num_parameters()), *lines]
     try:
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:

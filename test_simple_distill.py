@@ -1409,7 +1409,7 @@ def test_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, te
 
     def init(config, **_):
         seen.config = config
-        return types.SimpleNamespace(id="abc", log=lambda entry, step=None: seen.entries.append(entry), finish=lambda: setattr(seen, "finished", True))
+        return types.SimpleNamespace(id="abc", log=lambda entry, step=None: seen.entries.append(entry), finish=lambda exit_code: setattr(seen, "finished", exit_code == 0))
     fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key="key"), init=init, Settings=lambda **_: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     distil(out, teacher=teacher, student=student, dataset=text, max_steps=2, use_wandb=True)
@@ -1775,7 +1775,7 @@ def test_loading_costs_other_ranks_their_shard_only(tmp_path):
               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
               f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n"
               f"    sd.load_student(sd.Config(student={tiny_model(tmp_path / 'first')!r}))   # imports the model's code\n"
-              "    before = peak()\n    root = sd.load_student(cfg)\n    whole = 4 * sd.count(root.model)\n"
+              "    before = peak()\n    root = sd.load_student(cfg)\n    whole = 4 * root.model.num_parameters()\n"
               "    shard = sum(4 * p.to_local().numel() for p in root.parameters())\n"
               "    print('RANK', sd.RANK, (peak() - before - shard) / whole, flush=True)\n")
     Path(tmp_path, "load.py").write_text(script)
