@@ -14,7 +14,7 @@ import os
 import re
 import sysconfig
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import transformers
 from transformers import HfArgumentParser, SchedulerType
@@ -446,24 +446,52 @@ def plan_stitches(cfg, student, teacher, head_has_bias):
     return up | down if cfg.use_stitching_layers else {}
 
 
+@dataclass
+class Phase:
+    """A stretch of training with its own loss, parameters and schedule: plain distillation is the last of them. The
+    trainer turns rates and block_norms, which name parts of the student (a block's number, embeddings or head), into
+    those of its parameters, and adds work and signal_of."""
+    name: str
+    steps: int
+    blocks: list          # what is matched: hidden states after these blocks of the student; none: logits
+    objective: dict       # of the loss on logits
+    rates: dict           # {part or parameter: peak learning rate}; what is not named is frozen
+    weight_decay: float
+    max_grad_norm: float  # 0: no clipping
+    block_norms: dict = field(default_factory=dict)   # {block: max_grad_norm}, where each is clipped by itself
+    work: Any = None      # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
+    signal_of: Any = None   # batch -> what work takes from the teacher
+
+    @property
+    def over(self):
+        """What of a batch the loss is a mean over: all real tokens, or targets."""
+        return "real" if self.blocks else "labels"
+
+
 def plan_phases(cfg, depth, steps_per_epoch):
-    """The numbers of each phase of block-wise: what it matches (blocks; none: logits), for how many steps, at which
-    rate it trains which part (a block's number, embeddings or head), and how it clips, all together or block by block."""
-    def phase(name, blocks, epochs, rates, weight_decay, max_grad_norm, max_grad_norms={}):
-        return dict(name=name, blocks=blocks, steps=max(1, math.ceil(epochs * steps_per_epoch)), rates=rates,
-                    weight_decay=weight_decay, max_grad_norm=max_grad_norm, max_grad_norms=max_grad_norms)
-    epochs, rates, decays, norms = (v * (depth // len(v)) for v in (
-        cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block))
-    before = lambda i: [] if i and cfg.freeze_previous_blocks else ["embeddings", *range(i)]
-    if cfg.block_input == "teacher":
-        phases = [phase("blocks", list(range(depth)), epochs[0], dict(enumerate(rates)), decays[0], 0,
-                        {i: n for i, n in enumerate(norms) if n})]
-    else:
-        phases = [phase(f"block {i}", [i], epochs[i], dict.fromkeys([*before(i), i], rates[i]), decays[i], norms[i])
-                  for i in range(depth)]
-    if cfg.train_lm_head:
-        phases.append(phase("head", [], cfg.lm_head_epochs, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
+    """-> [Phase, ...]: with block-wise one a block (block_input teacher: one for all), then norm and head; the last is
+    plain distillation."""
+    steps, phases = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch)), []
+    if cfg.blockwise:
+        per_block = (cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block)
+        epochs, rates, decays, norms = (v * (depth // len(v)) for v in per_block)
+        before = lambda i: [] if i and cfg.freeze_previous_blocks else ["embeddings", *range(i)]
+        if cfg.block_input == "teacher":
+            phases = [Phase("blocks", steps(epochs[0]), list(range(depth)), {}, dict(enumerate(rates)), decays[0], 0,
+                            {i: n for i, n in enumerate(norms) if n})]
+        else:
+            phases = [Phase(f"block {i}", steps(epochs[i]), [i], {}, dict.fromkeys([*before(i), i], rates[i]),
+                            decays[i], norms[i]) for i in range(depth)]
+    if cfg.blockwise and cfg.train_lm_head:
+        objective = dict(alpha=1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight,
+                         temperature=cfg.logit_loss_temperature,
+                         divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
+        phases.append(Phase("head", steps(cfg.lm_head_epochs), [], objective, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
                             cfg.lm_head_max_grad_norm))
+    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
+    if length:   # after blocks it may be 0
+        objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
+        phases.append(Phase("distil", length, [], objective, {}, cfg.weight_decay, cfg.max_grad_norm))
     return phases
 
 
@@ -498,10 +526,14 @@ MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batc
                  "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
 
 
-def memory_plan(cfg, shapes, sizes, trained, itemsize, batch_size, world, local_world, logits_budget, free):
-    """One line: bytes a device by what they are for. shapes, sizes: config and number of parameters of the student, and
-    of the teacher if there is one; trained: how many of the student's are; free: bytes."""
+def describe_run(cfg, run, models, phases, batch, rows, held, *, device, itemsize, world, local_world, logits_budget, free):
+    """What a run says before it begins. models: the student, and the teacher if there is one; free: bytes."""
+    sizes, (batch_size, micro_steps, global_batch) = [m.num_parameters() for m in models], batch
+    whose = "no teacher (alpha 1)" if cfg.alpha == 1 else f"teacher {run.teacher}: {sizes[1]:,}" if sizes[1:] else \
+        f"teacher: cache {cfg.cache_dir}"
+    shapes = [m.config.get_text_config() for m in models]
     shape, student, teacher = shapes[0], sizes[0], sum(sizes[1:])
+    trained = max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases)
     share = {"no_shard": 1, "hybrid_shard": local_world}.get(cfg.fsdp, world)
     tokens, depth, width = batch_size * cfg.seq_len, shape.num_hidden_layers, shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * width
@@ -513,8 +545,19 @@ def memory_plan(cfg, shapes, sizes, trained, itemsize, batch_size, world, local_
              "teacher": teacher * itemsize / (world if cfg.shard_teacher else 1),
              "loss": min(2 * logits_budget, 16 * tokens * shape.vocab_size) + 4 * heads}
     need, listed = sum(parts.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    return (f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
+    return (f"student {run.student}: {student:,} parameters; {whose}\n"
+            f"{world} x {device}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {world}) of "
+            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps; {len(held)} held "
+            f"out; all goes to {cfg.output_dir}\n"
+            f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
             + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
+
+
+def closing_table(lines, alpha):
+    """lines: [(name, what evaluate says, number of parameters), ...]"""
+    kl = lambda x: "-" if alpha == 1 else f"{x['kl_loss']:.4f}"
+    return "\n".join([f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"] + [
+        f"{name:<15}{x['perplexity']:>12.2f}{kl(x):>15}{size:>15,}" for name, x, size in lines])
 
 
 # ----- the demo: text, tokenizer and model shapes from what every machine has, as ordinary files

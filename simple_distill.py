@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_TEACHER_RUN, MEMORY_ADVICE, Config, UserError, block_table, compare_tokenizers, digest,
-                    explain_bad_file, explain_no_config, learning_rates, make_demo, memory_plan, one_line, parse_config,
-                    plan_batch, plan_blocks, plan_layers, plan_phases, plan_stitches, refuse_changes, save_config,
-                    scheduler_kwargs, shapes_result)
+from config import (DEMO_TEACHER_RUN, MEMORY_ADVICE, Config, UserError, block_table, closing_table, compare_tokenizers,
+                    describe_run, digest, explain_bad_file, explain_no_config, learning_rates, make_demo, one_line,
+                    parse_config, plan_batch, plan_blocks, plan_layers, plan_phases, plan_stitches, refuse_changes,
+                    save_config, scheduler_kwargs, shapes_result)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -862,7 +862,7 @@ def load_teacher(cfg):
 def spread(cfg, config, read, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
-    dtype, stitches = compute_dtype(cfg), stitching(cfg, config) if cfg.blockwise and not frozen else lambda _: None
+    stitches, dtype = stitching(cfg, config) if cfg.blockwise and not frozen else lambda _: None, compute_dtype(cfg)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
@@ -870,15 +870,16 @@ def spread(cfg, config, read, frozen=None):
     source, layers = read() if RANK == 0 else None, layers_of(model)[1]
     root.train(not frozen).requires_grad_(not frozen)
     if not frozen and cfg.gradient_checkpointing:   # the first name is the newer one
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{type(model).__name__} cannot recompute activations: add --gradient_checkpointing false")
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     for layer in layers if cfg.compile else ():
         layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
         shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
-        shape = shapes.get(not frozen and cfg.fsdp, (WORLD,))
-        cast = None if frozen or dtype == torch.float32 else dtype
+        shape = shapes.get(frozen or cfg.fsdp, (WORLD,))
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
-                       mp_policy=MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False))
+                       mp_policy=MixedPrecisionPolicy(frozen or dtype, torch.float32, cast_forward_inputs=False))
         options |= dict(offload_policy=CPUOffloadPolicy()) if cfg.cpu_offload and CUDA else {}
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
@@ -936,8 +937,7 @@ def make_optimizer(parameters, rates, weight_decay):
         sizes[rate] += p.numel()
         if p.requires_grad_(rate > 0).requires_grad:
             groups.setdefault((rate, p.ndim >= 2), []).append(p)
-    frozen = sizes.pop(0, 0)
-    print0(f"trains {', '.join(f'{n:,} parameters at {rate:g}' for rate, n in sizes.items())}; {frozen:,} frozen")
+    print0(f"{sizes.pop(0, 0):,} frozen; trains", ", ".join(f"{n:,} parameters at {r:g}" for r, n in sizes.items()))
     optimizer = torch.optim.AdamW([dict(params=g, lr=rate, weight_decay=weight_decay if decay else 0.0)
                                    for (rate, decay), g in groups.items()], lr=max(sizes), fused=True)
     for p in itertools.chain(*groups.values()):   # from the start: memory is known, a checkpoint has where to load to
@@ -953,7 +953,6 @@ def make_schedule(cfg, optimizer, steps):
         schedule.lr_lambdas[0](steps)
     except (TypeError, ValueError) as e:
         raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
-
     def set_rates(step):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule.lr_lambdas[0](step)   # one for all groups
@@ -974,7 +973,6 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
     optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
     optimizer.found_inf = bad = (~norm.isfinite()).float()
     optimizer.step()
-    optimizer.zero_grad()
     health["skipped"] += bad
     health["streak"].add_(bad).mul_(bad)
     health["good"].add_(1 - bad).mul_(1 - bad)
@@ -1137,9 +1135,8 @@ def around_blocks(model, batch, blocks, feeds):
     return {i: taps[i].kept for i in blocks}
 
 def stitching(cfg, config):
-    """Check the pair before weights are read, untie the head. -> a function that makes the stitches of a model."""
+    """Untie the student's head. -> a function that makes the stitches of a model; refuses pairs that do not match."""
     its, ours = model_config(cfg.teacher, cfg, "teacher"), config.get_text_config()
-    plan_blocks(cfg, config, its)
     if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
@@ -1153,10 +1150,10 @@ def stitching(cfg, config):
         return made
     return stitches_of
 
-def matching(cfg, student, teacher, blocks=None):
-    """-> (work, signal) of a Phase that trains these blocks; without blocks: work returns the error of each."""
+def matching(cfg, student, teacher, blocks):
+    """-> work and signal_of of a Phase that trains these blocks; work also returns the error of each."""
     pairs, fed = plan_blocks(cfg, student.model.config, teacher.model.config), cfg.block_input == "teacher"
-    pairs = {i: pairs[i] for i in (pairs if blocks is None else blocks)}
+    pairs = {i: pairs[i] for i in blocks}
 
     def work(model, batch, states, denominator):
         dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
@@ -1164,7 +1161,7 @@ def matching(cfg, student, teacher, blocks=None):
         own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
         errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
                                cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
-        return errors if blocks is None else (sum(errors), *errors[0].new_zeros(2))
+        return sum(errors), *errors[0].new_zeros(2), *errors
     return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values(), {}))
 
 def final_norm(model):
@@ -1193,29 +1190,6 @@ def initialize_head(student, teacher):
         put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
     for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
         put(p, gathered(p) + more)
-
-def block_phases(cfg, student, teacher, steps_per_epoch):
-    """-> [Phase, ...]: one a block (block_input teacher: one for all, each clipped by itself), then norm and head."""
-    model, part, phases = student.model, {}, []
-    (path, layers), inner = layers_of(model), model.get_input_embeddings().weight
-    outer = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    if inner in outer and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
-                        "--initialize_head_from_teacher false")
-    for name, p in student.named_parameters():
-        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        part[p] = int(block[1]) if block else "head" if p in outer - {inner} else "embeddings"
-    alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
-    logits = functools.partial(distil, alpha=alpha, temperature=cfg.logit_loss_temperature,
-                               divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
-    for x in plan_phases(cfg, len(layers), steps_per_epoch):
-        blocks, rates = x["blocks"], {p: x["rates"][k] for p, k in part.items() if k in x["rates"]}
-        parts = [([p for p in part if part[p] == i], norm) for i, norm in x["max_grad_norms"].items()]
-        work, signal_of = matching(cfg, student, teacher, blocks) if blocks else (
-            logits, teacher_signal(teacher if alpha < 1 else None))
-        phases.append(Phase(x["name"], x["steps"], work, signal_of, rates, x["weight_decay"], x["max_grad_norm"],
-                            "real" if blocks else "labels", parts))
-    return phases
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: the training loss on held-out rows, each token counted once whatever the number of ranks.
@@ -1261,7 +1235,7 @@ def stop_signals():
             signal.signal(s, handler)
 
 def start_wandb(cfg, run_id):
-    """-> a run to log to, or one that swallows everything, to be used in a `with`: nothing ever waits at a prompt."""
+    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
     silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
     mode, run = os.environ.get("WANDB_MODE", "online"), None
     try:
@@ -1275,18 +1249,6 @@ def start_wandb(cfg, run_id):
     except Exception as e:
         print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
     return run or silent
-
-class Phase(NamedTuple):
-    """A stretch of training with its own loss, parameters and schedule. Plain distillation is the last of them."""
-    name: str
-    steps: int
-    work: Any              # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
-    signal_of: Any         # batch -> what work takes from the teacher
-    rates: dict            # {parameter: peak learning rate}, all others are frozen
-    weight_decay: float
-    max_grad_norm: float
-    over: str = "labels"   # what of a batch the loss is a mean over
-    parts: Any = ()        # [(parameters, largest norm)] that are clipped each by itself
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
@@ -1303,6 +1265,26 @@ def load_all(run, cached=None):
         if its is not None:
             compare_tokenizers(tokenizer, its, run.tokenizer or run.student, run.teacher)
     return tokenizer, rows, held, student, teacher
+
+def make_phases(cfg, student, teacher, steps_per_epoch):
+    """-> [Phase, ...] as planned, with a rate for each parameter and the functions that compute its loss."""
+    model, part = student.model, {}
+    (path, layers), inner = layers_of(model), model.get_input_embeddings().weight
+    outer = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    if cfg.blockwise and inner in outer and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
+                        "--initialize_head_from_teacher false")
+    for name, p in student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        part[p] = int(block[1]) if block else "head" if p in outer - {inner} else "embeddings"
+    phases = plan_phases(cfg, len(layers), steps_per_epoch)
+    for x in phases:
+        x.rates = {p: x.rates[k] for p, k in part.items() if k in x.rates} or \
+            learning_rates(cfg, model.named_parameters(remove_duplicate=False))   # plain distillation names no parts
+        x.block_norms = [([p for p in part if part[p] == i], norm) for i, norm in x.block_norms.items()]
+        x.work, x.signal_of = matching(cfg, student, teacher, x.blocks) if x.blocks else (
+            functools.partial(distil, **x.objective), teacher_signal(teacher if x.objective["alpha"] < 1 else None))
+    return phases
 
 def train(cfg):
     """-> True when the run is done, False when a signal stopped it."""
@@ -1321,15 +1303,11 @@ def train(cfg):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
     tokenizer, rows, held, student, teacher = load_all(run, cached)
-    batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    batch_size, micro_steps, global_batch = batch_plan = plan_batch(cfg, state, WORLD)
     steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
     work = functools.partial(distil, alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
-    phases = block_phases(cfg, student, teacher, steps_per_epoch) if cfg.blockwise else []
-    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
-    if length:   # after blocks it may be 0
-        rates = learning_rates(cfg, student.model.named_parameters(remove_duplicate=False))
-        phases.append(Phase("distil", length, work, signal_of, rates, cfg.weight_decay, cfg.max_grad_norm))
+    phases = make_phases(cfg, student, teacher, steps_per_epoch)
     ends = list(itertools.accumulate(p.steps for p in phases))
     steps, health, step, best, before, position, tokens_seen = ends[-1], new_health(fp16), 0, math.inf, None, None, 0
     phase = end = optimizer = set_rates = now = problem = saved_at = None
@@ -1340,9 +1318,8 @@ def train(cfg):
 
     def log(**entry):
         if RANK == 0:
-            strict = {k: v if math.isfinite(v) else None for k, v in entry.items()}   # JSON knows no NaN
             with open(place("log.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(strict) + "\n")
+                f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")   # no NaN
             wandb_run.log(entry, step=step)
 
     def begin(step):
@@ -1352,12 +1329,14 @@ def train(cfg):
         print0(f"{phase.name}: {phase.steps} steps")
         optimizer = make_optimizer(student.parameters(), phase.rates, phase.weight_decay)
         set_rates = make_schedule(cfg, optimizer, phase.steps)
-        fresh = step == end - phase.steps   # then the moments that were saved are of the phase before
-        return tensors_of(student, {} if fresh else optimizer.state, health)
+        # where it begins, the moments that were saved are of the phase before
+        return tensors_of(student, {} if step == end - phase.steps else optimizer.state, health)
 
     def measure_blocks():
-        errors = means(student, *matching(cfg, student, teacher), held, batch_size, "real")
+        pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
+        errors = means(student, *matching(cfg, student, teacher, pairs), held, batch_size, "real")[3:]
         before["blocks"] = before.get("blocks", []) + [errors]
+        print0(block_table(pairs, before["blocks"], cfg.distill_loss_type))
         log(**{f"block/{i}/loss": x for i, x in enumerate(errors)}, **{"block/step": step})
 
     def save():
@@ -1366,17 +1345,10 @@ def train(cfg):
             world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
             wandb=wandb_run.id, length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
 
-    whose = f"teacher {run.teacher}: {teacher.model.num_parameters():,}" if teacher else f"teacher: cache {cfg.cache_dir}"
-    whose = whose if cfg.alpha < 1 else "no teacher (alpha 1)"
-    print0(f"student {run.student}: {student.model.num_parameters():,} parameters; {whose}")
-    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x "
-           f"{micro_steps} x {WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; "
-           f"{len(held)} held out; all goes to {cfg.output_dir}")
-    roots, free = [r.model for r in (student, teacher) if r], torch.cuda.mem_get_info()[0] if CUDA else \
-        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    trained = max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases)
-    print0(memory_plan(cfg, [m.config.get_text_config() for m in roots], [m.num_parameters() for m in roots], trained,
-                       compute_dtype(cfg).itemsize, batch_size, WORLD, LOCAL_WORLD, LOGITS_BUDGET, free))
+    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print0(describe_run(cfg, run, [r.model for r in (student, teacher) if r], phases, batch_plan, rows, held,
+                        device=f"{DEVICE.type}, {str(compute_dtype(cfg))[6:]}", itemsize=compute_dtype(cfg).itemsize,
+                        world=WORLD, local_world=LOCAL_WORLD, logits_budget=LOGITS_BUDGET, free=free))
     with stop_signals() as asked, contextlib.ExitStack() as stack:
         if state:
             state = load_checkpoint(found, begin)
@@ -1397,7 +1369,9 @@ def train(cfg):
         else:
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5)
+        stack.enter_context(contextlib.closing(batches))
+        bar = stack.enter_context(
+            tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5))
         since, since_tokens = time.time(), 0
         while step < steps:
             if step == end:
@@ -1410,12 +1384,12 @@ def train(cfg):
             rate, sums, grad_norm = set_rates(step - end + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
             for i, batch in enumerate(micro):
                 student.set_requires_gradient_sync(i == len(micro) - 1)
-                loss, ce, kl = student(phase.work, batch, phase.signal_of(batch), max(tokens, 1))
+                loss, ce, kl, *_ = student(phase.work, batch, phase.signal_of(batch), max(tokens, 1))
                 # FSDP averages over ranks, we over tokens; a loss that is not finite takes its gradient along
                 (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                 sums += torch.stack([loss.detach(), ce, kl])
             if tokens:
-                grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16, phase.parts)
+                grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16, phase.block_norms)
             else:
                 print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
             optimizer.zero_grad()
@@ -1423,7 +1397,6 @@ def train(cfg):
             bar.update()
             if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                 save()
-                bar.close()
                 raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; its "
                                 "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
             if step % cfg.log_steps == 0 or step == end:
@@ -1448,8 +1421,6 @@ def train(cfg):
                 problem, saved_at = save(), step
         if step < steps and saved_at != step:
             problem = save()
-        bar.close()
-        batches.close()
     if step < steps:
         print0(f"stopped at step {step} of {steps}" + ("" if problem else ", saved; the same command continues"))
     elif not problem:
@@ -1471,10 +1442,7 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
         problem = one_line(e)
-    print0(f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}")
-    for name, x, size in lines:
-        kl = "-" if cfg.alpha == 1 else f"{x['kl_loss']:.4f}"
-        print0(f"{name:<15}{x['perplexity']:>12.2f}{kl:>15}{size:>15,}")
+    print0(closing_table(lines, cfg.alpha))
     if RANK == 0 and not problem:
         model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
         start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()

@@ -2282,6 +2282,7 @@ def bench_step():
             def step():
                 student(work, batch, signal_of(batch), len(batch.labels))[0].backward()
                 sd.optimizer_step(optimizer, 1.0, health, False)
+                optimizer.zero_grad()
             return step
 
         def plain(divergence):
