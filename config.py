@@ -195,7 +195,6 @@ class Config:
             need(self.provider == "local" or self.api_model, f"provider {self.provider} needs --api_model NAME")
             need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
                  "needs prices: give --price_in and --price_out, USD a million tokens")
-        need(self.mode != "train" or not self.streaming or self.max_steps, "a stream has no length: give --max_steps")
         if self.mode == "train" and not self.blockwise:
             need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
         if self.blockwise:
@@ -488,6 +487,8 @@ def plan_phases(cfg, depth, steps_per_epoch):
                          divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
         phases.append(Phase("head", steps(cfg.lm_head_epochs), [], objective, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
                             cfg.lm_head_max_grad_norm))
+    if steps_per_epoch is None and not cfg.max_steps:
+        raise UserError("a stream has no length: give --max_steps")
     length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
     if length:   # after blocks it may be 0
         objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
@@ -526,9 +527,10 @@ MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batc
                  "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
 
 
-def describe_run(cfg, run, models, phases, batch, rows, held, *, device, itemsize, world, local_world, logits_budget, free):
+def describe_run(cfg, run, models, phases, batch, rows, held, *, device, dtype, world, local_world, logits_bytes, free):
     """What a run says before it begins. models: the student, and the teacher if there is one; free: bytes."""
     sizes, (batch_size, micro_steps, global_batch) = [m.num_parameters() for m in models], batch
+    itemsize = 4 if dtype == "float32" else 2
     whose = "no teacher (alpha 1)" if cfg.alpha == 1 else f"teacher {run.teacher}: {sizes[1]:,}" if sizes[1:] else \
         f"teacher: cache {cfg.cache_dir}"
     shapes = [m.config.get_text_config() for m in models]
@@ -543,21 +545,21 @@ def describe_run(cfg, run, models, phases, batch, rows, held, *, device, itemsiz
              "gathered": whole if whole_copy else min(whole, heads * itemsize + 2 * whole // depth),
              "activations": tokens * width * itemsize * depth + layer if cfg.gradient_checkpointing else layer * depth,
              "teacher": teacher * itemsize / (world if cfg.shard_teacher else 1),
-             "loss": min(2 * logits_budget, 16 * tokens * shape.vocab_size) + 4 * heads}
+             "loss": min(2 * logits_bytes, 16 * tokens * shape.vocab_size) + 4 * heads}
     need, listed = sum(parts.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
     return (f"student {run.student}: {student:,} parameters; {whose}\n"
-            f"{world} x {device}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {world}) of "
-            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps; {len(held)} held "
-            f"out; all goes to {cfg.output_dir}\n"
+            f"{world} x {device}, {dtype}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {world}) of "
+            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps; {len(held)} "
+            f"held out; all goes to {cfg.output_dir}\n"
             f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
             + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
 
 
-def closing_table(lines, alpha):
-    """lines: [(name, what evaluate says, number of parameters), ...]"""
+def closing_table(lines, alpha, more):
+    """lines: [(name, what evaluate says, number of parameters), ...]; more: another table below, or nothing."""
     kl = lambda x: "-" if alpha == 1 else f"{x['kl_loss']:.4f}"
     return "\n".join([f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"] + [
-        f"{name:<15}{x['perplexity']:>12.2f}{kl(x):>15}{size:>15,}" for name, x, size in lines])
+        f"{name:<15}{x['perplexity']:>12.2f}{kl(x):>15}{size:>15,}" for name, x, size in lines] + [more] * bool(more))
 
 
 # ----- the demo: text, tokenizer and model shapes from what every machine has, as ordinary files

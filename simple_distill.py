@@ -851,7 +851,7 @@ def load_student(cfg):
     config, keep = plan_layers(cfg, whole)
     if keep:
         print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {name}")
-    return spread(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep))
+    return spread(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep), stitching(cfg, config))
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -859,10 +859,10 @@ def load_teacher(cfg):
     dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
 
-def spread(cfg, config, read, frozen=None):
+def spread(cfg, config, read, stitches=lambda model: None, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
-    stitches, dtype = stitching(cfg, config) if cfg.blockwise and not frozen else lambda _: None, compute_dtype(cfg)
+    dtype, home = compute_dtype(cfg), "cpu" if cfg.cpu_offload else DEVICE
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
@@ -884,7 +884,7 @@ def spread(cfg, config, read, frozen=None):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    fill(root, source and Inside(source, stitches(source)), "cpu" if cfg.cpu_offload else DEVICE)
+    fill(root, source and Inside(source, stitches(source)), home)
     return root
 
 @torch.no_grad()
@@ -965,7 +965,7 @@ def new_health(fp16):
     return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
 def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
-    """Clip (parts, [(parameters, norm)], first), unscale, skip what is not finite: in fused AdamW, by its grad_scale."""
+    """Clip (parts: [(parameters, norm)], first), unscale, skip what is not finite: in fused AdamW, by grad_scale."""
     for part, norm in parts:
         torch.nn.utils.clip_grad_norm_(part, norm * health["scale"].item())
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -1136,6 +1136,8 @@ def around_blocks(model, batch, blocks, feeds):
 
 def stitching(cfg, config):
     """Untie the student's head. -> a function that makes the stitches of a model; refuses pairs that do not match."""
+    if not cfg.blockwise:
+        return lambda model: None
     its, ours = model_config(cfg.teacher, cfg, "teacher"), config.get_text_config()
     if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
@@ -1219,14 +1221,12 @@ def means(root, work, signal_of, rows, batch_size, over):
 @contextlib.contextmanager
 def stop_signals():
     """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields the list of askings."""
-    asked = []
+    asked, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
 
-    def ask(number, frame):
-        echo = "TORCHELASTIC_RUN_ID" in os.environ and asked and time.time() - asked[-1] < 2
-        if asked and not echo:   # torchrun repeats what the terminal has sent to everybody already
+    def ask(number, frame):   # torchrun repeats what the terminal has sent to everybody already
+        if asked and not (under_torchrun and time.time() - asked[-1] < 2):
             raise KeyboardInterrupt
         asked.append(time.time())
-
     before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
@@ -1336,7 +1336,8 @@ def train(cfg):
         pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
         errors = means(student, *matching(cfg, student, teacher, pairs), held, batch_size, "real")[3:]
         before["blocks"] = before.get("blocks", []) + [errors]
-        print0(block_table(pairs, before["blocks"], cfg.distill_loss_type))
+        before["table"] = block_table(pairs, before["blocks"], cfg.distill_loss_type)
+        print0(before["table"])
         log(**{f"block/{i}/loss": x for i, x in enumerate(errors)}, **{"block/step": step})
 
     def save():
@@ -1347,8 +1348,8 @@ def train(cfg):
 
     free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     print0(describe_run(cfg, run, [r.model for r in (student, teacher) if r], phases, batch_plan, rows, held,
-                        device=f"{DEVICE.type}, {str(compute_dtype(cfg))[6:]}", itemsize=compute_dtype(cfg).itemsize,
-                        world=WORLD, local_world=LOCAL_WORLD, logits_budget=LOGITS_BUDGET, free=free))
+                        device=DEVICE.type, dtype=str(compute_dtype(cfg))[6:], world=WORLD, local_world=LOCAL_WORLD,
+                        logits_bytes=LOGITS_BUDGET, free=free))
     with stop_signals() as asked, contextlib.ExitStack() as stack:
         if state:
             state = load_checkpoint(found, begin)
@@ -1370,8 +1371,7 @@ def train(cfg):
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
         stack.enter_context(contextlib.closing(batches))
-        bar = stack.enter_context(
-            tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5))
+        bar = stack.enter_context(tqdm(total=steps, initial=step, disable=RANK > 0, dynamic_ncols=True, mininterval=.5))
         since, since_tokens = time.time(), 0
         while step < steps:
             if step == end:
@@ -1442,16 +1442,13 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
         problem = one_line(e)
-    print0(closing_table(lines, cfg.alpha))
+    print0(closing_table(lines, cfg.alpha, before.get("table")))   # of the blocks
     if RANK == 0 and not problem:
         model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
         start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
         ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
                              pad_token_id=0)[0]
         print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
-    if cfg.blockwise:
-        pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
-        print0(block_table(pairs, before["blocks"], cfg.distill_loss_type))
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     return problem

@@ -1,6 +1,6 @@
-from test_simple_distill import (F, HERE, PLAIN, STILL, Path, checkpoint, cli, column, config, contextlib, distil, edit_weights,   # noqa: F401
+from test_simple_distill import (F, HERE, PLAIN, STILL, Path, break_letter, checkpoint, cli, column, config, contextlib, distil, edit_weights,   # noqa: F401
                                  final_weights, flags, io, itertools, json, load, log, math, nn, one_thread, os, out, pytest, re, same, sd, shutil,
-                                 signal, spawn, subprocess, sys, talk, tempfile, time, tiny_model, tiny_tokenizer, torch, types, weights, write_splits)
+                                 signal, spawn, student, subprocess, sys, talk, teacher, tempfile, text, time, tiny_model, tiny_tokenizer, torch, types, weights, write_splits)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Block-wise: hidden states against plain models with hooks, the head, freezing, resuming, a student class of one's own.
@@ -265,6 +265,70 @@ def test_block_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     final = sd.AutoModelForCausalLM.from_pretrained(os.path.join(out, "final"), trust_remote_code=True)
     assert type(final).__name__ == "MixForCausalLM" and not same(final.state_dict(), weights(str(tmp_path / "mix")))
 
+@pytest.mark.parametrize("cls, extra", [("GPT2Config", {}), ("Gemma2Config", dict(head_dim=8)), ("GPTNeoXConfig", {})])
+def test_block_student_of_another_family(block, out, tmp_path, cls, extra):
+    """Other norms, learned positions, a capped head: errors fall, and the head starts from the teacher's."""
+    student = tiny_model(tmp_path / "s", hidden=16, layers=2, seed=3, cls=cls, **extra)
+    _block_run(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
+    before, after = log(out, "block")
+    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(2))
+    assert load(os.path.join(out, "final")).config.model_type in cls.lower().replace("neox", "_neox")
+
+@pytest.mark.parametrize("phase", ["block", "head"])
+def test_block_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, phase):
+    """One row in five has the letter that the teacher cannot bear."""
+    rows = [{"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"} for i in range(10)]
+    data = write_splits(tmp_path / "d", rows, rows[1:3])
+    broken = break_letter(block.teacher, tmp_path / "broken")
+    _block_run(block, out, teacher=broken, dataset=data, batch_size=1, epochs_per_block=1 if phase == "block" else 0.1,
+               lm_head_epochs=0.1 if phase == "block" else 1, save_steps=0, initialize_head_from_teacher=False)
+    skipped = column(out, "train/skipped_steps")
+    assert skipped[-1] == sum(x is None for x in column(out, "train/loss")) >= (6 if phase == "block" else 2)
+    assert skipped[-1] < len(skipped) and all(x.isfinite().all() for x in checkpoint(out, len(skipped)).values())
+
+def test_log_is_strict_json(out, teacher, student, tmp_path):
+    rows = [{"prompt": "Z" if i % 2 else "a", "response": "one two"} for i in range(4)]
+    broken = break_letter(student, tmp_path / "broken")
+    distil(out, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1)
+    refuse = lambda word: pytest.fail(word)
+    with open(f"{out}/log.jsonl") as f:
+        entries = [json.loads(line, parse_constant=refuse) for line in f]
+    assert any(e.get("train/loss", 0) is None for e in entries) and all(e["train/grad_norm"] for e in entries if e.get("train/loss"))
+
+def test_a_pattern_that_matches_only_a_tied_head_says_so(out, text, tmp_path):
+    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    fields = dict(student=tied, alpha=1.0, dataset=text, max_steps=1)
+    err = distil(out, rc=2, **fields, lr_multipliers=["layers=0.5", "lm_head=0"]).err
+    assert "lm_head" in err and "tied to model.embed_tokens.weight" in err and not os.path.exists(out)
+    distil(out, **fields, lr_multipliers=["embed|lm_head=0"])
+    assert torch.equal(final_weights(out)["model.embed_tokens.weight"], weights(tied)["model.embed_tokens.weight"])
+
+def test_wandb_is_finished_when_training_fails(out, teacher, student, tmp_path, monkeypatch):
+    """A stand-in for the service, not for our code."""
+    ended = []
+    run = types.SimpleNamespace(id="abc", log=lambda entry, step=None: None, finish=lambda exit_code: ended.append(exit_code))
+    fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key="key"), init=lambda **_: run, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    broken = break_letter(student, tmp_path / "broken")
+    rows = [{"prompt": "Z", "response": "one two"}] * 12
+    distil(out, rc=2, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1, use_wandb=True)
+    assert ended == [1]
+
+@pytest.mark.campaign
+def test_block_demo(tmp_path):
+    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the head alone."""
+    fields = dict(use_wandb=False, max_steps=0, output_dir=str(tmp_path / "whole"))
+    shown = cli("--blockwise", *flags(**fields)).out
+    before, after = log(fields["output_dir"], "block")
+    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2)) and "teacher block" in shown
+    steps, epoch = log(fields["output_dir"], "eval")[-1]["eval/step"], log(fields["output_dir"], "eval")[-1]["eval/epoch"]
+    shutil.copytree(tmp_path / "whole" / "demo", tmp_path / "alone" / "demo")
+    fields |= dict(output_dir=str(tmp_path / "alone"), epochs_per_block=1e-6, lr_per_block=STILL, initialize_head_from_teacher=False)
+    cli("--blockwise", *flags(**fields, lm_head_epochs=epoch * (steps - 2) / steps))
+    assert log(fields["output_dir"], "eval")[-1]["eval/step"] == steps
+    assert column(tmp_path / "whole", "eval/kl_loss")[-1] < column(tmp_path / "alone", "eval/kl_loss")[-1]
+
 @pytest.mark.campaign
 def test_block_two_ranks_bf16_and_accumulation(block, tmp_path):
     """Two ranks, and accumulation, give the losses of one; bf16 runs through and errors fall."""
@@ -290,22 +354,20 @@ def bench_block(layers=8, width=256, tokens=1024):
         student, teacher = sd.load_student(cfg), sd.load_teacher(cfg)
         batch = sd.collate([{"input_ids": torch.arange(128) % 263, "targets": None}] * (tokens // 128))
 
-        def seconds(work, signal, repeat=5):
+        def seconds(work, signal_of, repeat=5):
             times = []
             for _ in range(repeat):
                 start = time.process_time()
-                student(work, batch, signal(batch), 1.0)[0].backward()
+                student(work, batch, signal_of(batch), 1.0)[0].backward()
                 times.append(time.process_time() - start)
             return min(times)
-        whole = seconds(*(lambda w: (w, sd.teacher_signal(teacher)))(sd.functools.partial(sd.distil, alpha=0.0, temperature=1.0)))
-        phases = sd.block_phases(cfg, student, teacher, 1)[:layers]
+        whole = seconds(sd.functools.partial(sd.distil, alpha=0.0, temperature=1.0), sd.teacher_signal(teacher))
         print(f"\nCPU ms a step; both models whole, everything trained on the logits (vocabulary 263): {1e3 * whole:.0f}")
         costs = []
-        for i, phase in enumerate(phases):
-            named = [(n.removeprefix("model."), p) for n, p in student.named_parameters()]
+        for phase in sd.make_phases(cfg, student, teacher, 1)[:layers]:
             with contextlib.redirect_stdout(io.StringIO()):
-                sd.make_optimizer(named, phase.rules, phase.default, 1.0, 0.0)
-            costs.append(seconds(phase.work, phase.signal))
+                sd.make_optimizer(student.parameters(), phase.rates, 0.0)
+            costs.append(seconds(phase.work, phase.signal_of))
         print(f"block {', '.join(map(str, range(layers)))}: {', '.join(f'{1e3 * c:.0f}' for c in costs)}")
         print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each block (as the last one "
               f"does), {sum(costs) / (layers * whole):.2f} of training the whole student that often")
