@@ -967,7 +967,7 @@ def new_health(fp16):
 def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
     """Clip (parts: [(parameters, norm)], first), unscale, skip what is not finite: in fused AdamW, by grad_scale."""
     for part, norm in parts:
-        torch.nn.utils.clip_grad_norm_(part, norm * health["scale"].item())
+        torch.nn.utils.clip_grad_norm_(part, norm * (health["scale"].item() if fp16 else 1.0))
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = gathered(torch.nn.utils.get_total_norm(gradients)) / health["scale"]
     optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
@@ -1279,7 +1279,7 @@ def make_phases(cfg, student, teacher, steps_per_epoch):
         part[p] = int(block[1]) if block else "head" if p in outer - {inner} else "embeddings"
     phases = plan_phases(cfg, len(layers), steps_per_epoch)
     for x in phases:
-        x.rates = {p: x.rates[k] for p, k in part.items() if k in x.rates} or \
+        x.rates = {p: x.rates[k] for p, k in part.items() if k in x.rates} if x.rates else \
             learning_rates(cfg, model.named_parameters(remove_duplicate=False))   # plain distillation names no parts
         x.block_norms = [([p for p in part if part[p] == i], norm) for i, norm in x.block_norms.items()]
         x.work, x.signal_of = matching(cfg, student, teacher, x.blocks) if x.blocks else (
