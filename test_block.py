@@ -225,15 +225,13 @@ class Layer(nn.Module):   # no attention: a running mean of what came before
         self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(2 * width, 3 * width), nn.Linear(3 * width, width)
     def forward(self, hidden_states):
         x = self.norm(hidden_states)
-        mean = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
-        return hidden_states + self.outer(torch.relu(self.inner(torch.cat([x, mean.to(x.dtype)], -1))))
-class MixModel(PreTrainedModel):
-    config_class = MixConfig
+        mean = (x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]).to(x.dtype)
+        return hidden_states + self.outer(torch.relu(self.inner(torch.cat([x, mean], -1))))
+class Body(nn.Module):   # the norm stands beside the layers
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__()
         self.embed_tokens, self.norm = nn.Embedding(config.vocab_size, config.hidden_size), nn.LayerNorm(config.hidden_size)
         self.layers = nn.ModuleList([Layer(config.hidden_size) for _ in range(config.num_hidden_layers)])
-        self.post_init()
     def forward(self, input_ids, use_cache=None):
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
@@ -243,8 +241,10 @@ class MixForCausalLM(PreTrainedModel, GenerationMixin):
     config_class, base_model_prefix = MixConfig, "model"
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.lm_head = MixModel(config), nn.Linear(config.hidden_size, config.vocab_size)
+        self.model, self.lm_head = Body(config), nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
     def forward(self, input_ids, attention_mask=None, use_cache=None, **kw):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids)[0]))
 MixConfig.register_for_auto_class()
@@ -259,7 +259,9 @@ def test_block_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     torch.manual_seed(0)
     mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(tmp_path / "mix")
     tiny_tokenizer().save_pretrained(tmp_path / "mix")
-    _block_run(block, out, student=str(tmp_path / "mix"), trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
+    mine = dict(student=str(tmp_path / "mix"), trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
+    assert "--gradient_checkpointing false" in _block_run(block, out, 2, **mine, gradient_checkpointing=True).err
+    _block_run(block, out, **mine)
     before, after = log(out, "block")
     assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2))
     final = sd.AutoModelForCausalLM.from_pretrained(os.path.join(out, "final"), trust_remote_code=True)
