@@ -25,7 +25,7 @@ import types
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import datasets
 import numpy as np
@@ -311,13 +311,13 @@ def parse_multipliers(items):
     return rules
 
 
-def scheduler_kwargs(cfg):
+def scheduler_kwargs(cfg, steps=1):
     try:
         given = json.loads(cfg.lr_scheduler_kwargs or "{}")
         assert isinstance(given, dict)
     except (ValueError, AssertionError):
         raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is no JSON object")
-    return given
+    return ({"num_decay_steps": max(1, steps // 5)} if cfg.lr_scheduler == "warmup_stable_decay" else {}) | given
 
 
 class Parser(HfArgumentParser):
@@ -526,6 +526,195 @@ def explain_bad_disk(folder):
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished chunks stay; make "
                         "room or mend it, and the same command goes on")
+
+
+def explain_no_config(name, role, e):
+    where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
+        "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
+    raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+
+
+def compare_tokenizers(student, teacher, student_name, teacher_name):
+    """By what they encode, not by size: an id that both use must mean the same token."""
+    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
+    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]]
+    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
+        clash = ["they share a vocabulary but cut text differently"]
+    if clash:
+        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
+                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
+
+
+# ----- plans: numbers that follow from the config, the models' shapes and the number of ranks
+
+def plan_batch(cfg, state, world):
+    """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
+    size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
+    wanted = state["global_batch"] if state else size * micro * world
+    if wanted != size * micro * world:
+        if [size, micro] != state["batch"] or world == state["world"]:
+            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
+                            f"x {world} ranks; keep the product, or start over with --resume never or elsewhere")
+        size = min(size, -(-wanted // world))
+        micro = -(-wanted // (world * size))
+    return size, micro, wanted
+
+
+def plan_layers(cfg, whole):
+    """-> (config of the student, None), or of student layers:N and the numbers of N evenly spaced teacher layers."""
+    depth, wanted = getattr(whole, "num_hidden_layers", None), cfg.student.removeprefix("layers:")
+    if wanted == cfg.student:
+        return whole, None
+    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
+        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
+    keep = [round(i * (depth - 1) / max(1, int(wanted) - 1)) for i in range(int(wanted))]
+    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
+    depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)}), keep
+
+
+def plan_blocks(cfg, student, teacher):
+    """Two model configs -> {block of the student: block of the teacher}, refused where they cannot be matched."""
+    ours, theirs = student.get_text_config(), teacher.get_text_config()
+    depth, its_depth = ours.num_hidden_layers, theirs.num_hidden_layers
+    if depth > its_depth:
+        raise UserError(f"blockwise: the student has {depth} layers, the teacher only {its_depth}; take a shallower "
+                        "student")
+    if ours.hidden_size != theirs.hidden_size and not cfg.use_stitching_layers:
+        raise UserError(f"blockwise: student width {ours.hidden_size} and teacher width {theirs.hidden_size} differ, "
+                        "that needs use_stitching_layers")
+    for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
+        if (n := len(getattr(cfg, name))) not in (1, depth):
+            raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
+    return {i: round((i + 1) * its_depth / depth) - 1 for i in range(depth)}
+
+
+def plan_stitches(cfg, student, teacher, head_has_bias):
+    """-> {name: (width in, width out, bias)}: up<i> from block i to the teacher's width, down<i> the other way."""
+    pairs, a, b = plan_blocks(cfg, student, teacher), *(c.get_text_config().hidden_size for c in (student, teacher))
+    # what is folded into the head must fit there: the last stitch of a student whose head has no bias has none
+    folded = a != b and cfg.initialize_head_from_teacher and not head_has_bias
+    up = {f"up{i}": (a, b, cfg.stitching_layer_bias and not (folded and i + 1 == len(pairs))) for i in pairs}
+    down = {f"down{i}": (b, a, cfg.stitching_layer_bias) for i in pairs if cfg.block_input == "teacher"}
+    return up | down if cfg.use_stitching_layers else {}
+
+
+@dataclass
+class Phase:
+    """A stretch of training with its own loss, parameters and schedule: plain distillation is the last of them. The
+    trainer turns rates and block_norms, which name parts of the student (a block's number, embeddings or head), into
+    those of its parameters, and adds work and signal_of."""
+    name: str
+    steps: int
+    blocks: list          # what is matched: hidden states after these blocks of the student; none: logits
+    objective: dict       # of the loss on logits
+    rates: dict           # {part or parameter: peak learning rate}; what is not named is frozen
+    weight_decay: float
+    max_grad_norm: float  # 0: no clipping
+    block_norms: dict = field(default_factory=dict)   # {block: max_grad_norm}, where each is clipped by itself
+    work: Any = None      # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
+    signal_of: Any = None   # batch -> what work takes from the teacher
+
+    @property
+    def over(self):
+        """What of a batch the loss is a mean over: all real tokens, or targets."""
+        return "real" if self.blocks else "labels"
+
+
+def plan_phases(cfg, depth, steps_per_epoch):
+    """-> [Phase, ...]: with block-wise one a block (block_input teacher: one for all), then norm and head; the last is
+    plain distillation."""
+    steps, phases = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch)), []
+    if cfg.blockwise:
+        per_block = (cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block)
+        epochs, rates, decays, norms = (v * (depth // len(v)) for v in per_block)
+        before = lambda i: [] if i and cfg.freeze_previous_blocks else ["embeddings", *range(i)]
+        if cfg.block_input == "teacher":
+            phases = [Phase("blocks", steps(epochs[0]), list(range(depth)), {}, dict(enumerate(rates)), decays[0], 0,
+                            {i: n for i, n in enumerate(norms) if n})]
+        else:
+            phases = [Phase(f"block {i}", steps(epochs[i]), [i], {}, dict.fromkeys([*before(i), i], rates[i]),
+                            decays[i], norms[i]) for i in range(depth)]
+    if cfg.blockwise and cfg.train_lm_head:
+        objective = dict(alpha=1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight,
+                         temperature=cfg.logit_loss_temperature,
+                         divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
+        phases.append(Phase("head", steps(cfg.lm_head_epochs), [], objective, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
+                            cfg.lm_head_max_grad_norm))
+    if steps_per_epoch is None and not cfg.max_steps:
+        raise UserError("a stream has no length: give --max_steps")
+    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
+    if length:   # after blocks it may be 0
+        objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
+        phases.append(Phase("distil", length, [], objective, {}, cfg.weight_decay, cfg.max_grad_norm))
+    return phases
+
+
+def block_table(pairs, errors, kind):
+    """errors: of every block, once before and perhaps once after."""
+    lines = [f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1)]
+    return "\n".join(lines + [f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:])
+                              for (i, j), *values in zip(pairs.items(), *errors)])
+
+
+def learning_rates(cfg, named):
+    """(name, parameter) pairs, a tied parameter under each of its names -> {parameter: rate}. The first pattern that
+    matches its first name decides; 0 freezes."""
+    names, tied, rules = {}, {}, parse_multipliers(cfg.lr_multipliers)
+    for name, p in named:
+        if names.setdefault(p, name) != name:
+            tied[name] = names[p]
+    for pattern, _ in rules:
+        if not any(map(pattern.search, names.values())):
+            other, some = next(filter(pattern.search, tied), None), list(names.values())[len(names) // 2]
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches " + (
+                f"only {other}, which is tied to {tied[other]}; write a pattern for that" if other else
+                f"none of the {len(names)} parameters; names look like {some}"))
+    rates = {p: cfg.learning_rate * next((f for pattern, f in rules if pattern.search(name)), cfg.default_lr_multiplier)
+             for p, name in names.items()}
+    if not any(rates.values()):
+        raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
+    return rates
+
+
+MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
+                 "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+
+
+def describe_run(cfg, run, models, phases, batch, rows, held, *, device, dtype, world, local_world, logits_bytes, free):
+    """What a run says before it begins. models: the student, and the teacher if there is one; free: bytes."""
+    sizes, (batch_size, micro_steps, global_batch) = [m.num_parameters() for m in models], batch
+    itemsize = 4 if dtype == "float32" else 2
+    whose = "no teacher (alpha 1)" if cfg.alpha == 1 else f"teacher {run.teacher}: {sizes[1]:,}" if sizes[1:] else \
+        f"teacher: cache {cfg.cache_dir}"
+    shapes = [m.config.get_text_config() for m in models]
+    shape, student, teacher = shapes[0], sizes[0], sum(sizes[1:])
+    trained = max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases)
+    share = {"no_shard": 1, "hybrid_shard": local_world}.get(cfg.fsdp, world)
+    tokens, depth, width = batch_size * cfg.seq_len, shape.num_hidden_layers, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * width
+    layer, whole = tokens * (10 * width + 3 * inner) * itemsize, student * itemsize   # one layer's activations
+    heads, whole_copy = sum(x.vocab_size * x.hidden_size for x in shapes), cfg.fsdp in ("no_shard", "shard_grad_op")
+    parts = {"weights": 4 * student / share, "gradients": 4 * trained / share, "optimiser": 8 * trained / share,
+             "gathered": whole if whole_copy else min(whole, heads * itemsize + 2 * whole // depth),
+             "activations": tokens * width * itemsize * depth + layer if cfg.gradient_checkpointing else layer * depth,
+             "teacher": teacher * itemsize / (world if cfg.shard_teacher else 1),
+             "loss": min(2 * logits_bytes, 16 * tokens * shape.vocab_size) + 4 * heads}
+    need, listed = sum(parts.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
+    return (f"student {run.student}: {student:,} parameters; {whose}\n"
+            f"{world} x {device}, {dtype}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {world}) of "
+            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps; {len(held)} "
+            f"held out; all goes to {cfg.output_dir}\n"
+            f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
+            + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
+
+
+def closing_table(lines, alpha, more):
+    """lines: [(name, what evaluate says, number of parameters), ...]; more: another table below, or nothing."""
+    kl = lambda x: "-" if alpha == 1 else f"{x['kl_loss']:.4f}"
+    return "\n".join([f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"] + [
+        f"{name:<15}{x['perplexity']:>12.2f}{kl(x):>15}{size:>15,}" for name, x, size in lines] + [more] * bool(more))
 
 
 # ----- the demo: text, tokenizer and model shapes from what every machine has, as ordinary files

@@ -13,7 +13,7 @@ block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T po
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
 import asyncio, collections, contextlib, dataclasses, datetime, fcntl, functools, glob, importlib, itertools, json, math
-import os, resource, shutil, signal, sys, time, types, zlib
+import os, re, resource, shutil, signal, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
@@ -27,11 +27,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (CURVES, DEMO_TEACHER_RUN, PANELS, Config, UserError, all_prompts, append_row, begin_cache,
-                    conversation_of, cut_log, derive, digest, drop_duplicates, explain_bad_chunk, explain_bad_disk,
-                    explain_bad_file, finish_cache, in_mode, judge, load_raw, make_demo, one_line, parse_config,
-                    parse_multipliers, plan_cache, read_manifest, read_rows, read_states, refuse, refuse_changes,
-                    retell, save_config, scheduler_kwargs, shapes_result, usd, write_report)
+from config import (CURVES, DEMO_TEACHER_RUN, MEMORY_ADVICE, PANELS, Config, UserError, all_prompts, append_row,
+                    begin_cache, block_table, closing_table, compare_tokenizers, conversation_of, cut_log, derive,
+                    describe_run, digest, drop_duplicates, explain_bad_chunk, explain_bad_disk, explain_bad_file,
+                    explain_no_config, finish_cache, in_mode, judge, learning_rates, load_raw, make_demo, one_line,
+                    parse_config, plan_batch, plan_blocks, plan_cache, plan_layers, plan_phases, plan_stitches,
+                    read_manifest, read_rows, read_states, refuse, refuse_changes, retell, save_config,
+                    scheduler_kwargs, shapes_result, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -130,6 +132,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
+    elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
+        error = z - finish_logits(target, *teacher_bend)[0]
+        kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
         logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
         if divergence == "forward":
@@ -240,6 +245,16 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 def as_head(head):
     scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
     return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
+
+def hidden_error(ours_ND, theirs_ND, kind, temperature):
+    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
+    if kind == "kl_div":   # the last two terms cancel, but for rounding
+        logp, logq = (torch.log_softmax(x.float() / temperature, -1) for x in (ours_ND, theirs_ND))
+        return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)
+    if kind == "mse":
+        return (ours_ND.float() - theirs_ND.float()).square().mean(-1)
+    ours_ND, theirs_ND = (nn.functional.normalize(x.float(), dim=-1) for x in (ours_ND, theirs_ND))
+    return (ours_ND - theirs_ND).square().sum(-1) / 2   # of unit vectors: 1 - cos
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
@@ -365,6 +380,7 @@ class Batch:
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
     positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
+    real: torch.Tensor        # places of all tokens but padding: where block-wise compares hidden states
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
 
 def collate(rows):
@@ -377,11 +393,12 @@ def collate(rows):
         ids[i, :len(x)] = x
         labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
     positions = (labels.flatten() != -100).nonzero()[:, 0]
+    real = torch.cat([i * width + torch.arange(len(r["input_ids"])) for i, r in enumerate(rows)])
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
     sparse = [r["sparse"] for r in rows if "sparse" in r]
     sparse = SparseTarget(*(send(torch.cat(field)) for field in zip(*sparse))) if sparse else None
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), sparse)
+    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
     """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
@@ -668,25 +685,14 @@ def check_head(root, role, name, tokenizer):
         raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head miss its own logits "
                         f"by {error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
 
-def compare_tokenizers(student, teacher, student_name, teacher_name):
-    """By what they encode, not by size: an id that both use must mean the same token."""
-    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
-    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]]
-    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
-        clash = ["they share a vocabulary but cut text differently"]
-    if clash:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
-                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on Inside roots: FSDP gathers
 # parameters in the forward of the root, so whatever touches weights is a function run inside it.
 
 class Inside(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, stitches=None):
         super().__init__()
-        self.model = model
+        self.model, self.stitches = model, stitches or nn.ModuleDict()   # of block-wise: kept in checkpoints only
 
     def forward(self, work, *args):
         return work(self.model, *args)
@@ -706,16 +712,14 @@ def model_config(name, cfg, role):
         with node_first():
             config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
-            "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
-        raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+        explain_no_config(name, role, e)
     known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     if getattr(config, "is_encoder_decoder", False) or not known:
         raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model")
     return config
 
-def read_model(name, config, cfg, role, dtype):
-    """Rank 0's whole copy on the host, memory-mapped until it is cast."""
+def read_model(name, config, cfg, role, dtype, keep=None):
+    """Rank 0's whole copy on the host, memory-mapped until it is cast; keep: with only those decoder layers."""
     options = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
     try:
         if name.endswith(".json"):
@@ -726,6 +730,9 @@ def read_model(name, config, cfg, role, dtype):
         raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
     if info["missing_keys"]:
         raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it whole?")
+    if keep:
+        path, layers = layers_of(model)
+        model.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
     return model
 
 def layers_of(model):
@@ -736,32 +743,13 @@ def layers_of(model):
             return path, module
     raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
 
-def thin(whole, config, keep):
-    """The kept layers of a model as a model of their own."""
-    path, layers = layers_of(whole)
-    whole.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
-    model = AutoModelForCausalLM.from_config(config, dtype=next(whole.parameters()).dtype)
-    try:
-        model.load_state_dict(whole.state_dict())
-    except RuntimeError:   # dense and sparse layers of a mixture, told apart by their number
-        raise UserError(f"layers:{len(keep)} cannot be cut from {type(whole).__name__}: its layers differ by number")
-    return model
-
 def load_student(cfg):
-    if not cfg.student.startswith("layers:"):
-        config = model_config(cfg.student, cfg, "student")
-        return spread(cfg, config, lambda: read_model(cfg.student, config, cfg, "student", torch.float32))
-    whole, wanted = model_config(cfg.teacher, cfg, "teacher"), cfg.student[7:]
-    depth = whole.num_hidden_layers
-    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
-        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
-    keep = [round(i) for i in torch.linspace(0, depth - 1, int(wanted)).tolist()]
-    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
-    depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    config = type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)})
-    print0(f"student: layers {', '.join(map(str, keep))} of the {depth} of teacher {cfg.teacher}")
-    read = lambda: thin(read_model(cfg.teacher, whole, cfg, "teacher", torch.float32), config, keep)
-    return spread(cfg, config, read)
+    name, role = (cfg.teacher, "teacher") if cfg.student.startswith("layers:") else (cfg.student, "student")
+    whole = model_config(name, cfg, role)
+    config, keep = plan_layers(cfg, whole)
+    if keep:
+        print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {name}")
+    return spread(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep), stitching(cfg, config))
 
 def load_teacher(cfg):
     """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
@@ -769,41 +757,46 @@ def load_teacher(cfg):
     dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
     return spread(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
 
-def spread(cfg, config, read, frozen=None):
+def spread(cfg, config, read, stitches=lambda model: None, frozen=None):
     """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
     compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays gathered, the loss uses its head."""
     dtype, home = compute_dtype(cfg), "cpu" if cfg.cpu_offload else DEVICE
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-    root, source, layers = Inside(model), read() if RANK == 0 else None, layers_of(model)[1]
-    model.train(not frozen).requires_grad_(not frozen)
+        root = Inside(model, stitches(model))
+    source, layers = read() if RANK == 0 else None, layers_of(model)[1]
+    root.train(not frozen).requires_grad_(not frozen)
     if not frozen and cfg.gradient_checkpointing:   # the first name is the newer one
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{type(model).__name__} cannot recompute activations: add --gradient_checkpointing false")
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     for layer in layers if cfg.compile else ():
         layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
         shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
-        shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
-        cast = None if frozen or dtype == torch.float32 else dtype
+        shape = shapes.get(frozen or cfg.fsdp, (WORLD,))
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
-                       mp_policy=MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False))
+                       mp_policy=MixedPrecisionPolicy(frozen or dtype, torch.float32, cast_forward_inputs=False))
         options |= dict(offload_policy=CPUOffloadPolicy()) if cfg.cpu_offload and CUDA else {}
         for layer in layers:
             fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
         fully_shard(root, reshard_after_forward=False, **options)
-    tensors = [*source.named_parameters(), *source.named_buffers()] if source else []
-    fill(model, dict(tensors), home)
+    fill(root, source and Inside(source, stitches(source)), home)
     return root
 
 @torch.no_grad()
-def fill(model, source, device):
+def fill(root, source, device):
     """Rank 0's tensors into everybody's shards, one at a time: no other rank ever holds a whole model."""
-    model.to_empty(device=device)
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
-        model.tie_weights()   # FSDP keeps ties by itself
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        whole = source.pop(name).to(DEVICE, tensor.dtype) if RANK == 0 else \
+    root.to_empty(device=device)
+    if not any(isinstance(p, DTensor) for p in root.parameters()):
+        root.model.tie_weights()   # FSDP keeps ties by itself
+    # a head that block-wise unties begins as the copy of the embeddings that it was
+    there = dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()] if source else ())
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        if source and getattr(there.get(name), "shape", None) != tensor.shape:   # a mixture's dense and sparse layers
+            raise UserError(f"layers:N cannot be cut from {type(root.model).__name__}: its layers differ by number")
+        whole = there.pop(name).to(DEVICE, tensor.dtype) if source else \
             torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
         if isinstance(tensor, DTensor):
             tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
@@ -813,9 +806,6 @@ def fill(model, source, device):
 
 def gathered(tensor):
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
-
-def count(model):
-    return sum(p.numel() for p in model.parameters())
 
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
@@ -835,27 +825,19 @@ def save_model(root, tokenizer, path, dtype):
     all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser: AdamW groups by learning-rate multiplier; one step that clips, unscales and skips without asking the GPU.
+# Optimiser: AdamW groups by learning rate; one step that clips, unscales and skips without asking the GPU.
 
-def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, weight_decay):
-    """The first matching pattern gives the multiplier; 0: no gradient, no state. Norms and biases do not decay."""
-    groups, named = {}, list(named_parameters)
-    for pattern, _ in rules:
-        if not any(pattern.search(name) for name, _ in named):
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches none of the {len(named)} parameters; names "
-                            f"look like {named[len(named) // 2][0]}")
-    for name, p in named:
-        multiplier = next((factor for pattern, factor in rules if pattern.search(name)), default_multiplier)
-        if p.requires_grad_(multiplier > 0).requires_grad:
-            groups.setdefault((multiplier, p.ndim >= 2), []).append(p)
-    if not groups:
-        raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
-    frozen = sum(p.numel() for _, p in named if not p.requires_grad)
-    rates = {m: sum(p.numel() for (m2, _), g in groups.items() if m2 == m for p in g) for m, _ in groups}
-    at = ", ".join(f"{n:,} parameters at {learning_rate * m:g}" for m, n in rates.items())
-    print0(f"trains {at}; {frozen:,} frozen")
-    optimizer = torch.optim.AdamW([dict(params=g, lr=learning_rate * m, weight_decay=weight_decay if decay else 0.0)
-                                   for (m, decay), g in groups.items()], fused=True)
+def make_optimizer(parameters, rates, weight_decay):
+    """rates: {parameter: learning rate}; 0 or none: no gradient, no state. Norms and biases do not decay."""
+    groups, sizes = {}, collections.Counter()
+    for p in parameters:
+        rate = rates.get(p, 0)
+        sizes[rate] += p.numel()
+        if p.requires_grad_(rate > 0).requires_grad:
+            groups.setdefault((rate, p.ndim >= 2), []).append(p)
+    print0(f"{sizes.pop(0, 0):,} frozen; trains", ", ".join(f"{n:,} parameters at {r:g}" for r, n in sizes.items()))
+    optimizer = torch.optim.AdamW([dict(params=g, lr=rate, weight_decay=weight_decay if decay else 0.0)
+                                   for (rate, decay), g in groups.items()], lr=max(sizes), fused=True)
     for p in itertools.chain(*groups.values()):   # from the start: memory is known, a checkpoint has where to load to
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -863,40 +845,37 @@ def make_optimizer(named_parameters, rules, default_multiplier, learning_rate, w
 
 def make_schedule(cfg, optimizer, steps):
     """-> a function that sets every group's rate for a step and returns the largest: nothing to save or replay."""
-    kwargs = {"num_decay_steps": max(1, steps // 5)} if cfg.lr_scheduler == "warmup_stable_decay" else {}
-    kwargs |= scheduler_kwargs(cfg)
     try:
-        schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps, kwargs)
+        schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps,
+                                 scheduler_kwargs(cfg, steps))
         schedule.lr_lambdas[0](steps)
     except (TypeError, ValueError) as e:
         raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
     def set_rates(step):
-        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
-            group["lr"] = base * factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule.lr_lambdas[0](step)   # one for all groups
         return max(g["lr"] for g in optimizer.param_groups)
     return set_rates
 
 def new_health(fp16):
-    """On the device: the fp16 loss scale, good steps since it changed, skipped steps in all, and in a row."""
+    """On the device: the fp16 loss scale, good steps in a row, skipped steps in all, and in a row."""
     start = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
     return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
 
-def optimizer_step(optimizer, max_grad_norm, health, fp16):
-    """Clip, unscale, skip what is not finite: in fused AdamW, which divides by grad_scale and heeds found_inf."""
+def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
+    """Clip (parts: [(parameters, norm)], first), unscale, skip what is not finite: in fused AdamW, by grad_scale."""
+    for part, norm in parts:
+        torch.nn.utils.clip_grad_norm_(part, norm * (health["scale"].item() if fp16 else 1.0))
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(DEVICE) / health["scale"]
+    norm = gathered(torch.nn.utils.get_total_norm(gradients)) / health["scale"]
     optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
     optimizer.found_inf = bad = (~norm.isfinite()).float()
     optimizer.step()
-    optimizer.zero_grad()
     health["skipped"] += bad
     health["streak"].add_(bad).mul_(bad)
-    if fp16:
-        health["good"].add_(1 - bad).mul_(1 - bad)
-        grow = (health["good"] >= 2000).float()
-        health["scale"].mul_((1 + grow) * (1 - bad / 2))
-        health["good"].mul_(1 - grow)
+    health["good"].add_(1 - bad).mul_(1 - bad)
+    if fp16:   # twice the scale after every 2000 good steps, half of it after a bad one
+        health["scale"].mul_((1 + (health["good"] % 2000 == 1999).float()) * (1 - bad / 2))
     return norm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -928,10 +907,10 @@ def lock(folder):
             if made and not os.listdir(folder):
                 os.rmdir(folder)
 
-def tensors_of(root, optimizer, health):
+def tensors_of(root, moments, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
     names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    moments = {f"{key}.{names[p]}": value for p, state in moments.items() for key, value in state.items()}
     weights = {f"model.{n}": p.detach() for p, n in names.items()}
     return weights | moments | {f"health.{k}": v for k, v in health.items()}
 
@@ -980,9 +959,10 @@ def find_checkpoints(cfg):
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
     return found
 
-def load_checkpoint(found, tensors):
+def load_checkpoint(found, tensors_at):
     """Load the first of the found checkpoints that can be read, in place -> its state."""
     for path, state in found:
+        tensors = tensors_at(state["step"])
         try:
             dcp.load(tensors, checkpoint_id=path)
             print0(f"resumes from {path}")
@@ -1002,6 +982,92 @@ def prepare_output(cfg, step):
         save_config(cfg, place("config.json"))
         cut_log(place("log.jsonl"), step)
     all_sum(0)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
+# and head learn the teacher's logits. Hands on stitches for the student's root, and the phases that train begins with.
+
+class Tap:
+    """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
+    def __init__(self, layer, feed):
+        self.layer, self.feed = layer, feed
+
+    def __getattr__(self, name):   # models ask their layers for attention_type and the like
+        return getattr(self.layer, name)
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        before = hidden_states if self.feed is None else self.feed
+        out = self.layer(before, *args, **kwargs)
+        self.kept = before, out[0] if isinstance(out, tuple) else out
+        return out
+
+def around_blocks(model, batch, blocks, feeds):
+    """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
+    path, layers = layers_of(model)
+    parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
+    parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
+    hidden_states(model, batch.input_ids)
+    del parent[name]
+    return {i: taps[i].kept for i in blocks}
+
+def stitching(cfg, config):
+    """Untie the student's head. -> a function that makes the stitches of a model; refuses pairs that do not match."""
+    if not cfg.blockwise:
+        return lambda model: None
+    its, ours = model_config(cfg.teacher, cfg, "teacher"), config.get_text_config()
+    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        config.tie_word_embeddings = ours.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
+
+    def stitches_of(model):
+        torch.manual_seed(cfg.seed)
+        shapes = plan_stitches(cfg, config, its, model.get_output_embeddings().bias is not None)
+        made = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
+        for p in made.parameters():
+            nn.init.zeros_(p) if p.ndim == 1 else (nn.init.eye_ if len(p) == len(p.T) else nn.init.xavier_uniform_)(p)
+        return made
+    return stitches_of
+
+def matching(cfg, student, teacher, blocks):
+    """-> work and signal_of of a Phase that trains these blocks; work also returns the error of each."""
+    pairs, fed = plan_blocks(cfg, student.model.config, teacher.model.config), cfg.block_input == "teacher"
+    pairs = {i: pairs[i] for i in blocks}
+
+    def work(model, batch, states, denominator):
+        dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
+        stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
+        own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
+        errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
+                               cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
+        return sum(errors), *errors[0].new_zeros(2), *errors
+    return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values(), {}))
+
+def final_norm(model):
+    """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
+    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
+    return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
+
+@torch.no_grad()
+def initialize_head(student, teacher):
+    """The teacher's norm and head at equal width; else what they make of stitched states, folded into the student's."""
+    def parts(model):   # what a norm multiplies by and adds shows on states of size 1, whatever its weight means
+        head, norm = head_of(model), final_norm(model)
+        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
+        plus, minus = norm(probe).float(), norm(-probe).float()
+        return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
+    (weight, bias, scale, gain, shift), (*_, own_scale, own_gain, own_shift) = teacher(parts), student(parts)
+    student.release()
+    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    if len(gain) != len(own_gain):
+        stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
+        shift = shift if stitch.bias is None else shift + gain * gathered(stitch.bias)
+        bias, weight, shift = bias + weight @ shift, weight * gain @ gathered(stitch.weight), own_shift
+        gain = len(gain) ** 0.5 / gathered(stitch.weight).norm()   # the student's norm undoes the stitch's scale
+    put = lambda p, x: p.to_local().copy_(distribute_tensor(x.to(p.dtype), p.device_mesh, p.placements).to_local())
+    for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
+        put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
+    for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
+        put(p, gathered(p) + more)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # API data: a model behind an API, or one of our own, answers the prompts of config.py; its filters judge the replies.
@@ -1126,20 +1192,24 @@ def generate(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: every token of held-out rows counts once, whatever the number of ranks. The report's words: config.py.
 
-@torch.no_grad()
 def evaluate(root, work, signal_of, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    was_training, sums = root.training, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    loss, ce, kl = means(root, work, signal_of, rows, batch_size, "labels")
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+
+@torch.no_grad()
+def means(root, work, signal_of, rows, batch_size, over):
+    """What work returns, as means over the labels or the real tokens of rows."""
+    was_training, sums = root.training, 0
     root.eval()
     for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
         batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        sums[:3] += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
-        sums[3] += len(batch.labels)
+        found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
+        sums += torch.cat([found, found.new_tensor([len(getattr(batch, over))])])
     root.train(was_training)
     root.release()
     *sums, tokens = all_sum(*sums.tolist())
-    loss, ce, kl = (x / max(tokens, 1) for x in sums)
-    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
+    return [x / max(tokens, 1) for x in sums]
 
 def load_evaluated(cfg, name):
     """A model, or checkpoints/step-... of a run in progress."""
@@ -1241,7 +1311,7 @@ def report(cfg):
         tables[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
         batch = collate([told[i % len(told)] for i in range(cfg.batch_size)])
         models[label] = dict(
-            name=name, parameters=count(root.model), disk=count(root.model) * compute_dtype(cfg).itemsize,
+            name=name, parameters=(size := root.model.num_parameters()), disk=size * compute_dtype(cfg).itemsize,
             judged=judge is not None, layers=[] if judge in (None, root) else layer_errors(root, judge, few),
             bins=bins.tolist(), **try_out(root, own, batch.input_ids, prompts, cfg.seed, before))
         del root
@@ -1279,14 +1349,12 @@ def draw(path, models):
 @contextlib.contextmanager
 def stop_signals():
     """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields the list of askings."""
-    asked = []
+    asked, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
 
-    def ask(number, frame):
-        echo = "TORCHELASTIC_RUN_ID" in os.environ and asked and time.time() - asked[-1] < 2
-        if asked and not echo:   # torchrun repeats what the terminal has sent to everybody already
+    def ask(number, frame):   # torchrun repeats what the terminal has sent to everybody already
+        if asked and not (under_torchrun and time.time() - asked[-1] < 2):
             raise KeyboardInterrupt
         asked.append(time.time())
-
     before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
@@ -1295,55 +1363,20 @@ def stop_signals():
             signal.signal(s, handler)
 
 def start_wandb(cfg, run_id):
-    """A run to log to, or one that swallows everything: nothing ever waits at a prompt."""
-    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None, id=run_id)
-    mode = os.environ.get("WANDB_MODE", "online")
-    if RANK != 0 or not cfg.use_wandb or mode == "disabled":
-        return silent
+    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
+    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
+    mode, run = os.environ.get("WANDB_MODE", "online"), None
     try:
-        import wandb
-        if mode == "online" and not wandb.api.api_key:
-            raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
-        return wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
-                          resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
-                          settings=wandb.Settings(console="off", silent=True))
+        if RANK == 0 and cfg.use_wandb and mode != "disabled":
+            import wandb
+            if mode == "online" and not wandb.api.api_key:
+                raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
+            run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
+                             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
+                             settings=wandb.Settings(console="off", silent=True))
     except Exception as e:
         print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
-        return silent
-
-def plan_batch(cfg, state):
-    """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
-    size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
-    wanted = state["global_batch"] if state else size * micro * WORLD
-    if wanted != size * micro * WORLD:
-        if [size, micro] != state["batch"] or WORLD == state["world"]:
-            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
-                            f"x {WORLD} ranks; keep the product, or start over with --resume never or elsewhere")
-        size = min(size, -(-wanted // WORLD))
-        micro = -(-wanted // (WORLD * size))
-        print0(f"a run of {state['world']} ranks goes on with {WORLD}: {size} x {micro} keep {wanted} sequences a step")
-    return size, micro, wanted
-
-def local_numbers(root):
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in root.parameters()) if root else 0
-
-def memory_plan(cfg, student, teacher, batch_size):
-    """Bytes a device by what they are for, said before the first step: running out happens in the middle of one."""
-    config, size = student.model.config.get_text_config(), compute_dtype(cfg).itemsize
-    mine, trained = local_numbers(student), sum(p.to_local().numel() for p in student.parameters() if p.requires_grad)
-    tokens, depth, width = batch_size * cfg.seq_len, config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    layer, whole = tokens * (10 * width + 3 * inner) * size, count(student.model) * size   # one layer's activations
-    heads = sum(root.model.get_output_embeddings().weight.shape[0] * root.model.config.get_text_config().hidden_size
-                for root in (student, teacher) if root)
-    gathered = whole if cfg.fsdp in ("no_shard", "shard_grad_op") else min(whole, heads * size + 2 * whole // depth)
-    return {"weights": 4 * mine, "gradients": 4 * trained, "optimiser": 8 * trained, "gathered": gathered,
-            "activations": tokens * width * size * depth + layer if cfg.gradient_checkpointing else layer * depth,
-            "teacher": local_numbers(teacher) * size,
-            "loss": min(2 * LOGITS_BUDGET, 16 * tokens * config.vocab_size) + 4 * heads}
-
-MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
-                 "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+    return run or silent
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
@@ -1360,6 +1393,26 @@ def load_all(run, cached=None):
         if its is not None:
             compare_tokenizers(tokenizer, its, run.tokenizer or run.student, run.teacher)
     return tokenizer, rows, held, student, teacher
+
+def make_phases(cfg, student, teacher, steps_per_epoch):
+    """-> [Phase, ...] as planned, with a rate for each parameter and the functions that compute its loss."""
+    model, part = student.model, {}
+    (path, layers), inner = layers_of(model), model.get_input_embeddings().weight
+    outer = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    if cfg.blockwise and inner in outer and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
+                        "--initialize_head_from_teacher false")
+    for name, p in student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        part[p] = int(block[1]) if block else "head" if p in outer - {inner} else "embeddings"
+    phases = plan_phases(cfg, len(layers), steps_per_epoch)
+    for x in phases:
+        x.rates = {p: x.rates[k] for p, k in part.items() if k in x.rates} if x.rates else \
+            learning_rates(cfg, model.named_parameters(remove_duplicate=False))   # plain distillation names no parts
+        x.block_norms = [([p for p in part if part[p] == i], norm) for i, norm in x.block_norms.items()]
+        x.work, x.signal_of = matching(cfg, student, teacher, x.blocks) if x.blocks else (
+            functools.partial(distil, **x.objective), teacher_signal(teacher if x.objective["alpha"] < 1 else None))
+    return phases
 
 def train(cfg):
     """-> True when the run is done, False when a signal stopped it."""
@@ -1378,18 +1431,15 @@ def train(cfg):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
     tokenizer, rows, held, student, teacher = load_all(run, cached)
-    batch_size, micro_steps, global_batch = plan_batch(cfg, state)
-    if cfg.streaming and not cfg.max_steps:
-        raise UserError("a stream has no length: give --max_steps")
+    batch_size, micro_steps, global_batch = batch_plan = plan_batch(cfg, state, WORLD)
     steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
-    objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
-    work = functools.partial(distil, **objective)
+    work = functools.partial(distil, alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
     signal_of, fp16 = teacher_signal(teacher), compute_dtype(cfg) == torch.float16
-    steps = cfg.max_steps or max(1, math.ceil(cfg.num_epochs * steps_per_epoch))
-    optimizer = make_optimizer(student.model.named_parameters(), parse_multipliers(cfg.lr_multipliers),
-                               cfg.default_lr_multiplier, cfg.learning_rate, cfg.weight_decay)
-    set_rates, health = make_schedule(cfg, optimizer, steps), new_health(fp16)
-    step, best, before, position, tokens_seen, now, problem, saved_at = 0, math.inf, None, None, 0, None, None, None
+    phases = make_phases(cfg, student, teacher, steps_per_epoch)
+    ends = list(itertools.accumulate(p.steps for p in phases))
+    steps, health, step, best, before, position, tokens_seen = ends[-1], new_health(fp16), 0, math.inf, None, None, 0
+    phase = end = optimizer = set_rates = now = problem = saved_at = None
+    blocks_end = sum(p.steps for p in phases if p.over == "real")
 
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
@@ -1397,58 +1447,77 @@ def train(cfg):
     def log(**entry):
         if RANK == 0:
             with open(place("log.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
+                f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")   # no NaN
             wandb_run.log(entry, step=step)
 
+    def begin(step):
+        """The phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
+        nonlocal phase, end, optimizer, set_rates
+        phase, end = next((p, e) for p, e in zip(phases, ends) if step < e or e == steps)
+        print0(f"{phase.name}: {phase.steps} steps")
+        optimizer = make_optimizer(student.parameters(), phase.rates, phase.weight_decay)
+        set_rates = make_schedule(cfg, optimizer, phase.steps)
+        # where it begins, the moments that were saved are of the phase before
+        return tensors_of(student, {} if step == end - phase.steps else optimizer.state, health)
+
+    def measure_blocks():
+        pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
+        errors = means(student, *matching(cfg, student, teacher, pairs), held, batch_size, "real")[3:]
+        before["blocks"] = before.get("blocks", []) + [errors]
+        before["table"] = block_table(pairs, before["blocks"], cfg.distill_loss_type)
+        print0(before["table"])
+        log(**{f"block/{i}/loss": x for i, x in enumerate(errors)}, **{"block/step": step})
+
     def save():
-        return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer, health), dict(
+        return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer.state, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
             world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
-            wandb=wandb_run.id,
-            length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
+            wandb=wandb_run.id, length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
 
-    whose = f"teacher {run.teacher}: {count(teacher.model):,}" if teacher else f"teacher: cache {cfg.cache_dir}"
-    whose = whose if cfg.alpha < 1 else "no teacher (alpha 1)"
-    print0(f"student {run.student}: {count(student.model):,} parameters; {whose}")
-    print0(f"{WORLD} x {DEVICE.type}, {str(compute_dtype(cfg))[6:]}; {global_batch} sequences a step ({batch_size} x "
-           f"{micro_steps} x {WORLD}) of {'a stream' if cfg.streaming else f'{len(rows):,}'}, {steps} steps; "
-           f"{len(held)} held out; all goes to {cfg.output_dir}")
-    memory = memory_plan(cfg, student, teacher, batch_size)
-    need, parts = sum(memory.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items())
     free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print0(f"memory a device, estimated: {need / 1e9:.2f} GB ({parts}), {free / 1e9:.1f} free"
-           + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
-    with stop_signals() as asked:
+    print0(describe_run(cfg, run, [r.model for r in (student, teacher) if r], phases, batch_plan, rows, held,
+                        device=DEVICE.type, dtype=str(compute_dtype(cfg))[6:], world=WORLD, local_world=LOCAL_WORLD,
+                        logits_bytes=LOGITS_BUDGET, free=free))
+    with stop_signals() as asked, contextlib.ExitStack() as stack:
         if state:
-            state = load_checkpoint(found, tensors_of(student, optimizer, health))
+            state = load_checkpoint(found, begin)
             saved_at = step = state["step"]
             best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
+        else:
+            begin(step)
         prepare_output(cfg, step)
         wandb_run = start_wandb(cfg, state and state["wandb"])
-        before = before or evaluate(student, work, signal_of, held, batch_size)
+        stack.push(lambda kind, *_: wandb_run.finish(exit_code=int(kind is not None)))
+        if before is None:
+            before = evaluate(student, work, signal_of, held, batch_size)
+            if cfg.blockwise:
+                measure_blocks()
         if cfg.streaming:
             how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
             batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
         else:
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-        bar = tqdm(total=steps, initial=step, disable=RANK != 0, dynamic_ncols=True, mininterval=0.5, desc="distil")
+        stack.enter_context(contextlib.closing(batches))
+        bar = stack.enter_context(tqdm(total=steps, initial=step, disable=RANK > 0, dynamic_ncols=True, mininterval=.5))
         since, since_tokens = time.time(), 0
         while step < steps:
+            if step == end:
+                begin(step)
             micro, position = next(batches)
-            tokens, stopping = all_sum(sum(len(b.labels) for b in micro), len(asked))   # all ranks agree
+            tokens, stopping = all_sum(sum(len(getattr(b, phase.over)) for b in micro), len(asked))   # all ranks agree
             if stopping:
                 break
             torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
-            rate, sums, grad_norm = set_rates(step), torch.zeros(3, device=DEVICE), torch.zeros(())
+            rate, sums, grad_norm = set_rates(step - end + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
             for i, batch in enumerate(micro):
                 student.set_requires_gradient_sync(i == len(micro) - 1)
-                loss, ce, kl = student(work, batch, signal_of(batch), max(tokens, 1))
+                loss, ce, kl, *_ = student(phase.work, batch, phase.signal_of(batch), max(tokens, 1))
                 # FSDP averages over ranks, we over tokens; a loss that is not finite takes its gradient along
                 (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
                 sums += torch.stack([loss.detach(), ce, kl])
             if tokens:
-                grad_norm = optimizer_step(optimizer, cfg.max_grad_norm, health, fp16)
+                grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16, phase.block_norms)
             else:
                 print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
             optimizer.zero_grad()
@@ -1456,19 +1525,22 @@ def train(cfg):
             bar.update()
             if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
                 save()
-                bar.close()
                 raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; its "
                                 "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
-            if step % cfg.log_steps == 0 or step == steps:
+            if step % cfg.log_steps == 0 or step == end:
                 loss, ce, kl = all_sum(*sums.tolist())
                 speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
                 skipped = int(health["skipped"].item())
                 log(**{"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
                        "train/grad_norm": grad_norm.item(), "train/epoch": epoch(), "train/step": step,
                        "train/tokens_per_second": speed, "train/skipped_steps": skipped})
-                bar.set_postfix_str(f"loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} {speed:,.0f} tok/s"
-                                    + (f" skipped {skipped}" if skipped else ""))
-            if cfg.eval_steps and step % cfg.eval_steps == 0 or step == steps:
+                bar.set_postfix_str(f"{phase.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
+                                    f"{speed:,.0f} tok/s" + (f" skipped {skipped}" if skipped else ""))
+            if step == blocks_end:
+                measure_blocks()
+                if cfg.initialize_head_from_teacher:
+                    initialize_head(student, teacher)
+            if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.over == "labels" or step == steps:
                 now = evaluate(student, work, signal_of, held, batch_size)
                 best = min(best, now["loss"])
                 log(**{f"eval/{k}": v for k, v in dict(now, min_loss=best, epoch=epoch(), step=step).items()})
@@ -1477,34 +1549,28 @@ def train(cfg):
                 problem, saved_at = save(), step
         if step < steps and saved_at != step:
             problem = save()
-        bar.close()
-        batches.close()
     if step < steps:
         print0(f"stopped at step {step} of {steps}" + ("" if problem else ", saved; the same command continues"))
     elif not problem:
         now = now or evaluate(student, work, signal_of, held, batch_size)
         problem = finish(cfg, run, student, teacher, tokenizer, held, before, now, begun)
-    wandb_run.finish()
     if problem:
         raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then run it again")
     return step >= steps
 
 def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
     """final/, the closing table and a sample. -> None, or what went wrong while saving."""
-    final, problem, size = os.path.join(cfg.output_dir, "final"), None, count(student.model)
+    final, problem, size = os.path.join(cfg.output_dir, "final"), None, student.model.num_parameters()
     lines = [("student before", before, size), ("student after", after, size)]
     if teacher is not None:
         alone = functools.partial(distil, alpha=1.0, temperature=1.0, divergence="forward")
         its = evaluate(teacher, alone, teacher_signal(None), held, cfg.batch_size)
-        lines = [("teacher", its, count(teacher.model)), *lines]
+        lines = [("teacher", its, teacher.model.num_parameters()), *lines]
     try:
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
         problem = one_line(e)
-    print0(f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}")
-    for name, x, size in lines:
-        kl = "-" if cfg.alpha == 1 else f"{x['kl_loss']:.4f}"
-        print0(f"{name:<15}{x['perplexity']:>12.2f}{kl:>15}{size:>15,}")
+    print0(closing_table(lines, cfg.alpha, before.get("table")))   # of the blocks
     if RANK == 0 and not problem:
         model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
         start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
