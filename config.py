@@ -2,13 +2,16 @@
 
     cfg = parse_config(sys.argv[1:])     # defaults < demo defaults < --config FILE < command line
 
-Below it what a run reads besides knobs: the demo's files and words that explain bad input. No torch in here.
+Below the knobs is what else needs no torch, a part a room of simple_distill.py: the cache's manifest, the demo's files,
+the prompts and filters of mode generate, dataset formats, the plans and tables of a run, the report's words and figures.
 """
 import ast
 import collections
 import contextlib
 import dataclasses
 import difflib
+import fcntl
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -19,8 +22,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import sysconfig
 import textwrap
+import time
 import types
 import warnings
 import zlib
@@ -30,6 +35,7 @@ from typing import Any, Literal, Optional
 import datasets
 import numpy as np
 import transformers
+from tqdm import tqdm
 from transformers import HfArgumentParser, SchedulerType
 
 
@@ -730,9 +736,30 @@ def stdlib_sources():
                 yield os.path.relpath(os.path.join(folder, file), root), f.read()
 
 
-def make_demo(path):
+def plan_demo(cfg):
+    """-> cfg with the files that each `demo` stands for, and the run that has to make its teacher first, or None."""
+    path, training = functools.partial(os.path.join, cfg.output_dir, "demo"), cfg.mode == "train"
+    online = cfg.alpha < 1 and not cfg.cache_dir
+    places, teacher_run = {}, None
+    if cfg.dataset == "demo" and not (training and cfg.cache_dir):   # there the cache is the dataset
+        places["dataset"] = path("corpus")
+    if cfg.student == "demo":
+        places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
+    if cfg.teacher == "demo" and (not training or online or cfg.student.startswith("layers:")):
+        places["teacher"] = path("teacher", "final")
+        if not os.path.exists(places["teacher"]):
+            teacher_run = Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), use_wandb=False,
+                                 tokenizer=path("tokenizer"), output_dir=path("teacher"), dtype=cfg.dtype,
+                                 log_steps=cfg.log_steps, **DEMO_TEACHER_RUN)
+    return dataclasses.replace(cfg, **places) if places else cfg, teacher_run
+
+
+def make_demo(output_dir):
     """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
     from tokenizers import ByteLevelBPETokenizer
+    path = functools.partial(os.path.join, output_dir, "demo")
+    if os.path.exists(path("student", "config.json")):   # what is written last
+        return
     os.makedirs(path("corpus"), exist_ok=True)
     parts = {"train": [], "validation": []}
     for name, text in stdlib_sources():
@@ -882,10 +909,20 @@ def drop_duplicates(train, rejected, order):
     return {name: fates.count(name) for name in names}
 
 
+def close_files(train, rejected, summary, order, spent, tokens, ended):
+    """Duplicates go, the summary is written -> the table of what became of each prompt."""
+    fates = drop_duplicates(train, rejected, order)
+    save_config({"spent_usd": spent, "tokens_this_time": tokens, "ended": str(ended), **fates}, summary)
+    share = (f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items())
+    return "\n".join([*share, f"{tokens:,} tokens, {spent:.4f} USD; {ended}; --dataset {train} trains on it"])
+
+
 # ----- datasets as people have them: files, hub names, saved folders; columns of text or of conversations
 
 CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
+                  "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 
 def load_raw(cfg, split, streaming):
@@ -910,6 +947,48 @@ def load_raw(cfg, split, streaming):
         explain_bad_file(name)
         tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
         raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
+
+
+def render(messages, tokenizer, marks):
+    """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
+    when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False,
+                              chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
+    text, spans = write(messages), []
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant" and m.get("content"):
+            other = write([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
+            start = len(os.path.commonprefix([text, other]))
+            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
+            spans.append((start, text.index(mark, end) + len(mark)))
+    return text, spans
+
+
+def load_splits(cfg):
+    """-> raw rows of train (or a stream), those of eval. Without an eval split evenly spaced rows of train are held
+    out; None where train is a single row: one long document."""
+    raw = load_raw(cfg, cfg.train_split, cfg.streaming)
+    held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
+    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
+        if found is None and split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
+                            "hold out a slice of train")
+    row = next(iter(raw.take(1)), None)   # a look at the stream itself would move it
+    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
+        raise UserError(f"dataset {cfg.dataset!r} has " + (
+            "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
+            f"it has {', '.join(row)}: name one with --text_column"))
+    if cfg.max_samples:
+        raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
+    if held is None and cfg.streaming:   # the head of the stream is kept back
+        held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
+        raw = raw.skip(len(held))
+    elif held is None and len(raw) > 1:
+        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
+        kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
+        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
+    return raw, held
 
 
 def conversation_of(row):
@@ -1003,7 +1082,29 @@ def derive(models, tables, sizes, seed):
         m["student_against_it"] = dict(difference=gap, interval=[low, high], verdict=verdict)
 
 
-def write_report(folder, setting, models, prompts, draw):
+def draw_report(path, models):
+    """Four panels; shades, lines and markers tell models apart in grey too."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for i, (label, m) in enumerate(models.items()):
+        color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
+        for panel, key, line in CURVES:
+            if points := m["curves"].get(key):
+                panels[panel].plot(*zip(*points), line.format(mark), color=color, markersize=5, label=f"{label}: {key}")
+        around = [[abs(x - m["bits"])] for x in m["bits_95"]]
+        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
+        panels[2].errorbar(size, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
+    panels[3].plot([0, 1], [0, 1], color="0.85", zorder=0)
+    for panel, words in zip(panels, PANELS):
+        panel.set(**words)
+        panel.get_legend_handles_labels()[0] and panel.legend(fontsize=8, frameon=False)
+    panels[2].set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
+    panels[2].minorticks_off(), panels[2].margins(0.25), panels[1].xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=130)
+
+
+def write_report(folder, setting, models, prompts):
     """report.json, report.png and report.md -> the beginning of the last"""
     lines = [f"# {models['student']['name']}: the report", ""]
     show = lambda x: "-" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"
@@ -1024,7 +1125,7 @@ def write_report(folder, setting, models, prompts, draw):
     lines += table(["", *models], *cells)
     lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
     try:
-        draw(os.path.join(folder, "report.png"), models)
+        draw_report(os.path.join(folder, "report.png"), models)
         lines += ["![training, layers, quality against size, reliability](report.png)", ""]
     except ImportError:
         lines += ["No report.png: pip install matplotlib", ""]
@@ -1041,7 +1142,28 @@ def write_report(folder, setting, models, prompts, draw):
     return start
 
 
-# ----- what an earlier run left behind
+# ----- what an earlier run left behind, or another one is at work on
+
+def take_lock(folder):
+    """-> what is wrong with the folder or None, and what gives it back: a folder that was made for nothing goes."""
+    made, problem, handle = not os.path.isdir(folder), None, None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable"
+    except BlockingIOError:
+        problem = f"another run is at work in {folder!r}"
+    except OSError as e:
+        problem = f"cannot use {folder!r} as a directory ({e.strerror})"
+
+    def release():
+        if handle is not None:
+            os.close(handle)
+            if made and not os.listdir(folder):
+                os.rmdir(folder)
+    return problem, release
+
 
 def read_states(paths, say):
     """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others are named."""
@@ -1065,3 +1187,40 @@ def cut_log(path, step):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in kept)
     os.replace(f.name, path)
+
+
+# ----- the world outside: signals, Weights & Biases
+
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields the list of askings."""
+    asked, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
+
+    def ask(number, frame):   # torchrun repeats what the terminal has sent to everybody already
+        if asked and not (under_torchrun and time.time() - asked[-1] < 2):
+            raise KeyboardInterrupt
+        asked.append(time.time())
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def start_wandb(cfg, run_id, rank, say):
+    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
+    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
+    mode, run = os.environ.get("WANDB_MODE", "online"), None
+    try:
+        if rank == 0 and cfg.use_wandb and mode != "disabled":
+            import wandb
+            if mode == "online" and not wandb.api.api_key:
+                raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
+            run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
+                             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
+                             settings=wandb.Settings(console="off", silent=True))
+    except Exception as e:
+        say(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
+    return run or silent

@@ -5,15 +5,18 @@
     python simple_distill.py --teacher T --student S --dataset D                 # online distillation
     python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C  # run the teacher once ...
     python simple_distill.py --student S --cache_dir C                           # ... and train from disk
-    python simple_distill.py --mode eval --student out/final --teacher T         # what was lost, what was gained
+    python simple_distill.py --teacher T --student S --dataset D --blockwise     # block by block, then the head
+    python simple_distill.py --mode generate --api_model M                       # a dataset from an API teacher
+    python simple_distill.py --mode eval --student out/final --teacher T --dataset D --compare OTHER
     ./launch.sh ...                                                              # the same on many devices
 
 Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
-block-wise, API data, evaluation, train, main. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
+block-wise, API data, evaluation, train, main. What needs no torch (flags and their checks, file formats, plans in
+numbers, words and tables) is config.py's. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
 import asyncio, collections, contextlib, dataclasses, datetime, fcntl, functools, glob, importlib, itertools, json, math
-import os, re, resource, shutil, signal, sys, time, types, zlib
+import os, re, resource, shutil, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
@@ -27,13 +30,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (CURVES, DEMO_TEACHER_RUN, MEMORY_ADVICE, PANELS, Config, UserError, all_prompts, append_row,
-                    begin_cache, block_table, closing_table, compare_tokenizers, conversation_of, cut_log, derive,
-                    describe_run, digest, drop_duplicates, explain_bad_chunk, explain_bad_disk, explain_bad_file,
-                    explain_no_config, finish_cache, in_mode, judge, learning_rates, load_raw, make_demo, one_line,
-                    parse_config, plan_batch, plan_blocks, plan_cache, plan_layers, plan_phases, plan_stitches,
-                    read_manifest, read_rows, read_states, refuse, refuse_changes, retell, save_config,
-                    scheduler_kwargs, shapes_result, usd, write_report)
+from config import (MEMORY_ADVICE, Config, UserError, all_prompts, append_row, begin_cache, block_table, close_files,
+                    closing_table, compare_tokenizers, conversation_of, cut_log, derive, describe_run, digest,
+                    explain_bad_chunk, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
+                    judge, learning_rates, load_splits, make_demo, one_line, parse_config, plan_batch, plan_blocks,
+                    plan_cache, plan_demo, plan_layers, plan_phases, plan_stitches, read_manifest, read_rows,
+                    read_states, refuse, refuse_changes, render, retell, save_config, scheduler_kwargs, shapes_result,
+                    start_wandb, stop_signals, take_lock, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -65,9 +68,11 @@ def node_first():
     """The first rank of each node goes ahead (downloads, dataset caches), the others find its work done."""
     if LOCAL_RANK > 0:
         all_sum(0)
-    yield
-    if LOCAL_RANK == 0:
-        all_sum(0)
+    try:
+        yield
+    finally:   # also after an error, which the others then meet themselves
+        if LOCAL_RANK == 0:
+            all_sum(0)
 
 def all_sum(*values):
     """Sum Python numbers over ranks on the host."""
@@ -159,7 +164,6 @@ def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
     """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
     eager = functools.partial(chunk_terms, **terms)
     run = eager if vocab < 16384 else torch.compile(eager, dynamic=True)
-
     def kernel(*args):
         nonlocal run
         try:
@@ -260,9 +264,6 @@ def hidden_error(ours_ND, theirs_ND, kind, temperature):
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
 # number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
 
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
-                  "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
-
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
     has_one = lambda name: not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
@@ -272,21 +273,6 @@ def load_tokenizer(cfg, *candidates):
     except Exception as e:
         raise UserError(f"{name!r} has no tokenizer that can be read ({one_line(e, 80)}); is the name right? "
                         "--tokenizer names another")
-
-def render(messages, tokenizer, marks):
-    """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
-    when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=False,
-                              chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    text, spans = write(messages), []
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant" and m.get("content"):
-            other = write([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
-            start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
-            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
-            spans.append((start, text.index(mark, end) + len(mark)))
-    return text, spans
 
 def rows_of(columns):
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -339,30 +325,11 @@ def tokenize(raw, tokenizer, cfg, what):
     return rows.with_format("numpy")
 
 def load_data(cfg, tokenizer):
-    """-> (train rows or raw stream, eval rows). Without an eval split, evenly spaced raw rows of train are held out."""
+    """-> (train rows or raw stream, eval rows)."""
     if tokenizer is None:
         raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; use --tokenizer")
     with node_first():
-        raw = load_raw(cfg, cfg.train_split, cfg.streaming)
-        held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
-    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
-        if found is None and split != Config.eval_split:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
-                            "hold out a slice of train")
-    row = next(iter(raw.take(1)), None)   # a look at the stream itself would move it
-    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
-        raise UserError(f"dataset {cfg.dataset!r} has " + (
-            "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
-            f"it has {', '.join(row)}: name one with --text_column"))
-    if cfg.max_samples:
-        raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
-    if held is None and cfg.streaming:   # the head of the stream is kept back
-        held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
-        raw = raw.skip(len(held))
-    elif held is None and len(raw) > 1:
-        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-        kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
-        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
+        raw, held = load_splits(cfg)
     rows = raw if cfg.streaming or cfg.mode == "eval" and held is not None else tokenize(raw, tokenizer, cfg, "train")
     if held is not None:
         held = tokenize(held, tokenizer, cfg, "eval")
@@ -454,32 +421,19 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
 
 def resolve_demo(cfg):
     """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
-    online = cfg.alpha < 1 and not cfg.cache_dir
-    asks = cfg.teacher == "demo" and (cfg.mode != "train" or online or cfg.student.startswith("layers:"))
-    data = cfg.dataset == "demo" and not (cfg.mode == "train" and cfg.cache_dir)   # there the cache is the dataset
-    if not (asks or data or cfg.student == "demo"):
-        return cfg
-    path = functools.partial(os.path.join, cfg.output_dir, "demo")
-    if RANK == 0 and not os.path.exists(path("student", "config.json")):   # the last thing that make_demo writes
-        make_demo(path)
+    run, teacher_run = plan_demo(cfg)
+    if run is not cfg and RANK == 0:
+        make_demo(cfg.output_dir)
     all_sum(0)
-    places = {"dataset": path("corpus")} if data else {}
-    if cfg.student == "demo":
-        places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
-    if asks:
-        places["teacher"] = path("teacher", "final")
-        if not os.path.exists(places["teacher"]):
-            print0(f"demo: first the teacher, {DEMO_TEACHER_RUN['max_steps']} steps, kept in {path('teacher')}")
-            if not train(Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), use_wandb=False,
-                                tokenizer=path("tokenizer"), output_dir=path("teacher"), dtype=cfg.dtype,
-                                log_steps=cfg.log_steps, **DEMO_TEACHER_RUN)):
-                return None
-    return dataclasses.replace(cfg, **places)
+    if teacher_run is not None:
+        print0(f"demo: first the teacher, {teacher_run.max_steps} steps, kept in {teacher_run.output_dir}")
+        if not train(teacher_run):
+            return None
+    return run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number
 # of workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
-# ---------------------------------------------------------------------------------------------------------------------
 
 def pack(*fields):
     """(values, bits), ... -> bytes, each value in its bits: Arrow's 8, 16 and 32 are a third more."""
@@ -885,27 +839,14 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
 @contextlib.contextmanager
 def lock(folder):
     """One run a directory; the kernel drops the lock with its process. One made for a refused run goes again."""
-    made, problem, handle = not os.path.isdir(folder), None, None
-    try:
-        if RANK == 0:
-            os.makedirs(folder, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable"
-    except BlockingIOError:
-        problem = f"another run is at work in {folder!r}"
-    except OSError as e:
-        problem = f"cannot use {folder!r} as a directory ({e.strerror})"
+    problem, release = take_lock(folder) if RANK == 0 else (None, lambda: None)
     problem = from_rank0(problem)
     try:
         if problem:
             raise UserError(f"{problem}; choose another --output_dir")
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
-            if made and not os.listdir(folder):
-                os.rmdir(folder)
+        release()
 
 def tensors_of(root, moments, health):
     """Everything with a shape, flat by name: the same call names what to save and where to load to."""
@@ -1018,7 +959,6 @@ def stitching(cfg, config):
     if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
         config.tie_word_embeddings = ours.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
-
     def stitches_of(model):
         torch.manual_seed(cfg.seed)
         shapes = plan_stitches(cfg, config, its, model.get_output_embeddings().bias is not None)
@@ -1032,7 +972,6 @@ def matching(cfg, student, teacher, blocks):
     """-> work and signal_of of a Phase that trains these blocks; work also returns the error of each."""
     pairs, fed = plan_blocks(cfg, student.model.config, teacher.model.config), cfg.block_input == "teacher"
     pairs = {i: pairs[i] for i in blocks}
-
     def work(model, batch, states, denominator):
         dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
         stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
@@ -1161,7 +1100,6 @@ def generate(cfg):
             run.spent, job.held, more = run.spent + more, job.held + more, 0
             save_config({"spent_usd": run.spent}, summary)
         return more <= 0
-
     def settle(job, said, end, *usage):
         known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
         cost = (job.tries - known) * job.worst + (usd(cfg, *usage) if known else 0)   # usage lost: the worst case
@@ -1182,10 +1120,7 @@ def generate(cfg):
     with stop_signals() as run.stop, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5) as bar:
         asyncio.run(ask_all(run, make(cfg, run), batches, settle))
     ended = next(("stopped by a signal" if isinstance(x, float) else x for x in run.stop), "all is answered")
-    fates = drop_duplicates(train, rejected, list(jobs))
-    save_config({"spent_usd": run.spent, "tokens_this_time": run.tokens, "ended": str(ended), **fates}, summary)
-    print0("\n".join(f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items()))
-    print0(f"{run.tokens:,} tokens, {run.spent:.4f} USD; {ended}; --dataset {train} trains on it")
+    print0(close_files(train, rejected, summary, list(jobs), run.spent, run.tokens, ended))
     if isinstance(ended, UserError):
         raise ended
 
@@ -1219,7 +1154,7 @@ def load_evaluated(cfg, name):
     made, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
     made |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=made.pop("cache"))   # from a cache: no teacher needed
     root = load_student(resolve_demo(Config(**made))).eval()
-    load_checkpoint(found, {f"model.{n}": p.detach() for n, p in root.named_parameters()})
+    load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
     return root
 
 @torch.no_grad()
@@ -1320,63 +1255,10 @@ def report(cfg):
         setting = dict(dataset=run.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD, device=DEVICE.type,
                        dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape])
         derive(models, {label: table.numpy() for label, table in tables.items()}, np.array(sizes), cfg.seed)
-        print0(write_report(cfg.output_dir, setting, models, prompts * cfg.generate_comparisons, draw))
-
-def draw(path, models):
-    """Four panels; shades, lines and markers tell models apart in grey too."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2).flatten()
-    for i, (label, m) in enumerate(models.items()):
-        color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
-        for panel, key, line in CURVES:
-            if points := m["curves"].get(key):
-                panels[panel].plot(*zip(*points), line.format(mark), color=color, markersize=5, label=f"{label}: {key}")
-        around = [[abs(x - m["bits"])] for x in m["bits_95"]]
-        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
-        panels[2].errorbar(size, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
-    panels[3].plot([0, 1], [0, 1], color="0.85", zorder=0)
-    for panel, words in zip(panels, PANELS):
-        panel.set(**words)
-        panel.get_legend_handles_labels()[0] and panel.legend(fontsize=8, frameon=False)
-    panels[2].set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
-    panels[2].minorticks_off(), panels[2].margins(0.25), panels[1].xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=130)
+        print0(write_report(cfg.output_dir, setting, models, prompts * cfg.generate_comparisons))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
-
-@contextlib.contextmanager
-def stop_signals():
-    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields the list of askings."""
-    asked, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
-
-    def ask(number, frame):   # torchrun repeats what the terminal has sent to everybody already
-        if asked and not (under_torchrun and time.time() - asked[-1] < 2):
-            raise KeyboardInterrupt
-        asked.append(time.time())
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-def start_wandb(cfg, run_id):
-    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
-    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
-    mode, run = os.environ.get("WANDB_MODE", "online"), None
-    try:
-        if RANK == 0 and cfg.use_wandb and mode != "disabled":
-            import wandb
-            if mode == "online" and not wandb.api.api_key:
-                raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
-            run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
-                             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
-                             settings=wandb.Settings(console="off", silent=True))
-    except Exception as e:
-        print0(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
-    return run or silent
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
@@ -1440,16 +1322,13 @@ def train(cfg):
     steps, health, step, best, before, position, tokens_seen = ends[-1], new_health(fp16), 0, math.inf, None, None, 0
     phase = end = optimizer = set_rates = now = problem = saved_at = None
     blocks_end = sum(p.steps for p in phases if p.over == "real")
-
     def epoch():
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
-
     def log(**entry):
         if RANK == 0:
             with open(place("log.jsonl"), "a", encoding="utf-8") as f:
                 f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")   # no NaN
             wandb_run.log(entry, step=step)
-
     def begin(step):
         """The phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
         nonlocal phase, end, optimizer, set_rates
@@ -1459,7 +1338,6 @@ def train(cfg):
         set_rates = make_schedule(cfg, optimizer, phase.steps)
         # where it begins, the moments that were saved are of the phase before
         return tensors_of(student, {} if step == end - phase.steps else optimizer.state, health)
-
     def measure_blocks():
         pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
         errors = means(student, *matching(cfg, student, teacher, pairs), held, batch_size, "real")[3:]
@@ -1467,7 +1345,6 @@ def train(cfg):
         before["table"] = block_table(pairs, before["blocks"], cfg.distill_loss_type)
         print0(before["table"])
         log(**{f"block/{i}/loss": x for i, x in enumerate(errors)}, **{"block/step": step})
-
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer.state, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
@@ -1486,7 +1363,7 @@ def train(cfg):
         else:
             begin(step)
         prepare_output(cfg, step)
-        wandb_run = start_wandb(cfg, state and state["wandb"])
+        wandb_run = start_wandb(cfg, state and state["wandb"], RANK, print0)
         stack.push(lambda kind, *_: wandb_run.finish(exit_code=int(kind is not None)))
         if before is None:
             before = evaluate(student, work, signal_of, held, batch_size)

@@ -828,7 +828,7 @@ def test_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, 
 
 
 def test_tokenised_rows_are_kept_for_the_next_run(tmp_path):
-    kept = lambda: set(Path(os.environ["HF_DATASETS_CACHE"]).glob("generator/*"))
+    kept = lambda: set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
     path, before = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)]), kept()
     first, after_one = rows_of(path), kept()
     assert ids_of(rows_of(path)[0]) == ids_of(first[0]) and kept() == after_one != before
