@@ -2,8 +2,8 @@
 
     cfg = parse_config(sys.argv[1:])     # defaults < demo defaults < --config FILE < command line
 
-Below the knobs is what else needs no torch, a part a room of simple_distill.py: the cache's manifest, the demo's files,
-the prompts and filters of mode generate, dataset formats, the plans and tables of a run, the report's words and figures.
+Below the knobs is what else needs no torch, a part a room of simple_distill.py: the cache's manifest, plans in numbers,
+the demo's files, the prompts and filters of mode generate, dataset formats, the report's words and figures.
 """
 import ast
 import collections
