@@ -731,7 +731,7 @@ def stdlib_sources():
     skip = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo pydoc_data".split())
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(set(inside) - skip)
-        for file in sorted(f for f in files if f.endswith(".py")):
+        for file in sorted(f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")):
             with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
                 yield os.path.relpath(os.path.join(folder, file), root), f.read()
 
@@ -762,7 +762,7 @@ def make_demo(output_dir):
         return
     os.makedirs(path("corpus"), exist_ok=True)
     parts = {"train": [], "validation": []}
-    for name, text in stdlib_sources():
+    for name, text in sorted(stdlib_sources(), key=lambda source: digest(source[0])):   # no package stands first
         parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
     for split, texts in parts.items():
         with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
@@ -1209,6 +1209,13 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+def logged_in(wandb):
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except (TypeError, AttributeError):   # a version that has no prompt to leave out, and still has this
+        return wandb.api.api_key
+
+
 def start_wandb(cfg, run_id, rank, say):
     """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
     silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
@@ -1216,7 +1223,7 @@ def start_wandb(cfg, run_id, rank, say):
     try:
         if rank == 0 and cfg.use_wandb and mode != "disabled":
             import wandb
-            if mode == "online" and not wandb.api.api_key:
+            if mode == "online" and not logged_in(wandb):
                 raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
             run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
                              resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,

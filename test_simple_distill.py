@@ -1536,7 +1536,7 @@ def test_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, te
     def init(config, **_):
         seen.config = config
         return types.SimpleNamespace(id="abc", log=lambda entry, step=None: seen.entries.append(entry), finish=lambda exit_code: setattr(seen, "finished", exit_code == 0))
-    fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key="key"), init=init, Settings=lambda **_: None)
+    fake = types.SimpleNamespace(login=lambda **_: True, init=init, Settings=lambda **_: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     distil(out, teacher=teacher, student=student, dataset=text, max_steps=2, use_wandb=True)
     assert seen.entries == log(out) and seen.finished
@@ -3230,7 +3230,7 @@ def test_wandb_is_finished_when_training_fails(out, teacher, student, tmp_path, 
     """A stand-in for the service, not for our code."""
     ended = []
     run = types.SimpleNamespace(id="abc", log=lambda entry, step=None: None, finish=lambda exit_code: ended.append(exit_code))
-    fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key="key"), init=lambda **_: run, Settings=lambda **_: None)
+    fake = types.SimpleNamespace(login=lambda **_: True, init=lambda **_: run, Settings=lambda **_: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     broken = break_letter(student, tmp_path / "broken")
