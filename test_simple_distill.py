@@ -11,6 +11,7 @@ import hashlib
 import http.server
 import threading
 import contextlib
+import ctypes
 import functools
 import glob
 import io
@@ -3467,10 +3468,14 @@ def bench_step():
         with contextlib.suppress(ImportError):
             from trl.experimental.gkd import GKDTrainer
             cases["TRL's GKD loss"] = plain(lambda s, t: GKDTrainer.generalized_jsd_loss(s[None], t[None], beta=0.0))
-        found = interleaved(cases, rounds=5)
         print(f"\nwhole step, {B} x {T} tokens, V {shape['vocab_size']:,}")
-        for name, seconds in found.items():
-            print(f"  {name:<20}{B * T / seconds:>12,.0f} tokens/s{found['plain PyTorch'] / seconds:>8.2f} x plain")
+        for allocator in ("as it comes", "as the trainer sets it") if not DEVICE_SYNC else ("PyTorch's",):
+            for option, value in ((-4, 65536), (-1, 131072)) if allocator == "as it comes" else ((-4, 0), (-1, 2**31 - 1)):
+                ctypes.CDLL(None).mallopt(option, value)
+            found = interleaved(cases, rounds=5)
+            print(f"memory allocator {allocator}")
+            for name, seconds in found.items():
+                print(f"  {name:<20}{B * T / seconds:>12,.0f} tokens/s{found['plain PyTorch'] / seconds:>8.2f} x plain")
 
 
 def bench():
