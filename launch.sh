@@ -21,8 +21,19 @@ if (( NNODES == 1 )) && [[ -z "${MASTER_PORT:-}" ]]; then where=(--standalone); 
 cores=$(nproc); export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores / NPROC > 0 ? cores / NPROC : 1 ))}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
+# torchrun, but what a user can mend stays one `error:` line with exit code 2; another failure shows torchrun's summary.
+torchrun='import logging, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+logging.disable(logging.ERROR)   # of torchrun itself
+try:
+    main()
+except ChildFailedError as e:
+    code = e.get_first_failure()[1].exitcode
+    code == 2 or print(e, file=sys.stderr)
+    sys.exit(code if code > 0 else 1)'
 # In a session of its own torchrun does not see the terminal's Ctrl-C: the workers get it from here, save, and exit 0.
-setsid python -m torch.distributed.run --nproc-per-node "$NPROC" "${where[@]}" "$(dirname "$0")/simple_distill.py" "$@" &
+setsid python -c "$torchrun" --nproc-per-node "$NPROC" "${where[@]}" "$(dirname "$0")/simple_distill.py" "$@" &
 runner=$!
 trap 'pkill -INT -P "$runner" || true' INT
 trap 'pkill -TERM -P "$runner" || true' TERM

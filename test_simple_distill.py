@@ -2022,6 +2022,11 @@ def test_launcher_explains_itself():
     assert shown.returncode == 0 and "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
 
 
+def test_launcher_passes_a_users_mistake_on(tmp_path):
+    """Two ranks make it, one line says it, the exit code is that of one process."""
+    process = spawn(*flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere", output_dir=tmp_path / "out"), nproc=2, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
 
 
 
@@ -3426,6 +3431,17 @@ def eager(work, *case):
         sd.torch.compile, sd.chunk_kernel = compiled, kernels
 
 
+def allocators():
+    """On a CPU everything is measured twice: with glibc's allocator as it comes, and as process_group() sets it for a run."""
+    for name, settings in (("glibc as it comes", ((-4, 65536), (-1, 131072))), ("glibc as the trainer sets it", ((-4, 0), (-1, 2**31 - 1)))):
+        if not DEVICE_SYNC:
+            for option, value in settings:
+                ctypes.CDLL(None).mallopt(option, value)
+            yield name
+    if DEVICE_SYNC:
+        yield "PyTorch's allocator"
+
+
 def bench_loss():
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -3445,10 +3461,11 @@ def bench_loss():
                 h, w, th, tw, labels = case
                 liger(h.clone().requires_grad_(), w.clone().requires_grad_(), th, tw, labels).backward()
             cases["Liger fused JSD"] = run_liger
-        found = interleaved(cases)
-        print(f"\nloss, V {V:,}, {N:,} tokens, 7 of 8 counted, D {D}, Dt {Dt}, {'bf16 cuda' if DEVICE_SYNC else 'fp32 cpu'}")
-        for name, seconds in found.items():
-            print(f"  {name:<20}{seconds:>9.3f} s{seconds / found['its matmuls']:>8.2f} x its matmuls")
+        for allocator in allocators():
+            found = interleaved(cases)
+            print(f"\nloss, V {V:,}, {N:,} tokens, 7 of 8 counted, D {D}, Dt {Dt}, {'bf16 cuda' if DEVICE_SYNC else 'fp32 cpu'}, {allocator}")
+            for name, seconds in found.items():
+                print(f"  {name:<20}{seconds:>9.3f} s{seconds / found['its matmuls']:>8.2f} x its matmuls")
 
 
 def peak_memory(which):
@@ -3511,12 +3528,23 @@ def bench_step():
                 optimizer.zero_grad()
             return step
 
-        def plain(divergence):
+        def plain(divergence, trl=None):
             dtype, device = (torch.bfloat16, "cuda") if DEVICE_SYNC else (torch.float32, "cpu")
             student = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**shape)).to(device)
             teacher = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**big), dtype=dtype).to(device)
             optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
             ids = batch.input_ids
+
+            if trl:   # its own compute_loss at lmbda 0: no sampling, no label loss
+                its = types.SimpleNamespace(teacher_model=teacher, beta=0.0, generalized_jsd_loss=trl.generalized_jsd_loss)
+                inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+            def trl_step():
+                with torch.autocast(device, dtype, enabled=DEVICE_SYNC):
+                    trl.compute_loss(its, student, inputs).backward()
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
 
             def step():
                 with torch.no_grad():
@@ -3527,18 +3555,16 @@ def bench_step():
                 torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            return step
+            return trl_step if trl else step
         kl = lambda s, t: F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), log_target=True, reduction="batchmean")
         cases = {"labels only": stepper(1.0), "online": stepper(0.5), "online, compile": stepper(0.5, True), "plain PyTorch": plain(kl)}
         with contextlib.suppress(ImportError):
+            os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
             from trl.experimental.gkd import GKDTrainer
-            cases["TRL's GKD loss"] = plain(lambda s, t: GKDTrainer.generalized_jsd_loss(s[None], t[None], beta=0.0))
-        print(f"\nwhole step, {B} x {T} tokens, V {shape['vocab_size']:,}")
-        for allocator in ("as it comes", "as the trainer sets it") if not DEVICE_SYNC else ("PyTorch's",):
-            for option, value in ((-4, 65536), (-1, 131072)) if allocator == "as it comes" else ((-4, 0), (-1, 2**31 - 1)):
-                ctypes.CDLL(None).mallopt(option, value)
+            cases["TRL's GKDTrainer"] = plain(None, GKDTrainer)
+        for allocator in allocators():
             found = interleaved(cases, rounds=5)
-            print(f"memory allocator {allocator}")
+            print(f"\nwhole step, {B} x {T} tokens, V {shape['vocab_size']:,}, {allocator}")
             for name, seconds in found.items():
                 print(f"  {name:<20}{B * T / seconds:>12,.0f} tokens/s{found['plain PyTorch'] / seconds:>8.2f} x plain")
 
@@ -3551,6 +3577,7 @@ def bench():
     bench_memory()
     bench_step()
     bench_cache()
+    bench_block()
 
 
 if __name__ == "__main__":
