@@ -982,7 +982,9 @@ def load_splits(cfg):
     if cfg.max_samples:
         raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
     if held is None and cfg.streaming:   # the head of the stream is kept back
-        held = datasets.Dataset.from_list(list(raw.take(min(cfg.eval_samples, 256))))
+        wanted = min(cfg.eval_samples, 256)
+        few = list(raw.take(wanted + 1))
+        held = datasets.Dataset.from_list(few[:wanted if len(few) > wanted else max(1, len(few) // 20)])
         raw = raw.skip(len(held))
     elif held is None and len(raw) > 1:
         gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))

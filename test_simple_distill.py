@@ -893,6 +893,11 @@ def test_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     assert len(held) >= 1 and "".join(train + held) == prose(2000) + "<|endoftext|>"
 
 
+def test_a_short_stream_is_not_held_out_whole(out, student, text):
+    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
+    assert len(column(out, "train/loss")) == 2
+
+
 @pytest.mark.parametrize("shuffle_buffer", [0, 3])
 def test_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat, shuffle_buffer):
     """Three passes over eight rows, eight a step: in whatever order they come, each step is all of them."""
@@ -3365,6 +3370,52 @@ def bench_block(layers=8, width=256, tokens=1024):
         print(f"block {', '.join(map(str, range(layers)))}: {', '.join(f'{1e3 * c:.0f}' for c in costs)}")
         print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each block (as the last one "
               f"does), {sum(costs) / (layers * whole):.2f} of training the whole student that often")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A week of runs: every mode and every sharding, one after the other, as a user types them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHARDINGS = [dict(fsdp=fsdp, shard_teacher=teacher, cpu_offload=offload) for fsdp, teacher, offload in
+             (("full_shard", True, False), ("shard_grad_op", True, False), ("hybrid_shard", False, False), ("no_shard", True, True))]
+WEEK = [(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDINGS] + [
+    (2, dict(max_steps=6)), (1, dict(max_steps=8, fsdp="full_shard")),   # the last of those goes on, on two ranks and on one
+    (1, dict(alpha=1, max_steps=3)), (1, dict(divergence="reverse", temperature=2, max_steps=3)), (1, dict(divergence="jsd", max_steps=3)),
+    (1, dict(student="layers:1", max_steps=3)), (1, dict(dtype="bf16", gradient_checkpointing=True, max_steps=3)),
+    (1, dict(dtype="fp16", max_steps=3)), (1, dict(compile=True, max_steps=3)), (2, dict(streaming=True, max_steps=4)),
+    (1, dict(lr_multipliers=["mlp=0", "embed=0.1"], max_steps=3)), (1, dict(num_epochs=2, eval_steps=5, gradient_accumulation_steps=2)),
+    (2, dict(mode="cache", cache_dir="cache")), (2, dict(cache_dir="cache", max_steps=4)), (1, dict(cache_dir="cache", max_steps=3)),
+    (1, dict(mode="cache", cache_dir="topk", cache_method="topk", cache_top_k=8)), (1, dict(cache_dir="topk", max_steps=3)),
+    (2, dict(blockwise=True, max_steps=2)), (1, dict(blockwise=True, block_input="teacher", num_epochs=0)),
+    (1, dict(mode="generate", provider="local", num_examples=3, max_tokens=8, concurrency=3)),
+    (2, dict(mode="eval", student="final")), (1, dict(mode="eval", student="final", compare=["final"], generate_comparisons=False))]
+
+
+@pytest.mark.campaign
+def test_a_week_of_runs(tmp_path, teacher, student, text):
+    """No warning, no leftover process, no file but in output_dir and cache_dir."""
+    (tmp_path / "here").mkdir()
+    base, last = dict(teacher=teacher, student=student, dataset=text), None
+    for i, (nproc, fields) in enumerate(WEEK):
+        mode = fields.get("mode", "train")
+        same_place = i in (len(SHARDINGS), len(SHARDINGS) + 1)   # those go on in the output_dir of the run before
+        last = last if same_place else f"out{i}"
+        reads = config.READ_BY[mode]
+        given = {k: v for k, v in {**PLAIN, **base, **fields, "output_dir": last}.items() if k in reads}
+        if mode == "eval":
+            final = str(tmp_path / "here" / "out0" / "final")
+            given |= {k: [final] if k == "compare" else final for k in ("student", "compare") if k in fields}
+        if same_place:
+            given |= dict(fsdp="full_shard", save_steps=2)
+        if fields.get("cache_dir"):
+            given["cache_dir"] = str(tmp_path / "here" / fields["cache_dir"])
+        process = spawn(*flags(**given), nproc=nproc, cwd=tmp_path / "here", env={"PYTHONWARNINGS": "default"})
+        shown = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, (fields, shown)
+        ours = [line for line in shown.splitlines() if re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", line)]
+        assert not ours and "Traceback" not in shown, (fields, shown)
+    assert {p.name for p in (tmp_path / "here").iterdir()} <= {f"out{i}" for i in range(len(WEEK))} | {"cache", "topk"}
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
