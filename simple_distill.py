@@ -194,8 +194,10 @@ class FusedDistillation(torch.autograd.Function):
         need_hidden, *needs = ctx.needs_input_grad[:3]
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        grad_weight, grad_bias = (torch.zeros_like(x, dtype=exact) if need else None
-                                  for x, need in zip((weight_VD, bias_V), needs))
+        add_in_place = exact == hidden_ND.dtype and len(hidden_ND) > 0   # then the first chunk need not add to zeros
+        fresh = torch.empty_like if add_in_place else torch.zeros_like
+        grad_weight = fresh(weight_VD, dtype=exact) if needs[0] else None
+        grad_bias = torch.zeros_like(bias_V, dtype=exact) if needs[1] else None
         sparse = isinstance(teacher, SparseTarget)
         kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha,
                               temperature=temperature, divergence=divergence, student_bend=bend,
@@ -214,8 +216,8 @@ class FusedDistillation(torch.autograd.Function):
             grad_CV = grad_CV.to(h_CD.dtype)
             if need_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
-            if grad_weight is not None and exact == h_CD.dtype:
-                grad_weight.addmm_(grad_CV.T, h_CD)
+            if grad_weight is not None and add_in_place:
+                grad_weight.addmm_(grad_CV.T, h_CD, beta=float(start > 0))
             elif grad_weight is not None:
                 grad_weight += grad_CV.T @ h_CD
         ctx.grads, ctx.dtype = (grad_hidden, grad_weight, grad_bias), hidden_ND.dtype
