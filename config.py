@@ -914,7 +914,8 @@ def close_files(train, rejected, summary, order, spent, tokens, ended):
     fates = drop_duplicates(train, rejected, order)
     save_config({"spent_usd": spent, "tokens_this_time": tokens, "ended": str(ended), **fates}, summary)
     share = (f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items())
-    return "\n".join([*share, f"{tokens:,} tokens, {spent:.4f} USD; {ended}; --dataset {train} trains on it"])
+    return "\n".join([*share, f"{tokens:,} tokens, {spent:.4f} USD; {ended}" + (
+        f"; --dataset {train} trains on it" if fates["kept"] else "; nothing was kept, see " + rejected)])
 
 
 # ----- datasets as people have them: files, hub names, saved folders; columns of text or of conversations

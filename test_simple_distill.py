@@ -1666,9 +1666,10 @@ def test_demo_from_nothing_to_a_better_student(out):
     shutil.copytree(f"{out}/demo", f"{out}-labels/demo")
     cli(*flags(alpha=1, output_dir=f"{out}-labels"))
     assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
-    # measured: 4.3, 7.6 and 12.3 degrees before the first step, here, and at the end, where little gradient is left; top 12: 11, 44, 62
-    full, sampled, topk = gradients_of_a_cache(out, 250)
-    assert angle(full, sampled) < 10 < 30 < angle(full, topk), (angle(full, sampled), angle(full, topk))
+    for step, most in ((250, 10), (500, 15)):   # measured: 7.6 and 12.3 degrees, at the end there is little gradient left; top 12: 44, 62
+        full, sampled, topk = gradients_of_a_cache(out, step)
+        print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, {angle(full, topk):.1f} from the top 12")
+        assert angle(full, sampled) < most < 30 < angle(full, topk)
 
 
 def angle(a, b):
