@@ -118,62 +118,73 @@ def finish_logits(raw, scale, softcap):
     bent = torch.tanh(logits / softcap)
     return bent * softcap, (1 - bent * bent) * scale
 
+def exponentials(x, temperature=1.0):
+    """-> (x - max) / T, its exp, and the sum of that: a softmax before its division, so that nothing is done twice."""
+    x = x - x.amax(-1, keepdim=True)
+    x = x if temperature == 1 else x.div_(temperature)
+    e = x.exp()
+    return x, e, e.sum(-1, keepdim=True)
+
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
     """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV). target:
     None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each pass
     over [C, V] counts; with one they fuse into three."""
-    z, slope = finish_logits(student_CV, *student_bend)
+    logits, slope = finish_logits(student_CV, *student_bend)
+    z, p, total = exponentials(logits)   # log p = z - log(total)
     own_C1 = labels_C[:, None]
-    logp = torch.log_softmax(z, -1)
-    ce, label_grad = -logp.gather(-1, own_C1)[:, 0], None
+    ce, label_grad = (total.log() - z.gather(-1, own_C1))[:, 0], None
     share = alpha                        # of p that belongs to CE: at T 1 both terms share one softmax
     weight = (1 - alpha) * temperature   # the term's T^2 times the 1/T of its softmax
     if temperature != 1 and target is not None:
-        label_grad, share = logp.exp_().mul_(alpha), 0.0
-        logp = torch.log_softmax(z / temperature, -1)
+        label_grad, share = p.mul_(alpha / total), 0.0
+        z, p, total = exponentials(z, temperature)
+    p = p.div_(total)
     if target is None:
-        kl, grad = torch.zeros_like(ce), logp.exp_().mul_(alpha)
+        kl, grad = torch.zeros_like(ce), p.mul_(alpha)
     elif isinstance(target, SparseTarget):   # -sum q log p - H, the rest of the mass as one bucket on both sides
-        q, listed_logp = target.probs, logp.gather(-1, target.ids)
-        p, listed_p = logp.exp_(), listed_logp.exp()
+        q, listed_logp = target.probs, z.gather(-1, target.ids) - total.log()
+        listed_p = listed_logp.exp()
         rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
         kl = -(q * listed_logp).sum(-1) - target.entropy
         kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
         keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
         grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
     elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
-        error = z - finish_logits(target, *teacher_bend)[0]
-        kl, grad = error.square().mean(-1), logp.exp_().mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
+        error = logits - finish_logits(target, *teacher_bend)[0]
+        kl, grad = error.square().mean(-1), p.mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
     else:
-        logq = torch.log_softmax(finish_logits(target, *teacher_bend)[0] / temperature, -1)
+        t, q, its_total = exponentials(finish_logits(target, *teacher_bend)[0], temperature)
+        d, shift = t.sub_(z), (total / its_total).log()   # d + shift: log(q / p), exactly 0 where the two agree
         if divergence == "forward":
-            q = logq.exp()
-            kl, p = torch.linalg.vecdot(q, logq.sub_(logp)), logp.exp_()
+            kl = (d.mul_(q).sum(-1, keepdim=True) / its_total + shift)[:, 0]
+            q = q.div_(its_total)
             grad = p.sub_(q, alpha=weight) if share + weight == 1 else p.sub_(q).mul_(weight) if share == 0 else \
                 p.mul_(share + weight).sub_(q, alpha=weight)
-        else:
-            d = logq - logp   # log of the ratio; of p to the middle it is exactly 0 where the two agree
+        else:   # pull: log of the ratio of p to q or, of jsd, to their middle
+            d, q = d.add_(shift), q.div_(its_total)
             pull = -d if divergence == "reverse" else (d.clamp_min(0) + (torch.expm1(-d.abs()) / 2).log1p_()).mul_(-0.5)
-            other = 0.0 if divergence == "reverse" else torch.linalg.vecdot(logq.exp_(), d.mul_(0.5).add_(pull))
-            p = logp.exp_()
+            other = 0.0 if divergence == "reverse" else torch.linalg.vecdot(q, d.mul_(0.5).add_(pull))
             mean = torch.linalg.vecdot(p, pull)
             kl, grad = mean + other, p.mul_(pull.sub_(mean[:, None]).mul_(weight).add_(share))
     if label_grad is not None:
         grad.add_(label_grad)
     grad.scatter_add_(-1, own_C1, grad.new_full(own_C1.shape, -alpha))
-    return ce, kl * temperature ** 2, grad if isinstance(slope, float) and slope == 1.0 else grad * slope
+    grad = grad if isinstance(slope, float) and slope == 1.0 else grad * slope
+    return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
 
 @functools.cache
-def chunk_kernel(device_type, dtype, vocab, sparse, **terms):
+def chunk_kernel(large, **terms):
     """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
     eager = functools.partial(chunk_terms, **terms)
-    run = eager if vocab < 16384 else torch.compile(eager, dynamic=True)
+    run = torch.compile(eager) if large else eager
     def kernel(*args):
         nonlocal run
+        for x in itertools.chain(args[:2], args[2] if isinstance(args[2], tuple) else args[2:]):
+            x is None or torch._dynamo.maybe_mark_dynamic(x, 0)   # one compilation for any number of tokens
         try:
             return run(*args)
         except Exception as e:
-            if run is eager:
+            if run is eager or isinstance(e, torch.OutOfMemoryError):
                 raise
             print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs eagerly")
             run = eager
@@ -191,16 +202,16 @@ class FusedDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, bend, alpha, temperature, divergence, chunk):
-        need_hidden, *needs = ctx.needs_input_grad[:3]
+        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         add_in_place = exact == hidden_ND.dtype and len(hidden_ND) > 0   # then the first chunk need not add to zeros
         fresh = torch.empty_like if add_in_place else torch.zeros_like
-        grad_weight = fresh(weight_VD, dtype=exact) if needs[0] else None
-        grad_bias = torch.zeros_like(bias_V, dtype=exact) if needs[1] else None
+        grad_weight = fresh(weight_VD, dtype=exact) if need_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
         sparse = isinstance(teacher, SparseTarget)
-        kernel = chunk_kernel(hidden_ND.device.type, hidden_ND.dtype, len(weight_VD), sparse, alpha=alpha,
-                              temperature=temperature, divergence=divergence, student_bend=bend,
+        kernel = chunk_kernel(len(weight_VD) >= 16384, alpha=alpha, temperature=temperature, divergence=divergence,
+                              student_bend=bend,
                               teacher_bend=(1.0, None) if sparse or teacher is None else tuple(teacher[1][2:]))
         ce, kl = hidden_ND.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
@@ -212,8 +223,7 @@ class FusedDistillation(torch.autograd.Function):
             ce, kl = ce + ce_C.sum(dtype=torch.float64), kl + kl_C.sum(dtype=torch.float64)
             del target
             if grad_bias is not None:
-                grad_bias += grad_CV.sum(0)
-            grad_CV = grad_CV.to(h_CD.dtype)
+                grad_bias += grad_CV.sum(0, dtype=exact)
             if need_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
             if grad_weight is not None and add_in_place:
@@ -238,6 +248,8 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     counted = (labels != -100).nonzero()[:, 0]
     denominator = max(len(counted), 1) if denominator is None else denominator
     weight, bias, *bend = as_head(student_head)
+    if not torch.is_grad_enabled():   # needs_input_grad does not know of no_grad
+        student_hidden, weight, bias = (x if x is None else x.detach() for x in (student_hidden, weight, bias))
     if len(counted) < len(labels):
         labels, counted = labels[counted], counted.to(student_hidden.device)
         student_hidden, teacher = student_hidden[counted], take(teacher, counted)
