@@ -6,6 +6,7 @@ Below the knobs is what else needs no torch, a part a room of simple_distill.py:
 the demo's files, the prompts and filters of mode generate, dataset formats, the report's words and figures.
 """
 import ast
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -14,6 +15,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -32,8 +34,8 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-import datasets
 import numpy as np
+import safetensors.numpy
 import transformers
 from tqdm import tqdm
 from transformers import HfArgumentParser, SchedulerType
@@ -418,7 +420,7 @@ def read_rows(path):
         explain_bad_file(path)
 
 
-# ----- a teacher cache's manifest, what it says before and after, and what may be wrong with it
+# ----- the teacher cache on disk: its manifest, rows packed into bits, and what may be wrong with either
 
 def tensor_files(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
@@ -518,6 +520,62 @@ def read_manifest(cfg):
     here = {k: v for k, v in here.items() if k not in ("seq_len", "eval_samples", "shuffle_buffer", "num_proc")}
     refuse_changes({k: decided[k] for k in here}, here, cfg.cache_dir, "leave it out")
     return m
+
+
+def pack(*fields):
+    """(values, bits), ... -> bytes, each value in its bits: Arrow's 8, 16 and 32 are a third more."""
+    wide = ((np.asarray(x, ">u4").view(np.uint8).reshape(-1, 4), bits) for x, bits in fields)
+    return np.packbits(np.concatenate([np.unpackbits(x, axis=1)[:, 32 - n:].ravel() for x, n in wide])).tobytes()
+
+
+def unpack(data, *fields):
+    """Bytes, (how many, bits), ... -> the values of each."""
+    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), np.cumsum([n * bits for n, bits in fields]))
+    wide = (np.pad(x.reshape(n, bits), ((0, 0), (32 - bits, 0))) for x, (n, bits) in zip(parts, fields))
+    return [np.packbits(x).view(">u4").astype(np.int64) for x in wide]
+
+
+def unpack_row(data, tokens, n, entries, m):
+    """-> a row like those of load_data, and the fields of its SparseTarget with m["size"] places a token."""
+    size, (wide, bits, more) = m["size"], m["bits"]
+    text, both, extra = unpack(data, (tokens, wide + 1), (entries, wide + bits), (n, more))
+    ids, code = both & (1 << wide) - 1, both >> wide
+    if m["method"] == "sample":   # an id stands as often as it was drawn
+        ids, entropy = np.repeat(ids, code + 1).reshape(n, size), extra / 256
+        q = np.pad(np.full((n, size), 1 / size), ((0, 0), (0, 1)))
+    else:   # a sum of 1 takes out the common part of the rounding; entropy of what is listed and rest: KL >= 0
+        ids, q = ids.reshape(n, size + 1)[:, :-1], (np.exp(-24 * (code / 255) ** 2) * (code < 255)).reshape(n, size + 1)
+        q /= q.sum(1, keepdims=True)
+        entropy = -(q * np.log(q + 1e-30)).sum(1)
+    q, entropy = q.astype(np.float32), entropy.astype(np.float32)
+    return {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": (ids, q[:, :-1], q[:, -1], entropy)}
+
+
+def read_chunk(path, row=0):
+    """-> its table, the bytes of a row (the first is 1). Mapped anew each time: 50 us, and nothing has to be kept."""
+    try:
+        with safetensors.safe_open(path, "numpy") as f:
+            table = f.get_tensor("table")
+            data = f.get_slice("rows")[int(table[row - 1, 0]) if row else 0:int(table[row, 0])].tobytes()
+            if (zlib.crc32(table), zlib.crc32(data)) != (int(f.metadata()["crc"]), table[row, -1]):
+                raise ValueError("wrong checksum")
+            return table, data
+    except Exception as e:
+        explain_bad_chunk(path, e)
+
+
+class CacheRows:
+    """The rows of a split, by number: nothing is read but what is asked for."""
+    def __init__(self, name, m, chunks):
+        self.name, self.m, self.starts = name, m, np.cumsum([0, *chunks])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        c = int(np.searchsorted(self.starts, i, "right")) - 1
+        table, data = read_chunk(f"{self.name}-{c:08d}.safetensors", row := i - int(self.starts[c]) + 1)
+        return unpack_row(data, *table[row, 2:5].astype(int), self.m)
 
 
 def explain_bad_chunk(path, e):
@@ -776,6 +834,19 @@ def make_demo(output_dir):
                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 
+def explain_bad_file(path):
+    """The reader's message does not say where: name the line."""
+    lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
+    with open(path, "rb") if lined else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8").strip()
+                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object with columns")
+            except ValueError as e:   # UnicodeDecodeError is one
+                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+
+
 # ----- mode generate: what is asked, and which replies are worth training on. Made to be edited.
 
 TASKS = {"implement": "Write {thing} in {language}.", "complete": "Complete this function; give all of it.",
@@ -918,106 +989,60 @@ def close_files(train, rejected, summary, order, spent, tokens, ended):
         f"; --dataset {train} trains on it" if fates["kept"] else "; nothing was kept, see " + rejected)])
 
 
-# ----- datasets as people have them: files, hub names, saved folders; columns of text or of conversations
-
-CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
-                  "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
+@contextlib.asynccontextmanager
 
 
-def load_raw(cfg, split, streaming):
-    """One split as rows of text or conversations; None where there is no such split."""
-    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
-    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
-        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
-    if kind and split != "train":
-        return None
-    try:
-        if kind:   # in a text file a blank line ends a document
-            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming,
-                                         **({"sample_by": "paragraph"} if kind == "text" else {}))
-        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)
-            saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
-            return saved.to_iterable_dataset() if streaming and saved is not None else saved
-        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
-    except Exception as e:
-        if "Unknown split" in str(e) or "Bad split" in str(e):
-            return None
-        explain_bad_file(name)
-        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
-        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
+async def api_teacher(cfg, run):
+    """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
+    sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
+    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
+    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
+    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"   # a short one is a word: EMPTY
+    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # some servers repeat it
+    class Wire(sdk.DefaultAsyncHttpxClient):
+        async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
+            job = run.jobs[asyncio.current_task().get_name()]
+            if run.stop or job.tries > 5 or not run.hold(job):   # after an Exception the SDK would try again
+                raise asyncio.CancelledError("no answer in 6 tries, or no money for another")
+            job.tries += 1
+            response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
+            if response.status_code >= 400:   # refused: free, and what is held serves the next try
+                job.tries, run.pace = job.tries - 1, max(1, 0.7 * run.pace)
+            return response
+    async def ask(jobs):
+        client.max_retries = 20 if run.answered else 2   # patience once it answered
+        turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
+        body = {"messages": turns, "system": next((m["content"] for m in jobs[0].messages if m not in turns), None),
+                "model": cfg.api_model, "temperature": cfg.api_temperature, limit: cfg.max_tokens}
+        try:   # post: the typed methods cost twice the time and change from version to version
+            r = await client.post(path, body={k: v for k, v in body.items() if v is not None}, cast_to=object)
+            said = r["choices"][0]["message"]["content"] if openai else "".join(b.get("text", "") for b in r["content"])
+            end = r["choices"][0]["finish_reason"] if openai else r["stop_reason"]
+            sides = ("prompt_tokens", "completion_tokens") if openai else ("input_tokens", "output_tokens")
+            return [(clean(said), clean(end), *map((r.get("usage") or {}).get, sides))]
+        except (Exception, asyncio.CancelledError) as e:
+            error, status = clean(one_line(e, 9999))[:300], getattr(e, "status_code", None)
+            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered:   # so would all others
+                run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
+            return [(None, f"failed: {error}", None, None)]
+    async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:
+        yield ask
 
 
-def render(messages, tokenizer, marks):
-    """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
-    when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=False,
-                              chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    text, spans = write(messages), []
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant" and m.get("content"):
-            other = write([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
-            start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
-            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
-            spans.append((start, text.index(mark, end) + len(mark)))
-    return text, spans
-
-
-def load_splits(cfg):
-    """-> raw rows of train (or a stream), those of eval. Without an eval split evenly spaced rows of train are held
-    out; None where train is a single row: one long document."""
-    raw = load_raw(cfg, cfg.train_split, cfg.streaming)
-    held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
-    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
-        if found is None and split != Config.eval_split:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
-                            "hold out a slice of train")
-    row = next(iter(raw.take(1)), None)   # a look at the stream itself would move it
-    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
-        raise UserError(f"dataset {cfg.dataset!r} has " + (
-            "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
-            f"it has {', '.join(row)}: name one with --text_column"))
-    if cfg.max_samples:
-        raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
-    if held is None and cfg.streaming:   # the head of the stream is kept back
-        wanted = min(cfg.eval_samples, 256)
-        few = list(raw.take(wanted + 1))
-        held = datasets.Dataset.from_list(few[:wanted if len(few) > wanted else max(1, len(few) // 20)])
-        raw = raw.skip(len(held))
-    elif held is None and len(raw) > 1:
-        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-        kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
-        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
-    return raw, held
-
-
-def conversation_of(row):
-    """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
-    if talk := row.get("messages") or row.get("conversations"):
-        alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
-        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]} for m in talk]
-    for ask, answer in CONVERSATIONS:
-        if row.get(ask) is not None and row.get(answer) is not None:
-            if isinstance(row[answer], list):   # prompt and completion as message lists
-                return [*row[ask], *row[answer]]
-            more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
-            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
-
-
-def explain_bad_file(path):
-    """The reader's message does not say where: name the line."""
-    lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
-    with open(path, "rb") if lined else contextlib.nullcontext(()) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").strip()
-                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
-                    raise ValueError("not an object with columns")
-            except ValueError as e:   # UnicodeDecodeError is one
-                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+async def ask_all(run, teacher, batches, settle):
+    """In prompt order, run.pace batches in flight, until all is answered or run.stop says why not."""
+    flying = {}
+    async with teacher as ask:
+        while flying or batches and not run.stop:
+            if batches and not run.stop and len(flying) < int(run.pace) and all(map(run.hold, batches[0])):
+                jobs = batches.popleft()
+                flying[asyncio.create_task(ask(jobs), name=jobs[0].prompt_id)] = jobs
+            elif flying:   # even when stopped: what is in flight is paid for; and it may cost less than is held for it
+                for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    for job, answer in zip(flying.pop(task), task.result()):
+                        settle(job, *answer)
+            else:
+                run.stop.append("max_cost is reached")
 
 
 # ----- mode eval: the words of the report, rows under another tokenizer

@@ -15,7 +15,7 @@ block-wise, API data, evaluation, train, main. What needs no torch (flags and th
 numbers, words and tables) is config.py's. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
-import asyncio, collections, contextlib, ctypes, dataclasses, datetime, fcntl, functools, glob, importlib, itertools
+import asyncio, collections, contextlib, ctypes, dataclasses, datetime, fcntl, functools, glob, itertools
 import json, math, os, re, resource, shutil, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
@@ -30,12 +30,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (MEMORY_ADVICE, Config, UserError, all_prompts, append_row, begin_cache, block_table, close_files,
-                    closing_table, compare_tokenizers, conversation_of, cut_log, derive, describe_run, digest,
-                    explain_bad_chunk, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
-                    judge, learning_rates, load_splits, make_demo, one_line, parse_config, plan_batch, plan_blocks,
-                    plan_cache, plan_demo, plan_layers, plan_phases, plan_stitches, read_manifest, read_rows,
-                    read_states, refuse, refuse_changes, render, retell, save_config, scheduler_kwargs, shapes_result,
+from config import (MEMORY_ADVICE, CacheRows, Config, UserError, all_prompts, api_teacher, append_row, ask_all,
+                    begin_cache, block_table, close_files, closing_table, compare_tokenizers, cut_log, derive,
+                    describe_run, digest, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
+                    judge, learning_rates, make_demo, one_line, pack, parse_config, plan_batch, plan_blocks, plan_cache,
+                    plan_demo, plan_layers, plan_phases, plan_stitches, read_chunk, read_manifest, read_rows,
+                    read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs, shapes_result,
                     start_wandb, stop_signals, take_lock, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +282,11 @@ def hidden_error(ours_ND, theirs_ND, kind, temperature):
 # Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
 # number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
 
+CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
+                  "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
+
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
     has_one = lambda name: not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
@@ -291,6 +296,33 @@ def load_tokenizer(cfg, *candidates):
     except Exception as e:
         raise UserError(f"{name!r} has no tokenizer that can be read ({one_line(e, 80)}); is the name right? "
                         "--tokenizer names another")
+
+def conversation_of(row):
+    """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
+    if talk := row.get("messages") or row.get("conversations"):
+        alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
+        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]} for m in talk]
+    for ask, answer in CONVERSATIONS:
+        if row.get(ask) is not None and row.get(answer) is not None:
+            if isinstance(row[answer], list):   # prompt and completion as message lists
+                return [*row[ask], *row[answer]]
+            more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
+            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
+
+def render(messages, tokenizer, marks):
+    """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
+    when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False,
+                              chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
+    text, spans = write(messages), []
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant" and m.get("content"):
+            other = write([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
+            start = len(os.path.commonprefix([text, other]))
+            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
+            spans.append((start, text.index(mark, end) + len(mark)))
+    return text, spans
 
 def rows_of(columns):
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -342,6 +374,56 @@ def tokenize(raw, tokenizer, cfg, what):
         print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} rows, no target within seq_len {cfg.seq_len}")
     return rows.with_format("numpy")
 
+def load_raw(cfg, split, streaming):
+    """One split as rows of text or conversations; None where there is no such split."""
+    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
+    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
+        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
+    if kind and split != "train":
+        return None
+    try:
+        if kind:   # in a text file a blank line ends a document
+            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming,
+                                         **({"sample_by": "paragraph"} if kind == "text" else {}))
+        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
+            return saved.to_iterable_dataset() if streaming and saved is not None else saved
+        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
+    except Exception as e:
+        if "Unknown split" in str(e) or "Bad split" in str(e):
+            return None
+        explain_bad_file(name)
+        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
+        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
+
+def load_splits(cfg):
+    """-> raw rows of train (or a stream), those of eval. Without an eval split evenly spaced rows of train are held
+    out; None where train is a single row: one long document."""
+    raw = load_raw(cfg, cfg.train_split, cfg.streaming)
+    held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
+    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
+        if found is None and split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
+                            "hold out a slice of train")
+    row = next(iter(raw.take(1)), None)   # a look at the stream itself would move it
+    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
+        raise UserError(f"dataset {cfg.dataset!r} has " + (
+            "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
+            f"it has {', '.join(row)}: name one with --text_column"))
+    if cfg.max_samples:
+        raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
+    if held is None and cfg.streaming:   # the head of the stream is kept back
+        wanted = min(cfg.eval_samples, 256)
+        few = list(raw.take(wanted + 1))
+        held = datasets.Dataset.from_list(few[:wanted if len(few) > wanted else max(1, len(few) // 20)])
+        raw = raw.skip(len(held))
+    elif held is None and len(raw) > 1:
+        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
+        kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
+        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
+    return raw, held
+
 def load_data(cfg, tokenizer):
     """-> (train rows or raw stream, eval rows)."""
     if tokenizer is None:
@@ -382,7 +464,7 @@ def collate(rows):
     pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
     send = lambda x: pin(x).to(DEVICE, non_blocking=True)
     sparse = [r["sparse"] for r in rows if "sparse" in r]
-    sparse = SparseTarget(*(send(torch.cat(field)) for field in zip(*sparse))) if sparse else None
+    sparse = SparseTarget(*(send(torch.from_numpy(np.concatenate(x))) for x in zip(*sparse))) if sparse else None
     return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
 
 def indexed_batches(rows, seed, global_batch, step):
@@ -453,32 +535,6 @@ def resolve_demo(cfg):
 # Teacher cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number
 # of workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
 
-def pack(*fields):
-    """(values, bits), ... -> bytes, each value in its bits: Arrow's 8, 16 and 32 are a third more."""
-    wide = ((np.asarray(x, ">u4").view(np.uint8).reshape(-1, 4), bits) for x, bits in fields)
-    return np.packbits(np.concatenate([np.unpackbits(x, axis=1)[:, 32 - n:].ravel() for x, n in wide])).tobytes()
-
-def unpack(data, *fields):
-    """Bytes, (how many, bits), ... -> the values of each."""
-    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), np.cumsum([n * bits for n, bits in fields]))
-    wide = (np.pad(x.reshape(n, bits), ((0, 0), (32 - bits, 0))) for x, (n, bits) in zip(parts, fields))
-    return [np.packbits(x).view(">u4").astype(np.int64) for x in wide]
-
-def unpack_row(data, tokens, n, entries, m):
-    """-> a row like those of load_data, and its SparseTarget with m["size"] places a token."""
-    size, (wide, bits, more) = m["size"], m["bits"]
-    text, both, extra = unpack(data, (tokens, wide + 1), (entries, wide + bits), (n, more))
-    ids, code = both & (1 << wide) - 1, both >> wide
-    if m["method"] == "sample":   # an id stands as often as it was drawn
-        ids, entropy = np.repeat(ids, code + 1).reshape(n, size), extra / 256
-        q = np.pad(np.full((n, size), 1 / size), ((0, 0), (0, 1)))
-    else:   # a sum of 1 takes out the common part of the rounding; entropy of what is listed and rest: KL >= 0
-        ids, q = ids.reshape(n, size + 1)[:, :-1], (np.exp(-24 * (code / 255) ** 2) * (code < 255)).reshape(n, size + 1)
-        q /= q.sum(1, keepdims=True)
-        entropy = -(q * np.log(q + 1e-30)).sum(1)
-    ids, q, entropy = torch.from_numpy(ids), torch.from_numpy(q).float(), torch.from_numpy(entropy).float()
-    return {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": SparseTarget(ids, q[:, :-1], q[:, -1], entropy)}
-
 @torch.no_grad()
 def keep_teacher(signal_of, rows, first, m):
     """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, their line in the table: 1
@@ -538,31 +594,6 @@ def fill_chunks(place, splits, m, how, signal_of, paths):
                                                         "table": table}, {"crc": str(zlib.crc32(table))}))
                     sync(f.name)
                     os.replace(f.name, path)
-
-def read_chunk(path, row=0):
-    """-> its table, the bytes of a row (the first is 1). Mapped anew each time: 50 us, and nothing has to be kept."""
-    try:
-        with safetensors.safe_open(path, "numpy") as f:
-            table = f.get_tensor("table")
-            data = f.get_slice("rows")[int(table[row - 1, 0]) if row else 0:int(table[row, 0])].tobytes()
-            if (zlib.crc32(table), zlib.crc32(data)) != (int(f.metadata()["crc"]), table[row, -1]):
-                raise ValueError("wrong checksum")
-            return table, data
-    except Exception as e:
-        explain_bad_chunk(path, e)
-
-class CacheRows:
-    """The rows of a split, by number: nothing is read but what is asked for."""
-    def __init__(self, name, m, chunks):
-        self.name, self.m, self.starts = name, m, np.cumsum([0, *chunks])
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def __getitem__(self, i):
-        c = int(np.searchsorted(self.starts, i, "right")) - 1
-        table, data = read_chunk(f"{self.name}-{c:08d}.safetensors", row := i - int(self.starts[c]) + 1)
-        return unpack_row(data, *table[row, 2:5].astype(int), self.m)
 
 def open_cache(cfg):
     """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
@@ -1031,43 +1062,6 @@ def initialize_head(student, teacher):
 # Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1 trains on.
 
 @contextlib.asynccontextmanager
-async def api_teacher(cfg, run):
-    """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
-    sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
-    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
-    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
-    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"   # a short one is a word: EMPTY
-    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # some servers repeat it
-    class Wire(sdk.DefaultAsyncHttpxClient):
-        async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
-            job = run.jobs[asyncio.current_task().get_name()]
-            if run.stop or job.tries > 5 or not run.hold(job):   # after an Exception the SDK would try again
-                raise asyncio.CancelledError("no answer in 6 tries, or no money for another")
-            job.tries += 1
-            response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
-            if response.status_code >= 400:   # refused: free, and what is held serves the next try
-                job.tries, run.pace = job.tries - 1, max(1, 0.7 * run.pace)
-            return response
-    async def ask(jobs):
-        client.max_retries = 20 if run.answered else 2   # patience once it answered
-        turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
-        body = {"messages": turns, "system": next((m["content"] for m in jobs[0].messages if m not in turns), None),
-                "model": cfg.api_model, "temperature": cfg.api_temperature, limit: cfg.max_tokens}
-        try:   # post: the typed methods cost twice the time and change from version to version
-            r = await client.post(path, body={k: v for k, v in body.items() if v is not None}, cast_to=object)
-            said = r["choices"][0]["message"]["content"] if openai else "".join(b.get("text", "") for b in r["content"])
-            end = r["choices"][0]["finish_reason"] if openai else r["stop_reason"]
-            sides = ("prompt_tokens", "completion_tokens") if openai else ("input_tokens", "output_tokens")
-            return [(clean(said), clean(end), *map((r.get("usage") or {}).get, sides))]
-        except (Exception, asyncio.CancelledError) as e:
-            error, status = clean(one_line(e, 9999))[:300], getattr(e, "status_code", None)
-            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered:   # so would all others
-                run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
-            return [(None, f"failed: {error}", None, None)]
-    async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:
-        yield ask
-
-@contextlib.asynccontextmanager
 async def local_teacher(cfg, run):
     """-> ask(jobs) over a transformers model on this device, a batch at a time."""
     tokenizer = load_tokenizer(cfg, cfg.teacher) or refuse(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
@@ -1085,21 +1079,6 @@ async def local_teacher(cfg, run):
                  "stop" if len(row) < cfg.max_tokens or row[-1] == pad else "length", mask.sum().item(),
                  sum(t != pad for t in row)) for row, mask in zip(ids_BT.tolist(), inputs["attention_mask"])]
     yield ask
-
-async def ask_all(run, teacher, batches, settle):
-    """In prompt order, run.pace batches in flight, until all is answered or run.stop says why not."""
-    flying = {}
-    async with teacher as ask:
-        while flying or batches and not run.stop:
-            if batches and not run.stop and len(flying) < int(run.pace) and all(map(run.hold, batches[0])):
-                jobs = batches.popleft()
-                flying[asyncio.create_task(ask(jobs), name=jobs[0].prompt_id)] = jobs
-            elif flying:   # even when stopped: what is in flight is paid for; and it may cost less than is held for it
-                for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
-                    for job, answer in zip(flying.pop(task), task.result()):
-                        settle(job, *answer)
-            else:
-                run.stop.append("max_cost is reached")
 
 def generate(cfg):
     """Ask what has no row yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""

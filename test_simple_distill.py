@@ -1692,8 +1692,8 @@ def gradients_of_a_cache(out, step):
     m = _cache_manifest(len(head.weight), "sample", 50)
     rows = [{"input_ids": x.numpy(), "targets": None} for x in ids]
     kept = sd.keep_teacher(lambda batch: (hidden[batch.positions], head), rows, 0, m)
-    sampled = [sd.unpack_row(data, *map(int, counts[1:4]), m)["sparse"] for data, counts in kept]
-    sampled = sd.SparseTarget(*(torch.cat(x) for x in zip(*sampled)))
+    sampled = [config.unpack_row(data, *map(int, counts[1:4]), m)["sparse"] for data, counts in kept]
+    sampled = sd.SparseTarget(*(torch.from_numpy(np.concatenate(x)) for x in zip(*sampled)))
     where = sd.collate(rows).positions
     top, listed = logp[where].topk(12)
     top = torch.softmax(top, -1)
@@ -2113,9 +2113,9 @@ def _cache_keep(hidden, head, method, size, seed=0, temperature=1.0):
     m = _cache_manifest(len(head.weight), method, size, seed, temperature)
     row = {"input_ids": np.arange(len(hidden) + 1) % len(head.weight), "targets": None}
     (data, counts), = sd.keep_teacher(lambda batch: (hidden, head), [row], 7, m)
-    back = sd.unpack_row(data, *counts[1:4], m)
+    back = config.unpack_row(data, *counts[1:4], m)
     assert (back["input_ids"] == row["input_ids"]).all() and back["targets"].all() and counts[2] == len(hidden)
-    return back["sparse"], len(data), counts
+    return sd.SparseTarget(*map(torch.from_numpy, back["sparse"])), len(data), counts
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
@@ -2366,8 +2366,8 @@ def bench_cache():
             m = _cache_manifest(vocab, method, size)
             (data, counts), = sd.keep_teacher(lambda b: (hidden, head), [{"input_ids": np.arange(512), "targets": None}], 0, m)
             both = np.random.default_rng(0).integers(0, vocab << m["bits"][1], counts[3])
-            packing = best(lambda: sd.pack((both, sum(m["bits"][:2]))))
-            unpacking = best(lambda: sd.unpack_row(data, *counts[1:4], m))
+            packing = best(lambda: config.pack((both, sum(m["bits"][:2]))))
+            unpacking = best(lambda: config.unpack_row(data, *counts[1:4], m))
             print(f"{vocab:8} {method + str(size):>10} {counts[3] / 511:6.1f} {len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
                   f"{counts[3] / packing / 1e6:9.1f} {counts[3] / unpacking / 1e6:11.1f}")
     print(f"\n{'V':>8} {'labels only':>12} {'from cache':>11} {'ratio':>6}   (seconds a step of 4 x 256 tokens, forward and backward)")
@@ -2380,7 +2380,7 @@ def bench_cache():
         m = _cache_manifest(vocab, "sample", 50)
         rows = [{"input_ids": np.arange(i, i + 256), "targets": None} for i in range(4)]
         made = [sd.keep_teacher(lambda b: (hidden, head), [row], i, m)[0] for i, row in enumerate(rows)]
-        batch = sd.collate([sd.unpack_row(data, *counts[1:4], m) for data, counts in made])
+        batch = sd.collate([config.unpack_row(data, *counts[1:4], m) for data, counts in made])
 
         def step(alpha, signal_):
             sd.distil(model, batch, signal_, 1020, alpha=alpha, temperature=1.0, divergence="forward")[0].backward()
