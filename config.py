@@ -17,6 +17,7 @@ import glob
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -148,7 +149,7 @@ class Config:
     provider: Literal["openai", "anthropic", "local"] = knob("openai", "who answers: an API, or --teacher's model here")
     api_model: Optional[str] = knob(None, "model name at the provider")
     api_base: Optional[str] = knob(None, "URL of an OpenAI- or Anthropic-compatible server")
-    num_examples: int = knob(100, "prompts to ask")
+    num_examples: Optional[int] = knob(None, "prompts to ask; unset: 100, or all of prompts_file")
     categories: list[str] = knob([], "task categories, name or name=weight; unset: all eight alike")
     prompts_file: Optional[str] = knob(None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)")
     max_tokens: int = knob(1024, "longest reply in tokens")
@@ -215,20 +216,16 @@ class Config:
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
             need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one, for example --student layers:4")
         if self.mode == "generate":
-            local, own = self.provider == "local", ("teacher", "tokenizer", "dtype", "trust_remote_code")
-            unread = {*given} & ({*API_ONLY} if local else {*own})
-            need(not unread, f"provider {self.provider} does not read {', '.join(sorted(unread))}; leave that out")
-            need("RANK" not in os.environ, "mode generate is one process; start it with python simple_distill.py, not "
-                 "with torchrun or launch.sh")
-            need(local or self.api_model, f"provider {self.provider} needs --api_model NAME")
-            name = self.provider
+            name, local, key = self.provider, self.provider == "local", f"{self.provider.upper()}_API_KEY"
+            unread = {*given} & {*(API_ONLY if local else ("teacher", "tokenizer", "dtype", "trust_remote_code"))}
+            need(not unread, f"provider {name} does not read {', '.join(sorted(unread))}; leave that out")
+            need("RANK" not in os.environ, "mode generate is one process; start it without torchrun or launch.sh")
+            need(local or self.api_model, f"provider {name} needs --api_model NAME")
             need(local or importlib.util.find_spec(name), f"provider {name} needs its SDK: pip install {name}")
-            need(local or self.api_base or os.environ.get(f"{name.upper()}_API_KEY"), f"provider {name} takes its key "
-                 f"from the environment: set {name.upper()}_API_KEY")
-            need(not local or self.teacher != "demo", "provider local asks the model that --teacher names; give a hub "
-                 "name or a directory")
-            need(self.max_cost is None or None not in (self.price_in, self.price_out), f"max_cost {self.max_cost} "
-                 "needs prices: give --price_in and --price_out, USD a million tokens")
+            need(local or self.api_base or os.environ.get(key), f"provider {name}: set {key} in the environment")
+            need(not local or self.teacher != "demo", "provider local needs --teacher, a hub name or a directory")
+            need((self.price_in, self.price_out).count(None) in (0, 2 * (self.max_cost is None)), f"max_cost is "
+                 f"{self.max_cost}, price_in {self.price_in}, price_out {self.price_out}; give both prices, or none")
             need(not (self.categories and self.prompts_file), "prompts_file brings its own prompts; drop categories")
         if self.mode == "train" and not self.blockwise:
             need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
@@ -245,7 +242,6 @@ class Config:
                      "freeze_previous_blocks false")
                 need(len(self.epochs_per_block) == len(self.wd_per_block) == 1, "block_input teacher trains all blocks "
                      "at once; give one value for epochs_per_block and wd_per_block")
-
 
 
 def refuse(message):
@@ -409,11 +405,14 @@ def append_row(path, row):
 
 
 def read_rows(path):
-    """The rows of a .jsonl, none where there is no file; a last line that a kill cut in half is removed."""
-    with open(path, "ab+") as f:
-        f.seek(0)
-        whole, newline, _ = f.read().rpartition(b"\n")
-        f.truncate(len(whole + newline))
+    """The rows of a .jsonl, none where there is no file; half a last line, as a kill leaves it, is removed."""
+    with open(path, "rb+") if os.path.exists(path) else io.BytesIO() as f:
+        whole, newline, last = f.read().rpartition(b"\n")
+        try:
+            json.loads(last), f.write(b"\n")   # whole: only its newline was missing
+            whole += newline + last
+        except ValueError:
+            f.truncate(len(whole + newline))
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:
@@ -850,7 +849,7 @@ def explain_bad_file(path):
 # ----- mode generate: what is asked, and which replies are worth training on. Made to be edited.
 
 TASKS = {"implement": "Write {thing} in {language}.", "complete": "Complete this function; give all of it.",
-         "explain": "Explain what this function does.", "debug": "One operator in this function is wrong. Fix it.",
+         "explain": "Explain what this function does.", "debug": "One operator or index here is wrong. Fix it.",
          "refactor": "Refactor this function; keep what it does.", "translate": "Translate this to {language}.",
          "test": "Write pytest tests for this function.", "document": "Write the docstring of this function."}
 FORMS = "{}|Please help me: {}|Here is a task for you. {}|I need this for my project. {}".split("|")
@@ -872,10 +871,11 @@ def compose_prompts(categories, seed):
                     yield "\n".join(line[f.col_offset:] for line in lines[f.lineno - 1:f.end_lineno])
 
     weights, rng, seen, misses = {}, random.Random(seed), set(), 0
-    for name, _, weight in (item.partition("=") for item in categories or TASKS):
-        if name not in TASKS or not re.fullmatch(r"|0*[1-9]\d*|\d*\.0*[1-9]\d*", weight):
+    for name, equals, weight in (item.partition("=") for item in categories or TASKS):
+        with contextlib.suppress(ValueError):
+            weight = weights[name] = float(weight if equals else 1)
+        if name not in TASKS or not isinstance(weight, float) or not 0 < weight < INF:
             raise UserError(f"categories {name}={weight}: write name or name=weight; the names are {', '.join(TASKS)}")
-        weights[name] = float(weight or 1)
     asked, codes, pick = collections.Counter(), itertools.cycle(real_functions()), rng.choice
     while misses < 1000:
         name = min(weights, key=lambda n: (asked[n] + 1) / weights[n])   # the one most behind its share
@@ -897,10 +897,11 @@ def compose_prompts(categories, seed):
 def read_prompts(path):
     """Yields (category, messages) of the user's own prompts: the lines of a .txt, or .jsonl rows."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             for line in filter(str.strip, f):
                 row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
                 messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+                messages[-1]["role"] != "assistant" or refuse(f"prompts_file {path} has a row that ends with a reply")
                 yield row.get("category", "own"), [{"role": m["role"], "content": m["content"] + ""} for m in messages]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
@@ -912,71 +913,82 @@ def usd(cfg, sent, got):
 
 def all_prompts(cfg):
     """-> {prompt_id: job} of num_examples different prompts, in the order they are asked."""
-    source, jobs = cfg.prompts_file, {}
+    source, jobs, least = cfg.prompts_file, {}, 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
     for category, messages in read_prompts(source) if source else compose_prompts(cfg.categories, cfg.seed):
         # no more tokens than this: each is a byte or more, and 64 a turn for the chat format
         size, name = sum(64 + len(m["content"].encode(errors="replace")) for m in messages), digest(messages)
-        jobs[name] = types.SimpleNamespace(prompt_id=name, category=category, messages=messages, size=size,
-                                           worst=usd(cfg, size, cfg.max_tokens),   # USD that a try may cost
-                                           tries=0, held=0.0)   # tries that may be billed, USD set aside
-        if len(jobs) == cfg.num_examples:
+        jobs.setdefault(name, types.SimpleNamespace(
+            prompt_id=name, category=category, messages=messages, size=size, least=least, place=len(jobs),
+            worst=usd(cfg, size, cfg.max_tokens), tries=0, held=0.0))   # USD a try; tries billed; USD set aside
+        if len(jobs) == (cfg.num_examples or (INF if source else 100)):
             break
     return jobs or refuse(f"prompts_file {source} holds no prompt")
 
 
 def judge(job, said, finish_reason, usage):
     """A reply, or None -> its row; `reason` is the first filter that rejects it, or why there is no reply."""
-    usage = dict(zip(("prompt_tokens", "completion_tokens"), usage))
-    row = {"messages": job.messages, "category": job.category, "usage": usage, "finish_reason": finish_reason,
-           "prompt_id": job.prompt_id}
+    row = {"messages": job.messages, "category": job.category, "prompt_id": job.prompt_id,
+           "finish_reason": finish_reason, "usage": dict(zip(("prompt_tokens", "completion_tokens"), usage))}
     if said is None:
         return row | {"finish_reason": None, "reason": finish_reason}
     row["messages"] = [*job.messages, {"role": "assistant", "content": said}]
-    flaws = find_flaws(job.messages[-1]["content"], said, finish_reason)
+    flaws = find_flaws(job.messages[-1]["content"], said, finish_reason, job.least)
     return row | next(({"reason": name} for name, found in flaws.items() if found), {})
 
 
-def find_flaws(prompt, reply, finish_reason):
-    """-> {filter: whether it rejects the reply}"""
-    asked, said = (" ".join(re.sub(r"```\w*", " ", text).split()) for text in (prompt, reply))
-    fenced = r"(?ms)^[ \t]*(```+)[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*\1`*[ \t]*$"
-    sorry = r"(?i)\W*(i.?m |i am )?(\w* ?sorry\b.{,9}\bi\b|as an ai\b|(un|not )able to|i can(.?t|not) (help|assist))"
-    broken = re.search(r"(?m)^[ \t]*```", re.sub(fenced, "", reply))   # a fence that nothing closes
+def find_flaws(prompt, reply, finish_reason, least=1):
+    """-> {filter: whether it rejects the reply}; least: the characters of a reply that is not too short"""
+    reply = reply.replace("\r\n", "\n")
+    asked, said = (" ".join(re.sub(r"(?m)```(\w*\s*$)?", " ", text).split()) for text in (prompt, reply))
+    fenced = r"(?ms)^[ \t]*(?:[-*+] +|\d+[.)] +)?(```+)[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*\1`*[ \t]*$"   # in a list too
+    sorry = (r"(?i)\W*((unfortunately|i apologi[sz]e( for [\w ]+)?|(i.?m |i am )?(\w+ )?(sorry|afraid))\W+(but )?)?"
+             r"(as an ai( \w+){,5}\W+i\b|i (must|have to) (\w+ )?decline|(i|i.?m|i am) (can( ?no|.)?t|(un|not |"
+             r"won.?t be )able to) (help(?! but)|assist|provide|fulfil|comply|create|write|do th))")
+    broken = re.search(r"(?m)^[ \t]*([-*+] +|\d+[.)] +)?```+[^`\n]*$", re.sub(fenced, "", reply))   # never closed
     try:
         with warnings.catch_warnings(action="ignore"):
-            for _, language, code in re.findall(fenced, reply):
-                ast.parse(textwrap.dedent(code) if language.lower() in ("python", "py") and ">>>" not in code else "")
+            for _, kind, code in re.findall(fenced, reply):
+                ast.parse(textwrap.dedent(code) if re.fullmatch("(?i)py(thon)?3?", kind) and ">>>" not in code else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         broken = True
     # a loop deflates to an eighth, code to a third; the tail alone shows a reply that ended in one
     data = reply.encode(errors="replace")
     loops = [len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:])]
-    return {"cut off": finish_reason in ("length", "max_tokens"), "empty or too short": len(said) < 20,
-            "repetition loop": any(loops), "refusal": finish_reason in ("refusal", "content_filter")
-            or "```" not in reply and re.match(sorry, said), "code does not parse": broken,
-            "repeats the prompt": said in asked or asked in said and len(said) < 1.2 * len(asked)}
+    return {"cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
+            "empty or too short": len(said) < least, "repetition loop": any(loops), "code does not parse": broken,
+            "refusal": finish_reason in ("refusal", "content_filter") or "```" not in reply and re.match(sorry, said),
+            "repeats the prompt": (said in asked or asked in said) and len(asked) / 2 < len(said) < 1.2 * len(asked)}
+
+
+def read_replies(train, rejected):
+    """-> {prompt_id: row}; where a kill or a failure left two: a reply counts, and its copy that is in rejected too"""
+    weight = lambda row: (row.get("finish_reason", "") is not None, "reason" in row)   # None: no reply, it failed
+    return {row["prompt_id"]: row for row in sorted(read_rows(rejected) + read_rows(train), key=weight)}
 
 
 def drop_duplicates(train, rejected, order):
-    """Sorts train, moves copies to rejected; at the end, so that who answered first does not matter. -> {fate: rows}"""
+    """Sorts both, moves copies to rejected; at the end, so that who answered first does not matter. -> {fate: rows}"""
     place, texts, similar = {name: i for i, name in enumerate(order)}, set(), collections.defaultdict(list)
-    gone = {row["prompt_id"] for row in read_rows(rejected)}   # a kill in here leaves some in both files
-    rows = [row for row in read_rows(train) if row["prompt_id"] not in gone]
-    open(train + ".tmp", "w").close()
-    for row in sorted(rows, key=lambda row: place.get(row["prompt_id"], -1)):
-        words = re.findall(r"\w+", row["messages"][-1]["content"].lower())
+    rows = sorted(read_replies(train, rejected).values(), key=lambda row: place.get(row["prompt_id"], -1))
+    for row in (row for row in rows if "reason" not in row):
+        prompt, words = (re.findall(r"\w+|[^\w\s]", m["content"].lower()) for m in row["messages"][-2:])
+        # a label answers many prompts, and each pair is an example: short replies are copies only to the same prompt
+        text = hash((*words, None, *prompt * (short := len(words) < 20)))
         # of all 5-word shingles the 64 smallest hashes: two such sketches overlap about as much as the texts do
-        mine = sorted({zlib.crc32(" ".join(words[i:i + 5]).encode()) for i in range(max(1, len(words) - 4))})[:64]
+        mine = sorted({zlib.crc32(" ".join(words[i:i + 5]).encode()) for i in range(len(words) - 4)})[:64 * (not short)]
         near = any(len({*mine} & {*other} & (both := {*sorted({*mine, *other})[:64]})) > 0.8 * len(both)
                    for h in mine[:8] for other in similar[h])
-        kind = "exact duplicate" if hash(tuple(words)) in texts else "near duplicate" if near else None
-        texts.add(hash(tuple(words)))
+        kind = "exact duplicate" if text in texts else "near duplicate" if near else None
+        texts.add(text)
         for h in () if kind else mine[:8]:
             similar[h] += [mine] * (len(similar[h]) < 50)   # what everybody says is no evidence, and costs time
-        append_row(rejected if kind else train + ".tmp", row | ({"reason": kind} if kind else {}))
-    os.replace(train + ".tmp", train)
-    fates = [row.get("reason", "kept").partition(":")[0] for row in read_rows(train) + read_rows(rejected)]
-    names = ["kept", *find_flaws("", "", None), "exact duplicate", "near duplicate", "failed"]
+        row |= {"reason": kind} if kind else {}
+    for path, out in ((rejected, True), (train, False)):   # in this order a kill loses none
+        with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if ("reason" in row) == out)
+        os.replace(f.name, path)
+    fates = [row.get("reason", "kept").partition(":")[0] for row in rows]
+    names = "kept", *find_flaws("", "", None), "exact duplicate", "near duplicate", "failed"
     return {name: fates.count(name) for name in names}
 
 
@@ -985,13 +997,11 @@ def close_files(train, rejected, summary, order, spent, tokens, ended):
     fates = drop_duplicates(train, rejected, order)
     save_config({"spent_usd": spent, "tokens_this_time": tokens, "ended": str(ended), **fates}, summary)
     share = (f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items())
-    return "\n".join([*share, f"{tokens:,} tokens, {spent:.4f} USD; {ended}" + (
+    return "\n".join([*share, f"{tokens:,} tokens" + f", {spent:.4f} USD" * (spent > 0) + f"; {ended}" + (
         f"; --dataset {train} trains on it" if fates["kept"] else "; nothing was kept, see " + rejected)])
 
 
 @contextlib.asynccontextmanager
-
-
 async def api_teacher(cfg, run):
     """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
     sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
@@ -1012,8 +1022,9 @@ async def api_teacher(cfg, run):
     async def ask(jobs):
         client.max_retries = 20 if run.answered else 2   # patience once it answered
         turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
-        body = {"messages": turns, "system": next((m["content"] for m in jobs[0].messages if m not in turns), None),
-                "model": cfg.api_model, "temperature": cfg.api_temperature, limit: cfg.max_tokens}
+        system = "\n\n".join(m["content"] for m in jobs[0].messages if m not in turns) or None
+        body = {"messages": turns, "system": system, "model": cfg.api_model, "temperature": cfg.api_temperature,
+                limit: cfg.max_tokens}
         try:   # post: the typed methods cost twice the time and change from version to version
             r = await client.post(path, body={k: v for k, v in body.items() if v is not None}, cast_to=object)
             said = r["choices"][0]["message"]["content"] if openai else "".join(b.get("text", "") for b in r["content"])
@@ -1022,7 +1033,8 @@ async def api_teacher(cfg, run):
             return [(clean(said), clean(end), *map((r.get("usage") or {}).get, sides))]
         except (Exception, asyncio.CancelledError) as e:
             error, status = clean(one_line(e, 9999))[:300], getattr(e, "status_code", None)
-            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered:   # so would all others
+            alone = status in (400, 413, 422) and run.past   # others were answered before: it is the prompt
+            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered and not alone:
                 run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
             return [(None, f"failed: {error}", None, None)]
     async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:

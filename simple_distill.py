@@ -34,7 +34,7 @@ from config import (MEMORY_ADVICE, CacheRows, Config, UserError, all_prompts, ap
                     begin_cache, block_table, close_files, closing_table, compare_tokenizers, cut_log, derive,
                     describe_run, digest, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
                     judge, learning_rates, make_demo, one_line, pack, parse_config, plan_batch, plan_blocks, plan_cache,
-                    plan_demo, plan_layers, plan_phases, plan_stitches, read_chunk, read_manifest, read_rows,
+                    plan_demo, plan_layers, plan_phases, plan_stitches, read_chunk, read_manifest, read_replies,
                     read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs, shapes_result,
                     start_wandb, stop_signals, take_lock, usd, write_report)
 
@@ -1074,6 +1074,7 @@ async def local_teacher(cfg, run):
     async def ask(jobs):
         inputs = tokenizer.apply_chat_template([job.messages for job in jobs], add_generation_prompt=True, padding=True,
                                                return_dict=True, return_tensors="pt").to(DEVICE)
+        torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)   # the same after a resume
         ids_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, **sampling)[:, inputs["input_ids"].shape[1]:]
         return [(tokenizer.decode(row, skip_special_tokens=True).strip(),
                  "stop" if len(row) < cfg.max_tokens or row[-1] == pad else "length", mask.sum().item(),
@@ -1081,16 +1082,16 @@ async def local_teacher(cfg, run):
     yield ask
 
 def generate(cfg):
-    """Ask what has no row yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
+    """Ask what has no reply yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
     train, rejected, summary = (f"{cfg.output_dir}/{f}" for f in ("train.jsonl", "rejected.jsonl", "summary.json"))
     jobs, recent, local = all_prompts(cfg), collections.deque(maxlen=50), cfg.provider == "local"
-    done = {row["prompt_id"]: row["cost"] for path in (train, rejected) for row in read_rows(path)}
-    todo, spent = [job for name, job in jobs.items() if name not in done], sum(done.values())
+    past = {name: (row["cost"], row["finish_reason"] is None) for name, row in read_replies(train, rejected).items()}
+    todo, spent = [job for name, job in jobs.items() if past.get(name, (0, 1))[1]], sum(x for x, _ in past.values())
     with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
         spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
     save_config(cfg, os.path.join(cfg.output_dir, "config.json"))
-    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, some {sum(job.size for job in todo) // 4:,} tokens; at "
-           f"most {len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at most")
+    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{sum(job.size for job in todo) // 4:,} tokens; at most "
+           f"{len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at these prices")
     def hold(job):   # the worst case is spent before a try leaves, on disk too: a cap holds over kills and restarts
         more = (job.tries + 1) * job.worst - job.held
         if more > 0 and run.spent + more <= (cfg.max_cost or math.inf):
@@ -1103,17 +1104,18 @@ def generate(cfg):
         run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
         if failed and run.stop:   # no row: a later run asks again
             return
+        cost += past.get(job.prompt_id, (0,))[0]   # what it cost when it failed: the last row of a prompt counts
         row = judge(job, said, end, usage) | {"model": cfg.api_model or cfg.teacher, "cost": cost}
         append_row(rejected if "reason" in row else train, row)
-        recent.append(failed)
+        recent.append(failed and job.prompt_id not in past)   # one that always fails must not stop each later run
         run.pace, run.answered = min(width, run.pace + (not failed)), run.answered or not failed
         if sum(recent) > 10:
             run.stop.append(UserError(f"{sum(recent)} of the last {len(recent)} requests failed, the last: {end}"))
-        bar.set_postfix_str(f"{run.tokens:,} tokens, {run.spent:.4f} USD", refresh=False)
+        bar.set_postfix_str(f"{run.tokens:,} tokens" + f", {run.spent:.4f} USD" * (run.spent > 0), refresh=False)
         bar.update()
-    run = types.SimpleNamespace(jobs=jobs, hold=hold, spent=spent, tokens=0, pace=1, answered=False)
+    run = types.SimpleNamespace(jobs=jobs, hold=hold, spent=spent, tokens=0, pace=1, answered=False, past=past)
     make, size, width = (local_teacher, cfg.concurrency, 1) if local else (api_teacher, 1, cfg.concurrency)
-    batches = collections.deque(todo[i:i + size] for i in range(0, len(todo), size))
+    batches = collections.deque(list(g) for _, g in itertools.groupby(todo, lambda job: job.place // size))
     with stop_signals() as run.stop, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5) as bar:
         asyncio.run(ask_all(run, make(cfg, run), batches, settle))
     ended = next(("stopped by a signal" if isinstance(x, float) else x for x in run.stop), "all is answered")

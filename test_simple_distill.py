@@ -2790,6 +2790,9 @@ def test_generate_prompts():
     assert first(50, [], 0) == prompts[:50] != first(50, [], 1)
     some = collections.Counter(name for name, _ in first(400, ["implement=3", "debug"], 0))
     assert some == {"implement": 300, "debug": 100}
+    some = collections.Counter(name for name, _ in first(60, ["implement=2.0", "debug=.5e0", "explain=05"], 0))
+    assert some == {"implement": 16, "debug": 4, "explain": 40}
+    assert all(re.fullmatch(" [-+<=>!]+ ", side) or "index" in config.TASKS["debug"] for pair in config.BUGS for side in pair)
 
 
 def test_generate_filters(tmp_path):
@@ -2811,6 +2814,145 @@ def test_generate_filters(tmp_path):
         assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
     for reply in ("I’m sorry, but I cannot help with this.", "As an AI model, I do not.", "I can't help you."):
         assert config.find_flaws("What is it?", reply, "stop")["refusal"], reply
+
+
+def test_generate_refusals():
+    """A refusal teaches nothing; a reply that only begins like one is paid for, and kept."""
+    for reply in ("I apologize, but I cannot help with that.", "I can't provide that code, it is not mine to give.",
+                  "I cannot fulfill this request.", "I won't be able to help with this task.", "I must decline.",
+                  "Unfortunately, I can't do that for you today.", "I'm sorry, but I can’t assist with that request.",
+                  "I am very sorry, I am not able to write malware.", "I’m afraid I can not comply with this request.",
+                  "I apologise for the inconvenience, but I am unable to provide it.", "I have to decline this one.",
+                  "As an AI language model, I have no opinion.", "Sorry, as an AI assistant made by X, I will not."):
+        assert config.find_flaws("What is it?", reply, "stop")["refusal"], reply
+    for reply in ("I can't help but notice that your loop is quadratic: use a set.", "I can't see a bug: it is right.",
+                  "Unable to open the file: that is what the exception says.", "Sorry if I repeat what you know: a trie",
+                  "Sorry I missed the import; here it is: import os", "As an AI pipeline, the function has three stages.",
+                  "Unfortunately, the function is quadratic.", "Sorry, the loop I wrote above is off by one.",
+                  "I'm sorting the list first.", "Not able to connect: I would check the port.", "Declining is fine."):
+        assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
+
+
+def test_generate_fences():
+    """Fences as models write them: \\r\\n, one line, in a list, python3; and code that is broken in them."""
+    good = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all.", "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
+    for reply in (*good, *(text.replace("\n", "\r\n") for text in good), "```print(1)```", "```print(1)```\nprints it",
+                  "1. so:\n   ```python3\n   x = 1\n   ```", "```python2\nprint 1\n```\nis no Python 3"):
+        assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
+    for reply in ("Here:\n```python3\ndef f(:\n```", "Here:\r\n```py\r\ndef f(:\r\n```", "Here:\n```python\nx = 1",
+                  "Here:\n```Python3\nprint 1\n```", "- ```py\n  x = (\n  ```", "- ```py\n  x = 1", "```print(1)```\n```js\nf()"):
+        assert config.find_flaws("What is it?", reply, "stop")["code does not parse"], reply
+
+
+def test_generate_duplicates(tmp_path):
+    """What a sign tells apart is no duplicate, nor is a label that fits many prompts."""
+    code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; " + _gen_words("code", 6)
+    said = ["yes"] * 10 + ["return a < b", "return a >= b", code.format("<"), code.format("<"), code.format(">=")]
+    asked = [f"Is {i} prime?" for i in range(9)] + ["Is  8 prime?"] + ["more"] * 5
+    for i, (prompt, reply) in enumerate(zip(asked, said)):
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+        config.append_row(tmp_path / "train", {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"})
+    fates = config.drop_duplicates(str(tmp_path / "train"), str(tmp_path / "rejected"), range(15))
+    assert fates["kept"] == 13 and fates["exact duplicate"] == 2, fates
+    assert [row["prompt_id"] for row in config.read_rows(tmp_path / "rejected")] == [9, 13]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_generate_own_prompts(tmp_path):
+    """All of the file unless told otherwise, BOM or not; a short reply or a piece of the prompt may be what it wants."""
+    mail = "Which address is in this: write to ann@example.org or ring 555 12 34, any day but Sunday?"
+    prompts = ["What is 2+2?", mail, "Say no more.", "Give this back, all of it."]
+    prompts += [f"Question {i}: is {i} even?" for i in range(146)]
+    special = dict(zip(prompts, ("4", "ann@example.org", " \n", "give this back, all of it.")))
+    with _GenServer(reply=lambda p: special.get(p, "```yes```")) as server:
+        args = _gen_args(tmp_path, server, 1)
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8-sig")
+        _, out, err = cli(*(arg for arg in args if arg not in ("--num_examples", 1)))
+        kept, rejected = _gen_rows(tmp_path)
+        assert len(kept) == 149 and [row["messages"][0]["content"] for row in kept[:2]] == prompts[:2]
+        assert [row["reason"] for row in rejected] == ["empty or too short"]
+        assert "USD" not in out.splitlines()[-1] + err   # nobody said what it costs: it is not free
+        at = args.index("--prompts_file")   # and to a task of ours that is no answer
+        args[at:at + 2] = ["--categories", "implement=1.0"]
+        args[args.index("--output_dir") + 1] = tmp_path / "ours" / "out"
+        cli(*args)
+    assert [row["reason"] for row in _gen_rows(tmp_path / "ours")[1]] == ["empty or too short"]
+    assert not config.find_flaws("Give this back.", "give that", "stop")["repeats the prompt"]
+    assert config.find_flaws("Give this back, all.", "this back, all.", "stop")["repeats the prompt"]
+
+
+def test_generate_failed(tmp_path):
+    """What failed is asked again by the same command, its cost is not forgotten, and one that always fails stops nothing."""
+    faults = {0: 400, 3: "bad json", 4: 400, 7: "bad json", 9: 500, 11: "duplicate", 12: "duplicate", 20: "length"}
+    down, prices = [True], ("--price_in", 1, "--price_out", 10)
+    fault = lambda p, nth: faults.get(_gen_number(p)) if down or _gen_number(p) in (0, 11, 12, 20) else None
+    with _GenServer(lambda p, nth: fault(p, nth) if server.billed else None) as server:
+        args = _gen_args(tmp_path, server, 30, "--concurrency", 1, *prices)
+        (tmp_path / "prompts.txt").write_text("Question 99: who?\n" + (tmp_path / "prompts.txt").read_text())
+        faults.pop(9)
+        cli(*args)
+        kept, rejected = _gen_rows(tmp_path)
+        assert collections.Counter(row["reason"].split(":")[0] for row in rejected) == {
+            "failed": 4, "exact duplicate": 1, "cut off": 1}
+        before = json.load(open(tmp_path / "out/summary.json"))["spent_usd"]
+        tries, at = server.tries.copy(), args.index("--num_examples") + 1
+        down.clear()
+        args[at] = 31   # the one at the front fails again, the last one is new
+        _, out, err = cli(*args)
+    again = {_gen_number(p) for p in server.tries if server.tries[p] > tries[p]}
+    assert again == {0, 3, 4, 7, 29}, again
+    kept, rejected = _gen_rows(tmp_path)
+    rows = {_gen_number(row["messages"][0]["content"]): row for row in kept + rejected}
+    assert len(rows) == len(kept + rejected) == 31 and len(kept) == 28
+    assert {n: row["reason"].split(":")[0] for n, row in rows.items() if "reason" in row} == {
+        0: "failed", 12: "exact duplicate", 20: "cut off"}
+    summary = json.load(open(tmp_path / "out/summary.json"))
+    assert summary["failed"] == 1 and summary["kept"] == 28
+    assert summary["spent_usd"] == pytest.approx(before + 4 * 0.0021) == pytest.approx(sum(row["cost"] for row in rows.values()))
+    assert rows[3]["cost"] > rows[4]["cost"] == pytest.approx(0.0021)   # what failed there may have been billed
+
+
+def test_generate_failed_for_good(tmp_path):
+    """A dozen prompts that the server never takes, a fifth of all: they stop no later run before it asks what is new."""
+    with _GenServer(lambda p, _: 400 if _gen_number(p) % 5 == 4 else None) as server:
+        for n in (60, 61):
+            cli(*_gen_args(tmp_path, server, n, "--concurrency", 1))
+            assert len(_gen_rows(tmp_path)[0]) == n - 12 and len(_gen_rows(tmp_path)[1]) == 12
+    assert set(server.billed.values()) == {1}
+
+
+def test_generate_rows(tmp_path):
+    """A last row that is whole is kept, whatever came after it; half a row goes; reading makes no file."""
+    path = tmp_path / "rows.jsonl"
+    assert config.read_rows(path) == [] and not path.exists()
+    for tail, rows in ((b'{"b": 2}', [{"a": 1}, {"b": 2}]), (b'{"b": "\xc3', [{"a": 1}]), (b"", [{"a": 1}])):
+        path.write_bytes(b'{"a": 1}\n' + tail)
+        assert config.read_rows(path) == rows
+        config.append_row(path, {"c": 3})
+        assert config.read_rows(path) == [*rows, {"c": 3}]
+    path.write_bytes(b'{"a": 1}')
+    assert config.read_rows(path) == [{"a": 1}] and path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_generate_local_seed(tmp_path, teacher):
+    """The same seed gives the same replies, after a kill too; another seed gives others."""
+    def said(folder, seed, n=11):
+        cli("--mode", "generate", "--provider", "local", "--teacher", teacher, "--num_examples", n, "--max_tokens", 8,
+            "--concurrency", 4, "--api_temperature", 1, "--seed", seed, "--output_dir", tmp_path / folder / "out",
+            "--prompts_file", tmp_path / "prompts.txt")
+        rows = sum(_gen_rows(tmp_path / folder), [])
+        return {_gen_number(row["messages"][0]["content"]): row["messages"][1]["content"] for row in rows}
+    (tmp_path / "prompts.txt").write_text("".join(f"Question {i}: what?\n" for i in range(11)))
+    whole = said("whole", 3)
+    said("parts", 3, 8)
+    for name in ("train.jsonl", "rejected.jsonl"):   # a kill in the midst of the second batch
+        path = tmp_path / "parts/out" / name
+        rows = [row for row in config.read_rows(path) if _gen_number(row["messages"][0]["content"]) < 6]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = said("parts", 3)
+    assert len(whole) == len(parts) == 11 and len(set(whole.values())) > 5
+    assert {i: text for i, text in parts.items() if i not in (6, 7)} == {i: text for i, text in whole.items() if i not in (6, 7)}
+    assert said("other", 4) != whole
 
 
 def _gen_spawn(args, server, count):
@@ -2902,7 +3044,8 @@ def test_generate_errors(tmp_path, monkeypatch):
         assert len(kept) == len(server.billed) >= since - 1 and not rejected and sum(server.tries.values()) < since + 8
     plain, gone = ["--mode", "generate", "--output_dir", tmp_path / "o"], _gen_args(tmp_path / "p", server, 50)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    wrong = [(name, "--categories", name) for name in ("poetry", "debug=0", "test=x")]
+    wrong = [(name, "--categories", name) for name in ("poetry", "debug=0", "test=x", "test=", "test=inf", "test=nan", "test=-1")]
+    wrong += [("price_out", name, 1) for name in ("--price_in", "--price_out")]
     wrong += [("none.txt", "--prompts_file", tmp_path / "none.txt")]
     cases = [("onnect", gone), ("--teacher", [*plain, "--provider", "local"]), ("_API_KEY", [*plain, "--api_model", "m"]), ("pip install openai", gone)]
     for named, args in [(named, [*plain, "--api_model", "m", *more]) for named, *more in wrong] + cases:
@@ -2938,9 +3081,10 @@ def test_generate_stops(tmp_path):
 
 
 def test_generate_prompts_file(tmp_path):
-    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a trie?"}]
+    talk = [{"role": role, "content": text} for role, text in (
+        ("system", "Be brief."), ("system", "Be kind."), ("user", "What is a trie?"))]
     own = [{"prompt": "What is a heap?"}] * 2 + [{"messages": talk, "category": "explain", "more": 1}]
-    for provider, sent in (("openai", (0.3, 300, None)), ("anthropic", (None, 300, "Be brief."))):
+    for provider, sent in (("openai", (0.3, 300, None)), ("anthropic", (None, 300, "Be brief.\n\nBe kind."))):
         with _GenServer() as server:
             args = _gen_args(tmp_path / provider, server, 9, provider=provider)
             args += ["--api_temperature", 0.3] if provider == "openai" else []
@@ -2951,7 +3095,7 @@ def test_generate_prompts_file(tmp_path):
         assert [row["messages"][:-1] for row in kept] == [[{"role": "user", "content": "What is a heap?"}], talk]
         assert [row["category"] for row in kept] == ["own", "explain"]
         assert tuple(server.seen[-1][0].get(k) for k in ("temperature", "max_tokens", "system")) == sent
-    for row in ("nonsense", '{"question": 1}', '{"messages": [{"role": "user"}]}', "[]", '{"prompt": 3}'):
+    for row in (json.dumps({"messages": kept[-1]["messages"]}), "nonsense", '{"question": 1}', '{"messages": [{"role": "user"}]}', "[]", '{"prompt": 3}'):
         path.write_text('{"prompt": "What is a heap?"}\n' + row)
         assert "own.jsonl" in cli(*args, rc=2).err
 
