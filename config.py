@@ -617,7 +617,7 @@ def plan_batch(cfg, state, world):
     size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
     wanted = state["global_batch"] if state else size * micro * world
     if wanted != size * micro * world:
-        if [size, micro] != state["batch"] or world == state["world"]:
+        if [size, micro] != state["batch"]:
             raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
                             f"x {world} ranks; keep the product, or start over with --resume never or elsewhere")
         size = min(size, -(-wanted // world))
