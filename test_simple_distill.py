@@ -893,6 +893,44 @@ def test_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     assert len(held) >= 1 and "".join(train + held) == prose(2000) + "<|endoftext|>"
 
 
+def splits_of(**fields):
+    return sd.load_splits(config.Config(**fields))
+
+
+def test_splits_by_their_role(tmp_path, text):
+    """One file has one split, train; asked for by its own name it is all evaluated, and a name it has not is refused by that name."""
+    with pytest.raises(config.UserError, match="no split 'validation'"):
+        splits_of(dataset=text, train_split="validation")
+    with pytest.raises(config.UserError, match="no split 'test'"):
+        splits_of(dataset=text, eval_split="test")
+    raw, held = splits_of(dataset=text, eval_split="train")
+    assert len(raw) + len(held) == 40 and len(held) == 2
+    _, held = splits_of(mode="eval", dataset=text, eval_split="train")
+    assert len(held) == 40
+
+
+def test_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
+    """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_splits(tmp_path / "data", [{"text": prose(50, i)} for i in range(50)], [{"text": prose(50, i)} for i in range(3000)])
+    raw, held = splits_of(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
+    assert not isinstance(raw, datasets.Dataset) and 5 <= len(held) < 20 and held[0]["text"] == prose(50, 0)
+    assert sum(p.stat().st_size for p in Path(tmp_path, "cache").rglob("*") if p.is_file()) < 5000
+
+
+@pytest.mark.parametrize("first, rows", [
+    ({"messages": "hi", "text": "one two"}, 3), ({"text": None}, 2), ({"prompt": "a", "response": None}, 2),
+    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, 3),
+    ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 3)])
+def test_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, rows):
+    """Columns in another's style, and rows without a value at the beginning."""
+    whole = {"text": "one two"} if "text" in first else {"prompt": "c", "response": "d"} if first.get("response", 1) is None else first
+    path = write_jsonl(tmp_path / "data.jsonl", [first, whole, whole])
+    made = sd.encode(datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))[:], tiny_tokenizer(), "text", 99)
+    splits_of(dataset=path)
+    assert len(made["input_ids"]) == (1 if "text" in first else rows)
+
+
 def test_a_short_stream_is_not_held_out_whole(out, student, text):
     distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
     assert len(column(out, "train/loss")) == 2
@@ -1137,6 +1175,29 @@ def test_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, s
 
 
 @pytest.mark.campaign
+def test_checkpointing_does_not_recompute_what_is_frozen(student, text):
+    """transformers makes embeddings ask for a gradient; without it nothing below the first trained layer is kept or run again."""
+    root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0)) if sd.dist.is_initialized() else None
+    with contextlib.nullcontext() if root else sd.process_group():
+        root = root or sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
+        calls, layers = [], sd.layers_of(root.model)[1]
+        for name, p in root.model.named_parameters():
+            p.requires_grad_("layers.1." in name)
+        layers[0].self_attn.register_forward_hook(lambda *_: calls.append(0))
+        layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
+    assert calls == [0, 1, 1]
+
+
+def test_a_model_with_persistent_buffers_is_saved(tmp_path, text):
+    shape = dict(cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+                 first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
+    path = tiny_model(tmp_path / "model", **shape)
+    edit_weights(path, lambda tensors: tensors["model.layers.1.mlp.gate.e_score_correction_bias"].copy_(torch.tensor([1., 2., 3., 4.])))
+    distil(tmp_path / "out", teacher=path, student=path, dataset=text, max_steps=1)
+    assert final_weights(tmp_path / "out")["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [1, 2, 3, 4]
+
+
 def test_compile_changes_nothing_but_rounding(tmp_path, teacher, student, text):
     for name, on in (("on", True), ("off", False)):
         distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=2, compile=on)
@@ -1266,6 +1327,20 @@ def test_command_line_wins_over_the_file(tmp_path, out, student, text):
     assert (written["max_steps"], written["learning_rate"], written["lr_multipliers"], len(log(out, "train"))) == (2, 2e-4, ["embed=0"], 1)
 
 
+def test_an_evaluation_forms_no_gradient():
+    """Whether a weight would need one says nothing under no_grad."""
+    weight, hidden, labels = torch.randn(9, 4, requires_grad=True), torch.randn(5, 4), torch.arange(5)
+    seen, real = [], torch.Tensor.addmm_
+    try:
+        torch.Tensor.addmm_ = lambda *args, **more: seen.append(1) or real(*args, **more)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                sd.distillation_loss(hidden, sd.Head(weight), labels, None, alpha=1.0, temperature=1.0)
+    finally:
+        torch.Tensor.addmm_ = real
+    assert len(seen) == 1
+
+
 def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
     fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, gradient_accumulation_steps=2, alpha=0.3)
     distil(tmp_path / "whole", **fields, max_steps=12)   # a pass is 9 or so
@@ -1277,6 +1352,16 @@ def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, tex
     assert column(tmp_path / "parts", "train/loss") == column(tmp_path / "whole", "train/loss")
     whole, parts = (checkpoint(tmp_path / name, 12) for name in ("whole", "parts"))
     assert same({k: v for k, v in whole.items()}, parts)
+
+
+def test_a_batch_divided_anew_is_accepted_again(tmp_path):
+    """From one rank to three, and on three once more: the typed batch stays what it was."""
+    cfg = config.Config(batch_size=8)
+    first = config.plan_batch(cfg, None, 1)
+    state = {"global_batch": first[2], "batch": [8, 1]}
+    assert config.plan_batch(cfg, state, 3) == (3, 1, 8) == config.plan_batch(cfg, {**state, "global_batch": 8}, 3)
+    with pytest.raises(config.UserError, match="sequences a step"):
+        config.plan_batch(config.Config(batch_size=4), state, 3)
 
 
 def test_resume_never_and_by_path(tmp_path, student, text):
@@ -1900,16 +1985,19 @@ def test_a_full_tmpfs(tmp_path, teacher, student, text):
         subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number):
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 100_000, "output_dir": tmp_path / "run"}
-    process = spawn(*flags(**fields))
+@pytest.mark.parametrize("number, stream", [(signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}), (signal.SIGINT, {})])
+def test_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
+    process = spawn(*flags(**fields, max_steps=100_000, output_dir=tmp_path / "run"))
     wait_for_log(tmp_path / "run", process)
     process.send_signal(number)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "saved; the same command continues" in shown, shown
     stopped = log(tmp_path / "run", "train")[-1]["train/step"]
     assert Path(tmp_path, "run", "checkpoints", f"step-{stopped:08d}").is_dir()
+    for out in ("run", "whole"):   # what is resumed goes on with the batch after the last one it was trained on
+        cli(*flags(**fields, max_steps=stopped + 3, output_dir=tmp_path / out))
+    assert same(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
 
 
 def wait_for_log(out, process, seconds=120):
