@@ -1174,12 +1174,10 @@ def test_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, s
     assert distance({k: v.float() for k, v in final_weights(tmp_path / dtype).items()}, final_weights(tmp_path / "fp32")) < 2e-2
 
 
-@pytest.mark.campaign
-def test_checkpointing_does_not_recompute_what_is_frozen(student, text):
+def test_checkpointing_does_not_recompute_what_is_frozen(student):
     """transformers makes embeddings ask for a gradient; without it nothing below the first trained layer is kept or run again."""
-    root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0)) if sd.dist.is_initialized() else None
-    with contextlib.nullcontext() if root else sd.process_group():
-        root = root or sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
+    with sd.process_group():
+        root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
         calls, layers = [], sd.layers_of(root.model)[1]
         for name, p in root.model.named_parameters():
             p.requires_grad_("layers.1." in name)
@@ -1198,6 +1196,7 @@ def test_a_model_with_persistent_buffers_is_saved(tmp_path, text):
     assert final_weights(tmp_path / "out")["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.campaign
 def test_compile_changes_nothing_but_rounding(tmp_path, teacher, student, text):
     for name, on in (("on", True), ("off", False)):
         distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=2, compile=on)
