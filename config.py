@@ -1193,6 +1193,29 @@ def take_lock(folder):
     return problem, release
 
 
+def sync(*paths):
+    """Files or folders to the disk itself."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def checkpoints_in(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
+
+
+def prepare_output(cfg, step):
+    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
+    place = functools.partial(os.path.join, cfg.output_dir)
+    if cfg.resume == "never":
+        for old in ("checkpoints", "final"):
+            shutil.rmtree(place(old), ignore_errors=True)
+    os.makedirs(place("checkpoints"), exist_ok=True)
+    save_config(cfg, place("config.json"))
+    cut_log(place("log.jsonl"), step)
+
+
 def read_states(paths, say):
     """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others are named."""
     found = []

@@ -31,12 +31,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from config import (MEMORY_ADVICE, CacheRows, Config, UserError, all_prompts, api_teacher, append_row, ask_all,
-                    begin_cache, block_table, close_files, closing_table, compare_tokenizers, cut_log, derive,
+                    begin_cache, block_table, checkpoints_in, close_files, closing_table, compare_tokenizers, derive,
                     describe_run, digest, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
                     judge, learning_rates, make_demo, one_line, pack, parse_config, plan_batch, plan_blocks, plan_cache,
-                    plan_demo, plan_layers, plan_phases, plan_stitches, read_chunk, read_manifest, read_rows,
-                    read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs, shapes_result,
-                    start_wandb, stop_signals, take_lock, usd, write_report)
+                    plan_demo, plan_layers, plan_phases, plan_stitches, prepare_output, read_chunk, read_manifest,
+                    read_rows, read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs,
+                    shapes_result, start_wandb, stop_signals, sync, take_lock, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -289,7 +289,8 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
 
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
-    has_one = lambda name: not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
+    has_one = lambda name: not name.startswith("layers:") and not name.endswith(".json") and (
+        not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
     name = cfg.tokenizer or next(filter(has_one, candidates), None)
     try:
         return name and AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
@@ -421,9 +422,10 @@ def load_splits(cfg):
     if held is not None and cfg.streaming:   # as much of it as eval_samples sequences need
         few, size = [], 0
         for row in held:
+            few.append(row)
+            size += len(str(row))   # a token is rarely more than 8 characters
             if len(few) >= cfg.eval_samples and size > 8 * cfg.eval_samples * cfg.seq_len:
                 break
-            few, size = [*few, row], size + len(str(row))
         held = datasets.Dataset.from_list(few)
     elif cfg.streaming:   # the head of the stream is kept back
         wanted = min(cfg.eval_samples, 256)
@@ -614,8 +616,8 @@ def open_cache(cfg):
     rows, held = (CacheRows(place(s), m, m["chunks"][s]) for s in ("train", "eval"))
     held.starts = held.starts.clip(max=cfg.eval_samples)
     tokenizer = AutoTokenizer.from_pretrained(place("tokenizer"))
-    own = load_tokenizer(cfg, *(n for n in [cfg.student] if not n.startswith("layers:") and not n.endswith(".json")))
-    compare_tokenizers(own or tokenizer, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
+    own = load_tokenizer(cfg, cfg.student) or tokenizer
+    compare_tokenizers(own, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
     return rows, held, tokenizer, m
 
 def cache(cfg):
@@ -952,20 +954,10 @@ def save_checkpoint(folder, step, tensors, state, keep):
         print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older ones stay")
     return problem
 
-def sync(*paths):
-    """Files or folders to the disk itself."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-def checkpoints_in(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
-
 def find_checkpoints(cfg):
     """-> [(path, state), ...] to continue from, the best first."""
-    paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
-    paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
+    paths = [] if cfg.resume == "never" else checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) \
+        if cfg.resume == "auto" else [cfg.resume.rstrip("/")]
     paths, found = from_rank0((paths, read_states(paths, print0) if RANK == 0 else []))
     if paths and not found:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
@@ -982,18 +974,6 @@ def load_checkpoint(found, tensors_at):
         except Exception as e:
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
     raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
-
-def prepare_output(cfg, step):
-    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
-    place = functools.partial(os.path.join, cfg.output_dir)
-    if RANK == 0:
-        if cfg.resume == "never":
-            for old in ("checkpoints", "final"):
-                shutil.rmtree(place(old), ignore_errors=True)
-        os.makedirs(place("checkpoints"), exist_ok=True)
-        save_config(cfg, place("config.json"))
-        cut_log(place("log.jsonl"), step)
-    all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
@@ -1286,8 +1266,7 @@ def report(cfg):
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
-    named = [n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
-    tokenizer = cached[2] if cached else load_tokenizer(run, *named)
+    tokenizer = cached[2] if cached else load_tokenizer(run, run.student, run.teacher)
     rows, held = cached[:2] if cached else load_data(run, tokenizer)
     student = load_student(run) if run.mode != "cache" else None
     if student is not None:
@@ -1386,7 +1365,8 @@ def train(cfg):
             best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
         else:
             begin(step)
-        prepare_output(cfg, step)
+        RANK == 0 and prepare_output(cfg, step)
+        all_sum(0)
         wandb_run = start_wandb(cfg, state and state["wandb"], RANK, print0)
         stack.push(lambda kind, *_: wandb_run.finish(exit_code=int(kind is not None)))
         if before is None:
