@@ -50,7 +50,8 @@ def one_line(e, limit=160):
 
 
 def digest(*things):
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)   # str leaves out the middle of a long array
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
 def knob(default, help):
@@ -627,9 +628,12 @@ def plan_batch(cfg, state, world):
 
 def plan_layers(cfg, whole):
     """-> (config of the student, None), or of student layers:N and the numbers of N evenly spaced teacher layers."""
-    depth, wanted = getattr(whole, "num_hidden_layers", None), cfg.student.removeprefix("layers:")
+    depth, wanted = whole.get_text_config().num_hidden_layers, cfg.student.removeprefix("layers:")
     if wanted == cfg.student:
         return whole, None
+    if whole.get_text_config() is not whole:
+        raise UserError(f"{cfg.student} cannot be cut from {cfg.teacher!r}: its text model is part of a larger one; "
+                        "bring a checkpoint of the text model alone")
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
         raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
     keep = [round(i * (depth - 1) / max(1, int(wanted) - 1)) for i in range(int(wanted))]

@@ -945,7 +945,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
             os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = one_line(next(iter(getattr(e, "failures", {}).values()), [e])[0], 300)   # DCP wraps what happened
         shutil.rmtree(aside, ignore_errors=True)
@@ -998,7 +998,7 @@ def around_blocks(model, batch, blocks, feeds):
     path, layers = layers_of(model)
     parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
     parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
-    hidden_states(model, batch.input_ids)
+    hidden_states(model, batch.input_ids)   # finds them in place of the registered layers, which they hide
     del parent[name]
     return {i: taps[i].kept for i in blocks}
 

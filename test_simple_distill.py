@@ -1353,6 +1353,17 @@ def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, tex
     assert same({k: v for k, v in whole.items()}, parts)
 
 
+def test_layers_of_a_nested_text_model_are_refused():
+    with pytest.raises(config.UserError, match="text model is part of a larger one"):
+        config.plan_layers(config.Config(teacher="x", student="layers:2"), transformers.Gemma3Config())
+
+
+def test_a_digest_sees_the_middle_of_a_long_array():
+    other = np.arange(5000)
+    other[2500] = 0
+    assert config.digest([np.arange(5000)]) != config.digest([other])
+
+
 def test_a_batch_divided_anew_is_accepted_again(tmp_path):
     """From one rank to three, and on three once more: the typed batch stays what it was."""
     cfg = config.Config(batch_size=8)
