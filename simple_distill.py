@@ -93,7 +93,7 @@ def from_rank0(value):
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective
 # in chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
 
-LOGITS_BUDGET = 512 * 2**20   # bytes of student and teacher logits that exist at once; larger is hardly faster
+LOGITS_BUDGET = 512 * 2**20   # bytes of both heads' outputs at once; the fp32 terms come on top; more is hardly faster
 
 class Head(NamedTuple):
     """What turns hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
@@ -127,8 +127,8 @@ def exponentials(x, temperature=1.0):
 
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
     """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV). target:
-    None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each pass
-    over [C, V] counts; with one they fuse into three."""
+    None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each line
+    over [C, V] is a pass through memory; with one they fuse into five."""
     logits, slope = finish_logits(student_CV, *student_bend)
     z, p, total = exponentials(logits)   # log p = z - log(total)
     own_C1 = labels_C[:, None]
@@ -536,7 +536,8 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
 # demo is a run like any other.
 
 def resolve_demo(cfg):
-    """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
+    """-> run: cfg with files for each `demo`; what is saved stays cfg, as typed. This trainer trains the demo's teacher
+    the first time. None: a signal stopped that."""
     run, teacher_run = plan_demo(cfg)
     if run is not cfg and RANK == 0:
         make_demo(cfg.output_dir)
