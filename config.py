@@ -364,11 +364,11 @@ def read_config_file(path):
         odd = [x for x in value if x is None or isinstance(x, (bool, list, dict)) or str(x)[:1] == "-"] if many else []
         if odd or many and kind is not list or isinstance(value, bool) and kind is not bool:
             raise UserError(f"--config {path}: {name} is {value}; it takes " + (
-                "numbers or texts that do not begin with -" if kind is list else "one value, no list; a no in quotes"))
+                "numbers or texts that do not begin with -" if kind is list else "one value, a yes or no in quotes"))
         if many:
             words += [f"--{name}", *map(str, value)] if value or default_of(FIELDS[name]) else []
         elif value is not None:
-            value = json.dumps(value) if isinstance(value, (bool, dict)) else value
+            value = json.dumps(value, default=str) if isinstance(value, (bool, dict)) else value
             words.append(f"--{name}={value}")
     return words
 

@@ -1465,7 +1465,8 @@ BAD_INPUT = {
     "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
     "no assistant": (with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
     "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"), "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"), "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
+    "yaml that is a list": (yaml_file("- 1\n- 2\n"),
+    "mapping"), "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
     "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"), "output is a file": (output_is_a_file, "directory file"),
     # flags that would do nothing
     "k of draws": (dict(mode="cache", student=None, cache_dir="c", cache_top_k=32), "cache_top_k --cache_method topk"),
@@ -1476,20 +1477,25 @@ BAD_INPUT = {
     "no stitches": (dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False), "stitching_layer_bias --use_stitching_layers true"),
     "all blocks at once": (dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False), "freeze_previous_blocks --block_input student"),
     "blocks without blockwise": (dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
-    "buffer without stream": (dict(shuffle_buffer=3), "shuffle_buffer --streaming"), "buffer in eval": (dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
+    "buffer without stream": (dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
+    "buffer in eval": (dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
     "constant with kwargs": (dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
     "warmup and kwargs": (dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'), "lr_scheduler_kwargs constant"),
-    "constant with warmup": (dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"), "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
+    "constant with warmup": (dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
+    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
     # nothing where a name should be, as from "$UNSET"
     **{f"empty {name}": (dict({name: value}), f"{name} empty") for name, value in dict(cache_dir="", tokenizer="", resume="", eval_split=" ",
                                                                                       lr_multipliers="", wandb_project="\t").items()},
     "empty config": (dict(config=""), "--config No such file"),
     "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"), "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
-    "half of nothing": (dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"), "head epochs 0": (dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
+    "half of nothing": (dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
+    "head epochs 0": (dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
     "cache and stream": (dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
     # before any model is loaded
-    "stream without steps, early": (dict(streaming=True, teacher="/nowhere"), "max_steps"), "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
-    "layers in eval": (dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"), "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
+    "stream without steps, early": (dict(streaming=True, teacher="/nowhere"),
+    "max_steps"), "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
+    "layers in eval": (dict(mode="eval", student="layers:4", teacher="/nowhere"),
+    "layers:4"), "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
     "min_lr missing": (dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"), "min_lr_rate lr_scheduler_kwargs"),
     "min_lr twice": (dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 0, "min_lr_rate": 0}', teacher="/nowhere"), "min_lr_rate one"),
     "kwargs unknown": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"), "num_cycle num_cycles"),
@@ -1497,7 +1503,7 @@ BAD_INPUT = {
     "kwargs a list": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
     # what yaml makes of it
     "yaml key true": (yaml_file("true: 1\n"), "True"), "yaml key no": (yaml_file("no: 1\n"), "False"), "yaml key 5": (yaml_file("5: 1\n"), "5"),
-    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size list"), "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),
+    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"), "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),
     "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"), "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
     "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"), "yaml no value a block": (yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
     # a no_ that no flag has
@@ -1548,6 +1554,7 @@ def test_the_demo_decides_only_what_is_left_open(tmp_path):
         config.save_config(cfg, tmp_path / f"{i}.json")
         assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
         config.in_mode("eval", cfg, student="s"), config.plan_demo(cfg)
+        assert cfg.mode != "train" or config.Config(**config.shapes_result(cfg))   # as mode eval does with a checkpoint
 
 
 def test_no_check_vanishes_under_python_O():
@@ -3138,8 +3145,8 @@ def test_block_losses_match_a_plain_reference(block, out, kind, how):
     """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain models with hooks."""
     at_once, t = how == "teacher", 1.5 if kind == "kl_div" else 1.0
     few, first = ([2.0], 0) if at_once else ([0.1, 0.1, 2.0], 2)
-    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, save_steps=1,
-               keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
+    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, lm_head_lr=None,
+               save_steps=1, keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
                initialize_head_from_teacher=False, gradient_checkpointing=True)
     got = {e["train/step"]: e["train/loss"] for e in log(out, "train")}
     begin, teacher = first or 1, load(block.teacher)   # the first checkpoint there is
@@ -3203,7 +3210,8 @@ def test_block_projected_head_is_the_teachers_on_stitched_states(block, out, tmp
             if k in tensors:
                 tensors[k] += torch.rand(tensors[k].shape)
     edit_weights(teacher, stir)
-    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False)
+    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False,
+               lm_head_lr=None)
     state, model, its = checkpoint(out, 10), load(os.path.join(out, "final")), load(teacher)
     assert ("model.stitches.up1.bias" in state) == (bias and bool(extra)) and ("model.stitches.up0.bias" in state) == bias
     h = torch.randn(50, 16)
