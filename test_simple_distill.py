@@ -1145,7 +1145,7 @@ def test_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, stud
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
                                   "warmup_stable_decay", "cosine_with_min_lr"])
 def test_schedulers(out, student, text, name):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name, warmup_ratio=0.4,
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name, warmup_ratio=0 if name == "constant" else 0.4,
            lr_scheduler_kwargs='{"min_lr": 1e-5}' if "min" in name else None)
     assert all(0 <= rate <= 1e-3 for rate in column(out, "train/learning_rate"))
 
@@ -1560,8 +1560,50 @@ BAD_INPUT = {
     "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
     "no assistant": (with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
     "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"), "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"), "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
+    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
+    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
     "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"), "output is a file": (output_is_a_file, "directory file"),
+    # flags that would do nothing
+    "k of draws": (dict(mode="cache", student=None, cache_dir="c", cache_top_k=32), "cache_top_k --cache_method topk"),
+    "draws of k": (dict(mode="cache", student=None, cache_dir="c", cache_method="topk", cache_samples=10), "cache_samples --cache_method sample"),
+    "weight of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3), "logit_loss_weight --logit_loss_type"),
+    "temperature of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2), "logit_loss_temperature --logit_loss_type kl_div"),
+    "no head phase": (dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"), "lm_head_lr, logit_loss_type --train_lm_head true"),
+    "no stitches": (dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False), "stitching_layer_bias --use_stitching_layers true"),
+    "all blocks at once": (dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False), "freeze_previous_blocks --block_input student"),
+    "blocks without blockwise": (dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
+    "buffer without stream": (dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
+    "buffer in eval": (dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
+    "constant with kwargs": (dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
+    "warmup and kwargs": (dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'), "lr_scheduler_kwargs constant"),
+    "constant with warmup": (dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
+    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
+    # nothing where a name should be, as from "$UNSET"
+    **{f"empty {name}": (dict({name: value}), f"{name} empty") for name, value in dict(cache_dir="", tokenizer="", resume="", eval_split=" ",
+                                                                                      lr_multipliers="", wandb_project="\t").items()},
+    "empty config": (dict(config=""), "--config No such file"),
+    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"), "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
+    "half of nothing": (dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
+    "head epochs 0": (dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
+    "cache and stream": (dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
+    # before any model is loaded
+    "stream without steps, early": (dict(streaming=True, teacher="/nowhere"), "max_steps"),
+    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
+    "layers in eval": (dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
+    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
+    "min_lr missing": (dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"), "min_lr_rate lr_scheduler_kwargs"),
+    "min_lr twice": (dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 0, "min_lr_rate": 0}', teacher="/nowhere"), "min_lr_rate one"),
+    "kwargs unknown": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"), "num_cycle num_cycles"),
+    "kwargs of ours": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}', teacher="/nowhere"), "num_warmup_steps num_cycles"),
+    "kwargs a list": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
+    # what yaml makes of it
+    "yaml key true": (yaml_file("true: 1\n"), "True"), "yaml key no": (yaml_file("no: 1\n"), "False"), "yaml key 5": (yaml_file("5: 1\n"), "5"),
+    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"), "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),
+    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"), "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
+    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"), "yaml no value a block": (yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
+    # a no_ that no flag has
+    "no_blockwise": (["--no_blockwise"], "--no_blockwise --blockwise false"), "no-streaming": (["--no-streaming"], "--streaming false"),
+    "no_seed": (["--no_seed", "3"], "--no_seed --seed"), "no_alhpa": (["--no_alhpa"], "alpha"),
 }
 if os.geteuid():
     BAD_INPUT["no permission"] = (no_permission, "closed")
@@ -1577,13 +1619,41 @@ def test_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, t
         given, more = flags(**given), fields
     else:
         fields, more = fields(tmp_path / "given") if callable(fields) else fields, []
-        given = flags(**{k: v for k, v in {**given, **fields}.items() if fields.get("mode") != "cache" or k not in PLAIN or k in ("dtype", "seq_len") or k in fields})
+        given = flags(**{k: v for k, v in {**given, **fields}.items() if fields.get("mode", "train") == "train" or k not in PLAIN or k in ("dtype", "seq_len") or k in fields})
     before = {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
     err = cli(*given, *more, rc=2).err.strip()
     assert err.startswith("error: ") and len(err.splitlines()) <= 2 and len(err) < 600, err
     assert all(word in err for word in words.split()), (words, err)
     assert not (tmp_path / "out").exists(), sorted((tmp_path / "out").rglob("*"))
     assert before == {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
+
+
+def test_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
+    (tmp_path / "f.yaml").write_text("max_steps: 2\ncompare: [a]\n")
+    assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
+
+
+def test_the_demo_decides_only_what_is_left_open(tmp_path):
+    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and config.json says it all again."""
+    assert config.parse_config([]).max_steps == 500 and config.parse_config(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
+    (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
+    for words in (["--num_epochs", "2"], ["--num-epochs=1"], ["--config", str(tmp_path / "run.yaml")], ["--blockwise", "--num_epochs", "0"]):
+        assert config.parse_config(words).max_steps is None, words
+    assert config.parse_config(["--mode", "eval"]).seq_len == 128 == config.parse_config(["--mode", "eval", "--student", "s"]).seq_len
+    assert config.parse_config(["--mode", "eval", "--teacher", "t", "--dataset", "d"]).seq_len == 512
+    assert config.parse_config(["--teacher", "t", "--student", "s", "--dataset", "d"]).seq_len == 512
+    for i, words in enumerate(([], ["--num_epochs", "2"], ["--blockwise", "--train_lm_head", "false"], ["--blockwise", "--num_epochs", "0"],
+                               ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
+                               ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
+        cfg = config.parse_config(words)
+        config.save_config(cfg, tmp_path / f"{i}.json")
+        assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
+        config.in_mode("eval", cfg, student="s"), config.plan_demo(cfg)
+        assert cfg.mode != "train" or config.Config(**config.shapes_result(cfg))   # as mode eval does with a checkpoint
+
+
+def test_no_check_vanishes_under_python_O():
+    assert not [node for node in ast.walk(ast.parse(Path(config.__file__).read_text())) if isinstance(node, ast.Assert)]
 
 
 def test_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
@@ -2333,7 +2403,7 @@ def test_cache_refuses_what_does_not_fit(_cache_home, tmp_path, capsys):
 
 
 def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeypatch):
-    home, c, draw = _cache_home, tmp_path / "c", np.random.default_rng(0)
+    home, c, draw = _cache_home, tmp_path / "a cache", np.random.default_rng(0)
     assert sd.main(_cache_fill(home, c)) == 0
     whole, path = _cache_bytes(c), str(c / "train-00000001.safetensors")
     data = whole["train-00000001.safetensors"]
@@ -2361,9 +2431,11 @@ def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeyp
 def test_cache_has_decided_the_data(_cache_home, tmp_path, capsys):
     home, c = _cache_home, tmp_path / "c"
     assert sd.main(_cache_fill(home, c)) == 0
-    for flags in (("--dataset", home + "other.jsonl"), ("--text_column", "body"), ("--max_samples", 3), ("--streaming", "true")):
+    for flags in (("--dataset", home + "other.jsonl"), ("--text_column", "body"), ("--max_samples", 3)):
         assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, *flags)) == 2
         assert re.search(f"error: .*{flags[0][2:]} .* there, .*{flags[1]}.* here", capsys.readouterr().err, re.I)
+    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--streaming", "true")) == 2
+    assert re.search("error: cache_dir .* drop --streaming", capsys.readouterr().err)
     said_again = json.loads((c / "config.json").read_text())["dataset"]
     assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--eval_samples", 3, "--dataset", said_again)) == 0
     assert "; 3 held out" in capsys.readouterr().out and not os.path.exists(tmp_path / "o/demo")
@@ -3171,8 +3243,8 @@ def test_block_losses_match_a_plain_reference(block, out, kind, how):
     """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain models with hooks."""
     at_once, t = how == "teacher", 1.5 if kind == "kl_div" else 1.0
     few, first = ([2.0], 0) if at_once else ([0.1, 0.1, 2.0], 2)
-    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, save_steps=1,
-               keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
+    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, lm_head_lr=None,
+               save_steps=1, keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
                initialize_head_from_teacher=False, gradient_checkpointing=True)
     got = {e["train/step"]: e["train/loss"] for e in log(out, "train")}
     begin, teacher = first or 1, load(block.teacher)   # the first checkpoint there is
@@ -3236,7 +3308,8 @@ def test_block_projected_head_is_the_teachers_on_stitched_states(block, out, tmp
             if k in tensors:
                 tensors[k] += torch.rand(tensors[k].shape)
     edit_weights(teacher, stir)
-    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False)
+    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False,
+               lm_head_lr=None)
     state, model, its = checkpoint(out, 10), load(os.path.join(out, "final")), load(teacher)
     assert ("model.stitches.up1.bias" in state) == (bias and bool(extra)) and ("model.stitches.up0.bias" in state) == bias
     h = torch.randn(50, 16)
@@ -3291,7 +3364,7 @@ def test_block_refusals_name_numbers(block, out):
     says("has 5 layers, the teacher only 3", student=block.teacher, teacher=block.student)
     says("lr_per_block has 2 values", lr_per_block=[1e-3, 1e-4])
     says("one value", block_input="teacher", epochs_per_block=[1, 1, 2])
-    says("distill_loss_temperature 2", distill_loss_temperature=2)
+    says("distill_loss_temperature: read only with --distill_loss_type kl_div", distill_loss_temperature=2)
 
 @pytest.mark.parametrize("kind, weight", [("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
 def test_block_head_losses(block, out, kind, weight):
