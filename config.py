@@ -2,8 +2,8 @@
 
     cfg = parse_config(sys.argv[1:])     # defaults < demo defaults < --config FILE < command line
 
-Below the knobs is what else needs no torch, a part a room of simple_distill.py: the cache's manifest, plans in numbers,
-the demo's files, the prompts and filters of mode generate, dataset formats, the report's words and figures.
+The rule: what needs no torch is here, what touches tensors is simple_distill.py's. Sections: knobs and their checks;
+the teacher cache on disk; plans (numbers); the demo's files; mode generate; mode eval; earlier runs; the outside world.
 """
 import ast
 import asyncio
@@ -15,8 +15,8 @@ import fcntl
 import functools
 import glob
 import hashlib
-import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sysconfig
@@ -38,6 +39,7 @@ from typing import Any, Literal, Optional
 import numpy as np
 import safetensors.numpy
 import transformers
+import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser, SchedulerType
 
@@ -51,7 +53,8 @@ def one_line(e, limit=160):
 
 
 def digest(*things):
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)   # str leaves out the middle of a long array
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
 def knob(default, help):
@@ -65,10 +68,9 @@ DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, 
                     initializer_range=0.05)
 DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
                     initializer_range=0.05)
-DEMO_TEACHER_RUN = dict(alpha=1.0, seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05,
-                        gradient_checkpointing=False, save_steps=250, eval_steps=0)
 DEMO = dict(seq_len=128, batch_size=16, max_steps=500, learning_rate=4e-3, warmup_ratio=0.05,
             gradient_checkpointing=False, save_steps=250, eval_steps=125)
+DEMO_TEACHER_RUN = DEMO | dict(alpha=1.0, eval_steps=0)
 DEMO_BLOCKWISE = dict(epochs_per_block=[0.1], lr_per_block=[4e-3], lm_head_epochs=0.1, lm_head_lr=4e-3,
                       max_steps=200)
 
@@ -82,7 +84,8 @@ class Config:
     resume: str = knob("auto", "auto: newest checkpoint of output_dir; never: start over; or a checkpoint path")
     # models
     teacher: str = knob("demo", "hub name, local directory, or demo")
-    student: str = knob("demo", "hub name, local directory, HF config .json (random weights), layers:N, or demo")
+    student: str = knob("demo", "hub name, local directory, HF config .json (random weights), layers:N, or demo; "
+                        "mode eval, unset: output_dir/final")
     tokenizer: Optional[str] = knob(None, "hub name or directory; unset: the student's own, else the teacher's")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = knob("auto", "compute type; auto: bf16 where native, else fp32")
     gradient_checkpointing: bool = knob(True, "recompute student activations in the backward pass to save memory")
@@ -181,38 +184,35 @@ class Config:
     def __post_init__(self):
         need = lambda ok, message: None if ok else refuse(message)
         for f in dataclasses.fields(self):
-            for value in (v if isinstance(v := getattr(self, f.name), list) else [v]):
-                need(not isinstance(value, float) or math.isfinite(value), f"{f.name} is {value}; give a finite number")
-                low, high = RANGES.get(f.name, (None, None))
-                if value is not None and low is not None:
-                    bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                    need(low <= value <= high, f"{f.name} is {value}; it must be {bounds}")
-        for name in POSITIVE:
-            need(getattr(self, name) != [], f"{name} is empty; give one value, or one a block")
-            for value in v if isinstance(v := getattr(self, name), list) else [v]:
-                zero = name == "num_epochs" and self.blockwise   # then it ends after the head
-                need(value is None or value > 0 or zero, f"{name} is {value}; it must be greater than 0")
-        for name in ("output_dir", "teacher", "student", "dataset", "train_split", "text_column"):
-            need(getattr(self, name).strip(), f"{name} is empty")
+            value, (low, top) = getattr(self, f.name), RANGES.get(f.name, (0, INF))
+            need(value != [] or default_of(f) == [], f"{f.name} is empty; give one value, or one a block")
+            span = f"between {low} and {top:,}" if top < INF else "greater than 0" if low == TINY else f"at least {low}"
+            for x in value if isinstance(value, list) else [value]:
+                need(not isinstance(x, str) or x.strip(), f"{f.name} is empty; give a value, or leave it out")
+                need(not isinstance(x, float) or math.isfinite(x), f"{f.name} is {x}; give a finite number")
+                need(f.name not in RANGES or x is None or low <= x <= top, f"{f.name} is {x}; it must be {span}")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != default_of(f)]
         unread = [name for name in given if name not in READ_BY[self.mode]]
         need(not unread, f"mode {self.mode} does not read {', '.join(unread)}; leave that out")
-        unread = [name for name in given if name in GROUPS["blockwise"] and not self.blockwise]
-        need(not unread, f"{', '.join(unread)} needs --blockwise; add it, or leave that out")
+        for names, used, where in conditions(self):
+            idle = [name for name in given if name in names and not used]
+            need(not idle, f"{', '.join(idle)}: read only with {where}; give that, or leave it out")
         known = [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")]
         need(self.lr_scheduler in known, f"lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(known)}")
         scheduler_kwargs(self), parse_multipliers(self.lr_multipliers)
         if self.mode == "train" and self.cache_dir:
             need(self.alpha < 1, f"alpha {self.alpha:g} uses no teacher, cache_dir {self.cache_dir!r} is one")
             need(not self.blockwise, f"blockwise needs hidden states, cache_dir {self.cache_dir!r} has none; drop one")
+            need(not self.streaming, f"cache_dir {self.cache_dir!r} is the dataset and has a length; drop --streaming")
             need(self.divergence == "forward", f"divergence {self.divergence} needs whole distributions; a cache holds "
                  "targets of the forward KL")
         if self.mode == "cache":
             need(self.cache_dir, "mode cache writes cache_dir; name it with --cache_dir DIR")
             if self.student == "demo":   # none named: the teacher's tokenizer
                 self.student = self.teacher
-        if self.mode == "train" and self.student.startswith("layers:"):
-            need(self.teacher != "demo" or self.student[7:].isdigit(), f"student {self.student!r}; write layers:N")
+        if self.student.startswith("layers:"):
+            need(self.mode != "eval", f"student {self.student!r} is not trained yet; name a model or a checkpoint")
+            need(re.fullmatch(r"layers:0*[1-9]\d*", self.student), f"student {self.student!r}; write layers:N, N >= 1")
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
             need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one, for example --student layers:4")
         if self.mode == "generate":
@@ -227,39 +227,30 @@ class Config:
             need((self.price_in, self.price_out).count(None) in (0, 2 * (self.max_cost is None)), f"max_cost is "
                  f"{self.max_cost}, price_in {self.price_in}, price_out {self.price_out}; give both prices, or none")
             need(not (self.categories and self.prompts_file), "prompts_file brings its own prompts; drop categories")
-        if self.mode == "train" and not self.blockwise:
-            need(self.max_steps != 0, "max_steps is 0; it must be at least 1 (with --blockwise 0 ends after the head)")
+        for name in ("max_steps", "num_epochs"):
+            need(getattr(self, name) != 0 or self.blockwise, f"{name} is 0: that is for --blockwise, to end after it")
         if self.blockwise:
             need(self.alpha < 1, "alpha 1 never loads a teacher, blockwise learns from one; choose alpha below 1")
             need(not self.streaming, "blockwise counts in epochs, a stream has no length; drop --streaming")
-            for loss in ("distill_loss", "logit_loss"):
-                kind, used = getattr(self, f"{loss}_type"), getattr(self, f"{loss}_temperature")
-                need(kind == "kl_div" or used == 1, f"{loss}_temperature {used:g} means nothing to {loss}_type {kind}")
-            need(self.use_stitching_layers or self.stitching_layer_bias, "stitching_layer_bias false needs stitches; "
-                 "drop it or use_stitching_layers false")
-            if self.block_input == "teacher":
-                need(self.freeze_previous_blocks, "block_input teacher trains every block on its own; drop "
-                     "freeze_previous_blocks false")
-                need(len(self.epochs_per_block) == len(self.wd_per_block) == 1, "block_input teacher trains all blocks "
-                     "at once; give one value for epochs_per_block and wd_per_block")
+            need(self.block_input == "student" or len(self.epochs_per_block) == len(self.wd_per_block) == 1,
+                 "block_input teacher trains all blocks at once; one value for epochs_per_block and wd_per_block each")
 
 
 def refuse(message):
     raise UserError(message)
 
 
-INF = math.inf
-RANGES = dict(alpha=(0, 1), seq_len=(2, INF), batch_size=(1, INF), gradient_accumulation_steps=(1, INF),
-              warmup_ratio=(0, 1), weight_decay=(0, INF), max_grad_norm=(0, INF), default_lr_multiplier=(0, INF),
-              shuffle_buffer=(0, INF), max_samples=(1, INF), eval_samples=(1, INF), max_steps=(0, INF),
-              num_epochs=(0, INF), num_proc=(1, INF), seed=(0, 2**31), cache_samples=(1, 255), cache_top_k=(1, INF),
-              cache_chunk=(1, INF), wd_per_block=(0, INF), max_grad_norm_per_block=(0, INF), lm_head_wd=(0, INF),
-              lm_head_max_grad_norm=(0, INF), logit_loss_weight=(0, 1), num_examples=(1, INF), max_tokens=(1, INF),
-              api_temperature=(0, 2), concurrency=(1, INF), price_in=(0, INF), price_out=(0, INF), save_steps=(0, INF),
-              eval_steps=(0, INF), keep_checkpoints=(1, INF), log_steps=(1, INF))
+INF, TINY = math.inf, math.nextafter(0, 1)   # at least TINY: greater than 0
+RANGES = {name: (low, high) for low, high, names in (
+    (0, 1, "alpha warmup_ratio logit_loss_weight"), (0, 2, "api_temperature"), (1, 255, "cache_samples"),
+    (2, INF, "seq_len"), (0, 2**28, "seed"),   # above, what a step derives from it does not fit into torch's 64 bits
+    (0, INF, "weight_decay max_grad_norm default_lr_multiplier shuffle_buffer max_steps num_epochs wd_per_block "
+             "max_grad_norm_per_block lm_head_wd lm_head_max_grad_norm price_in price_out save_steps eval_steps"),
+    (TINY, INF, "temperature learning_rate distill_loss_temperature epochs_per_block lr_per_block lm_head_epochs "
+                "lm_head_lr logit_loss_temperature max_cost request_timeout"),
+    (1, INF, "batch_size gradient_accumulation_steps max_samples eval_samples num_proc cache_top_k cache_chunk "
+             "num_examples max_tokens concurrency keep_checkpoints log_steps")) for name in names.split()}
 API_ONLY = ("api_model", "api_base", "request_timeout", "max_cost", "price_in", "price_out")
-POSITIVE = ("temperature", "num_epochs", "learning_rate", "distill_loss_temperature", "epochs_per_block",
-            "lr_per_block", "lm_head_epochs", "lm_head_lr", "logit_loss_temperature", "max_cost", "request_timeout")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS, names = {}, list(FIELDS)
@@ -275,8 +266,26 @@ READ_BY = {
     "generate": {*GROUPS["generate"], "mode", "output_dir", "seed", "teacher", "tokenizer", "dtype",
                  "trust_remote_code"},
     "eval": {*GROUPS["eval"], *GROUPS["data"], "mode", "output_dir", "seed", "teacher", "student", "tokenizer", "dtype",
-             "compile", "trust_remote_code", "temperature", "batch_size", "shard_teacher", "cpu_offload"},
+             "compile", "trust_remote_code", "temperature", "batch_size", "shard_teacher", "cpu_offload"} - {
+                 "shuffle_buffer"},
 }
+
+
+def conditions(cfg):
+    """-> [(fields that are read only beside another setting, whether they are so here, that setting), ...]"""
+    beside = lambda key, value, *names: (names, getattr(cfg, key) == value, f"--{key} {str(value).lower()}")
+    marks = [os.path.join(cfg.dataset, name) for name in ("state.json", "dataset_dict.json")]   # of save_to_disk
+    local = cfg.dataset == "demo" or any(map(os.path.isfile, [cfg.dataset, *marks]))
+    return [beside("blockwise", True, *GROUPS["blockwise"][1:]), beside("cache_method", "sample", "cache_samples"),
+            beside("train_lm_head", True, *(n for n in GROUPS["blockwise"] if re.match("lm_head_|logit_loss_", n))),
+            (["logit_loss_weight"], cfg.logit_loss_type != "ce", "--logit_loss_type kl_div or mse"),
+            beside("logit_loss_type", "kl_div", "logit_loss_temperature"),
+            beside("distill_loss_type", "kl_div", "distill_loss_temperature"),
+            beside("use_stitching_layers", True, "stitching_layer_bias"), beside("cache_method", "topk", "cache_top_k"),
+            beside("block_input", "student", "freeze_previous_blocks"), beside("streaming", True, "shuffle_buffer"),
+            (["dataset_config"], not local or cfg.mode == "train" and cfg.cache_dir, "a --dataset of the hub"),
+            (["lr_scheduler_kwargs"], not cfg.lr_scheduler.startswith("constant"), "an --lr_scheduler but constant"),
+            (["warmup_ratio"], cfg.lr_scheduler != "constant" or not cfg.warmup_ratio, "--lr_scheduler linear or so")]
 
 
 def default_of(f):
@@ -317,10 +326,15 @@ def parse_multipliers(items):
 
 def scheduler_kwargs(cfg, steps=1):
     try:
-        given = json.loads(cfg.lr_scheduler_kwargs or "{}")
-        assert isinstance(given, dict)
-    except (ValueError, AssertionError):
+        given = {**json.loads(cfg.lr_scheduler_kwargs or "{}")}
+    except (ValueError, TypeError):
         raise UserError(f"lr_scheduler_kwargs {cfg.lr_scheduler_kwargs!r} is no JSON object")
+    takes = {*inspect.signature(transformers.optimization.TYPE_TO_SCHEDULER_FUNCTION[cfg.lr_scheduler]).parameters}
+    takes -= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    either = {"min_lr", "min_lr_rate"} & takes   # all others have defaults
+    if {*given} - takes or either and len(either & {*given}) != 1:
+        raise UserError(f"lr_scheduler_kwargs gives {', '.join(given) or 'nothing'}; {cfg.lr_scheduler} takes "
+                        f"{', '.join(sorted(takes)) or 'nothing'}{', one of min_lr and min_lr_rate' * bool(either)}")
     return ({"num_decay_steps": max(1, steps // 5)} if cfg.lr_scheduler == "warmup_stable_decay" else {}) | given
 
 
@@ -333,28 +347,27 @@ def read_config_file(path):
     """A yaml or json mapping of field names -> the same as command-line words, so that both pass the same checks."""
     try:
         with open(path, encoding="utf-8") as f:
-            if path.endswith(".json"):
-                values = json.load(f)
-            else:
-                import yaml
-                values = yaml.safe_load(f)
+            values = json.load(f) if path.endswith(".json") else yaml.safe_load(f)
     except OSError as e:
-        raise UserError(f"--config {path}: {e.strerror}")
+        raise UserError(f"--config {path!r}: {e.strerror}")
     except Exception as e:
-        kind, why = "JSON" if path.endswith(".json") else "YAML", " ".join(str(e).split())[:200]
-        raise UserError(f"--config {path} is not valid {kind}: {why}")
+        raise UserError(f"--config {path} is no valid {'JSON' if path.endswith('.json') else 'YAML'}: {one_line(e)}")
     if not isinstance(values, dict):
         raise UserError(f"--config {path} holds a {type(values).__name__}, not a mapping of field: value")
     words = []
     for name, value in values.items():
         if name not in FIELDS:
-            raise UserError(f"--config {path}: unknown key {name!r}{nearest(name)}")
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
+            raise UserError(f"--config {path}: unknown key {name!r}{nearest(str(name))}")
+        kind, many = type(default_of(FIELDS[name])), isinstance(value, list)
+        odd = [x for x in value if x is None or isinstance(x, (bool, list, dict)) or str(x)[:1] == "-"] if many else []
+        if odd or many and kind is not list or isinstance(value, bool) and kind is not bool:
+            raise UserError(f"--config {path}: {name} is {value}; it takes " + (
+                "numbers or texts that do not begin with -" if kind is list else "one value, a yes or no in quotes"))
+        if many:
+            words += [f"--{name}", *map(str, value)] if value or default_of(FIELDS[name]) else []
         elif value is not None:
-            words.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+            value = json.dumps(value, default=str) if isinstance(value, (bool, dict)) else value
+            words.append(f"--{name}={value}")
     return words
 
 
@@ -364,27 +377,32 @@ def nearest(name):
 
 
 def parse_config(argv):
-    about = "Knowledge distillation for language models."
-    parser = Parser(Config, allow_abbrev=False, prog="simple_distill.py", description=about)
+    parser = Parser(Config, allow_abbrev=False, prog="simple_distill.py", description="Distils language models.")
     parser.add_argument("--config", help="yaml or json file of these fields; the command line wins over it")
-    flags = [re.sub("^no_", "", w[2:].split("=")[0].replace("-", "_")) for w in argv if w.startswith("--")]
-    twice = sorted({n for n in flags if flags.count(n) > 1})
-    if twice:
-        raise UserError(f"--{twice[0]} is given more than once; keep one")
-    for name in flags:   # before argparse: it would take an unknown word for a value of the list before it
+    flags_in = lambda words: [w[2:].split("=")[0].replace("-", "_") for w in words if w.startswith("--")]
+    names = [flag.removeprefix("no_") for flag in flags_in(argv)]
+    for flag, name in zip(flags_in(argv), names):   # before argparse: it would take an unknown word for a value
         if name not in FIELDS and name not in ("config", "help"):
-            raise UserError(f"unknown flag --{name}{nearest(name)}")
-    known, _ = parser.parse_known_args(argv)
-    given = (read_config_file(known.config) if known.config else []) + argv
-    values, left = parser.parse_known_args(given)
+            raise UserError(f"unknown flag --{flag}{nearest(name)}")
+        if names.count(name) > 1:
+            raise UserError(f"--{name} is given more than once; keep one")
+        if flag != name and (default := getattr(Config, name, None)) is not True:
+            raise UserError(f"there is no --{flag}; write --{name} {'false' if default is False else 'VALUE'}")
+    known, left = parser.parse_known_args(argv)
     if left:
         raise UserError(f"cannot make sense of {' '.join(left)!r}; flags start with --")
-    if values.student == "demo" and (values.teacher == "demo" or values.mode in ("train", "eval")):
+    given = (read_config_file(known.config) if known.config is not None else []) + argv
+    values = parser.parse_args(given)
+    if "demo" in ([values.student] if values.mode == "train" else [values.teacher, values.dataset]):
+        idle = {name for names, used, _ in conditions(values) if not used for name in names}
+        idle |= {"max_steps"} if "num_epochs" in flags_in(given) else set()   # which would win
         defaults = DEMO | (DEMO_BLOCKWISE if values.blockwise else {})
-        parser.set_defaults(**{k: v for k, v in defaults.items() if k in READ_BY[values.mode]})
+        parser.set_defaults(**{k: v for k, v in defaults.items() if k in READ_BY[values.mode] - idle})
         values = parser.parse_args(given)   # a second time: now with those defaults
-    values = {k: v for k, v in vars(values).items() if k != "config"}
-    return Config(**values)
+    cfg = Config(**{k: v for k, v in vars(values).items() if k != "config"})
+    if cfg.mode == "train" and cfg.streaming and cfg.max_steps is None:   # not in Config: mode eval makes one of what a
+        raise UserError("a stream has no length: give --max_steps")       # checkpoint says, and that leaves it out
+    return cfg
 
 
 def in_mode(mode, cfg, **changes):
@@ -578,7 +596,8 @@ class CacheRows:
 
 
 def explain_bad_chunk(path, e):
-    again = f"rm {path}; python simple_distill.py --config {os.path.join(os.path.dirname(path), 'config.json')}"
+    config = os.path.join(os.path.dirname(path), "config.json")
+    again = f"rm {shlex.quote(path)}; python simple_distill.py --config {shlex.quote(config)}"
     raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and only it, again: {again}")
 
 
@@ -616,7 +635,7 @@ def plan_batch(cfg, state, world):
     size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
     wanted = state["global_batch"] if state else size * micro * world
     if wanted != size * micro * world:
-        if [size, micro] != state["batch"] or world == state["world"]:
+        if [size, micro] != state["batch"]:
             raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
                             f"x {world} ranks; keep the product, or start over with --resume never or elsewhere")
         size = min(size, -(-wanted // world))
@@ -626,9 +645,12 @@ def plan_batch(cfg, state, world):
 
 def plan_layers(cfg, whole):
     """-> (config of the student, None), or of student layers:N and the numbers of N evenly spaced teacher layers."""
-    depth, wanted = getattr(whole, "num_hidden_layers", None), cfg.student.removeprefix("layers:")
+    depth, wanted = whole.get_text_config().num_hidden_layers, cfg.student.removeprefix("layers:")
     if wanted == cfg.student:
         return whole, None
+    if whole.get_text_config() is not whole:
+        raise UserError(f"{cfg.student} cannot be cut from {cfg.teacher!r}: its text model is part of a larger one; "
+                        "bring a checkpoint of the text model alone")
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
         raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
     keep = [round(i * (depth - 1) / max(1, int(wanted) - 1)) for i in range(int(wanted))]
@@ -705,8 +727,6 @@ def plan_phases(cfg, depth, steps_per_epoch):
                          divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
         phases.append(Phase("head", steps(cfg.lm_head_epochs), [], objective, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
                             cfg.lm_head_max_grad_norm))
-    if steps_per_epoch is None and not cfg.max_steps:
-        raise UserError("a stream has no length: give --max_steps")
     length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
     if length:   # after blocks it may be 0
         objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
@@ -1203,6 +1223,29 @@ def take_lock(folder):
             if made and not os.listdir(folder):
                 os.rmdir(folder)
     return problem, release
+
+
+def sync(*paths):
+    """Files or folders to the disk itself."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def checkpoints_in(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
+
+
+def prepare_output(cfg, step):
+    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
+    place = functools.partial(os.path.join, cfg.output_dir)
+    if cfg.resume == "never":
+        for old in ("checkpoints", "final"):
+            shutil.rmtree(place(old), ignore_errors=True)
+    os.makedirs(place("checkpoints"), exist_ok=True)
+    save_config(cfg, place("config.json"))
+    cut_log(place("log.jsonl"), step)
 
 
 def read_states(paths, say):

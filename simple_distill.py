@@ -15,7 +15,7 @@ block-wise, API data, evaluation, train, main. What needs no torch (flags and th
 numbers, words and tables) is config.py's. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
 chunk, D width, V vocabulary, K kept teacher entries a token.
 """
-import asyncio, collections, contextlib, ctypes, dataclasses, datetime, fcntl, functools, glob, itertools
+import asyncio, collections, contextlib, ctypes, dataclasses, datetime, fcntl, functools, glob, inspect, itertools
 import json, math, os, re, resource, shutil, sys, time, types, zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
@@ -31,12 +31,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from config import (MEMORY_ADVICE, CacheRows, Config, UserError, all_prompts, api_teacher, append_row, ask_all,
-                    begin_cache, block_table, close_files, closing_table, compare_tokenizers, cut_log, derive,
+                    begin_cache, block_table, checkpoints_in, close_files, closing_table, compare_tokenizers, derive,
                     describe_run, digest, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
                     judge, learning_rates, make_demo, one_line, pack, parse_config, plan_batch, plan_blocks, plan_cache,
-                    plan_demo, plan_layers, plan_phases, plan_stitches, read_chunk, read_manifest, read_replies,
-                    read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs, shapes_result,
-                    start_wandb, stop_signals, take_lock, usd, write_report)
+                    plan_demo, plan_layers, plan_phases, plan_stitches, prepare_output, read_chunk, read_manifest,
+                    read_replies, read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs,
+                    shapes_result, start_wandb, stop_signals, sync, take_lock, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -61,7 +61,7 @@ def process_group():
             for option, value in ((-4, 0), (-1, 2**31 - 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, value)
     store = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=datetime.timedelta(hours=1), **store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=datetime.timedelta(days=1), **store)
     try:
         yield
     finally:
@@ -93,7 +93,7 @@ def from_rank0(value):
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective
 # in chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
 
-LOGITS_BUDGET = 512 * 2**20   # bytes of student and teacher logits that exist at once; larger is hardly faster
+LOGITS_BUDGET = 512 * 2**20   # bytes of both heads' outputs at once; the fp32 terms come on top; more is hardly faster
 
 class Head(NamedTuple):
     """What turns hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
@@ -127,8 +127,8 @@ def exponentials(x, temperature=1.0):
 
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
     """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV). target:
-    None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each pass
-    over [C, V] counts; with one they fuse into three."""
+    None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each line
+    over [C, V] is a pass through memory; with one they fuse into five."""
     logits, slope = finish_logits(student_CV, *student_bend)
     z, p, total = exponentials(logits)   # log p = z - log(total)
     own_C1 = labels_C[:, None]
@@ -285,11 +285,12 @@ def hidden_error(ours_ND, theirs_ND, kind, temperature):
 CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
-                  "{{ eos_token or '' if m.role == 'assistant' else '\n' }}{% endfor %}")
+                  "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else the first of the candidates that has one, else None."""
-    has_one = lambda name: not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
+    has_one = lambda name: not name.startswith("layers:") and not name.endswith(".json") and (
+        not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
     name = cfg.tokenizer or next(filter(has_one, candidates), None)
     try:
         return name and AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
@@ -299,15 +300,15 @@ def load_tokenizer(cfg, *candidates):
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
-    if talk := row.get("messages") or row.get("conversations"):
-        alias = {"human": "user", "gpt": "assistant"}   # ShareGPT's names
-        return [m if "content" in m else {"role": alias.get(m["from"], m["from"]), "content": m["value"]} for m in talk]
+    if isinstance(talk := row.get("messages") or row.get("conversations"), list):
+        role = lambda m: {"human": "user", "gpt": "assistant"}.get(m.get("from"), m.get("role", m.get("from")))
+        return [m if "content" in m else {"role": role(m), "content": m["value"]} for m in talk]   # ShareGPT's names
     for ask, answer in CONVERSATIONS:
-        if row.get(ask) is not None and row.get(answer) is not None:
-            if isinstance(row[answer], list):   # prompt and completion as message lists
-                return [*row[ask], *row[answer]]
-            more = f"\n\n{row['input']}" if ask == "instruction" and row.get("input") else ""
-            return [{"role": "user", "content": row[ask] + more}, {"role": "assistant", "content": row[answer]}]
+        asked, answered = row.get(ask), row.get(answer)
+        if isinstance(asked, (str, list)) and isinstance(answered, (str, list)):   # lists: of messages
+            asked = f"{asked}\n\n{row['input']}" if ask == "instruction" and row.get("input") else asked
+            turns = lambda role, x: x if isinstance(x, list) else [{"role": role, "content": x}]
+            return turns("user", asked) + turns("assistant", answered)
 
 def render(messages, tokenizer, marks):
     """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
@@ -330,7 +331,7 @@ def rows_of(columns):
 def encode(columns, tokenizer, text_column, seq_len):
     """Raw rows -> token rows, both as columns. Texts are joined with EOS and cut into blocks of seq_len (the last of a
     call may be shorter); a conversation is a row of its own, and targets says which tokens the assistant wrote."""
-    batch, found = rows_of(columns), {"input_ids": [], "targets": []}
+    batch = rows_of(columns)
     talks = [c for c in map(conversation_of, batch) if c]
     if not talks:
         texts, eos = [row[text_column] for row in batch if row.get(text_column)], tokenizer.eos_token_id
@@ -343,6 +344,7 @@ def encode(columns, tokenizer, text_column, seq_len):
     talks = [render(c, tokenizer, marks) for c in talks]
     coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
                       return_offsets_mapping=True, verbose=False)
+    found = {"input_ids": [], "targets": []}
     for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
         targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
         if any(targets[1:]):   # the first token has nothing to be predicted from
@@ -350,10 +352,14 @@ def encode(columns, tokenizer, text_column, seq_len):
             found["targets"].append(targets)
     return found
 
+def encoder(cfg, tokenizer):
+    return functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+
 def tokenize(raw, tokenizer, cfg, what):
     """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
-    code = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    mark = digest(raw._fingerprint, digest(code, str(tokenizer.chat_template)), cfg.text_column, cfg.seq_len)
+    its = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    code = [*map(inspect.getsource, (encode, render, conversation_of))]   # a fork that edits them gets what it wrote
+    mark = digest(raw._fingerprint, digest(its, str(tokenizer.chat_template), code), cfg.text_column, cfg.seq_len)
     place = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill", f"{mark}.arrow")
     workers = min(cfg.num_proc or 1, len(raw))
     os.environ["TOKENIZERS_PARALLELISM"] = str(workers == 1).lower()   # its threads do not survive a fork
@@ -361,10 +367,9 @@ def tokenize(raw, tokenizer, cfg, what):
     os.makedirs(os.path.dirname(place), exist_ok=True)
     try:
         with node_first():
-            rows = raw.map(encode, batched=True, remove_columns=raw.column_names, cache_file_name=place,
-                           num_proc=workers if workers > 1 else None, new_fingerprint=mark,
-                           features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")),
-                           fn_kwargs=dict(tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len))
+            rows = raw.map(encoder(cfg, tokenizer), batched=True, remove_columns=raw.column_names,
+                           num_proc=workers if workers > 1 else None, cache_file_name=place, new_fingerprint=mark,
+                           features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")))
     except Exception as e:
         explain_bad_file(cfg.dataset)
         raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e)}")
@@ -400,24 +405,35 @@ def load_raw(cfg, split, streaming):
 def load_splits(cfg):
     """-> raw rows of train (or a stream), those of eval. Without an eval split evenly spaced rows of train are held
     out; None where train is a single row: one long document."""
-    raw = load_raw(cfg, cfg.train_split, cfg.streaming)
-    held = load_raw(cfg, cfg.eval_split, False) if cfg.eval_split != cfg.train_split else None
-    for split, found in ((cfg.train_split, raw), (cfg.eval_split, held)):
-        if found is None and split != Config.eval_split:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {split!r}; name another, or leave eval_split out to "
-                            "hold out a slice of train")
-    row = next(iter(raw.take(1)), None)   # a look at the stream itself would move it
-    if row is None or conversation_of(row) is None and not isinstance(row.get(cfg.text_column), str):
+    raw, same = load_raw(cfg, cfg.train_split, cfg.streaming), cfg.eval_split == cfg.train_split
+    held = None if same else load_raw(cfg, cfg.eval_split, cfg.streaming)
+    if raw is None or held is None and not same and cfg.eval_split != Config.eval_split:
+        missing = cfg.train_split if raw is None else cfg.eval_split
+        raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave eval_split out to "
+                        "hold out a slice of train")
+    take = lambda n: raw.take(n if cfg.streaming else min(n, len(raw)))
+    few = list(take(100))   # a look at the stream itself would move it
+    if not any(conversation_of(row) or isinstance(row.get(cfg.text_column), str) for row in few):
         raise UserError(f"dataset {cfg.dataset!r} has " + (
-            "no rows" if row is None else f"no text in column {cfg.text_column!r} and no known conversation columns; "
-            f"it has {', '.join(row)}: name one with --text_column"))
+            f"no text in column {cfg.text_column!r} and no known conversation columns; it has {', '.join(few[0])}: "
+            "name one with --text_column" if few else "no rows"))
     if cfg.max_samples:
-        raw = raw.take(cfg.max_samples if cfg.streaming else min(cfg.max_samples, len(raw)))
-    if held is None and cfg.streaming:   # the head of the stream is kept back
+        raw = take(cfg.max_samples)
+    if held is not None and cfg.streaming:   # as much of it as eval_samples sequences need
+        few, size = [], 0
+        for row in held:
+            few.append(row)
+            size += len(str(row))   # a token is rarely more than 8 characters
+            if len(few) >= cfg.eval_samples and size > 8 * cfg.eval_samples * cfg.seq_len:
+                break
+        held = datasets.Dataset.from_list(few)
+    elif cfg.streaming:   # the head of the stream is kept back
         wanted = min(cfg.eval_samples, 256)
         few = list(raw.take(wanted + 1))
         held = datasets.Dataset.from_list(few[:wanted if len(few) > wanted else max(1, len(few) // 20)])
         raw = raw.skip(len(held))
+    elif same and cfg.mode == "eval":
+        held = raw
     elif held is None and len(raw) > 1:
         gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
         kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
@@ -520,7 +536,8 @@ def micro_batches(global_batches, rows, micro_steps, batch_size):
 # demo is a run like any other.
 
 def resolve_demo(cfg):
-    """Each `demo` becomes the files it stands for; this trainer trains the teacher the first time. None: stopped."""
+    """-> run: cfg with files for each `demo`; what is saved stays cfg, as typed. This trainer trains the demo's teacher
+    the first time. None: a signal stopped that."""
     run, teacher_run = plan_demo(cfg)
     if run is not cfg and RANK == 0:
         make_demo(cfg.output_dir)
@@ -568,21 +585,20 @@ def keep_teacher(signal_of, rows, first, m):
         packed.append((data, (1, len(ids), n, len(both), mass.sum(), zlib.crc32(data))))
     return packed
 
-def fill_chunks(place, splits, m, how, signal_of, paths):
+def fill_chunks(place, splits, m, encode_columns, signal_of, paths):
     """Make the chunks that no living worker has, list them all, yield tokens after each forward. A stream is cut into
     blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
     with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
         for odd, (split, rows) in enumerate(splits.items()):
-            for c, columns in enumerate(rows.iter(m["chunk"])):
+            stored, size = isinstance(rows, datasets.Dataset), m["chunk"]
+            for c, columns in enumerate(range(0, len(rows), size) if stored else rows.iter(size)):
                 paths.append(path := place(f"{split}-{c:08d}.safetensors"))
                 with contextlib.suppress(BlockingIOError):
                     fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, c + (odd << 60))
                     if os.path.exists(path):
                         continue
-                    block, first = columns, c * m["chunk"] + (odd << 60)
-                    if not isinstance(rows, datasets.Dataset):
-                        block, first = encode(columns, **how), first + (c << 32)
-                    block = rows_of(block)
+                    block = rows_of(rows[columns:columns + size] if stored else encode_columns(columns))
+                    first = c * size + (odd << 60) + (0 if stored else c << 32)
                     packed = [(b"-", (*[0] * 5, zlib.crc32(b"-")))]   # row 0: all there is of a chunk without rows
                     for i in range(0, len(block), m["group"]):
                         packed += keep_teacher(signal_of, block[i:i + m["group"]], first + i, m)
@@ -601,8 +617,8 @@ def open_cache(cfg):
     rows, held = (CacheRows(place(s), m, m["chunks"][s]) for s in ("train", "eval"))
     held.starts = held.starts.clip(max=cfg.eval_samples)
     tokenizer = AutoTokenizer.from_pretrained(place("tokenizer"))
-    own = load_tokenizer(cfg, *(n for n in [cfg.student] if not n.startswith("layers:") and not n.endswith(".json")))
-    compare_tokenizers(own or tokenizer, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
+    own = load_tokenizer(cfg, cfg.student) or tokenizer
+    compare_tokenizers(own, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
     return rows, held, tokenizer, m
 
 def cache(cfg):
@@ -613,7 +629,7 @@ def cache(cfg):
         return
     tokenizer, rows, held, _, teacher = load_all(run)
     place, signal_of = functools.partial(os.path.join, cfg.cache_dir), teacher_signal(teacher)
-    how, missing, stop = dict(tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len), 1, 0
+    missing, stop = 1, 0
     with explain_bad_disk(cfg.cache_dir), stop_signals() as asked:
         m = begin_cache(cfg, run, tokenizer, rows, str(compute_dtype(cfg)), RANK)
         all_sum(0)
@@ -622,7 +638,7 @@ def cache(cfg):
         with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
             while missing and not stop:   # once more, where another worker had a chunk and may have died with it
                 paths, problem, more = [], None, 1
-                jobs = fill_chunks(place, {"eval": held, "train": rows}, m, how, signal_of, paths)
+                jobs = fill_chunks(place, {"eval": held, "train": rows}, m, encoder(cfg, tokenizer), signal_of, paths)
                 while more and not stop:
                     try:
                         tokens = next(jobs, 0)
@@ -774,11 +790,12 @@ def spread(cfg, config, read, stitches=lambda model: None, frozen=None):
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} cannot recompute activations: add --gradient_checkpointing false")
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.disable_input_require_grads()   # transformers wants them here; frozen layers would be recomputed
     for layer in layers if cfg.compile else ():
         layer.compile()
     if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
         shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
-        shape = shapes.get(frozen or cfg.fsdp, (WORLD,))
+        shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
         options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
                        mp_policy=MixedPrecisionPolicy(frozen or dtype, torch.float32, cast_forward_inputs=False))
         options |= dict(offload_policy=CPUOffloadPolicy()) if cfg.cpu_offload and CUDA else {}
@@ -788,10 +805,21 @@ def spread(cfg, config, read, stitches=lambda model: None, frozen=None):
     fill(root, source and Inside(source, stitches(source)), home)
     return root
 
+def scatter(tensor, whole):
+    """Rank 0's whole, of any type -> what this rank keeps of it."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole.to(DEVICE, tensor.dtype), tensor.device_mesh, tensor.placements)
+        tensor.to_local().copy_(whole.to_local())
+    else:
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)
+
 @torch.no_grad()
 def fill(root, source, device):
     """Rank 0's tensors into everybody's shards, one at a time: no other rank ever holds a whole model."""
     root.to_empty(device=device)
+    for buffer in root.buffers():   # FSDP's offloading leaves them where they are
+        buffer.data = buffer.data.to(DEVICE)
     if not any(isinstance(p, DTensor) for p in root.parameters()):
         root.model.tie_weights()   # FSDP keeps ties by itself
     # a head that block-wise unties begins as the copy of the embeddings that it was
@@ -801,11 +829,7 @@ def fill(root, source, device):
             raise UserError(f"layers:N cannot be cut from {type(root.model).__name__}: its layers differ by number")
         whole = there.pop(name).to(DEVICE, tensor.dtype) if source else \
             torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
-        else:
-            dist.broadcast(whole, 0)
-            tensor.copy_(whole)
+        scatter(tensor, whole)
 
 def gathered(tensor):
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
@@ -813,7 +837,8 @@ def gathered(tensor):
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
     keep = "cpu" if RANK == 0 else "meta"   # the other ranks take part, and drop each tensor at once
-    full = {name: gathered(p).to(keep, dtype, copy=True) for name, p in root.model.named_parameters()}
+    tensors = itertools.chain(root.model.named_parameters(), root.model.named_buffers())
+    full = {name: gathered(x).to(keep, dtype if x.is_floating_point() else x.dtype, copy=True) for name, x in tensors}
     if RANK == 0:
         with torch.device("meta"):
             model = type(root.model)(root.model.config)
@@ -825,7 +850,6 @@ def save_model(root, tokenizer, path, dtype):
             part.save_pretrained(path + ".tmp")
         shutil.rmtree(path, ignore_errors=True)
         os.rename(path + ".tmp", path)
-    all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimiser: AdamW groups by learning rate; one step that clips, unscales and skips without asking the GPU.
@@ -842,8 +866,8 @@ def make_optimizer(parameters, rates, weight_decay):
     optimizer = torch.optim.AdamW([dict(params=g, lr=rate, weight_decay=weight_decay if decay else 0.0)
                                    for (rate, decay), g in groups.items()], lr=max(sizes), fused=True)
     for p in itertools.chain(*groups.values()):   # from the start: memory is known, a checkpoint has where to load to
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 def make_schedule(cfg, optimizer, steps):
@@ -871,8 +895,9 @@ def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
         torch.nn.utils.clip_grad_norm_(part, norm * (health["scale"].item() if fp16 else 1.0))
     gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = gathered(torch.nn.utils.get_total_norm(gradients)) / health["scale"]
-    optimizer.grad_scale = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0)
-    optimizer.found_inf = bad = (~norm.isfinite()).float()
+    scale, bad = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0), ~norm.isfinite()
+    home, bad = gradients[0].device, bad.float()   # offloaded: AdamW itself would not wait for the copies
+    optimizer.grad_scale, optimizer.found_inf = scale.to(home), bad.to(home)
     optimizer.step()
     health["skipped"] += bad
     health["streak"].add_(bad).mul_(bad)
@@ -921,7 +946,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
             os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = one_line(next(iter(getattr(e, "failures", {}).values()), [e])[0], 300)   # DCP wraps what happened
         shutil.rmtree(aside, ignore_errors=True)
@@ -930,20 +955,10 @@ def save_checkpoint(folder, step, tensors, state, keep):
         print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older ones stay")
     return problem
 
-def sync(*paths):
-    """Files or folders to the disk itself."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-def checkpoints_in(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
-
 def find_checkpoints(cfg):
     """-> [(path, state), ...] to continue from, the best first."""
-    paths = [] if cfg.resume == "never" else [cfg.resume.rstrip("/")]
-    paths = checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) if cfg.resume == "auto" else paths
+    paths = [] if cfg.resume == "never" else checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) \
+        if cfg.resume == "auto" else [cfg.resume.rstrip("/")]
     paths, found = from_rank0((paths, read_states(paths, print0) if RANK == 0 else []))
     if paths and not found:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
@@ -960,18 +975,6 @@ def load_checkpoint(found, tensors_at):
         except Exception as e:
             print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
     raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
-
-def prepare_output(cfg, step):
-    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
-    place = functools.partial(os.path.join, cfg.output_dir)
-    if RANK == 0:
-        if cfg.resume == "never":
-            for old in ("checkpoints", "final"):
-                shutil.rmtree(place(old), ignore_errors=True)
-        os.makedirs(place("checkpoints"), exist_ok=True)
-        save_config(cfg, place("config.json"))
-        cut_log(place("log.jsonl"), step)
-    all_sum(0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Block-wise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
@@ -996,7 +999,7 @@ def around_blocks(model, batch, blocks, feeds):
     path, layers = layers_of(model)
     parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
     parent[name] = taps = [Tap(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
-    hidden_states(model, batch.input_ids)
+    hidden_states(model, batch.input_ids)   # finds them in place of the registered layers, which they hide
     del parent[name]
     return {i: taps[i].kept for i in blocks}
 
@@ -1051,11 +1054,10 @@ def initialize_head(student, teacher):
         shift = shift if stitch.bias is None else shift + gain * gathered(stitch.bias)
         bias, weight, shift = bias + weight @ shift, weight * gain @ gathered(stitch.weight), own_shift
         gain = len(gain) ** 0.5 / gathered(stitch.weight).norm()   # the student's norm undoes the stitch's scale
-    put = lambda p, x: p.to_local().copy_(distribute_tensor(x.to(p.dtype), p.device_mesh, p.placements).to_local())
     for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
-        put(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
+        scatter(p, torch.cat([new[:len(p)] * (scale / own_scale), gathered(p)[len(new):]]))   # a padded tail stays
     for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
-        put(p, gathered(p) + more)
+        scatter(p, gathered(p) + more)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # API data: a model behind an API, or one of our own, answers the prompts of config.py; its filters judge the replies.
@@ -1131,18 +1133,23 @@ def evaluate(root, work, signal_of, rows, batch_size):
     loss, ce, kl = means(root, work, signal_of, rows, batch_size, "labels")
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
+def shares(rows, batch_size):
+    """Batches of row numbers, of each this rank's: every rank runs every batch, with nothing in it where rows end."""
+    for start in range(0, len(rows), batch_size * WORLD):
+        yield range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
+
 @torch.no_grad()
 def means(root, work, signal_of, rows, batch_size, over):
     """What work returns, as means over the labels or the real tokens of rows."""
-    was_training, sums = root.training, 0
+    was_training, sums, tokens = root.training, 0, 0
     root.eval()
-    for start in range(0, len(rows), batch_size * WORLD):   # every rank runs every batch, uncounted where rows end
-        batch = collate([rows[i] for i in range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)])
-        found = torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
-        sums += torch.cat([found, found.new_tensor([len(getattr(batch, over))])])
+    for mine in shares(rows, batch_size):
+        batch = collate([rows[i] for i in mine])
+        sums += torch.stack(root(work, batch, signal_of(batch), 1.0)).double()
+        tokens += len(getattr(batch, over))
     root.train(was_training)
     root.release()
-    *sums, tokens = all_sum(*sums.tolist())
+    *sums, tokens = all_sum(*sums.tolist(), tokens)
     return [x / max(tokens, 1) for x in sums]
 
 def load_evaluated(cfg, name):
@@ -1161,8 +1168,7 @@ def score(root, teacher, rows, batch_size, temperature):
     """-> [rows, 5] sums a sequence: tokens, -log p, top-1 right, top-1 the teacher's, KL to it (with its T^2); and
     [15, 3] tokens, hits, confidence a bin of confidence."""
     sums, bins = torch.zeros(len(rows), 5, dtype=torch.float64), torch.zeros(15, 3, dtype=torch.float64)
-    for start in range(0, len(rows), batch_size * WORLD):
-        mine = range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
+    for mine in shares(rows, batch_size):
         batch = collate([rows[i] for i in mine])
         sides = [x(counted_hidden, batch) for x in (root, teacher)]
         row_N = torch.tensor([*mine, 0])[(batch.positions // batch.input_ids.shape[1]).cpu()]
@@ -1199,20 +1205,22 @@ def layer_errors(root, teacher, batch):
     return layers
 
 @torch.no_grad()
+def write(root, tokenizer, ids, new=48, seed=None):
+    """-> seconds, the continuation of the first row: greedy, or sampled with a seed."""
+    torch.manual_seed(seed or 0)
+    root.eval().model.generation_config.eos_token_id = None   # the whole length: ranks stay in step, speeds compare
+    begun, options = time.time(), dict(max_new_tokens=new, do_sample=seed is not None, pad_token_id=0)
+    said = root(lambda model: model.generate(ids, attention_mask=torch.ones_like(ids), **options))[0, ids.shape[1]:]
+    said = itertools.takewhile(lambda x: x != tokenizer.eos_token_id, said.tolist())   # tolist waits for the GPU
+    root.release()
+    return time.time() - begun, tokenizer.decode(list(said))
+
 def try_out(root, tokenizer, ids_BT, prompts, seed, others):
     """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt."""
-    def write(ids, new=48, sample=False):   # always the whole length: ranks stay in step, speeds compare
-        torch.manual_seed(seed)
-        begun, options = time.time(), dict(max_new_tokens=new, do_sample=sample, pad_token_id=0)
-        said = root(lambda model: model.generate(ids, attention_mask=torch.ones_like(ids), **options))[0, ids.shape[1]:]
-        said = itertools.takewhile(lambda x: x != tokenizer.eos_token_id, said.tolist())   # tolist waits for the GPU
-        return time.time() - begun, tokenizer.decode(list(said))
-    root.model.generation_config.eos_token_id = None
     CUDA and torch.cuda.reset_peak_memory_stats()
-    prefill = ids_BT.numel() / min(write(ids_BT, 1)[0] for _ in range(3))
+    prefill = ids_BT.numel() / min(write(root, tokenizer, ids_BT, 1)[0] for _ in range(3))
     ids = [tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"].to(DEVICE) for x in prompts]
-    seconds, texts = zip(*(zip(write(x), write(x, sample=True)) for x in ids))
-    root.release()
+    seconds, texts = zip(*(zip(write(root, tokenizer, x), write(root, tokenizer, x, seed=seed)) for x in ids))
     return dict(prefill=prefill, generation=48 / min(greedy for greedy, _ in seconds), texts=texts,
                 memory=torch.cuda.max_memory_allocated() - others if CUDA else None)
 
@@ -1261,8 +1269,7 @@ def report(cfg):
 
 def load_all(run, cached=None):
     """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
-    named = [n for n in (run.student, run.teacher) if not n.startswith("layers:") and not n.endswith(".json")]
-    tokenizer = cached[2] if cached else load_tokenizer(run, *named)
+    tokenizer = cached[2] if cached else load_tokenizer(run, run.student, run.teacher)
     rows, held = cached[:2] if cached else load_data(run, tokenizer)
     student = load_student(run) if run.mode != "cache" else None
     if student is not None:
@@ -1311,6 +1318,7 @@ def train(cfg):
         if same_length and state["step"] >= state["steps"] and os.path.isdir(place("final")):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
             return True
+    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     tokenizer, rows, held, student, teacher = load_all(run, cached)
     batch_size, micro_steps, global_batch = batch_plan = plan_batch(cfg, state, WORLD)
     steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
@@ -1325,14 +1333,14 @@ def train(cfg):
         return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
     def log(**entry):
         if RANK == 0:
-            with open(place("log.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")   # no NaN
+            append_row(place("log.jsonl"), {k: v if math.isfinite(v) else None for k, v in entry.items()})   # no NaN
             wandb_run.log(entry, step=step)
     def begin(step):
         """The phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
         nonlocal phase, end, optimizer, set_rates
         phase, end = next((p, e) for p, e in zip(phases, ends) if step < e or e == steps)
         print0(f"{phase.name}: {phase.steps} steps")
+        optimizer = None   # its moments go before the next ones come
         optimizer = make_optimizer(student.parameters(), phase.rates, phase.weight_decay)
         set_rates = make_schedule(cfg, optimizer, phase.steps)
         # where it begins, the moments that were saved are of the phase before
@@ -1347,10 +1355,9 @@ def train(cfg):
     def save():
         return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer.state, health), dict(
             step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
-            world=WORLD, batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
+            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
             wandb=wandb_run.id, length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
 
-    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     print0(describe_run(cfg, run, [r.model for r in (student, teacher) if r], phases, batch_plan, rows, held,
                         device=DEVICE.type, dtype=str(compute_dtype(cfg))[6:], world=WORLD, local_world=LOCAL_WORLD,
                         logits_bytes=LOGITS_BUDGET, free=free))
@@ -1361,7 +1368,8 @@ def train(cfg):
             best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
         else:
             begin(step)
-        prepare_output(cfg, step)
+        RANK == 0 and prepare_output(cfg, step)
+        all_sum(0)
         wandb_run = start_wandb(cfg, state and state["wandb"], RANK, print0)
         stack.push(lambda kind, *_: wandb_run.finish(exit_code=int(kind is not None)))
         if before is None:
@@ -1369,8 +1377,8 @@ def train(cfg):
             if cfg.blockwise:
                 measure_blocks()
         if cfg.streaming:
-            how = functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-            batches = streamed_batches(rows, how, cfg.seed, cfg.shuffle_buffer, global_batch, position)
+            batches = streamed_batches(rows, encoder(cfg, tokenizer), cfg.seed, cfg.shuffle_buffer, global_batch,
+                                       position)
         else:
             batches = indexed_batches(rows, cfg.seed, global_batch, step)
         batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
@@ -1380,10 +1388,11 @@ def train(cfg):
         while step < steps:
             if step == end:
                 begin(step)
-            micro, position = next(batches)
+            micro, position_after = next(batches)
             tokens, stopping = all_sum(sum(len(getattr(b, phase.over)) for b in micro), len(asked))   # all ranks agree
             if stopping:
                 break
+            position = position_after
             torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
             rate, sums, grad_norm = set_rates(step - end + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
             for i, batch in enumerate(micro):
@@ -1412,6 +1421,7 @@ def train(cfg):
                        "train/tokens_per_second": speed, "train/skipped_steps": skipped})
                 bar.set_postfix_str(f"{phase.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
                                     f"{speed:,.0f} tok/s" + (f" skipped {skipped}" if skipped else ""))
+            paused = time.time()
             if step == blocks_end:
                 measure_blocks()
                 if cfg.initialize_head_from_teacher:
@@ -1423,6 +1433,7 @@ def train(cfg):
                 print0(f"step {step}: held-out " + ", ".join(f"{k} {v:.4f}" for k, v in now.items()))
             if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
                 problem, saved_at = save(), step
+            since += time.time() - paused   # speed is of training alone
         if step < steps and saved_at != step:
             problem = save()
     if step < steps:
@@ -1446,13 +1457,10 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
         save_model(student, tokenizer, final, compute_dtype(cfg))
     except OSError as e:
         problem = one_line(e)
+    problem = from_rank0(problem)
     print0(closing_table(lines, cfg.alpha, before.get("table")))   # of the blocks
-    if RANK == 0 and not problem:
-        model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=cfg.trust_remote_code)
-        start = torch.as_tensor(held[0]["input_ids"][:32])[None].long()
-        ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=48, do_sample=False,
-                             pad_token_id=0)[0]
-        print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {tokenizer.decode(ids[start.shape[1]:])!r}")
+    start = torch.as_tensor(held[0]["input_ids"][:32], dtype=torch.long, device=DEVICE)[None]
+    print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {write(student, tokenizer, start)[1]!r}")
     peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
     if teacher is not None and not problem and cfg.student == cfg.teacher == cfg.dataset == "demo":
@@ -1465,10 +1473,9 @@ def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
 def main(argv=None):
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        datasets.utils.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
+        for library in (transformers, datasets):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
         with process_group(), contextlib.nullcontext() if cfg.mode == "cache" else lock(cfg.output_dir):
             {"train": train, "cache": cache, "generate": generate, "eval": report}[cfg.mode](cfg)
         return 0

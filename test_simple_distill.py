@@ -893,6 +893,44 @@ def test_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     assert len(held) >= 1 and "".join(train + held) == prose(2000) + "<|endoftext|>"
 
 
+def splits_of(**fields):
+    return sd.load_splits(config.Config(**fields))
+
+
+def test_splits_by_their_role(tmp_path, text):
+    """One file has one split, train; asked for by its own name it is all evaluated, and a name it has not is refused by that name."""
+    with pytest.raises(config.UserError, match="no split 'validation'"):
+        splits_of(dataset=text, train_split="validation")
+    with pytest.raises(config.UserError, match="no split 'test'"):
+        splits_of(dataset=text, eval_split="test")
+    raw, held = splits_of(dataset=text, eval_split="train")
+    assert len(raw) + len(held) == 40 and len(held) == 2
+    _, held = splits_of(mode="eval", dataset=text, eval_split="train")
+    assert len(held) == 40
+
+
+def test_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
+    """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_splits(tmp_path / "data", [{"text": prose(50, i)} for i in range(50)], [{"text": prose(50, i)} for i in range(3000)])
+    raw, held = splits_of(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
+    assert not isinstance(raw, datasets.Dataset) and 5 <= len(held) < 20 and held[0]["text"] == prose(50, 0)
+    assert sum(p.stat().st_size for p in Path(tmp_path, "cache").rglob("*") if p.is_file()) < 5000
+
+
+@pytest.mark.parametrize("first, rows", [
+    ({"messages": "hi", "text": "one two"}, 3), ({"text": None}, 2), ({"prompt": "a", "response": None}, 2),
+    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, 3),
+    ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 3)])
+def test_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, rows):
+    """Columns in another's style, and rows without a value at the beginning."""
+    whole = {"text": "one two"} if "text" in first else {"prompt": "c", "response": "d"} if first.get("response", 1) is None else first
+    path = write_jsonl(tmp_path / "data.jsonl", [first, whole, whole])
+    made = sd.encode(datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))[:], tiny_tokenizer(), "text", 99)
+    splits_of(dataset=path)
+    assert len(made["input_ids"]) == (1 if "text" in first else rows)
+
+
 def test_a_short_stream_is_not_held_out_whole(out, student, text):
     distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
     assert len(column(out, "train/loss")) == 2
@@ -1107,7 +1145,7 @@ def test_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, stud
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
                                   "warmup_stable_decay", "cosine_with_min_lr"])
 def test_schedulers(out, student, text, name):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name, warmup_ratio=0.4,
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name, warmup_ratio=0 if name == "constant" else 0.4,
            lr_scheduler_kwargs='{"min_lr": 1e-5}' if "min" in name else None)
     assert all(0 <= rate <= 1e-3 for rate in column(out, "train/learning_rate"))
 
@@ -1134,6 +1172,28 @@ def test_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, s
     tensors = checkpoint(tmp_path / dtype, 3)
     assert all(v.dtype == torch.float32 for k, v in tensors.items() if "weight" in k)
     assert distance({k: v.float() for k, v in final_weights(tmp_path / dtype).items()}, final_weights(tmp_path / "fp32")) < 2e-2
+
+
+def test_checkpointing_does_not_recompute_what_is_frozen(student):
+    """transformers makes embeddings ask for a gradient; without it nothing below the first trained layer is kept or run again."""
+    with sd.process_group():
+        root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
+        calls, layers = [], sd.layers_of(root.model)[1]
+        for name, p in root.model.named_parameters():
+            p.requires_grad_("layers.1." in name)
+        layers[0].self_attn.register_forward_hook(lambda *_: calls.append(0))
+        layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
+    assert calls == [0, 1, 1]
+
+
+def test_a_model_with_persistent_buffers_is_saved(tmp_path, text):
+    shape = dict(cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+                 first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
+    path = tiny_model(tmp_path / "model", **shape)
+    edit_weights(path, lambda tensors: tensors["model.layers.1.mlp.gate.e_score_correction_bias"].copy_(torch.tensor([1., 2., 3., 4.])))
+    distil(tmp_path / "out", teacher=path, student=path, dataset=text, max_steps=1)
+    assert final_weights(tmp_path / "out")["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.campaign
@@ -1266,6 +1326,20 @@ def test_command_line_wins_over_the_file(tmp_path, out, student, text):
     assert (written["max_steps"], written["learning_rate"], written["lr_multipliers"], len(log(out, "train"))) == (2, 2e-4, ["embed=0"], 1)
 
 
+def test_an_evaluation_forms_no_gradient():
+    """Whether a weight would need one says nothing under no_grad."""
+    weight, hidden, labels = torch.randn(9, 4, requires_grad=True), torch.randn(5, 4), torch.arange(5)
+    seen, real = [], torch.Tensor.addmm_
+    try:
+        torch.Tensor.addmm_ = lambda *args, **more: seen.append(1) or real(*args, **more)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                sd.distillation_loss(hidden, sd.Head(weight), labels, None, alpha=1.0, temperature=1.0)
+    finally:
+        torch.Tensor.addmm_ = real
+    assert len(seen) == 1
+
+
 def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
     fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, gradient_accumulation_steps=2, alpha=0.3)
     distil(tmp_path / "whole", **fields, max_steps=12)   # a pass is 9 or so
@@ -1277,6 +1351,27 @@ def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, tex
     assert column(tmp_path / "parts", "train/loss") == column(tmp_path / "whole", "train/loss")
     whole, parts = (checkpoint(tmp_path / name, 12) for name in ("whole", "parts"))
     assert same({k: v for k, v in whole.items()}, parts)
+
+
+def test_layers_of_a_nested_text_model_are_refused():
+    with pytest.raises(config.UserError, match="text model is part of a larger one"):
+        config.plan_layers(config.Config(teacher="x", student="layers:2"), transformers.Gemma3Config())
+
+
+def test_a_digest_sees_the_middle_of_a_long_array():
+    other = np.arange(5000)
+    other[2500] = 0
+    assert config.digest([np.arange(5000)]) != config.digest([other])
+
+
+def test_a_batch_divided_anew_is_accepted_again(tmp_path):
+    """From one rank to three, and on three once more: the typed batch stays what it was."""
+    cfg = config.Config(batch_size=8)
+    first = config.plan_batch(cfg, None, 1)
+    state = {"global_batch": first[2], "batch": [8, 1]}
+    assert config.plan_batch(cfg, state, 3) == (3, 1, 8) == config.plan_batch(cfg, {**state, "global_batch": 8}, 3)
+    with pytest.raises(config.UserError, match="sequences a step"):
+        config.plan_batch(config.Config(batch_size=4), state, 3)
 
 
 def test_resume_never_and_by_path(tmp_path, student, text):
@@ -1465,8 +1560,50 @@ BAD_INPUT = {
     "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
     "no assistant": (with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
     "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"), "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"), "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
+    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
+    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
     "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"), "output is a file": (output_is_a_file, "directory file"),
+    # flags that would do nothing
+    "k of draws": (dict(mode="cache", student=None, cache_dir="c", cache_top_k=32), "cache_top_k --cache_method topk"),
+    "draws of k": (dict(mode="cache", student=None, cache_dir="c", cache_method="topk", cache_samples=10), "cache_samples --cache_method sample"),
+    "weight of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3), "logit_loss_weight --logit_loss_type"),
+    "temperature of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2), "logit_loss_temperature --logit_loss_type kl_div"),
+    "no head phase": (dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"), "lm_head_lr, logit_loss_type --train_lm_head true"),
+    "no stitches": (dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False), "stitching_layer_bias --use_stitching_layers true"),
+    "all blocks at once": (dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False), "freeze_previous_blocks --block_input student"),
+    "blocks without blockwise": (dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
+    "buffer without stream": (dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
+    "buffer in eval": (dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
+    "constant with kwargs": (dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
+    "warmup and kwargs": (dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'), "lr_scheduler_kwargs constant"),
+    "constant with warmup": (dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
+    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
+    # nothing where a name should be, as from "$UNSET"
+    **{f"empty {name}": (dict({name: value}), f"{name} empty") for name, value in dict(cache_dir="", tokenizer="", resume="", eval_split=" ",
+                                                                                      lr_multipliers="", wandb_project="\t").items()},
+    "empty config": (dict(config=""), "--config No such file"),
+    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"), "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
+    "half of nothing": (dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
+    "head epochs 0": (dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
+    "cache and stream": (dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
+    # before any model is loaded
+    "stream without steps, early": (dict(streaming=True, teacher="/nowhere"), "max_steps"),
+    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
+    "layers in eval": (dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
+    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
+    "min_lr missing": (dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"), "min_lr_rate lr_scheduler_kwargs"),
+    "min_lr twice": (dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 0, "min_lr_rate": 0}', teacher="/nowhere"), "min_lr_rate one"),
+    "kwargs unknown": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"), "num_cycle num_cycles"),
+    "kwargs of ours": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}', teacher="/nowhere"), "num_warmup_steps num_cycles"),
+    "kwargs a list": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
+    # what yaml makes of it
+    "yaml key true": (yaml_file("true: 1\n"), "True"), "yaml key no": (yaml_file("no: 1\n"), "False"), "yaml key 5": (yaml_file("5: 1\n"), "5"),
+    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"), "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),
+    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"), "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
+    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"), "yaml no value a block": (yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
+    # a no_ that no flag has
+    "no_blockwise": (["--no_blockwise"], "--no_blockwise --blockwise false"), "no-streaming": (["--no-streaming"], "--streaming false"),
+    "no_seed": (["--no_seed", "3"], "--no_seed --seed"), "no_alhpa": (["--no_alhpa"], "alpha"),
 }
 if os.geteuid():
     BAD_INPUT["no permission"] = (no_permission, "closed")
@@ -1482,13 +1619,41 @@ def test_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, t
         given, more = flags(**given), fields
     else:
         fields, more = fields(tmp_path / "given") if callable(fields) else fields, []
-        given = flags(**{k: v for k, v in {**given, **fields}.items() if fields.get("mode") != "cache" or k not in PLAIN or k in ("dtype", "seq_len") or k in fields})
+        given = flags(**{k: v for k, v in {**given, **fields}.items() if fields.get("mode", "train") == "train" or k not in PLAIN or k in ("dtype", "seq_len") or k in fields})
     before = {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
     err = cli(*given, *more, rc=2).err.strip()
     assert err.startswith("error: ") and len(err.splitlines()) <= 2 and len(err) < 600, err
     assert all(word in err for word in words.split()), (words, err)
     assert not (tmp_path / "out").exists(), sorted((tmp_path / "out").rglob("*"))
     assert before == {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
+
+
+def test_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
+    (tmp_path / "f.yaml").write_text("max_steps: 2\ncompare: [a]\n")
+    assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
+
+
+def test_the_demo_decides_only_what_is_left_open(tmp_path):
+    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and config.json says it all again."""
+    assert config.parse_config([]).max_steps == 500 and config.parse_config(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
+    (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
+    for words in (["--num_epochs", "2"], ["--num-epochs=1"], ["--config", str(tmp_path / "run.yaml")], ["--blockwise", "--num_epochs", "0"]):
+        assert config.parse_config(words).max_steps is None, words
+    assert config.parse_config(["--mode", "eval"]).seq_len == 128 == config.parse_config(["--mode", "eval", "--student", "s"]).seq_len
+    assert config.parse_config(["--mode", "eval", "--teacher", "t", "--dataset", "d"]).seq_len == 512
+    assert config.parse_config(["--teacher", "t", "--student", "s", "--dataset", "d"]).seq_len == 512
+    for i, words in enumerate(([], ["--num_epochs", "2"], ["--blockwise", "--train_lm_head", "false"], ["--blockwise", "--num_epochs", "0"],
+                               ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
+                               ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
+        cfg = config.parse_config(words)
+        config.save_config(cfg, tmp_path / f"{i}.json")
+        assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
+        config.in_mode("eval", cfg, student="s"), config.plan_demo(cfg)
+        assert cfg.mode != "train" or config.Config(**config.shapes_result(cfg))   # as mode eval does with a checkpoint
+
+
+def test_no_check_vanishes_under_python_O():
+    assert not [node for node in ast.walk(ast.parse(Path(config.__file__).read_text())) if isinstance(node, ast.Assert)]
 
 
 def test_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
@@ -1900,16 +2065,19 @@ def test_a_full_tmpfs(tmp_path, teacher, student, text):
         subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number):
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 100_000, "output_dir": tmp_path / "run"}
-    process = spawn(*flags(**fields))
+@pytest.mark.parametrize("number, stream", [(signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}), (signal.SIGINT, {})])
+def test_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
+    process = spawn(*flags(**fields, max_steps=100_000, output_dir=tmp_path / "run"))
     wait_for_log(tmp_path / "run", process)
     process.send_signal(number)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "saved; the same command continues" in shown, shown
     stopped = log(tmp_path / "run", "train")[-1]["train/step"]
     assert Path(tmp_path, "run", "checkpoints", f"step-{stopped:08d}").is_dir()
+    for out in ("run", "whole"):   # what is resumed goes on with the batch after the last one it was trained on
+        cli(*flags(**fields, max_steps=stopped + 3, output_dir=tmp_path / out))
+    assert same(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
 
 
 def wait_for_log(out, process, seconds=120):
@@ -2235,7 +2403,7 @@ def test_cache_refuses_what_does_not_fit(_cache_home, tmp_path, capsys):
 
 
 def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeypatch):
-    home, c, draw = _cache_home, tmp_path / "c", np.random.default_rng(0)
+    home, c, draw = _cache_home, tmp_path / "a cache", np.random.default_rng(0)
     assert sd.main(_cache_fill(home, c)) == 0
     whole, path = _cache_bytes(c), str(c / "train-00000001.safetensors")
     data = whole["train-00000001.safetensors"]
@@ -2263,9 +2431,11 @@ def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeyp
 def test_cache_has_decided_the_data(_cache_home, tmp_path, capsys):
     home, c = _cache_home, tmp_path / "c"
     assert sd.main(_cache_fill(home, c)) == 0
-    for flags in (("--dataset", home + "other.jsonl"), ("--text_column", "body"), ("--max_samples", 3), ("--streaming", "true")):
+    for flags in (("--dataset", home + "other.jsonl"), ("--text_column", "body"), ("--max_samples", 3)):
         assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, *flags)) == 2
         assert re.search(f"error: .*{flags[0][2:]} .* there, .*{flags[1]}.* here", capsys.readouterr().err, re.I)
+    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--streaming", "true")) == 2
+    assert re.search("error: cache_dir .* drop --streaming", capsys.readouterr().err)
     said_again = json.loads((c / "config.json").read_text())["dataset"]
     assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--eval_samples", 3, "--dataset", said_again)) == 0
     assert "; 3 held out" in capsys.readouterr().out and not os.path.exists(tmp_path / "o/demo")
@@ -3217,8 +3387,8 @@ def test_block_losses_match_a_plain_reference(block, out, kind, how):
     """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain models with hooks."""
     at_once, t = how == "teacher", 1.5 if kind == "kl_div" else 1.0
     few, first = ([2.0], 0) if at_once else ([0.1, 0.1, 2.0], 2)
-    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, save_steps=1,
-               keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
+    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, lm_head_lr=None,
+               save_steps=1, keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
                initialize_head_from_teacher=False, gradient_checkpointing=True)
     got = {e["train/step"]: e["train/loss"] for e in log(out, "train")}
     begin, teacher = first or 1, load(block.teacher)   # the first checkpoint there is
@@ -3282,7 +3452,8 @@ def test_block_projected_head_is_the_teachers_on_stitched_states(block, out, tmp
             if k in tensors:
                 tensors[k] += torch.rand(tensors[k].shape)
     edit_weights(teacher, stir)
-    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False)
+    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False,
+               lm_head_lr=None)
     state, model, its = checkpoint(out, 10), load(os.path.join(out, "final")), load(teacher)
     assert ("model.stitches.up1.bias" in state) == (bias and bool(extra)) and ("model.stitches.up0.bias" in state) == bias
     h = torch.randn(50, 16)
@@ -3337,7 +3508,7 @@ def test_block_refusals_name_numbers(block, out):
     says("has 5 layers, the teacher only 3", student=block.teacher, teacher=block.student)
     says("lr_per_block has 2 values", lr_per_block=[1e-3, 1e-4])
     says("one value", block_input="teacher", epochs_per_block=[1, 1, 2])
-    says("distill_loss_temperature 2", distill_loss_temperature=2)
+    says("distill_loss_temperature: read only with --distill_loss_type kl_div", distill_loss_temperature=2)
 
 @pytest.mark.parametrize("kind, weight", [("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
 def test_block_head_losses(block, out, kind, weight):
