@@ -853,6 +853,15 @@ def make_demo(output_dir):
                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
 
 
+@contextlib.contextmanager
+def explain_bad_rows(path, words):
+    try:
+        yield
+    except Exception as e:
+        explain_bad_file(path)
+        raise UserError(f"{words}: {one_line(e)}")
+
+
 def explain_bad_file(path):
     """The reader's message does not say where: name the line."""
     lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))

@@ -32,11 +32,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 
 from config import (MEMORY_ADVICE, CacheRows, Config, UserError, all_prompts, api_teacher, append_row, ask_all,
                     begin_cache, block_table, checkpoints_in, close_files, closing_table, compare_tokenizers, derive,
-                    describe_run, digest, explain_bad_disk, explain_bad_file, explain_no_config, finish_cache, in_mode,
-                    judge, learning_rates, make_demo, one_line, pack, parse_config, plan_batch, plan_blocks, plan_cache,
-                    plan_demo, plan_layers, plan_phases, plan_stitches, prepare_output, read_chunk, read_manifest,
-                    read_replies, read_states, refuse, refuse_changes, retell, save_config, scheduler_kwargs,
-                    shapes_result, start_wandb, stop_signals, sync, take_lock, usd, write_report)
+                    describe_run, digest, explain_bad_disk, explain_bad_file, explain_bad_rows, explain_no_config,
+                    finish_cache, in_mode, judge, learning_rates, make_demo, one_line, pack, parse_config, plan_batch,
+                    plan_blocks, plan_cache, plan_demo, plan_layers, plan_phases, plan_stitches, prepare_output,
+                    read_chunk, read_manifest, read_replies, read_states, refuse, refuse_changes, retell, save_config,
+                    scheduler_kwargs, shapes_result, start_wandb, stop_signals, sync, take_lock, usd, write_report)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
@@ -365,14 +365,10 @@ def tokenize(raw, tokenizer, cfg, what):
     os.environ["TOKENIZERS_PARALLELISM"] = str(workers == 1).lower()   # its threads do not survive a fork
     list_of = lambda kind: datasets.List(datasets.Value(kind))
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    try:
-        with node_first():
-            rows = raw.map(encoder(cfg, tokenizer), batched=True, remove_columns=raw.column_names,
-                           num_proc=workers if workers > 1 else None, cache_file_name=place, new_fingerprint=mark,
-                           features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")))
-    except Exception as e:
-        explain_bad_file(cfg.dataset)
-        raise UserError(f"{what}: a row cannot be turned into tokens: {one_line(e)}")
+    with explain_bad_rows(cfg.dataset, f"{what}: a row cannot be turned into tokens"), node_first():
+        rows = raw.map(encoder(cfg, tokenizer), batched=True, remove_columns=raw.column_names,
+                       num_proc=workers if workers > 1 else None, cache_file_name=place, new_fingerprint=mark,
+                       features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")))
     if len(rows) == 0:
         raise UserError(f"{what}: none of {len(raw)} rows has a target token (one-token rows, or no assistant turn?)")
     if rows[0]["targets"] is not None and len(rows) < len(raw):
@@ -412,7 +408,8 @@ def load_splits(cfg):
         raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave eval_split out to "
                         "hold out a slice of train")
     take = lambda n: raw.take(n if cfg.streaming else min(n, len(raw)))
-    few = list(take(100))   # a look at the stream itself would move it
+    with explain_bad_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
+        few = list(take(100))   # a look at the stream itself would move it
     if not any(conversation_of(row) or isinstance(row.get(cfg.text_column), str) for row in few):
         raise UserError(f"dataset {cfg.dataset!r} has " + (
             f"no text in column {cfg.text_column!r} and no known conversation columns; it has {', '.join(few[0])}: "
