@@ -213,6 +213,9 @@ class Config:
         if self.student.startswith("layers:"):
             need(self.mode != "eval", f"student {self.student!r} is not trained yet; name a model or a checkpoint")
             need(re.fullmatch(r"layers:0*[1-9]\d*", self.student), f"student {self.student!r}; write layers:N, N >= 1")
+        if self.mode == "train" and self.cache_dir and self.teacher == "demo":
+            need(not self.student.startswith("layers:"), f"student {self.student!r}: whose layers? Name the cache's "
+                 "teacher with --teacher")
         if self.mode == "train" and self.student == "demo" and self.teacher != "demo":
             need(self.alpha == 1, f"teacher {self.teacher!r} has no student; name one, for example --student layers:4")
         if self.mode == "generate":
@@ -528,7 +531,8 @@ def read_manifest(cfg):
             decided = json.load(f)
         m["chunks"], m["bits"]
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{cfg.cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins or finishes it")
+        why = "it was begun, not finished" if isinstance(e, KeyError) else one_line(e)
+        raise UserError(f"{cfg.cache_dir!r} holds no finished cache ({why}); mode cache begins or finishes it")
     same = cfg.teacher == "demo" or os.path.realpath(cfg.teacher) == os.path.realpath(m["teacher"])
     here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"] if same else cfg.teacher)
     refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
@@ -784,11 +788,12 @@ def describe_run(cfg, run, models, phases, batch, rows, held, *, device, dtype, 
              "activations": tokens * width * itemsize * depth + layer if cfg.gradient_checkpointing else layer * depth,
              "teacher": teacher * itemsize / (world if cfg.shard_teacher else 1),
              "loss": min(2 * logits_bytes, 16 * tokens * shape.vocab_size) + 4 * heads}
+    listed_steps = f" ({', '.join(f'{x.name}: {x.steps}' for x in phases)})" * (len(phases) > 1)
     need, listed = sum(parts.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
     return (f"student {run.student}: {student:,} parameters; {whose}\n"
             f"{world} x {device}, {dtype}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {world}) of "
-            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps; {len(held)} "
-            f"held out; all goes to {cfg.output_dir}\n"
+            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps"
+            f"{listed_steps}; {len(held)} held out; all goes to {cfg.output_dir}\n"
             f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
             + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
 
@@ -1190,7 +1195,8 @@ def write_report(folder, setting, models, prompts):
         pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
         return ["", pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
 
-    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items())
+    known = (item for item in METRICS.items() if any(m[item[0]] is not None for m in models.values()))
+    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in known)
     lines += table(["", *models], *cells)
     lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
     try:

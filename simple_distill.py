@@ -295,8 +295,9 @@ def load_tokenizer(cfg, *candidates):
     try:
         return name and AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        raise UserError(f"{name!r} has no tokenizer that can be read ({one_line(e, 80)}); is the name right? "
-                        "--tokenizer names another")
+        why = "no such path" if name.startswith(("/", ".", "~")) and not os.path.exists(name) else one_line(e)
+        raise UserError(f"{name!r} has no tokenizer that can be read ({why}); is the name right? --tokenizer names "
+                        "another")
 
 def conversation_of(row):
     """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
