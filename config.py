@@ -1195,8 +1195,7 @@ def write_report(folder, setting, models, prompts):
         pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
         return ["", pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
 
-    known = (item for item in METRICS.items() if any(m[item[0]] is not None for m in models.values()))
-    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in known)
+    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items())
     lines += table(["", *models], *cells)
     lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
     try:
