@@ -1355,23 +1355,23 @@ def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, tex
 
 def test_layers_of_a_nested_text_model_are_refused():
     with pytest.raises(config.UserError, match="text model is part of a larger one"):
-        config.plan_layers(config.Config(teacher="x", student="layers:2"), transformers.Gemma3Config())
+        sd.plan_layers(config.Config(teacher="x", student="layers:2"), transformers.Gemma3Config())
 
 
 def test_a_digest_sees_the_middle_of_a_long_array():
     other = np.arange(5000)
     other[2500] = 0
-    assert config.digest([np.arange(5000)]) != config.digest([other])
+    assert sd.digest([np.arange(5000)]) != sd.digest([other])
 
 
 def test_a_batch_divided_anew_is_accepted_again(tmp_path):
     """From one rank to three, and on three once more: the typed batch stays what it was."""
     cfg = config.Config(batch_size=8)
-    first = config.plan_batch(cfg, None, 1)
+    first = sd.plan_batch(cfg, None, 1)
     state = {"global_batch": first[2], "batch": [8, 1]}
-    assert config.plan_batch(cfg, state, 3) == (3, 1, 8) == config.plan_batch(cfg, {**state, "global_batch": 8}, 3)
+    assert sd.plan_batch(cfg, state, 3) == (3, 1, 8) == sd.plan_batch(cfg, {**state, "global_batch": 8}, 3)
     with pytest.raises(config.UserError, match="sequences a step"):
-        config.plan_batch(config.Config(batch_size=4), state, 3)
+        sd.plan_batch(config.Config(batch_size=4), state, 3)
 
 
 def test_resume_never_and_by_path(tmp_path, student, text):
@@ -1650,10 +1650,10 @@ def test_the_demo_decides_only_what_is_left_open(tmp_path):
                                ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
                                ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
         cfg = config.parse_config(words)
-        config.save_config(cfg, tmp_path / f"{i}.json")
+        sd.write_json(cfg, tmp_path / f"{i}.json")
         assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
-        config.in_mode("eval", cfg, student="s"), config.plan_demo(cfg)
-        assert cfg.mode != "train" or config.Config(**config.shapes_result(cfg))   # as mode eval does with a checkpoint
+        config.in_mode("eval", cfg, student="s"), sd.plan_demo(cfg)
+        assert cfg.mode != "train" or config.Config(**config.result_knobs(cfg))   # as mode eval does with a checkpoint
 
 
 def test_no_check_vanishes_under_python_O():
@@ -1728,13 +1728,6 @@ def test_wandb_offline(out, student, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # The package itself: small, documented, and its README true.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_trainer_stays_small():
-    source = Path(sd.__file__).read_text()
-    assert len(source.splitlines()) < 1500
-    sizes = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
-    assert not {name: size for name, size in sizes.items() if size > 70 and name != "train"}
 
 
 def test_the_top_level_is_six_files_and_five_requirements():
@@ -1860,8 +1853,8 @@ def gradients_of_a_cache(out, step):
         logp = torch.log_softmax(hidden @ head.weight.T, -1)
     m = _cache_manifest(len(head.weight), "sample", 50)
     rows = [{"input_ids": x.numpy(), "targets": None} for x in ids]
-    kept = sd.keep_teacher(lambda batch: (hidden[batch.positions], head), rows, 0, m)
-    sampled = [config.unpack_row(data, *map(int, counts[1:4]), m)["sparse"] for data, counts in kept]
+    kept = sd.pack_teacher(lambda batch: (hidden[batch.positions], head), rows, 0, m)
+    sampled = [sd.unpack_row(data, *map(int, counts[1:4]), m)["sparse"] for data, counts in kept]
     sampled = sd.SparseTarget(*(torch.from_numpy(np.concatenate(x)) for x in zip(*sampled)))
     where = sd.collate(rows).positions
     top, listed = logp[where].topk(12)
@@ -2284,8 +2277,8 @@ def _cache_keep(hidden, head, method, size, seed=0, temperature=1.0):
     """Through packing and back -> SparseTarget of one row, bytes, counts."""
     m = _cache_manifest(len(head.weight), method, size, seed, temperature)
     row = {"input_ids": np.arange(len(hidden) + 1) % len(head.weight), "targets": None}
-    (data, counts), = sd.keep_teacher(lambda batch: (hidden, head), [row], 7, m)
-    back = config.unpack_row(data, *counts[1:4], m)
+    (data, counts), = sd.pack_teacher(lambda batch: (hidden, head), [row], 7, m)
+    back = sd.unpack_row(data, *counts[1:4], m)
     assert (back["input_ids"] == row["input_ids"]).all() and back["targets"].all() and counts[2] == len(hidden)
     return sd.SparseTarget(*map(torch.from_numpy, back["sparse"])), len(data), counts
 
@@ -2538,10 +2531,10 @@ def bench_cache():
         for method, size in (("sample", 50), ("topk", 64)):
             hidden, head, _ = _cache_teacher(vocab, 511, sharp=5.0)
             m = _cache_manifest(vocab, method, size)
-            (data, counts), = sd.keep_teacher(lambda b: (hidden, head), [{"input_ids": np.arange(512), "targets": None}], 0, m)
+            (data, counts), = sd.pack_teacher(lambda b: (hidden, head), [{"input_ids": np.arange(512), "targets": None}], 0, m)
             both = np.random.default_rng(0).integers(0, vocab << m["bits"][1], counts[3])
-            packing = best(lambda: config.pack((both, sum(m["bits"][:2]))))
-            unpacking = best(lambda: config.unpack_row(data, *counts[1:4], m))
+            packing = best(lambda: sd.pack((both, sum(m["bits"][:2]))))
+            unpacking = best(lambda: sd.unpack_row(data, *counts[1:4], m))
             print(f"{vocab:8} {method + str(size):>10} {counts[3] / 511:6.1f} {len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
                   f"{counts[3] / packing / 1e6:9.1f} {counts[3] / unpacking / 1e6:11.1f}")
     print(f"\n{'V':>8} {'labels only':>12} {'from cache':>11} {'ratio':>6}   (seconds a step of 4 x 256 tokens, forward and backward)")
@@ -2553,11 +2546,11 @@ def bench_cache():
         hidden, head, _ = _cache_teacher(vocab, 255, sharp=5.0)
         m = _cache_manifest(vocab, "sample", 50)
         rows = [{"input_ids": np.arange(i, i + 256), "targets": None} for i in range(4)]
-        made = [sd.keep_teacher(lambda b: (hidden, head), [row], i, m)[0] for i, row in enumerate(rows)]
-        batch = sd.collate([config.unpack_row(data, *counts[1:4], m) for data, counts in made])
+        made = [sd.pack_teacher(lambda b: (hidden, head), [row], i, m)[0] for i, row in enumerate(rows)]
+        batch = sd.collate([sd.unpack_row(data, *counts[1:4], m) for data, counts in made])
 
         def step(alpha, signal_):
-            sd.distil(model, batch, signal_, 1020, alpha=alpha, temperature=1.0, divergence="forward")[0].backward()
+            sd.distil_loss(model, batch, signal_, 1020, alpha=alpha, temperature=1.0, divergence="forward")[0].backward()
         for alpha, signal_ in ((1.0, None), (0.1, batch.sparse)):
             step(alpha, signal_)   # compiles
         pairs = [(_cache_seconds(lambda: step(1.0, None)), _cache_seconds(lambda: step(0.1, batch.sparse))) for _ in range(5)]
@@ -2670,7 +2663,7 @@ def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
     for label, name in (("student", "run/final"), ("labels", "labels/final"), ("padded", "padded"), ("teacher", "teacher")):
         want, got = _eval_reference(_eval_world / name, _eval_world / "teacher", rows, 320), _eval_found["models"][label]
         assert got["tokens"] == want["tokens"]
-        _, *around = config.interval(want["rows"].numpy(), np.array([len(r) - 1 for r in rows]), 0)
+        _, *around = sd.interval(want["rows"].numpy(), np.array([len(r) - 1 for r in rows]), 0)
         assert got["perplexity_95"] == pytest.approx([math.exp(x) for x in around], rel=1e-5)
         for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
             assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6), (label, key)
@@ -2718,7 +2711,7 @@ def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(_eval_world, _eval_found):
     base, other = (AutoTokenizer.from_pretrained(_eval_world / n) for n in ("teacher", "stranger"))
     ids = _eval_rows(_eval_world, base)
-    told = config.retell([{"input_ids": np.array(r), "targets": None} for r in ids], base, other)
+    told = sd.retokenize([{"input_ids": np.array(r), "targets": None} for r in ids], base, other)
     sizes = [len(base.decode(r[1:], skip_special_tokens=True).encode()) for r in ids]
     for row, new, size in zip(ids, told, sizes, strict=True):
         new = new["input_ids"]
@@ -2750,7 +2743,7 @@ def test_eval_intervals_cover(n):
     for trial in range(200):   # sequences of many lengths, skewed losses that hang together within one; true mean 2
         bottom = torch.randint(20, 60, (n,), generator=draw).double()
         top = bottom * 2 * (0.4 * torch.randn(n, generator=draw, dtype=torch.float64) - 0.08).exp()
-        _, low, high = config.interval(top.numpy(), bottom.numpy(), trial)
+        _, low, high = sd.interval(top.numpy(), bottom.numpy(), trial)
         inside += low <= 2 <= high
     assert 180 <= inside <= 198
 
@@ -2761,7 +2754,7 @@ def test_eval_report_files(_eval_world, _eval_found):
     table = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines() if line.startswith("| "))}
     labels = table[""]
     assert labels == list(_eval_found["models"]) == ["teacher", "student", "labels", "padded", "stranger"]
-    for key, title in config.METRICS.items():
+    for key, title in sd.METRICS.items():
         for label, cell in zip(labels, table[title]):
             value, shown = _eval_found["models"][label][key], cell.split(", ")[0].split()[0].replace(",", "")
             if value is None:
@@ -2956,17 +2949,17 @@ def test_generate_faults(tmp_path, provider):
 
 def test_generate_prompts():
     """100,000 distinct prompts, balanced, in less than 10 s of CPU; more only adds to fewer; weights are kept."""
-    start, first = time.process_time(), lambda n, *args: list(itertools.islice(config.compose_prompts(*args), n))
+    start, first = time.process_time(), lambda n, *args: list(itertools.islice(sd.compose_prompts(*args), n))
     prompts = first(100_000, [], 0)
     assert time.process_time() - start < 10
     assert len({messages[0]["content"] for _, messages in prompts}) == 100_000
-    assert collections.Counter(name for name, _ in prompts) == dict.fromkeys(config.TASKS, 100_000 // 8)
+    assert collections.Counter(name for name, _ in prompts) == dict.fromkeys(sd.TASKS, 100_000 // 8)
     assert first(50, [], 0) == prompts[:50] != first(50, [], 1)
     some = collections.Counter(name for name, _ in first(400, ["implement=3", "debug"], 0))
     assert some == {"implement": 300, "debug": 100}
     some = collections.Counter(name for name, _ in first(60, ["implement=2.0", "debug=.5e0", "explain=05"], 0))
     assert some == {"implement": 16, "debug": 4, "explain": 40}
-    assert all(re.fullmatch(" [-+<=>!]+ ", side) or "index" in config.TASKS["debug"] for pair in config.BUGS for side in pair)
+    assert all(re.fullmatch(" [-+<=>!]+ ", side) or "index" in sd.TASKS["debug"] for pair in sd.BUGS for side in pair)
 
 
 def test_generate_filters(tmp_path):
@@ -2985,9 +2978,9 @@ def test_generate_filters(tmp_path):
     for reply in ("```python\n>>> 1 + 1\n2\n```\nA session.", "````md\n```python\nx = (\n```\n````\nFences in a fence.",
                   "I can't assist but so:\n```python\nx = 1\n```", "   ```python\n   x = 1\n   ```\nindented, as in a list",
                   "```js\nfoo(() => {\n```\nis no Python", "Sorry is a word of five letters.", open(__file__).read()):
-        assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
+        assert not any(sd.find_flaws("What is it?", reply, "stop").values()), reply
     for reply in ("I’m sorry, but I cannot help with this.", "As an AI model, I do not.", "I can't help you."):
-        assert config.find_flaws("What is it?", reply, "stop")["refusal"], reply
+        assert sd.find_flaws("What is it?", reply, "stop")["refusal"], reply
 
 
 def test_generate_refusals():
@@ -2998,13 +2991,13 @@ def test_generate_refusals():
                   "I am very sorry, I am not able to write malware.", "I’m afraid I can not comply with this request.",
                   "I apologise for the inconvenience, but I am unable to provide it.", "I have to decline this one.",
                   "As an AI language model, I have no opinion.", "Sorry, as an AI assistant made by X, I will not."):
-        assert config.find_flaws("What is it?", reply, "stop")["refusal"], reply
+        assert sd.find_flaws("What is it?", reply, "stop")["refusal"], reply
     for reply in ("I can't help but notice that your loop is quadratic: use a set.", "I can't see a bug: it is right.",
                   "Unable to open the file: that is what the exception says.", "Sorry if I repeat what you know: a trie",
                   "Sorry I missed the import; here it is: import os", "As an AI pipeline, the function has three stages.",
                   "Unfortunately, the function is quadratic.", "Sorry, the loop I wrote above is off by one.",
                   "I'm sorting the list first.", "Not able to connect: I would check the port.", "Declining is fine."):
-        assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
+        assert not any(sd.find_flaws("What is it?", reply, "stop").values()), reply
 
 
 def test_generate_fences():
@@ -3012,10 +3005,10 @@ def test_generate_fences():
     good = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all.", "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
     for reply in (*good, *(text.replace("\n", "\r\n") for text in good), "```print(1)```", "```print(1)```\nprints it",
                   "1. so:\n   ```python3\n   x = 1\n   ```", "```python2\nprint 1\n```\nis no Python 3"):
-        assert not any(config.find_flaws("What is it?", reply, "stop").values()), reply
+        assert not any(sd.find_flaws("What is it?", reply, "stop").values()), reply
     for reply in ("Here:\n```python3\ndef f(:\n```", "Here:\r\n```py\r\ndef f(:\r\n```", "Here:\n```python\nx = 1",
                   "Here:\n```Python3\nprint 1\n```", "- ```py\n  x = (\n  ```", "- ```py\n  x = 1", "```print(1)```\n```js\nf()"):
-        assert config.find_flaws("What is it?", reply, "stop")["code does not parse"], reply
+        assert sd.find_flaws("What is it?", reply, "stop")["code does not parse"], reply
 
 
 def test_generate_duplicates(tmp_path):
@@ -3025,10 +3018,10 @@ def test_generate_duplicates(tmp_path):
     asked = [f"Is {i} prime?" for i in range(9)] + ["Is  8 prime?"] + ["more"] * 5
     for i, (prompt, reply) in enumerate(zip(asked, said)):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        config.append_row(tmp_path / "train", {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"})
-    fates = config.drop_duplicates(str(tmp_path / "train"), str(tmp_path / "rejected"), range(15))
+        sd.append_jsonl(tmp_path / "train", {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"})
+    fates = sd.drop_duplicates(str(tmp_path / "train"), str(tmp_path / "rejected"), range(15))
     assert fates["kept"] == 13 and fates["exact duplicate"] == 2, fates
-    assert [row["prompt_id"] for row in config.read_rows(tmp_path / "rejected")] == [9, 13]
+    assert [row["prompt_id"] for row in sd.read_jsonl(tmp_path / "rejected")] == [9, 13]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -3051,8 +3044,8 @@ def test_generate_own_prompts(tmp_path):
         args[args.index("--output_dir") + 1] = tmp_path / "ours" / "out"
         cli(*args)
     assert [row["reason"] for row in _gen_rows(tmp_path / "ours")[1]] == ["empty or too short"]
-    assert not config.find_flaws("Give this back.", "give that", "stop")["repeats the prompt"]
-    assert config.find_flaws("Give this back, all.", "this back, all.", "stop")["repeats the prompt"]
+    assert not sd.find_flaws("Give this back.", "give that", "stop")["repeats the prompt"]
+    assert sd.find_flaws("Give this back, all.", "this back, all.", "stop")["repeats the prompt"]
 
 
 def test_generate_failed(tmp_path):
@@ -3098,14 +3091,14 @@ def test_generate_failed_for_good(tmp_path):
 def test_generate_rows(tmp_path):
     """A last row that is whole is kept, whatever came after it; half a row goes; reading makes no file."""
     path = tmp_path / "rows.jsonl"
-    assert config.read_rows(path) == [] and not path.exists()
+    assert sd.read_jsonl(path) == [] and not path.exists()
     for tail, rows in ((b'{"b": 2}', [{"a": 1}, {"b": 2}]), (b'{"b": "\xc3', [{"a": 1}]), (b"", [{"a": 1}])):
         path.write_bytes(b'{"a": 1}\n' + tail)
-        assert config.read_rows(path) == rows
-        config.append_row(path, {"c": 3})
-        assert config.read_rows(path) == [*rows, {"c": 3}]
+        assert sd.read_jsonl(path) == rows
+        sd.append_jsonl(path, {"c": 3})
+        assert sd.read_jsonl(path) == [*rows, {"c": 3}]
     path.write_bytes(b'{"a": 1}')
-    assert config.read_rows(path) == [{"a": 1}] and path.read_bytes() == b'{"a": 1}\n'
+    assert sd.read_jsonl(path) == [{"a": 1}] and path.read_bytes() == b'{"a": 1}\n'
 
 
 def test_generate_local_seed(tmp_path, teacher):
@@ -3121,7 +3114,7 @@ def test_generate_local_seed(tmp_path, teacher):
     said("parts", 3, 8)
     for name in ("train.jsonl", "rejected.jsonl"):   # a kill in the midst of the second batch
         path = tmp_path / "parts/out" / name
-        rows = [row for row in config.read_rows(path) if _gen_number(row["messages"][0]["content"]) < 6]
+        rows = [row for row in sd.read_jsonl(path) if _gen_number(row["messages"][0]["content"]) < 6]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parts = said("parts", 3)
     assert len(whole) == len(parts) == 11 and len(set(whole.values())) > 5
@@ -3680,10 +3673,10 @@ def bench_block(layers=8, width=256, tokens=1024):
                 student(work, batch, signal_of(batch), 1.0)[0].backward()
                 times.append(time.process_time() - start)
             return min(times)
-        whole = seconds(sd.functools.partial(sd.distil, alpha=0.0, temperature=1.0), sd.teacher_signal(teacher))
+        whole = seconds(sd.functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0), sd.teacher_targets(teacher))
         print(f"\nCPU ms a step; both models whole, everything trained on the logits (vocabulary 263): {1e3 * whole:.0f}")
         costs = []
-        for phase in sd.make_phases(cfg, student, teacher, 1)[:layers]:
+        for phase in sd.make_stages(cfg, student, teacher, 1)[:layers]:
             with contextlib.redirect_stdout(io.StringIO()):
                 sd.make_optimizer(student.parameters(), phase.rates, 0.0)
             costs.append(seconds(phase.work, phase.signal_of))
@@ -3890,8 +3883,8 @@ def bench_step():
                             gradient_checkpointing=False, use_wandb=False)
             student, teacher = sd.load_student(cfg), sd.load_teacher(cfg) if alpha < 1 else None
             optimizer = sd.make_optimizer(student.parameters(), dict.fromkeys(student.parameters(), 1e-4), 0.0)
-            health, signal_of = sd.new_health(False), sd.teacher_signal(teacher)
-            work = functools.partial(sd.distil, alpha=alpha, temperature=1.0, divergence="forward")
+            health, signal_of = sd.new_scale_state(False), sd.teacher_targets(teacher)
+            work = functools.partial(sd.distil_loss, alpha=alpha, temperature=1.0, divergence="forward")
 
             def step():
                 student(work, batch, signal_of(batch), len(batch.labels))[0].backward()
