@@ -376,3 +376,10 @@ def parse_config(argv):
 def in_mode(mode, cfg, **changes):
     """The same of all that this mode reads, with changes; the rest is default."""
     return Config(**{k: v for k, v in vars(cfg).items() if k in READ_BY[mode]} | changes | dict(mode=mode))
+
+
+def demo_knobs(blockwise=False):
+    return DEMO | (DEMO_BLOCKWISE if blockwise else {})
+
+
+Config.given = frozenset()

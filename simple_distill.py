@@ -52,6 +52,7 @@ from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
+import huggingface_hub
 import numpy as np
 import safetensors.numpy
 import torch
@@ -65,9 +66,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (DEMO_STUDENT, DEMO_TEACHER, DEMO_TEACHER_RUN, DEMO_VOCAB, FIELDS, GROUPS, INF, Config, UserError, default_of, in_mode,
-                    one_line, parse_config, parse_multipliers, refuse, result_knobs, scheduler_kwargs)
-
+from config import (FIELDS, GROUPS, INF, Config, UserError, default_of,
+                    demo_knobs, one_line, parse_config, parse_multipliers, refuse, result_knobs, scheduler_kwargs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,13 +166,13 @@ def sync(*paths):
         os.close(handle)
 
 
-def take_lock(folder):
+def take_lock(folder, wait=False):
     """-> what is wrong with the folder or None, and what gives it back: a folder that was made for nothing goes."""
     made, problem, handle = not os.path.isdir(folder), None, None
     try:
         os.makedirs(folder, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable"
     except BlockingIOError:
         problem = f"another run is at work in {folder!r}"
@@ -188,9 +188,9 @@ def take_lock(folder):
 
 
 @contextlib.contextmanager
-def lock(folder):
+def lock(folder, wait=False):
     """One run a directory; the kernel drops the lock with its process. One made for a refused run goes again."""
-    problem, release = take_lock(folder) if RANK == 0 else (None, lambda: None)
+    problem, release = take_lock(folder, wait) if RANK == 0 else (None, lambda: None)
     problem = from_rank0(problem)
     try:
         if problem:
@@ -785,7 +785,10 @@ def load_student(cfg):
     config, keep = plan_layers(cfg, whole)
     if keep:
         print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {name}")
-    return shard(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep), make_stitches(cfg, config))
+    build_stitches = lambda model: None
+    if cfg.blockwise:   # optional: blockwise
+        build_stitches = stitching(cfg, config)
+    return shard(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep), build_stitches)
 
 
 def load_teacher(cfg):
@@ -950,6 +953,10 @@ def learning_rates(cfg, named):
     return rates
 
 
+def check_scheduler(cfg):
+    scheduler_kwargs(cfg)
+
+
 def make_optimizer(parameters, rates, weight_decay):
     """rates: {parameter: learning rate}; 0 or none: no gradient, no state. Norms and biases do not decay."""
     groups, sizes = {}, collections.Counter()
@@ -1086,10 +1093,10 @@ def plan_batch(cfg, state, world):
     return size, micro, wanted
 
 
-def find_checkpoints(cfg):
+def find_checkpoints(resume, output_dir):
     """-> [(path, state), ...] to continue from, the best first."""
-    paths = [] if cfg.resume == "never" else checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")) \
-        if cfg.resume == "auto" else [cfg.resume.rstrip("/")]
+    paths = [] if resume == "never" else checkpoints_in(os.path.join(output_dir, "checkpoints")) \
+        if resume == "auto" else [resume.rstrip("/")]
     paths, found = from_rank0((paths, read_states(paths, print0) if RANK == 0 else []))
     if paths and not found:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
@@ -1129,338 +1136,646 @@ def cut_log(path, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# Train: schedule, evaluate, save, stop, accumulate, clip, step, log.
+# Train: a run is put together, begun, trained stage by stage and finished. train() says it in a few
+# lines; train_stage() is the loop. Optional modes compose the same pieces.
 
 
 @dataclass
 class Stage:
-    """A stretch of training with its own loss, parameters and schedule: plain distillation is the last of them. The
-    trainer turns rates and block_norms, which name parts of the student (a block's number, embeddings or head), into
-    those of its parameters, and adds work and get_teacher_targets."""
+    """A stretch of training with a loss, rates, clipping and a length. Plain distillation is one
+    stage; block-wise training puts others before it."""
     name: str
+    first_step: int
     steps: int
-    blocks: list          # what is matched: hidden states after these blocks of the student; none: logits
-    objective: dict       # of the loss on logits
-    rates: dict           # {part or parameter: peak learning rate}; what is not named is frozen
+    loss_fn: Any               # (model, batch, targets, denominator) -> loss, ce, kl, ...
+    get_teacher_targets: Any   # batch -> the targets that loss_fn takes
+    rates: dict                # {parameter: peak learning rate}; the others are frozen
     weight_decay: float
-    max_grad_norm: float  # 0: no clipping
-    block_norms: dict = field(default_factory=dict)   # {block: max_grad_norm}, where each is clipped by itself
-    work: Any = None      # (model, batch, signal, denominator) -> loss, ce, kl; runs inside the student
-    get_teacher_targets: Any = None   # batch -> what work takes from the teacher
+    max_grad_norm: float       # of all gradients together; 0: no clipping
+    clipped_alone: list = field(default_factory=list)   # [(parameters, max norm), ...] before that
+    mean_over: str = "labels"  # what of a batch the loss is a mean over: labels, or real (tokens)
 
     @property
-    def over(self):
-        """What of a batch the loss is a mean over: all real tokens, or targets."""
-        return "real" if self.blocks else "labels"
-MEMORY_ADVICE = ("in this order: --gradient_checkpointing true, a smaller --batch_size with more "
-                 "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, --cpu_offload")
+    def end(self):
+        return self.first_step + self.steps
 
 
-def describe_run(cfg, run, models, phases, batch, rows, held, *, device, dtype, world, local_world, logits_bytes, free):
-    """What a run says before it begins. models: the student, and the teacher if there is one; free: bytes."""
-    sizes, (batch_size, micro_steps, global_batch) = [m.num_parameters() for m in models], batch
-    itemsize = 4 if dtype == "float32" else 2
-    whose = "no teacher (alpha 1)" if cfg.alpha == 1 else f"teacher {run.teacher}: {sizes[1]:,}" if sizes[1:] else \
-        f"teacher: cache {cfg.cache_dir}"
-    shapes = [m.config.get_text_config() for m in models]
-    shape, student, teacher = shapes[0], sizes[0], sum(sizes[1:])
-    trained = max(sum(p.numel() for p, rate in x.rates.items() if rate) for x in phases)
-    share = {"no_shard": 1, "hybrid_shard": local_world}.get(cfg.fsdp, world)
-    tokens, depth, width = batch_size * cfg.seq_len, shape.num_hidden_layers, shape.hidden_size
-    inner = getattr(shape, "intermediate_size", None) or 4 * width
-    layer, whole = tokens * (10 * width + 3 * inner) * itemsize, student * itemsize   # one layer's activations
-    heads, whole_copy = sum(x.vocab_size * x.hidden_size for x in shapes), cfg.fsdp in ("no_shard", "shard_grad_op")
-    parts = {"weights": 4 * student / share, "gradients": 4 * trained / share, "optimiser": 8 * trained / share,
-             "full_tensor": whole if whole_copy else min(whole, heads * itemsize + 2 * whole // depth),
-             "activations": tokens * width * itemsize * depth + layer if cfg.gradient_checkpointing else layer * depth,
-             "teacher": teacher * itemsize / (world if cfg.shard_teacher else 1),
-             "loss": min(2 * logits_bytes, 16 * tokens * shape.vocab_size) + 4 * heads}
-    listed_steps = f" ({', '.join(f'{x.name}: {x.steps}' for x in phases)})" * (len(phases) > 1)
-    need, listed = sum(parts.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    return (f"student {run.student}: {student:,} parameters; {whose}\n"
-            f"{world} x {device}, {dtype}; {global_batch} sequences a step ({batch_size} x {micro_steps} x {world}) of "
-            f"{'a stream' if cfg.streaming else f'{len(rows):,}'}, {sum(x.steps for x in phases)} steps"
-            f"{listed_steps}; {len(held)} held out; all goes to {cfg.output_dir}\n"
-            f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), {free / 1e9:.1f} free"
-            + (f"; if it runs out, turn {MEMORY_ADVICE}" if need > free else ""))
+@dataclass
+class Run:
+    """What a run works with, and where it is. A checkpoint keeps the last block of fields."""
+    cfg: Config
+    result_knobs: dict         # everything that decides the result; compared at a resume
+    tokenizer: Any
+    rows: Any                  # token rows to train on, or a stream of raw rows
+    eval_rows: Any
+    student: ShardedRoot
+    teacher: Optional[ShardedRoot]
+    batch_size: int            # sequences a rank and micro-step
+    micro_steps: int
+    global_batch: int          # sequences an optimiser step, whatever the number of ranks
+    checkpoints: list          # [(path, state), ...] to continue from, the best first
+    loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
+    get_teacher_targets: Any   # ... and what it takes from the teacher
+    started: float             # seconds since the epoch
+    free_memory: int           # bytes on this device before anything was loaded
+
+    stages: list = field(default_factory=list)
+    stage: Optional[Stage] = None   # whose optimiser this is
+    optimizer: Any = None
+    set_rates: Any = None           # step of the stage -> the largest learning rate, after setting all
+    batches: Any = None             # endless (micro-batches of this rank, position after the step)
+    wandb: Any = None
+    bar: Any = None
+    stop_requests: list = field(default_factory=list)   # filled by a signal
+    stopped: bool = False
+    saved_step: Optional[int] = None
+    save_problem: Optional[str] = None      # why the last checkpoint could not be saved
+    last_scores: Optional[dict] = None      # of the newest evaluation
+    window_start: float = 0.0               # since when the tokens below are counted, for the speed
+    window_tokens: float = 0.0
+
+    scale_state: dict = None                # see new_scale_state
+    step: int = 0
+    tokens: int = 0                         # trained on so far
+    position: Any = None                    # of a stream
+    best_loss: float = math.inf
+    first_scores: Optional[dict] = None     # held-out scores before training
+    notes: dict = field(default_factory=dict)   # what a mode of its own wants to keep
+
+    @property
+    def steps(self):
+        return self.stages[-1].end
+
+    @property
+    def steps_per_epoch(self):
+        """None for a stream, which has no length."""
+        if self.cfg.streaming:   # optional: streaming
+            return None
+        return math.ceil(len(self.rows) / self.global_batch)
+
+    @property
+    def epoch(self):
+        if self.steps_per_epoch:
+            return self.step / self.steps_per_epoch
+        return (self.position or {}).get("epoch", 0)
 
 
-def closing_table(lines, alpha, more):
-    """lines: [(name, what evaluate says, number of parameters), ...]; more: another table below, or nothing."""
-    kl = lambda x: "-" if alpha == 1 else f"{x['kl_loss']:.4f}"
-    return "\n".join([f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"] + [
-        f"{name:<15}{x['perplexity']:>12.2f}{kl(x):>15}{size:>15,}" for name, x, size in lines] + [more] * bool(more))
+def train(cfg):
+    """Distil, online or from a cache -> True when the run is done, False when a signal stopped it."""
+    run = start_run(cfg)
+    if run is None:
+        return True
+    stage = distillation_stage(run)
+    with begin(run, [stage]):
+        if train_stage(run, stage):
+            evaluate_and_save(run, stage)
+    return finish(run)
 
 
-def logged_in(wandb):
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except (TypeError, AttributeError):   # a version that has no prompt to leave out, and still has this
-        return wandb.api.api_key
+# ---- putting a run together
 
 
-def start_wandb(cfg, run_id, rank, say):
-    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
-    silent = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda exit_code: None, id=run_id)
-    mode, run = os.environ.get("WANDB_MODE", "online"), None
-    try:
-        if rank == 0 and cfg.use_wandb and mode != "disabled":
-            import wandb
-            if mode == "online" and not logged_in(wandb):
-                raise UserError("not logged in; run `wandb login`, or pass --no_use_wandb to silence this")
-            run = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
-                             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
-                             settings=wandb.Settings(console="off", silent=True))
-    except Exception as e:
-        say(f"wandb: going on without it ({e if isinstance(e, UserError) else one_line(e)})")
-    return run or silent
+def load_everything(cfg):
+    """-> tokenizer, train rows (or a raw stream), eval rows, student, teacher (None at alpha 1)."""
+    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    rows, eval_rows = load_data(cfg, tokenizer)
+    student = load_checked_student(cfg, tokenizer)
+    teacher = load_checked_teacher(cfg, tokenizer) if cfg.alpha < 1 else None
+    return tokenizer, rows, eval_rows, student, teacher
 
 
-def evaluate(root, work, get_teacher_targets, rows, batch_size):
-    """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows."""
-    loss, ce, kl = mean_over_rows(root, work, get_teacher_targets, rows, batch_size, "labels")
+def load_checked_student(cfg, tokenizer):
+    student = load_student(cfg)
+    check_head(student, "student", cfg.student, tokenizer)
+    return student
+
+
+def load_checked_teacher(cfg, tokenizer):
+    teacher = load_teacher(cfg)
+    check_head(teacher, "teacher", cfg.teacher, tokenizer)
+    teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
+    if teacher_tokenizer is not None:
+        compare_tokenizers(
+            tokenizer, teacher_tokenizer, cfg.tokenizer or cfg.student, cfg.teacher)
+    return teacher
+
+
+def start_run(cfg):
+    """Load everything and check that it belongs together -> Run; None where it is finished."""
+    started = time.time()
+    free = free_memory()
+    check_scheduler(cfg)
+    load = load_everything
+    if cfg.cache_dir:   # optional: cache
+        cfg, load = from_cache(cfg)
+    knobs = result_knobs(cfg)
+    if cfg.cache_dir:   # optional: cache
+        knobs["cache"] = digest(read_manifest(cfg))   # which one, wherever it lies
+    checkpoints = find_checkpoints(cfg.resume, cfg.output_dir)
+    state = checkpoints[0][1] if checkpoints else None
+    if state is not None:
+        refuse_changes(state["config"], knobs, checkpoints[0][0])
+        if is_finished(cfg, state):
+            print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see "
+                   + os.path.join(cfg.output_dir, "final"))
+            return None
+    tokenizer, rows, eval_rows, student, teacher = load(cfg)
+    batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    return Run(
+        cfg=cfg, result_knobs=knobs, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows,
+        student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
+        global_batch=global_batch, checkpoints=checkpoints, started=started, free_memory=free,
+        loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
+                                  divergence=cfg.divergence),
+        get_teacher_targets=teacher_targets(teacher),
+        scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
+
+
+def is_finished(cfg, state):
+    same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
+    has_final = os.path.isdir(os.path.join(cfg.output_dir, "final"))
+    return same_length and state["step"] >= state["steps"] and has_final
+
+
+def free_memory():
+    """Bytes that this device, or this host, has left."""
+    if CUDA:
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def distillation_stage(run, first_step=0):
+    """Plain distillation. After other stages it may be of no steps."""
+    cfg = run.cfg
+    steps = cfg.max_steps
+    if steps is None:
+        steps = math.ceil(cfg.num_epochs * run.steps_per_epoch)
+    named = run.student.model.named_parameters(remove_duplicate=False)
+    return Stage(
+        name="distil", first_step=first_step, steps=steps, loss_fn=run.loss_fn,
+        get_teacher_targets=run.get_teacher_targets, rates=learning_rates(cfg, named),
+        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+
+
+# ---- beginning
+
+
+@contextlib.contextmanager
+def begin(run, stages):
+    """From here on the run may write: resume, clear what is left of it, open log, batches and bar."""
+    cfg = run.cfg
+    run.stages = stages
+    print0(describe_run(run))
+    with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
+        wandb_id = resume(run) if run.checkpoints else None
+        if run.stage is None:
+            start_stage(run, stages[0])
+        if RANK == 0:
+            prepare_output(cfg, run.step)
+        all_sum(0)   # nobody goes on before that is done
+        run.wandb = start_wandb(cfg, wandb_id)
+        stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
+        if run.first_scores is None:
+            run.first_scores = scores(run)
+        run.batches = prefetch(my_micro_batches(run))
+        stack.enter_context(contextlib.closing(run.batches))
+        run.bar = stack.enter_context(tqdm(
+            total=run.steps, initial=run.step, disable=RANK > 0, dynamic_ncols=True,
+            mininterval=0.5))
+        run.window_start = time.time()
+        yield
+
+
+def my_micro_batches(run):
+    """-> endless (this rank's micro-batches of a step, position after it), from run.step on."""
+    if run.cfg.streaming:   # optional: streaming
+        return micro_batches(batches_of_stream(run), None, run.micro_steps, run.batch_size)
+    global_batches = indexed_batches(run.rows, run.cfg.seed, run.global_batch, run.step)
+    return micro_batches(global_batches, run.rows, run.micro_steps, run.batch_size)
+
+
+def resume(run):
+    """Load the newest checkpoint that can be read -> the id of its wandb run."""
+    state = load_checkpoint(run.checkpoints, functools.partial(tensors_at, run))
+    run.step = state["step"]
+    run.saved_step = state["step"]
+    run.tokens = state["tokens"]
+    run.position = state["position"]
+    run.best_loss = state["best"]
+    run.first_scores = state["before"]
+    run.notes = state["notes"]
+    return state["wandb"]
+
+
+def tensors_at(run, step):
+    """The tensors that a checkpoint at `step` holds for the stage that goes on there."""
+    unfinished = [stage for stage in run.stages if step < stage.end]
+    stage = unfinished[0] if unfinished else run.stages[-1]
+    start_stage(run, stage)
+    # where a stage begins, the moments that were saved are of the stage before
+    moments = {} if step == stage.first_step else run.optimizer.state
+    return tensors_of(run.student, moments, run.scale_state)
+
+
+def start_stage(run, stage):
+    print0(f"{stage.name}: {stage.steps} steps")
+    run.stage = stage
+    run.optimizer = None   # its moments go before the next ones come
+    run.optimizer = make_optimizer(run.student.parameters(), stage.rates, stage.weight_decay)
+    run.set_rates = make_schedule(run.cfg, run.optimizer, stage.steps)
+
+
+# ---- the loop
+
+
+def train_stage(run, stage):
+    """Train what is left of a stage -> True at its end, False when a signal stopped it. What is due
+    after its last step is the caller's: something may have to be done before it is saved."""
+    cfg = run.cfg
+    student = run.student
+    fp16 = compute_dtype(cfg) == torch.float16
+    if run.stage is not stage:   # after a resume it is started already
+        start_stage(run, stage)
+    while run.step < stage.end:
+        micro, position = next(run.batches)
+        counted = sum(len(getattr(batch, stage.mean_over)) for batch in micro)
+        tokens, stopping = all_sum(counted, len(run.stop_requests))   # all ranks agree
+        if stopping:
+            stop(run)
+            return False
+        run.position = position
+        seed_step(cfg.seed, run.step)
+        rate = run.set_rates(run.step - stage.first_step)
+        sums = torch.zeros(3, device=DEVICE)   # loss, ce, kl of this rank
+        for i, batch in enumerate(micro):
+            student.set_requires_gradient_sync(i == len(micro) - 1)
+            targets = stage.get_teacher_targets(batch)
+            loss, ce, kl, *_ = student(stage.loss_fn, batch, targets, max(tokens, 1))
+            # FSDP averages over ranks, the loss is a mean over the tokens of all of them: times
+            # WORLD. A loss that is not finite takes its gradient along: 0 * nan is nan.
+            weight = WORLD * run.scale_state["scale"] * (1 + 0 * loss.detach())
+            (loss * weight).backward()
+            sums += torch.stack([loss.detach(), ce, kl])
+        grad_norm = torch.zeros(())
+        if tokens:
+            grad_norm = optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state, fp16,
+                                       stage.clipped_alone)
+        else:
+            print0(f"step {run.step + 1}: not one valid target token in the whole batch; "
+                   "nothing changed")
+        run.optimizer.zero_grad()
+        run.step += 1
+        run.tokens += int(tokens)
+        run.window_tokens += tokens
+        run.bar.update()
+        stop_after_bad_steps(run)
+        if run.step % cfg.log_steps == 0 or run.step == stage.end:
+            log_step(run, stage, sums, grad_norm, rate)
+        if run.step < stage.end:
+            evaluate_and_save(run, stage)
+    return True
+
+
+def seed_step(seed, step):
+    """Dropout follows from the step: a resumed run draws the same, and there is no state to keep."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_536 + RANK)
+
+
+def stop_after_bad_steps(run):
+    # .item() makes a GPU wait: there only every tenth step looks
+    if (run.step % 10 == 0 or not CUDA) and run.scale_state["streak"].item() >= 10:
+        save(run)
+        raise UserError(
+            f"loss or gradient was not finite for 10 steps in a row, up to step {run.step}; its "
+            "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
+
+
+def log_step(run, stage, sums, grad_norm, rate):
+    loss, ce, kl = all_sum(*sums.tolist())
+    now = time.time()
+    speed = run.window_tokens / max(now - run.window_start, 1e-9)
+    run.window_start = now
+    run.window_tokens = 0.0
+    skipped = int(run.scale_state["skipped"].item())
+    log(run, {
+        "train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
+        "train/grad_norm": grad_norm.item(), "train/epoch": run.epoch, "train/step": run.step,
+        "train/tokens_per_second": speed, "train/skipped_steps": skipped})
+    shown = (f"{stage.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
+             f"{speed:,.0f} tok/s")
+    if skipped:
+        shown += f" skipped {skipped}"
+    run.bar.set_postfix_str(shown)
+
+
+def log(run, entry):
+    """To log.jsonl, as strict JSON (no NaN), and to wandb."""
+    if RANK == 0:
+        finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
+        append_jsonl(os.path.join(run.cfg.output_dir, "log.jsonl"), finite)
+        run.wandb.log(entry, step=run.step)
+
+
+def evaluate_and_save(run, stage):
+    """What is due after a step; after the last one of the run, both."""
+    cfg = run.cfg
+    paused = time.time()
+    last = run.step == run.steps
+    judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
+    if last or judged and is_due(run.step, cfg.eval_steps):
+        run.last_scores = scores(run)
+        run.best_loss = min(run.best_loss, run.last_scores["loss"])
+        entry = run.last_scores | {
+            "min_loss": run.best_loss, "epoch": run.epoch, "step": run.step}
+        log(run, {f"eval/{key}": value for key, value in entry.items()})
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in run.last_scores.items())
+        print0(f"step {run.step}: held-out {shown}")
+    if last or is_due(run.step, cfg.save_steps):
+        save(run)
+    run.window_start += time.time() - paused   # the speed is of training alone
+
+
+def is_due(step, every):
+    return every > 0 and step % every == 0
+
+
+def save(run):
+    """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
+    cfg = run.cfg
+    run.saved_step = run.step
+    run.save_problem = save_checkpoint(
+        os.path.join(cfg.output_dir, "checkpoints"), run.step,
+        tensors_of(run.student, run.optimizer.state, run.scale_state),
+        {"step": run.step, "steps": run.steps, "epoch": run.epoch, "position": run.position,
+         "tokens": run.tokens, "best": run.best_loss, "before": run.first_scores,
+         "notes": run.notes, "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
+         "global_batch": run.global_batch, "wandb": run.wandb.id,
+         "length": [cfg.max_steps, cfg.num_epochs], "config": run.result_knobs},
+        cfg.keep_checkpoints)
+
+
+def stop(run):
+    run.stopped = True
+    if run.saved_step != run.step:
+        save(run)
+
+
+# ---- evaluating
+
+
+def scores(run):
+    """The student on the held-out rows."""
+    return evaluate(run.student, run.loss_fn, run.get_teacher_targets, run.eval_rows,
+                    run.batch_size)
+
+
+def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size):
+    """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows. Every token
+    counts once, whatever the number of ranks."""
+    loss, ce, kl = mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, "labels")
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
 def rows_of_this_rank(rows, batch_size):
-    """Batches of row numbers, of each this rank's: every rank runs every batch, with nothing in it where rows end."""
+    """Batches of row numbers: every rank runs every batch, with nothing in it where rows end."""
     for start in range(0, len(rows), batch_size * WORLD):
         yield range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
 
 
 @torch.no_grad()
-def mean_over_rows(root, work, get_teacher_targets, rows, batch_size, over):
-    """What work returns, as means over the labels or the real tokens of rows."""
-    was_training, sums, tokens = root.training, 0, 0
+def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_over):
+    """What loss_fn returns, as means over the labels or the real tokens of rows."""
+    was_training = root.training
     root.eval()
+    sums = 0
+    tokens = 0
     for mine in rows_of_this_rank(rows, batch_size):
         batch = collate([rows[i] for i in mine])
-        sums += torch.stack(root(work, batch, get_teacher_targets(batch), 1.0)).double()
-        tokens += len(getattr(batch, over))
+        values = root(loss_fn, batch, get_teacher_targets(batch), 1.0)
+        sums += torch.stack(values).double()
+        tokens += len(getattr(batch, mean_over))
     root.train(was_training)
     root.release()
     *sums, tokens = all_sum(*sums.tolist(), tokens)
-    return [x / max(tokens, 1) for x in sums]
+    return [value / max(tokens, 1) for value in sums]
 
 
 @torch.no_grad()
-def continue_text(root, tokenizer, ids, new=48, seed=None):
-    """-> seconds, the continuation of the first row: greedy, or sampled with a seed."""
+def continue_text(root, tokenizer, ids_1T, new=48, seed=None):
+    """-> seconds, the text that follows: greedy, or sampled with a seed."""
     torch.manual_seed(seed or 0)
-    root.eval().model.generation_config.eos_token_id = None   # the whole length: ranks stay in step, speeds compare
-    begun, options = time.time(), dict(max_new_tokens=new, do_sample=seed is not None, pad_token_id=0)
-    said = root(lambda model: model.generate(ids, attention_mask=torch.ones_like(ids), **options))[0, ids.shape[1]:]
-    said = itertools.takewhile(lambda x: x != tokenizer.eos_token_id, said.tolist())   # tolist waits for the GPU
+    root.eval()
+    # the whole length, so that ranks stay in step and speeds can be compared
+    root.model.generation_config.eos_token_id = None
+    options = dict(max_new_tokens=new, do_sample=seed is not None, pad_token_id=0)
+    start = time.time()
+    ids = root(lambda model: model.generate(
+        ids_1T, attention_mask=torch.ones_like(ids_1T), **options))
+    new_ids = ids[0, ids_1T.shape[1]:].tolist()   # waits for the GPU
+    seconds = time.time() - start
     root.release()
-    return time.time() - begun, tokenizer.decode(list(said))
+    if tokenizer.eos_token_id in new_ids:
+        new_ids = new_ids[:new_ids.index(tokenizer.eos_token_id)]
+    return seconds, tokenizer.decode(new_ids)
 
 
-def load_everything(run, cached=None):
-    """-> tokenizer, train rows (or stream), eval rows, student, teacher or None; all checked to belong together."""
-    tokenizer = cached[2] if cached else load_tokenizer(run, run.student, run.teacher)
-    rows, held = cached[:2] if cached else load_data(run, tokenizer)
-    student = load_student(run) if run.mode != "cache" else None
-    if student is not None:
-        check_head(student, "student", run.student, tokenizer)
-    teacher = load_teacher(run) if run.alpha < 1 and not cached else None
-    if teacher is not None:
-        check_head(teacher, "teacher", run.teacher, tokenizer)
-        its = load_tokenizer(dataclasses.replace(run, tokenizer=None), run.teacher)
-        if its is not None:
-            compare_tokenizers(tokenizer, its, run.tokenizer or run.student, run.teacher)
-    return tokenizer, rows, held, student, teacher
+# ---- finishing
 
 
-def make_stages(cfg, student, teacher, steps_per_epoch):
-    """-> [Stage, ...] as planned, with a rate for each parameter and the functions that compute its loss."""
-    model, part = student.model, {}
-    (path, layers), inner = layers_of(model), model.get_input_embeddings().weight
-    outer = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    if cfg.blockwise and inner in outer and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(model).__name__} ties its head whatever its config says: --train_lm_head false "
-                        "--initialize_head_from_teacher false")
-    for name, p in student.named_parameters():
-        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        part[p] = int(block[1]) if block else "head" if p in outer - {inner} else "embeddings"
-    phases = plan_stages(cfg, len(layers), steps_per_epoch)
-    for x in phases:
-        x.rates = {p: x.rates[k] for p, k in part.items() if k in x.rates} if x.rates else \
-            learning_rates(cfg, model.named_parameters(remove_duplicate=False))   # plain distillation names no parts
-        x.block_norms = [([p for p in part if part[p] == i], norm) for i, norm in x.block_norms.items()]
-        x.work, x.get_teacher_targets = block_loss(cfg, student, teacher, x.blocks) if x.blocks else (
-            functools.partial(distil_loss, **x.objective), teacher_targets(teacher if x.objective["alpha"] < 1 else None))
-    return phases
+def finish(run):
+    """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
+    if run.stopped:
+        saved = "" if run.save_problem else ", saved; the same command continues"
+        print0(f"stopped at step {run.step} of {run.steps}{saved}")
+    elif run.save_problem is None:
+        run.last_scores = run.last_scores or scores(run)
+        teacher_scores = score_teacher(run) if run.teacher is not None else None
+        run.save_problem = save_final(run)
+        print0(closing_table(run, teacher_scores))
+        print0(closing_words(run))
+    if run.save_problem is not None:
+        raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
+                        f"{run.save_problem}; make room, then run it again")
+    return not run.stopped
 
 
-def train(cfg):
-    """-> True when the run is done, False when a signal stopped it."""
-    begun, run = time.time(), resolve_demo(cfg)
-    if run is None:
-        return False
-    place = functools.partial(os.path.join, cfg.output_dir)
-    found = find_checkpoints(cfg)
-    state = found[0][1] if found else None
-    cached = open_cache(run) if cfg.cache_dir else None
-    shape = result_knobs(cfg) | {"cache": cached and digest(cached[3])}   # which one, wherever it lies
-    if state:
-        refuse_changes(state["config"], shape, found[0][0])
-        same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
-        if same_length and state["step"] >= state["steps"] and os.path.isdir(place("final")):
-            print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see {place('final')}")
-            return True
-    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tokenizer, rows, held, student, teacher = load_everything(run, cached)
-    batch_size, micro_steps, global_batch = batch_plan = plan_batch(cfg, state, WORLD)
-    steps_per_epoch = None if cfg.streaming else -(-len(rows) // global_batch)
-    work = functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
-    get_teacher_targets, fp16 = teacher_targets(teacher), compute_dtype(cfg) == torch.float16
-    phases = make_stages(cfg, student, teacher, steps_per_epoch)
-    ends = list(itertools.accumulate(p.steps for p in phases))
-    steps, health, step, best, before, position, tokens_seen = ends[-1], new_scale_state(fp16), 0, math.inf, None, None, 0
-    phase = end = optimizer = set_rates = now = problem = saved_at = None
-    blocks_end = sum(p.steps for p in phases if p.over == "real")
-    def epoch():
-        return step / steps_per_epoch if steps_per_epoch else (position or {}).get("epoch", 0)
-    def log(**entry):
-        if RANK == 0:
-            append_jsonl(place("log.jsonl"), {k: v if math.isfinite(v) else None for k, v in entry.items()})   # no NaN
-            wandb_run.log(entry, step=step)
-    def begin(step):
-        """The phase of the next step. -> the tensors that a checkpoint at `step` holds for it."""
-        nonlocal phase, end, optimizer, set_rates
-        phase, end = next((p, e) for p, e in zip(phases, ends) if step < e or e == steps)
-        print0(f"{phase.name}: {phase.steps} steps")
-        optimizer = None   # its moments go before the next ones come
-        optimizer = make_optimizer(student.parameters(), phase.rates, phase.weight_decay)
-        set_rates = make_schedule(cfg, optimizer, phase.steps)
-        # where it begins, the moments that were saved are of the phase before
-        return tensors_of(student, {} if step == end - phase.steps else optimizer.state, health)
-    def measure_blocks():
-        pairs = plan_blocks(cfg, student.model.config, teacher.model.config)
-        errors = mean_over_rows(student, *block_loss(cfg, student, teacher, pairs), held, batch_size, "real")[3:]
-        before["blocks"] = before.get("blocks", []) + [errors]
-        before["table"] = block_table(pairs, before["blocks"], cfg.distill_loss_type)
-        print0(before["table"])
-        log(**{f"block/{i}/loss": x for i, x in enumerate(errors)}, **{"block/step": step})
-    def save():
-        return save_checkpoint(place("checkpoints"), step, tensors_of(student, optimizer.state, health), dict(
-            step=step, steps=steps, epoch=epoch(), position=position, tokens=tokens_seen, best=best, before=before,
-            batch=[cfg.batch_size, cfg.gradient_accumulation_steps], global_batch=global_batch,
-            wandb=wandb_run.id, length=[cfg.max_steps, cfg.num_epochs], config=shape), cfg.keep_checkpoints)
-
-    print0(describe_run(cfg, run, [r.model for r in (student, teacher) if r], phases, batch_plan, rows, held,
-                        device=DEVICE.type, dtype=str(compute_dtype(cfg))[6:], world=WORLD, local_world=LOCAL_WORLD,
-                        logits_bytes=LOGITS_BUDGET, free=free))
-    with stop_signals() as asked, contextlib.ExitStack() as stack:
-        if state:
-            state = load_checkpoint(found, begin)
-            saved_at = step = state["step"]
-            best, before, position, tokens_seen = (state[k] for k in ("best", "before", "position", "tokens"))
-        else:
-            begin(step)
-        RANK == 0 and prepare_output(cfg, step)
-        all_sum(0)
-        wandb_run = start_wandb(cfg, state and state["wandb"], RANK, print0)
-        stack.push(lambda kind, *_: wandb_run.finish(exit_code=int(kind is not None)))
-        if before is None:
-            before = evaluate(student, work, get_teacher_targets, held, batch_size)
-            if cfg.blockwise:
-                measure_blocks()
-        if cfg.streaming:
-            batches = streamed_batches(rows, encoder(cfg, tokenizer), cfg.seed, cfg.shuffle_buffer, global_batch,
-                                       position)
-        else:
-            batches = indexed_batches(rows, cfg.seed, global_batch, step)
-        batches = prefetch(micro_batches(batches, None if cfg.streaming else rows, micro_steps, batch_size))
-        stack.enter_context(contextlib.closing(batches))
-        bar = stack.enter_context(tqdm(total=steps, initial=step, disable=RANK > 0, dynamic_ncols=True, mininterval=.5))
-        since, since_tokens = time.time(), 0
-        while step < steps:
-            if step == end:
-                begin(step)
-            micro, position_after = next(batches)
-            tokens, stopping = all_sum(sum(len(getattr(b, phase.over)) for b in micro), len(asked))   # all ranks agree
-            if stopping:
-                break
-            position = position_after
-            torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_536 + RANK)   # dropout: derived, no state to keep
-            rate, sums, grad_norm = set_rates(step - end + phase.steps), torch.zeros(3, device=DEVICE), torch.zeros(())
-            for i, batch in enumerate(micro):
-                student.set_requires_gradient_sync(i == len(micro) - 1)
-                loss, ce, kl, *_ = student(phase.work, batch, phase.get_teacher_targets(batch), max(tokens, 1))
-                # FSDP averages over ranks, we over tokens; a loss that is not finite takes its gradient along
-                (loss * (WORLD * health["scale"] * (1 + 0 * loss.detach()))).backward()
-                sums += torch.stack([loss.detach(), ce, kl])
-            if tokens:
-                grad_norm = optimizer_step(optimizer, phase.max_grad_norm, health, fp16, phase.block_norms)
-            else:
-                print0(f"step {step + 1}: not one valid target token in the whole batch; nothing changed")
-            optimizer.zero_grad()
-            step, tokens_seen, since_tokens = step + 1, tokens_seen + int(tokens), since_tokens + tokens
-            bar.update()
-            if (step % 10 == 0 or not CUDA) and health["streak"].item() >= 10:   # .item() makes a GPU wait
-                save()
-                raise UserError(f"loss or gradient was not finite for 10 steps in a row, up to step {step}; its "
-                                "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
-            if step % cfg.log_steps == 0 or step == end:
-                loss, ce, kl = all_sum(*sums.tolist())
-                speed, since, since_tokens = since_tokens / max(time.time() - since, 1e-9), time.time(), 0
-                skipped = int(health["skipped"].item())
-                log(**{"train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
-                       "train/grad_norm": grad_norm.item(), "train/epoch": epoch(), "train/step": step,
-                       "train/tokens_per_second": speed, "train/skipped_steps": skipped})
-                bar.set_postfix_str(f"{phase.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
-                                    f"{speed:,.0f} tok/s" + (f" skipped {skipped}" if skipped else ""))
-            paused = time.time()
-            if step == blocks_end:
-                measure_blocks()
-                if cfg.initialize_head_from_teacher:
-                    initialize_head(student, teacher)
-            if cfg.eval_steps and step % cfg.eval_steps == 0 and phase.over == "labels" or step == steps:
-                now = evaluate(student, work, get_teacher_targets, held, batch_size)
-                best = min(best, now["loss"])
-                log(**{f"eval/{k}": v for k, v in dict(now, min_loss=best, epoch=epoch(), step=step).items()})
-                print0(f"step {step}: held-out " + ", ".join(f"{k} {v:.4f}" for k, v in now.items()))
-            if cfg.save_steps and step % cfg.save_steps == 0 or step == steps:
-                problem, saved_at = save(), step
-            since += time.time() - paused   # speed is of training alone
-        if step < steps and saved_at != step:
-            problem = save()
-    if step < steps:
-        print0(f"stopped at step {step} of {steps}" + ("" if problem else ", saved; the same command continues"))
-    elif not problem:
-        now = now or evaluate(student, work, get_teacher_targets, held, batch_size)
-        problem = finish(cfg, run, student, teacher, tokenizer, held, before, now, begun)
-    if problem:
-        raise UserError(f"the run could not be saved in {cfg.output_dir!r}: {problem}; make room, then run it again")
-    return step >= steps
+def score_teacher(run):
+    """The teacher by itself on the held-out rows: its cross-entropy to their labels."""
+    alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0, divergence="forward")
+    return evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size)
 
 
-def finish(cfg, run, student, teacher, tokenizer, held, before, after, begun):
-    """final/, the closing table and a sample. -> None, or what went wrong while saving."""
-    final, problem, size = os.path.join(cfg.output_dir, "final"), None, student.model.num_parameters()
-    lines = [("student before", before, size), ("student after", after, size)]
-    if teacher is not None:
-        alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0, divergence="forward")
-        its = evaluate(teacher, alone, teacher_targets(None), held, cfg.batch_size)
-        lines = [("teacher", its, teacher.model.num_parameters()), *lines]
+def save_final(run):
+    """-> None, or what went wrong, on every rank."""
+    problem = None
+    final = os.path.join(run.cfg.output_dir, "final")
     try:
-        save_model(student, tokenizer, final, compute_dtype(cfg))
+        save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg))
     except OSError as e:
         problem = one_line(e)
-    problem = from_rank0(problem)
-    print0(closing_table(lines, cfg.alpha, before.get("table")))   # of the blocks
-    start = torch.as_tensor(held[0]["input_ids"][:32], dtype=torch.long, device=DEVICE)[None]
-    print0(f"\nsample: {tokenizer.decode(start[0])!r}\n     -> {continue_text(student, tokenizer, start)[1]!r}")
-    peak = torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print0(f"\ndone in {time.time() - begun:.0f} s, at most {peak / 1e9:.2f} GB of memory: {final}")
-    if teacher is not None and not problem and cfg.student == cfg.teacher == cfg.dataset == "demo":
-        report(in_mode("eval", run, student=final))
-    return problem
+    return from_rank0(problem)
+
+
+def closing_table(run, teacher_scores):
+    size = run.student.model.num_parameters()
+    lines = [("student before", run.first_scores, size), ("student after", run.last_scores, size)]
+    if teacher_scores is not None:
+        lines.insert(0, ("teacher", teacher_scores, run.teacher.model.num_parameters()))
+    text = [f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"]
+    for name, values, parameters in lines:
+        kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
+        text.append(f"{name:<15}{values['perplexity']:>12.2f}{kl:>15}{parameters:>15,}")
+    return "\n".join(text)
+
+
+def closing_words(run):
+    """A sample of what the student writes, the time and the memory."""
+    ids = run.eval_rows[0]["input_ids"][:32]
+    ids_1T = torch.as_tensor(ids, dtype=torch.long, device=DEVICE)[None]
+    _, continuation = continue_text(run.student, run.tokenizer, ids_1T)
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.time() - run.started
+    return (f"\nsample: {run.tokenizer.decode(ids_1T[0])!r}\n     -> {continuation!r}\n\n"
+            f"done in {seconds:.0f} s, at most {peak / 1e9:.2f} GB of memory: "
+            + os.path.join(run.cfg.output_dir, "final"))
+
+
+# ---- what a run says before it begins
+
+MEMORY_ADVICE = (
+    "in this order: --gradient_checkpointing true, a smaller --batch_size with more "
+    "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, "
+    "--cpu_offload")
+
+
+def describe_run(run):
+    """The plan: who learns from whom, how much of what, and whether it fits."""
+    cfg = run.cfg
+    dtype = str(compute_dtype(cfg)).removeprefix("torch.")
+    rows = "a stream"
+    if run.steps_per_epoch:
+        rows = f"{len(run.rows):,}"
+    steps = f"{run.steps} steps"
+    if len(run.stages) > 1:
+        steps += f" ({', '.join(f'{stage.name}: {stage.steps}' for stage in run.stages)})"
+    student_size = run.student.model.num_parameters()
+    parts = estimate_memory(run)
+    need = sum(parts.values())
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    memory = (f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), "
+              f"{run.free_memory / 1e9:.1f} free")
+    if need > run.free_memory:
+        memory += f"; if it runs out, turn {MEMORY_ADVICE}"
+    return (
+        f"student {cfg.student}: {student_size:,} parameters; {describe_teacher(run)}\n"
+        f"{WORLD} x {DEVICE.type}, {dtype}; {run.global_batch} sequences a step "
+        f"({run.batch_size} x {run.micro_steps} x {WORLD}) of {rows}, {steps}; "
+        f"{len(run.eval_rows)} held out; all goes to {cfg.output_dir}\n{memory}")
+
+
+def describe_teacher(run):
+    cfg = run.cfg
+    if cfg.alpha == 1:
+        return "no teacher (alpha 1)"
+    if cfg.cache_dir:   # optional: cache
+        return describe_cache_use(cfg)
+    return f"teacher {cfg.teacher}: {run.teacher.model.num_parameters():,}"
+
+
+def estimate_memory(run):
+    """-> {part: bytes a device}, rough: what a run will allocate at its peak."""
+    cfg = run.cfg
+    itemsize = compute_dtype(cfg).itemsize
+    shape = run.student.model.config.get_text_config()
+    heads = shape.vocab_size * shape.hidden_size
+    student = run.student.model.num_parameters()
+    teacher = 0
+    if run.teacher is not None:
+        teacher = run.teacher.model.num_parameters()
+        teacher_shape = run.teacher.model.config.get_text_config()
+        heads += teacher_shape.vocab_size * teacher_shape.hidden_size
+    trained = max(trained_parameters(stage) for stage in run.stages)
+    # over how many devices weights, gradients and optimiser state are spread
+    share = {"no_shard": 1, "hybrid_shard": LOCAL_WORLD}.get(cfg.fsdp, WORLD)
+
+    gathered = student * itemsize   # in the compute type
+    if cfg.fsdp in ("full_shard", "hybrid_shard"):   # a layer, the next one, and the root
+        gathered = min(gathered, heads * itemsize + 2 * gathered // shape.num_hidden_layers)
+    tokens = run.batch_size * cfg.seq_len
+    width = shape.hidden_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * width
+    layer = tokens * (10 * width + 3 * inner) * itemsize   # activations of one layer
+    if cfg.gradient_checkpointing:
+        activations = tokens * width * itemsize * shape.num_hidden_layers + layer
+    else:
+        activations = layer * shape.num_hidden_layers
+    return {
+        "weights": 4 * student / share,   # fp32, as gradients and both moments of AdamW
+        "gradients": 4 * trained / share,
+        "optimiser": 8 * trained / share,
+        "gathered": gathered,
+        "activations": activations,
+        "teacher": teacher * itemsize / (WORLD if cfg.shard_teacher else 1),
+        "loss": min(2 * LOGITS_BUDGET, 16 * tokens * shape.vocab_size) + 4 * heads,
+    }
+
+
+def trained_parameters(stage):
+    return sum(p.numel() for p, rate in stage.rates.items() if rate)
+
+
+# ---- Weights & Biases
+
+
+class NoWandb:
+    """Swallows what a wandb run would be told."""
+
+    def __init__(self, run_id):
+        self.id = run_id   # kept in checkpoints: a resume elsewhere may have wandb again
+
+    def log(self, entry, step):
+        pass
+
+    def finish(self, exit_code):
+        pass
+
+
+def start_wandb(cfg, run_id):
+    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    if RANK > 0 or not cfg.use_wandb or mode == "disabled":
+        return NoWandb(run_id)
+    try:
+        import wandb
+        if mode == "online" and not logged_in(wandb):
+            print0("wandb: going on without it (not logged in; run `wandb login`, or pass "
+                   "--no_use_wandb to silence this)")
+            return NoWandb(run_id)
+        return wandb.init(
+            project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
+            resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
+            settings=wandb.Settings(console="off", silent=True))
+    except Exception as e:
+        print0(f"wandb: going on without it ({one_line(e)})")
+        return NoWandb(run_id)
+
+
+def logged_in(wandb):
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except (TypeError, AttributeError):   # a version without these options still has the key
+        return wandb.api.api_key
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: streaming: batches from a stream.
+
+
+def batches_of_stream(run):
+    return streamed_batches(run.rows, encoder(run.cfg, run.tokenizer), run.cfg.seed, run.cfg.shuffle_buffer, run.global_batch, run.position)
 
 
 def streamed_batches(raw, encode_columns, seed, window, global_batch, state):
@@ -1490,62 +1805,127 @@ def streamed_batches(raw, encode_columns, seed, window, global_batch, state):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: demo: text, tokenizer and model shapes made from what every machine has. Hands on ordinary files; from there on the
-# demo is a run like any other.
+# Optional: demo: text, tokenizer, model shapes and a teacher made from what every machine has, once,
+# as ordinary files in a cache folder of the user. From there on the demo is a run like any other.
+
+DEMO_VOCAB = 1024
+DEMO_SHAPE = dict(   # of both models
+    vocab_size=DEMO_VOCAB, num_hidden_layers=2, initializer_range=0.05,
+    max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    pad_token_id=0)
+DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_attention_heads=4)
+DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_attention_heads=6)
 
 
-def plan_demo(cfg):
-    """-> cfg with the files that each `demo` stands for, and the run that has to make its teacher first, or None."""
-    path, training = functools.partial(os.path.join, cfg.output_dir, "demo"), cfg.mode == "train"
-    online = cfg.alpha < 1 and not cfg.cache_dir
-    places, teacher_run = {}, None
-    if cfg.dataset == "demo" and not (training and cfg.cache_dir):   # there the cache is the dataset
-        places["dataset"] = path("corpus")
-    if cfg.student == "demo":
-        places |= {"student": path("student", "config.json"), "tokenizer": cfg.tokenizer or path("tokenizer")}
-    if cfg.teacher == "demo" and (not training or online or cfg.student.startswith("layers:")):
-        places["teacher"] = path("teacher", "final")
-        if not os.path.exists(places["teacher"]):
-            teacher_run = Config(dataset=path("corpus"), student=path("teacher-shape", "config.json"), use_wandb=False,
-                                 tokenizer=path("tokenizer"), output_dir=path("teacher"), dtype=cfg.dtype,
-                                 log_steps=cfg.log_steps, **DEMO_TEACHER_RUN)
-    return dataclasses.replace(cfg, **places) if places else cfg, teacher_run
+def run_demo(run_mode, cfg):
+    """A mode with a file for each `demo`. The whole demo ends with the report of what it made."""
+    if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
+        return run_mode(cfg)
+    resolved = resolve_demo(cfg)
+    if resolved is None:   # a signal stopped the training of the teacher
+        return False
+    done = run_mode(resolved)
+    whole = cfg.student == cfg.teacher == cfg.dataset == "demo"
+    if whole and done and cfg.mode == "train" and cfg.alpha < 1 and not uses_cache(cfg):
+        report_demo(resolved)   # optional: eval
+    return done
 
 
-def make_demo(output_dir):
-    """Write corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
-    from tokenizers import ByteLevelBPETokenizer
-    path = functools.partial(os.path.join, output_dir, "demo")
-    if os.path.exists(path("student", "config.json")):   # what is written last
-        return
-    os.makedirs(path("corpus"), exist_ok=True)
-    parts = {"train": [], "validation": []}
-    for name, text in sorted(stdlib_sources(), key=lambda source: digest(source[0])):   # no package stands first
-        parts["validation" if int(digest(name), 16) % 20 == 0 else "train"].append(text)
-    for split, texts in parts.items():
-        with open(path("corpus", f"{split}.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": t}) + "\n" for t in texts if t.strip())
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(parts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"], show_progress=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
-                                         ).save_pretrained(path("tokenizer"))
-    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-        transformers.LlamaConfig(vocab_size=DEMO_VOCAB, max_position_embeddings=1024, tie_word_embeddings=True,
-                                 bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape).save_pretrained(path(name))
+def report_demo(cfg):   # optional: eval
+    final = os.path.join(cfg.output_dir, "final")
+    if not os.path.exists(os.path.join(cfg.output_dir, "report.md")):
+        report(dataclasses.replace(cfg, mode="eval", student=final))
+
+
+def uses_cache(cfg):
+    """Whether a cache stands in for teacher and dataset."""
+    if cfg.cache_dir:   # optional: cache
+        return cfg.mode == "train"
+    return False
 
 
 def resolve_demo(cfg):
-    """-> run: cfg with files for each `demo`; what is saved stays cfg, as typed. This trainer trains the demo's teacher
-    the first time. None: a signal stopped that."""
-    run, teacher_run = plan_demo(cfg)
-    if run is not cfg and RANK == 0:
-        make_demo(cfg.output_dir)
-    all_sum(0)
-    if teacher_run is not None:
-        print0(f"demo: first the teacher, {teacher_run.max_steps} steps, kept in {teacher_run.output_dir}")
-        if not train(teacher_run):
-            return None
-    return run
+    """-> cfg with a file for each `demo`, made where it is missing; None where a signal stopped it.
+    """
+    training = cfg.mode == "train"
+    online = cfg.alpha < 1 and not uses_cache(cfg)
+    needs_teacher = not training or online or cfg.student.startswith("layers:")
+    folder = demo_folder(cfg)
+    files = {}
+    if cfg.dataset == "demo" and not uses_cache(cfg):
+        files["dataset"] = os.path.join(folder, "corpus")
+    if cfg.student == "demo" and cfg.mode != "eval":   # there it is what output_dir holds
+        files["student"] = os.path.join(folder, "student", "config.json")
+        files["tokenizer"] = cfg.tokenizer or os.path.join(folder, "tokenizer")
+    if cfg.teacher == "demo" and needs_teacher:
+        files["teacher"] = os.path.join(folder, "teacher", "final")
+    made_here = [path for path in files.values() if path.startswith(folder)]
+    if made_here and not make_demo(cfg, folder, with_teacher="teacher" in files):
+        return None
+    resolved = dataclasses.replace(cfg, **files)
+    resolved.given = cfg.given
+    return resolved
+
+
+def demo_folder(cfg):
+    """Beside other caches of Hugging Face libraries, named by all that the files depend on."""
+    depends = digest(sys.version, DEMO_SHAPE, DEMO_STUDENT, DEMO_TEACHER, demo_knobs(),
+                     str(compute_dtype(cfg)), inspect.getsource(write_demo_files))
+    home = huggingface_hub.constants.HF_HOME
+    return os.path.join(home, "simple_distill", f"demo-{depends}")
+
+
+def make_demo(cfg, folder, with_teacher):
+    """Make what is missing; another run that does so already is waited for. -> False when a signal
+    stopped it: the next run goes on where this one was."""
+    with lock(folder, wait=True):
+        if RANK == 0:
+            write_demo_files(folder)
+        all_sum(0)   # nobody goes on before that is done
+        final = os.path.join(folder, "teacher", "final")
+        if not with_teacher or os.path.exists(final):
+            return True
+        knobs = demo_knobs() | dict(alpha=1.0, eval_steps=0)
+        teacher_cfg = Config(
+            dataset=os.path.join(folder, "corpus"), tokenizer=os.path.join(folder, "tokenizer"),
+            student=os.path.join(folder, "teacher-shape", "config.json"), use_wandb=False,
+            output_dir=os.path.join(folder, "teacher"), dtype=cfg.dtype, log_steps=cfg.log_steps,
+            **knobs)
+        print0(f"demo: first the teacher, {teacher_cfg.max_steps} steps, kept in {folder}")
+        return train(teacher_cfg)
+
+
+def write_demo_files(folder):
+    """Corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
+    done = os.path.join(folder, "student", "config.json")   # written last
+    if os.path.exists(done):
+        return
+    corpus = os.path.join(folder, "corpus")
+    os.makedirs(corpus, exist_ok=True)
+    texts = {"train": [], "validation": []}
+    for name, text in sorted(stdlib_sources(), key=name_digest):   # no package stands first
+        if text.strip():
+            split = "validation" if int(digest(name), 16) % 20 == 0 else "train"
+            texts[split].append(text)
+    for split in texts:
+        with open(os.path.join(corpus, f"{split}.jsonl"), "w", encoding="utf-8") as f:
+            for text in texts[split]:
+                f.write(json.dumps({"text": text}) + "\n")
+    from tokenizers import ByteLevelBPETokenizer
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"],
+                            show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
+    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
+        config = transformers.LlamaConfig(**DEMO_SHAPE, **shape)
+        config.save_pretrained(os.path.join(folder, name))
+
+
+def name_digest(source):
+    name, _ = source
+    return digest(name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1786,6 +2166,19 @@ def fill_chunks(place, splits, m, encode_columns, get_teacher_targets, paths):
                     os.replace(f.name, path)
 
 
+def from_cache(cfg):
+    return cfg, load_with_cache
+
+
+def load_with_cache(cfg):
+    rows, held, tokenizer, _ = open_cache(cfg)
+    return tokenizer, rows, held, load_checked_student(cfg, tokenizer), None
+
+
+def describe_cache_use(cfg):
+    return f"teacher: cache {cfg.cache_dir}"
+
+
 def open_cache(cfg):
     """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
     m, place = read_manifest(cfg), functools.partial(os.path.join, cfg.cache_dir)
@@ -1799,11 +2192,10 @@ def open_cache(cfg):
 
 def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time; the same command goes on."""
-    with lock(cfg.output_dir) if "demo" in (cfg.teacher, cfg.dataset) else contextlib.nullcontext():
-        run = resolve_demo(cfg)
-    if run is None:
-        return
-    tokenizer, rows, held, _, teacher = load_everything(run)
+    run = cfg
+    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    rows, held = load_data(cfg, tokenizer)
+    teacher = load_checked_teacher(cfg, tokenizer)
     place, get_teacher_targets = functools.partial(os.path.join, cfg.cache_dir), teacher_targets(teacher)
     missing, stop = 1, 0
     with explain_bad_disk(cfg.cache_dir), stop_signals() as asked:
@@ -1835,164 +2227,394 @@ def fill_cache(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: blockwise: block i of the student learns to end where its teacher block ends, seen through a linear stitch; then norm
-# and head learn the teacher's logits. Hands on stitches for the student's root, and the phases that train begins with.
+# Optional: blockwise: block i of the student learns to end where its teacher block ends, seen
+# through a linear stitch to the teacher's width; then norm and head learn the teacher's logits; then
+# plain distillation follows. train_blockwise() is a sibling of train(), with several stages.
 
 
-def plan_blocks(cfg, student, teacher):
-    """Two model configs -> {block of the student: block of the teacher}, refused where they cannot be matched."""
-    ours, theirs = student.get_text_config(), teacher.get_text_config()
-    depth, its_depth = ours.num_hidden_layers, theirs.num_hidden_layers
-    if depth > its_depth:
-        raise UserError(f"blockwise: the student has {depth} layers, the teacher only {its_depth}; take a shallower "
-                        "student")
-    if ours.hidden_size != theirs.hidden_size and not cfg.use_stitching_layers:
-        raise UserError(f"blockwise: student width {ours.hidden_size} and teacher width {theirs.hidden_size} differ, "
-                        "that needs use_stitching_layers")
+def train_blockwise(cfg):
+    """Block by block, then the head, then as usual -> True when done, False when stopped."""
+    run = start_run(cfg)
+    if run is None:
+        return True
+    stages = block_stages(run)
+    blocks_end = max(stage.end for stage in stages if stage.mean_over == "real")
+    with begin(run, stages):
+        if "block_errors" not in run.notes:
+            measure_blocks(run)
+        for stage in stages:
+            if run.step >= stage.end:   # done before a resume
+                continue
+            if not train_stage(run, stage):
+                break
+            if stage.end == blocks_end:
+                measure_blocks(run)
+                if cfg.initialize_head_from_teacher:
+                    initialize_head(run.student, run.teacher)
+            evaluate_and_save(run, stage)
+    if not run.stopped:
+        print0(block_table(run))
+    return finish(run)
+
+
+# ---- which block learns from which, and when
+
+
+def match_blocks(cfg, student_config, teacher_config):
+    """-> {block of the student: block of the teacher}, refused where they cannot be matched."""
+    student_shape = student_config.get_text_config()
+    teacher_shape = teacher_config.get_text_config()
+    depth = student_shape.num_hidden_layers
+    teacher_depth = teacher_shape.num_hidden_layers
+    if depth > teacher_depth:
+        raise UserError(f"blockwise: the student has {depth} layers, the teacher only "
+                        f"{teacher_depth}; take a shallower student")
+    if student_shape.hidden_size != teacher_shape.hidden_size and not cfg.use_stitching_layers:
+        raise UserError(f"blockwise: student width {student_shape.hidden_size} and teacher width "
+                        f"{teacher_shape.hidden_size} differ, that needs use_stitching_layers")
     for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
-        if (n := len(getattr(cfg, name))) not in (1, depth):
-            raise UserError(f"{name} has {n} values; give one, or one for each of the student's {depth} blocks")
-    return {i: round((i + 1) * its_depth / depth) - 1 for i in range(depth)}
+        count = len(getattr(cfg, name))
+        if count not in (1, depth):
+            raise UserError(f"{name} has {count} values; give one, or one for each of the "
+                            f"student's {depth} blocks")
+    return {i: round((i + 1) * teacher_depth / depth) - 1 for i in range(depth)}
 
 
-def plan_stitches(cfg, student, teacher, head_has_bias):
-    """-> {name: (width in, width out, bias)}: up<i> from block i to the teacher's width, down<i> the other way."""
-    pairs, a, b = plan_blocks(cfg, student, teacher), *(c.get_text_config().hidden_size for c in (student, teacher))
-    # what is folded into the head must fit there: the last stitch of a student whose head has no bias has none
-    folded = a != b and cfg.initialize_head_from_teacher and not head_has_bias
-    up = {f"up{i}": (a, b, cfg.stitching_layer_bias and not (folded and i + 1 == len(pairs))) for i in pairs}
-    down = {f"down{i}": (b, a, cfg.stitching_layer_bias) for i in pairs if cfg.block_input == "teacher"}
-    return up | down if cfg.use_stitching_layers else {}
+def block_stages(run):
+    """-> [Stage, ...]: one a block, or one for all of them (block_input teacher), then norm and
+    head, then plain distillation."""
+    cfg = run.cfg
+    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
+    check_head_is_free(cfg, run.student.model)
+    parts = parameters_by_part(run.student)
+    if cfg.block_input == "teacher":
+        stages = [stage_of_all_blocks(run, pairs, parts)]
+    else:
+        stages = []
+        for block in pairs:
+            first_step = stages[-1].end if stages else 0
+            stages.append(stage_of_block(run, pairs, parts, block, first_step))
+    if cfg.train_lm_head:
+        stages.append(stage_of_head(run, parts, first_step=stages[-1].end))
+    distillation = distillation_stage(run, first_step=stages[-1].end)
+    if distillation.steps:
+        stages.append(distillation)
+    return stages
 
 
-def plan_stages(cfg, depth, steps_per_epoch):
-    """-> [Stage, ...]: with block-wise one a block (block_input teacher: one for all), then norm and head; the last is
-    plain distillation."""
-    steps, phases = lambda epochs: max(1, math.ceil(epochs * steps_per_epoch)), []
-    if cfg.blockwise:
-        per_block = (cfg.epochs_per_block, cfg.lr_per_block, cfg.wd_per_block, cfg.max_grad_norm_per_block)
-        epochs, rates, decays, norms = (v * (depth // len(v)) for v in per_block)
-        before = lambda i: [] if i and cfg.freeze_previous_blocks else ["embeddings", *range(i)]
-        if cfg.block_input == "teacher":
-            phases = [Stage("blocks", steps(epochs[0]), list(range(depth)), {}, dict(enumerate(rates)), decays[0], 0,
-                            {i: n for i, n in enumerate(norms) if n})]
+def parameters_by_part(student):
+    """-> {block number, "head" or "embeddings": [parameters]}. A block's stitches belong to it, the
+    final norm to the head, a head that is tied to the embeddings to them."""
+    model = student.model
+    path, _ = layers_of(model)
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    head.discard(model.get_input_embeddings().weight)
+    parts = collections.defaultdict(list)
+    for name, p in student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        if block:
+            parts[int(block[1])].append(p)
+        elif p in head:
+            parts["head"].append(p)
         else:
-            phases = [Stage(f"block {i}", steps(epochs[i]), [i], {}, dict.fromkeys([*before(i), i], rates[i]),
-                            decays[i], norms[i]) for i in range(depth)]
-    if cfg.blockwise and cfg.train_lm_head:
-        objective = dict(alpha=1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight,
-                         temperature=cfg.logit_loss_temperature,
-                         divergence=cfg.logit_loss_type.replace("kl_div", "forward"))
-        phases.append(Stage("head", steps(cfg.lm_head_epochs), [], objective, {"head": cfg.lm_head_lr}, cfg.lm_head_wd,
-                            cfg.lm_head_max_grad_norm))
-    length = math.ceil(cfg.num_epochs * steps_per_epoch) if cfg.max_steps is None else cfg.max_steps
-    if length:   # after blocks it may be 0
-        objective = dict(alpha=cfg.alpha, temperature=cfg.temperature, divergence=cfg.divergence)
-        phases.append(Stage("distil", length, [], objective, {}, cfg.weight_decay, cfg.max_grad_norm))
-    return phases
+            parts["embeddings"].append(p)
+    return parts
 
 
-def block_table(pairs, errors, kind):
-    """errors: of every block, once before and perhaps once after."""
-    lines = [f"\n{'block':<8}{'teacher block':<15}{f'held-out {kind}':>18}" + f"{'after':>14}" * (len(errors) - 1)]
-    return "\n".join(lines + [f"{i:<8}{j:<15}{values[0]:>18.4g}" + "".join(f"{v:>14.4g}" for v in values[1:])
-                              for (i, j), *values in zip(pairs.items(), *errors)])
+def check_head_is_free(cfg, model):
+    """A head that is to be trained must not be the embeddings: the blocks build on those."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        raise UserError(f"{type(model).__name__} ties its head whatever its config says: "
+                        "--train_lm_head false --initialize_head_from_teacher false")
 
 
-def hidden_error(ours_ND, theirs_ND, kind, temperature):
-    """-> [N], of hidden states. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
-    if kind == "kl_div":   # the last two terms cancel, but for rounding
-        logp, logq = (torch.log_softmax(x.float() / temperature, -1) for x in (ours_ND, theirs_ND))
-        return temperature ** 2 * (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)
-    if kind == "mse":
-        return (ours_ND.float() - theirs_ND.float()).square().mean(-1)
-    ours_ND, theirs_ND = (nn.functional.normalize(x.float(), dim=-1) for x in (ours_ND, theirs_ND))
-    return (ours_ND - theirs_ND).square().sum(-1) / 2   # of unit vectors: 1 - cos
+def stage_of_block(run, pairs, parts, block, first_step):
+    """A block alone on the student's own stream; the first one also learns the embeddings, and with
+    freeze_previous_blocks false each also goes on with what stands before it."""
+    cfg = run.cfg
+    trained = [block]
+    if block == 0 or not cfg.freeze_previous_blocks:
+        trained += ["embeddings", *range(block)]
+    rate = one_of(cfg.lr_per_block, block)
+    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher,
+                                                   {block: pairs[block]})
+    return Stage(
+        name=f"block {block}", first_step=first_step,
+        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, block)), loss_fn=loss_fn,
+        get_teacher_targets=get_teacher_targets,
+        rates={p: rate for part in trained for p in parts[part]},
+        weight_decay=one_of(cfg.wd_per_block, block),
+        max_grad_norm=one_of(cfg.max_grad_norm_per_block, block), mean_over="real")
+
+
+def stage_of_all_blocks(run, pairs, parts):
+    """All blocks at once, each fed by the teacher: none sees another, each is clipped alone."""
+    cfg = run.cfg
+    rates = {}
+    clipped_alone = []
+    for block in pairs:
+        rate = one_of(cfg.lr_per_block, block)
+        rates |= {p: rate for p in parts[block]}
+        max_norm = one_of(cfg.max_grad_norm_per_block, block)
+        if max_norm:
+            clipped_alone.append((parts[block], max_norm))
+    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher, pairs)
+    return Stage(
+        name="blocks", first_step=0, steps=steps_of_epochs(run, cfg.epochs_per_block[0]),
+        loss_fn=loss_fn, get_teacher_targets=get_teacher_targets, rates=rates,
+        weight_decay=cfg.wd_per_block[0], max_grad_norm=0, clipped_alone=clipped_alone,
+        mean_over="real")
+
+
+def stage_of_head(run, parts, first_step):
+    """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
+    cfg = run.cfg
+    alpha = 1 - cfg.logit_loss_weight
+    divergence = cfg.logit_loss_type
+    if cfg.logit_loss_type == "ce":
+        alpha = 1.0
+    if cfg.logit_loss_type == "kl_div":
+        divergence = "forward"
+    return Stage(
+        name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
+        loss_fn=functools.partial(distil_loss, alpha=alpha, divergence=divergence,
+                                  temperature=cfg.logit_loss_temperature),
+        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        rates={p: cfg.lm_head_lr for p in parts["head"]}, weight_decay=cfg.lm_head_wd,
+        max_grad_norm=cfg.lm_head_max_grad_norm)
+
+
+def one_of(values, block):
+    """One value for all blocks, or one a block."""
+    return values[block] if len(values) > 1 else values[0]
+
+
+def steps_of_epochs(run, epochs):
+    return max(1, math.ceil(epochs * run.steps_per_epoch))
+
+
+# ---- hidden states at both ends of a block
 
 
 class RecordedLayer:
-    """In place of a decoder layer: feeds it another input, keeps both ends, also when recomputed, as hooks are not."""
-    def __init__(self, layer, feed):
-        self.layer, self.feed = layer, feed
+    """Stands in place of a decoder layer: feeds it another input if there is one, and keeps both
+    ends, also when activations are recomputed, as hooks would not."""
+
+    def __init__(self, layer, other_input):
+        self.layer = layer
+        self.other_input = other_input
 
     def __getattr__(self, name):   # models ask their layers for attention_type and the like
         return getattr(self.layer, name)
 
     def __call__(self, hidden_states, *args, **kwargs):
-        before = hidden_states if self.feed is None else self.feed
-        out = self.layer(before, *args, **kwargs)
-        self.kept = before, out[0] if isinstance(out, tuple) else out
-        return out
+        layer_input = hidden_states if self.other_input is None else self.other_input
+        output = self.layer(layer_input, *args, **kwargs)
+        self.recorded = layer_input, output[0] if isinstance(output, tuple) else output
+        return output
 
 
-def around_blocks(model, batch, blocks, feeds):
-    """Runs inside either root: -> {block: (hidden before, hidden after)}, [B, T, D] each. Later layers do not run."""
+def around_blocks(model, batch, blocks, other_inputs):
+    """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each.
+    other_inputs: {block: hidden states that it is fed}. Layers after the last block do not run."""
     path, layers = layers_of(model)
-    parent, name = vars(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]
-    parent[name] = taps = [RecordedLayer(layer, feeds.get(i)) for i, layer in enumerate(layers[:max(blocks) + 1])]
-    hidden_states(model, batch.input_ids)   # finds them in place of the registered layers, which they hide
-    del parent[name]
-    return {i: taps[i].kept for i in blocks}
+    parent_path, _, name = path.rpartition(".")
+    recorded = []
+    for i, layer in enumerate(layers[:max(blocks) + 1]):
+        recorded.append(RecordedLayer(layer, other_inputs.get(i)))
+    # an entry in __dict__ hides the registered layers for the time of one forward
+    attributes = vars(model.get_submodule(parent_path))
+    attributes[name] = recorded
+    hidden_states(model, batch.input_ids)
+    del attributes[name]
+    return {i: recorded[i].recorded for i in blocks}
 
 
-def make_stitches(cfg, config):
-    """Untie the student's head. -> a function that makes the stitches of a model; refuses pairs that do not match."""
-    if not cfg.blockwise:
-        return lambda model: None
-    its, ours = model_config(cfg.teacher, cfg, "teacher"), config.get_text_config()
-    if getattr(ours, "tie_word_embeddings", False) and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        config.tie_word_embeddings = ours.tie_word_embeddings = False
-        print0("blockwise: the student's head is untied from its embeddings, which the blocks build on")
-    def build_stitches(model):
-        torch.manual_seed(cfg.seed)
-        shapes = plan_stitches(cfg, config, its, model.get_output_embeddings().bias is not None)
-        made = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
-        for p in made.parameters():
-            nn.init.zeros_(p) if p.ndim == 1 else (nn.init.eye_ if len(p) == len(p.T) else nn.init.xavier_uniform_)(p)
+def hidden_error(student_ND, teacher_ND, kind, temperature):
+    """-> [N]. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
+    if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
+        logp = torch.log_softmax(student_ND.float() / temperature, -1)
+        logq = torch.log_softmax(teacher_ND.float() / temperature, -1)
+        terms = logq.exp() * (logq - logp) - logq.exp() + logp.exp()
+        return temperature ** 2 * terms.sum(-1)
+    if kind == "mse":
+        return (student_ND.float() - teacher_ND.float()).square().mean(-1)
+    # 1 - cos, as half the squared distance of unit vectors
+    student_ND = nn.functional.normalize(student_ND.float(), dim=-1)
+    teacher_ND = nn.functional.normalize(teacher_ND.float(), dim=-1)
+    return (student_ND - teacher_ND).square().sum(-1) / 2
+
+
+def make_block_loss(cfg, student, teacher, pairs):
+    """-> loss_fn and get_teacher_targets of a Stage that trains the blocks in pairs. loss_fn hands
+    on the error of each block after loss, ce and kl (which are 0)."""
+    fed_by_teacher = cfg.block_input == "teacher"
+
+    def get_teacher_targets(batch):
+        with torch.no_grad():
+            return teacher(around_blocks, batch, pairs.values(), {})
+
+    def loss_fn(model, batch, teacher_states, denominator):
+        dtype = model.get_input_embeddings().weight.dtype
+
+        def stitch(name, hidden):
+            hidden = hidden.to(dtype)
+            if name in student.stitches:
+                hidden = student.stitches[name](hidden)
+            return hidden
+
+        def real(hidden_BTD):   # without padding
+            return hidden_BTD.flatten(0, 1)[batch.real]
+
+        inputs = {}
+        if fed_by_teacher:
+            for i, j in pairs.items():
+                inputs[i] = stitch(f"down{i}", teacher_states[j][0])
+        student_states = around_blocks(model, batch, pairs, inputs)
+        errors = []
+        for i, j in pairs.items():
+            error_N = hidden_error(
+                stitch(f"up{i}", real(student_states[i][1])), real(teacher_states[j][1]),
+                cfg.distill_loss_type, cfg.distill_loss_temperature)
+            errors.append(error_N.sum() / denominator)
+        ce, kl = errors[0].new_zeros(2)
+        return sum(errors), ce, kl, *errors
+
+    return loss_fn, get_teacher_targets
+
+
+def measure_blocks(run):
+    """The held-out error of every block, now: kept in run.notes, logged and shown."""
+    pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
+    loss_fn, get_teacher_targets = make_block_loss(run.cfg, run.student, run.teacher, pairs)
+    _, _, _, *errors = mean_over_rows(run.student, loss_fn, get_teacher_targets, run.eval_rows,
+                                      run.batch_size, "real")
+    run.notes.setdefault("block_errors", []).append(errors)
+    print0(block_table(run))
+    entry = {f"block/{i}/loss": error for i, error in enumerate(errors)}
+    log(run, entry | {"block/step": run.step})
+
+
+def block_table(run):
+    """The errors that were measured: once before and, after the blocks, once more."""
+    pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
+    measured = run.notes["block_errors"]
+    title = f"held-out {run.cfg.distill_loss_type}"
+    lines = [f"\n{'block':<8}{'teacher block':<15}{title:>18}"]
+    if len(measured) > 1:
+        lines[0] += f"{'after':>14}"
+    for i, j in pairs.items():
+        line = f"{i:<8}{j:<15}{measured[0][i]:>18.4g}"
+        for errors in measured[1:]:
+            line += f"{errors[i]:>14.4g}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# ---- stitches, and the head
+
+
+def stitching(cfg, config):
+    teacher_config = model_config(cfg.teacher, cfg, "teacher")
+    untie_head(cfg, config)
+
+    def build(model):
+        return make_stitches(cfg, config, teacher_config,
+                             model.get_output_embeddings().bias is not None)
+    return build
+
+
+def untie_head(cfg, student_config):
+    """A head that is to be trained is untied from the embeddings, which the blocks build on."""
+    shape = student_config.get_text_config()
+    learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
+    if getattr(shape, "tie_word_embeddings", False) and learns_head:
+        student_config.tie_word_embeddings = False
+        shape.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from its embeddings, which the blocks "
+               "build on")
+
+
+def make_stitches(cfg, student_config, teacher_config, head_has_bias):
+    """-> the linear maps between the widths: up<i> from block i of the student to the teacher's
+    width, down<i> (block_input teacher) the other way."""
+    made = nn.ModuleDict()
+    if not cfg.use_stitching_layers:
         return made
-    return build_stitches
-
-
-def block_loss(cfg, student, teacher, blocks):
-    """-> work and get_teacher_targets of a Stage that trains these blocks; work also returns the error of each."""
-    pairs, fed = plan_blocks(cfg, student.model.config, teacher.model.config), cfg.block_input == "teacher"
-    pairs = {i: pairs[i] for i in blocks}
-    def work(model, batch, states, denominator):
-        dtype, real = model.get_input_embeddings().weight.dtype, lambda x: x.flatten(0, 1)[batch.real]
-        stitch = lambda name, x: student.stitches[name](x.to(dtype)) if name in student.stitches else x.to(dtype)
-        own = around_blocks(model, batch, pairs, {i: stitch(f"down{i}", states[j][0]) for i, j in pairs.items() if fed})
-        errors = [hidden_error(stitch(f"up{i}", real(own[i][1])), real(states[j][1]), cfg.distill_loss_type,
-                               cfg.distill_loss_temperature).sum() / denominator for i, j in pairs.items()]
-        return sum(errors), *errors[0].new_zeros(2), *errors
-    return work, torch.no_grad()(lambda batch: teacher(around_blocks, batch, pairs.values(), {}))
+    pairs = match_blocks(cfg, student_config, teacher_config)
+    width = student_config.get_text_config().hidden_size
+    teacher_width = teacher_config.get_text_config().hidden_size
+    # the last stitch is folded into the head: where that has no bias, a stitch's would not fit
+    folded = (width != teacher_width and cfg.initialize_head_from_teacher and not head_has_bias)
+    torch.manual_seed(cfg.seed)
+    for i in pairs:
+        last = i + 1 == len(pairs)
+        bias = cfg.stitching_layer_bias and not (folded and last)
+        made[f"up{i}"] = nn.Linear(width, teacher_width, bias)
+    if cfg.block_input == "teacher":
+        for i in pairs:
+            made[f"down{i}"] = nn.Linear(teacher_width, width, cfg.stitching_layer_bias)
+    for p in made.parameters():
+        if p.ndim == 1:
+            nn.init.zeros_(p)
+        elif width == teacher_width:
+            nn.init.eye_(p)
+        else:
+            nn.init.xavier_uniform_(p)
+    return made
 
 
 def final_norm(model):
-    """The last module beside the decoder layers with a weight of one dimension; Identity where there is none."""
-    beside = model.get_submodule(layers_of(model)[0].rpartition(".")[0]).children()
-    return [nn.Identity(), *(m for m in beside if getattr(m, "weight", None) is not None and m.weight.ndim == 1)][-1]
+    """The last module beside the decoder layers with a weight of one dimension; Identity where there
+    is none."""
+    path, _ = layers_of(model)
+    norm = nn.Identity()
+    for module in model.get_submodule(path.rpartition(".")[0]).children():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 1:
+            norm = module
+    return norm
+
+
+def head_and_norm(model):
+    """Runs inside a root -> the head's weight [V, D], bias [V] or None and scale; what the final
+    norm multiplies by and adds [D]. That shows on states of size 1, whatever its weight means
+    (Gemma's is off by one)."""
+    head = head_of(model)
+    norm = final_norm(model)
+    probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
+    plus = norm(probe).float()
+    minus = norm(-probe).float()
+    return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
 
 
 @torch.no_grad()
 def initialize_head(student, teacher):
-    """The teacher's norm and head at equal width; else what they make of stitched states, folded into the student's."""
-    def parts(model):   # what a norm multiplies by and adds shows on states of size 1, whatever its weight means
-        head, norm = head_of(model), final_norm(model)
-        probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
-        plus, minus = norm(probe).float(), norm(-probe).float()
-        return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
-    (weight, bias, scale, gain, shift), (*_, own_scale, own_gain, own_shift) = teacher(parts), student(parts)
+    """The teacher's norm and head at equal width. Else what they make of stitched states, folded
+    into the student's: weight * gain * stitch as the weight, the shifts as the bias."""
+    weight, bias, scale, gain, shift = teacher(head_and_norm)
+    _, _, student_scale, student_gain, student_shift = student(head_and_norm)
     student.release()
     bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
-    if len(gain) != len(own_gain):
-        stitch = student.stitches[f"up{len(layers_of(student.model)[1]) - 1}"]
-        shift = shift if stitch.bias is None else shift + gain * full_tensor(stitch.bias)
-        bias, weight, shift = bias + weight @ shift, weight * gain @ full_tensor(stitch.weight), own_shift
-        gain = len(gain) ** 0.5 / full_tensor(stitch.weight).norm()   # the student's norm undoes the stitch's scale
-    for p, new in zip(student.model.get_output_embeddings().parameters(), (weight, bias)):
-        copy_from_rank0(p, torch.cat([new[:len(p)] * (scale / own_scale), full_tensor(p)[len(new):]]))   # a padded tail stays
-    for p, more in zip(final_norm(student.model).parameters(), (gain - own_gain, shift - own_shift)):
-        copy_from_rank0(p, full_tensor(p) + more)
+    if len(gain) != len(student_gain):
+        last = len(layers_of(student.model)[1]) - 1
+        stitch = student.stitches[f"up{last}"]
+        stitch_weight = full_tensor(stitch.weight)
+        if stitch.bias is not None:
+            shift = shift + gain * full_tensor(stitch.bias)
+        bias = bias + weight @ shift
+        weight = weight * gain @ stitch_weight
+        shift = student_shift
+        gain = len(gain) ** 0.5 / stitch_weight.norm()   # the norm undoes the stitch's scale
+    head = student.model.get_output_embeddings()
+    for p, new in zip(head.parameters(), (weight, bias)):
+        padded_tail = full_tensor(p)[len(new):]
+        copy_from_rank0(p, torch.cat([new[:len(p)] * (scale / student_scale), padded_tail]))
+    # norms are moved by the difference, since what their weight means is not known
+    for p, change in zip(final_norm(student.model).parameters(),
+                         (gain - student_gain, shift - student_shift)):
+        copy_from_rank0(p, full_tensor(p) + change)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2400,10 +3022,10 @@ def load_evaluated(cfg, name):
     """A model, or checkpoints/step-... of a run in progress."""
     if not os.path.exists(os.path.join(name, "state.json")):
         return load_teacher(dataclasses.replace(cfg, teacher=name))
-    found = find_checkpoints(types.SimpleNamespace(resume=name))
+    found = find_checkpoints(name, None)
     made, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
-    made |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=made.pop("cache"))   # from a cache: no teacher needed
-    root = load_student(resolve_demo(Config(**made))).eval()
+    made |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=made.pop("cache", None))   # from a cache: no teacher needed
+    root = load_student(Config(**made)).eval()
     load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
     return root
 
@@ -2463,7 +3085,7 @@ def try_out(root, tokenizer, ids_BT, prompts, seed, others):
 
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
-    run = resolve_demo(cfg) or sys.exit()   # stopped by a signal
+    run = cfg
     student = os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
     names, models, tables, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
     for name in cfg.compare:
@@ -2507,24 +3129,56 @@ def report(cfg):
 
 
 def main(argv=None):
+    """The command line in this process -> the exit code."""
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
-        for library in (transformers, datasets):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
-        with process_group(), contextlib.nullcontext() if cfg.mode == "cache" else lock(cfg.output_dir):
-            {"train": train, "cache": fill_cache, "generate": generate, "eval": report}[cfg.mode](cfg)
-        return 0
     except UserError as e:
-        if LOCAL_RANK == 0:
-            print(f"error: {e}", file=sys.stderr)
-        return 2
+        return explain(e)
+    return run_config(cfg)
+
+
+def run_config(cfg):
+    """Run what cfg asks for -> 0: done, or saved after a signal; 2: something the user can mend."""
+    for library in (transformers, datasets):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    run_mode = choose_mode(cfg)
+    try:
+        with process_group(), contextlib.ExitStack() as stack:
+            if cfg.mode != "cache":   # of which any number may be at work
+                stack.enter_context(lock(cfg.output_dir))
+            run_mode(cfg)
+    except UserError as e:
+        return explain(e)
     except torch.OutOfMemoryError as e:
-        print(f"error: rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}", file=sys.stderr)
+        print(f"error: rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}",
+              file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:   # the second one
         return 130
+    return 0
+
+
+def choose_mode(cfg):
+    run_mode = train
+    if cfg.blockwise:   # optional: blockwise
+        run_mode = train_blockwise
+    if cfg.mode == "cache":   # optional: cache
+        run_mode = fill_cache
+    if cfg.mode == "generate":   # optional: generate
+        run_mode = generate
+    if cfg.mode == "eval":   # optional: eval
+        run_mode = report
+    if cfg.mode != "generate":   # optional: demo
+        run_mode = functools.partial(run_demo, run_mode)
+    return run_mode
+
+
+def explain(error):
+    if LOCAL_RANK == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
