@@ -63,9 +63,9 @@ import simple_distill as sd
 
 transformers.utils.logging.disable_progress_bar()
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Helpers: the command line in this process and in another, tiny models, what a run leaves behind.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -311,323 +311,6 @@ def load(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses: distillation_loss against float64.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def case(n=23, vocab=97, d=16, dt=24, *, seed=0, dtype=torch.float32, bias=False, scale=None, softcap=None, masked=0.3, size=2.0):
-    """Random hidden states, heads and labels: (student_hidden, student_head, labels, teacher_hidden, teacher_head)."""
-    torch.manual_seed(seed)
-
-    def head(width):
-        linear = nn.Linear(width, vocab, bias=bias).to(dtype)
-        nn.init.normal_(linear.weight, std=size / math.sqrt(width))
-        linear.scale, linear.softcap = scale, softcap
-        return linear
-    labels = torch.where(torch.rand(n) < masked, -100, torch.randint(vocab, (n,)))
-    return torch.randn(n, d, dtype=dtype, requires_grad=True), head(d), labels, torch.randn(n, dt, dtype=dtype), head(dt)
-
-
-def apply_head(hidden, head):
-    z = F.linear(hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double()) * (head.scale or 1.0)
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
-def with_gradients(losses, hidden, head):
-    """(loss, ce, kl) and the gradients of loss -> six tensors in float64."""
-    wanted = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
-    grads = torch.autograd.grad(losses[0], wanted) if wanted else []
-    return [x.detach().double() for x in (*losses, *grads)]
-
-
-def exact(hidden, head, labels, teacher_hidden, teacher_head, *, alpha, temperature=1.0, divergence="forward"):
-    with torch.no_grad():
-        teacher_logits = None if teacher_hidden is None else apply_head(teacher_hidden, teacher_head)
-    return with_gradients(dense_losses(apply_head(hidden, head), teacher_logits, labels, alpha, temperature, divergence), hidden, head)
-
-
-def fused(hidden, head, labels, teacher_hidden, teacher_head, **options):
-    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
-    return with_gradients(sd.distillation_loss(hidden, head, labels, teacher, **{"temperature": 1.0, **options}), hidden, head)
-
-
-def off(got, want, floor=0.0):
-    """Largest relative deviation; floor: the size below which a number counts as rounding."""
-    assert len(got) == len(want)
-    return max(((a - b).norm() / b.norm().clamp_min(max(floor, 1e-300))).item() for a, b in zip(got, want))
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_loss_and_gradients_match_float64(divergence, temperature, alpha):
-    for seed in range(3):
-        inputs, options = case(seed=seed), dict(alpha=alpha, temperature=temperature, divergence=divergence)
-        want = exact(*inputs, **options)
-        if alpha == 1:
-            want[2] = want[2] * 0   # no teacher is asked
-            inputs = (*inputs[:3], None, None)
-        assert off(fused(*inputs, **options), want, floor=1e-3) < 1e-6
-
-
-@pytest.mark.parametrize("head", [dict(bias=True), dict(scale=0.25), dict(softcap=3.0), dict(bias=True, scale=1.7, softcap=5.0)], ids=str)
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_loss_honours_bias_scale_and_softcap(head, divergence):
-    options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
-    assert off(fused(*case(**head), **options), exact(*case(**head), **options)) < 2e-6
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_loss_does_not_depend_on_the_chunk(divergence):
-    inputs = case(n=37, bias=True, softcap=5.0, masked=0)
-    options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
-    whole = fused(*inputs, **options)
-    for chunk in (1, 7, 36, 37, 100):
-        assert off(fused(*inputs, **options, chunk=chunk), whole) < 1e-6
-
-
-def test_loss_in_bf16_is_within_its_rounding():
-    for seed, divergence in enumerate(("forward", "reverse", "jsd")):
-        inputs = case(n=64, vocab=500, d=64, dt=96, seed=seed, dtype=torch.bfloat16)
-        got, want = (f(*inputs, alpha=0.3, temperature=2.0, divergence=divergence) for f in (fused, exact))
-        assert off(got, want) < 2e-2
-        assert off(got[:3], want[:3]) < 4e-3   # reductions are in fp32
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_gradcheck(divergence, alpha):
-    hidden, head, labels, teacher_hidden, teacher_head = case(n=5, vocab=11, d=3, dt=4, bias=True, softcap=4.0, dtype=torch.float64)
-
-    def loss(hidden, weight, bias):
-        student_head = types.SimpleNamespace(weight=weight, bias=bias, scale=1.5, softcap=4.0)
-        teacher = None if alpha == 1 else (teacher_hidden, teacher_head)
-        return sd.distillation_loss(hidden, student_head, labels, teacher, alpha=alpha, temperature=2.0, divergence=divergence, chunk=2)[0]
-    assert torch.autograd.gradcheck(loss, (hidden, head.weight, head.bias))
-
-
-def test_all_masked_is_zero_with_zero_gradients():
-    hidden, head, labels, *teacher = case(bias=True)
-    for alpha in (0.0, 0.3, 1.0):
-        got = fused(hidden, head, torch.full_like(labels, -100), *(teacher if alpha < 1 else (None, None)), alpha=alpha)
-        assert all((x == 0).all() for x in got)
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_logits_of_ten_thousand_stay_finite(divergence, temperature):
-    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
-    for p in (head.weight, teacher_head.weight):
-        p.data.mul_(1e4)
-    got = fused(hidden, head, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=temperature, divergence=divergence)
-    want = exact(hidden, head, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=temperature, divergence=divergence)
-    assert all(x.isfinite().all() for x in got)
-    if divergence == "forward":   # reverse and jsd reach log 0 in the reference
-        assert off(got, want) < 1e-4
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_kl_is_never_negative(divergence):
-    for seed in range(5):   # a teacher that is almost the student: where rounding could take it below zero
-        hidden, head, labels, *_ = case(n=200, seed=seed, masked=0)
-        for nudge in (0.0, 1e-6, 1e-4, 1e-2):
-            near = hidden.detach() + nudge * torch.randn_like(hidden)
-            for i in range(0, 200, 20):
-                part = slice(i, i + 20)
-                assert fused(hidden[part], head, labels[part], near[part], head, alpha=0.0, divergence=divergence, temperature=2.0)[2] > -1e-6
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_student_that_is_the_teacher_has_no_kl_gradient(divergence, temperature):
-    hidden, head, labels, *_ = case(bias=True)
-    _, _, kl, *grads = fused(hidden, head, labels, hidden.detach(), head, alpha=0.0, temperature=temperature, divergence=divergence)
-    assert abs(kl) < 1e-6
-    assert all((g == 0).all() for g in grads)
-
-
-def test_loss_is_divided_by_the_denominator_and_composed_of_its_parts():
-    inputs = case()
-    options = dict(alpha=0.3, temperature=2.0)
-    own, given = fused(*inputs, **options), fused(*inputs, **options, denominator=7.0)
-    counted = (inputs[2] != -100).sum()
-    assert off(given, [x * counted / 7 for x in own]) < 1e-6
-    assert own[0].item() == pytest.approx(0.3 * own[1].item() + 0.7 * own[2].item(), rel=1e-6)
-
-
-def test_frozen_parts_get_no_gradient_and_change_nothing_else():
-    hidden, head, labels, *teacher = case(bias=True)
-    whole = fused(hidden, head, labels, *teacher, alpha=0.3)
-    head.requires_grad_(False)
-    assert off(fused(hidden, head, labels, *teacher, alpha=0.3), whole[:4]) == 0
-    head.requires_grad_(True)
-    assert off(fused(hidden.detach(), head, labels, *teacher, alpha=0.3), [*whole[:3], *whole[4:]]) == 0
-
-
-def test_larger_vocabulary_of_either_side_is_cut():
-    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
-    labels = labels % 80
-    cut = nn.Linear(24, 80, bias=False)
-    cut.weight.data = teacher_head.weight.data[:80]
-    cut.scale = cut.softcap = None
-    small = nn.Linear(16, 80, bias=False)
-    small.weight.data = head.weight.data[:80]
-    small.scale = small.softcap = None
-    want = exact(hidden, small, labels, teacher_hidden, cut, alpha=0.3, temperature=2.0)
-    assert off(fused(hidden, small, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=2.0), want) < 1e-6
-    got = fused(hidden, head, labels, teacher_hidden, cut, alpha=0.3, temperature=2.0)
-    assert (got[4][80:] == 0).all() and off([*got[:4], got[4][:80]], want) < 1e-6
-
-
-@pytest.mark.parametrize("k", [1, 8, 97])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(k, temperature):
-    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
-    alpha = 0.3
-    logq = F.log_softmax(apply_head(teacher_hidden, teacher_head) / temperature, -1).detach()
-    ids = logq.topk(k).indices
-    rest = (1 - logq.gather(-1, ids).exp().sum(-1)).clamp_min(0) if k < 97 else torch.zeros(len(ids))
-    pad = lambda x: F.pad(x, (0, 1), value=1.0) if k == 97 else x   # nothing is left for the bucket: 1 log 1 on both sides
-    bucket = lambda logp: torch.cat([logp.gather(-1, ids), pad((1 - logp.gather(-1, ids).exp().sum(-1, keepdim=True)).log()[:, :k < 97])], -1)
-    z = apply_head(hidden, head)
-    b, a = bucket(logq), bucket(F.log_softmax(z / temperature, -1))
-    entropy = -(b[:, :k + (k < 97)].exp() * b[:, :k + (k < 97)]).sum(-1)
-    ce = F.cross_entropy(z, labels)
-    kl = (b.exp() * (b - a))[:, :k + (k < 97)].sum(-1).mean() * temperature ** 2
-    want = with_gradients((alpha * ce + (1 - alpha) * kl, ce, kl), hidden, head)
-    target = sd.SparseTarget(ids, logq.gather(-1, ids).exp().float(), rest.float(), entropy.float())
-    got = with_gradients(sd.distillation_loss(hidden, head, labels, target, alpha=alpha, temperature=temperature), hidden, head)
-    assert off(got, want) < 2e-6
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_compiled_loss_matches_float64(divergence, temperature):
-    for n in (50, 7):   # of a vocabulary that is large enough for the compiler to be called
-        inputs = case(n=n, vocab=20000)
-        got, want = (f(*inputs, alpha=0.3, temperature=temperature, divergence=divergence) for f in (fused, exact))
-        assert off(got, want) < 2e-6
-
-
-@pytest.mark.campaign
-def test_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
-    code = ("import test_simple_distill as t\nfor n in (5, 9):\n    x = t.case(n=n, vocab=20000)\n"
-            "    print('off', t.off(t.fused(*x, alpha=0.3), t.exact(*x, alpha=0.3)))")
-    env = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True, timeout=300)
-    shown = done.stdout + done.stderr
-    assert done.returncode == 0 and shown.count("no working compiler") == 1, shown
-    assert all(float(x) < 2e-6 for x in re.findall(r"^off (\S+)", done.stdout, re.M)) and done.stdout.count("off ") == 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line against an independent reference.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
-def test_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, divergence):
-    for path in (teacher, student):
-        shutil.copytree(path, tmp_path / Path(path).name)
-        tiny_tokenizer(CHATML).save_pretrained(tmp_path / Path(path).name)
-    rows = talk(8)
-    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=write_splits(tmp_path / "data", rows, rows[:2]),
-           seq_len=256, batch_size=4, gradient_accumulation_steps=2, num_epochs=5, alpha=0.3, temperature=2.0, divergence=divergence,
-           max_grad_norm=0.5)
-
-    torch.manual_seed(0)
-    ours, theirs, coded = load(student), load(teacher), chatml_rows(rows)
-    before = {k: v.clone() for k, v in ours.state_dict().items()}
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    logged = log(out, "train")
-    assert len(logged) == 5
-    for entry in logged:
-        loss, ce, kl = model_losses(ours, theirs, coded, 0.3, 2.0, divergence)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
-        assert norm > 0.5   # clipping is at work
-        optimizer.step()
-        optimizer.zero_grad()
-        assert [entry["train/" + k] for k in ("loss", "ce_loss", "kl_loss", "grad_norm")] == pytest.approx(
-            [loss.item(), ce.item(), kl.item(), norm.item()], rel=1e-5)
-    after = ours.state_dict()
-    assert distance(final_weights(out), after) < 1e-5
-    moved = {k: after[k] - before[k] for k in before}
-    assert distance({k: v - before[k] for k, v in final_weights(out).items()}, moved) < 1e-3   # the movement itself, too
-    assert same(weights(tmp_path / "teacher"), weights(teacher))
-
-
-def test_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
-    results = []
-    for batch_size, micro_steps in ((8, 1), (2, 4), (1, 8)):
-        out = str(tmp_path / f"{batch_size}x{micro_steps}")
-        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=batch_size, max_steps=1, max_grad_norm=0,
-               gradient_accumulation_steps=micro_steps, alpha=0.3, temperature=2.0)
-        results.append((gradients(out), [log(out, "train")[0]["train/" + k] for k in ("loss", "ce_loss", "kl_loss", "grad_norm")]))
-    for grads, losses in results[1:]:
-        assert losses == pytest.approx(results[0][1], rel=1e-6)
-        assert distance(grads, results[0][0]) < 1e-6
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_student_that_is_the_teacher_does_not_move(out, teacher, text, divergence):
-    distil(out, teacher=teacher, student=teacher, dataset=text, alpha=0.0, temperature=2.0, max_steps=3, divergence=divergence)
-    assert all(abs(kl) < 1e-6 for kl in column(out, "train/kl_loss"))
-    assert same(final_weights(out), weights(teacher))
-
-
-def test_longer_prompts_change_nothing_but_the_context(tmp_path, student):
-    """In a model whose attention adds nothing a token sees only itself: then only counted tokens can make a difference."""
-    path = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
-    edit_weights(path, lambda w: [w[k].zero_() for k in w if "o_proj" in k])
-    grads, losses = [], []
-    for name, prompt in (("short", "a"), ("long", prose(30))):
-        rows = [{**row, "prompt": prompt} for row in talk(8)]
-        out = str(tmp_path / name)
-        distil(out, student=path, teacher=tiny_model(tmp_path / f"{name}-teacher", seed=5), alpha=1.0, batch_size=8, max_steps=1, seq_len=400,
-               dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]), max_grad_norm=0)
-        losses.append(column(out, "train/loss"))
-        grads.append({k: v for k, v in gradients(out).items() if "o_proj" not in k})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert distance(*grads) < 1e-6
-
-
-def test_the_label_is_the_next_token(tmp_path, out):
-    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift is missing or doubled."""
-    path = tiny_model(tmp_path / "abc", hidden=264, layers=1)
-    order = tiny_tokenizer().encode("abcdefgh<|endoftext|>")
-
-    def by_heart(w):
-        for k in w:
-            w[k].zero_() if "norm" not in k else w[k].fill_(1)
-        for now, following in zip(order, order[1:] + order[:1]):
-            w["model.embed_tokens.weight"][now, now] = 1
-            w["lm_head.weight"][following, now] = 2
-    edit_weights(path, by_heart)
-    distil(out, student=path, dataset=write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40), alpha=1.0, max_steps=1, learning_rate=STILL)
-    assert column(out, "train/ce_loss")[0] < 1e-6 and column(out, "eval/ce_loss")[0] < 1e-6
-
-
-def test_collate_shifts_before_it_masks():
-    rows = [{"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]}, {"input_ids": [9, 10], "targets": None}]
-    batch = sd.collate(rows)
-    assert batch.positions.tolist() == [1, 2, 4] and batch.labels.tolist() == [7, 8, 10]
-
-
-def test_alpha_1_never_touches_the_teacher(out, student, text):
-    for teacher in ("/nowhere/teacher", None):
-        distil(out, teacher=teacher, student=student, dataset=text, alpha=1.0, max_steps=2, resume="never")
-        assert column(out, "train/kl_loss") == [0, 0] and column(out, "train/loss") == column(out, "train/ce_loss")
-        assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]   # nothing of the demo either
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vocabularies.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def padded(path, source, rows):
     """The same model with more vocabulary rows, and loud ones: unless they are cut, they take all of the probability."""
     model = load(source)
@@ -641,573 +324,6 @@ def padded(path, source, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("who", ["teacher", "student"])
-def test_padded_vocabulary_trains_as_the_unpadded_one(tmp_path, teacher, student, text, who):
-    pair = dict(teacher=teacher, student=student)
-    fields = dict(dataset=text, alpha=0.3, temperature=2.0, max_steps=3)
-    distil(tmp_path / "even", **pair, **fields)
-    pair[who] = padded(tmp_path / "padded", pair[who], 128)
-    distil(tmp_path / "odd", **pair, **fields)
-    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
-        assert column(tmp_path / "odd", key) == pytest.approx(column(tmp_path / "even", key), rel=1e-6)
-    even, odd = final_weights(tmp_path / "even"), final_weights(tmp_path / "odd")
-    assert distance({k: v[:len(even[k])] for k, v in odd.items()}, even) < 1e-6
-
-
-def test_another_tokenizer_of_equal_size_is_refused(tmp_path, out, teacher, text):
-    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(roll=1))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    err = distil(out, rc=2, teacher=teacher, student=other, dataset=text, max_steps=1).err
-    assert f"token {len(SPECIAL)} " in err and repr(letters[0]) in err and repr(letters[1]) in err
-    assert not os.path.exists(out)
-
-
-def test_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
-    one, two = (tiny_tokenizer(merges=merges) for merges in (("t u", "u r"), ("u r", "t u")))
-    assert one.get_vocab() == two.get_vocab()
-    pair = dict(teacher=tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one), student=tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two))
-    distil(out, rc=2, **pair, dataset=text, max_steps=1)
-
-
-def test_tokenizer_larger_than_the_model_is_refused(tmp_path, out, text):
-    distil(out, rc=2, student=tiny_model(tmp_path / "s", vocab=200), dataset=text, alpha=1.0, max_steps=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations: what exactly is a target.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def target_runs(row, tokenizer):
-    """Each contiguous run of targets as text."""
-    marked = zip(row["input_ids"], [True] * len(row["input_ids"]) if row["targets"] is None else row["targets"])
-    return [tokenizer.decode([int(i) for i, _ in run]) for keep, run in itertools.groupby(marked, key=lambda x: bool(x[1])) if keep]
-
-
-def encode(rows, tokenizer, seq_len=512):
-    return sd.rows_of(sd.encode({k: [row[k] for row in rows] for k in rows[0]}, tokenizer, "text", seq_len))
-
-
-TWO_TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hello there"},
-             {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4.\nTruly."}]
-MARKED = CHATML.replace("{{ m['content'] }}<|im_end|>", "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-                        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} "
-           "[/INST]{% endif %}{% endfor %}")
-THINKING = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last %}{{ m['content'] }}{% else %}"
-            "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
-NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
-
-
-@pytest.mark.parametrize("template, want", [
-    (CHATML, ["hello there<|im_end|>", "It is 4.\nTruly.<|im_end|>"]),
-    (LLAMA3, ["hello there<|eot_id|>", "It is 4.\nTruly.<|eot_id|>"]),
-    (MARKED, ["hello there<|im_end|>", "It is 4.\nTruly.<|im_end|>"]),
-    (MISTRAL, ["hello there<|endoftext|>", "It is 4.\nTruly.<|endoftext|>"]),
-    (NO_END, ["hello there", "It is 4.\nTruly."]),
-    (None, ["hello there<|endoftext|>", "It is 4.\nTruly.<|endoftext|>"]),
-], ids="chatml llama3 marked mistral no_end none".split())
-@pytest.mark.parametrize("bos", [False, True])
-def test_only_the_assistants_tokens_and_their_end_mark_are_targets(template, want, bos):
-    tokenizer = tiny_tokenizer(template, bos=bos)
-    row, = encode([{"messages": TWO_TURNS}], tokenizer)
-    assert target_runs(row, tokenizer) == want
-    if template:   # and the ids are those that the template makes, with no second <|begin|>
-        assert row["input_ids"] == tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
-
-
-@pytest.mark.parametrize("said, shown", [("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"), ("é日本🙂", "é日本🙂"),
-                                         ("<|eot_id|>", "<|eot_id|>"), ("assistant", "assistant")])
-def test_odd_answers_are_found_exactly(said, shown):
-    tokenizer = tiny_tokenizer(LLAMA3)
-    row, = encode([{"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}] * 2}], tokenizer)
-    if shown in SPECIAL:   # an answer that is itself an end mark: nothing can tell them apart, nothing else may be counted
-        shown = ""
-        assert all(set(run) <= set("<|eot_id|>") for run in target_runs(row, tokenizer))
-    else:
-        assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
-
-
-def test_templates_that_rewrite_earlier_turns():
-    tokenizer = tiny_tokenizer(THINKING)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>hm</think>b"},
-             {"role": "user", "content": "c"}, {"role": "assistant", "content": "<think>so</think>d"}]
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: formats, splits, streams.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def rows_of(dataset, tokenizer=None, **fields):
-    """What load_data hands on, as lists: (train rows, held-out rows)."""
-    cfg = config.Config(**{"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-        return tuple([dict(row) for row in rows] for rows in sd.load_data(cfg, tokenizer or tiny_tokenizer()))
-
-
-def ids_of(rows):
-    return [list(map(int, row["input_ids"])) for row in rows]
-
-
-def decoded(rows):
-    return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
-
-
-STYLES = {
-    "messages": {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
-    "response": {"prompt": "why?", "response": "so"},
-    "completion": {"prompt": "why?", "completion": "so"},
-    "answer": {"question": "why?", "answer": "so"},
-    "output": {"instruction": "why?", "output": "so"},
-    "empty_input": {"instruction": "why?", "input": "", "output": "so"},
-}
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_conversation_columns(tmp_path, style, suffix):
-    rows, path, tokenizer = [STYLES[style]] * 4, str(tmp_path / f"d.{suffix}"), tiny_tokenizer(CHATML)
-    write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(path)
-    for row in sum(rows_of(path, tokenizer), []):
-        assert target_runs(row, tokenizer) == ["so<|im_end|>"]
-        assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>user\nwhy?<|im_end|>")
-
-
-def test_instruction_with_input_shows_both(tmp_path):
-    tokenizer = tiny_tokenizer(CHATML)
-    row, = encode([{"instruction": "add", "input": "1 and 2", "output": "3"}], tokenizer)
-    shown = tokenizer.decode(row["input_ids"])
-    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant") and target_runs(row, tokenizer) == ["3<|im_end|>"]
-
-
-def test_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out, student):
-    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in ((2, 10), (3, 10), (4, 100), (16, 10), (500, 10))]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    train, _ = rows_of(path, seq_len=16)
-    assert [len(row["input_ids"]) for row in train] == [14, 15, 16] and [sum(row["targets"]) for row in train] == [11, 11, 11]
-    shown = distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=16)
-    assert "dropped 2 of 5" in shown.out + shown.err
-
-
-def test_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
-    docs = [prose(5 + i, i) for i in range(6)]
-    train, held = rows_of(write_splits(tmp_path / "d", [{"text": t} for t in docs], [{"text": "held out text here"}]), seq_len=16)
-    stream = tiny_tokenizer().encode("".join(t + "<|endoftext|>" for t in docs))
-    want = [stream[i:i + 16] for i in range(0, len(stream), 16)]
-    assert ids_of(train) == want and all(row["targets"] is None or all(row["targets"]) for row in train)
-    assert decoded(held)[0] == "held out text he"
-
-
-def test_every_local_format_gives_the_same_rows(tmp_path):
-    docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
-    table = datasets.Dataset.from_dict({"text": docs, "other": list(range(25))})
-    place = lambda name: str(tmp_path / name)
-    write_jsonl(place("d.jsonl"), [{"text": t} for t in docs])
-    Path(place("d.json")).write_text(json.dumps([{"text": t} for t in docs]))
-    table.to_csv(place("d.csv"))
-    table.to_parquet(place("d.parquet"))
-    Path(place("d.txt")).write_text("\n\n".join(docs))
-    table.save_to_disk(place("saved"))
-    datasets.DatasetDict(train=table).save_to_disk(place("saved_dict"))
-    want = [ids_of(rows) for rows in rows_of(place("d.jsonl"))]
-    assert len(want[0]) > 20 and len(want[1]) >= 1
-    for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
-        assert [ids_of(rows) for rows in rows_of(place(name))] == want, name
-
-
-def test_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, chat):
-    """In a process of its own: forking with threads about, a deadlock would take the other tests along."""
-    fields = dict(student=student, dataset=chat, alpha=1.0, batch_size=8, max_steps=1, seq_len=256)
-    distil(tmp_path / "one", **fields)
-    process = spawn(*flags(**PLAIN | fields, output_dir=tmp_path / "two", num_proc=2))
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, shown
-    assert column(tmp_path / "two", "train/loss") == pytest.approx(column(tmp_path / "one", "train/loss"), rel=1e-6)
-
-
-def test_tokenised_rows_are_kept_for_the_next_run(tmp_path):
-    kept = lambda: set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
-    path, before = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)]), kept()
-    first, after_one = rows_of(path), kept()
-    assert ids_of(rows_of(path)[0]) == ids_of(first[0]) and kept() == after_one != before
-    assert ids_of(rows_of(path, seq_len=32)[0]) != ids_of(first[0]) and kept() != after_one
-
-
-def test_formats_run_through_the_command_line(tmp_path, student, text):
-    table = datasets.load_dataset("json", data_files=text, split="train")
-    table.to_parquet(str(tmp_path / "d.parquet"))
-    results = []
-    for name in (text, str(tmp_path / "d.parquet")):
-        distil(tmp_path / str(len(results)), student=student, dataset=name, alpha=1.0, max_steps=2)
-        results.append(final_weights(tmp_path / str(len(results))))
-    assert same(*results)
-
-
-def test_text_column_and_unknown_columns(tmp_path, out, student):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"body": prose(20, i), "id": i} for i in range(10)])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, max_steps=1).err
-    assert "'text'" in err and "body" in err and "id" in err
-    distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, text_column="body")
-
-
-def test_held_out_rows_are_never_trained_on(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": f"answer {i:03d}"} for i in range(100)]
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    train, held = (decoded(x) for x in rows_of(path))
-    assert held and not set(train) & set(held) and len(set(train) | set(held)) == len(train) + len(held) == 100
-    assert (train, held) == tuple(decoded(x) for x in rows_of(path))
-    assert len(rows_of(path, eval_samples=2)[1]) <= 2
-
-
-def test_text_that_is_held_out_is_in_no_block_of_train(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    train, held = ("".join(decoded(x)) for x in rows_of(path))
-    numbers = lambda s: set(re.findall(r"<(\d{3})>", s))
-    assert numbers(held) and not numbers(train) & numbers(held)
-
-
-def test_eval_split_is_used_where_there_is_one(tmp_path, out, student, chat):
-    train, held = rows_of(chat, seq_len=256)
-    assert (len(train), len(held)) == (8, 4)
-    both = datasets.DatasetDict(train=datasets.Dataset.from_list(talk(5)), other=datasets.Dataset.from_list(talk(3)))
-    both.save_to_disk(str(tmp_path / "saved"))
-    assert [len(x) for x in rows_of(tmp_path / "saved", eval_split="other", seq_len=256)] == [5, 3]
-    assert [len(x) for x in rows_of(tmp_path / "saved", train_split="other", eval_split="train", seq_len=256)] == [3, 5]
-    err = distil(out, rc=2, student=student, dataset=tmp_path / "saved", eval_split="absent", alpha=1.0, max_steps=1).err
-    assert "absent" in err
-    assert "absent" in distil(out, rc=2, student=student, dataset=tmp_path / "saved", train_split="absent", alpha=1.0, max_steps=1).err
-
-
-def test_max_samples_takes_the_first_rows(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": "a"} for i in range(40)]
-    train, held = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
-    assert [re.search(r"\d+", x)[0] for x in decoded(train)] == [f"{i:03d}" for i in range(7)]
-
-
-def test_one_long_document_keeps_its_end_for_evaluation(tmp_path):
-    (tmp_path / "d.txt").write_text(prose(2000))
-    train, held = (decoded(x) for x in rows_of(tmp_path / "d.txt"))
-    assert len(held) >= 1 and "".join(train + held) == prose(2000) + "<|endoftext|>"
-
-
-def splits_of(**fields):
-    return sd.load_splits(config.Config(**fields))
-
-
-def test_splits_by_their_role(tmp_path, text):
-    """One file has one split, train; asked for by its own name it is all evaluated, and a name it has not is refused by that name."""
-    with pytest.raises(config.UserError, match="no split 'validation'"):
-        splits_of(dataset=text, train_split="validation")
-    with pytest.raises(config.UserError, match="no split 'test'"):
-        splits_of(dataset=text, eval_split="test")
-    raw, held = splits_of(dataset=text, eval_split="train")
-    assert len(raw) + len(held) == 40 and len(held) == 2
-    _, held = splits_of(mode="eval", dataset=text, eval_split="train")
-    assert len(held) == 40
-
-
-def test_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
-    """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = write_splits(tmp_path / "data", [{"text": prose(50, i)} for i in range(50)], [{"text": prose(50, i)} for i in range(3000)])
-    raw, held = splits_of(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
-    assert not isinstance(raw, datasets.Dataset) and 5 <= len(held) < 20 and held[0]["text"] == prose(50, 0)
-    assert sum(p.stat().st_size for p in Path(tmp_path, "cache").rglob("*") if p.is_file()) < 5000
-
-
-@pytest.mark.parametrize("first, rows", [
-    ({"messages": "hi", "text": "one two"}, 3), ({"text": None}, 2), ({"prompt": "a", "response": None}, 2),
-    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, 3),
-    ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 3)])
-def test_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, rows):
-    """Columns in another's style, and rows without a value at the beginning."""
-    whole = {"text": "one two"} if "text" in first else {"prompt": "c", "response": "d"} if first.get("response", 1) is None else first
-    path = write_jsonl(tmp_path / "data.jsonl", [first, whole, whole])
-    made = sd.encode(datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))[:], tiny_tokenizer(), "text", 99)
-    splits_of(dataset=path)
-    assert len(made["input_ids"]) == (1 if "text" in first else rows)
-
-
-def test_a_short_stream_is_not_held_out_whole(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
-    assert len(column(out, "train/loss")) == 2
-
-
-@pytest.mark.parametrize("shuffle_buffer", [0, 3])
-def test_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat, shuffle_buffer):
-    """Three passes over eight rows, eight a step: in whatever order they come, each step is all of them."""
-    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8, max_steps=3, alpha=0.3)
-    distil(tmp_path / "table", **fields)
-    distil(tmp_path / "stream", **fields, streaming=True, shuffle_buffer=shuffle_buffer)
-    assert column(tmp_path / "stream", "train/loss") == pytest.approx(column(tmp_path / "table", "train/loss"), rel=1e-6)
-    assert column(tmp_path / "stream", "eval/loss") == pytest.approx(column(tmp_path / "table", "eval/loss"), rel=1e-6)
-    assert distance(final_weights(tmp_path / "stream"), final_weights(tmp_path / "table")) < 1e-5
-
-
-def test_a_stream_holds_rows_out_and_needs_max_steps(tmp_path, out, student):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, streaming=True).err
-    assert "max_steps" in err
-    train, held = rows_of(path, streaming=True, eval_samples=10)
-    seen = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
-    numbers = set(re.findall(r"<(\d{3})>", "".join(decoded(held))))
-    assert numbers and seen and not seen & numbers
-    distil(out, student=student, dataset=path, alpha=1.0, streaming=True, eval_samples=10, max_steps=2)
-
-
-def test_stream_of_text_is_the_same_blocks(tmp_path, student):
-    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is read in."""
-    docs = [{"text": prose(5 + i % 7, i)} for i in range(30)]
-    path = write_splits(tmp_path / "d", docs, docs[:1])
-    for name, fields in (("a", {}), ("b", dict(streaming=True, shuffle_buffer=0, max_steps=1))):
-        size = len(rows_of(path, seq_len=32)[0])
-        distil(tmp_path / name, student=student, dataset=path, alpha=1.0, batch_size=size, **{"max_steps": 1, **fields}, learning_rate=STILL)
-    assert column(tmp_path / "a", "train/loss") == pytest.approx(column(tmp_path / "b", "train/loss"), rel=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models: architectures, heads, layers:N, configs.
-# ---------------------------------------------------------------------------------------------------------------------
-
-MODELS = {
-    "llama": dict(cls="LlamaConfig"),
-    "llama_tied": dict(cls="LlamaConfig", tie_word_embeddings=True),
-    "qwen2": dict(cls="Qwen2Config"),
-    "qwen3": dict(cls="Qwen3Config", head_dim=16),
-    "qwen3_moe": dict(cls="Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    "gpt2": dict(cls="GPT2Config", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt_neox": dict(cls="GPTNeoXConfig"),
-    "gemma2": dict(cls="Gemma2Config", head_dim=16, final_logit_softcapping=2.0, query_pre_attn_scalar=16),
-    "cohere": dict(cls="CohereConfig", logit_scale=0.3),
-    "granite": dict(cls="GraniteConfig", logits_scaling=3.0),
-    "phi": dict(cls="PhiConfig", tie_word_embeddings=False),   # a head with a bias
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_layers_n_of_every_architecture_with_its_own_head(tmp_path, out, chat, name):
-    """layers:3 of 5 keeps 0, 2, 4 with their weights; its losses are those of the model's own logits."""
-    path = tiny_model(tmp_path / "teacher", layers=5, seed=3, tokenizer=tiny_tokenizer(CHATML), **MODELS[name])
-    if name == "phi":
-        edit_weights(path, lambda w: w["lm_head.bias"].normal_(generator=torch.Generator().manual_seed(0)))
-    distil(out, teacher=path, student="layers:3", dataset=chat, seq_len=256, batch_size=8, max_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL)
-
-    kept = lambda k: (m := re.search(r"\.(?:layers|h)\.(\d+)\.", k)) is None or (int(m[1]) % 2 == 0)
-    rename = lambda k: re.sub(r"\.(layers|h)\.(\d+)\.", lambda m: f".{m[1]}.{int(m[2]) // 2}.", k)
-    want = {rename(k): v for k, v in weights(path).items() if kept(k)}
-    got = final_weights(out)
-    assert got.keys() == want.keys() and all(torch.allclose(got[k], want[k], rtol=0, atol=1e-20) for k in want)
-
-    thin, whole = load(f"{out}/final"), load(path)
-    assert thin.config.num_hidden_layers == 3
-    if getattr(whole.config, "layer_types", None):
-        assert thin.config.layer_types == whole.config.layer_types[::2]
-    losses = model_losses(thin.eval(), whole.eval(), chatml_rows(talk(8)), 0.3, 2.0)
-    assert [log(out)[0]["train/" + k] for k in ("loss", "ce_loss", "kl_loss")] == pytest.approx([x.item() for x in losses], rel=1e-5)
-    assert losses[2] > 1e-3
-
-
-def test_layers_n_without_a_teacher_in_the_loss(tmp_path, out, text):
-    path = tiny_model(tmp_path / "teacher", layers=4)
-    distil(out, teacher=path, student="layers:2", dataset=text, alpha=1.0, max_steps=1)
-    assert load(f"{out}/final").config.num_hidden_layers == 2
-    for wrong in ("layers:0", "layers:5", "layers:x", "layers:"):
-        distil(tmp_path / "no", rc=2, teacher=path, student=wrong, dataset=text, max_steps=1)
-
-
-@pytest.mark.parametrize("special", [dict(mlp_only_layers=[4]), dict(decoder_sparse_step=2)], ids=str)
-def test_layers_n_of_a_mixture_with_some_dense_layers(tmp_path, out, text, special):
-    path = tiny_model(tmp_path / "teacher", layers=5, **MODELS["qwen3_moe"], **special)
-    done = sd.main(words_of(flags(**PLAIN, output_dir=out, teacher=path, student="layers:3", dataset=text, max_steps=1)))
-    assert done in (0, 2)   # thinned rightly, or refused: never a traceback
-
-
-def test_student_from_a_config_file_starts_random_by_seed(tmp_path, teacher, text):
-    shape = str(tmp_path / "shape.json")
-    tiny_config(hidden=16, layers=1).to_json_file(shape)
-    got = []
-    for i, seed in enumerate((1, 1, 2)):
-        distil(tmp_path / str(i), teacher=teacher, student=shape, dataset=text, max_steps=1, seed=seed, learning_rate=STILL)
-        got.append(final_weights(tmp_path / str(i)))
-    assert same(got[0], got[1]) and not same(got[0], got[2])
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "0" / "final").get_vocab() == tiny_tokenizer().get_vocab()   # the teacher's
-    distil(tmp_path / "own", student=shape, tokenizer=teacher, dataset=text, alpha=1.0, max_steps=1)
-
-
-def test_a_head_that_the_loss_would_not_reproduce_is_refused(tmp_path, out, text):
-    """A model with code of its own that scales its logits in a way nobody knows: its distribution is not the loss's."""
-    path = tiny_model(tmp_path / "odd")
-    Path(path, "modeling_odd.py").write_text(
-        "import transformers\n\n\nclass Odd(transformers.LlamaForCausalLM):\n    def forward(self, *args, **kwargs):\n"
-        "        out = super().forward(*args, **kwargs)\n        out.logits = out.logits * 1.02\n        return out\n")
-    shape = json.loads(Path(path, "config.json").read_text())
-    Path(path, "config.json").write_text(json.dumps({**shape, "auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd"}}))
-    err = distil(out, rc=2, student=path, dataset=text, alpha=1.0, max_steps=1, trust_remote_code=True).err
-    assert "Odd" in err and "head" in err
-
-
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_missing_models_are_one_line(out, teacher, student, text, role):
-    for name in ("/nowhere/model", "nobody/no-such-model", "/nowhere/shape.json"):
-        err = distil(out, rc=2, **{**dict(teacher=teacher, student=student), role: name}, dataset=text, max_steps=1).err
-        assert name in err and len(err.strip().splitlines()) <= 2
-        assert not os.path.exists(out)
-
-
-def test_final_loads_with_the_auto_classes_and_generates(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=2)
-    assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]
-    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(f"{out}/final"), transformers.AutoTokenizer.from_pretrained(f"{out}/final")
-    ids = model.generate(**tokenizer("one two", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert ids.shape[1] == len("one two") + 4 and tokenizer("one two")["input_ids"] == tiny_tokenizer()("one two")["input_ids"]
-    assert not same(final_weights(out), weights(student))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimiser, schedule, precision.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_lr_multipliers_freeze_scale_and_say_so(out, teacher, student, text):
-    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=1, learning_rate=1e-3,
-                   lr_multipliers=["embed=0", r"layers\.0\..*proj=0.5", r"layers=3"], default_lr_multiplier=2).out
-    before, after = weights(student), final_weights(out)
-    moved = {k: (after[k] - before[k]).abs().max().item() for k in before}
-    for name, change in moved.items():   # AdamW's first step is the learning rate, in the direction of the sign
-        rate = 0 if "embed" in name else 0.5 if re.search(r"layers\.0\..*proj", name) else 3 if "layers" in name else 2
-        assert change == 0 if rate == 0 else change == pytest.approx(rate * 1e-3, rel=0.02), name
-    state = [k for k in checkpoint(out, 1) if "exp_avg" in k]
-    assert state and not any("embed" in k for k in state)
-    for rate, part in ((0.5, r"layers\.0\..*proj"), (3, r"layers\.(1|0.*norm)"), (2, r"^(?!.*(embed|layers))")):
-        size = sum(v.numel() for k, v in before.items() if re.search(part, k))
-        assert re.search(rf"{size:,}\D+{rate * 1e-3:g}\b", shown), (size, rate)
-    assert re.search(rf"{before['model.embed_tokens.weight'].numel():,} frozen", shown)
-
-
-def test_a_pattern_that_matches_nothing_is_named(out, student, text):
-    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1, lr_multipliers=["embed=0.5", "no_such_layer=0"]).err
-    assert "no_such_layer" in err and not os.path.exists(out)
-    for wrong in ("embed", "embed=x", "embed=-1", "(=1"):
-        assert wrong.partition("=")[0] in distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1, lr_multipliers=[wrong]).err
-    distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1, default_lr_multiplier=0)
-
-
-def test_norms_and_biases_do_not_decay(tmp_path, text):
-    path = tiny_model(tmp_path / "gpt2", **MODELS["gpt2"])
-    distil(tmp_path / "a", student=path, teacher=path, dataset=text, alpha=0.0, max_steps=1, weight_decay=0.5, learning_rate=0.1)
-    before, after = weights(path), final_weights(tmp_path / "a")   # no gradient: all that moves is decay
-    for name in before:
-        want = before[name] * (1 - 0.1 * 0.5) if before[name].ndim >= 2 else before[name]
-        assert torch.allclose(after[name], want, rtol=1e-6, atol=1e-9), name
-
-
-def test_epochs_steps_and_schedule_agree(tmp_path, student):
-    """10 rows, 4 a step: 3 steps a pass, the last one ragged; two passes are six steps, however they are asked for."""
-    data = write_splits(tmp_path / "d", talk(10), talk(2))
-    fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine", warmup_ratio=0.34)
-    variants = [dict(num_epochs=2, batch_size=4), dict(max_steps=6, batch_size=4), dict(num_epochs=2, batch_size=2, gradient_accumulation_steps=2)]
-    for i, variant in enumerate(variants):
-        distil(tmp_path / str(i), **fields, **variant)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-3)
-    scheduler, rates = transformers.get_scheduler("cosine", optimizer, 2, 6), []
-    for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    for i in range(3):
-        assert column(tmp_path / str(i), "train/learning_rate") == pytest.approx(rates)
-        assert column(tmp_path / str(i), "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
-    assert same(final_weights(tmp_path / "0"), final_weights(tmp_path / "1"))
-    # the third has a micro-batch without any row in each ragged step
-    assert column(tmp_path / "2", "train/loss") == pytest.approx(column(tmp_path / "0", "train/loss"), rel=1e-6)
-    assert distance(final_weights(tmp_path / "2"), final_weights(tmp_path / "0")) < 1e-5
-
-
-@pytest.mark.parametrize("num_epochs, steps", [(0.1, 1), (1, 3), (1.5, 5)])
-def test_part_of_an_epoch(tmp_path, out, student, num_epochs, steps):
-    distil(out, student=student, dataset=write_splits(tmp_path / "d", talk(10), talk(2)), seq_len=256, alpha=1.0, batch_size=4, num_epochs=num_epochs)
-    assert column(out, "train/step") == list(range(1, steps + 1))
-
-
-def test_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, student):
-    """Rows of equal length and a student that stands still: the mean of the steps, weighted by rows, is the mean of the rows."""
-    rows = [{"prompt": prose(2, i), "response": f"{prose(9, i):.9}"} for i in range(10)]
-    distil(out, student=student, dataset=write_splits(tmp_path / "d", rows, rows), seq_len=256, alpha=1.0, batch_size=4, num_epochs=2, learning_rate=STILL)
-    losses = column(out, "train/loss")
-    for epoch in (losses[:3], losses[3:]):
-        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(column(out, "eval/loss")[-1], rel=1e-6)
-    assert losses[:3] != losses[3:]
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-                                  "warmup_stable_decay", "cosine_with_min_lr"])
-def test_schedulers(out, student, text, name):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name, warmup_ratio=0 if name == "constant" else 0.4,
-           lr_scheduler_kwargs='{"min_lr": 1e-5}' if "min" in name else None)
-    assert all(0 <= rate <= 1e-3 for rate in column(out, "train/learning_rate"))
-
-
-def test_seed_decides(tmp_path, student, text):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        distil(tmp_path / name, student=student, dataset=text, alpha=1.0, max_steps=2, seed=seed)
-    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b")) and not same(final_weights(tmp_path / "a"), final_weights(tmp_path / "c"))
-
-
-def test_gradient_checkpointing_changes_nothing(tmp_path, teacher, student, text):
-    for name, on in (("on", True), ("off", False)):
-        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3, gradient_checkpointing=on)
-    assert distance(final_weights(tmp_path / "on"), final_weights(tmp_path / "off")) < 1e-6
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, student, text, dtype):
-    for name in ("fp32", dtype):
-        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3, dtype=name)
-    assert column(tmp_path / dtype, "train/loss") == pytest.approx(column(tmp_path / "fp32", "train/loss"), rel=2e-2)
-    assert column(tmp_path / dtype, "train/grad_norm") == pytest.approx(column(tmp_path / "fp32", "train/grad_norm"), rel=5e-2)
-    assert column(tmp_path / dtype, "train/skipped_steps") == [0, 0, 0]
-    tensors = checkpoint(tmp_path / dtype, 3)
-    assert all(v.dtype == torch.float32 for k, v in tensors.items() if "weight" in k)
-    assert distance({k: v.float() for k, v in final_weights(tmp_path / dtype).items()}, final_weights(tmp_path / "fp32")) < 2e-2
-
-
-def test_checkpointing_does_not_recompute_what_is_frozen(student):
-    """transformers makes embeddings ask for a gradient; without it nothing below the first trained layer is kept or run again."""
-    with sd.process_group():
-        root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
-        calls, layers = [], sd.layers_of(root.model)[1]
-        for name, p in root.model.named_parameters():
-            p.requires_grad_("layers.1." in name)
-        layers[0].self_attn.register_forward_hook(lambda *_: calls.append(0))
-        layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
-        root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
-    assert calls == [0, 1, 1]
-
-
-def test_a_model_with_persistent_buffers_is_saved(tmp_path, text):
-    shape = dict(cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
-                 first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
-    path = tiny_model(tmp_path / "model", **shape)
-    edit_weights(path, lambda tensors: tensors["model.layers.1.mlp.gate.e_score_correction_bias"].copy_(torch.tensor([1., 2., 3., 4.])))
-    distil(tmp_path / "out", teacher=path, student=path, dataset=text, max_steps=1)
-    assert final_weights(tmp_path / "out")["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [1, 2, 3, 4]
-
-
-@pytest.mark.campaign
-def test_compile_changes_nothing_but_rounding(tmp_path, teacher, student, text):
-    for name, on in (("on", True), ("off", False)):
-        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=2, compile=on)
-    assert column(tmp_path / "on", "train/loss") == pytest.approx(column(tmp_path / "off", "train/loss"), rel=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is not finite, and what is not there.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def break_letter(source, path):
     """A copy of a model in which the letter Z, and only it, makes everything infinite."""
     shutil.copytree(source, path)
@@ -1215,94 +331,98 @@ def break_letter(source, path):
     return str(path)
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_ten_steps_that_are_not_finite_stop_the_run_with_a_checkpoint(tmp_path, out, teacher, student, role):
-    pair = dict(teacher=teacher, student=student)
-    pair[role] = break_letter(pair[role], tmp_path / "broken")
-    rows = [{"prompt": "a" if i < 3 else "Z", "response": prose(3, i)} for i in range(40)]
-    err = distil(out, rc=2, **pair, dataset=write_splits(tmp_path / "d", rows, rows[:2]), seq_len=64, batch_size=1, max_steps=40).err
-    assert "finite" in err
-    skipped, last = column(out, "train/skipped_steps"), max(column(out, "train/step"))
-    assert skipped == sorted(skipped) and 9 <= skipped[-1] <= 13 and not os.path.exists(f"{out}/final")
-    saved, = os.listdir(f"{out}/checkpoints")
-    assert last <= int(saved[-8:]) <= last + 1
-    moments = [v for k, v in checkpoint(out, int(saved[-8:])).items() if "exp_avg" in k]
-    assert moments and all(v.isfinite().all() for v in moments)   # of the last good step
+ZYGOTE = """
+import json, os, sys
+import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor, datasets, transformers, tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, HfArgumentParser
+sys.path.insert(0, sys.argv[1])
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.environ.update(job["env"])
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            if job["limit"]:
+                import resource, signal
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+            import simple_distill
+            code = simple_distill.main(job["args"])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+    if job["wait"]:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, teacher, student, role):
-    pair = dict(teacher=teacher, student=student)
-    pair[role] = break_letter(pair[role], tmp_path / "broken")
-    rows = [{"prompt": "Z" if i % 4 == 0 else "a", "response": prose(3, i)} for i in range(12)]
-    distil(out, **pair, dataset=write_splits(tmp_path / "d", rows, rows[1:3]), seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
-    assert column(out, "train/skipped_steps")[-1] == 3
-    assert sum(x is not None for x in column(out, "train/loss")) == 9   # null: JSON knows no NaN
-    before, after = weights(pair["student"]), final_weights(out)
-    assert not same(before, after) and all(after[k].isfinite().all() for k in after if "embed" not in k)
+class Fork:
+    """A run in processes of its own, one a rank."""
+    mother = None
+
+    def __init__(self, log, *args, ranks=1, limit=0):
+        if Fork.mother is None:
+            Fork.mother = subprocess.Popen([sys.executable, "-c", ZYGOTE, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            atexit.register(Fork.mother.kill)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.log, self.pids = str(log), []
+        for rank in range(ranks):
+            env = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                                         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False, "limit": limit}
+            Fork.mother.stdin.write(json.dumps(job) + "\n")
+            Fork.mother.stdin.flush()
+            self.pids.append(int(Fork.mother.stdout.readline()))
+
+    def running(self):
+        def alive(pid):   # a child of the mother that nobody has waited for is a zombie
+            try:
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1   # its threads may outlive it for a moment
+            except OSError:
+                return False
+        return [pid for pid in self.pids if alive(pid)]
+
+    def signal(self, number):
+        for pid in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return self
+
+    def wait(self, seconds=180):
+        """-> what it printed, once all of it has ended."""
+        end = time.time() + seconds
+        while self.running():
+            assert time.time() < end, Path(self.log).read_text()[-3000:]
+            time.sleep(0.02)
+        return Path(self.log).read_text()
 
 
-def test_a_model_that_is_broken_throughout_is_called_that(tmp_path, out, teacher, student, text):
-    broken = shutil.copytree(teacher, tmp_path / "broken")
-    edit_weights(broken, lambda w: w["model.norm.weight"][0].fill_(math.inf))
-    err = distil(out, rc=2, teacher=broken, student=student, dataset=text, max_steps=20).err
-    assert "finite" in err.lower()   # not: a head that nobody knows
+def quiet_log(out):
+    return [{k: v for k, v in entry.items() if "second" not in k} for entry in log(out)]
 
 
-def test_a_batch_without_any_target_changes_nothing_and_is_reported(tmp_path, monkeypatch, student, text):
-    """The trainer makes no such batch by itself: one is made here by taking the targets of the second step away."""
-    fields, real = dict(student=student, dataset=text, alpha=1.0, batch_size=4, weight_decay=0.1), sd.micro_batches
-    distil(tmp_path / "one", **fields, max_steps=1)
-
-    def second_is_blank(*args):
-        for step, (micro, position) in enumerate(real(*args)):
-            for batch in micro if step == 1 else []:
-                batch.positions, batch.labels = batch.positions[:0], batch.labels[:0]
-            yield micro, position
-    monkeypatch.setattr(sd, "micro_batches", second_is_blank)
-    shown = distil(tmp_path / "two", **fields, max_steps=2)
-    assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"))
-    assert "step 2" in shown.out + shown.err and all(math.isfinite(v) for v in log(tmp_path / "two", "train")[1].values())
+def wait_for_log(out, process, seconds=120):
+    end = time.time() + seconds
+    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
+        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
+        time.sleep(0.05)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves behind: log, config, checkpoints.
-# ---------------------------------------------------------------------------------------------------------------------
-
-TRAIN_KEYS = {"train/" + k for k in "loss ce_loss kl_loss learning_rate grad_norm epoch step tokens_per_second skipped_steps".split()}
-EVAL_KEYS = {"eval/" + k for k in "loss ce_loss kl_loss perplexity min_loss epoch step".split()}
-
-
-def test_log_has_exactly_the_keys_of_the_contract(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=5, log_steps=2, eval_steps=2, alpha=0.3, learning_rate=0.3)
-    assert all(entry.keys() in (TRAIN_KEYS, EVAL_KEYS) for entry in log(out))
-    assert column(out, "train/step") == column(out, "eval/step") == [2, 4, 5]
-    for entry in log(out, "train"):
-        assert entry["train/loss"] == pytest.approx(0.3 * entry["train/ce_loss"] + 0.7 * entry["train/kl_loss"], rel=1e-6)
-        assert entry["train/tokens_per_second"] > 0 and entry["train/grad_norm"] > 0
-    lowest = math.inf
-    for entry in log(out, "eval"):
-        lowest = min(lowest, entry["eval/loss"])
-        assert entry["eval/min_loss"] == lowest and entry["eval/perplexity"] == pytest.approx(math.exp(entry["eval/ce_loss"]))
-
-
-def test_evaluation_is_the_mean_over_held_out_tokens(out, tmp_path, teacher, student):
-    rows = talk(7)
-    for path in (teacher, student):
-        shutil.copytree(path, tmp_path / Path(path).name)
-        tiny_tokenizer(CHATML).save_pretrained(tmp_path / Path(path).name)
-    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=write_splits(tmp_path / "d", talk(3), rows), seq_len=256,
-           batch_size=3, max_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL)
-    want = model_losses(load(student), load(teacher), chatml_rows(rows), 0.3, 2.0)
-    assert [log(out, "eval")[-1]["eval/" + k] for k in ("loss", "ce_loss", "kl_loss")] == pytest.approx([x.item() for x in want], rel=1e-5)
-
-
-def test_closing_table_and_sample(out, teacher, student, text):
-    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=2).out
-    sizes = [f"{sum(v.numel() for v in weights(path).values()):,}" for path in (teacher, student)]
-    for who, size in (("teacher", sizes[0]), ("student before", sizes[1]), ("student after", sizes[1])):
-        assert re.search(rf"^{who}\s.*\d.*{size}", shown, re.M), shown
-    assert f"{column(out, 'eval/perplexity')[-1]:.2f}" in shown and "sample" in shown
+# --------------------------------------------------------------------------------------------------
+# Config: flags, files, their checks; bad input is one or two lines and exit code 2.
 
 
 def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
@@ -1319,127 +439,22 @@ def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
     assert "finished" in cli("--config", f"{out}/config.json").out   # as it stands, it is done
 
 
-def test_command_line_wins_over_the_file(tmp_path, out, student, text):
+def test_config_command_line_wins_over_the_file(tmp_path, out, student, text):
     (tmp_path / "run.yaml").write_text(f"student: {student}\ndataset: {text}\nalpha: 1.0\nmax_steps: 7\nlearning_rate: 2e-4\nlr_multipliers: [embed=0]\n")
     cli("--config", tmp_path / "run.yaml", *flags(output_dir=out, max_steps=2, seq_len=32))
     written = json.loads(Path(out, "config.json").read_text())
     assert (written["max_steps"], written["learning_rate"], written["lr_multipliers"], len(log(out, "train"))) == (2, 2e-4, ["embed=0"], 1)
 
 
-def test_an_evaluation_forms_no_gradient():
-    """Whether a weight would need one says nothing under no_grad."""
-    weight, hidden, labels = torch.randn(9, 4, requires_grad=True), torch.randn(5, 4), torch.arange(5)
-    seen, real = [], torch.Tensor.addmm_
-    try:
-        torch.Tensor.addmm_ = lambda *args, **more: seen.append(1) or real(*args, **more)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                sd.distillation_loss(hidden, sd.Head(weight), labels, None, alpha=1.0, temperature=1.0)
-    finally:
-        torch.Tensor.addmm_ = real
-    assert len(seen) == 1
-
-
-def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, gradient_accumulation_steps=2, alpha=0.3)
-    distil(tmp_path / "whole", **fields, max_steps=12)   # a pass is 9 or so
-    distil(tmp_path / "parts", **fields, max_steps=5)
-    shown = distil(tmp_path / "parts", **fields, max_steps=12).out
-    assert "resumes" in shown and "step-00000005" in shown
-    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts"))
-    assert column(tmp_path / "parts", "train/step") == list(range(1, 13))
-    assert column(tmp_path / "parts", "train/loss") == column(tmp_path / "whole", "train/loss")
-    whole, parts = (checkpoint(tmp_path / name, 12) for name in ("whole", "parts"))
-    assert same({k: v for k, v in whole.items()}, parts)
-
-
-def test_layers_of_a_nested_text_model_are_refused():
-    with pytest.raises(config.UserError, match="text model is part of a larger one"):
-        sd.plan_layers(config.Config(teacher="x", student="layers:2"), transformers.Gemma3Config())
-
-
-def test_a_digest_sees_the_middle_of_a_long_array():
-    other = np.arange(5000)
-    other[2500] = 0
-    assert sd.digest([np.arange(5000)]) != sd.digest([other])
-
-
-def test_a_batch_divided_anew_is_accepted_again(tmp_path):
-    """From one rank to three, and on three once more: the typed batch stays what it was."""
-    cfg = config.Config(batch_size=8)
-    first = sd.plan_batch(cfg, None, 1)
-    state = {"global_batch": first[2], "batch": [8, 1]}
-    assert sd.plan_batch(cfg, state, 3) == (3, 1, 8) == sd.plan_batch(cfg, {**state, "global_batch": 8}, 3)
-    with pytest.raises(config.UserError, match="sequences a step"):
-        sd.plan_batch(config.Config(batch_size=4), state, 3)
-
-
-def test_resume_never_and_by_path(tmp_path, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=1)
-    out = str(tmp_path / "out")
-    distil(out, **fields, max_steps=3)
-    done = final_weights(out)
-    distil(out, **fields, max_steps=3, resume="never")
-    assert same(final_weights(out), done) and column(out, "train/step") == [1, 2, 3]
-    distil(out, **fields, max_steps=4, resume=f"{out}/checkpoints/step-00000002")
-    assert column(out, "train/step") == [1, 2, 3, 4]
-    distil(tmp_path / "other", **fields, max_steps=4)
-    assert same(final_weights(out), final_weights(tmp_path / "other"))
-    assert "nowhere" in distil(tmp_path / "x", rc=2, **fields, max_steps=4, resume="/nowhere/step-00000002").err
-
-
-def test_keep_checkpoints(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=5, save_steps=1, keep_checkpoints=2)
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000005"]
-    state = json.loads(Path(out, "checkpoints", "step-00000005", "state.json").read_text())
-    assert state["step"] == 5 and state["epoch"] == pytest.approx(column(out, "train/epoch")[-1])
-
-
-def test_an_unreadable_newest_checkpoint_is_passed_over(tmp_path, out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
-    distil(out, **fields, max_steps=4)
-    for file in Path(out, "checkpoints", "step-00000004").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:100])
-    shown = distil(out, **fields, max_steps=6)
-    assert re.search("step-00000004 .*passed over", shown.out + shown.err)
-    distil(tmp_path / "whole", **fields, max_steps=6)
-    assert same(final_weights(out), final_weights(tmp_path / "whole")) and column(out, "train/step") == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_changed_config_is_refused_by_field(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=2)
-    err = distil(out, rc=2, teacher=teacher, student=student, dataset=text, max_steps=4, learning_rate=5e-4, temperature=2.0).err
-    assert "learning_rate" in err and "temperature" in err and "0.0005" in err and "alpha" not in err
-    assert column(out, "train/step") == [1, 2]
-
-
-def test_one_run_a_directory(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=1)
-    with sd.process_group(), sd.lock(out):
-        pass
-    import fcntl
-    handle = os.open(out, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
-    try:
-        assert "another run" in distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=2).err
-    finally:
-        os.close(handle)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags and fields.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("words, nearest", [(["--temprature", "2"], "temperature"), (["--learning-rat", "1"], "learning_rate"),
                                             (["--studnt=x"], "student"), (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multipliers")])
-def test_an_unknown_flag_names_the_nearest(words, nearest):
+def test_config_an_unknown_flag_names_the_nearest(words, nearest):
     err = cli(*words, rc=2).err
     unknown = [w for w in words if w.startswith("--")][-1].partition("=")[0]
     assert unknown.replace("-", "_") in err.replace("-", "_") and nearest in err and len(err.strip().splitlines()) <= 2
 
 
-def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
+def test_config_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
     for name, body in (("a.yaml", "temprature: 2\n"), ("a.json", '{"temprature": 2}')):
         (tmp_path / name).write_text(body)
         err = cli("--config", tmp_path / name, rc=2).err
@@ -1449,7 +464,7 @@ def test_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
 MODES = ("train", "cache", "generate", "eval")
 
 
-def test_every_field_is_read():
+def test_config_every_field_is_read():
     """By name, somewhere in the code: a flag that does nothing is worse than none."""
     source, checks = (Path(module.__file__).read_text() for module in (sd, config))
     fields = [name for group, names in config.GROUPS.items() if group in MODES or group not in ("generate", "eval") for name in names]
@@ -1457,15 +472,10 @@ def test_every_field_is_read():
                 and not re.search(rf"\bcfg\.{name}\b", checks)]
 
 
-def test_every_field_has_one_line_of_help():
+def test_config_every_field_has_one_line_of_help():
     shown = cli("--help").out
     for name, field in config.FIELDS.items():
         assert f"--{name}" in shown and field.metadata["help"] and "\n" not in field.metadata["help"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one or two lines, exit 2, nothing written, nothing lost.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def with_file(name, body, **fields):
@@ -1609,12 +619,14 @@ BAD_INPUT = {
     "no_blockwise": (["--no_blockwise"], "--no_blockwise --blockwise false"), "no-streaming": (["--no-streaming"], "--streaming false"),
     "no_seed": (["--no_seed", "3"], "--no_seed --seed"), "no_alhpa": (["--no_alhpa"], "alpha"),
 }
+
+
 if os.geteuid():
     BAD_INPUT["no permission"] = (no_permission, "closed")
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text, monkeypatch):
+def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text, monkeypatch):
     fields, words = BAD_INPUT[case]
     (tmp_path / "given").mkdir()
     monkeypatch.chdir(tmp_path / "given")
@@ -1632,42 +644,1089 @@ def test_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, t
     assert before == {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
 
 
-def test_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
+def test_config_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
     (tmp_path / "f.yaml").write_text("max_steps: 2\ncompare: [a]\n")
     assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
 
 
-def test_the_demo_decides_only_what_is_left_open(tmp_path):
-    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and config.json says it all again."""
-    assert config.parse_config([]).max_steps == 500 and config.parse_config(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
-    (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
-    for words in (["--num_epochs", "2"], ["--num-epochs=1"], ["--config", str(tmp_path / "run.yaml")], ["--blockwise", "--num_epochs", "0"]):
-        assert config.parse_config(words).max_steps is None, words
-    assert config.parse_config(["--mode", "eval"]).seq_len == 128 == config.parse_config(["--mode", "eval", "--student", "s"]).seq_len
-    assert config.parse_config(["--mode", "eval", "--teacher", "t", "--dataset", "d"]).seq_len == 512
-    assert config.parse_config(["--teacher", "t", "--student", "s", "--dataset", "d"]).seq_len == 512
-    for i, words in enumerate(([], ["--num_epochs", "2"], ["--blockwise", "--train_lm_head", "false"], ["--blockwise", "--num_epochs", "0"],
-                               ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
-                               ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
-        cfg = config.parse_config(words)
-        sd.write_json(cfg, tmp_path / f"{i}.json")
-        assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
-        assert cfg.mode != "train" or config.Config(**config.result_knobs(cfg))   # as mode eval does with a checkpoint
-
-
-def test_no_check_vanishes_under_python_O():
+def test_config_no_check_vanishes_under_python_O():
     assert not [node for node in ast.walk(ast.parse(Path(config.__file__).read_text())) if isinstance(node, ast.Assert)]
 
 
-def test_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
+# --------------------------------------------------------------------------------------------------
+# Runtime: one run a directory, digests.
+
+
+def test_runtime_a_digest_sees_the_middle_of_a_long_array():
+    other = np.arange(5000)
+    other[2500] = 0
+    assert sd.digest([np.arange(5000)]) != sd.digest([other])
+
+
+def test_runtime_one_run_a_directory(out, student, text):
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=1)
+    with sd.process_group(), sd.lock(out):
+        pass
+    import fcntl
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
+    try:
+        assert "another run" in distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=2).err
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses: distillation_loss against float64.
+
+
+def case(n=23, vocab=97, d=16, dt=24, *, seed=0, dtype=torch.float32, bias=False, scale=None, softcap=None, masked=0.3, size=2.0):
+    """Random hidden states, heads and labels: (student_hidden, student_head, labels, teacher_hidden, teacher_head)."""
+    torch.manual_seed(seed)
+
+    def head(width):
+        linear = nn.Linear(width, vocab, bias=bias).to(dtype)
+        nn.init.normal_(linear.weight, std=size / math.sqrt(width))
+        linear.scale, linear.softcap = scale, softcap
+        return linear
+    labels = torch.where(torch.rand(n) < masked, -100, torch.randint(vocab, (n,)))
+    return torch.randn(n, d, dtype=dtype, requires_grad=True), head(d), labels, torch.randn(n, dt, dtype=dtype), head(dt)
+
+
+def apply_head(hidden, head):
+    z = F.linear(hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double()) * (head.scale or 1.0)
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def with_gradients(losses, hidden, head):
+    """(loss, ce, kl) and the gradients of loss -> six tensors in float64."""
+    wanted = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
+    grads = torch.autograd.grad(losses[0], wanted) if wanted else []
+    return [x.detach().double() for x in (*losses, *grads)]
+
+
+def exact(hidden, head, labels, teacher_hidden, teacher_head, *, alpha, temperature=1.0, divergence="forward"):
+    with torch.no_grad():
+        teacher_logits = None if teacher_hidden is None else apply_head(teacher_hidden, teacher_head)
+    return with_gradients(dense_losses(apply_head(hidden, head), teacher_logits, labels, alpha, temperature, divergence), hidden, head)
+
+
+def fused(hidden, head, labels, teacher_hidden, teacher_head, **options):
+    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
+    return with_gradients(sd.distillation_loss(hidden, head, labels, teacher, **{"temperature": 1.0, **options}), hidden, head)
+
+
+def off(got, want, floor=0.0):
+    """Largest relative deviation; floor: the size below which a number counts as rounding."""
+    assert len(got) == len(want)
+    return max(((a - b).norm() / b.norm().clamp_min(max(floor, 1e-300))).item() for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_losses_and_gradients_match_float64(divergence, temperature, alpha):
+    for seed in range(3):
+        inputs, options = case(seed=seed), dict(alpha=alpha, temperature=temperature, divergence=divergence)
+        want = exact(*inputs, **options)
+        if alpha == 1:
+            want[2] = want[2] * 0   # no teacher is asked
+            inputs = (*inputs[:3], None, None)
+        assert off(fused(*inputs, **options), want, floor=1e-3) < 1e-6
+
+
+@pytest.mark.parametrize("head", [dict(bias=True), dict(scale=0.25), dict(softcap=3.0), dict(bias=True, scale=1.7, softcap=5.0)], ids=str)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_losses_honours_bias_scale_and_softcap(head, divergence):
+    options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
+    assert off(fused(*case(**head), **options), exact(*case(**head), **options)) < 2e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_losses_does_not_depend_on_the_chunk(divergence):
+    inputs = case(n=37, bias=True, softcap=5.0, masked=0)
+    options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
+    whole = fused(*inputs, **options)
+    for chunk in (1, 7, 36, 37, 100):
+        assert off(fused(*inputs, **options, chunk=chunk), whole) < 1e-6
+
+
+def test_losses_in_bf16_is_within_its_rounding():
+    for seed, divergence in enumerate(("forward", "reverse", "jsd")):
+        inputs = case(n=64, vocab=500, d=64, dt=96, seed=seed, dtype=torch.bfloat16)
+        got, want = (f(*inputs, alpha=0.3, temperature=2.0, divergence=divergence) for f in (fused, exact))
+        assert off(got, want) < 2e-2
+        assert off(got[:3], want[:3]) < 4e-3   # reductions are in fp32
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_losses_gradcheck(divergence, alpha):
+    hidden, head, labels, teacher_hidden, teacher_head = case(n=5, vocab=11, d=3, dt=4, bias=True, softcap=4.0, dtype=torch.float64)
+
+    def loss(hidden, weight, bias):
+        student_head = types.SimpleNamespace(weight=weight, bias=bias, scale=1.5, softcap=4.0)
+        teacher = None if alpha == 1 else (teacher_hidden, teacher_head)
+        return sd.distillation_loss(hidden, student_head, labels, teacher, alpha=alpha, temperature=2.0, divergence=divergence, chunk=2)[0]
+    assert torch.autograd.gradcheck(loss, (hidden, head.weight, head.bias))
+
+
+def test_losses_all_masked_is_zero_with_zero_gradients():
+    hidden, head, labels, *teacher = case(bias=True)
+    for alpha in (0.0, 0.3, 1.0):
+        got = fused(hidden, head, torch.full_like(labels, -100), *(teacher if alpha < 1 else (None, None)), alpha=alpha)
+        assert all((x == 0).all() for x in got)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_logits_of_ten_thousand_stay_finite(divergence, temperature):
+    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
+    for p in (head.weight, teacher_head.weight):
+        p.data.mul_(1e4)
+    got = fused(hidden, head, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=temperature, divergence=divergence)
+    want = exact(hidden, head, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=temperature, divergence=divergence)
+    assert all(x.isfinite().all() for x in got)
+    if divergence == "forward":   # reverse and jsd reach log 0 in the reference
+        assert off(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_losses_kl_is_never_negative(divergence):
+    for seed in range(5):   # a teacher that is almost the student: where rounding could take it below zero
+        hidden, head, labels, *_ = case(n=200, seed=seed, masked=0)
+        for nudge in (0.0, 1e-6, 1e-4, 1e-2):
+            near = hidden.detach() + nudge * torch.randn_like(hidden)
+            for i in range(0, 200, 20):
+                part = slice(i, i + 20)
+                assert fused(hidden[part], head, labels[part], near[part], head, alpha=0.0, divergence=divergence, temperature=2.0)[2] > -1e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_student_that_is_the_teacher_has_no_kl_gradient(divergence, temperature):
+    hidden, head, labels, *_ = case(bias=True)
+    _, _, kl, *grads = fused(hidden, head, labels, hidden.detach(), head, alpha=0.0, temperature=temperature, divergence=divergence)
+    assert abs(kl) < 1e-6
+    assert all((g == 0).all() for g in grads)
+
+
+def test_losses_is_divided_by_the_denominator_and_composed_of_its_parts():
+    inputs = case()
+    options = dict(alpha=0.3, temperature=2.0)
+    own, given = fused(*inputs, **options), fused(*inputs, **options, denominator=7.0)
+    counted = (inputs[2] != -100).sum()
+    assert off(given, [x * counted / 7 for x in own]) < 1e-6
+    assert own[0].item() == pytest.approx(0.3 * own[1].item() + 0.7 * own[2].item(), rel=1e-6)
+
+
+def test_losses_frozen_parts_get_no_gradient_and_change_nothing_else():
+    hidden, head, labels, *teacher = case(bias=True)
+    whole = fused(hidden, head, labels, *teacher, alpha=0.3)
+    head.requires_grad_(False)
+    assert off(fused(hidden, head, labels, *teacher, alpha=0.3), whole[:4]) == 0
+    head.requires_grad_(True)
+    assert off(fused(hidden.detach(), head, labels, *teacher, alpha=0.3), [*whole[:3], *whole[4:]]) == 0
+
+
+def test_losses_larger_vocabulary_of_either_side_is_cut():
+    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
+    labels = labels % 80
+    cut = nn.Linear(24, 80, bias=False)
+    cut.weight.data = teacher_head.weight.data[:80]
+    cut.scale = cut.softcap = None
+    small = nn.Linear(16, 80, bias=False)
+    small.weight.data = head.weight.data[:80]
+    small.scale = small.softcap = None
+    want = exact(hidden, small, labels, teacher_hidden, cut, alpha=0.3, temperature=2.0)
+    assert off(fused(hidden, small, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=2.0), want) < 1e-6
+    got = fused(hidden, head, labels, teacher_hidden, cut, alpha=0.3, temperature=2.0)
+    assert (got[4][80:] == 0).all() and off([*got[:4], got[4][:80]], want) < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 8, 97])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(k, temperature):
+    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
+    alpha = 0.3
+    logq = F.log_softmax(apply_head(teacher_hidden, teacher_head) / temperature, -1).detach()
+    ids = logq.topk(k).indices
+    rest = (1 - logq.gather(-1, ids).exp().sum(-1)).clamp_min(0) if k < 97 else torch.zeros(len(ids))
+    pad = lambda x: F.pad(x, (0, 1), value=1.0) if k == 97 else x   # nothing is left for the bucket: 1 log 1 on both sides
+    bucket = lambda logp: torch.cat([logp.gather(-1, ids), pad((1 - logp.gather(-1, ids).exp().sum(-1, keepdim=True)).log()[:, :k < 97])], -1)
+    z = apply_head(hidden, head)
+    b, a = bucket(logq), bucket(F.log_softmax(z / temperature, -1))
+    entropy = -(b[:, :k + (k < 97)].exp() * b[:, :k + (k < 97)]).sum(-1)
+    ce = F.cross_entropy(z, labels)
+    kl = (b.exp() * (b - a))[:, :k + (k < 97)].sum(-1).mean() * temperature ** 2
+    want = with_gradients((alpha * ce + (1 - alpha) * kl, ce, kl), hidden, head)
+    target = sd.SparseTarget(ids, logq.gather(-1, ids).exp().float(), rest.float(), entropy.float())
+    got = with_gradients(sd.distillation_loss(hidden, head, labels, target, alpha=alpha, temperature=temperature), hidden, head)
+    assert off(got, want) < 2e-6
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_compiled_loss_matches_float64(divergence, temperature):
+    for n in (50, 7):   # of a vocabulary that is large enough for the compiler to be called
+        inputs = case(n=n, vocab=20000)
+        got, want = (f(*inputs, alpha=0.3, temperature=temperature, divergence=divergence) for f in (fused, exact))
+        assert off(got, want) < 2e-6
+
+
+@pytest.mark.campaign
+def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
+    code = ("import test_simple_distill as t\nfor n in (5, 9):\n    x = t.case(n=n, vocab=20000)\n"
+            "    print('off', t.off(t.fused(*x, alpha=0.3), t.exact(*x, alpha=0.3)))")
+    env = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True, timeout=300)
+    shown = done.stdout + done.stderr
+    assert done.returncode == 0 and shown.count("no working compiler") == 1, shown
+    assert all(float(x) < 2e-6 for x in re.findall(r"^off (\S+)", done.stdout, re.M)) and done.stdout.count("off ") == 2
+
+
+def test_losses_an_evaluation_forms_no_gradient():
+    """Whether a weight would need one says nothing under no_grad."""
+    weight, hidden, labels = torch.randn(9, 4, requires_grad=True), torch.randn(5, 4), torch.arange(5)
+    seen, real = [], torch.Tensor.addmm_
+    try:
+        torch.Tensor.addmm_ = lambda *args, **more: seen.append(1) or real(*args, **more)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                sd.distillation_loss(hidden, sd.Head(weight), labels, None, alpha=1.0, temperature=1.0)
+    finally:
+        torch.Tensor.addmm_ = real
+    assert len(seen) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: formats, splits, targets, tokenizers, batches.
+
+
+def test_data_longer_prompts_change_nothing_but_the_context(tmp_path, student):
+    """In a model whose attention adds nothing a token sees only itself: then only counted tokens can make a difference."""
+    path = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
+    edit_weights(path, lambda w: [w[k].zero_() for k in w if "o_proj" in k])
+    grads, losses = [], []
+    for name, prompt in (("short", "a"), ("long", prose(30))):
+        rows = [{**row, "prompt": prompt} for row in talk(8)]
+        out = str(tmp_path / name)
+        distil(out, student=path, teacher=tiny_model(tmp_path / f"{name}-teacher", seed=5), alpha=1.0, batch_size=8, max_steps=1, seq_len=400,
+               dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]), max_grad_norm=0)
+        losses.append(column(out, "train/loss"))
+        grads.append({k: v for k, v in gradients(out).items() if "o_proj" not in k})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert distance(*grads) < 1e-6
+
+
+def test_data_the_label_is_the_next_token(tmp_path, out):
+    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift is missing or doubled."""
+    path = tiny_model(tmp_path / "abc", hidden=264, layers=1)
+    order = tiny_tokenizer().encode("abcdefgh<|endoftext|>")
+
+    def by_heart(w):
+        for k in w:
+            w[k].zero_() if "norm" not in k else w[k].fill_(1)
+        for now, following in zip(order, order[1:] + order[:1]):
+            w["model.embed_tokens.weight"][now, now] = 1
+            w["lm_head.weight"][following, now] = 2
+    edit_weights(path, by_heart)
+    distil(out, student=path, dataset=write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40), alpha=1.0, max_steps=1, learning_rate=STILL)
+    assert column(out, "train/ce_loss")[0] < 1e-6 and column(out, "eval/ce_loss")[0] < 1e-6
+
+
+def test_data_collate_shifts_before_it_masks():
+    rows = [{"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]}, {"input_ids": [9, 10], "targets": None}]
+    batch = sd.collate(rows)
+    assert batch.positions.tolist() == [1, 2, 4] and batch.labels.tolist() == [7, 8, 10]
+
+
+def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, teacher, text):
+    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(roll=1))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    err = distil(out, rc=2, teacher=teacher, student=other, dataset=text, max_steps=1).err
+    assert f"token {len(SPECIAL)} " in err and repr(letters[0]) in err and repr(letters[1]) in err
+    assert not os.path.exists(out)
+
+
+def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
+    one, two = (tiny_tokenizer(merges=merges) for merges in (("t u", "u r"), ("u r", "t u")))
+    assert one.get_vocab() == two.get_vocab()
+    pair = dict(teacher=tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one), student=tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two))
+    distil(out, rc=2, **pair, dataset=text, max_steps=1)
+
+
+def target_runs(row, tokenizer):
+    """Each contiguous run of targets as text."""
+    marked = zip(row["input_ids"], [True] * len(row["input_ids"]) if row["targets"] is None else row["targets"])
+    return [tokenizer.decode([int(i) for i, _ in run]) for keep, run in itertools.groupby(marked, key=lambda x: bool(x[1])) if keep]
+
+
+def encode(rows, tokenizer, seq_len=512):
+    return sd.rows_of(sd.encode({k: [row[k] for row in rows] for k in rows[0]}, tokenizer, "text", seq_len))
+
+
+TWO_TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hello there"},
+             {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4.\nTruly."}]
+MARKED = CHATML.replace("{{ m['content'] }}<|im_end|>", "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+                        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} "
+           "[/INST]{% endif %}{% endfor %}")
+THINKING = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last %}{{ m['content'] }}{% else %}"
+            "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
+NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template, want", [
+    (CHATML, ["hello there<|im_end|>", "It is 4.\nTruly.<|im_end|>"]),
+    (LLAMA3, ["hello there<|eot_id|>", "It is 4.\nTruly.<|eot_id|>"]),
+    (MARKED, ["hello there<|im_end|>", "It is 4.\nTruly.<|im_end|>"]),
+    (MISTRAL, ["hello there<|endoftext|>", "It is 4.\nTruly.<|endoftext|>"]),
+    (NO_END, ["hello there", "It is 4.\nTruly."]),
+    (None, ["hello there<|endoftext|>", "It is 4.\nTruly.<|endoftext|>"]),
+], ids="chatml llama3 marked mistral no_end none".split())
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template, want, bos):
+    tokenizer = tiny_tokenizer(template, bos=bos)
+    row, = encode([{"messages": TWO_TURNS}], tokenizer)
+    assert target_runs(row, tokenizer) == want
+    if template:   # and the ids are those that the template makes, with no second <|begin|>
+        assert row["input_ids"] == tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
+
+
+@pytest.mark.parametrize("said, shown", [("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"), ("é日本🙂", "é日本🙂"),
+                                         ("<|eot_id|>", "<|eot_id|>"), ("assistant", "assistant")])
+def test_data_odd_answers_are_found_exactly(said, shown):
+    tokenizer = tiny_tokenizer(LLAMA3)
+    row, = encode([{"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}] * 2}], tokenizer)
+    if shown in SPECIAL:   # an answer that is itself an end mark: nothing can tell them apart, nothing else may be counted
+        shown = ""
+        assert all(set(run) <= set("<|eot_id|>") for run in target_runs(row, tokenizer))
+    else:
+        assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
+
+
+def test_data_templates_that_rewrite_earlier_turns():
+    tokenizer = tiny_tokenizer(THINKING)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>hm</think>b"},
+             {"role": "user", "content": "c"}, {"role": "assistant", "content": "<think>so</think>d"}]
+    row, = encode([{"messages": turns}], tokenizer)
+    assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
+
+
+def rows_of(dataset, tokenizer=None, **fields):
+    """What load_data hands on, as lists: (train rows, held-out rows)."""
+    cfg = config.Config(**{"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64, **fields})
+    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+        return tuple([dict(row) for row in rows] for rows in sd.load_data(cfg, tokenizer or tiny_tokenizer()))
+
+
+def ids_of(rows):
+    return [list(map(int, row["input_ids"])) for row in rows]
+
+
+def decoded(rows):
+    return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
+
+
+STYLES = {
+    "messages": {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    "response": {"prompt": "why?", "response": "so"},
+    "completion": {"prompt": "why?", "completion": "so"},
+    "answer": {"question": "why?", "answer": "so"},
+    "output": {"instruction": "why?", "output": "so"},
+    "empty_input": {"instruction": "why?", "input": "", "output": "so"},
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_data_conversation_columns(tmp_path, style, suffix):
+    rows, path, tokenizer = [STYLES[style]] * 4, str(tmp_path / f"d.{suffix}"), tiny_tokenizer(CHATML)
+    write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(path)
+    for row in sum(rows_of(path, tokenizer), []):
+        assert target_runs(row, tokenizer) == ["so<|im_end|>"]
+        assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>user\nwhy?<|im_end|>")
+
+
+def test_data_instruction_with_input_shows_both(tmp_path):
+    tokenizer = tiny_tokenizer(CHATML)
+    row, = encode([{"instruction": "add", "input": "1 and 2", "output": "3"}], tokenizer)
+    shown = tokenizer.decode(row["input_ids"])
+    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant") and target_runs(row, tokenizer) == ["3<|im_end|>"]
+
+
+def test_data_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out, student):
+    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in ((2, 10), (3, 10), (4, 100), (16, 10), (500, 10))]
+    path = write_splits(tmp_path / "d", rows, rows[:1])
+    train, _ = rows_of(path, seq_len=16)
+    assert [len(row["input_ids"]) for row in train] == [14, 15, 16] and [sum(row["targets"]) for row in train] == [11, 11, 11]
+    shown = distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=16)
+    assert "dropped 2 of 5" in shown.out + shown.err
+
+
+def test_data_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
+    docs = [prose(5 + i, i) for i in range(6)]
+    train, held = rows_of(write_splits(tmp_path / "d", [{"text": t} for t in docs], [{"text": "held out text here"}]), seq_len=16)
+    stream = tiny_tokenizer().encode("".join(t + "<|endoftext|>" for t in docs))
+    want = [stream[i:i + 16] for i in range(0, len(stream), 16)]
+    assert ids_of(train) == want and all(row["targets"] is None or all(row["targets"]) for row in train)
+    assert decoded(held)[0] == "held out text he"
+
+
+def test_data_every_local_format_gives_the_same_rows(tmp_path):
+    docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
+    table = datasets.Dataset.from_dict({"text": docs, "other": list(range(25))})
+    place = lambda name: str(tmp_path / name)
+    write_jsonl(place("d.jsonl"), [{"text": t} for t in docs])
+    Path(place("d.json")).write_text(json.dumps([{"text": t} for t in docs]))
+    table.to_csv(place("d.csv"))
+    table.to_parquet(place("d.parquet"))
+    Path(place("d.txt")).write_text("\n\n".join(docs))
+    table.save_to_disk(place("saved"))
+    datasets.DatasetDict(train=table).save_to_disk(place("saved_dict"))
+    want = [ids_of(rows) for rows in rows_of(place("d.jsonl"))]
+    assert len(want[0]) > 20 and len(want[1]) >= 1
+    for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
+        assert [ids_of(rows) for rows in rows_of(place(name))] == want, name
+
+
+def test_data_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, chat):
+    """In a process of its own: forking with threads about, a deadlock would take the other tests along."""
+    fields = dict(student=student, dataset=chat, alpha=1.0, batch_size=8, max_steps=1, seq_len=256)
+    distil(tmp_path / "one", **fields)
+    process = spawn(*flags(**PLAIN | fields, output_dir=tmp_path / "two", num_proc=2))
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    assert column(tmp_path / "two", "train/loss") == pytest.approx(column(tmp_path / "one", "train/loss"), rel=1e-6)
+
+
+def test_data_tokenised_rows_are_kept_for_the_next_run(tmp_path):
+    kept = lambda: set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
+    path, before = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)]), kept()
+    first, after_one = rows_of(path), kept()
+    assert ids_of(rows_of(path)[0]) == ids_of(first[0]) and kept() == after_one != before
+    assert ids_of(rows_of(path, seq_len=32)[0]) != ids_of(first[0]) and kept() != after_one
+
+
+def test_data_formats_run_through_the_command_line(tmp_path, student, text):
+    table = datasets.load_dataset("json", data_files=text, split="train")
+    table.to_parquet(str(tmp_path / "d.parquet"))
+    results = []
+    for name in (text, str(tmp_path / "d.parquet")):
+        distil(tmp_path / str(len(results)), student=student, dataset=name, alpha=1.0, max_steps=2)
+        results.append(final_weights(tmp_path / str(len(results))))
+    assert same(*results)
+
+
+def test_data_text_column_and_unknown_columns(tmp_path, out, student):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"body": prose(20, i), "id": i} for i in range(10)])
+    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, max_steps=1).err
+    assert "'text'" in err and "body" in err and "id" in err
+    distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, text_column="body")
+
+
+def test_data_held_out_rows_are_never_trained_on(tmp_path):
+    rows = [{"prompt": f"question {i:03d}", "response": f"answer {i:03d}"} for i in range(100)]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    train, held = (decoded(x) for x in rows_of(path))
+    assert held and not set(train) & set(held) and len(set(train) | set(held)) == len(train) + len(held) == 100
+    assert (train, held) == tuple(decoded(x) for x in rows_of(path))
+    assert len(rows_of(path, eval_samples=2)[1]) <= 2
+
+
+def test_data_text_that_is_held_out_is_in_no_block_of_train(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
+    train, held = ("".join(decoded(x)) for x in rows_of(path))
+    numbers = lambda s: set(re.findall(r"<(\d{3})>", s))
+    assert numbers(held) and not numbers(train) & numbers(held)
+
+
+def test_data_eval_split_is_used_where_there_is_one(tmp_path, out, student, chat):
+    train, held = rows_of(chat, seq_len=256)
+    assert (len(train), len(held)) == (8, 4)
+    both = datasets.DatasetDict(train=datasets.Dataset.from_list(talk(5)), other=datasets.Dataset.from_list(talk(3)))
+    both.save_to_disk(str(tmp_path / "saved"))
+    assert [len(x) for x in rows_of(tmp_path / "saved", eval_split="other", seq_len=256)] == [5, 3]
+    assert [len(x) for x in rows_of(tmp_path / "saved", train_split="other", eval_split="train", seq_len=256)] == [3, 5]
+    err = distil(out, rc=2, student=student, dataset=tmp_path / "saved", eval_split="absent", alpha=1.0, max_steps=1).err
+    assert "absent" in err
+    assert "absent" in distil(out, rc=2, student=student, dataset=tmp_path / "saved", train_split="absent", alpha=1.0, max_steps=1).err
+
+
+def test_data_max_samples_takes_the_first_rows(tmp_path):
+    rows = [{"prompt": f"question {i:03d}", "response": "a"} for i in range(40)]
+    train, held = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
+    assert [re.search(r"\d+", x)[0] for x in decoded(train)] == [f"{i:03d}" for i in range(7)]
+
+
+def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
+    (tmp_path / "d.txt").write_text(prose(2000))
+    train, held = (decoded(x) for x in rows_of(tmp_path / "d.txt"))
+    assert len(held) >= 1 and "".join(train + held) == prose(2000) + "<|endoftext|>"
+
+
+def splits_of(**fields):
+    return sd.load_splits(config.Config(**fields))
+
+
+def test_data_splits_by_their_role(tmp_path, text):
+    """One file has one split, train; asked for by its own name it is all evaluated, and a name it has not is refused by that name."""
+    with pytest.raises(config.UserError, match="no split 'validation'"):
+        splits_of(dataset=text, train_split="validation")
+    with pytest.raises(config.UserError, match="no split 'test'"):
+        splits_of(dataset=text, eval_split="test")
+    raw, held = splits_of(dataset=text, eval_split="train")
+    assert len(raw) + len(held) == 40 and len(held) == 2
+    _, held = splits_of(mode="eval", dataset=text, eval_split="train")
+    assert len(held) == 40
+
+
+@pytest.mark.parametrize("first, rows", [
+    ({"messages": "hi", "text": "one two"}, 3), ({"text": None}, 2), ({"prompt": "a", "response": None}, 2),
+    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, 3),
+    ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 3)])
+def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, rows):
+    """Columns in another's style, and rows without a value at the beginning."""
+    whole = {"text": "one two"} if "text" in first else {"prompt": "c", "response": "d"} if first.get("response", 1) is None else first
+    path = write_jsonl(tmp_path / "data.jsonl", [first, whole, whole])
+    made = sd.encode(datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))[:], tiny_tokenizer(), "text", 99)
+    splits_of(dataset=path)
+    assert len(made["input_ids"]) == (1 if "text" in first else rows)
+
+
+def test_data_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, student):
+    """Rows of equal length and a student that stands still: the mean of the steps, weighted by rows, is the mean of the rows."""
+    rows = [{"prompt": prose(2, i), "response": f"{prose(9, i):.9}"} for i in range(10)]
+    distil(out, student=student, dataset=write_splits(tmp_path / "d", rows, rows), seq_len=256, alpha=1.0, batch_size=4, num_epochs=2, learning_rate=STILL)
+    losses = column(out, "train/loss")
+    for epoch in (losses[:3], losses[3:]):
+        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(column(out, "eval/loss")[-1], rel=1e-6)
+    assert losses[:3] != losses[3:]
+
+
+def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 2_000_000}) + "\n" + GOOD_LINE * 9)
     distil(out, student=student, alpha=1, dataset=tmp_path / "a.jsonl", max_steps=1, eval_samples=4)
     assert len(column(out, "train/loss")) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights & Biases.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Models and FSDP: architectures, heads, layers:N, precision.
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_models_padded_vocabulary_trains_as_the_unpadded_one(tmp_path, teacher, student, text, who):
+    pair = dict(teacher=teacher, student=student)
+    fields = dict(dataset=text, alpha=0.3, temperature=2.0, max_steps=3)
+    distil(tmp_path / "even", **pair, **fields)
+    pair[who] = padded(tmp_path / "padded", pair[who], 128)
+    distil(tmp_path / "odd", **pair, **fields)
+    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
+        assert column(tmp_path / "odd", key) == pytest.approx(column(tmp_path / "even", key), rel=1e-6)
+    even, odd = final_weights(tmp_path / "even"), final_weights(tmp_path / "odd")
+    assert distance({k: v[:len(even[k])] for k, v in odd.items()}, even) < 1e-6
+
+
+def test_models_tokenizer_larger_than_the_model_is_refused(tmp_path, out, text):
+    distil(out, rc=2, student=tiny_model(tmp_path / "s", vocab=200), dataset=text, alpha=1.0, max_steps=1)
+
+
+MODELS = {
+    "llama": dict(cls="LlamaConfig"),
+    "llama_tied": dict(cls="LlamaConfig", tie_word_embeddings=True),
+    "qwen2": dict(cls="Qwen2Config"),
+    "qwen3": dict(cls="Qwen3Config", head_dim=16),
+    "qwen3_moe": dict(cls="Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "gpt2": dict(cls="GPT2Config", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt_neox": dict(cls="GPTNeoXConfig"),
+    "gemma2": dict(cls="Gemma2Config", head_dim=16, final_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "cohere": dict(cls="CohereConfig", logit_scale=0.3),
+    "granite": dict(cls="GraniteConfig", logits_scaling=3.0),
+    "phi": dict(cls="PhiConfig", tie_word_embeddings=False),   # a head with a bias
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_layers_n_of_every_architecture_with_its_own_head(tmp_path, out, chat, name):
+    """layers:3 of 5 keeps 0, 2, 4 with their weights; its losses are those of the model's own logits."""
+    path = tiny_model(tmp_path / "teacher", layers=5, seed=3, tokenizer=tiny_tokenizer(CHATML), **MODELS[name])
+    if name == "phi":
+        edit_weights(path, lambda w: w["lm_head.bias"].normal_(generator=torch.Generator().manual_seed(0)))
+    distil(out, teacher=path, student="layers:3", dataset=chat, seq_len=256, batch_size=8, max_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL)
+
+    kept = lambda k: (m := re.search(r"\.(?:layers|h)\.(\d+)\.", k)) is None or (int(m[1]) % 2 == 0)
+    rename = lambda k: re.sub(r"\.(layers|h)\.(\d+)\.", lambda m: f".{m[1]}.{int(m[2]) // 2}.", k)
+    want = {rename(k): v for k, v in weights(path).items() if kept(k)}
+    got = final_weights(out)
+    assert got.keys() == want.keys() and all(torch.allclose(got[k], want[k], rtol=0, atol=1e-20) for k in want)
+
+    thin, whole = load(f"{out}/final"), load(path)
+    assert thin.config.num_hidden_layers == 3
+    if getattr(whole.config, "layer_types", None):
+        assert thin.config.layer_types == whole.config.layer_types[::2]
+    losses = model_losses(thin.eval(), whole.eval(), chatml_rows(talk(8)), 0.3, 2.0)
+    assert [log(out)[0]["train/" + k] for k in ("loss", "ce_loss", "kl_loss")] == pytest.approx([x.item() for x in losses], rel=1e-5)
+    assert losses[2] > 1e-3
+
+
+def test_models_layers_n_without_a_teacher_in_the_loss(tmp_path, out, text):
+    path = tiny_model(tmp_path / "teacher", layers=4)
+    distil(out, teacher=path, student="layers:2", dataset=text, alpha=1.0, max_steps=1)
+    assert load(f"{out}/final").config.num_hidden_layers == 2
+    for wrong in ("layers:0", "layers:5", "layers:x", "layers:"):
+        distil(tmp_path / "no", rc=2, teacher=path, student=wrong, dataset=text, max_steps=1)
+
+
+@pytest.mark.parametrize("special", [dict(mlp_only_layers=[4]), dict(decoder_sparse_step=2)], ids=str)
+def test_models_layers_n_of_a_mixture_with_some_dense_layers(tmp_path, out, text, special):
+    path = tiny_model(tmp_path / "teacher", layers=5, **MODELS["qwen3_moe"], **special)
+    done = sd.main(words_of(flags(**PLAIN, output_dir=out, teacher=path, student="layers:3", dataset=text, max_steps=1)))
+    assert done in (0, 2)   # thinned rightly, or refused: never a traceback
+
+
+def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, teacher, text):
+    shape = str(tmp_path / "shape.json")
+    tiny_config(hidden=16, layers=1).to_json_file(shape)
+    got = []
+    for i, seed in enumerate((1, 1, 2)):
+        distil(tmp_path / str(i), teacher=teacher, student=shape, dataset=text, max_steps=1, seed=seed, learning_rate=STILL)
+        got.append(final_weights(tmp_path / str(i)))
+    assert same(got[0], got[1]) and not same(got[0], got[2])
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "0" / "final").get_vocab() == tiny_tokenizer().get_vocab()   # the teacher's
+    distil(tmp_path / "own", student=shape, tokenizer=teacher, dataset=text, alpha=1.0, max_steps=1)
+
+
+def test_models_a_head_that_the_loss_would_not_reproduce_is_refused(tmp_path, out, text):
+    """A model with code of its own that scales its logits in a way nobody knows: its distribution is not the loss's."""
+    path = tiny_model(tmp_path / "odd")
+    Path(path, "modeling_odd.py").write_text(
+        "import transformers\n\n\nclass Odd(transformers.LlamaForCausalLM):\n    def forward(self, *args, **kwargs):\n"
+        "        out = super().forward(*args, **kwargs)\n        out.logits = out.logits * 1.02\n        return out\n")
+    shape = json.loads(Path(path, "config.json").read_text())
+    Path(path, "config.json").write_text(json.dumps({**shape, "auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd"}}))
+    err = distil(out, rc=2, student=path, dataset=text, alpha=1.0, max_steps=1, trust_remote_code=True).err
+    assert "Odd" in err and "head" in err
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_models_missing_models_are_one_line(out, teacher, student, text, role):
+    for name in ("/nowhere/model", "nobody/no-such-model", "/nowhere/shape.json"):
+        err = distil(out, rc=2, **{**dict(teacher=teacher, student=student), role: name}, dataset=text, max_steps=1).err
+        assert name in err and len(err.strip().splitlines()) <= 2
+        assert not os.path.exists(out)
+
+
+def test_models_final_loads_with_the_auto_classes_and_generates(out, teacher, student, text):
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=2)
+    assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(f"{out}/final"), transformers.AutoTokenizer.from_pretrained(f"{out}/final")
+    ids = model.generate(**tokenizer("one two", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert ids.shape[1] == len("one two") + 4 and tokenizer("one two")["input_ids"] == tiny_tokenizer()("one two")["input_ids"]
+    assert not same(final_weights(out), weights(student))
+
+
+def test_models_gradient_checkpointing_changes_nothing(tmp_path, teacher, student, text):
+    for name, on in (("on", True), ("off", False)):
+        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3, gradient_checkpointing=on)
+    assert distance(final_weights(tmp_path / "on"), final_weights(tmp_path / "off")) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_models_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, student, text, dtype):
+    for name in ("fp32", dtype):
+        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3, dtype=name)
+    assert column(tmp_path / dtype, "train/loss") == pytest.approx(column(tmp_path / "fp32", "train/loss"), rel=2e-2)
+    assert column(tmp_path / dtype, "train/grad_norm") == pytest.approx(column(tmp_path / "fp32", "train/grad_norm"), rel=5e-2)
+    assert column(tmp_path / dtype, "train/skipped_steps") == [0, 0, 0]
+    tensors = checkpoint(tmp_path / dtype, 3)
+    assert all(v.dtype == torch.float32 for k, v in tensors.items() if "weight" in k)
+    assert distance({k: v.float() for k, v in final_weights(tmp_path / dtype).items()}, final_weights(tmp_path / "fp32")) < 2e-2
+
+
+def test_models_checkpointing_does_not_recompute_what_is_frozen(student):
+    """transformers makes embeddings ask for a gradient; without it nothing below the first trained layer is kept or run again."""
+    with sd.process_group():
+        root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
+        calls, layers = [], sd.layers_of(root.model)[1]
+        for name, p in root.model.named_parameters():
+            p.requires_grad_("layers.1." in name)
+        layers[0].self_attn.register_forward_hook(lambda *_: calls.append(0))
+        layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
+    assert calls == [0, 1, 1]
+
+
+def test_models_a_model_with_persistent_buffers_is_saved(tmp_path, text):
+    shape = dict(cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+                 first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
+    path = tiny_model(tmp_path / "model", **shape)
+    edit_weights(path, lambda tensors: tensors["model.layers.1.mlp.gate.e_score_correction_bias"].copy_(torch.tensor([1., 2., 3., 4.])))
+    distil(tmp_path / "out", teacher=path, student=path, dataset=text, max_steps=1)
+    assert final_weights(tmp_path / "out")["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.campaign
+def test_models_compile_changes_nothing_but_rounding(tmp_path, teacher, student, text):
+    for name, on in (("on", True), ("off", False)):
+        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=2, compile=on)
+    assert column(tmp_path / "on", "train/loss") == pytest.approx(column(tmp_path / "off", "train/loss"), rel=1e-4)
+
+
+def test_models_layers_of_a_nested_text_model_are_refused():
+    with pytest.raises(config.UserError, match="text model is part of a larger one"):
+        sd.plan_layers(config.Config(teacher="x", student="layers:2"), transformers.Gemma3Config())
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimiser: rates, groups, schedules.
+
+
+def test_optimiser_lr_multipliers_freeze_scale_and_say_so(out, teacher, student, text):
+    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=1, learning_rate=1e-3,
+                   lr_multipliers=["embed=0", r"layers\.0\..*proj=0.5", r"layers=3"], default_lr_multiplier=2).out
+    before, after = weights(student), final_weights(out)
+    moved = {k: (after[k] - before[k]).abs().max().item() for k in before}
+    for name, change in moved.items():   # AdamW's first step is the learning rate, in the direction of the sign
+        rate = 0 if "embed" in name else 0.5 if re.search(r"layers\.0\..*proj", name) else 3 if "layers" in name else 2
+        assert change == 0 if rate == 0 else change == pytest.approx(rate * 1e-3, rel=0.02), name
+    state = [k for k in checkpoint(out, 1) if "exp_avg" in k]
+    assert state and not any("embed" in k for k in state)
+    for rate, part in ((0.5, r"layers\.0\..*proj"), (3, r"layers\.(1|0.*norm)"), (2, r"^(?!.*(embed|layers))")):
+        size = sum(v.numel() for k, v in before.items() if re.search(part, k))
+        assert re.search(rf"{size:,}\D+{rate * 1e-3:g}\b", shown), (size, rate)
+    assert re.search(rf"{before['model.embed_tokens.weight'].numel():,} frozen", shown)
+
+
+def test_optimiser_a_pattern_that_matches_nothing_is_named(out, student, text):
+    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1, lr_multipliers=["embed=0.5", "no_such_layer=0"]).err
+    assert "no_such_layer" in err and not os.path.exists(out)
+    for wrong in ("embed", "embed=x", "embed=-1", "(=1"):
+        assert wrong.partition("=")[0] in distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1, lr_multipliers=[wrong]).err
+    distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1, default_lr_multiplier=0)
+
+
+def test_optimiser_norms_and_biases_do_not_decay(tmp_path, text):
+    path = tiny_model(tmp_path / "gpt2", **MODELS["gpt2"])
+    distil(tmp_path / "a", student=path, teacher=path, dataset=text, alpha=0.0, max_steps=1, weight_decay=0.5, learning_rate=0.1)
+    before, after = weights(path), final_weights(tmp_path / "a")   # no gradient: all that moves is decay
+    for name in before:
+        want = before[name] * (1 - 0.1 * 0.5) if before[name].ndim >= 2 else before[name]
+        assert torch.allclose(after[name], want, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+                                  "warmup_stable_decay", "cosine_with_min_lr"])
+def test_optimiser_schedulers(out, student, text, name):
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name, warmup_ratio=0 if name == "constant" else 0.4,
+           lr_scheduler_kwargs='{"min_lr": 1e-5}' if "min" in name else None)
+    assert all(0 <= rate <= 1e-3 for rate in column(out, "train/learning_rate"))
+
+
+def test_optimiser_a_pattern_that_matches_only_a_tied_head_says_so(out, text, tmp_path):
+    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    fields = dict(student=tied, alpha=1.0, dataset=text, max_steps=1)
+    err = distil(out, rc=2, **fields, lr_multipliers=["layers=0.5", "lm_head=0"]).err
+    assert "lm_head" in err and "tied to model.embed_tokens.weight" in err and not os.path.exists(out)
+    distil(out, **fields, lr_multipliers=["embed|lm_head=0"])
+    assert torch.equal(final_weights(out)["model.embed_tokens.weight"], weights(tied)["model.embed_tokens.weight"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: save, find, resume, damage, full disks.
+
+
+def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, gradient_accumulation_steps=2, alpha=0.3)
+    distil(tmp_path / "whole", **fields, max_steps=12)   # a pass is 9 or so
+    distil(tmp_path / "parts", **fields, max_steps=5)
+    shown = distil(tmp_path / "parts", **fields, max_steps=12).out
+    assert "resumes" in shown and "step-00000005" in shown
+    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts"))
+    assert column(tmp_path / "parts", "train/step") == list(range(1, 13))
+    assert column(tmp_path / "parts", "train/loss") == column(tmp_path / "whole", "train/loss")
+    whole, parts = (checkpoint(tmp_path / name, 12) for name in ("whole", "parts"))
+    assert same({k: v for k, v in whole.items()}, parts)
+
+
+def test_checkpoints_a_batch_divided_anew_is_accepted_again(tmp_path):
+    """From one rank to three, and on three once more: the typed batch stays what it was."""
+    cfg = config.Config(batch_size=8)
+    first = sd.plan_batch(cfg, None, 1)
+    state = {"global_batch": first[2], "batch": [8, 1]}
+    assert sd.plan_batch(cfg, state, 3) == (3, 1, 8) == sd.plan_batch(cfg, {**state, "global_batch": 8}, 3)
+    with pytest.raises(config.UserError, match="sequences a step"):
+        sd.plan_batch(config.Config(batch_size=4), state, 3)
+
+
+def test_checkpoints_resume_never_and_by_path(tmp_path, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=1)
+    out = str(tmp_path / "out")
+    distil(out, **fields, max_steps=3)
+    done = final_weights(out)
+    distil(out, **fields, max_steps=3, resume="never")
+    assert same(final_weights(out), done) and column(out, "train/step") == [1, 2, 3]
+    distil(out, **fields, max_steps=4, resume=f"{out}/checkpoints/step-00000002")
+    assert column(out, "train/step") == [1, 2, 3, 4]
+    distil(tmp_path / "other", **fields, max_steps=4)
+    assert same(final_weights(out), final_weights(tmp_path / "other"))
+    assert "nowhere" in distil(tmp_path / "x", rc=2, **fields, max_steps=4, resume="/nowhere/step-00000002").err
+
+
+def test_checkpoints_keep_checkpoints(out, student, text):
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=5, save_steps=1, keep_checkpoints=2)
+    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000005"]
+    state = json.loads(Path(out, "checkpoints", "step-00000005", "state.json").read_text())
+    assert state["step"] == 5 and state["epoch"] == pytest.approx(column(out, "train/epoch")[-1])
+
+
+def test_checkpoints_an_unreadable_newest_checkpoint_is_passed_over(tmp_path, out, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
+    distil(out, **fields, max_steps=4)
+    for file in Path(out, "checkpoints", "step-00000004").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    shown = distil(out, **fields, max_steps=6)
+    assert re.search("step-00000004 .*passed over", shown.out + shown.err)
+    distil(tmp_path / "whole", **fields, max_steps=6)
+    assert same(final_weights(out), final_weights(tmp_path / "whole")) and column(out, "train/step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_a_changed_config_is_refused_by_field(out, teacher, student, text):
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=2)
+    err = distil(out, rc=2, teacher=teacher, student=student, dataset=text, max_steps=4, learning_rate=5e-4, temperature=2.0).err
+    assert "learning_rate" in err and "temperature" in err and "0.0005" in err and "alpha" not in err
+    assert column(out, "train/step") == [1, 2]
+
+
+def test_checkpoints_each_truncated_file_makes_it_fall_back(tmp_path, teacher, student, text):
+    fields = dict(teacher=teacher, student=student, dataset=text, save_steps=2, batch_size=4)
+    distil(tmp_path / "whole", **fields, max_steps=4)
+    newest = Path("checkpoints", "step-00000004")
+    files = sorted(f.name for f in (tmp_path / "whole" / newest).iterdir())
+    assert "state.json" in files and ".metadata" in files
+    for file in files:
+        run = tmp_path / f"run{file}"
+        shutil.copytree(tmp_path / "whole", run)
+        config_file = json.loads((run / "config.json").read_text()) | {"output_dir": str(run)}
+        (run / "config.json").write_text(json.dumps(config_file))
+        shutil.rmtree(run / "final")
+        with open(run / newest / file, "r+b") as f:
+            f.truncate(os.path.getsize(f.name) // 2)
+        shown = distil(run, **fields, max_steps=4).out
+        assert "step-00000004 is not readable" in shown and "resumes from" in shown and "step-00000002" in shown
+        assert same(final_weights(run), final_weights(tmp_path / "whole")) and quiet_log(run) == quiet_log(tmp_path / "whole")
+    shutil.rmtree(run / newest)
+    os.truncate(run / "checkpoints" / "step-00000002" / "state.json", 3)
+    assert "no readable checkpoint" in distil(run, **fields, max_steps=6, rc=2).err
+
+
+def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
+    """A file-size limit makes every larger write fail as a full disk does: the run goes on, says so, and ends with an error."""
+    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2, output_dir=tmp_path / "run")
+    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=2)).wait()
+    before = checkpoint(tmp_path / "run", 2)
+    shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
+    assert shown.count("could not be saved") >= 2 and "error: the run could not be saved" in shown and "Traceback" not in shown, shown
+    assert same(checkpoint(tmp_path / "run", 2), before)
+    assert "done in" in Fork(tmp_path / "c.txt", *flags(**fields, max_steps=6)).wait()
+    assert not list(Path(tmp_path, "run", "checkpoints").glob("tmp*"))
+
+
+def test_checkpoints_a_full_tmpfs(tmp_path, teacher, student, text):
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        shown = distil(place / "run", teacher=teacher, student=student, dataset=text, save_steps=1, keep_checkpoints=9, max_steps=6, rc=2)
+        assert "could not be saved" in shown.out + shown.err
+        kept = sorted(p.name for p in (place / "run" / "checkpoints").glob("step-*"))
+        assert kept[0] == "step-00000001" and len(checkpoint(place / "run", 1)) > 3
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Train: the command line against an independent reference; what a run leaves behind.
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, divergence):
+    for path in (teacher, student):
+        shutil.copytree(path, tmp_path / Path(path).name)
+        tiny_tokenizer(CHATML).save_pretrained(tmp_path / Path(path).name)
+    rows = talk(8)
+    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=write_splits(tmp_path / "data", rows, rows[:2]),
+           seq_len=256, batch_size=4, gradient_accumulation_steps=2, num_epochs=5, alpha=0.3, temperature=2.0, divergence=divergence,
+           max_grad_norm=0.5)
+
+    torch.manual_seed(0)
+    ours, theirs, coded = load(student), load(teacher), chatml_rows(rows)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    logged = log(out, "train")
+    assert len(logged) == 5
+    for entry in logged:
+        loss, ce, kl = model_losses(ours, theirs, coded, 0.3, 2.0, divergence)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
+        assert norm > 0.5   # clipping is at work
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [entry["train/" + k] for k in ("loss", "ce_loss", "kl_loss", "grad_norm")] == pytest.approx(
+            [loss.item(), ce.item(), kl.item(), norm.item()], rel=1e-5)
+    after = ours.state_dict()
+    assert distance(final_weights(out), after) < 1e-5
+    moved = {k: after[k] - before[k] for k in before}
+    assert distance({k: v - before[k] for k, v in final_weights(out).items()}, moved) < 1e-3   # the movement itself, too
+    assert same(weights(tmp_path / "teacher"), weights(teacher))
+
+
+def test_train_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
+    results = []
+    for batch_size, micro_steps in ((8, 1), (2, 4), (1, 8)):
+        out = str(tmp_path / f"{batch_size}x{micro_steps}")
+        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=batch_size, max_steps=1, max_grad_norm=0,
+               gradient_accumulation_steps=micro_steps, alpha=0.3, temperature=2.0)
+        results.append((gradients(out), [log(out, "train")[0]["train/" + k] for k in ("loss", "ce_loss", "kl_loss", "grad_norm")]))
+    for grads, losses in results[1:]:
+        assert losses == pytest.approx(results[0][1], rel=1e-6)
+        assert distance(grads, results[0][0]) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_train_student_that_is_the_teacher_does_not_move(out, teacher, text, divergence):
+    distil(out, teacher=teacher, student=teacher, dataset=text, alpha=0.0, temperature=2.0, max_steps=3, divergence=divergence)
+    assert all(abs(kl) < 1e-6 for kl in column(out, "train/kl_loss"))
+    assert same(final_weights(out), weights(teacher))
+
+
+def test_train_alpha_1_never_touches_the_teacher(out, student, text):
+    for teacher in ("/nowhere/teacher", None):
+        distil(out, teacher=teacher, student=student, dataset=text, alpha=1.0, max_steps=2, resume="never")
+        assert column(out, "train/kl_loss") == [0, 0] and column(out, "train/loss") == column(out, "train/ce_loss")
+        assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]   # nothing of the demo either
+
+
+def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
+    """10 rows, 4 a step: 3 steps a pass, the last one ragged; two passes are six steps, however they are asked for."""
+    data = write_splits(tmp_path / "d", talk(10), talk(2))
+    fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine", warmup_ratio=0.34)
+    variants = [dict(num_epochs=2, batch_size=4), dict(max_steps=6, batch_size=4), dict(num_epochs=2, batch_size=2, gradient_accumulation_steps=2)]
+    for i, variant in enumerate(variants):
+        distil(tmp_path / str(i), **fields, **variant)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-3)
+    scheduler, rates = transformers.get_scheduler("cosine", optimizer, 2, 6), []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    for i in range(3):
+        assert column(tmp_path / str(i), "train/learning_rate") == pytest.approx(rates)
+        assert column(tmp_path / str(i), "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
+    assert same(final_weights(tmp_path / "0"), final_weights(tmp_path / "1"))
+    # the third has a micro-batch without any row in each ragged step
+    assert column(tmp_path / "2", "train/loss") == pytest.approx(column(tmp_path / "0", "train/loss"), rel=1e-6)
+    assert distance(final_weights(tmp_path / "2"), final_weights(tmp_path / "0")) < 1e-5
+
+
+@pytest.mark.parametrize("num_epochs, steps", [(0.1, 1), (1, 3), (1.5, 5)])
+def test_train_part_of_an_epoch(tmp_path, out, student, num_epochs, steps):
+    distil(out, student=student, dataset=write_splits(tmp_path / "d", talk(10), talk(2)), seq_len=256, alpha=1.0, batch_size=4, num_epochs=num_epochs)
+    assert column(out, "train/step") == list(range(1, steps + 1))
+
+
+def test_train_seed_decides(tmp_path, student, text):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        distil(tmp_path / name, student=student, dataset=text, alpha=1.0, max_steps=2, seed=seed)
+    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b")) and not same(final_weights(tmp_path / "a"), final_weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_train_ten_steps_that_are_not_finite_stop_the_run_with_a_checkpoint(tmp_path, out, teacher, student, role):
+    pair = dict(teacher=teacher, student=student)
+    pair[role] = break_letter(pair[role], tmp_path / "broken")
+    rows = [{"prompt": "a" if i < 3 else "Z", "response": prose(3, i)} for i in range(40)]
+    err = distil(out, rc=2, **pair, dataset=write_splits(tmp_path / "d", rows, rows[:2]), seq_len=64, batch_size=1, max_steps=40).err
+    assert "finite" in err
+    skipped, last = column(out, "train/skipped_steps"), max(column(out, "train/step"))
+    assert skipped == sorted(skipped) and 9 <= skipped[-1] <= 13 and not os.path.exists(f"{out}/final")
+    saved, = os.listdir(f"{out}/checkpoints")
+    assert last <= int(saved[-8:]) <= last + 1
+    moments = [v for k, v in checkpoint(out, int(saved[-8:])).items() if "exp_avg" in k]
+    assert moments and all(v.isfinite().all() for v in moments)   # of the last good step
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, teacher, student, role):
+    pair = dict(teacher=teacher, student=student)
+    pair[role] = break_letter(pair[role], tmp_path / "broken")
+    rows = [{"prompt": "Z" if i % 4 == 0 else "a", "response": prose(3, i)} for i in range(12)]
+    distil(out, **pair, dataset=write_splits(tmp_path / "d", rows, rows[1:3]), seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
+    assert column(out, "train/skipped_steps")[-1] == 3
+    assert sum(x is not None for x in column(out, "train/loss")) == 9   # null: JSON knows no NaN
+    before, after = weights(pair["student"]), final_weights(out)
+    assert not same(before, after) and all(after[k].isfinite().all() for k in after if "embed" not in k)
+
+
+def test_train_a_model_that_is_broken_throughout_is_called_that(tmp_path, out, teacher, student, text):
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    edit_weights(broken, lambda w: w["model.norm.weight"][0].fill_(math.inf))
+    err = distil(out, rc=2, teacher=broken, student=student, dataset=text, max_steps=20).err
+    assert "finite" in err.lower()   # not: a head that nobody knows
+
+
+def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(tmp_path, monkeypatch, student, text):
+    """The trainer makes no such batch by itself: one is made here by taking the targets of the second step away."""
+    fields, real = dict(student=student, dataset=text, alpha=1.0, batch_size=4, weight_decay=0.1), sd.micro_batches
+    distil(tmp_path / "one", **fields, max_steps=1)
+
+    def second_is_blank(*args):
+        for step, (micro, position) in enumerate(real(*args)):
+            for batch in micro if step == 1 else []:
+                batch.positions, batch.labels = batch.positions[:0], batch.labels[:0]
+            yield micro, position
+    monkeypatch.setattr(sd, "micro_batches", second_is_blank)
+    shown = distil(tmp_path / "two", **fields, max_steps=2)
+    assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"))
+    assert "step 2" in shown.out + shown.err and all(math.isfinite(v) for v in log(tmp_path / "two", "train")[1].values())
+
+
+TRAIN_KEYS = {"train/" + k for k in "loss ce_loss kl_loss learning_rate grad_norm epoch step tokens_per_second skipped_steps".split()}
+EVAL_KEYS = {"eval/" + k for k in "loss ce_loss kl_loss perplexity min_loss epoch step".split()}
+
+
+def test_train_log_has_exactly_the_keys_of_the_contract(out, teacher, student, text):
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=5, log_steps=2, eval_steps=2, alpha=0.3, learning_rate=0.3)
+    assert all(entry.keys() in (TRAIN_KEYS, EVAL_KEYS) for entry in log(out))
+    assert column(out, "train/step") == column(out, "eval/step") == [2, 4, 5]
+    for entry in log(out, "train"):
+        assert entry["train/loss"] == pytest.approx(0.3 * entry["train/ce_loss"] + 0.7 * entry["train/kl_loss"], rel=1e-6)
+        assert entry["train/tokens_per_second"] > 0 and entry["train/grad_norm"] > 0
+    lowest = math.inf
+    for entry in log(out, "eval"):
+        lowest = min(lowest, entry["eval/loss"])
+        assert entry["eval/min_loss"] == lowest and entry["eval/perplexity"] == pytest.approx(math.exp(entry["eval/ce_loss"]))
+
+
+def test_train_evaluation_is_the_mean_over_held_out_tokens(out, tmp_path, teacher, student):
+    rows = talk(7)
+    for path in (teacher, student):
+        shutil.copytree(path, tmp_path / Path(path).name)
+        tiny_tokenizer(CHATML).save_pretrained(tmp_path / Path(path).name)
+    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=write_splits(tmp_path / "d", talk(3), rows), seq_len=256,
+           batch_size=3, max_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL)
+    want = model_losses(load(student), load(teacher), chatml_rows(rows), 0.3, 2.0)
+    assert [log(out, "eval")[-1]["eval/" + k] for k in ("loss", "ce_loss", "kl_loss")] == pytest.approx([x.item() for x in want], rel=1e-5)
+
+
+def test_train_closing_table_and_sample(out, teacher, student, text):
+    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=2).out
+    sizes = [f"{sum(v.numel() for v in weights(path).values()):,}" for path in (teacher, student)]
+    for who, size in (("teacher", sizes[0]), ("student before", sizes[1]), ("student after", sizes[1])):
+        assert re.search(rf"^{who}\s.*\d.*{size}", shown, re.M), shown
+    assert f"{column(out, 'eval/perplexity')[-1]:.2f}" in shown and "sample" in shown
 
 
 @pytest.fixture
@@ -1676,13 +1735,13 @@ def no_wandb_settings(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_wandb_missing(out, student, text, monkeypatch, no_wandb_settings):
+def test_train_wandb_missing(out, student, text, monkeypatch, no_wandb_settings):
     monkeypatch.setitem(sys.modules, "wandb", None)   # importing it fails
     shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True)
     assert len(re.findall("^wandb.*", shown.out + shown.err, re.M)) == 1
 
 
-def test_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text, no_wandb_settings):
+def test_train_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text, no_wandb_settings):
     """On a terminal, where wandb would ask."""
     env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     ours, theirs = pty.openpty()
@@ -1703,7 +1762,7 @@ def test_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, tex
     assert shown.count(b"wandb: ") == 1 and b"logged in" in shown and os.path.exists(f"{out}/final")
 
 
-def test_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text, monkeypatch, no_wandb_settings):
+def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text, monkeypatch, no_wandb_settings):
     """A stand-in for the service, not for our code."""
     seen = types.SimpleNamespace(config=None, entries=[], finished=False)
 
@@ -1718,96 +1777,105 @@ def test_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, te
 
 
 @pytest.mark.campaign
-def test_wandb_offline(out, student, text):
+def test_train_wandb_offline(out, student, text):
     process = spawn(*flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True), env={"WANDB_MODE": "offline"})
     shown, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and list(Path(out, "wandb").glob("offline-run-*")), shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The package itself: small, documented, and its README true.
-# ---------------------------------------------------------------------------------------------------------------------
+def test_train_log_is_strict_json(out, teacher, student, tmp_path):
+    rows = [{"prompt": "Z" if i % 2 else "a", "response": "one two"} for i in range(4)]
+    broken = break_letter(student, tmp_path / "broken")
+    distil(out, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1)
+    refuse = lambda word: pytest.fail(word)
+    with open(f"{out}/log.jsonl") as f:
+        entries = [json.loads(line, parse_constant=refuse) for line in f]
+    assert any(e.get("train/loss", 0) is None for e in entries) and all(e["train/grad_norm"] for e in entries if e.get("train/loss"))
 
 
-def test_the_top_level_is_six_files_and_five_requirements():
-    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout.split() or os.listdir(HERE)
-    assert {name for name in tracked if not name.startswith(".")} <= {"simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
-                                                                      "requirements.txt", "README.md", "__pycache__"}
-    names = [re.match(r"[\w-]+", line)[0] for line in (HERE / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"]
-    assert sorted(names) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
+def test_train_wandb_is_finished_when_training_fails(out, teacher, student, tmp_path, monkeypatch):
+    """A stand-in for the service, not for our code."""
+    ended = []
+    run = types.SimpleNamespace(id="abc", log=lambda entry, step=None: None, finish=lambda exit_code: ended.append(exit_code))
+    fake = types.SimpleNamespace(login=lambda **_: True, init=lambda **_: run, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    broken = break_letter(student, tmp_path / "broken")
+    rows = [{"prompt": "Z", "response": "one two"}] * 12
+    distil(out, rc=2, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1, use_wandb=True)
+    assert ended == [1]
 
 
-def readme_commands():
-    """Every command of the trainer in the README, in a block or in a line, as lists of words; all but the bare one (the demo)."""
-    readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
-    readme = readme.replace("\\\n", " ")
-    found = re.findall(r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)", readme, re.M)
-    found = [shlex.split(re.sub(r"\s#.*", "", line)) for line in found]
-    return [c for i, c in enumerate(found) if len(c) > 2 and not {"...", "--help"} & set(c) and c not in found[:i]]
+# --------------------------------------------------------------------------------------------------
+# Optional: streaming: the same rows from a stream.
 
 
-@pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
-def test_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
-    """As they stand there, on tiny models: names of models and data are replaced, lengths cut short, nothing else."""
-    mode = command[command.index("--mode") + 1] if "--mode" in command else "train"
-    if mode == "generate" or mode not in MODES:
-        pytest.skip(f"mode {mode} has tests of its own, with a server")
-    words = command[1 if command[0].endswith("launch.sh") else 2:]
-    ours = {"--teacher": teacher, "--student": student, "--dataset": text, "--tokenizer": teacher, "--compare": student}
-    result, i = [], 0
-    while i < len(words):
-        name, _, value = words[i].partition("=") if words[i].startswith("--") else (words[i], "", "")
-        if name == "--dataset_config":
-            i += 1 if value else 2
-            continue
-        takes = not value and name.startswith("--") and i + 1 < len(words) and not words[i + 1].startswith("--")
-        value = value or (words[i + 1] if takes else None)
-        i += 1 + takes
-        if name == "--config":
-            (tmp_path / value).write_text(f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
-        value = ours[name] if name in ours and not (value or "").startswith(("layers:", "demo")) else value
-        result += [name] if value is None else [name, value]
-    monkeypatch.chdir(tmp_path)
-    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"} | ({"--max_steps": 2, "--log_steps": 1} if mode == "train" else {})
-    if "--cache_dir" not in result or mode == "cache":
-        short["--dataset"] = text
-    elif mode == "train":   # its other half comes first
-        fields = dict(teacher=teacher, dataset=text, seq_len=32, cache_dir=result[result.index("--cache_dir") + 1])
-        cli("--mode", "cache", *flags(**fields, output_dir=tmp_path / "out"))
-    cli(*result, *[x for k, v in short.items() if k not in result for x in (k, v)])
+def test_streaming_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
+    """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_splits(tmp_path / "data", [{"text": prose(50, i)} for i in range(50)], [{"text": prose(50, i)} for i in range(3000)])
+    raw, held = splits_of(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
+    assert not isinstance(raw, datasets.Dataset) and 5 <= len(held) < 20 and held[0]["text"] == prose(50, 0)
+    assert sum(p.stat().st_size for p in Path(tmp_path, "cache").rglob("*") if p.is_file()) < 5000
 
 
-def test_the_readmes_own_loss(tmp_path, teacher, student, text):
-    """A fork that adds it as the README says: its gradient is that of autograd, and the command line trains with it."""
-    lines = re.search(r"( +elif divergence == \"skew\":\n(?: {12}.*\n)+)", (HERE / "README.md").read_text())[1]
-    source, anchor = (HERE / "simple_distill.py").read_text(), "        else:   # pull: "
-    assert source.count(anchor) == 1 and len(lines.splitlines()) <= 10
-    (tmp_path / "simple_distill.py").write_text(source.replace(anchor, lines + anchor))
-    choices = 'Literal["forward", "reverse", "jsd"]'
-    (tmp_path / "config.py").write_text((HERE / "config.py").read_text().replace(choices, choices[:-1] + ', "skew"]'))
-    code = """
-import torch, simple_distill as sd
-z, y, labels = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64), torch.tensor([1, 2, 3, 4, 8])
-for T in (1.0, 2.0):
-    a = z.clone().requires_grad_()
-    q, p = torch.softmax(y / T, -1), torch.softmax(a / T, -1)
-    ce, kl = torch.nn.functional.cross_entropy(a, labels, reduction="none"), T * T * (q * (q / (0.9 * p + 0.1 * q)).log()).sum(-1)
-    (0.3 * ce + 0.7 * kl).sum().backward()
-    ours = sd.chunk_terms(z.clone(), labels, y.clone(), alpha=0.3, temperature=T, divergence="skew", student_bend=(1.0, None), teacher_bend=(1.0, None))
-    for mine, its in zip(ours, (ce, kl, a.grad)):
-        torch.testing.assert_close(mine, its.detach(), rtol=1e-9, atol=1e-12)
-"""
-    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
-    checked = run([sys.executable, "-c", code])
-    assert checked.returncode == 0, checked.stderr
-    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, divergence="skew", max_steps=2, use_wandb=False, output_dir="out")
-    trained = run([sys.executable, "simple_distill.py", *words])
-    assert trained.returncode == 0 and all(0 < x < 99 for x in column(tmp_path / "out", "train/kl_loss")), trained.stderr
+def test_streaming_a_short_stream_is_not_held_out_whole(out, student, text):
+    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
+    assert len(column(out, "train/loss")) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo.
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shuffle_buffer", [0, 3])
+def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat, shuffle_buffer):
+    """Three passes over eight rows, eight a step: in whatever order they come, each step is all of them."""
+    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8, max_steps=3, alpha=0.3)
+    distil(tmp_path / "table", **fields)
+    distil(tmp_path / "stream", **fields, streaming=True, shuffle_buffer=shuffle_buffer)
+    assert column(tmp_path / "stream", "train/loss") == pytest.approx(column(tmp_path / "table", "train/loss"), rel=1e-6)
+    assert column(tmp_path / "stream", "eval/loss") == pytest.approx(column(tmp_path / "table", "eval/loss"), rel=1e-6)
+    assert distance(final_weights(tmp_path / "stream"), final_weights(tmp_path / "table")) < 1e-5
+
+
+def test_streaming_a_stream_holds_rows_out_and_needs_max_steps(tmp_path, out, student):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
+    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, streaming=True).err
+    assert "max_steps" in err
+    train, held = rows_of(path, streaming=True, eval_samples=10)
+    seen = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
+    numbers = set(re.findall(r"<(\d{3})>", "".join(decoded(held))))
+    assert numbers and seen and not seen & numbers
+    distil(out, student=student, dataset=path, alpha=1.0, streaming=True, eval_samples=10, max_steps=2)
+
+
+def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, student):
+    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is read in."""
+    docs = [{"text": prose(5 + i % 7, i)} for i in range(30)]
+    path = write_splits(tmp_path / "d", docs, docs[:1])
+    for name, fields in (("a", {}), ("b", dict(streaming=True, shuffle_buffer=0, max_steps=1))):
+        size = len(rows_of(path, seq_len=32)[0])
+        distil(tmp_path / name, student=student, dataset=path, alpha=1.0, batch_size=size, **{"max_steps": 1, **fields}, learning_rate=STILL)
+    assert column(tmp_path / "a", "train/loss") == pytest.approx(column(tmp_path / "b", "train/loss"), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Optional: demo: from nothing to a better student.
+
+
+def test_demo_the_demo_decides_only_what_is_left_open(tmp_path):
+    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and config.json says it all again."""
+    assert config.parse_config([]).max_steps == 500 and config.parse_config(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
+    (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
+    for words in (["--num_epochs", "2"], ["--num-epochs=1"], ["--config", str(tmp_path / "run.yaml")], ["--blockwise", "--num_epochs", "0"]):
+        assert config.parse_config(words).max_steps is None, words
+    assert config.parse_config(["--mode", "eval"]).seq_len == 128 == config.parse_config(["--mode", "eval", "--student", "s"]).seq_len
+    assert config.parse_config(["--mode", "eval", "--teacher", "t", "--dataset", "d"]).seq_len == 512
+    assert config.parse_config(["--teacher", "t", "--student", "s", "--dataset", "d"]).seq_len == 512
+    for i, words in enumerate(([], ["--num_epochs", "2"], ["--blockwise", "--train_lm_head", "false"], ["--blockwise", "--num_epochs", "0"],
+                               ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
+                               ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
+        cfg = config.parse_config(words)
+        sd.write_json(cfg, tmp_path / f"{i}.json")
+        assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
+        assert cfg.mode != "train" or config.Config(**config.result_knobs(cfg))   # as mode eval does with a checkpoint
 
 
 @pytest.mark.campaign
@@ -1867,342 +1935,9 @@ def gradients_of_a_cache(out, step):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Never lose a run: killed anywhere, damaged, moved to another number of ranks, out of disk. Processes are forked from one
-# that has imported the libraries, which makes a fresh start cost tenths of a second.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Optional: cache: what it holds, who may fill it, what damages it, what it costs.
 
-ZYGOTE = """
-import json, os, sys
-import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor, datasets, transformers, tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, HfArgumentParser
-sys.path.insert(0, sys.argv[1])
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        os.environ.update(job["env"])
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            if job["limit"]:
-                import resource, signal
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
-            import simple_distill
-            code = simple_distill.main(job["args"])
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    print(pid, flush=True)
-    if job["wait"]:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Fork:
-    """A run in processes of its own, one a rank."""
-    mother = None
-
-    def __init__(self, log, *args, ranks=1, limit=0):
-        if Fork.mother is None:
-            Fork.mother = subprocess.Popen([sys.executable, "-c", ZYGOTE, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            atexit.register(Fork.mother.kill)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.log, self.pids = str(log), []
-        for rank in range(ranks):
-            env = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                                         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False, "limit": limit}
-            Fork.mother.stdin.write(json.dumps(job) + "\n")
-            Fork.mother.stdin.flush()
-            self.pids.append(int(Fork.mother.stdout.readline()))
-
-    def running(self):
-        def alive(pid):   # a child of the mother that nobody has waited for is a zombie
-            try:
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1   # its threads may outlive it for a moment
-            except OSError:
-                return False
-        return [pid for pid in self.pids if alive(pid)]
-
-    def signal(self, number):
-        for pid in self.running():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        return self
-
-    def wait(self, seconds=180):
-        """-> what it printed, once all of it has ended."""
-        end = time.time() + seconds
-        while self.running():
-            assert time.time() < end, Path(self.log).read_text()[-3000:]
-            time.sleep(0.02)
-        return Path(self.log).read_text()
-
-
-DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {"map": {}, "stream": dict(streaming=True, shuffle_buffer=7), "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
-          "dropout": dict(student="dropout"), "2 ranks": dict(ranks=2, batch_size=2)}
-
-
-def quiet_log(out):
-    return [{k: v for k, v in entry.items() if "second" not in k} for entry in log(out)]
-
-
-def killed_run(tmp_path, teacher, student, text, kind, kills, seed):
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4, "max_steps": 12, "save_steps": 2,
-              "eval_steps": 5, "eval_samples": 8, "alpha": 0.4, "lr_scheduler": "cosine", **KILLED[kind]}
-    ranks, random_ = fields.pop("ranks", 1), random.Random(seed)
-    if fields["student"] == "dropout":
-        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    start = time.time()
-    assert "done in" in Fork(tmp_path / "whole.txt", *flags(**{**fields, "output_dir": whole}), ranks=ranks).wait()
-    usual, inside = time.time() - start, 0
-    half_saved = lambda: bool(list(Path(broken, "checkpoints").glob("tmp-*")))
-    for n in range(kills):
-        run = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks)
-        if n % 2 == 0:   # in the middle of a save
-            end = time.time() + 30
-            while not half_saved() and time.time() < end and not os.path.isdir(f"{broken}/final"):
-                pass
-        else:
-            time.sleep(usual * random_.uniform(0.3, 0.9))
-        run.signal(signal.SIGKILL).wait()
-        inside += half_saved()
-    shown = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks).wait()
-    assert os.path.isdir(f"{broken}/final"), shown[-3000:]
-    assert same(final_weights(whole), final_weights(broken)), shown
-    assert quiet_log(whole) == quiet_log(broken)
-    assert kills < 2 or inside, "no kill fell into a save"
-
-
-@pytest.mark.parametrize("kind", KILLED)
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=3, seed=len(kind))
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_twelve_kills(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=1)
-
-
-def test_two_ranks_one_two_again(tmp_path, teacher, student, text):
-    """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3, "save_steps": 2}
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=tmp_path / "a"), ranks=2).wait()
-    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
-        shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=steps, output_dir=tmp_path / "b"), ranks=ranks).wait()
-        assert Path(tmp_path, "b", "checkpoints", f"step-{steps:08d}").is_dir(), shown
-    assert distance(final_weights(tmp_path / "b"), final_weights(tmp_path / "a")) < 1e-5
-    pairs = zip(column(tmp_path / "a", "train/loss"), column(tmp_path / "b", "train/loss"), strict=True)
-    assert all(abs(x - y) < 1e-5 * abs(x) for x, y in pairs)
-    refused = distil(tmp_path / "b", teacher=teacher, student=student, dataset=text, batch_size=5, max_steps=8, rc=2)
-    assert "6 sequences a step" in refused.err
-
-
-def test_each_truncated_file_makes_it_fall_back(tmp_path, teacher, student, text):
-    fields = dict(teacher=teacher, student=student, dataset=text, save_steps=2, batch_size=4)
-    distil(tmp_path / "whole", **fields, max_steps=4)
-    newest = Path("checkpoints", "step-00000004")
-    files = sorted(f.name for f in (tmp_path / "whole" / newest).iterdir())
-    assert "state.json" in files and ".metadata" in files
-    for file in files:
-        run = tmp_path / f"run{file}"
-        shutil.copytree(tmp_path / "whole", run)
-        config_file = json.loads((run / "config.json").read_text()) | {"output_dir": str(run)}
-        (run / "config.json").write_text(json.dumps(config_file))
-        shutil.rmtree(run / "final")
-        with open(run / newest / file, "r+b") as f:
-            f.truncate(os.path.getsize(f.name) // 2)
-        shown = distil(run, **fields, max_steps=4).out
-        assert "step-00000004 is not readable" in shown and "resumes from" in shown and "step-00000002" in shown
-        assert same(final_weights(run), final_weights(tmp_path / "whole")) and quiet_log(run) == quiet_log(tmp_path / "whole")
-    shutil.rmtree(run / newest)
-    os.truncate(run / "checkpoints" / "step-00000002" / "state.json", 3)
-    assert "no readable checkpoint" in distil(run, **fields, max_steps=6, rc=2).err
-
-
-def test_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
-    """A file-size limit makes every larger write fail as a full disk does: the run goes on, says so, and ends with an error."""
-    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2, output_dir=tmp_path / "run")
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=2)).wait()
-    before = checkpoint(tmp_path / "run", 2)
-    shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
-    assert shown.count("could not be saved") >= 2 and "error: the run could not be saved" in shown and "Traceback" not in shown, shown
-    assert same(checkpoint(tmp_path / "run", 2), before)
-    assert "done in" in Fork(tmp_path / "c.txt", *flags(**fields, max_steps=6)).wait()
-    assert not list(Path(tmp_path, "run", "checkpoints").glob("tmp*"))
-
-
-def test_a_full_tmpfs(tmp_path, teacher, student, text):
-    place = tmp_path / "small"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        shown = distil(place / "run", teacher=teacher, student=student, dataset=text, save_steps=1, keep_checkpoints=9, max_steps=6, rc=2)
-        assert "could not be saved" in shown.out + shown.err
-        kept = sorted(p.name for p in (place / "run" / "checkpoints").glob("step-*"))
-        assert kept[0] == "step-00000001" and len(checkpoint(place / "run", 1)) > 3
-    finally:
-        subprocess.run(["umount", place], check=True)
-
-
-@pytest.mark.parametrize("number, stream", [(signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}), (signal.SIGINT, {})])
-def test_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
-    process = spawn(*flags(**fields, max_steps=100_000, output_dir=tmp_path / "run"))
-    wait_for_log(tmp_path / "run", process)
-    process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
-    stopped = log(tmp_path / "run", "train")[-1]["train/step"]
-    assert Path(tmp_path, "run", "checkpoints", f"step-{stopped:08d}").is_dir()
-    for out in ("run", "whole"):   # what is resumed goes on with the batch after the last one it was trained on
-        cli(*flags(**fields, max_steps=stopped + 3, output_dir=tmp_path / out))
-    assert same(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
-
-
-def wait_for_log(out, process, seconds=120):
-    end = time.time() + seconds
-    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
-        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
-        time.sleep(0.05)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many devices, as processes over gloo: every kind of sharding gives what one process gives.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, teacher, student, chat):
-    """Rows of very different lengths, so that ranks count different numbers of tokens."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3, temperature=2.0)
-    distil(out, **fields, batch_size=8)
-    return out, fields
-
-
-def close_to(out, other, shown):
-    assert os.path.isdir(f"{out}/final"), shown
-    pairs = list(zip(column(out, "train/loss"), column(other, "train/loss"), strict=True))
-    assert all(abs(x - y) <= 1e-5 * abs(y) for x, y in pairs), pairs
-    assert distance(final_weights(out), final_weights(other)) < 1e-5
-
-
-@pytest.mark.parametrize("shard_teacher", [True, False])
-@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
-def test_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
-    other, fields = alone
-    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": tmp_path / "run", "batch_size": 2,
-              "gradient_accumulation_steps": 2}
-    close_to(tmp_path / "run", other, Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait())
-
-
-FAMILIES = {"qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
-            "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
-            "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)}
-
-
-@pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("shard_grad_op", marks=pytest.mark.campaign),
-                                  pytest.param("hybrid_shard", marks=pytest.mark.campaign), "no_shard"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_under_sharding(tmp_path, text, family, fsdp):
-    fields = {**PLAIN, "teacher": tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **FAMILIES[family]),
-              "student": tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **FAMILIES[family]), "dataset": text,
-              "max_steps": 3, "alpha": 0.5}
-    distil(tmp_path / "one", **{**fields, "batch_size": 4})
-    shown = Fork(tmp_path / "log.txt", *flags(**fields, fsdp=fsdp, batch_size=2, output_dir=tmp_path / "two"), ranks=2).wait()
-    close_to(tmp_path / "two", tmp_path / "one", shown)
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
-
-
-def test_loading_costs_other_ranks_their_shard_only(tmp_path):
-    path = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
-    script = (f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\nimport simple_distill as sd\n"
-              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-              f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n"
-              f"    sd.load_student(sd.Config(student={tiny_model(tmp_path / 'first')!r}))   # imports the model's code\n"
-              "    before = peak()\n    root = sd.load_student(cfg)\n    whole = 4 * root.model.num_parameters()\n"
-              "    shard = sum(4 * p.to_local().numel() for p in root.parameters())\n"
-              "    print('RANK', sd.RANK, (peak() - before - shard) / whole, flush=True)\n")
-    Path(tmp_path, "load.py").write_text(script)
-    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "load.py"],
-                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
-    assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
-
-
-def test_launcher_with_two_processes_and_sigterm(tmp_path, alone):
-    other, fields = alone
-    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}), nproc=2)
-    shown, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, shown
-    close_to(tmp_path / "run", other, shown)
-    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "long", "batch_size": 4, "max_steps": 100_000}), nproc=2)
-    wait_for_log(tmp_path / "long", process)
-    process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
-    assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
-
-
-def test_two_nodes_of_one_process(tmp_path, alone):
-    other, fields = alone
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    words = words_of(flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}))
-    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    nodes = [subprocess.Popen([HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(n)}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
-    shown = [n.communicate(timeout=180)[0] for n in nodes]
-    assert [n.returncode for n in nodes] == [0, 0], shown
-    close_to(tmp_path / "run", other, shown)
-    assert "done in" in shown[0] and "done in" not in shown[1]   # only rank 0 prints
-
-
-def test_a_rank_that_dies_takes_the_job_down(tmp_path, alone):
-    process = spawn(*flags(**{**PLAIN, **alone[1], "output_dir": tmp_path / "run", "batch_size": 4, "max_steps": 100_000}), nproc=2)
-    wait_for_log(tmp_path / "run", process)
-    workers = subprocess.run(["pgrep", "-f", f"simple_distill.py.*{tmp_path}/run"], capture_output=True, text=True).stdout.split()
-    ranks = [p for p in workers if "RANK=1" in Path(f"/proc/{p}/environ").read_text().split("\0")]
-    start = time.time()
-    os.kill(int(ranks[0]), signal.SIGKILL)
-    process.communicate(timeout=90)
-    assert process.returncode != 0 and time.time() - start < 60
-
-
-def test_launcher_explains_itself():
-    shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
-
-
-def test_launcher_passes_a_users_mistake_on(tmp_path):
-    """Two ranks make it, one line says it, the exit code is that of one process."""
-    process = spawn(*flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere", output_dir=tmp_path / "out"), nproc=2, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
-
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher cache: what it holds, who may fill it, what damages it, what it costs.
-# ---------------------------------------------------------------------------------------------------------------------
 
 _CACHE_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "simple_distill.py")
 
@@ -2563,267 +2298,378 @@ def _cache_seconds(work):
     return time.perf_counter() - begun
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How good is the student: mode eval.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Optional: blockwise: hidden states, stitches, heads, against plain models with hooks.
 
 
-_EVAL_QUICK = ("--generate_comparisons", "false", "--dtype", "fp32")
+BLOCK = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3, wd_per_block=0)
 
 
-def _eval_tokenizer(texts, size, folder):
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=size, special_tokens=["<|end|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+@pytest.fixture(scope="session")
+def block(tmp_path_factory):
+    """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps of 4 an epoch."""
+    at = tmp_path_factory.mktemp("block")
+    tiny_model(at / "teacher", hidden=32, layers=5, seed=1)
+    tiny_model(at / "student", hidden=16, layers=3, seed=2, tie_word_embeddings=True)
+    data = write_splits(at / "data", talk(20), talk(6, seed=50))
+    return types.SimpleNamespace(at=at, data=data, teacher=str(at / "teacher"), student=str(at / "student"))
 
 
-def _eval_model(folder, seed, width, layers, vocab=320, padding=0):
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=vocab + padding, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
-        initializer_range=0.6)).save_pretrained(folder)
+def _block_run(block, out, rc=0, **fields):
+    return distil(out, rc, **{**BLOCK, **dict(teacher=block.teacher, student=block.student, dataset=block.data), **fields})
 
 
-@pytest.fixture(scope="module")
-def _eval_world(tmp_path_factory):
-    """A teacher, two runs of its students (wide ones, and one with a padded vocabulary), a stranger, and text in many scripts."""
-    folder = tmp_path_factory.mktemp("eval")
-    pick = np.random.default_rng(0)
-    words = "the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup in green pots and sleep".split()
-    texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    for name, *shape in (("teacher", 0, 32, 4), ("student", 1, 16, 2), ("padded", 2, 32, 2, 320, 7)):
-        _eval_model(folder / name, *shape)
-        _eval_tokenizer(texts, 320, folder / name)
-    _eval_model(folder / "stranger", 3, 16, 2, 290)
-    _eval_tokenizer(texts[::3], 290, folder / "stranger")
-    for out, more in (("run", ()), ("labels", ("--alpha", "1"))):
-        teacher = ("--teacher", str(folder / "teacher")) if not more else more
-        cli(*teacher, "--student", folder / "student", "--output_dir", folder / out, "--max_steps", 12, "--save_steps", 6, "--eval_steps", 4,
-            "--log_steps", 1, "--learning_rate", 3e-3, *_eval_data(folder))
-    return folder
+def _block_batches(block, first, last, seq_len=32):
+    """Padded ids and the mask of real tokens of steps first + 1 ... last, as the trainer deals them (that is tested elsewhere)."""
+    cfg = config.Config(dataset=block.data, seq_len=seq_len)
+    with sd.process_group():
+        rows, _ = sd.load_data(cfg, sd.AutoTokenizer.from_pretrained(block.student))
+    for picks, _ in itertools.islice(sd.indexed_batches(rows, 0, 4, first), last - first):
+        rows_ids = [torch.as_tensor(rows[i]["input_ids"]) for i in picks]
+        width = max(map(len, rows_ids))
+        mask = torch.stack([torch.arange(width) < len(x) for x in rows_ids])
+        yield torch.stack([F.pad(x, (0, width - len(x))) for x in rows_ids]), mask, [rows[i] for i in picks]
 
 
-def _eval_data(folder):
-    return ["--dataset", str(folder / "data.jsonl"), "--seq_len", "48", "--batch_size", "3"]
+def _block_states(model, ids, feed=None):
+    """Hooks on every layer of a plain model: its inputs and outputs; feed: {layer: input in place of its own}."""
+    before, after, hooks = {}, {}, []
+    for i, layer in enumerate(model.model.layers):
+        def pre(module, args, kwargs, i=i):
+            x = args[0] if not feed or i not in feed else feed[i]
+            before[i] = x
+            return (x, *args[1:]), kwargs
+
+        def post(module, args, result, i=i):
+            after[i] = result[0] if isinstance(result, tuple) else result
+        hooks += [layer.register_forward_pre_hook(pre, with_kwargs=True), layer.register_forward_hook(post)]
+    model(input_ids=ids, use_cache=False)
+    [h.remove() for h in hooks]
+    return before, after
 
 
-def _eval_words(folder, out, student, *more):
-    return ["--mode", "eval", "--teacher", str(folder / "teacher"), "--student", str(folder / student), "--output_dir", str(folder / out),
-            *_eval_data(folder), *map(str, more)]
+def _block_loss(kind, a, b, t):
+    if kind == "mse":
+        return F.mse_loss(a, b)
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(a, b, dim=-1)).mean()
+    return t * t * F.kl_div(F.log_softmax(a / t, -1), F.softmax(b / t, -1), reduction="sum") / len(a)
 
 
-def _eval_report(folder, out, student, *more):
-    cli(*_eval_words(folder, out, student, *more))
-    return json.loads((folder / out / "report.json").read_text())
+def _block_start(block, out, step):
+    """Student model and stitches as a checkpoint has them."""
+    state, model = checkpoint(out, step), load(block.student)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    missing = model.load_state_dict({k[12:]: v for k, v in state.items() if k.startswith("model.model.")}, strict=False).missing_keys
+    assert missing in ([], ["lm_head.weight"])   # a head that stays tied
+    stitches = {}
+    for name in {k.split(".")[2] for k in state if k.startswith("model.stitches.")}:
+        weight, bias = state[f"model.stitches.{name}.weight"], state.get(f"model.stitches.{name}.bias")
+        stitches[name] = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+        stitches[name].load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})})
+    return model, stitches
 
 
-def _eval_rows(folder, tokenizer):
-    """The held-out rows, cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
-    texts = [json.loads(line)["text"] for line in open(folder / "data.jsonl")]
-    gap = max(2, len(texts) // min(256, len(texts) // 20))
-    ids = [i for t in texts[gap - 1::gap] for i in tokenizer(t)["input_ids"] + [0]]
-    return [ids[i:i + 48] for i in range(0, len(ids), 48) if len(ids[i:i + 48]) > 1]
+_block_slow = lambda *values: pytest.param(*values, marks=pytest.mark.campaign)
 
 
-def _eval_reference(model, teacher, rows, vocab):
-    """Full logits in float64, one row at a time."""
-    model, teacher = (AutoModelForCausalLM.from_pretrained(p).double() for p in (model, teacher))
-    nll, kl, agree, right, confidence = [], [], [], [], []
-    for row in rows:
-        ids = torch.tensor(row)[None]
-        with torch.no_grad():
-            p, q = (m(ids).logits[0, :-1, :vocab].log_softmax(-1) for m in (model, teacher))
-        nll.append(-p.gather(1, ids[0, 1:, None])[:, 0])
-        kl.append((q.exp() * (q - p)).sum(-1))
-        agree.append(p.argmax(-1) == q.argmax(-1))
-        right.append(p.argmax(-1) == ids[0, 1:])
-        confidence.append(p.max(-1)[0].exp())
-    rowwise = torch.stack([x.sum() for x in nll])
-    nll, kl, agree, right, confidence = (torch.cat(x).double() for x in (nll, kl, agree, right, confidence))
-    ece = 0.0
-    for low in np.arange(15) / 15:
-        inside = (confidence >= low) & (confidence < low + 1 / 15)
-        ece += (right[inside].sum() - confidence[inside].sum()).abs().item() / len(right)
-    return {"perplexity": nll.mean().exp().item(), "kl": kl.mean().item(), "agreement": agree.mean().item(), "accuracy": right.mean().item(),
-            "ece": ece, "nll": nll.sum().item(), "tokens": len(nll), "rows": rowwise}
-
-
-@pytest.fixture(scope="module")
-def _eval_found(_eval_world):
-    return _eval_report(_eval_world, "found", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger")
-
-
-def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
-    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
-    for label, name in (("student", "run/final"), ("labels", "labels/final"), ("padded", "padded"), ("teacher", "teacher")):
-        want, got = _eval_reference(_eval_world / name, _eval_world / "teacher", rows, 320), _eval_found["models"][label]
-        assert got["tokens"] == want["tokens"]
-        _, *around = sd.interval(want["rows"].numpy(), np.array([len(r) - 1 for r in rows]), 0)
-        assert got["perplexity_95"] == pytest.approx([math.exp(x) for x in around], rel=1e-5)
-        for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
-            assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6), (label, key)
-
-
-def test_eval_temperature_is_that_of_training(_eval_world, _eval_found):
-    hot = _eval_report(_eval_world, "hot", "run/final", "--temperature", 2, *_EVAL_QUICK)["models"]["student"]
-    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
-    model, teacher = (AutoModelForCausalLM.from_pretrained(_eval_world / n).double() for n in ("run/final", "teacher"))
-    with torch.no_grad():
-        pairs = [[(m(torch.tensor(r)[None]).logits[0, :-1] / 2).log_softmax(-1) for m in (model, teacher)] for r in rows]
-    kl = torch.cat([(q.exp() * (q - p)).sum(-1) for p, q in pairs]).mean().item() * 4
-    assert hot["kl"] == pytest.approx(kl, rel=1e-5) and hot["perplexity"] == _eval_found["models"]["student"]["perplexity"]
-
-
-def test_eval_teacher_against_itself(_eval_world):
-    found = _eval_report(_eval_world, "self", "teacher", *_EVAL_QUICK)
-    student = found["models"]["student"]
-    assert student["kl"] == 0 and student["agreement"] == 1 and student["perplexity"] == found["models"]["teacher"]["perplexity"]
-    assert [x["teacher"] for x in student["layers"]] == [1, 2, 3, 4]
-    assert all(x["cka"] == pytest.approx(1, abs=1e-9) and x["mse"] < 1e-12 for x in student["layers"])
-    assert found["models"]["teacher"]["student_against_it"] == {"difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
-
-
-def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
-    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
-    for label, name in (("student", "run/final"), ("padded", "padded")):
-        states = []
-        for path in (name, "teacher"):
-            model = AutoModelForCausalLM.from_pretrained(_eval_world / path).double()
+@pytest.mark.parametrize("kind, how", [("mse", "frozen"), ("mse", "free"), ("mse", "teacher"), ("cosine", "frozen"), ("kl_div", "frozen"),
+                                       ("kl_div", "teacher"), *(_block_slow(*x) for x in (("cosine", "free"), ("cosine", "teacher"), ("kl_div", "free")))])
+def test_blockwise_losses_match_a_plain_reference(block, out, kind, how):
+    """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain models with hooks."""
+    at_once, t = how == "teacher", 1.5 if kind == "kl_div" else 1.0
+    few, first = ([2.0], 0) if at_once else ([0.1, 0.1, 2.0], 2)
+    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, lm_head_lr=None,
+               save_steps=1, keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
+               initialize_head_from_teacher=False, gradient_checkpointing=True)
+    got = {e["train/step"]: e["train/loss"] for e in log(out, "train")}
+    begin, teacher = first or 1, load(block.teacher)   # the first checkpoint there is
+    total = torch.zeros(first + 10 - begin)
+    for i in range(3) if at_once else [2]:
+        model, stitch = _block_start(block, out, begin)
+        mine = [p for n, p in model.named_parameters() if f"layers.{i}." in n or how == "free" and ("layers." in n or "embed" in n)]
+        mine += [p for name in (f"up{i}", f"down{i}") if name in stitch for p in stitch[name].parameters()]
+        optimizer = torch.optim.AdamW(mine, lr=3e-3, weight_decay=0)
+        if at_once:   # moments of the first step
+            saved, names = checkpoint(out, begin), {p: n for n, p in model.named_parameters()}
+            names |= {p: f"stitches.{k}.{n}" for k, s in stitch.items() for n, p in s.named_parameters()}
+            for p in mine:
+                key = names[p] if names[p].startswith("stitches") else f"model.{names[p]}"
+                optimizer.state[p] = {k: saved[f"{k}.{key}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        for step, (ids, real, _) in enumerate(_block_batches(block, begin, first + 10)):
             with torch.no_grad():
-                per_row = [model.model(torch.tensor(r)[None], output_hidden_states=True).hidden_states[1:] for r in rows]
-            states.append([torch.cat([x[i][0, :-1] for x in per_row]) for i in range(len(per_row[0]))])
-        for got, (s, t) in zip(_eval_found["models"][label]["layers"], ((0, 1), (1, 3))):
-            x, y = states[0][s], states[1][t]
-            assert (got["student"], got["teacher"]) == (s + 1, t + 1)
-            xc, yc = x - x.mean(0), y - y.mean(0)
-            cka = (xc.T @ yc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
-            ones = torch.cat([x, torch.ones(len(x), 1)], 1)
-            fitted = ones @ torch.linalg.lstsq(ones, y).solution
-            mse = (x - y).square().mean() if x.shape == y.shape else (fitted - y).square().sum() / y.shape[1] / (len(x) - x.shape[1] - 1)
-            assert got["cka"] == pytest.approx(cka.item(), rel=1e-4) and got["mse"] == pytest.approx(mse.item(), rel=1e-4)
+                theirs = _block_states(teacher, ids)
+            j = round((i + 1) * 5 / 3) - 1
+            feed = {i: stitch[f"down{i}"](theirs[0][j])} if at_once else None
+            ours = _block_states(model, ids, feed)[1][i]
+            loss = _block_loss(kind, stitch[f"up{i}"](ours[real]), theirs[1][j][real], t)
+            total[step] += loss.item()
+            grads = torch.autograd.grad(loss, mine, allow_unused=True)
+            for p, g in zip(mine, grads):
+                p.grad = torch.zeros_like(p) if g is None else g
+            nn.utils.clip_grad_norm_(mine, 1.0)
+            optimizer.step()
+    torch.testing.assert_close(total, torch.tensor([got[s] for s in range(begin + 1, first + 11)]), rtol=1e-5, atol=1e-6)
+    assert abs(total[0] - total[-1]) > 1e-4   # something was learned
 
 
-def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(_eval_world, _eval_found):
-    base, other = (AutoTokenizer.from_pretrained(_eval_world / n) for n in ("teacher", "stranger"))
-    ids = _eval_rows(_eval_world, base)
-    told = sd.retokenize([{"input_ids": np.array(r), "targets": None} for r in ids], base, other)
-    sizes = [len(base.decode(r[1:], skip_special_tokens=True).encode()) for r in ids]
-    for row, new, size in zip(ids, told, sizes, strict=True):
-        new = new["input_ids"]
-        assert new[0] == 0 and other.decode(new[1:]) == base.decode(row[1:]) and new[1:].count(0) == row[1:].count(0)
-        assert len(other.decode(new[1:], skip_special_tokens=True).encode()) == size
-    stranger = AutoModelForCausalLM.from_pretrained(_eval_world / "stranger").double()
-    bits = 0.0
-    for new in told:
-        new = torch.tensor(new["input_ids"])
-        with torch.no_grad():
-            bits -= stranger(new[None]).logits[0, :-1].log_softmax(-1).gather(1, new[1:, None]).sum().item() / math.log(2)
-    got = _eval_found["models"]["stranger"]
-    assert got["bits"] == pytest.approx(bits / sum(sizes), rel=1e-5) and got["kl"] is None and got["agreement"] is None
-    want = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", ids, 320)["nll"]
-    assert _eval_found["models"]["student"]["bits"] == pytest.approx(want / math.log(2) / sum(sizes), rel=1e-5)
+@pytest.mark.parametrize("kind, source", [("mse", "teacher"), ("cosine", "student"), ("kl_div", "student"),
+                                          *(_block_slow(*x) for x in (("mse", "student"), ("cosine", "teacher"), ("kl_div", "teacher")))])
+def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source):
+    _block_run(block, out, student=block.teacher, distill_loss_type=kind, block_input=source, epochs_per_block=0.4, lm_head_epochs=0.4)
+    assert set(column(out, "train/loss")) == {0.0}
+    assert all(e[f"block/{i}/loss"] == 0 for e in log(out, "block") for i in range(5)) and len(log(out, "block")) == 2
+    assert same(final_weights(out), weights(block.teacher))
 
 
-def test_eval_another_tokenizer_and_masked_prompts_are_refused(_eval_world, tmp_path):
-    rows = [{"prompt": "the quick brown", "response": "fox jumps"}] * 40
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    words = ["--mode", "eval", "--teacher", _eval_world / "teacher", "--student", _eval_world / "stranger", "--dataset", tmp_path / "talk.jsonl",
-             "--seq_len", 48, "--output_dir", tmp_path / "out"]
-    assert "plain text" in cli(*words, rc=2).err
+def test_blockwise_only_its_own_parameters_move(block, out):
+    """Block i and its stitch, block 0 the embeddings too; in the head phase norm and head. Bit for bit."""
+    _block_run(block, out, epochs_per_block=0.4, lm_head_epochs=0.4, initialize_head_from_teacher=False, save_steps=2, keep_checkpoints=9,
+               resume="never")
+    groups = [r"layers\.0\.|up0|embed", r"layers\.1\.|up1", r"layers\.2\.|up2", r"lm_head|model\.norm\."]
+    for i, group in enumerate(groups[1:], 1):
+        a, b = ({k: v for k, v in checkpoint(out, 2 * n).items() if k.startswith("model.")} for n in (i, i + 1))
+        moved = {k for k in a if not torch.equal(a[k], b[k])}
+        assert moved == {k for k in a if re.search(group, k)}, (i, moved)
+    assert torch.equal(a["model.stitches.up0.weight"], b["model.stitches.up0.weight"])
+    assert not [k for k in final_weights(out) if "stitch" in k] and "lm_head.weight" in final_weights(out)
 
 
-@pytest.mark.parametrize("n", [12, 60])
-def test_eval_intervals_cover(n):
-    draw, inside = torch.Generator().manual_seed(n), 0
-    for trial in range(200):   # sequences of many lengths, skewed losses that hang together within one; true mean 2
-        bottom = torch.randint(20, 60, (n,), generator=draw).double()
-        top = bottom * 2 * (0.4 * torch.randn(n, generator=draw, dtype=torch.float64) - 0.08).exp()
-        _, low, high = sd.interval(top.numpy(), bottom.numpy(), trial)
-        inside += low <= 2 <= high
-    assert 180 <= inside <= 198
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cls", ["LlamaConfig", "PhiConfig"])   # Phi: a LayerNorm, a bias in norm and head
+def test_blockwise_projected_head_is_the_teachers_on_stitched_states(block, out, tmp_path, cls, bias):
+    extra = {} if cls == "LlamaConfig" else {"cls": "PhiConfig"}
+    teacher, student = (tiny_model(tmp_path / n, hidden=w, layers=k, seed=w, **extra) for n, w, k in (("t", 32, 3), ("s", 16, 2)))
+    norm = "model.norm.weight" if not extra else "model.final_layernorm.weight"
+
+    def stir(tensors):   # a trained norm is not all ones, a trained bias not all zeros
+        for k in (norm, norm.replace("weight", "bias"), "lm_head.bias"):
+            if k in tensors:
+                tensors[k] += torch.rand(tensors[k].shape)
+    edit_weights(teacher, stir)
+    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False,
+               lm_head_lr=None)
+    state, model, its = checkpoint(out, 10), load(os.path.join(out, "final")), load(teacher)
+    assert ("model.stitches.up1.bias" in state) == (bias and bool(extra)) and ("model.stitches.up0.bias" in state) == bias
+    h = torch.randn(50, 16)
+    stitched = F.linear(h, state["model.stitches.up1.weight"], state.get("model.stitches.up1.bias"))
+    gain, shift = weights(teacher)[norm], weights(teacher).get(norm.replace("weight", "bias"), 0)
+    want = its.lm_head(stitched * gain + shift)   # what the final norm does, but for dividing by the size
+    assert (model.lm_head(h) - want).abs().max() < 1e-5 * want.abs().max()
 
 
-def test_eval_report_files(_eval_world, _eval_found):
-    folder = _eval_world / "found"
-    text = (folder / "report.md").read_text()
-    table = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines() if line.startswith("| "))}
-    labels = table[""]
-    assert labels == list(_eval_found["models"]) == ["teacher", "student", "labels", "padded", "stranger"]
-    for key, title in sd.METRICS.items():
-        for label, cell in zip(labels, table[title]):
-            value, shown = _eval_found["models"][label][key], cell.split(", ")[0].split()[0].replace(",", "")
-            if value is None:
-                assert shown == "-"
-            else:
-                assert float(shown) == pytest.approx(value, rel=6e-4)
-    for x in (m["student_against_it"] for label, m in _eval_found["models"].items() if label != "student"):
-        assert f"{x['difference']:+.4f} bits a byte ({x['interval'][0]:+.4f} to {x['interval'][1]:+.4f})" in text and x["verdict"] in text
-    curves = _eval_found["models"]["student"]["curves"]
-    assert "report.png" in text and [len(curves[k]) for k in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/ce_loss")] == [12, 12, 12, 3]
-    assert len(_eval_found["models"]["student"]["texts"]) == 3
-    from matplotlib import image
-    picture = image.imread(folder / "report.png")[..., :3]
-    assert min(picture.shape[:2]) > 800
-    height, width = (x // 2 for x in picture.shape[:2])
-    for panel in (picture[:height, :width], picture[:height, width:], picture[height:, :width], picture[height:, width:]):
-        assert (np.abs(panel - [0xd5 / 255, 0x5e / 255, 0]).max(-1) < 0.05).sum() > 100   # the third model is in every panel
+def test_blockwise_errors_fall_and_beat_the_head_alone(block, tmp_path):
+    """At unequal width; the head alone gets as many steps as blocks and head together."""
+    whole, alone = str(tmp_path / "whole"), str(tmp_path / "alone")
+    _block_run(block, whole, epochs_per_block=10, lm_head_epochs=6)
+    _block_run(block, alone, epochs_per_block=0.2, lr_per_block=STILL, lm_head_epochs=35.4, initialize_head_from_teacher=False)
+    before, after = log(whole, "block")
+    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(3)), (before, after)
+    assert log(whole, "eval")[-1]["eval/step"] == log(alone, "eval")[-1]["eval/step"]
+    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
 
 
-def test_eval_without_matplotlib(_eval_world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = cli(*_eval_words(_eval_world, "plain", "run/final", *_EVAL_QUICK)).out
-    assert not (_eval_world / "plain/report.png").exists()
-    assert "pip install matplotlib" in said and "report.png)" not in (_eval_world / "plain/report.md").read_text()
+@pytest.mark.parametrize("source", ["student", _block_slow("teacher")])
+def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source):
+    """Killed in a block and in the head phase; and from checkpoints where a phase begins, ends, and in the middle."""
+    fields = dict(teacher=block.teacher, student=block.student, dataset=block.data, epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3,
+                  save_steps=2, keep_checkpoints=30, block_input=source)
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    _block_run(block, whole, **fields)
+    steps = len(log(whole, "train"))
+    assert steps == (19 if source == "student" else 11)
+    killer = ("import os, signal, sys; import simple_distill as sd; n, step = int(sys.argv.pop(1)), sd.optimizer_step\n"
+              "def kill(*a):\n global n; n -= 1\n return step(*a) if n else os.kill(os.getpid(), signal.SIGKILL)\n"
+              "sd.optimizer_step = kill; sys.exit(sd.main())")
+    words = flags(**{**PLAIN, **BLOCK, **fields, "output_dir": killed, "use_wandb": False})
+    for count, newest in ((4, 2), (steps - 6, steps - 7 - (steps - 7) % 2)) if source == "student" else ((4, 2),):
+        process = subprocess.run([sys.executable, "-c", killer, str(count), *words], cwd=HERE, capture_output=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    _block_run(block, killed, **fields)
+    clean = lambda path: [{k: v for k, v in e.items() if "second" not in k} for e in log(path)]
+    want = clean(whole)
+    assert clean(killed) == want and same(final_weights(killed), final_weights(whole))
+    for step in (4, 12, 14, 16) if source == "student" else (2, 4, 6, 8):   # a phase is 4 steps
+        again = str(tmp_path / f"from{step}")
+        shutil.copytree(whole, again)
+        shutil.rmtree(os.path.join(again, "final"))
+        for folder in Path(again, "checkpoints").iterdir():
+            if int(folder.name[5:]) > step:
+                shutil.rmtree(folder)
+        assert "passed over" not in _block_run(block, again, **fields).out
+        assert clean(again) == want and same(final_weights(again), final_weights(whole)), step
 
 
-def test_eval_takes_a_checkpoint_of_a_run(_eval_world):
-    """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    last, earlier = (_eval_report(_eval_world, f"at{n}", f"run/checkpoints/step-{n:08d}", *_EVAL_QUICK) for n in (12, 6))
-    final = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher")), 320)
-    assert last["models"]["student"]["perplexity"] == pytest.approx(final["perplexity"], rel=1e-5)
-    assert earlier["models"]["student"]["perplexity"] != pytest.approx(final["perplexity"], rel=1e-3)
-    broken = _eval_world / "run/checkpoints/step-00000099"
-    broken.mkdir()
-    (broken / "state.json").write_text("{")
-    cli(*_eval_words(_eval_world, "broken", "run/checkpoints/step-00000099"), rc=2)
-    (broken / "state.json").unlink(), broken.rmdir()
+def test_blockwise_refusals_name_numbers(block, out):
+    says = lambda text, **fields: text in _block_run(block, out, 2, **fields).err or pytest.fail(f"{text} {fields}")
+    says("student width 16 and teacher width 32", use_stitching_layers=False, stitching_layer_bias=True)
+    says("has 5 layers, the teacher only 3", student=block.teacher, teacher=block.student)
+    says("lr_per_block has 2 values", lr_per_block=[1e-3, 1e-4])
+    says("one value", block_input="teacher", epochs_per_block=[1, 1, 2])
+    says("distill_loss_temperature: read only with --distill_loss_type kl_div", distill_loss_temperature=2)
 
 
-def test_eval_same_numbers_on_two_ranks(_eval_world, _eval_found):
-    words = _eval_words(_eval_world, "two", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger", *_EVAL_QUICK)
-    two = spawn(*words, nproc=2)
-    said, _ = two.communicate()
-    assert two.returncode == 0, said[-2000:]
-    two = json.loads((_eval_world / "two/report.json").read_text())
-    for label, one in _eval_found["models"].items():
-        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece", "parameters", "disk", "perplexity_95"):
-            assert one[key] is None or two["models"][label][key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (label, key)
-        for a, b in zip(one["layers"], two["models"][label]["layers"], strict=True):
-            assert a == pytest.approx(b, rel=1e-4)
-    for label, one in _eval_found["models"].items():
-        a, b = one["student_against_it"], two["models"][label]["student_against_it"]
-        assert a["verdict"] == b["verdict"] and a["interval"] == pytest.approx(b["interval"], rel=1e-4, abs=1e-7)
+@pytest.mark.parametrize("kind, weight", [("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
+def test_blockwise_head_losses(block, out, kind, weight):
+    """The first step of the head phase against logits of the plain models."""
+    _block_run(block, out, epochs_per_block=0.2, lm_head_epochs=0.2, logit_loss_type=kind, logit_loss_weight=weight, save_steps=3)
+    model, teacher = _block_start(block, out, 3)[0], load(block.teacher)
+    (*_, rows), = _block_batches(block, 3, 4)
+    batch, got = sd.collate(rows), next(e for e in log(out, "train") if e["train/step"] == 4)
+    z, q = (m(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].detach() for m in (model, teacher))
+    ce = F.cross_entropy(z, batch.labels)
+    term = {"mse": F.mse_loss(z, q), "ce": ce, "kl_div": _block_loss("kl_div", z, q, 1.0)}[kind]
+    assert got["train/loss"] == pytest.approx((weight * term + (1 - weight) * ce).item(), rel=1e-5)
 
 
-def test_eval_refusals(_eval_world):
-    for student in ("nowhere", "data.jsonl"):
-        assert cli(*_eval_words(_eval_world, "refused", student), rc=2).err.startswith("error: student ")
+CUSTOM = '''
+import torch
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+class MixConfig(PretrainedConfig):
+    model_type = "mix"
+    def __init__(self, vocab_size=263, hidden_size=16, num_hidden_layers=2, **kw):
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        super().__init__(**{**kw, "use_cache": False})
+class Layer(nn.Module):   # no attention: a running mean of what came before
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(2 * width, 3 * width), nn.Linear(3 * width, width)
+    def forward(self, hidden_states):
+        x = self.norm(hidden_states)
+        mean = (x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]).to(x.dtype)
+        return hidden_states + self.outer(torch.relu(self.inner(torch.cat([x, mean], -1))))
+class Body(nn.Module):   # the norm stands beside the layers
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens, self.norm = nn.Embedding(config.vocab_size, config.hidden_size), nn.LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config.hidden_size) for _ in range(config.num_hidden_layers)])
+    def forward(self, input_ids, use_cache=None):
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return (self.norm(x),)
+class MixForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class, base_model_prefix = MixConfig, "model"
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.lm_head = Body(config), nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+    def forward(self, input_ids, attention_mask=None, use_cache=None, **kw):
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids)[0]))
+MixConfig.register_for_auto_class()
+MixForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+'''
 
 
-def test_eval_final_loads_as_in_lm_evaluation_harness(_eval_world):
-    model = AutoModelForCausalLM.from_pretrained(_eval_world / "run/final", dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(_eval_world / "run/final")
-    said = pipeline("text-generation", model=model, tokenizer=tokenizer)("the quick", max_new_tokens=8, do_sample=False)
-    assert said[0]["generated_text"].startswith("the quick")
+def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
+    """A class in a local directory (auto_map), without attention, another family than the teacher's."""
+    (tmp_path / "mixlib.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    import mixlib
+    torch.manual_seed(0)
+    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(tmp_path / "mix")
+    tiny_tokenizer().save_pretrained(tmp_path / "mix")
+    mine = dict(student=str(tmp_path / "mix"), trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
+    assert "--gradient_checkpointing false" in _block_run(block, out, 2, **mine, gradient_checkpointing=True).err
+    _block_run(block, out, **mine)
+    before, after = log(out, "block")
+    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2))
+    final = sd.AutoModelForCausalLM.from_pretrained(os.path.join(out, "final"), trust_remote_code=True)
+    assert type(final).__name__ == "MixForCausalLM" and not same(final.state_dict(), weights(str(tmp_path / "mix")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data from an API teacher: mode generate against the real SDKs and a server of our own that misbehaves.
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cls, extra", [("GPT2Config", {}), ("Gemma2Config", dict(head_dim=8)), ("GPTNeoXConfig", {})])
+def test_blockwise_student_of_another_family(block, out, tmp_path, cls, extra):
+    """Other norms, learned positions, a capped head: errors fall, and the head starts from the teacher's."""
+    student = tiny_model(tmp_path / "s", hidden=16, layers=2, seed=3, cls=cls, **extra)
+    _block_run(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
+    before, after = log(out, "block")
+    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(2))
+    assert load(os.path.join(out, "final")).config.model_type in cls.lower().replace("neox", "_neox")
+
+
+@pytest.mark.parametrize("phase", ["block", "head"])
+def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, phase):
+    """One row in five has the letter that the teacher cannot bear."""
+    rows = [{"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"} for i in range(10)]
+    data = write_splits(tmp_path / "d", rows, rows[1:3])
+    broken = break_letter(block.teacher, tmp_path / "broken")
+    _block_run(block, out, teacher=broken, dataset=data, batch_size=1, epochs_per_block=1 if phase == "block" else 0.1,
+               lm_head_epochs=0.1 if phase == "block" else 1, save_steps=0, initialize_head_from_teacher=False)
+    skipped = column(out, "train/skipped_steps")
+    assert skipped[-1] == sum(x is None for x in column(out, "train/loss")) >= (6 if phase == "block" else 2)
+    assert skipped[-1] < len(skipped) and all(x.isfinite().all() for x in checkpoint(out, len(skipped)).values())
+
+
+@pytest.mark.campaign
+def test_blockwise_demo(tmp_path):
+    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the head alone."""
+    fields = dict(use_wandb=False, max_steps=0, output_dir=str(tmp_path / "whole"))
+    shown = cli("--blockwise", *flags(**fields)).out
+    before, after = log(fields["output_dir"], "block")
+    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2)) and "teacher block" in shown
+    steps, epoch = log(fields["output_dir"], "eval")[-1]["eval/step"], log(fields["output_dir"], "eval")[-1]["eval/epoch"]
+    shutil.copytree(tmp_path / "whole" / "demo", tmp_path / "alone" / "demo")
+    fields |= dict(output_dir=str(tmp_path / "alone"), epochs_per_block=1e-6, lr_per_block=STILL, initialize_head_from_teacher=False)
+    cli("--blockwise", *flags(**fields, lm_head_epochs=epoch * (steps - 2) / steps))
+    assert log(fields["output_dir"], "eval")[-1]["eval/step"] == steps
+    assert column(tmp_path / "whole", "eval/kl_loss")[-1] < column(tmp_path / "alone", "eval/kl_loss")[-1]
+
+
+@pytest.mark.campaign
+def test_blockwise_two_ranks_bf16_and_accumulation(block, tmp_path):
+    """Two ranks, and accumulation, give the losses of one; bf16 runs through and errors fall."""
+    fields = {**PLAIN, **BLOCK, **dict(teacher=block.teacher, student=block.student, dataset=block.data, epochs_per_block=1, lm_head_epochs=1)}
+    outs = {n: str(tmp_path / n) for n in ("one", "ranks", "micro", "half", "fed", "fed2")}
+    cli(*flags(**fields, output_dir=outs["one"]))
+    cli(*flags(**{**fields, "batch_size": 1, "gradient_accumulation_steps": 4}, output_dir=outs["micro"]))
+    cli(*flags(**fields, block_input="teacher", output_dir=outs["fed"]))
+    for name, extra in (("ranks", dict(batch_size=2)), ("fed2", dict(batch_size=2, block_input="teacher")), ("half", dict(batch_size=2, dtype="bf16"))):
+        process = spawn(*flags(**{**fields, **extra, "output_dir": outs[name]}), nproc=2)
+        text = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, text[-3000:]
+    for a, b in (("one", "ranks"), ("one", "micro"), ("fed", "fed2")):
+        assert column(outs[b], "train/loss") == pytest.approx(column(outs[a], "train/loss"), rel=2e-5)
+    before, after = log(outs["half"], "block")
+    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(3))
+
+
+def bench_block(layers=8, width=256, tokens=1024):
+    """Cost of the block phase of S equal layers, over running both models whole for each block: about a half."""
+    with tempfile.TemporaryDirectory() as at, sd.process_group():
+        paths = [tiny_model(os.path.join(at, n), hidden=width, layers=layers, seed=s) for n, s in (("t", 0), ("s", 1))]
+        cfg = config.Config(teacher=paths[0], student=paths[1], blockwise=True, gradient_checkpointing=False, dtype="fp32")
+        student, teacher = sd.load_student(cfg), sd.load_teacher(cfg)
+        batch = sd.collate([{"input_ids": torch.arange(128) % 263, "targets": None}] * (tokens // 128))
+
+        def seconds(work, signal_of, repeat=5):
+            times = []
+            for _ in range(repeat):
+                start = time.process_time()
+                student(work, batch, signal_of(batch), 1.0)[0].backward()
+                times.append(time.process_time() - start)
+            return min(times)
+        whole = seconds(sd.functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0), sd.teacher_targets(teacher))
+        print(f"\nCPU ms a step; both models whole, everything trained on the logits (vocabulary 263): {1e3 * whole:.0f}")
+        costs = []
+        run = types.SimpleNamespace(cfg=cfg, student=student, teacher=teacher, steps_per_epoch=1)
+        pairs = sd.match_blocks(cfg, student.model.config, teacher.model.config)
+        for block in pairs:
+            stage = sd.stage_of_block(run, pairs, sd.parameters_by_part(student), block, 0)
+            with contextlib.redirect_stdout(io.StringIO()):
+                sd.make_optimizer(student.parameters(), stage.rates, 0.0)
+            costs.append(seconds(stage.loss_fn, stage.get_teacher_targets))
+        print(f"block {', '.join(map(str, range(layers)))}: {', '.join(f'{1e3 * c:.0f}' for c in costs)}")
+        print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each block (as the last one "
+              f"does), {sum(costs) / (layers * whole):.2f} of training the whole student that often")
+
+
+# --------------------------------------------------------------------------------------------------
+# Optional: generate: against the real SDKs and a server of our own that misbehaves.
 
 
 def _gen_words(seed, count=40):
@@ -3309,387 +3155,450 @@ def test_generate_then_train(tmp_path, student):
     assert (tmp_path / "run/final/model.safetensors").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Block-wise distillation: hidden states, stitches, heads, against plain models with hooks.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Optional: eval: how good is the student.
 
 
-BLOCK = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3, wd_per_block=0)
+_EVAL_QUICK = ("--generate_comparisons", "false", "--dtype", "fp32")
 
-@pytest.fixture(scope="session")
-def block(tmp_path_factory):
-    """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps of 4 an epoch."""
-    at = tmp_path_factory.mktemp("block")
-    tiny_model(at / "teacher", hidden=32, layers=5, seed=1)
-    tiny_model(at / "student", hidden=16, layers=3, seed=2, tie_word_embeddings=True)
-    data = write_splits(at / "data", talk(20), talk(6, seed=50))
-    return types.SimpleNamespace(at=at, data=data, teacher=str(at / "teacher"), student=str(at / "student"))
 
-def _block_run(block, out, rc=0, **fields):
-    return distil(out, rc, **{**BLOCK, **dict(teacher=block.teacher, student=block.student, dataset=block.data), **fields})
+def _eval_tokenizer(texts, size, folder):
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=size, special_tokens=["<|end|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
-def _block_batches(block, first, last, seq_len=32):
-    """Padded ids and the mask of real tokens of steps first + 1 ... last, as the trainer deals them (that is tested elsewhere)."""
-    cfg = config.Config(dataset=block.data, seq_len=seq_len)
-    with sd.process_group():
-        rows, _ = sd.load_data(cfg, sd.AutoTokenizer.from_pretrained(block.student))
-    for picks, _ in itertools.islice(sd.indexed_batches(rows, 0, 4, first), last - first):
-        rows_ids = [torch.as_tensor(rows[i]["input_ids"]) for i in picks]
-        width = max(map(len, rows_ids))
-        mask = torch.stack([torch.arange(width) < len(x) for x in rows_ids])
-        yield torch.stack([F.pad(x, (0, width - len(x))) for x in rows_ids]), mask, [rows[i] for i in picks]
 
-def _block_states(model, ids, feed=None):
-    """Hooks on every layer of a plain model: its inputs and outputs; feed: {layer: input in place of its own}."""
-    before, after, hooks = {}, {}, []
-    for i, layer in enumerate(model.model.layers):
-        def pre(module, args, kwargs, i=i):
-            x = args[0] if not feed or i not in feed else feed[i]
-            before[i] = x
-            return (x, *args[1:]), kwargs
+def _eval_model(folder, seed, width, layers, vocab=320, padding=0):
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=vocab + padding, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
+        initializer_range=0.6)).save_pretrained(folder)
 
-        def post(module, args, result, i=i):
-            after[i] = result[0] if isinstance(result, tuple) else result
-        hooks += [layer.register_forward_pre_hook(pre, with_kwargs=True), layer.register_forward_hook(post)]
-    model(input_ids=ids, use_cache=False)
-    [h.remove() for h in hooks]
-    return before, after
 
-def _block_loss(kind, a, b, t):
-    if kind == "mse":
-        return F.mse_loss(a, b)
-    if kind == "cosine":
-        return (1 - F.cosine_similarity(a, b, dim=-1)).mean()
-    return t * t * F.kl_div(F.log_softmax(a / t, -1), F.softmax(b / t, -1), reduction="sum") / len(a)
+@pytest.fixture(scope="module")
+def _eval_world(tmp_path_factory):
+    """A teacher, two runs of its students (wide ones, and one with a padded vocabulary), a stranger, and text in many scripts."""
+    folder = tmp_path_factory.mktemp("eval")
+    pick = np.random.default_rng(0)
+    words = "the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup in green pots and sleep".split()
+    texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    for name, *shape in (("teacher", 0, 32, 4), ("student", 1, 16, 2), ("padded", 2, 32, 2, 320, 7)):
+        _eval_model(folder / name, *shape)
+        _eval_tokenizer(texts, 320, folder / name)
+    _eval_model(folder / "stranger", 3, 16, 2, 290)
+    _eval_tokenizer(texts[::3], 290, folder / "stranger")
+    for out, more in (("run", ()), ("labels", ("--alpha", "1"))):
+        teacher = ("--teacher", str(folder / "teacher")) if not more else more
+        cli(*teacher, "--student", folder / "student", "--output_dir", folder / out, "--max_steps", 12, "--save_steps", 6, "--eval_steps", 4,
+            "--log_steps", 1, "--learning_rate", 3e-3, *_eval_data(folder))
+    return folder
 
-def _block_start(block, out, step):
-    """Student model and stitches as a checkpoint has them."""
-    state, model = checkpoint(out, step), load(block.student)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    missing = model.load_state_dict({k[12:]: v for k, v in state.items() if k.startswith("model.model.")}, strict=False).missing_keys
-    assert missing in ([], ["lm_head.weight"])   # a head that stays tied
-    stitches = {}
-    for name in {k.split(".")[2] for k in state if k.startswith("model.stitches.")}:
-        weight, bias = state[f"model.stitches.{name}.weight"], state.get(f"model.stitches.{name}.bias")
-        stitches[name] = nn.Linear(*weight.shape[::-1], bias=bias is not None)
-        stitches[name].load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})})
-    return model, stitches
 
-_block_slow = lambda *values: pytest.param(*values, marks=pytest.mark.campaign)
+def _eval_data(folder):
+    return ["--dataset", str(folder / "data.jsonl"), "--seq_len", "48", "--batch_size", "3"]
 
-@pytest.mark.parametrize("kind, how", [("mse", "frozen"), ("mse", "free"), ("mse", "teacher"), ("cosine", "frozen"), ("kl_div", "frozen"),
-                                       ("kl_div", "teacher"), *(_block_slow(*x) for x in (("cosine", "free"), ("cosine", "teacher"), ("kl_div", "free")))])
-def test_block_losses_match_a_plain_reference(block, out, kind, how):
-    """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain models with hooks."""
-    at_once, t = how == "teacher", 1.5 if kind == "kl_div" else 1.0
-    few, first = ([2.0], 0) if at_once else ([0.1, 0.1, 2.0], 2)
-    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, lm_head_lr=None,
-               save_steps=1, keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
-               initialize_head_from_teacher=False, gradient_checkpointing=True)
-    got = {e["train/step"]: e["train/loss"] for e in log(out, "train")}
-    begin, teacher = first or 1, load(block.teacher)   # the first checkpoint there is
-    total = torch.zeros(first + 10 - begin)
-    for i in range(3) if at_once else [2]:
-        model, stitch = _block_start(block, out, begin)
-        mine = [p for n, p in model.named_parameters() if f"layers.{i}." in n or how == "free" and ("layers." in n or "embed" in n)]
-        mine += [p for name in (f"up{i}", f"down{i}") if name in stitch for p in stitch[name].parameters()]
-        optimizer = torch.optim.AdamW(mine, lr=3e-3, weight_decay=0)
-        if at_once:   # moments of the first step
-            saved, names = checkpoint(out, begin), {p: n for n, p in model.named_parameters()}
-            names |= {p: f"stitches.{k}.{n}" for k, s in stitch.items() for n, p in s.named_parameters()}
-            for p in mine:
-                key = names[p] if names[p].startswith("stitches") else f"model.{names[p]}"
-                optimizer.state[p] = {k: saved[f"{k}.{key}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-        for step, (ids, real, _) in enumerate(_block_batches(block, begin, first + 10)):
+
+def _eval_words(folder, out, student, *more):
+    return ["--mode", "eval", "--teacher", str(folder / "teacher"), "--student", str(folder / student), "--output_dir", str(folder / out),
+            *_eval_data(folder), *map(str, more)]
+
+
+def _eval_report(folder, out, student, *more):
+    cli(*_eval_words(folder, out, student, *more))
+    return json.loads((folder / out / "report.json").read_text())
+
+
+def _eval_rows(folder, tokenizer):
+    """The held-out rows, cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
+    texts = [json.loads(line)["text"] for line in open(folder / "data.jsonl")]
+    gap = max(2, len(texts) // min(256, len(texts) // 20))
+    ids = [i for t in texts[gap - 1::gap] for i in tokenizer(t)["input_ids"] + [0]]
+    return [ids[i:i + 48] for i in range(0, len(ids), 48) if len(ids[i:i + 48]) > 1]
+
+
+def _eval_reference(model, teacher, rows, vocab):
+    """Full logits in float64, one row at a time."""
+    model, teacher = (AutoModelForCausalLM.from_pretrained(p).double() for p in (model, teacher))
+    nll, kl, agree, right, confidence = [], [], [], [], []
+    for row in rows:
+        ids = torch.tensor(row)[None]
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, :-1, :vocab].log_softmax(-1) for m in (model, teacher))
+        nll.append(-p.gather(1, ids[0, 1:, None])[:, 0])
+        kl.append((q.exp() * (q - p)).sum(-1))
+        agree.append(p.argmax(-1) == q.argmax(-1))
+        right.append(p.argmax(-1) == ids[0, 1:])
+        confidence.append(p.max(-1)[0].exp())
+    rowwise = torch.stack([x.sum() for x in nll])
+    nll, kl, agree, right, confidence = (torch.cat(x).double() for x in (nll, kl, agree, right, confidence))
+    ece = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        ece += (right[inside].sum() - confidence[inside].sum()).abs().item() / len(right)
+    return {"perplexity": nll.mean().exp().item(), "kl": kl.mean().item(), "agreement": agree.mean().item(), "accuracy": right.mean().item(),
+            "ece": ece, "nll": nll.sum().item(), "tokens": len(nll), "rows": rowwise}
+
+
+@pytest.fixture(scope="module")
+def _eval_found(_eval_world):
+    return _eval_report(_eval_world, "found", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger")
+
+
+def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
+    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
+    for label, name in (("student", "run/final"), ("labels", "labels/final"), ("padded", "padded"), ("teacher", "teacher")):
+        want, got = _eval_reference(_eval_world / name, _eval_world / "teacher", rows, 320), _eval_found["models"][label]
+        assert got["tokens"] == want["tokens"]
+        _, *around = sd.interval(want["rows"].numpy(), np.array([len(r) - 1 for r in rows]), 0)
+        assert got["perplexity_95"] == pytest.approx([math.exp(x) for x in around], rel=1e-5)
+        for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
+            assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6), (label, key)
+
+
+def test_eval_temperature_is_that_of_training(_eval_world, _eval_found):
+    hot = _eval_report(_eval_world, "hot", "run/final", "--temperature", 2, *_EVAL_QUICK)["models"]["student"]
+    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
+    model, teacher = (AutoModelForCausalLM.from_pretrained(_eval_world / n).double() for n in ("run/final", "teacher"))
+    with torch.no_grad():
+        pairs = [[(m(torch.tensor(r)[None]).logits[0, :-1] / 2).log_softmax(-1) for m in (model, teacher)] for r in rows]
+    kl = torch.cat([(q.exp() * (q - p)).sum(-1) for p, q in pairs]).mean().item() * 4
+    assert hot["kl"] == pytest.approx(kl, rel=1e-5) and hot["perplexity"] == _eval_found["models"]["student"]["perplexity"]
+
+
+def test_eval_teacher_against_itself(_eval_world):
+    found = _eval_report(_eval_world, "self", "teacher", *_EVAL_QUICK)
+    student = found["models"]["student"]
+    assert student["kl"] == 0 and student["agreement"] == 1 and student["perplexity"] == found["models"]["teacher"]["perplexity"]
+    assert [x["teacher"] for x in student["layers"]] == [1, 2, 3, 4]
+    assert all(x["cka"] == pytest.approx(1, abs=1e-9) and x["mse"] < 1e-12 for x in student["layers"])
+    assert found["models"]["teacher"]["student_against_it"] == {"difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
+
+
+def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
+    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
+    for label, name in (("student", "run/final"), ("padded", "padded")):
+        states = []
+        for path in (name, "teacher"):
+            model = AutoModelForCausalLM.from_pretrained(_eval_world / path).double()
             with torch.no_grad():
-                theirs = _block_states(teacher, ids)
-            j = round((i + 1) * 5 / 3) - 1
-            feed = {i: stitch[f"down{i}"](theirs[0][j])} if at_once else None
-            ours = _block_states(model, ids, feed)[1][i]
-            loss = _block_loss(kind, stitch[f"up{i}"](ours[real]), theirs[1][j][real], t)
-            total[step] += loss.item()
-            grads = torch.autograd.grad(loss, mine, allow_unused=True)
-            for p, g in zip(mine, grads):
-                p.grad = torch.zeros_like(p) if g is None else g
-            nn.utils.clip_grad_norm_(mine, 1.0)
-            optimizer.step()
-    torch.testing.assert_close(total, torch.tensor([got[s] for s in range(begin + 1, first + 11)]), rtol=1e-5, atol=1e-6)
-    assert abs(total[0] - total[-1]) > 1e-4   # something was learned
+                per_row = [model.model(torch.tensor(r)[None], output_hidden_states=True).hidden_states[1:] for r in rows]
+            states.append([torch.cat([x[i][0, :-1] for x in per_row]) for i in range(len(per_row[0]))])
+        for got, (s, t) in zip(_eval_found["models"][label]["layers"], ((0, 1), (1, 3))):
+            x, y = states[0][s], states[1][t]
+            assert (got["student"], got["teacher"]) == (s + 1, t + 1)
+            xc, yc = x - x.mean(0), y - y.mean(0)
+            cka = (xc.T @ yc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
+            ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+            fitted = ones @ torch.linalg.lstsq(ones, y).solution
+            mse = (x - y).square().mean() if x.shape == y.shape else (fitted - y).square().sum() / y.shape[1] / (len(x) - x.shape[1] - 1)
+            assert got["cka"] == pytest.approx(cka.item(), rel=1e-4) and got["mse"] == pytest.approx(mse.item(), rel=1e-4)
 
-@pytest.mark.parametrize("kind, source", [("mse", "teacher"), ("cosine", "student"), ("kl_div", "student"),
-                                          *(_block_slow(*x) for x in (("mse", "student"), ("cosine", "teacher"), ("kl_div", "teacher")))])
-def test_block_student_equal_to_teacher_stays_equal(block, out, kind, source):
-    _block_run(block, out, student=block.teacher, distill_loss_type=kind, block_input=source, epochs_per_block=0.4, lm_head_epochs=0.4)
-    assert set(column(out, "train/loss")) == {0.0}
-    assert all(e[f"block/{i}/loss"] == 0 for e in log(out, "block") for i in range(5)) and len(log(out, "block")) == 2
-    assert same(final_weights(out), weights(block.teacher))
 
-def test_block_only_its_own_parameters_move(block, out):
-    """Block i and its stitch, block 0 the embeddings too; in the head phase norm and head. Bit for bit."""
-    _block_run(block, out, epochs_per_block=0.4, lm_head_epochs=0.4, initialize_head_from_teacher=False, save_steps=2, keep_checkpoints=9,
-               resume="never")
-    groups = [r"layers\.0\.|up0|embed", r"layers\.1\.|up1", r"layers\.2\.|up2", r"lm_head|model\.norm\."]
-    for i, group in enumerate(groups[1:], 1):
-        a, b = ({k: v for k, v in checkpoint(out, 2 * n).items() if k.startswith("model.")} for n in (i, i + 1))
-        moved = {k for k in a if not torch.equal(a[k], b[k])}
-        assert moved == {k for k in a if re.search(group, k)}, (i, moved)
-    assert torch.equal(a["model.stitches.up0.weight"], b["model.stitches.up0.weight"])
-    assert not [k for k in final_weights(out) if "stitch" in k] and "lm_head.weight" in final_weights(out)
+def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(_eval_world, _eval_found):
+    base, other = (AutoTokenizer.from_pretrained(_eval_world / n) for n in ("teacher", "stranger"))
+    ids = _eval_rows(_eval_world, base)
+    told = sd.retokenize([{"input_ids": np.array(r), "targets": None} for r in ids], base, other)
+    sizes = [len(base.decode(r[1:], skip_special_tokens=True).encode()) for r in ids]
+    for row, new, size in zip(ids, told, sizes, strict=True):
+        new = new["input_ids"]
+        assert new[0] == 0 and other.decode(new[1:]) == base.decode(row[1:]) and new[1:].count(0) == row[1:].count(0)
+        assert len(other.decode(new[1:], skip_special_tokens=True).encode()) == size
+    stranger = AutoModelForCausalLM.from_pretrained(_eval_world / "stranger").double()
+    bits = 0.0
+    for new in told:
+        new = torch.tensor(new["input_ids"])
+        with torch.no_grad():
+            bits -= stranger(new[None]).logits[0, :-1].log_softmax(-1).gather(1, new[1:, None]).sum().item() / math.log(2)
+    got = _eval_found["models"]["stranger"]
+    assert got["bits"] == pytest.approx(bits / sum(sizes), rel=1e-5) and got["kl"] is None and got["agreement"] is None
+    want = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", ids, 320)["nll"]
+    assert _eval_found["models"]["student"]["bits"] == pytest.approx(want / math.log(2) / sum(sizes), rel=1e-5)
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cls", ["LlamaConfig", "PhiConfig"])   # Phi: a LayerNorm, a bias in norm and head
-def test_block_projected_head_is_the_teachers_on_stitched_states(block, out, tmp_path, cls, bias):
-    extra = {} if cls == "LlamaConfig" else {"cls": "PhiConfig"}
-    teacher, student = (tiny_model(tmp_path / n, hidden=w, layers=k, seed=w, **extra) for n, w, k in (("t", 32, 3), ("s", 16, 2)))
-    norm = "model.norm.weight" if not extra else "model.final_layernorm.weight"
 
-    def stir(tensors):   # a trained norm is not all ones, a trained bias not all zeros
-        for k in (norm, norm.replace("weight", "bias"), "lm_head.bias"):
-            if k in tensors:
-                tensors[k] += torch.rand(tensors[k].shape)
-    edit_weights(teacher, stir)
-    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False,
-               lm_head_lr=None)
-    state, model, its = checkpoint(out, 10), load(os.path.join(out, "final")), load(teacher)
-    assert ("model.stitches.up1.bias" in state) == (bias and bool(extra)) and ("model.stitches.up0.bias" in state) == bias
-    h = torch.randn(50, 16)
-    stitched = F.linear(h, state["model.stitches.up1.weight"], state.get("model.stitches.up1.bias"))
-    gain, shift = weights(teacher)[norm], weights(teacher).get(norm.replace("weight", "bias"), 0)
-    want = its.lm_head(stitched * gain + shift)   # what the final norm does, but for dividing by the size
-    assert (model.lm_head(h) - want).abs().max() < 1e-5 * want.abs().max()
+def test_eval_another_tokenizer_and_masked_prompts_are_refused(_eval_world, tmp_path):
+    rows = [{"prompt": "the quick brown", "response": "fox jumps"}] * 40
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ["--mode", "eval", "--teacher", _eval_world / "teacher", "--student", _eval_world / "stranger", "--dataset", tmp_path / "talk.jsonl",
+             "--seq_len", 48, "--output_dir", tmp_path / "out"]
+    assert "plain text" in cli(*words, rc=2).err
 
-def test_block_errors_fall_and_beat_the_head_alone(block, tmp_path):
-    """At unequal width; the head alone gets as many steps as blocks and head together."""
-    whole, alone = str(tmp_path / "whole"), str(tmp_path / "alone")
-    _block_run(block, whole, epochs_per_block=10, lm_head_epochs=6)
-    _block_run(block, alone, epochs_per_block=0.2, lr_per_block=STILL, lm_head_epochs=35.4, initialize_head_from_teacher=False)
-    before, after = log(whole, "block")
-    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(3)), (before, after)
-    assert log(whole, "eval")[-1]["eval/step"] == log(alone, "eval")[-1]["eval/step"]
-    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
 
-@pytest.mark.parametrize("source", ["student", _block_slow("teacher")])
-def test_block_resume_is_exact_in_every_phase(block, tmp_path, source):
-    """Killed in a block and in the head phase; and from checkpoints where a phase begins, ends, and in the middle."""
-    fields = dict(teacher=block.teacher, student=block.student, dataset=block.data, epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3,
-                  save_steps=2, keep_checkpoints=30, block_input=source)
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    _block_run(block, whole, **fields)
-    steps = len(log(whole, "train"))
-    assert steps == (19 if source == "student" else 11)
-    killer = ("import os, signal, sys; import simple_distill as sd; n, step = int(sys.argv.pop(1)), sd.optimizer_step\n"
-              "def kill(*a):\n global n; n -= 1\n return step(*a) if n else os.kill(os.getpid(), signal.SIGKILL)\n"
-              "sd.optimizer_step = kill; sys.exit(sd.main())")
-    words = flags(**{**PLAIN, **BLOCK, **fields, "output_dir": killed, "use_wandb": False})
-    for count, newest in ((4, 2), (steps - 6, steps - 7 - (steps - 7) % 2)) if source == "student" else ((4, 2),):
-        process = subprocess.run([sys.executable, "-c", killer, str(count), *words], cwd=HERE, capture_output=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    _block_run(block, killed, **fields)
-    clean = lambda path: [{k: v for k, v in e.items() if "second" not in k} for e in log(path)]
-    want = clean(whole)
-    assert clean(killed) == want and same(final_weights(killed), final_weights(whole))
-    for step in (4, 12, 14, 16) if source == "student" else (2, 4, 6, 8):   # a phase is 4 steps
-        again = str(tmp_path / f"from{step}")
-        shutil.copytree(whole, again)
-        shutil.rmtree(os.path.join(again, "final"))
-        for folder in Path(again, "checkpoints").iterdir():
-            if int(folder.name[5:]) > step:
-                shutil.rmtree(folder)
-        assert "passed over" not in _block_run(block, again, **fields).out
-        assert clean(again) == want and same(final_weights(again), final_weights(whole)), step
+@pytest.mark.parametrize("n", [12, 60])
+def test_eval_intervals_cover(n):
+    draw, inside = torch.Generator().manual_seed(n), 0
+    for trial in range(200):   # sequences of many lengths, skewed losses that hang together within one; true mean 2
+        bottom = torch.randint(20, 60, (n,), generator=draw).double()
+        top = bottom * 2 * (0.4 * torch.randn(n, generator=draw, dtype=torch.float64) - 0.08).exp()
+        _, low, high = sd.interval(top.numpy(), bottom.numpy(), trial)
+        inside += low <= 2 <= high
+    assert 180 <= inside <= 198
 
-def test_block_refusals_name_numbers(block, out):
-    says = lambda text, **fields: text in _block_run(block, out, 2, **fields).err or pytest.fail(f"{text} {fields}")
-    says("student width 16 and teacher width 32", use_stitching_layers=False, stitching_layer_bias=True)
-    says("has 5 layers, the teacher only 3", student=block.teacher, teacher=block.student)
-    says("lr_per_block has 2 values", lr_per_block=[1e-3, 1e-4])
-    says("one value", block_input="teacher", epochs_per_block=[1, 1, 2])
-    says("distill_loss_temperature: read only with --distill_loss_type kl_div", distill_loss_temperature=2)
 
-@pytest.mark.parametrize("kind, weight", [("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
-def test_block_head_losses(block, out, kind, weight):
-    """The first step of the head phase against logits of the plain models."""
-    _block_run(block, out, epochs_per_block=0.2, lm_head_epochs=0.2, logit_loss_type=kind, logit_loss_weight=weight, save_steps=3)
-    model, teacher = _block_start(block, out, 3)[0], load(block.teacher)
-    (*_, rows), = _block_batches(block, 3, 4)
-    batch, got = sd.collate(rows), next(e for e in log(out, "train") if e["train/step"] == 4)
-    z, q = (m(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].detach() for m in (model, teacher))
-    ce = F.cross_entropy(z, batch.labels)
-    term = {"mse": F.mse_loss(z, q), "ce": ce, "kl_div": _block_loss("kl_div", z, q, 1.0)}[kind]
-    assert got["train/loss"] == pytest.approx((weight * term + (1 - weight) * ce).item(), rel=1e-5)
+def test_eval_report_files(_eval_world, _eval_found):
+    folder = _eval_world / "found"
+    text = (folder / "report.md").read_text()
+    table = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines() if line.startswith("| "))}
+    labels = table[""]
+    assert labels == list(_eval_found["models"]) == ["teacher", "student", "labels", "padded", "stranger"]
+    for key, title in sd.METRICS.items():
+        for label, cell in zip(labels, table[title]):
+            value, shown = _eval_found["models"][label][key], cell.split(", ")[0].split()[0].replace(",", "")
+            if value is None:
+                assert shown == "-"
+            else:
+                assert float(shown) == pytest.approx(value, rel=6e-4)
+    for x in (m["student_against_it"] for label, m in _eval_found["models"].items() if label != "student"):
+        assert f"{x['difference']:+.4f} bits a byte ({x['interval'][0]:+.4f} to {x['interval'][1]:+.4f})" in text and x["verdict"] in text
+    curves = _eval_found["models"]["student"]["curves"]
+    assert "report.png" in text and [len(curves[k]) for k in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/ce_loss")] == [12, 12, 12, 3]
+    assert len(_eval_found["models"]["student"]["texts"]) == 3
+    from matplotlib import image
+    picture = image.imread(folder / "report.png")[..., :3]
+    assert min(picture.shape[:2]) > 800
+    height, width = (x // 2 for x in picture.shape[:2])
+    for panel in (picture[:height, :width], picture[:height, width:], picture[height:, :width], picture[height:, width:]):
+        assert (np.abs(panel - [0xd5 / 255, 0x5e / 255, 0]).max(-1) < 0.05).sum() > 100   # the third model is in every panel
 
-CUSTOM = '''
-import torch
-from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-class MixConfig(PretrainedConfig):
-    model_type = "mix"
-    def __init__(self, vocab_size=263, hidden_size=16, num_hidden_layers=2, **kw):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        super().__init__(**{**kw, "use_cache": False})
-class Layer(nn.Module):   # no attention: a running mean of what came before
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(2 * width, 3 * width), nn.Linear(3 * width, width)
-    def forward(self, hidden_states):
-        x = self.norm(hidden_states)
-        mean = (x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]).to(x.dtype)
-        return hidden_states + self.outer(torch.relu(self.inner(torch.cat([x, mean], -1))))
-class Body(nn.Module):   # the norm stands beside the layers
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens, self.norm = nn.Embedding(config.vocab_size, config.hidden_size), nn.LayerNorm(config.hidden_size)
-        self.layers = nn.ModuleList([Layer(config.hidden_size) for _ in range(config.num_hidden_layers)])
-    def forward(self, input_ids, use_cache=None):
-        x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return (self.norm(x),)
-class MixForCausalLM(PreTrainedModel, GenerationMixin):
-    config_class, base_model_prefix = MixConfig, "model"
-    def __init__(self, config):
-        super().__init__(config)
-        self.model, self.lm_head = Body(config), nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-    def forward(self, input_ids, attention_mask=None, use_cache=None, **kw):
-        return CausalLMOutput(logits=self.lm_head(self.model(input_ids)[0]))
-MixConfig.register_for_auto_class()
-MixForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-'''
 
-def test_block_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
-    """A class in a local directory (auto_map), without attention, another family than the teacher's."""
-    (tmp_path / "mixlib.py").write_text(CUSTOM)
-    monkeypatch.syspath_prepend(tmp_path)
-    import mixlib
-    torch.manual_seed(0)
-    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(tmp_path / "mix")
-    tiny_tokenizer().save_pretrained(tmp_path / "mix")
-    mine = dict(student=str(tmp_path / "mix"), trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
-    assert "--gradient_checkpointing false" in _block_run(block, out, 2, **mine, gradient_checkpointing=True).err
-    _block_run(block, out, **mine)
-    before, after = log(out, "block")
-    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2))
-    final = sd.AutoModelForCausalLM.from_pretrained(os.path.join(out, "final"), trust_remote_code=True)
-    assert type(final).__name__ == "MixForCausalLM" and not same(final.state_dict(), weights(str(tmp_path / "mix")))
+def test_eval_without_matplotlib(_eval_world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = cli(*_eval_words(_eval_world, "plain", "run/final", *_EVAL_QUICK)).out
+    assert not (_eval_world / "plain/report.png").exists()
+    assert "pip install matplotlib" in said and "report.png)" not in (_eval_world / "plain/report.md").read_text()
 
-@pytest.mark.parametrize("cls, extra", [("GPT2Config", {}), ("Gemma2Config", dict(head_dim=8)), ("GPTNeoXConfig", {})])
-def test_block_student_of_another_family(block, out, tmp_path, cls, extra):
-    """Other norms, learned positions, a capped head: errors fall, and the head starts from the teacher's."""
-    student = tiny_model(tmp_path / "s", hidden=16, layers=2, seed=3, cls=cls, **extra)
-    _block_run(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
-    before, after = log(out, "block")
-    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(2))
-    assert load(os.path.join(out, "final")).config.model_type in cls.lower().replace("neox", "_neox")
 
-@pytest.mark.parametrize("phase", ["block", "head"])
-def test_block_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, phase):
-    """One row in five has the letter that the teacher cannot bear."""
-    rows = [{"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"} for i in range(10)]
-    data = write_splits(tmp_path / "d", rows, rows[1:3])
-    broken = break_letter(block.teacher, tmp_path / "broken")
-    _block_run(block, out, teacher=broken, dataset=data, batch_size=1, epochs_per_block=1 if phase == "block" else 0.1,
-               lm_head_epochs=0.1 if phase == "block" else 1, save_steps=0, initialize_head_from_teacher=False)
-    skipped = column(out, "train/skipped_steps")
-    assert skipped[-1] == sum(x is None for x in column(out, "train/loss")) >= (6 if phase == "block" else 2)
-    assert skipped[-1] < len(skipped) and all(x.isfinite().all() for x in checkpoint(out, len(skipped)).values())
+def test_eval_takes_a_checkpoint_of_a_run(_eval_world):
+    """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
+    last, earlier = (_eval_report(_eval_world, f"at{n}", f"run/checkpoints/step-{n:08d}", *_EVAL_QUICK) for n in (12, 6))
+    final = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher")), 320)
+    assert last["models"]["student"]["perplexity"] == pytest.approx(final["perplexity"], rel=1e-5)
+    assert earlier["models"]["student"]["perplexity"] != pytest.approx(final["perplexity"], rel=1e-3)
+    broken = _eval_world / "run/checkpoints/step-00000099"
+    broken.mkdir()
+    (broken / "state.json").write_text("{")
+    cli(*_eval_words(_eval_world, "broken", "run/checkpoints/step-00000099"), rc=2)
+    (broken / "state.json").unlink(), broken.rmdir()
 
-def test_log_is_strict_json(out, teacher, student, tmp_path):
-    rows = [{"prompt": "Z" if i % 2 else "a", "response": "one two"} for i in range(4)]
-    broken = break_letter(student, tmp_path / "broken")
-    distil(out, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1)
-    refuse = lambda word: pytest.fail(word)
-    with open(f"{out}/log.jsonl") as f:
-        entries = [json.loads(line, parse_constant=refuse) for line in f]
-    assert any(e.get("train/loss", 0) is None for e in entries) and all(e["train/grad_norm"] for e in entries if e.get("train/loss"))
 
-def test_a_pattern_that_matches_only_a_tied_head_says_so(out, text, tmp_path):
-    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
-    fields = dict(student=tied, alpha=1.0, dataset=text, max_steps=1)
-    err = distil(out, rc=2, **fields, lr_multipliers=["layers=0.5", "lm_head=0"]).err
-    assert "lm_head" in err and "tied to model.embed_tokens.weight" in err and not os.path.exists(out)
-    distil(out, **fields, lr_multipliers=["embed|lm_head=0"])
-    assert torch.equal(final_weights(out)["model.embed_tokens.weight"], weights(tied)["model.embed_tokens.weight"])
+def test_eval_same_numbers_on_two_ranks(_eval_world, _eval_found):
+    words = _eval_words(_eval_world, "two", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger", *_EVAL_QUICK)
+    two = spawn(*words, nproc=2)
+    said, _ = two.communicate()
+    assert two.returncode == 0, said[-2000:]
+    two = json.loads((_eval_world / "two/report.json").read_text())
+    for label, one in _eval_found["models"].items():
+        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece", "parameters", "disk", "perplexity_95"):
+            assert one[key] is None or two["models"][label][key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (label, key)
+        for a, b in zip(one["layers"], two["models"][label]["layers"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+    for label, one in _eval_found["models"].items():
+        a, b = one["student_against_it"], two["models"][label]["student_against_it"]
+        assert a["verdict"] == b["verdict"] and a["interval"] == pytest.approx(b["interval"], rel=1e-4, abs=1e-7)
 
-def test_wandb_is_finished_when_training_fails(out, teacher, student, tmp_path, monkeypatch):
-    """A stand-in for the service, not for our code."""
-    ended = []
-    run = types.SimpleNamespace(id="abc", log=lambda entry, step=None: None, finish=lambda exit_code: ended.append(exit_code))
-    fake = types.SimpleNamespace(login=lambda **_: True, init=lambda **_: run, Settings=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    broken = break_letter(student, tmp_path / "broken")
-    rows = [{"prompt": "Z", "response": "one two"}] * 12
-    distil(out, rc=2, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1, use_wandb=True)
-    assert ended == [1]
+
+def test_eval_refusals(_eval_world):
+    for student in ("nowhere", "data.jsonl"):
+        assert cli(*_eval_words(_eval_world, "refused", student), rc=2).err.startswith("error: student ")
+
+
+def test_eval_final_loads_as_in_lm_evaluation_harness(_eval_world):
+    model = AutoModelForCausalLM.from_pretrained(_eval_world / "run/final", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(_eval_world / "run/final")
+    said = pipeline("text-generation", model=model, tokenizer=tokenizer)("the quick", max_new_tokens=8, do_sample=False)
+    assert said[0]["generated_text"].startswith("the quick")
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs: killed anywhere, on many ranks, a week of every mode, as processes.
+
+
+DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
+KILLED = {"map": {}, "stream": dict(streaming=True, shuffle_buffer=7), "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
+          "dropout": dict(student="dropout"), "2 ranks": dict(ranks=2, batch_size=2)}
+
+
+def killed_run(tmp_path, teacher, student, text, kind, kills, seed):
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4, "max_steps": 12, "save_steps": 2,
+              "eval_steps": 5, "eval_samples": 8, "alpha": 0.4, "lr_scheduler": "cosine", **KILLED[kind]}
+    ranks, random_ = fields.pop("ranks", 1), random.Random(seed)
+    if fields["student"] == "dropout":
+        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    start = time.time()
+    assert "done in" in Fork(tmp_path / "whole.txt", *flags(**{**fields, "output_dir": whole}), ranks=ranks).wait()
+    usual, inside = time.time() - start, 0
+    half_saved = lambda: bool(list(Path(broken, "checkpoints").glob("tmp-*")))
+    for n in range(kills):
+        run = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks)
+        if n % 2 == 0:   # in the middle of a save
+            end = time.time() + 30
+            while not half_saved() and time.time() < end and not os.path.isdir(f"{broken}/final"):
+                pass
+        else:
+            time.sleep(usual * random_.uniform(0.3, 0.9))
+        run.signal(signal.SIGKILL).wait()
+        inside += half_saved()
+    shown = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks).wait()
+    assert os.path.isdir(f"{broken}/final"), shown[-3000:]
+    assert same(final_weights(whole), final_weights(broken)), shown
+    assert quiet_log(whole) == quiet_log(broken)
+    assert kills < 2 or inside, "no kill fell into a save"
+
+
+@pytest.mark.parametrize("kind", KILLED)
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, teacher, student, text, kind):
+    killed_run(tmp_path, teacher, student, text, kind, kills=3, seed=len(kind))
+
 
 @pytest.mark.campaign
-def test_block_demo(tmp_path):
-    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the head alone."""
-    fields = dict(use_wandb=False, max_steps=0, output_dir=str(tmp_path / "whole"))
-    shown = cli("--blockwise", *flags(**fields)).out
-    before, after = log(fields["output_dir"], "block")
-    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2)) and "teacher block" in shown
-    steps, epoch = log(fields["output_dir"], "eval")[-1]["eval/step"], log(fields["output_dir"], "eval")[-1]["eval/epoch"]
-    shutil.copytree(tmp_path / "whole" / "demo", tmp_path / "alone" / "demo")
-    fields |= dict(output_dir=str(tmp_path / "alone"), epochs_per_block=1e-6, lr_per_block=STILL, initialize_head_from_teacher=False)
-    cli("--blockwise", *flags(**fields, lm_head_epochs=epoch * (steps - 2) / steps))
-    assert log(fields["output_dir"], "eval")[-1]["eval/step"] == steps
-    assert column(tmp_path / "whole", "eval/kl_loss")[-1] < column(tmp_path / "alone", "eval/kl_loss")[-1]
-
-@pytest.mark.campaign
-def test_block_two_ranks_bf16_and_accumulation(block, tmp_path):
-    """Two ranks, and accumulation, give the losses of one; bf16 runs through and errors fall."""
-    fields = {**PLAIN, **BLOCK, **dict(teacher=block.teacher, student=block.student, dataset=block.data, epochs_per_block=1, lm_head_epochs=1)}
-    outs = {n: str(tmp_path / n) for n in ("one", "ranks", "micro", "half", "fed", "fed2")}
-    cli(*flags(**fields, output_dir=outs["one"]))
-    cli(*flags(**{**fields, "batch_size": 1, "gradient_accumulation_steps": 4}, output_dir=outs["micro"]))
-    cli(*flags(**fields, block_input="teacher", output_dir=outs["fed"]))
-    for name, extra in (("ranks", dict(batch_size=2)), ("fed2", dict(batch_size=2, block_input="teacher")), ("half", dict(batch_size=2, dtype="bf16"))):
-        process = spawn(*flags(**{**fields, **extra, "output_dir": outs[name]}), nproc=2)
-        text = process.communicate(timeout=600)[0]
-        assert process.returncode == 0, text[-3000:]
-    for a, b in (("one", "ranks"), ("one", "micro"), ("fed", "fed2")):
-        assert column(outs[b], "train/loss") == pytest.approx(column(outs[a], "train/loss"), rel=2e-5)
-    before, after = log(outs["half"], "block")
-    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(3))
-
-def bench_block(layers=8, width=256, tokens=1024):
-    """Cost of the block phase of S equal layers, over running both models whole for each block: about a half."""
-    with tempfile.TemporaryDirectory() as at, sd.process_group():
-        paths = [tiny_model(os.path.join(at, n), hidden=width, layers=layers, seed=s) for n, s in (("t", 0), ("s", 1))]
-        cfg = config.Config(teacher=paths[0], student=paths[1], blockwise=True, gradient_checkpointing=False, dtype="fp32")
-        student, teacher = sd.load_student(cfg), sd.load_teacher(cfg)
-        batch = sd.collate([{"input_ids": torch.arange(128) % 263, "targets": None}] * (tokens // 128))
-
-        def seconds(work, signal_of, repeat=5):
-            times = []
-            for _ in range(repeat):
-                start = time.process_time()
-                student(work, batch, signal_of(batch), 1.0)[0].backward()
-                times.append(time.process_time() - start)
-            return min(times)
-        whole = seconds(sd.functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0), sd.teacher_targets(teacher))
-        print(f"\nCPU ms a step; both models whole, everything trained on the logits (vocabulary 263): {1e3 * whole:.0f}")
-        costs = []
-        run = types.SimpleNamespace(cfg=cfg, student=student, teacher=teacher, steps_per_epoch=1)
-        pairs = sd.match_blocks(cfg, student.model.config, teacher.model.config)
-        for block in pairs:
-            stage = sd.stage_of_block(run, pairs, sd.parameters_by_part(student), block, 0)
-            with contextlib.redirect_stdout(io.StringIO()):
-                sd.make_optimizer(student.parameters(), stage.rates, 0.0)
-            costs.append(seconds(stage.loss_fn, stage.get_teacher_targets))
-        print(f"block {', '.join(map(str, range(layers)))}: {', '.join(f'{1e3 * c:.0f}' for c in costs)}")
-        print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each block (as the last one "
-              f"does), {sum(costs) / (layers * whole):.2f} of training the whole student that often")
+@pytest.mark.parametrize("kind", KILLED)
+def test_runs_twelve_kills(tmp_path, teacher, student, text, kind):
+    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A week of runs: every mode and every sharding, one after the other, as a user types them.
-# ---------------------------------------------------------------------------------------------------------------------
+def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text):
+    """Another number of ranks goes on with the same global batches, optimiser state included."""
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3, "save_steps": 2}
+    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=tmp_path / "a"), ranks=2).wait()
+    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
+        shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=steps, output_dir=tmp_path / "b"), ranks=ranks).wait()
+        assert Path(tmp_path, "b", "checkpoints", f"step-{steps:08d}").is_dir(), shown
+    assert distance(final_weights(tmp_path / "b"), final_weights(tmp_path / "a")) < 1e-5
+    pairs = zip(column(tmp_path / "a", "train/loss"), column(tmp_path / "b", "train/loss"), strict=True)
+    assert all(abs(x - y) < 1e-5 * abs(x) for x, y in pairs)
+    refused = distil(tmp_path / "b", teacher=teacher, student=student, dataset=text, batch_size=5, max_steps=8, rc=2)
+    assert "6 sequences a step" in refused.err
+
+
+@pytest.mark.parametrize("number, stream", [(signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}), (signal.SIGINT, {})])
+def test_runs_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
+    process = spawn(*flags(**fields, max_steps=100_000, output_dir=tmp_path / "run"))
+    wait_for_log(tmp_path / "run", process)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
+    stopped = log(tmp_path / "run", "train")[-1]["train/step"]
+    assert Path(tmp_path, "run", "checkpoints", f"step-{stopped:08d}").is_dir()
+    for out in ("run", "whole"):   # what is resumed goes on with the batch after the last one it was trained on
+        cli(*flags(**fields, max_steps=stopped + 3, output_dir=tmp_path / out))
+    assert same(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, teacher, student, chat):
+    """Rows of very different lengths, so that ranks count different numbers of tokens."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3, temperature=2.0)
+    distil(out, **fields, batch_size=8)
+    return out, fields
+
+
+def close_to(out, other, shown):
+    assert os.path.isdir(f"{out}/final"), shown
+    pairs = list(zip(column(out, "train/loss"), column(other, "train/loss"), strict=True))
+    assert all(abs(x - y) <= 1e-5 * abs(y) for x, y in pairs), pairs
+    assert distance(final_weights(out), final_weights(other)) < 1e-5
+
+
+@pytest.mark.parametrize("shard_teacher", [True, False])
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
+def test_runs_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
+    other, fields = alone
+    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": tmp_path / "run", "batch_size": 2,
+              "gradient_accumulation_steps": 2}
+    close_to(tmp_path / "run", other, Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait())
+
+
+FAMILIES = {"qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
+            "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
+            "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)}
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("shard_grad_op", marks=pytest.mark.campaign),
+                                  pytest.param("hybrid_shard", marks=pytest.mark.campaign), "no_shard"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_families_under_sharding(tmp_path, text, family, fsdp):
+    fields = {**PLAIN, "teacher": tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **FAMILIES[family]),
+              "student": tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **FAMILIES[family]), "dataset": text,
+              "max_steps": 3, "alpha": 0.5}
+    distil(tmp_path / "one", **{**fields, "batch_size": 4})
+    shown = Fork(tmp_path / "log.txt", *flags(**fields, fsdp=fsdp, batch_size=2, output_dir=tmp_path / "two"), ranks=2).wait()
+    close_to(tmp_path / "two", tmp_path / "one", shown)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
+
+
+def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
+    path = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
+    script = (f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\nimport simple_distill as sd\n"
+              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+              f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n"
+              f"    sd.load_student(sd.Config(student={tiny_model(tmp_path / 'first')!r}))   # imports the model's code\n"
+              "    before = peak()\n    root = sd.load_student(cfg)\n    whole = 4 * root.model.num_parameters()\n"
+              "    shard = sum(4 * p.to_local().numel() for p in root.parameters())\n"
+              "    print('RANK', sd.RANK, (peak() - before - shard) / whole, flush=True)\n")
+    Path(tmp_path, "load.py").write_text(script)
+    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "load.py"],
+                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
+    assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
+
+
+def test_runs_launcher_with_two_processes_and_sigterm(tmp_path, alone):
+    other, fields = alone
+    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}), nproc=2)
+    shown, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, shown
+    close_to(tmp_path / "run", other, shown)
+    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "long", "batch_size": 4, "max_steps": 100_000}), nproc=2)
+    wait_for_log(tmp_path / "long", process)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
+    assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
+
+
+def test_runs_two_nodes_of_one_process(tmp_path, alone):
+    other, fields = alone
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    words = words_of(flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}))
+    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [subprocess.Popen([HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(n)}, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
+    shown = [n.communicate(timeout=180)[0] for n in nodes]
+    assert [n.returncode for n in nodes] == [0, 0], shown
+    close_to(tmp_path / "run", other, shown)
+    assert "done in" in shown[0] and "done in" not in shown[1]   # only rank 0 prints
+
+
+def test_runs_a_rank_that_dies_takes_the_job_down(tmp_path, alone):
+    process = spawn(*flags(**{**PLAIN, **alone[1], "output_dir": tmp_path / "run", "batch_size": 4, "max_steps": 100_000}), nproc=2)
+    wait_for_log(tmp_path / "run", process)
+    workers = subprocess.run(["pgrep", "-f", f"simple_distill.py.*{tmp_path}/run"], capture_output=True, text=True).stdout.split()
+    ranks = [p for p in workers if "RANK=1" in Path(f"/proc/{p}/environ").read_text().split("\0")]
+    start = time.time()
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    process.communicate(timeout=90)
+    assert process.returncode != 0 and time.time() - start < 60
+
+
+def test_runs_launcher_explains_itself():
+    shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
+
+
+def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
+    """Two ranks make it, one line says it, the exit code is that of one process."""
+    process = spawn(*flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere", output_dir=tmp_path / "out"), nproc=2, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
+
 
 SHARDINGS = [dict(fsdp=fsdp, shard_teacher=teacher, cpu_offload=offload) for fsdp, teacher, offload in
              (("full_shard", True, False), ("shard_grad_op", True, False), ("hybrid_shard", False, False), ("no_shard", True, True))]
@@ -3707,7 +3616,7 @@ WEEK = [(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDIN
 
 
 @pytest.mark.campaign
-def test_a_week_of_runs(tmp_path, teacher, student, text):
+def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
     """No warning, no leftover process, no file but in output_dir and cache_dir."""
     (tmp_path / "here").mkdir()
     base, last = dict(teacher=teacher, student=student, dataset=text), None
@@ -3733,9 +3642,88 @@ def test_a_week_of_runs(tmp_path, teacher, student, text):
     assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures: python test_simple_distill.py --bench
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Package: six files, small, documented, its README true.
+
+
+def test_package_the_top_level_is_six_files_and_five_requirements():
+    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout.split() or os.listdir(HERE)
+    assert {name for name in tracked if not name.startswith(".")} <= {"simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
+                                                                      "requirements.txt", "README.md", "__pycache__"}
+    names = [re.match(r"[\w-]+", line)[0] for line in (HERE / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"]
+    assert sorted(names) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
+
+
+def readme_commands():
+    """Every command of the trainer in the README, in a block or in a line, as lists of words; all but the bare one (the demo)."""
+    readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+    readme = readme.replace("\\\n", " ")
+    found = re.findall(r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)", readme, re.M)
+    found = [shlex.split(re.sub(r"\s#.*", "", line)) for line in found]
+    return [c for i, c in enumerate(found) if len(c) > 2 and not {"...", "--help"} & set(c) and c not in found[:i]]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
+def test_package_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
+    """As they stand there, on tiny models: names of models and data are replaced, lengths cut short, nothing else."""
+    mode = command[command.index("--mode") + 1] if "--mode" in command else "train"
+    if mode == "generate" or mode not in MODES:
+        pytest.skip(f"mode {mode} has tests of its own, with a server")
+    words = command[1 if command[0].endswith("launch.sh") else 2:]
+    ours = {"--teacher": teacher, "--student": student, "--dataset": text, "--tokenizer": teacher, "--compare": student}
+    result, i = [], 0
+    while i < len(words):
+        name, _, value = words[i].partition("=") if words[i].startswith("--") else (words[i], "", "")
+        if name == "--dataset_config":
+            i += 1 if value else 2
+            continue
+        takes = not value and name.startswith("--") and i + 1 < len(words) and not words[i + 1].startswith("--")
+        value = value or (words[i + 1] if takes else None)
+        i += 1 + takes
+        if name == "--config":
+            (tmp_path / value).write_text(f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
+        value = ours[name] if name in ours and not (value or "").startswith(("layers:", "demo")) else value
+        result += [name] if value is None else [name, value]
+    monkeypatch.chdir(tmp_path)
+    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"} | ({"--max_steps": 2, "--log_steps": 1} if mode == "train" else {})
+    if "--cache_dir" not in result or mode == "cache":
+        short["--dataset"] = text
+    elif mode == "train":   # its other half comes first
+        fields = dict(teacher=teacher, dataset=text, seq_len=32, cache_dir=result[result.index("--cache_dir") + 1])
+        cli("--mode", "cache", *flags(**fields, output_dir=tmp_path / "out"))
+    cli(*result, *[x for k, v in short.items() if k not in result for x in (k, v)])
+
+
+def test_package_the_readmes_own_loss(tmp_path, teacher, student, text):
+    """A fork that adds it as the README says: its gradient is that of autograd, and the command line trains with it."""
+    lines = re.search(r"( +elif divergence == \"skew\":\n(?: {12}.*\n)+)", (HERE / "README.md").read_text())[1]
+    source, anchor = (HERE / "simple_distill.py").read_text(), "        else:   # pull: "
+    assert source.count(anchor) == 1 and len(lines.splitlines()) <= 10
+    (tmp_path / "simple_distill.py").write_text(source.replace(anchor, lines + anchor))
+    choices = 'Literal["forward", "reverse", "jsd"]'
+    (tmp_path / "config.py").write_text((HERE / "config.py").read_text().replace(choices, choices[:-1] + ', "skew"]'))
+    code = """
+import torch, simple_distill as sd
+z, y, labels = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64), torch.tensor([1, 2, 3, 4, 8])
+for T in (1.0, 2.0):
+    a = z.clone().requires_grad_()
+    q, p = torch.softmax(y / T, -1), torch.softmax(a / T, -1)
+    ce, kl = torch.nn.functional.cross_entropy(a, labels, reduction="none"), T * T * (q * (q / (0.9 * p + 0.1 * q)).log()).sum(-1)
+    (0.3 * ce + 0.7 * kl).sum().backward()
+    ours = sd.chunk_terms(z.clone(), labels, y.clone(), alpha=0.3, temperature=T, divergence="skew", student_bend=(1.0, None), teacher_bend=(1.0, None))
+    for mine, its in zip(ours, (ce, kl, a.grad)):
+        torch.testing.assert_close(mine, its.detach(), rtol=1e-9, atol=1e-12)
+"""
+    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    checked = run([sys.executable, "-c", code])
+    assert checked.returncode == 0, checked.stderr
+    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, divergence="skew", max_steps=2, use_wandb=False, output_dir="out")
+    trained = run([sys.executable, "simple_distill.py", *words])
+    assert trained.returncode == 0 and all(0 < x < 99 for x in column(tmp_path / "out", "train/kl_loss")), trained.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Bench: python test_simple_distill.py --bench
 
 
 def interleaved(cases, rounds=7):
