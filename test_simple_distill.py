@@ -65,7 +65,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 # --------------------------------------------------------------------------------------------------
-# Helpers: the command line in this process and in another, tiny models, what a run leaves behind.
+# Helpers: the command line in this process and in others, tiny models, what a run leaves behind.
 
 
 class Result(NamedTuple):
@@ -76,59 +76,200 @@ class Result(NamedTuple):
 
 def words_of(args):
     """Arguments as words; --use_wandb false unless the test says otherwise."""
-    args = [str(a) for a in args]
-    mode = args[args.index("--mode") + 1] if "--mode" in args else "train"
-    return args + ([] if mode != "train" or any("use_wandb" in a for a in args) else ["--use_wandb", "false"])
+    words = [str(arg) for arg in args]
+    mode = words[words.index("--mode") + 1] if "--mode" in words else "train"
+    if mode == "train" and not any("use_wandb" in word for word in words):
+        words += ["--use_wandb", "false"]
+    return words
 
 
 def cli(*args, rc=0):
     """The command line in this process -> Result; the exit code is asserted."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            got = sd.main(words_of(args))
+            code = sd.main(words_of(args))
         except SystemExit as e:
-            got = e.code or 0
-    result = Result(got, out.getvalue(), err.getvalue())
-    assert got == rc, f"exit code {got}, expected {rc}: {shlex.join(words_of(args))}\n{result.out}\n{result.err}"
+            code = e.code or 0
+    result = Result(code, out.getvalue(), err.getvalue())
+    command = shlex.join(words_of(args))
+    assert code == rc, f"exit code {code}, not {rc}: {command}\n{result.out}\n{result.err}"
     if rc == 2:
         lines = result.err.strip().splitlines()
-        assert any(line.startswith("error: ") for line in lines) and "Traceback" not in result.err, result.err
+        assert any(line.startswith("error: ") for line in lines), result.err
+        assert "Traceback" not in result.err, result.err
     return result
-
-
-def spawn(*args, nproc=1, env=None, **popen):
-    """The real thing as a process of its own (and a session of its own, so that a signal reaches all of its ranks)."""
-    command = [sys.executable, str(HERE / "simple_distill.py")] if nproc == 1 else [str(HERE / "launch.sh")]
-    env = {**os.environ, "NPROC": str(nproc), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **(env or {})}
-    popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True, **popen}
-    return subprocess.Popen([*command, *words_of(args)], env=env, start_new_session=True, **popen)
 
 
 def flags(**fields):
     """Fields of Config as command-line words; None leaves a field out."""
     words = []
     for name, value in fields.items():
-        if value is not None:
-            value = str(value).lower() if isinstance(value, bool) else value
-            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        if value is None:
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words.append(f"--{name}")
+        for x in values:
+            words.append(str(x).lower() if isinstance(x, bool) else str(x))
     return words
 
 
 # Everything that would blur a comparison is off: what a test is about, it turns on.
-PLAIN = dict(dtype="fp32", seq_len=32, lr_scheduler="constant", warmup_ratio=0, weight_decay=0, learning_rate=1e-3, log_steps=1,
-             save_steps=0, eval_steps=0, gradient_checkpointing=False)
+PLAIN = dict(
+    dtype="fp32", seq_len=32, lr_scheduler="constant", warmup_ratio=0, weight_decay=0,
+    learning_rate=1e-3, log_steps=1, save_steps=0, eval_steps=0, gradient_checkpointing=False)
 STILL = 1e-30   # a learning rate that moves no weight in fp32
 
 
 def distil(out, rc=0, **fields):
+    """A plain run into `out`, in this process."""
     return cli(*flags(**{**PLAIN, "output_dir": out, **fields}), rc=rc)
 
 
+# ---- processes
+
+
+def spawn(*args, nproc=1, env=None, **popen):
+    """The real thing as a process, in a session of its own: a signal reaches all of its ranks."""
+    command = [sys.executable, str(HERE / "simple_distill.py")]
+    if nproc > 1:
+        command = [str(HERE / "launch.sh")]
+    env = {**os.environ, "NPROC": str(nproc), **(env or {})}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    popen = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                 text=True) | popen
+    return subprocess.Popen([*command, *words_of(args)], env=env, start_new_session=True, **popen)
+
+
+# A process that has imported everything once; each run is a fork of it and starts in no time.
+MOTHER = """
+import json, os, resource, signal, sys, traceback
+import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
+import datasets, tqdm, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast
+
+def child(job):
+    os.setsid()
+    os.environ.update(job["env"])
+    sys.path.insert(0, job["package"])
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        if job["limit"]:   # of a file's size
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+        import simple_distill
+        code = simple_distill.main(job["args"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        child(job)
+    print(pid, flush=True)
+    if job["wait"]:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Fork:
+    """A run in processes of its own, one a rank."""
+    mother = None
+
+    def __init__(self, log, *args, ranks=1, limit=0, package=HERE):
+        if Fork.mother is None:
+            Fork.mother = subprocess.Popen(
+                [sys.executable, "-c", MOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            atexit.register(Fork.mother.kill)
+        self.log = str(log)
+        self.pids = []
+        port = free_port()
+        for rank in range(ranks):
+            env = rank_environment(rank, ranks, port) if ranks > 1 else {}
+            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False,
+                   "limit": limit, "package": str(package)}
+            Fork.mother.stdin.write(json.dumps(job) + "\n")
+            Fork.mother.stdin.flush()
+            self.pids.append(int(Fork.mother.stdout.readline()))
+
+    def running(self):
+        return [pid for pid in self.pids if is_alive(pid)]
+
+    def signal(self, number):
+        for pid in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return self
+
+    def wait(self, seconds=180):
+        """-> what it printed, once all of it has ended."""
+        end = time.time() + seconds
+        while self.running():
+            assert time.time() < end, Path(self.log).read_text()[-3000:]
+            time.sleep(0.02)
+        return Path(self.log).read_text()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def rank_environment(rank, ranks, port):
+    """What torchrun would set."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def is_alive(pid):
+    """A child of the mother that nobody has waited for is a zombie; its threads may outlive it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
+
+
+def wait_for_log(out, process, seconds=120):
+    """Until a process has logged its first step."""
+    end = time.time() + seconds
+    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
+        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
+        time.sleep(0.05)
+
+
+# ---- what a run leaves behind
+
+
+def read_lines(path):
+    """The rows of a .jsonl file."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
 def log(out, kind=None):
-    """The lines of log.jsonl; kind train or eval: only those."""
-    with open(os.path.join(out, "log.jsonl")) as f:
-        return [entry for entry in map(json.loads, f) if kind is None or f"{kind}/step" in entry]
+    """The lines of log.jsonl; kind train, eval or block: only those."""
+    entries = read_lines(os.path.join(out, "log.jsonl"))
+    return [entry for entry in entries if kind is None or f"{kind}/step" in entry]
+
+
+def quiet_log(out):
+    """The log without speeds: what two equal runs have in common."""
+    return [{k: v for k, v in entry.items() if "second" not in k} for entry in log(out)]
 
 
 def column(out, key):
@@ -147,7 +288,10 @@ def checkpoint(out, step):
     """All tensors of a checkpoint by name."""
     path = os.path.join(out, "checkpoints", f"step-{step:08d}")
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "properties")}
+    tensors = {}
+    for name, entry in metadata.items():
+        if hasattr(entry, "properties"):
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(tensors, checkpoint_id=path, no_dist=True)
@@ -155,14 +299,17 @@ def checkpoint(out, step):
 
 
 def gradients(out):
-    """What the first step's gradient was: AdamW's first moment is a tenth of it (max_grad_norm 0)."""
-    return {k: 10 * v for k, v in checkpoint(out, 1).items() if re.search(r"exp_avg(?!_sq)", k)}
+    """Of the first step: AdamW's first moment is a tenth of it (max_grad_norm 0)."""
+    tensors = checkpoint(out, 1)
+    return {k: 10 * v for k, v in tensors.items() if re.search(r"exp_avg(?!_sq)", k)}
 
 
 def distance(a, b):
     """Relative to the size of b, over all tensors."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
-    return math.sqrt(sum((a[k].double() - b[k].double()).square().sum() for k in b) / sum(b[k].double().square().sum() for k in b))
+    difference = sum((a[k].double() - b[k].double()).square().sum() for k in b)
+    size = sum(b[k].double().square().sum() for k in b)
+    return math.sqrt(difference / size)
 
 
 def same(a, b):
@@ -170,45 +317,67 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
-          "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-SPECIAL = ["<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+# ---- tiny tokenizers, models and texts
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+SPECIAL = ["<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+           "<|end_header_id|>", "<|eot_id|>"]
 
 
 def tiny_tokenizer(chat_template=None, *, roll=0, merges=(), bos=False):
-    """A byte is a token (263 with the special ones): what a text encodes to can be seen with the naked eye.
+    """A byte is a token (263 with the special ones): what a text encodes to can be seen.
 
-    roll: the same tokens under other ids. merges: "t h" adds the token th. bos: encoding plain text starts with <|begin|>."""
+    roll: the same tokens under other ids. merges: "t h" adds the token th. bos: encoding plain text
+    starts with <|begin|>."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = letters[roll:] + letters[:roll] + [m.replace(" ", "") for m in sorted(merges)]
-    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(SPECIAL + letters)}, merges=[tuple(m.split()) for m in merges]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + letters)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(m.split()) for m in merges]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     if bos:
-        core.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|begin|>", pad_token="<|endoftext|>")
+        core.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|begin|>",
+        pad_token="<|endoftext|>")
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
 def tiny_config(vocab=None, hidden=32, layers=2, cls="LlamaConfig", **overrides):
-    shape = dict(vocab_size=vocab or len(tiny_tokenizer()), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
-                 intermediate_size=2 * hidden, max_position_embeddings=512, bos_token_id=1, eos_token_id=0, pad_token_id=0)
+    shape = dict(
+        vocab_size=vocab or len(tiny_tokenizer()), hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=2, intermediate_size=2 * hidden, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=0, pad_token_id=0,
+        initializer_range=0.2)   # logits far from uniform
     if "GPT2" not in cls and "NeoX" not in cls:
         shape["num_key_value_heads"] = 2
-    return getattr(transformers, cls)(**{**shape, "initializer_range": 0.2, **overrides})   # logits far from uniform
+    return getattr(transformers, cls)(**{**shape, **overrides})
 
 
-def tiny_model(path, vocab=None, hidden=32, layers=2, seed=0, cls="LlamaConfig", tokenizer=None, **overrides):
+def tiny_model(path, vocab=None, hidden=32, layers=2, seed=0, cls="LlamaConfig", tokenizer=None,
+               **overrides):
     """A random model and its tokenizer (False: none) in a directory -> its path."""
+    config_ = tiny_config(vocab, hidden, layers, cls, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformers.AutoModelForCausalLM.from_config(tiny_config(vocab, hidden, layers, cls, **overrides)).save_pretrained(path)
+        AutoModelForCausalLM.from_config(config_).save_pretrained(path)
     if tokenizer is not False:
         (tokenizer or tiny_tokenizer()).save_pretrained(path)
     return str(path)
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def edit_weights(path, change):
@@ -218,33 +387,68 @@ def edit_weights(path, change):
     save_file(tensors, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
 
 
+def padded(path, source, rows):
+    """The same model with more vocabulary rows, and loud ones: unless they are cut, they take all
+    of the probability."""
+    model = load(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight.data[-rows:] = 50 * torch.randn(rows, module.weight.shape[1])
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def break_letter(source, path):
+    """A copy of a model in which the letter Z, and only it, makes everything infinite."""
+    shutil.copytree(source, path)
+    z = tiny_tokenizer().encode("Z")[0]
+
+    def change(tensors):
+        tensors["model.embed_tokens.weight"][z] = math.inf
+
+    edit_weights(path, change)
+    return str(path)
+
+
 def write_jsonl(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def write_splits(folder, train, validation):
-    """A directory of two splits, as on the hub: what is trained on does not depend on how a slice is held out."""
+    """A directory of two splits, as on the hub: what is trained on does not depend on how a slice is
+    held out."""
     os.makedirs(folder)
     write_jsonl(os.path.join(folder, "train.jsonl"), train)
     write_jsonl(os.path.join(folder, "validation.jsonl"), validation)
     return str(folder)
 
 
+WORDS = "one two three red green blue sun moon star tree river stone".split()
+
+
 def prose(n, seed=0):
     """n words with some structure."""
     pick = random.Random(seed)
-    return " ".join(pick.choice("one two three red green blue sun moon star tree river stone".split()) for _ in range(n))
+    return " ".join(pick.choice(WORDS) for _ in range(n))
 
 
 def talk(n, seed=0):
     """n questions with answers of very different length."""
-    return [{"prompt": prose(1 + i % 3, seed + i), "response": prose(1 + (5 * i) % 16, seed + 100 + i)} for i in range(n)]
+    rows = []
+    for i in range(n):
+        question = prose(1 + i % 3, seed + i)
+        rows.append({"prompt": question, "response": prose(1 + (5 * i) % 16, seed + 100 + i)})
+    return rows
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    torch.set_num_threads(1)   # models this small take twice as long on two, and longer still beside other work
+    """Models this small take twice as long on two, and longer still beside other work."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -260,7 +464,8 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """40 rows of plain text, some 70 blocks of 32 tokens."""
-    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl", [{"text": prose(8 + i % 9, i)} for i in range(40)])
+    rows = [{"text": prose(8 + i % 9, i)} for i in range(40)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
@@ -274,151 +479,67 @@ def out(tmp_path):
     return str(tmp_path / "out")
 
 
-def dense_losses(student_logits, teacher_logits, labels, alpha, temperature, divergence="forward"):
-    """The objective as a textbook writes it: full logits, [N] labels with -100 -> loss, ce, kl."""
-    keep = labels != -100
-    n, z, kl = keep.sum().clamp_min(1), student_logits[keep], torch.zeros(())
-    ce = F.cross_entropy(z, labels[keep], reduction="sum") / n
+# ---- the objective as a textbook writes it
+
+
+def divergence_of(logp, logq, divergence):
+    """Sum over tokens, of student log-probabilities logp and teacher's logq."""
+    if divergence == "forward":
+        return kl_sum(logq, logp)
+    if divergence == "reverse":
+        return kl_sum(logp, logq)
+    middle = torch.log((logp.exp() + logq.exp()) / 2)
+    return (kl_sum(logp, middle) + kl_sum(logq, middle)) / 2
+
+
+def kl_sum(loga, logb):
+    """KL(a || b)."""
+    return F.kl_div(logb, loga, reduction="sum", log_target=True)
+
+
+def dense_losses(student_logits, teacher_logits, labels, alpha, temperature,
+                 divergence="forward"):
+    """Full logits, [N] labels with -100 -> loss, ce, kl."""
+    counted = labels != -100
+    n = counted.sum().clamp_min(1)
+    logits = student_logits[counted]
+    ce = F.cross_entropy(logits, labels[counted], reduction="sum") / n
+    kl = torch.zeros(())
     if teacher_logits is not None:
-        logp, logq = F.log_softmax(z / temperature, -1), F.log_softmax(teacher_logits[keep] / temperature, -1)
-        middle = torch.log((logp.exp() + logq.exp()) / 2)
-        div = lambda a, b: F.kl_div(b, a, reduction="sum", log_target=True)   # KL(a || b)
-        kl = {"forward": lambda: div(logq, logp), "reverse": lambda: div(logp, logq),
-              "jsd": lambda: (div(logp, middle) + div(logq, middle)) / 2}[divergence]() * temperature ** 2 / n
+        logp = F.log_softmax(logits / temperature, -1)
+        logq = F.log_softmax(teacher_logits[counted] / temperature, -1)
+        kl = divergence_of(logp, logq, divergence) * temperature ** 2 / n
     return alpha * ce + (1 - alpha) * kl, ce, kl
 
 
 def chatml_rows(rows):
-    """Prompt and response rows -> (ids, labels already shifted), written out by hand; labels count the answer and its end mark."""
-    encode, coded = tiny_tokenizer().encode, []
+    """Prompt and response rows -> (ids, labels already shifted), written out by hand; labels count
+    the answer and its end mark."""
+    encode = tiny_tokenizer().encode
+    coded = []
     for row in rows:
-        before, answer = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n", f"{row['response']}<|im_end|>"
-        ids = encode(before) + encode(answer) + encode("\n")
-        first, last = len(encode(before)), len(encode(before)) + len(encode(answer))
-        coded.append((torch.tensor(ids), torch.tensor([ids[i + 1] if first <= i + 1 < last else -100 for i in range(len(ids))])))
+        before = encode(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        answer = encode(f"{row['response']}<|im_end|>")
+        ids = before + answer + encode("\n")
+        labels = [-100] * len(ids)
+        for i in range(len(before), len(before) + len(answer)):
+            labels[i - 1] = ids[i]
+        coded.append((torch.tensor(ids), torch.tensor(labels)))
     return coded
 
 
 def model_losses(student, teacher, coded, alpha, temperature=1.0, divergence="forward"):
     """The same through whole models, one row at a time: no padding, no packing, no chunks."""
-    logits = lambda model: torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids, _ in coded])
+    labels = torch.cat([labels for _, labels in coded])
     with torch.no_grad():
-        teacher_logits = None if teacher is None else logits(teacher)
-    return dense_losses(logits(student), teacher_logits, torch.cat([labels for _, labels in coded]), alpha, temperature, divergence)
+        teacher_logits = None if teacher is None else logits_of_rows(teacher, coded)
+    student_logits = logits_of_rows(student, coded)
+    return dense_losses(student_logits, teacher_logits, labels, alpha, temperature, divergence)
 
 
-def load(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def padded(path, source, rows):
-    """The same model with more vocabulary rows, and loud ones: unless they are cut, they take all of the probability."""
-    model = load(source)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
-        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-            table.data[-rows:] = 50 * torch.randn(rows, table.shape[1])
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-def break_letter(source, path):
-    """A copy of a model in which the letter Z, and only it, makes everything infinite."""
-    shutil.copytree(source, path)
-    edit_weights(path, lambda w: w["model.embed_tokens.weight"][tiny_tokenizer().encode("Z")[0]].fill_(math.inf))
-    return str(path)
-
-
-ZYGOTE = """
-import json, os, sys
-import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor, datasets, transformers, tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, HfArgumentParser
-sys.path.insert(0, sys.argv[1])
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        os.environ.update(job["env"])
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            if job["limit"]:
-                import resource, signal
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
-            import simple_distill
-            code = simple_distill.main(job["args"])
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    print(pid, flush=True)
-    if job["wait"]:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Fork:
-    """A run in processes of its own, one a rank."""
-    mother = None
-
-    def __init__(self, log, *args, ranks=1, limit=0):
-        if Fork.mother is None:
-            Fork.mother = subprocess.Popen([sys.executable, "-c", ZYGOTE, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            atexit.register(Fork.mother.kill)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.log, self.pids = str(log), []
-        for rank in range(ranks):
-            env = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                                         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False, "limit": limit}
-            Fork.mother.stdin.write(json.dumps(job) + "\n")
-            Fork.mother.stdin.flush()
-            self.pids.append(int(Fork.mother.stdout.readline()))
-
-    def running(self):
-        def alive(pid):   # a child of the mother that nobody has waited for is a zombie
-            try:
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1   # its threads may outlive it for a moment
-            except OSError:
-                return False
-        return [pid for pid in self.pids if alive(pid)]
-
-    def signal(self, number):
-        for pid in self.running():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        return self
-
-    def wait(self, seconds=180):
-        """-> what it printed, once all of it has ended."""
-        end = time.time() + seconds
-        while self.running():
-            assert time.time() < end, Path(self.log).read_text()[-3000:]
-            time.sleep(0.02)
-        return Path(self.log).read_text()
-
-
-def quiet_log(out):
-    return [{k: v for k, v in entry.items() if "second" not in k} for entry in log(out)]
-
-
-def wait_for_log(out, process, seconds=120):
-    end = time.time() + seconds
-    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
-        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
-        time.sleep(0.05)
+def logits_of_rows(model, coded):
+    rows = [model(input_ids=ids[None], use_cache=False).logits[0] for ids, _ in coded]
+    return torch.cat(rows)
 
 
 # --------------------------------------------------------------------------------------------------
