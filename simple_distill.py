@@ -1,58 +1,75 @@
 #!/usr/bin/env python
-"""Distil a large language model into a small one: the whole trainer, top to bottom, to be read, copied and changed.
+"""Distil a large language model into a small one: the whole trainer, to be read and changed.
 
-    python simple_distill.py                                                     # the demo: no download, no GPU
-    python simple_distill.py --teacher T --student S --dataset D                 # online distillation
-    python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C  # run the teacher once ...
-    python simple_distill.py --student S --cache_dir C                           # ... and train from disk
-    python simple_distill.py --teacher T --student S --dataset D --blockwise     # block by block, then the head
-    python simple_distill.py --mode generate --api_model M                       # a dataset from an API teacher
+    python simple_distill.py                                  # the demo: no download, no GPU
+    python simple_distill.py --teacher T --student S --dataset D              # online distillation
+    python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C   # the teacher once
+    python simple_distill.py --student S --cache_dir C                        # ... then from disk
+    python simple_distill.py --teacher T --student S --dataset D --blockwise  # block by block
+    python simple_distill.py --mode generate --api_model M             # a dataset from an API
     python simple_distill.py --mode eval --student out/final --teacher T --dataset D --compare OTHER
-    ./launch.sh ...                                                              # the same on many devices
+    ./launch.sh ...                                           # the same on many devices
 
-Rooms, in order: runtime, losses, data, demo, teacher cache, teacher signal, models and FSDP, optimiser, checkpoints,
-block-wise, API data, evaluation, train, main. What needs no torch (flags and their checks, file formats, plans in
-numbers, words and tables) is config.py's. Shape suffixes: B sequences, T positions, N counted tokens, C those of a
-chunk, D width, V vocabulary, K kept teacher entries a token.
+First the core, which every fork needs: Runtime, Losses, Data, Models and FSDP, Optimiser,
+Checkpoints, Train. Whoever wants to understand or change plain distillation can stop there. Then
+the optional chapters, each of which can be deleted (README, "Changing it"): streaming, demo, cache,
+blockwise, generate, eval. The knobs are config.py's.
+
+Shapes, as suffixes: B sequences, T positions, N counted tokens, C those of a chunk, D width, V
+vocabulary, K kept teacher entries a token.
 """
-import ast
-import asyncio
+import ast   # optional: generate
+import asyncio   # optional: generate
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
+import email.utils   # optional: generate
 import fcntl
 import functools
 import glob
 import hashlib
-import importlib
+import importlib   # optional: generate
 import inspect
-import io
 import itertools
 import json
 import math
 import os
-import random
+import random   # optional: generate
 import re
 import resource
-import shlex
+import shlex   # optional: cache
 import shutil
 import signal
 import sys
-import sysconfig
-import textwrap
+import sysconfig   # optional: demo generate
+import textwrap   # optional: generate
 import time
-import types
-import warnings
-import zlib
+import warnings   # optional: generate
+import zlib   # optional: cache generate
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
+from config import (
+    Config,
+    UserError,
+    demo_knobs,   # optional: demo
+    knobs_in,   # optional: cache
+    one_line,
+    parse_config,
+    parse_multipliers,
+    parse_or_exit,
+    result_knobs,
+)
+
+if __name__ == "__main__":   # --help and a typo are answered before the slow imports below
+    CONFIG = parse_or_exit(sys.argv[1:])
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
-import huggingface_hub
+import huggingface_hub   # optional: demo
 import numpy as np
 import safetensors.numpy
 import torch
@@ -66,13 +83,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from config import (FIELDS, GROUPS, INF, Config, UserError, default_of,
-                    demo_knobs, one_line, parse_config, parse_multipliers, refuse, result_knobs, scheduler_kwargs)
-
-
 # --------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+RANK = int(os.environ.get("RANK", 0))               # torchrun sets all four
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # on this node
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
@@ -83,29 +99,45 @@ def print0(*words):
         tqdm.write(" ".join(map(str, words)))   # through tqdm, so that a line never tears the bar
 
 
+# ---- ranks
+
+
 @contextlib.contextmanager
 def process_group():
     """gloo beside NCCL: counts and flags travel between hosts without making the GPU wait."""
     if CUDA:
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")   # TF32
-    else:   # glibc gives large blocks back at once, to page-fault them in anew: a quarter of a step's time
-        with contextlib.suppress(AttributeError):
-            for option, value in ((-4, 0), (-1, 2**31 - 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)
-    store = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=datetime.timedelta(days=1), **store)
+    else:
+        keep_freed_memory()
+    options = {}
+    if "RANK" not in os.environ:   # not under torchrun: alone, without opening a port
+        options = dict(store=dist.HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
+    patience = datetime.timedelta(days=1)   # ranks wait while another downloads or tokenises
+    dist.init_process_group(backend, timeout=patience, **options)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def keep_freed_memory():
+    """By default glibc gives large blocks back at once, and page-faults them in anew for the next
+    tensor: a quarter of a step's time on a CPU."""
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max = -1, -4   # as malloc.h numbers them
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 @contextlib.contextmanager
 def node_first():
-    """The first rank of each node goes ahead (downloads, dataset caches), the others find its work done."""
+    """The first rank of each node goes ahead (downloads, dataset caches); the others find its work
+    done."""
     if LOCAL_RANK > 0:
-        all_sum(0)
+        all_sum(0)   # waits until the first ranks are here, below
     try:
         yield
     finally:   # also after an error, which the others then meet themselves
@@ -114,48 +146,68 @@ def node_first():
 
 
 def all_sum(*values):
-    """Sum Python numbers over ranks on the host."""
+    """Sum Python numbers over ranks, on the host. No rank gets past it before all have come."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def from_rank0(value):
+    """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
 
+# ---- files
+
+
 def digest(*things):
-    plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)   # str leaves out the middle of a long array
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=plain).encode()).hexdigest()[:16]
+    """16 characters that differ when anything in these things does."""
+    text = json.dumps(things, sort_keys=True, default=plain_value)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_json(cfg, path):
+def plain_value(thing):
+    """What json cannot write; str would leave out the middle of a long array."""
+    return thing.tolist() if hasattr(thing, "tolist") else str(thing)
+
+
+def write_json(value, path):
+    """A dict or a dataclass; the file is the old one or the new one, never half of it."""
+    if not isinstance(value, dict):
+        value = dataclasses.asdict(value)
     aside = f"{path}.{os.getpid()}.tmp"   # workers of a cache may write at the same moment
     with open(aside, "w", encoding="utf-8") as f:
-        json.dump(cfg if isinstance(cfg, dict) else dataclasses.asdict(cfg), f, indent=2)
+        json.dump(value, f, indent=2)
     os.replace(aside, path)
 
 
 def append_jsonl(path, row):
-    with open(path, "a", encoding="utf-8", errors="replace") as f:   # half a surrogate pair cannot be written
+    with open(path, "a", encoding="utf-8", errors="replace") as f:   # half a surrogate pair
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(path):
-    """The rows of a .jsonl, none where there is no file; half a last line, as a kill leaves it, is removed."""
-    with open(path, "rb+") if os.path.exists(path) else io.BytesIO() as f:
-        whole, newline, last = f.read().rpartition(b"\n")
+    """The rows of a .jsonl, none where there is no file. Half a last line, as a kill leaves it, is
+    removed from the file: the next row must not be appended to it."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb+") as f:
+        content = f.read()
+        end = content.rfind(b"\n") + 1   # of the last line that is surely whole
         try:
-            json.loads(last), f.write(b"\n")   # whole: only its newline was missing
-            whole += newline + last
+            json.loads(content[end:])
         except ValueError:
-            f.truncate(len(whole + newline))
+            f.truncate(end)
+            content = content[:end]
+        else:
+            f.write(b"\n")   # whole after all, only its newline was missing
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in content.splitlines() if line.strip()]
     except ValueError:
         explain_bad_file(path)
+        raise
 
 
 def sync(*paths):
@@ -166,66 +218,74 @@ def sync(*paths):
         os.close(handle)
 
 
-def take_lock(folder, wait=False):
-    """-> what is wrong with the folder or None, and what gives it back: a folder that was made for nothing goes."""
-    made, problem, handle = not os.path.isdir(folder), None, None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        problem = None if os.access(folder, os.W_OK) else f"{folder!r} is not writable"
-    except BlockingIOError:
-        problem = f"another run is at work in {folder!r}"
-    except OSError as e:
-        problem = f"cannot use {folder!r} as a directory ({e.strerror})"
-
-    def release():
-        if handle is not None:
-            os.close(handle)
-            if made and not os.listdir(folder):
-                os.rmdir(folder)
-    return problem, release
+# ---- one run a directory, and how to stop it
 
 
 @contextlib.contextmanager
 def lock(folder, wait=False):
-    """One run a directory; the kernel drops the lock with its process. One made for a refused run goes again."""
-    problem, release = take_lock(folder, wait) if RANK == 0 else (None, lambda: None)
-    problem = from_rank0(problem)
+    """One run a directory; wait: until the other is done. The kernel drops the lock with its
+    process, so that a killed run leaves none. A folder made for a refused run goes again."""
+    made = not os.path.isdir(folder)
+    handle = None    # rank 0 holds the lock for all
+    problem = None
     try:
+        if RANK == 0:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                handle = os.open(folder, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.access(folder, os.W_OK):
+                    problem = f"{folder!r} is not writable"
+            except BlockingIOError:
+                problem = f"another run is at work in {folder!r}"
+            except OSError as e:
+                problem = f"cannot use {folder!r} as a directory ({e.strerror})"
+        problem = from_rank0(problem)
         if problem:
             raise UserError(f"{problem}; choose another --output_dir")
         yield
     finally:
-        release()
+        if handle is not None:
+            os.close(handle)
+            if made and not os.listdir(folder):
+                os.rmdir(folder)
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields the list of askings."""
-    asked, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
+    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields
+    stop_requests: the times at which a stop was asked for, empty so far."""
+    stop_requests = []
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
-    def ask(number, frame):   # torchrun repeats what the terminal has sent to everybody already
-        if asked and not (under_torchrun and time.time() - asked[-1] < 2):
-            raise KeyboardInterrupt
-        asked.append(time.time())
+    def request_stop(number, frame):
+        if stop_requests:
+            # torchrun repeats what the terminal has sent to everybody already
+            repeated = under_torchrun and time.time() - stop_requests[-1] < 2
+            if not repeated:
+                raise KeyboardInterrupt
+        stop_requests.append(time.time())
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers_before = {number: signal.signal(number, request_stop)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield stop_requests
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot. Change the objective
-# in chunk_terms: it takes logits and hands on two losses a token and the gradient of the logits.
-LOGITS_BUDGET = 512 * 2**20   # bytes of both heads' outputs at once; the fp32 terms come on top; more is hardly faster
+# Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot.
+# Hands on distillation_loss, Head and SparseTarget. Change the objective in chunk_terms: it takes
+# the logits of a chunk and hands on two losses a token and the gradient of the logits.
+LOGITS_BUDGET = 512 * 2**20   # bytes of both heads' outputs at once; the fp32 terms come on top;
+                              # more is hardly faster
+COMPILED_VOCAB = 16384        # from this size on the compiler's 10 seconds are worth it
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
+    """Hidden states -> logits: softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)."""
     weight: torch.Tensor                   # [V, D]
     bias: Optional[torch.Tensor] = None    # [V]
     scale: float = 1.0                     # Cohere, Granite
@@ -233,17 +293,26 @@ class Head(NamedTuple):
 
 
 class SparseTarget(NamedTuple):
-    """A teacher from the cache: some tokens with their probabilities, and the mass of all others as one bucket."""
-    ids: torch.Tensor       # [N, K] distinct in a row, or, where rest is 0, repeated: their probabilities add up
+    """A teacher from the cache: some tokens with their probabilities, all others as one bucket."""
+    ids: torch.Tensor       # [N, K] distinct in a row; repeated where rest is 0: their probs add up
     probs: torch.Tensor     # [N, K]
-    rest: torch.Tensor      # [N] mass that is not listed: 0 for method sample, which is complete in expectation
+    rest: torch.Tensor      # [N] mass not listed: 0 for method sample, complete in expectation
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
 
 
+def as_head(head):
+    """Head or nn.Linear, with or without scale and softcap -> Head."""
+    scale = getattr(head, "scale", None)
+    return Head(
+        weight=head.weight, bias=getattr(head, "bias", None), scale=float(scale or 1.0),
+        softcap=getattr(head, "softcap", None))
+
+
 def scale_and_softcap(raw, scale, softcap):
-    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), and d(logits)/d(raw)."""
+    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    logits = logits if scale == 1.0 else logits * scale
+    if scale != 1.0:
+        logits = logits * scale
     if softcap is None:
         return logits, scale
     bent = torch.tanh(logits / softcap)
@@ -251,434 +320,798 @@ def scale_and_softcap(raw, scale, softcap):
 
 
 def exponentials(x, temperature=1.0):
-    """-> (x - max) / T, its exp, and the sum of that: a softmax before its division, so that nothing is done twice."""
-    x = x - x.amax(-1, keepdim=True)
-    x = x if temperature == 1 else x.div_(temperature)
-    e = x.exp()
-    return x, e, e.sum(-1, keepdim=True)
+    """A softmax before its division -> z = (x - max) / T, exp(z), and the sum of that [C, 1]."""
+    z = x - x.amax(-1, keepdim=True)
+    del x   # where it was the caller's temporary, its [C, V] is free again
+    if temperature != 1:
+        z = z.div_(temperature)
+    exp_z = z.exp()
+    return z, exp_z, exp_z.sum(-1, keepdim=True)
 
 
-def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_bend, teacher_bend):
-    """Head outputs of a chunk -> ce [C], kl [C] (with its T^2), and d(alpha*ce + (1-alpha)*kl)/d(student_CV). target:
-    None, the teacher's head outputs [C, V], or a SparseTarget. In place where it can be: without a compiler each line
-    over [C, V] is a pass through memory; with one they fuse into five."""
-    logits, slope = scale_and_softcap(student_CV, *student_bend)
-    z, p, total = exponentials(logits)   # log p = z - log(total)
-    own_C1 = labels_C[:, None]
-    ce, label_grad = (total.log() - z.gather(-1, own_C1))[:, 0], None
-    share = alpha                        # of p that belongs to CE: at T 1 both terms share one softmax
-    weight = (1 - alpha) * temperature   # the term's T^2 times the 1/T of its softmax
-    if temperature != 1 and target is not None:
-        label_grad, share = p.mul_(alpha / total), 0.0
-        z, p, total = exponentials(z, temperature)
-    p = p.div_(total)
+# A chunk's two losses and their gradient. With p the student's softmax at temperature T and q the
+# teacher's, both [C, V], and u = logits / T:
+#
+#     d loss / d logits = p_weight_from_ce * p - alpha * onehot(label) + kl_weight * d KL / d u
+#
+# At T 1 both losses share p, and p_weight_from_ce is alpha. At any other T it is 0, and chunk_terms
+# adds the softmax of CE by itself, as it always does the onehot. What is left is formed by one
+# *_terms function a kind of target: -> KL [C] without its T^2, gradient [C, V]. They overwrite the
+# [C, V] tensors given to them: without a compiler each line over [C, V] is a pass through memory;
+# with one they fuse into five.
+
+
+def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_ce, kl_weight):
+    """KL(q || p) = sum of q * log(q / p), where log(q / p) = difference + shift."""
+    weighted = difference.mul_(exp_y).sum(-1, keepdim=True)
+    kl = (weighted / teacher_total + shift)[:, 0]
+    # gradient: (p_weight_from_ce + kl_weight) * p - kl_weight * q
+    q = exp_y.div_(teacher_total)
+    if p_weight_from_ce + kl_weight == 1:   # always so at T 1
+        grad = p.sub_(q, alpha=kl_weight)
+    elif p_weight_from_ce == 0:             # always so at other T; exactly 0 where p equals q
+        grad = p.sub_(q).mul_(kl_weight)
+    else:                                   # for a fork that weighs otherwise
+        grad = p.mul_(p_weight_from_ce + kl_weight).sub_(q, alpha=kl_weight)
+    return kl, grad
+
+
+def reverse_kl_terms(p, log_q_over_p, p_weight_from_ce, kl_weight):
+    """KL(p || q) = sum of p * log(p / q)."""
+    pull = -log_q_over_p
+    kl = torch.linalg.vecdot(p, pull)
+    # gradient: p * (kl_weight * (log(p / q) - KL) + p_weight_from_ce)
+    grad = p.mul_(pull.sub_(kl[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
+    return kl, grad
+
+
+def jsd_terms(p, log_q_over_p, q, p_weight_from_ce, kl_weight):
+    """(KL(p || m) + KL(q || m)) / 2 with their middle m = (p + q) / 2."""
+    # r = log(q / p):  -log(p / m) = log((1 + exp(r)) / 2) = max(r, 0) + log(1 + expm1(-|r|) / 2)
+    pull = log_q_over_p.clamp_min(0) + (torch.expm1(-log_q_over_p.abs()) / 2).log1p_()
+    pull = pull.mul_(-0.5)                             # log(p / m) / 2
+    teacher_pull = log_q_over_p.mul_(0.5).add_(pull)   # log(q / m) / 2
+    teacher_part = torch.linalg.vecdot(q, teacher_pull)
+    student_part = torch.linalg.vecdot(p, pull)
+    # gradient: p * (kl_weight * (log(p / m) / 2 - student_part) + p_weight_from_ce)
+    grad = p.mul_(pull.sub_(student_part[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
+    return student_part + teacher_part, grad
+
+
+def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
+    """Forward KL to a SparseTarget, the rest of the mass as one bucket on both sides.
+
+    With the sums over the listed entries and rest_p = 1 - sum of p:
+    KL = sum of q * log(q / p) + rest * log(rest / rest_p)
+    """
+    q = target.probs                                             # [C, K], as all that is listed
+    listed_logp = z.gather(-1, target.ids) - total.log()
+    listed_p = listed_logp.exp()
+    rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
+    kl = -(q * listed_logp).sum(-1) - target.entropy
+    kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
+    # d KL / d u = keep * p, and on listed entries (1 - keep) * p - q besides. Method sample:
+    # rest 0, keep 1, and ids that repeat add nothing but their q.
+    keep = (1 - target.rest / rest_p)[:, None]
+    listed_grad = kl_weight * ((1 - keep) * listed_p - q)
+    grad = p.mul_(kl_weight * keep + p_weight_from_ce).scatter_add_(-1, target.ids, listed_grad)
+    return kl, grad
+
+
+def logit_mse_terms(p, error, p_weight_from_ce, kl_weight):
+    """In KL's place the mean square of error [C, V], student minus teacher logits. T is 1."""
+    mse = error.square().mean(-1)
+    # gradient: p_weight_from_ce * p + kl_weight * 2 * error / V
+    grad = p.mul_(p_weight_from_ce).add_(error, alpha=2 * kl_weight / error.shape[-1])
+    return mse, grad
+
+
+def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_scaling,
+                teacher_scaling):
+    """-> ce [C], kl [C] with its T^2, and d (alpha * ce + (1 - alpha) * kl) / d student_CV.
+
+    student_CV: head outputs. target: the teacher's head outputs [C, V], a SparseTarget, or None for
+    labels only. student_scaling, teacher_scaling: (scale, softcap) of their heads.
+    """
+    logits, slope = scale_and_softcap(student_CV, *student_scaling)
+    z, exp_z, total = exponentials(logits)   # log p = z - log(total)
+    labels_C1 = labels_C[:, None]
+    ce = (total.log() - z.gather(-1, labels_C1))[:, 0]
+    kl_weight = (1 - alpha) * temperature    # the term's T^2 times the 1/T of its softmax
+    p_weight_from_ce = alpha
+    ce_grad = None
+    if temperature != 1 and target is not None:   # then KL has a softmax of its own
+        p_weight_from_ce = 0.0
+        ce_grad = exp_z.mul_(alpha / total)
+        z, exp_z, total = exponentials(z, temperature)
+    p = exp_z.div_(total)
+
     if target is None:
-        kl, grad = torch.zeros_like(ce), p.mul_(alpha)
-    elif isinstance(target, SparseTarget):   # -sum q log p - H, the rest of the mass as one bucket on both sides
-        q, listed_logp = target.probs, z.gather(-1, target.ids) - total.log()
-        listed_p = listed_logp.exp()
-        rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
-        kl = -(q * listed_logp).sum(-1) - target.entropy
-        kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
-        keep = (1 - target.rest / rest_p)[:, None]   # method sample: 1, and repeated ids add nothing but their q
-        grad = p.mul_(weight * keep + share).scatter_add_(-1, target.ids, weight * ((1 - keep) * listed_p - q))
-    elif divergence == "mse":   # of logits, at temperature 1: a choice of the block-wise head phase
-        error = logits - scale_and_softcap(target, *teacher_bend)[0]
-        kl, grad = error.square().mean(-1), p.mul_(alpha).add_(error, alpha=2 * (1 - alpha) / error.shape[-1])
+        kl = torch.zeros_like(ce)
+        grad = p.mul_(p_weight_from_ce)
+    elif isinstance(target, SparseTarget):
+        kl, grad = sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight)
+    elif divergence == "mse":   # a choice of the block-wise head phase
+        error = logits - scale_and_softcap(target, *teacher_scaling)[0]
+        kl, grad = logit_mse_terms(p, error, p_weight_from_ce, kl_weight)
     else:
-        t, q, its_total = exponentials(scale_and_softcap(target, *teacher_bend)[0], temperature)
-        d, shift = t.sub_(z), (total / its_total).log()   # d + shift: log(q / p), exactly 0 where the two agree
+        y, exp_y, teacher_total = exponentials(
+            scale_and_softcap(target, *teacher_scaling)[0], temperature)
+        difference = y.sub_(z)                  # log(q / p) = difference + shift, [C, V] + [C, 1]:
+        shift = (total / teacher_total).log()   # exactly 0 where student and teacher agree
         if divergence == "forward":
-            kl = (d.mul_(q).sum(-1, keepdim=True) / its_total + shift)[:, 0]
-            q = q.div_(its_total)
-            grad = p.sub_(q, alpha=weight) if share + weight == 1 else p.sub_(q).mul_(weight) if share == 0 else \
-                p.mul_(share + weight).sub_(q, alpha=weight)
-        else:   # pull: log of the ratio of p to q or, of jsd, to their middle
-            d, q = d.add_(shift), q.div_(its_total)
-            pull = -d if divergence == "reverse" else (d.clamp_min(0) + (torch.expm1(-d.abs()) / 2).log1p_()).mul_(-0.5)
-            other = 0.0 if divergence == "reverse" else torch.linalg.vecdot(q, d.mul_(0.5).add_(pull))
-            mean = torch.linalg.vecdot(p, pull)
-            kl, grad = mean + other, p.mul_(pull.sub_(mean[:, None]).mul_(weight).add_(share))
-    if label_grad is not None:
-        grad.add_(label_grad)
-    grad.scatter_add_(-1, own_C1, grad.new_full(own_C1.shape, -alpha))
-    grad = grad if isinstance(slope, float) and slope == 1.0 else grad * slope
+            kl, grad = forward_kl_terms(
+                p, exp_y, teacher_total, difference, shift, p_weight_from_ce, kl_weight)
+        elif divergence == "reverse":
+            kl, grad = reverse_kl_terms(p, difference.add_(shift), p_weight_from_ce, kl_weight)
+        else:
+            kl, grad = jsd_terms(
+                p, difference.add_(shift), exp_y.div_(teacher_total), p_weight_from_ce, kl_weight)
+
+    if ce_grad is not None:
+        grad.add_(ce_grad)
+    grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
+    if student_scaling != (1.0, None):
+        grad = grad * slope
     return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
 
 
-@functools.cache
-def chunk_kernel(large, **terms):
-    """chunk_terms, compiled where that pays (about 10 s once) and can be done: C++ compiler on CPU, Triton on CUDA."""
-    eager = functools.partial(chunk_terms, **terms)
-    run = torch.compile(eager) if large else eager
-    def kernel(*args):
-        nonlocal run
-        for x in itertools.chain(args[:2], args[2] if isinstance(args[2], tuple) else args[2:]):
-            x is None or torch._dynamo.maybe_mark_dynamic(x, 0)   # one compilation for any number of tokens
+class ChunkKernel:
+    """chunk_terms with its options fixed, compiled where that pays and can be done.
+
+    It takes about 10 s once, and a C++ compiler on CPU, Triton on CUDA.
+    """
+
+    def __init__(self, compiled, **options):
+        self.eager = functools.partial(chunk_terms, **options)
+        self.compiled = torch.compile(self.eager) if compiled else None
+
+    def __call__(self, student_CV, labels_C, target):
+        if self.compiled is None:
+            return self.eager(student_CV, labels_C, target)
+        inputs = [student_CV, labels_C]
+        if isinstance(target, SparseTarget):
+            inputs.extend(target)
+        elif target is not None:
+            inputs.append(target)
+        for tensor in inputs:   # one compilation for any number of tokens
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return run(*args)
+            return self.compiled(student_CV, labels_C, target)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:
-            if run is eager or isinstance(e, torch.OutOfMemoryError):
-                raise
-            print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs eagerly")
-            run = eager
-            return eager(*args)
-    return kernel
+            print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs "
+                   "eagerly")
+            self.compiled = None
+            return self.eager(student_CV, labels_C, target)
+
+
+@functools.cache
+def chunk_kernel(compiled, **options):
+    """One ChunkKernel for each set of options, so that nothing is compiled twice."""
+    return ChunkKernel(compiled, **options)
 
 
 def select_tokens(teacher, where):
     """The same tokens of (hidden states, head), of a SparseTarget or of None."""
+    if teacher is None:
+        return None
     if isinstance(teacher, SparseTarget):
-        return SparseTarget(*(x[where] for x in teacher))
-    return teacher and (teacher[0][where], teacher[1])
+        return SparseTarget(*(tensor[where] for tensor in teacher))
+    hidden_ND, head = teacher
+    return hidden_ND[where], head
 
 
 class FusedDistillation(torch.autograd.Function):
-    """Sums over tokens of loss, ce and kl. All matmuls, forward and backward, happen here; backward only scales."""
+    """Sums over tokens of loss, ce and kl, their gradients formed chunk by chunk.
+
+    All matmuls, forward and backward, happen in forward; backward only scales.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, bend, alpha, temperature, divergence, chunk):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, student_scaling, alpha,
+                temperature, divergence, chunk):
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        add_in_place = exact == hidden_ND.dtype and len(hidden_ND) > 0   # then the first chunk need not add to zeros
-        fresh = torch.empty_like if add_in_place else torch.zeros_like
-        grad_weight = fresh(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
-        sparse = isinstance(teacher, SparseTarget)
-        kernel = chunk_kernel(len(weight_VD) >= 16384, alpha=alpha, temperature=temperature, divergence=divergence,
-                              student_bend=bend,
-                              teacher_bend=(1.0, None) if sparse or teacher is None else tuple(teacher[1][2:]))
-        ce, kl = hidden_ND.new_zeros(2, dtype=torch.float64)
+        grad_weight = None
+        # addmm_ wants one dtype for all; its first chunk overwrites, so nothing is zeroed before
+        add_in_place = exact == hidden_ND.dtype and len(hidden_ND) > 0
+        if need_weight and add_in_place:
+            grad_weight = torch.empty_like(weight_VD, dtype=exact)
+        elif need_weight:
+            grad_weight = torch.zeros_like(weight_VD, dtype=exact)
+
+        dense_teacher = teacher is not None and not isinstance(teacher, SparseTarget)
+        teacher_scaling = (1.0, None)
+        if dense_teacher:
+            teacher_scaling = (teacher[1].scale, teacher[1].softcap)
+        kernel = chunk_kernel(
+            len(weight_VD) >= COMPILED_VOCAB, alpha=alpha, temperature=temperature,
+            divergence=divergence, student_scaling=student_scaling,
+            teacher_scaling=teacher_scaling)
+        ce = hidden_ND.new_zeros((), dtype=torch.float64)
+        kl = hidden_ND.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            h_CD, target = hidden_ND[part], select_tokens(teacher, part)
-            if target is not None and not sparse:
-                target = nn.functional.linear(target[0], target[1].weight, target[1].bias)
-            ce_C, kl_C, grad_CV = kernel(nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
-            ce, kl = ce + ce_C.sum(dtype=torch.float64), kl + kl_C.sum(dtype=torch.float64)
-            del target
-            if grad_bias is not None:
+            h_CD = hidden_ND[part]
+            target = select_tokens(teacher, part)
+            if dense_teacher:
+                teacher_h_CD, head = target
+                target = nn.functional.linear(teacher_h_CD, head.weight, head.bias)
+            ce_C, kl_C, grad_CV = kernel(
+                nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
+            del target   # [C, V]: its memory is wanted below
+            ce = ce + ce_C.sum(dtype=torch.float64)
+            kl = kl + kl_C.sum(dtype=torch.float64)
+            if need_bias:
                 grad_bias += grad_CV.sum(0, dtype=exact)
             if need_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
-            if grad_weight is not None and add_in_place:
+            if need_weight and add_in_place:
                 grad_weight.addmm_(grad_CV.T, h_CD, beta=float(start > 0))
-            elif grad_weight is not None:
+            elif need_weight:
                 grad_weight += grad_CV.T @ h_CD
-        ctx.grads, ctx.dtype = (grad_hidden, grad_weight, grad_bias), hidden_ND.dtype
-        ce, kl = ce.to(exact), kl.to(exact)
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = hidden_ND.dtype
+        ce = ce.to(exact)
+        kl = kl.to(exact)
         ctx.mark_non_differentiable(ce, kl)
         return alpha * ce + (1 - alpha) * kl, ce, kl
 
     @staticmethod
-    def backward(ctx, scale, *_):
-        into = functools.partial(torch.empty_like, dtype=ctx.dtype)
-        return *(g if g is None else torch.mul(g, scale, out=into(g)) for g in ctx.grads), *[None] * 7
+    def backward(ctx, grad_loss, *_):
+        scaled = []
+        for grad in ctx.grads:
+            if grad is not None:
+                into = torch.empty_like(grad, dtype=ctx.dtype)
+                grad = torch.mul(grad, grad_loss, out=into)
+            scaled.append(grad)
+        return (*scaled, *[None] * 7)   # forward's other arguments have none
 
 
-def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature, divergence="forward",
-                      denominator=None, chunk=None):
-    """student_hidden [N, D], labels [N] with -100 = not counted -> loss, ce, kl, each divided by denominator.
-    teacher: (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. Labels may stay on the host:
-    then dropping the uncounted positions does not make the GPU wait."""
-    counted = (labels != -100).nonzero()[:, 0]
-    denominator = max(len(counted), 1) if denominator is None else denominator
-    weight, bias, *bend = as_head(student_head)
+def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature,
+                      divergence="forward", denominator=None, chunk=None):
+    """-> loss, ce, kl: loss = alpha * ce + (1 - alpha) * kl, kl with its T^2, each / denominator.
+
+    student_hidden [N, D]. student_head: Head or nn.Linear. labels [N]: -100 is not counted; they may
+    stay on the host, then dropping those positions does not make the GPU wait. teacher:
+    (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. denominator: by
+    default the tokens counted here. chunk: tokens projected to the vocabulary at once.
+    """
+    student = as_head(student_head)
     if not torch.is_grad_enabled():   # needs_input_grad does not know of no_grad
-        student_hidden, weight, bias = (x if x is None else x.detach() for x in (student_hidden, weight, bias))
+        student_hidden = student_hidden.detach()
+        bias = None if student.bias is None else student.bias.detach()
+        student = student._replace(weight=student.weight.detach(), bias=bias)
+    counted = (labels != -100).nonzero()[:, 0]
+    if denominator is None:
+        denominator = max(len(counted), 1)
     if len(counted) < len(labels):
-        labels, counted = labels[counted], counted.to(student_hidden.device)
-        student_hidden, teacher = student_hidden[counted], select_tokens(teacher, counted)
+        labels = labels[counted]
+        counted = counted.to(student_hidden.device)
+        student_hidden = student_hidden[counted]
+        teacher = select_tokens(teacher, counted)
     labels = labels.to(student_hidden.device, non_blocking=True)
     if teacher is not None and not isinstance(teacher, SparseTarget):
-        head = as_head(teacher[1])
-        vocab = min(len(weight), len(head.weight))   # padded tails are cut, nothing is zero-padded
-        cut = lambda x: None if x is None else x[:vocab]
-        weight, bias, teacher = cut(weight), cut(bias), (teacher[0], Head(cut(head.weight), cut(head.bias), *head[2:]))
-    chunk = chunk or max(1, LOGITS_BUDGET // (2 * max(student_hidden.element_size(), 2) * len(weight)))
-    sums = FusedDistillation.apply(student_hidden, weight, bias, labels, teacher if alpha < 1 else None, tuple(bend),
-                                   alpha, temperature, divergence, chunk)
-    return tuple(x / denominator for x in sums)
+        teacher_hidden, teacher_head = teacher
+        teacher_head = as_head(teacher_head)
+        vocab = min(len(student.weight), len(teacher_head.weight))
+        student = cut_vocabulary(student, vocab)
+        teacher = (teacher_hidden, cut_vocabulary(teacher_head, vocab))
+    if alpha >= 1:
+        teacher = None
+    if chunk is None:
+        bytes_a_token = 2 * max(student_hidden.element_size(), 2) * len(student.weight)
+        chunk = max(1, LOGITS_BUDGET // bytes_a_token)
+    loss, ce, kl = FusedDistillation.apply(
+        student_hidden, student.weight, student.bias, labels, teacher,
+        (student.scale, student.softcap), alpha, temperature, divergence, chunk)
+    return loss / denominator, ce / denominator, kl / denominator
 
 
-def as_head(head):
-    scale, softcap = getattr(head, "scale", None), getattr(head, "softcap", None)
-    return Head(head.weight, getattr(head, "bias", None), float(scale or 1.0), softcap)
+def cut_vocabulary(head, vocab):
+    """Padded tails are cut, nothing is zero-padded."""
+    bias = None if head.bias is None else head.bias[:vocab]
+    return head._replace(weight=head.weight[:vocab], bias=bias)
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do not depend on the
-# number of ranks. Hands on rows that can be indexed (or a stream), and Batch.
-CONVERSATIONS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
-                  "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
+# Data: any dataset -> rows of token ids (and which of them are targets) -> global batches that do
+# not depend on the number of ranks. Hands on load_data (rows that can be indexed) and Batch.
+
+
+# ---- tokenizers
 
 
 def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else the first of the candidates that has one, else None."""
-    has_one = lambda name: not name.startswith("layers:") and not name.endswith(".json") and (
-        not os.path.isdir(name) or glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
-    name = cfg.tokenizer or next(filter(has_one, candidates), None)
+    """--tokenizer, else that of the first candidate that has one, else None."""
+    if cfg.tokenizer:
+        names = [cfg.tokenizer]
+    else:
+        names = [name for name in candidates if may_have_tokenizer(name)]
+    if not names:
+        return None
+    name = names[0]
     try:
-        return name and AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        why = "no such path" if name.startswith(("/", ".", "~")) and not os.path.exists(name) else one_line(e)
-        raise UserError(f"{name!r} has no tokenizer that can be read ({why}); is the name right? --tokenizer names "
-                        "another")
+        why = one_line(e)
+        if name.startswith(("/", ".", "~")) and not os.path.exists(name):
+            why = "no such path"
+        raise UserError(f"{name!r} has no tokenizer that can be read ({why}); is the name right? "
+                        "--tokenizer names another") from e
+
+
+def may_have_tokenizer(name):
+    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet."""
+    if name.startswith("layers:") or name.endswith(".json"):
+        return False
+    if os.path.isdir(name):
+        return bool(glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
+    return True
 
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    ours, theirs = ({i: t for t, i in x.get_vocab().items()} for x in (student, teacher))
-    shared, probe = sorted(ours.keys() & theirs.keys()), "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    clash = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other" for i in shared if ours[i] != theirs[i]]
-    if not clash and (len(shared) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]):
-        clash = ["they share a vocabulary but cut text differently"]
-    if clash:
-        raise UserError(f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: {clash[0]}. "
-                        "Distil within one, or train on text that the teacher wrote (--mode generate, then --alpha 1)")
+    student_tokens = tokens_by_id(student)
+    teacher_tokens = tokens_by_id(teacher)
+    shared_ids = sorted(student_tokens.keys() & teacher_tokens.keys())
+    clashing = [i for i in shared_ids if student_tokens[i] != teacher_tokens[i]]
+    probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    if clashing:
+        i = clashing[0]
+        problem = f"token {i} is {student_tokens[i]!r} in one, {teacher_tokens[i]!r} in the other"
+    elif len(shared_ids) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
+        problem = "they share a vocabulary but cut text differently"
+    else:
+        return
+    raise UserError(
+        f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
+        f"{problem}. Distil within one, or train on text that the teacher wrote (--mode generate, "
+        "then --alpha 1)")
 
 
-def conversation_of(row):
-    """Any of the known column sets -> [{role, content}, ...], or None for plain text."""
-    if isinstance(talk := row.get("messages") or row.get("conversations"), list):
-        role = lambda m: {"human": "user", "gpt": "assistant"}.get(m.get("from"), m.get("role", m.get("from")))
-        return [m if "content" in m else {"role": role(m), "content": m["value"]} for m in talk]   # ShareGPT's names
-    for ask, answer in CONVERSATIONS:
-        asked, answered = row.get(ask), row.get(answer)
-        if isinstance(asked, (str, list)) and isinstance(answered, (str, list)):   # lists: of messages
-            asked = f"{asked}\n\n{row['input']}" if ask == "instruction" and row.get("input") else asked
-            turns = lambda role, x: x if isinstance(x, list) else [{"role": role, "content": x}]
-            return turns("user", asked) + turns("assistant", answered)
+def tokens_by_id(tokenizer):
+    return {i: token for token, i in tokenizer.get_vocab().items()}
 
 
-def render(messages, tokenizer, marks):
-    """A conversation as text, and the character spans of it that the assistant wrote, end marks included: what differs
-    when it is rendered with that turn replaced. Any template will do, also one that changes earlier turns."""
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=False,
-                              chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    text, spans = write(messages), []
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant" and m.get("content"):
-            other = write([*messages[:i], {**m, "content": "\ue000"}, *messages[i + 1:]])
-            start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
-            mark = next((s for s in marks if text[end:].lstrip().startswith(s)), "")
-            spans.append((start, text.index(mark, end) + len(mark)))
-    return text, spans
-
-
-def rows_of(columns):
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def encode(columns, tokenizer, text_column, seq_len):
-    """Raw rows -> token rows, both as columns. Texts are joined with EOS and cut into blocks of seq_len (the last of a
-    call may be shorter); a conversation is a row of its own, and targets says which tokens the assistant wrote."""
-    batch = rows_of(columns)
-    talks = [c for c in map(conversation_of, batch) if c]
-    if not talks:
-        texts, eos = [row[text_column] for row in batch if row.get(text_column)], tokenizer.eos_token_id
-        coded = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        ids = [i for x in coded for i in (x if eos is None or x[-1:] == [eos] else [*x, eos])]
-        blocks = [ids[i:i + seq_len] for i in range(0, len(ids) - 1, seq_len)]   # - 1: one token predicts nothing
-        return {"input_ids": blocks, "targets": [None] * len(blocks)}
-    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    marks = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-    talks = [render(c, tokenizer, marks) for c in talks]
-    coded = tokenizer([text for text, _ in talks], add_special_tokens=not tokenizer.chat_template,
-                      return_offsets_mapping=True, verbose=False)
-    found = {"input_ids": [], "targets": []}
-    for ids, offsets, (_, spans) in zip(coded["input_ids"], coded["offset_mapping"], talks):
-        targets = [any(a < end and start < b for start, end in spans) for a, b in offsets][:seq_len]
-        if any(targets[1:]):   # the first token has nothing to be predicted from
-            found["input_ids"].append(ids[:seq_len])
-            found["targets"].append(targets)
-    return found
-
-
-def encoder(cfg, tokenizer):
-    return functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
-
-
-def tokenize(raw, tokenizer, cfg, what):
-    """-> a memory-mapped dataset of rows, kept in the datasets cache under a fingerprint of all that shapes it."""
-    its = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    code = [*map(inspect.getsource, (encode, render, conversation_of))]   # a fork that edits them gets what it wrote
-    mark = digest(raw._fingerprint, digest(its, str(tokenizer.chat_template), code), cfg.text_column, cfg.seq_len)
-    place = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill", f"{mark}.arrow")
-    workers = min(cfg.num_proc or 1, len(raw))
-    os.environ["TOKENIZERS_PARALLELISM"] = str(workers == 1).lower()   # its threads do not survive a fork
-    list_of = lambda kind: datasets.List(datasets.Value(kind))
-    os.makedirs(os.path.dirname(place), exist_ok=True)
-    with explain_bad_rows(cfg.dataset, f"{what}: a row cannot be turned into tokens"), node_first():
-        rows = raw.map(encoder(cfg, tokenizer), batched=True, remove_columns=raw.column_names,
-                       num_proc=workers if workers > 1 else None, cache_file_name=place, new_fingerprint=mark,
-                       features=datasets.Features(input_ids=list_of("int32"), targets=list_of("bool")))
-    if len(rows) == 0:
-        raise UserError(f"{what}: none of {len(raw)} rows has a target token (one-token rows, or no assistant turn?)")
-    if rows[0]["targets"] is not None and len(rows) < len(raw):
-        print0(f"{what}: dropped {len(raw) - len(rows)} of {len(raw)} rows, no target within seq_len {cfg.seq_len}")
-    return rows.with_format("numpy")
-
-
-def load_raw(cfg, split, streaming):
-    """One split as rows of text or conversations; None where there is no such split."""
-    name, kind = cfg.dataset, FILES.get(os.path.splitext(cfg.dataset)[1].lower())
-    if kind and (not os.path.isfile(name) or os.path.getsize(name) == 0):
-        raise UserError(f"dataset file {name!r} {'is empty' if os.path.isfile(name) else 'does not exist'}")
-    if kind and split != "train":
-        return None
-    try:
-        if kind:   # in a text file a blank line ends a document
-            return datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=streaming,
-                                         **({"sample_by": "paragraph"} if kind == "text" else {}))
-        if any(os.path.exists(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)
-            saved = saved.get(split) if isinstance(saved, dict) else saved if split == "train" else None
-            return saved.to_iterable_dataset() if streaming and saved is not None else saved
-        return datasets.load_dataset(name, cfg.dataset_config, split=split, streaming=streaming)
-    except Exception as e:
-        if "Unknown split" in str(e) or "Bad split" in str(e):
-            return None
-        explain_bad_file(name)
-        tried = f"{kind} file" if kind else "hub dataset (no network, no access?), data file or save_to_disk directory"
-        raise UserError(f"dataset {name!r} could not be read as {tried}: {one_line(e)}")
-
-
-def load_splits(cfg):
-    """-> raw rows of train (or a stream), those of eval. Without an eval split evenly spaced rows of train are held
-    out; None where train is a single row: one long document."""
-    raw, same = load_raw(cfg, cfg.train_split, cfg.streaming), cfg.eval_split == cfg.train_split
-    held = None if same else load_raw(cfg, cfg.eval_split, cfg.streaming)
-    if raw is None or held is None and not same and cfg.eval_split != Config.eval_split:
-        missing = cfg.train_split if raw is None else cfg.eval_split
-        raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave eval_split out to "
-                        "hold out a slice of train")
-    head = lambda n: raw.take(n if cfg.streaming else min(n, len(raw)))
-    with explain_bad_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
-        few = list(head(100))   # a look at the stream itself would move it
-    if not any(conversation_of(row) or isinstance(row.get(cfg.text_column), str) for row in few):
-        raise UserError(f"dataset {cfg.dataset!r} has " + (
-            f"no text in column {cfg.text_column!r} and no known conversation columns; it has {', '.join(few[0])}: "
-            "name one with --text_column" if few else "no rows"))
-    if cfg.max_samples:
-        raw = head(cfg.max_samples)
-    if held is not None and cfg.streaming:   # as much of it as eval_samples sequences need
-        few, size = [], 0
-        for row in held:
-            few.append(row)
-            size += len(str(row))   # a token is rarely more than 8 characters
-            if len(few) >= cfg.eval_samples and size > 8 * cfg.eval_samples * cfg.seq_len:
-                break
-        held = datasets.Dataset.from_list(few)
-    elif cfg.streaming:   # the head of the stream is kept back
-        wanted = min(cfg.eval_samples, 256)
-        few = list(raw.take(wanted + 1))
-        held = datasets.Dataset.from_list(few[:wanted if len(few) > wanted else max(1, len(few) // 20)])
-        raw = raw.skip(len(held))
-    elif same and cfg.mode == "eval":
-        held = raw
-    elif held is None and len(raw) > 1:
-        gap = max(2, len(raw) // min(cfg.eval_samples, max(1, len(raw) // 20)))
-        kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)   # an array: a generator has no fingerprint
-        held, raw = raw.select(range(gap - 1, len(raw), gap)), raw.select(kept)
-    return raw, held
+# ---- datasets: raw rows of text or conversations
 
 
 def load_data(cfg, tokenizer):
-    """-> (train rows or raw stream, eval rows)."""
+    """-> (train rows, eval rows), which can be indexed. A row is {"input_ids": [...], "targets":
+    which of them are, or None where all are}."""
     if tokenizer is None:
-        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a tokenizer; use --tokenizer")
+        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a "
+                        "tokenizer; use --tokenizer")
+    if cfg.streaming:   # optional: streaming
+        return load_stream(cfg, tokenizer)
     with node_first():
-        raw, held = load_splits(cfg)
-    rows = raw if cfg.streaming or cfg.mode == "eval" and held is not None else tokenize(raw, tokenizer, cfg, "train")
-    if held is not None:
-        held = tokenize(held, tokenizer, cfg, "eval")
-    elif len(rows) == 1:
-        raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or less; nothing is "
-                        "left to evaluate on: bring more text or lower --seq_len")
-    else:   # one long document: its last twentieth
-        cut = len(rows) - max(1, len(rows) // 20)
-        rows, held = rows.take(cut), rows.skip(cut)
-    return rows, held.take(min(cfg.eval_samples, len(held)))
+        train_raw, eval_raw = load_splits(cfg)
+    if cfg.mode == "eval" and eval_raw is not None:   # optional: eval
+        eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
+        return train_raw, take_first(eval_rows, cfg.eval_samples)   # nobody reads the former
+    train_rows = tokenize(cfg, train_raw, tokenizer, "train")
+    if eval_raw is not None:
+        eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
+    elif len(train_rows) > 1:   # one long document: its last twentieth
+        eval_size = max(1, len(train_rows) // 20)
+        eval_rows = train_rows.skip(len(train_rows) - eval_size)
+        train_rows = train_rows.take(len(train_rows) - eval_size)
+    else:
+        raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
+                        "less; nothing is left to evaluate on: bring more text or lower --seq_len")
+    return train_rows, take_first(eval_rows, cfg.eval_samples)
 
 
-@contextlib.contextmanager
-def explain_bad_rows(path, words):
+def take_first(rows, count):
+    return rows.take(min(count, len(rows)))   # a dataset refuses to take more than it has
+
+
+def load_splits(cfg):
+    """-> raw rows of train, raw rows of eval: their own split, else a slice of train; None where
+    train is a single row, one long document."""
+    train_raw, eval_raw = read_splits(cfg)
+    check_columns(train_raw, cfg.dataset, cfg.text_column)
+    if cfg.max_samples is not None:
+        train_raw = take_first(train_raw, cfg.max_samples)
+    if eval_raw is not None:
+        return train_raw, eval_raw
+    if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
+        return train_raw, train_raw   # asked for by its name: all of it is judged
+    if len(train_raw) == 1:
+        return train_raw, None
+    return hold_out_rows(train_raw, cfg.eval_samples)
+
+
+def read_splits(cfg, streaming=False):
+    """-> raw rows of train, raw rows of eval; None where a slice of train has to do."""
+    train_raw = load_raw(cfg.dataset, cfg.dataset_config, cfg.train_split, streaming)
+    eval_raw = None
+    if cfg.eval_split != cfg.train_split:
+        eval_raw = load_raw(cfg.dataset, cfg.dataset_config, cfg.eval_split, streaming)
+    missing = None
+    if train_raw is None:
+        missing = cfg.train_split
+    elif eval_raw is None and cfg.eval_split not in (cfg.train_split, Config.eval_split):
+        missing = cfg.eval_split   # asked for by name; where only the default is absent, no harm
+    if missing is not None:
+        raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave "
+                        "eval_split out to hold out a slice of train")
+    return train_raw, eval_raw
+
+
+FILE_KINDS = {   # ending -> the reader of `datasets`
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")   # one of these is in a save_to_disk folder
+
+
+def load_raw(dataset, dataset_config, split, streaming=False):
+    """One split of a file, a save_to_disk folder or a hub dataset; None where it has no such."""
+    kind = FILE_KINDS.get(os.path.splitext(dataset)[1].lower())
+    if kind and not os.path.isfile(dataset):
+        raise UserError(f"dataset file {dataset!r} does not exist")
+    if kind and os.path.getsize(dataset) == 0:
+        raise UserError(f"dataset file {dataset!r} is empty")
+    if kind and split != "train":   # a file has no other
+        return None
     try:
-        yield
+        if kind:
+            return load_file(dataset, kind, streaming)
+        if any(os.path.exists(os.path.join(dataset, name)) for name in SAVED_BY_DATASETS):
+            return load_saved(dataset, split, streaming)
+        return datasets.load_dataset(dataset, dataset_config, split=split, streaming=streaming)
     except Exception as e:
-        explain_bad_file(path)
-        raise UserError(f"{words}: {one_line(e)}")
+        if "Unknown split" in str(e) or "Bad split" in str(e):
+            return None
+        explain_bad_file(dataset)
+        what = "hub dataset (no network, no access?), data file or save_to_disk directory"
+        if kind:
+            what = f"{kind} file"
+        raise UserError(f"dataset {dataset!r} could not be read as {what}: {one_line(e)}") from e
 
 
-def explain_bad_file(path):
-    """The reader's message does not say where: name the line."""
-    lined = os.path.isfile(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
-    with open(path, "rb") if lined else contextlib.nullcontext(()) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").strip()
-                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
-                    raise ValueError("not an object with columns")
-            except ValueError as e:   # UnicodeDecodeError is one
-                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend or delete that line")
+def load_file(path, kind, streaming):
+    options = {}
+    if kind == "text":
+        options["sample_by"] = "paragraph"   # a blank line ends a document
+    return datasets.load_dataset(
+        kind, data_files={"train": path}, split="train", streaming=streaming, **options)
 
 
-def stdlib_sources():
+def load_saved(folder, split, streaming):
+    saved = datasets.load_from_disk(folder)
+    if isinstance(saved, dict):
+        saved = saved.get(split)
+    elif split != "train":   # saved without splits
+        saved = None
+    if streaming and saved is not None:
+        return saved.to_iterable_dataset()
+    return saved
+
+
+def check_columns(rows, dataset, text_column):
+    """Among the first hundred rows there must be text or a conversation."""
+    with explain_bad_rows(dataset, f"dataset {dataset!r}: a row cannot be read"):
+        first_rows = list(itertools.islice(rows, 100))
+    if not first_rows:
+        raise UserError(f"dataset {dataset!r} has no rows")
+    for row in first_rows:
+        if conversation_of(row) or isinstance(row.get(text_column), str):
+            return
+    raise UserError(
+        f"dataset {dataset!r} has no text in column {text_column!r} and no known conversation "
+        f"columns; it has {', '.join(first_rows[0])}: name one with --text_column")
+
+
+def hold_out_rows(raw, eval_samples):
+    """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
+    eval_samples where that is less, but at least one."""
+    wanted = min(eval_samples, max(1, len(raw) // 20))
+    gap = max(2, len(raw) // wanted)
+    # an array: select makes a fingerprint of it, a generator has none that another run finds again
+    kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)
+    return raw.select(kept), raw.select(range(gap - 1, len(raw), gap))
+
+
+def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
-    skip = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo pydoc_data".split())
-    for folder, inside, files in os.walk(root):
-        inside[:] = sorted(set(inside) - skip)
-        for file in sorted(f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")):
-            with open(os.path.join(folder, file), encoding="utf-8", errors="ignore") as f:
-                yield os.path.relpath(os.path.join(folder, file), root), f.read()
+    skipped = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages",
+               "dist-packages", "turtledemo", "pydoc_data"}
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - skipped)   # in place: what os.walk goes on with
+        for file in sorted(files):
+            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
+                path = os.path.join(folder, file)
+                with open(path, encoding="utf-8", errors="ignore") as f:
+                    yield os.path.relpath(path, root), f.read()
 
 
-@dataclasses.dataclass
+# ---- rows of token ids
+
+
+def tokenize(cfg, raw, tokenizer, split):
+    """-> a memory-mapped dataset of token rows, kept in the datasets cache: the same rows are not
+    tokenised twice."""
+    fingerprint = fingerprint_rows(raw, tokenizer, cfg.text_column, cfg.seq_len)
+    path = os.path.join(
+        datasets.config.HF_DATASETS_CACHE, "simple_distill", f"{fingerprint}.arrow")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    workers = min(cfg.num_proc or 1, len(raw))
+    # a tokenizer's own threads do not survive the fork of a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
+    features = datasets.Features(input_ids=datasets.List(datasets.Value("int32")),
+                                 targets=datasets.List(datasets.Value("bool")))
+    bad_row = f"{split}: a row cannot be turned into tokens"
+    with explain_bad_rows(cfg.dataset, bad_row), node_first():
+        rows = raw.map(
+            make_encoder(cfg, tokenizer), batched=True, remove_columns=raw.column_names,
+            num_proc=workers if workers > 1 else None, cache_file_name=path,
+            new_fingerprint=fingerprint, features=features)
+    if len(rows) == 0:
+        raise UserError(f"{split}: none of {len(raw)} rows has a target token (one-token rows, or "
+                        "no assistant turn?)")
+    if rows[0]["targets"] is not None and len(rows) < len(raw):   # conversations, a row each
+        print0(f"{split}: dropped {len(raw) - len(rows)} of {len(raw)} rows, no target within "
+               f"seq_len {cfg.seq_len}")
+    return rows.with_format("numpy")
+
+
+def fingerprint_rows(raw, tokenizer, text_column, seq_len):
+    """Of all that shapes token rows, the code included: a fork that edits `encode`, or anything it
+    calls, gets what it wrote and not what an older version left in the cache."""
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = tokenizer.get_vocab()
+    functions = (encode, encode_texts, encode_conversations, find_targets, render, conversation_of,
+                 message_of, as_messages, rows_from_columns)
+    code = [inspect.getsource(function) for function in functions]
+    tables = [PLAIN_TEMPLATE, CONVERSATIONS, SHAREGPT_ROLES]
+    return digest(raw._fingerprint, vocabulary, str(tokenizer.chat_template), code, tables,
+                  text_column, seq_len)
+
+
+def make_encoder(cfg, tokenizer):
+    """-> a function of the columns alone."""
+    return functools.partial(
+        encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+
+
+def encode(columns, tokenizer, text_column, seq_len):
+    """Raw rows -> token rows, both as columns: {"input_ids": [...], "targets": [...]}. Rows are
+    conversations or texts; where there is one conversation, plain texts beside it are left out."""
+    conversations = []
+    texts = []
+    for row in rows_from_columns(columns):
+        conversation = conversation_of(row)
+        if conversation:
+            conversations.append(conversation)
+        elif row.get(text_column):
+            texts.append(row[text_column])
+    if conversations:
+        return encode_conversations(conversations, tokenizer, seq_len)
+    return encode_texts(texts, tokenizer, seq_len)
+
+
+def rows_from_columns(columns):
+    """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def encode_texts(texts, tokenizer, seq_len):
+    """Joined with EOS and cut into blocks of seq_len; the last block of a call may be shorter."""
+    eos = tokenizer.eos_token_id
+    encoded = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    joined = []
+    for ids in encoded:
+        joined += ids
+        if eos is not None and ids[-1:] != [eos]:
+            joined.append(eos)
+    # - 1: a last block of one token would predict nothing
+    blocks = [joined[i:i + seq_len] for i in range(0, len(joined) - 1, seq_len)]
+    return {"input_ids": blocks, "targets": [None] * len(blocks)}
+
+
+def encode_conversations(conversations, tokenizer, seq_len):
+    """A row each, cut at seq_len and dropped where nothing is left to learn. Targets are the
+    assistant's tokens with their end marks."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special_tokens = {*tokenizer.all_special_tokens, *added}
+    end_marks = sorted(special_tokens, key=len, reverse=True)   # <|end|> might begin <|end|>x
+    rendered = [render(messages, tokenizer, end_marks) for messages in conversations]
+    encoded = tokenizer(
+        [text for text, _ in rendered],
+        add_special_tokens=not tokenizer.chat_template,   # a template has written them already
+        return_offsets_mapping=True, verbose=False)
+    columns = {"input_ids": [], "targets": []}
+    for i, (_, spans) in enumerate(rendered):
+        targets = find_targets(encoded["offset_mapping"][i], spans)[:seq_len]
+        if any(targets[1:]):   # the first token has nothing to be predicted from
+            columns["input_ids"].append(encoded["input_ids"][i][:seq_len])
+            columns["targets"].append(targets)
+    return columns
+
+
+def find_targets(offsets, spans):
+    """Which tokens, by the characters that each covers, overlap one of the spans."""
+    return [any(first < end and start < last for start, end in spans) for first, last in offsets]
+
+
+# The text of a conversation where a tokenizer has no chat template of its own.
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
+                  "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
+
+
+def render(messages, tokenizer, end_marks):
+    """-> a conversation as text, and the spans of characters that the assistant wrote, with the end
+    mark that follows. A span is what differs when the text is written again with another answer in
+    that turn: so any template will do, also one that changes earlier turns."""
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    write = functools.partial(
+        tokenizer.apply_chat_template, tokenize=False, chat_template=template)
+    text = write(messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or not message.get("content"):
+            continue
+        other_answer = {**message, "content": "\ue000"}   # a character that no answer has in common
+        other_text = write([*messages[:i], other_answer, *messages[i + 1:]])
+        start = len(os.path.commonprefix([text, other_text]))
+        same_end = os.path.commonprefix([text[start:][::-1], other_text[start:][::-1]])
+        end = len(text) - len(same_end)
+        following = text[end:].lstrip()
+        for mark in end_marks:
+            if following.startswith(mark):
+                end = text.index(mark, end) + len(mark)
+                break
+        spans.append((start, end))
+    return text, spans
+
+
+# Pairs of columns that are a conversation: what the user says, what the assistant answers, each a
+# string or a list of messages. To read another format, add its pair here; anything else that is
+# not of this kind belongs into conversation_of.
+CONVERSATIONS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),   # Alpaca's; what a row has as `input` follows the instruction
+)
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def conversation_of(row):
+    """A raw row -> [{"role": ..., "content": ...}, ...], or None for plain text."""
+    turns = row.get("messages") or row.get("conversations")
+    if isinstance(turns, list):
+        return [message_of(turn) for turn in turns]
+    for user_column, assistant_column in CONVERSATIONS:
+        prompt = row.get(user_column)
+        answer = row.get(assistant_column)
+        if not isinstance(prompt, (str, list)) or not isinstance(answer, (str, list)):
+            continue
+        if user_column == "instruction" and row.get("input"):
+            prompt = f"{prompt}\n\n{row['input']}"
+        return as_messages("user", prompt) + as_messages("assistant", answer)
+    return None
+
+
+def message_of(turn):
+    """ShareGPT has `from` and `value` for role and content."""
+    if "content" in turn:
+        return turn
+    sender = turn.get("from")
+    role = SHAREGPT_ROLES.get(sender, turn.get("role", sender))
+    return {"role": role, "content": turn["value"]}
+
+
+def as_messages(role, content):
+    if isinstance(content, list):   # of messages
+        return content
+    return [{"role": role, "content": content}]
+
+
+# ---- batches
+
+
+@dataclass
 class Batch:
-    """A micro-batch of one rank. Only host code looks at labels, so that nothing waits for the GPU to count them."""
-    input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no real token ever sees the padding
-    positions: torch.Tensor   # [N] places of the counted tokens in the flattened batch
+    """A micro-batch of one rank: B sequences, T positions, N counted tokens. Only host code looks
+    at labels, so that nothing waits for the GPU to count them."""
+    input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no token sees it
+    positions: torch.Tensor   # [N] of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
-    real: torch.Tensor        # places of all tokens but padding: where block-wise compares hidden states
+    real: torch.Tensor        # those of all tokens but padding: where block-wise compares states
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
 
 
 def collate(rows):
-    """Token rows -> Batch. The label of a position is the *next* token; shifting comes before masking."""
-    rows = rows or [{"input_ids": [0, 0], "targets": [False, False]}]   # nothing left for this rank: it takes part
-    width = max(len(r["input_ids"]) for r in rows)
-    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
+    masking: a position counts where its next token is a target, not where it is one itself."""
+    if not rows:   # nothing left for this rank, which takes part all the same
+        rows = [{"input_ids": [0, 0], "targets": [False, False]}]
+    width = max(len(row["input_ids"]) for row in rows)
+    input_ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    labels_BT = torch.full((len(rows), width), -100)
+    real = []
     for i, row in enumerate(rows):
-        x, targets = torch.as_tensor(row["input_ids"], dtype=torch.long), row.get("targets")
-        ids[i, :len(x)] = x
-        labels[i, :len(x) - 1] = (x if targets is None else torch.where(torch.as_tensor(targets), x, -100))[1:]
-    positions = (labels.flatten() != -100).nonzero()[:, 0]
-    real = torch.cat([i * width + torch.arange(len(r["input_ids"])) for i, r in enumerate(rows)])
-    pin = (lambda x: x.pin_memory()) if CUDA else (lambda x: x)
-    send = lambda x: pin(x).to(DEVICE, non_blocking=True)
-    sparse = [r["sparse"] for r in rows if "sparse" in r]
-    sparse = SparseTarget(*(send(torch.from_numpy(np.concatenate(x))) for x in zip(*sparse))) if sparse else None
-    return Batch(send(ids), send(positions), pin(labels.flatten()[positions]), send(real), sparse)
+        ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
+        next_ids = ids[1:]
+        if row.get("targets") is not None:
+            next_is_target = torch.as_tensor(row["targets"])[1:]
+            next_ids = torch.where(next_is_target, next_ids, -100)
+        input_ids_BT[i, :len(ids)] = ids
+        labels_BT[i, :len(next_ids)] = next_ids   # the last position has no next token
+        real.append(i * width + torch.arange(len(ids)))
+    labels = labels_BT.flatten()
+    positions = (labels != -100).nonzero()[:, 0]
+    return Batch(
+        input_ids=to_device(input_ids_BT), positions=to_device(positions),
+        labels=pin(labels[positions]), real=to_device(torch.cat(real)),
+        sparse=collate_sparse(rows))
+
+
+def collate_sparse(rows):
+    """The rows' SparseTargets as one, in the order of the batch's labels; None online."""
+    sparse = [row["sparse"] for row in rows if "sparse" in row]   # tuples of arrays
+    if not sparse:
+        return None
+    fields = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*sparse, strict=True)]
+    return SparseTarget(*[to_device(tensor) for tensor in fields])
+
+
+def pin(tensor):
+    """Into page-locked memory: from there a copy to the GPU does not make the host wait."""
+    return tensor.pin_memory() if CUDA else tensor
+
+
+def to_device(tensor):
+    return pin(tensor).to(DEVICE, non_blocking=True)
+
+
+def shuffled(count, seed, part):
+    """The numbers below count, in an order that depends on nothing but seed and part: no state."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
+    return torch.randperm(count, generator=generator)
 
 
 def indexed_batches(rows, seed, global_batch, step):
-    """Endless (row numbers of a global batch, None) from `step` on; the position *is* the step: nothing to replay."""
-    steps_per_epoch = -(-len(rows) // global_batch)
+    """Endless (row numbers of a global batch, None) from `step` on. The position *is* the step: a
+    resume needs no other state, and has nothing to replay."""
+    steps_per_epoch = math.ceil(len(rows) / global_batch)
+    first = step % steps_per_epoch * global_batch
     for epoch in itertools.count(step // steps_per_epoch):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for start in range(step % steps_per_epoch * global_batch, len(rows), global_batch):
+        order = shuffled(len(rows), seed, epoch)
+        for start in range(first, len(rows), global_batch):
             yield order[start:start + global_batch].tolist(), None
-        step = 0
+        first = 0
+
+
+def micro_batches(global_batches, rows, micro_steps, batch_size):
+    """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every
+    WORLD-th sequence. A global batch holds row numbers; where rows is None, the rows themselves."""
+    for batch, position in global_batches:
+        mine = batch[RANK::WORLD]
+        if rows is not None:
+            mine = [rows[i] for i in mine]
+        starts = range(0, micro_steps * batch_size, batch_size)
+        yield [collate(mine[start:start + batch_size]) for start in starts], position
 
 
 def prefetch(endless, depth=2):
-    """Run a generator in a thread, `depth` items ahead: the next batch is ready while this one computes."""
+    """Run a generator in a thread, `depth` items ahead: the next batch is ready while this one
+    computes."""
     with ThreadPoolExecutor(1) as pool:
         ahead = collections.deque(pool.submit(next, endless) for _ in range(depth))
         while True:
@@ -686,71 +1119,122 @@ def prefetch(endless, depth=2):
             yield ahead.popleft().result()
 
 
-def micro_batches(global_batches, rows, micro_steps, batch_size):
-    """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every WORLD-th sequence."""
-    for batch, position in global_batches:
-        mine = [i if rows is None else rows[i] for i in batch[RANK::WORLD]]   # a stream hands on rows, not numbers
-        yield [collate(mine[i * batch_size:(i + 1) * batch_size]) for i in range(micro_steps)], position
+# ---- where in a file an error is
+
+
+@contextlib.contextmanager
+def explain_bad_rows(path, words):
+    """Whatever goes wrong with rows is the user's to mend: in `words`, with the line where known."""
+    try:
+        yield
+    except Exception as e:
+        explain_bad_file(path)
+        raise UserError(f"{words}: {one_line(e)}") from e
+
+
+def explain_bad_file(path):
+    """A reader's message does not say where: name the first bad line. Returns if there is none."""
+    if not os.path.isfile(path) or not path.lower().endswith((".jsonl", ".json", ".csv", ".txt")):
+        return
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8").strip()
+                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object with columns")
+            except ValueError as e:   # UnicodeDecodeError is one
+                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend "
+                                "or delete that line") from e
 
 
 # --------------------------------------------------------------------------------------------------
-# Models and FSDP: rank 0 reads, every rank starts empty and receives its shard. Hands on ShardedRoot roots: FSDP gathers
-# parameters in the forward of the root, so whatever touches weights is a function run inside it.
+# Models and FSDP: every rank begins with shapes alone and receives its shard of what rank 0 reads.
+# Hands on student and teacher as ShardedRoot, and what a model says of a batch.
 
 
 class ShardedRoot(nn.Module):
-    def __init__(self, model, stitches=None):
-        super().__init__()
-        self.model, self.stitches = model, stitches or nn.ModuleDict()   # of block-wise: kept in checkpoints only
+    """The outermost FSDP unit around a model. FSDP gathers a unit's parameters in its forward and
+    leaves each rank a shard outside of it. Decoder layers are units of their own; embeddings, final
+    norm and head belong to this one, and the loss needs the head without the model's own forward,
+    which would make all logits at once. So whatever touches weights is a function(model, *args)
+    that this forward runs: root(function, *args). Calling root.model itself meets shards."""
 
-    def forward(self, work, *args):
-        return work(self.model, *args)
+    def __init__(self, model, build_stitches=None):
+        super().__init__()
+        self.model = model
+        # modules that block-wise trains beside the model: kept in checkpoints, not in final/
+        self.stitches = nn.ModuleDict()
+        if build_stitches is not None:
+            self.stitches = build_stitches(model)
+
+    def forward(self, function, *args):
+        return function(self.model, *args)
 
     def release(self):
-        """After forwards without a backward: give full_tensor weights back, else the next step would use stale ones."""
-        for module in (m for m in self.modules() if isinstance(m, FSDPModule)):
-            module.reshard()
+        """Back to shards after forwards without a backward, which does it otherwise: until then
+        the next forward would not see what was written into the shards, such as a checkpoint."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def compute_dtype(cfg):
     """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
-    auto = torch.bfloat16 if CUDA and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg.dtype]
+    if cfg.dtype != "auto":
+        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        return named[cfg.dtype]
+    if CUDA and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+# ---- reading
 
 
 def model_config(name, cfg, role):
+    """Of a decoder-only model. role: what messages call it, student or teacher."""
     try:
         with node_first():
             config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:
-        explain_no_config(name, role, e)
-    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
-    if getattr(config, "is_encoder_decoder", False) or not known:
-        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only language model")
+        where = where_it_was_sought(name)
+        raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}"
+                        ) from e
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    has_own_code = hasattr(config, "auto_map")
+    if getattr(config, "is_encoder_decoder", False) or not (is_causal or has_own_code):
+        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only "
+                        "language model")
     return config
 
 
-def explain_no_config(name, role, e):
-    where = "as a file" if name.endswith(".json") else "in that directory" if os.path.isdir(name) else \
-        "as a local directory (there is none) or on the hub (no network, no access, or HF_HUB_OFFLINE is set)"
-    raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}")
+def where_it_was_sought(name):
+    if name.endswith(".json"):
+        return "as a file"
+    if os.path.isdir(name):
+        return "in that directory"
+    return ("as a local directory (there is none) or on the hub (no network, no access, or "
+            "HF_HUB_OFFLINE is set)")
 
 
-def read_model(name, config, cfg, role, dtype, keep=None):
-    """Rank 0's whole copy on the host, memory-mapped until it is cast; keep: with only those decoder layers."""
+def read_model(name, config, cfg, role, dtype, kept_layers=None):
+    """A whole model on the host, memory-mapped until it is cast; a config alone (.json) makes
+    random weights. kept_layers: the decoder layers that stay, by number."""
     options = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
     try:
         if name.endswith(".json"):
             torch.manual_seed(cfg.seed)
             return AutoModelForCausalLM.from_config(config, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, **options)
     except Exception as e:
-        raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}")
-    if info["missing_keys"]:
-        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is it whole?")
-    if keep:
+        raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}") from e
+    if info["missing_keys"]:   # transformers would fill them with random numbers
+        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among "
+                        "them; is it whole?")
+    if kept_layers is not None:
         path, layers = layers_of(model)
-        model.set_submodule(path, nn.ModuleList(layers[i] for i in keep))
+        model.set_submodule(path, nn.ModuleList(layers[i] for i in kept_layers))
     return model
 
 
@@ -760,122 +1244,209 @@ def layers_of(model):
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return path, module
-    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; choose another model")
+    raise UserError(f"{type(model).__name__} keeps its {depth} decoder layers in no ModuleList; "
+                    "choose another model")
 
 
-def plan_layers(cfg, whole):
-    """-> (config of the student, None), or of student layers:N and the numbers of N evenly spaced teacher layers."""
-    depth, wanted = whole.get_text_config().num_hidden_layers, cfg.student.removeprefix("layers:")
-    if wanted == cfg.student:
-        return whole, None
-    if whole.get_text_config() is not whole:
-        raise UserError(f"{cfg.student} cannot be cut from {cfg.teacher!r}: its text model is part of a larger one; "
-                        "bring a checkpoint of the text model alone")
+def cut_layers(teacher_config, student, teacher):
+    """student layers:N of a teacher -> the student's config, and the numbers of the N evenly spaced
+    layers that it takes, the first and the last among them."""
+    depth = teacher_config.get_text_config().num_hidden_layers
+    wanted = student.removeprefix("layers:")
+    if teacher_config.get_text_config() is not teacher_config:
+        raise UserError(f"{student} cannot be cut from {teacher!r}: its text model is part of a "
+                        "larger one; bring a checkpoint of the text model alone")
     if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
-        raise UserError(f"student {cfg.student!r}: write layers:N with N from 1 to the teacher's {depth}")
-    keep = [round(i * (depth - 1) / max(1, int(wanted) - 1)) for i in range(int(wanted))]
-    each = lambda v: [v[i] for i in keep] if isinstance(v, list) and len(v) == depth else v   # layer_types and the like
-    depth_name = whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return type(whole).from_dict({k: each(v) for k, v in whole.to_dict().items()} | {depth_name: len(keep)}), keep
+        raise UserError(f"student {student!r}: write layers:N with N from 1 to the teacher's "
+                        f"{depth}")
+    count = int(wanted)
+    kept_layers = [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
+    values = teacher_config.to_dict()
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == depth:   # such as layer_types
+            values[key] = [value[i] for i in kept_layers]
+    depth_key = teacher_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values[depth_key] = count
+    return type(teacher_config).from_dict(values), kept_layers
+
+
+# ---- student and teacher, sharded
 
 
 def load_student(cfg):
-    name, role = (cfg.teacher, "teacher") if cfg.student.startswith("layers:") else (cfg.student, "student")
-    whole = model_config(name, cfg, role)
-    config, keep = plan_layers(cfg, whole)
-    if keep:
-        print0(f"student: layers {', '.join(map(str, keep))} of the {whole.num_hidden_layers} of teacher {name}")
-    build_stitches = lambda model: None
+    """Weights in fp32, sharded as --fsdp says; layers and head compute in compute_dtype."""
+    if cfg.student.startswith("layers:"):
+        name = cfg.teacher
+        role = "teacher"
+        source_config = model_config(name, cfg, role)
+        config, kept_layers = cut_layers(source_config, cfg.student, name)
+        print0(f"student: layers {', '.join(map(str, kept_layers))} of the "
+               f"{source_config.num_hidden_layers} of teacher {name}")
+    else:
+        name = cfg.student
+        role = "student"
+        source_config = model_config(name, cfg, role)
+        config = source_config
+        kept_layers = None
+    build_stitches = None
     if cfg.blockwise:   # optional: blockwise
         build_stitches = stitching(cfg, config)
-    return shard(cfg, config, lambda: read_model(name, whole, cfg, role, torch.float32, keep), build_stitches)
-
-
-def load_teacher(cfg):
-    """Frozen, in the compute type, but models trained in bf16 overflow in fp16: those stay in fp32 then."""
-    config, dtype = model_config(cfg.teacher, cfg, "teacher"), compute_dtype(cfg)
-    dtype = torch.float32 if dtype == torch.float16 and config.dtype != torch.float16 else dtype
-    return shard(cfg, config, lambda: read_model(cfg.teacher, config, cfg, "teacher", dtype), frozen=dtype)
-
-
-def shard(cfg, config, read, stitches=lambda model: None, frozen=None):
-    """Meta model on every rank -> FSDP units (layers, root) -> weights. The student keeps fp32 masters and computes in
-    compute_dtype; a teacher (frozen: its dtype) has no gradients; its root stays full_tensor, the loss uses its head."""
-    dtype, home = compute_dtype(cfg), "cpu" if cfg.cpu_offload else DEVICE
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=frozen or torch.float32, trust_remote_code=cfg.trust_remote_code)
-        root = ShardedRoot(model, stitches(model))
-    source, layers = read() if RANK == 0 else None, layers_of(model)[1]
-    root.train(not frozen).requires_grad_(not frozen)
-    if not frozen and cfg.gradient_checkpointing:   # the first name is the newer one
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"{type(model).__name__} cannot recompute activations: add --gradient_checkpointing false")
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-        model.disable_input_require_grads()   # transformers wants them here; frozen layers would be recomputed
-    for layer in layers if cfg.compile else ():
-        layer.compile()
-    if not frozen or cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
-        shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}   # replicate x shard
-        shape = (WORLD,) if frozen else shapes.get(cfg.fsdp, (WORLD,))
-        options = dict(mesh=init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
-                       mp_policy=MixedPrecisionPolicy(frozen or dtype, torch.float32, cast_forward_inputs=False))
-        options |= dict(offload_policy=CPUOffloadPolicy()) if cfg.cpu_offload and CUDA else {}
-        for layer in layers:
-            fully_shard(layer, reshard_after_forward=bool(frozen) or cfg.fsdp.startswith(("full", "hybrid")), **options)
-        fully_shard(root, reshard_after_forward=False, **options)
-    load_weights(root, source and ShardedRoot(source, stitches(source)), home)
+    root = empty_root(config, torch.float32, cfg, build_stitches)
+    root.train()
+    root.requires_grad_()
+    if cfg.gradient_checkpointing:
+        recompute_activations(root.model)
+    if cfg.compile:
+        compile_layers(root.model)
+    source = None
+    if RANK == 0:
+        model = read_model(name, source_config, cfg, role, torch.float32, kept_layers)
+        source = ShardedRoot(model, build_stitches)
+    # full: gathered layers are dropped after the forward and gathered anew in the backward
+    drop_layers = cfg.fsdp in ("full_shard", "hybrid_shard")
+    shard(root, plan_mesh(cfg.fsdp), compute_dtype(cfg), drop_layers, cfg.cpu_offload)
+    load_weights(root, source, cfg.cpu_offload)
     return root
 
 
+def load_teacher(cfg):
+    """Frozen, its weights in the type that it computes in."""
+    config = model_config(cfg.teacher, cfg, "teacher")
+    dtype = compute_dtype(cfg)
+    if dtype == torch.float16 and config.dtype != torch.float16:
+        dtype = torch.float32   # models trained in bf16 overflow in fp16
+    root = empty_root(config, dtype, cfg)
+    root.eval()
+    root.requires_grad_(False)
+    if cfg.compile:
+        compile_layers(root.model)
+    source = None
+    if RANK == 0:
+        source = ShardedRoot(read_model(cfg.teacher, config, cfg, "teacher", dtype))
+    if cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
+        shard(root, (WORLD,), dtype, drop_layers=True, cpu_offload=cfg.cpu_offload)
+    load_weights(root, source, cfg.cpu_offload)
+    return root
+
+
+def empty_root(config, dtype, cfg, build_stitches=None):
+    """Shapes without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
+        return ShardedRoot(model, build_stitches)
+
+
+def recompute_activations(model):
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} cannot recompute activations: add "
+                        "--gradient_checkpointing false")
+    if hasattr(model, "activation_checkpointing_enable"):   # its name in newer transformers
+        enable = model.activation_checkpointing_enable
+    else:
+        enable = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # transformers makes the embeddings ask for gradients here; frozen layers would be recomputed
+    model.disable_input_require_grads()
+
+
+def compile_layers(model):
+    for layer in layers_of(model)[1]:
+        layer.compile()
+
+
+def plan_mesh(fsdp):
+    """(ranks to shard over), or (copies, ranks to shard each over)."""
+    if fsdp == "hybrid_shard":   # a copy a node
+        return WORLD // LOCAL_WORLD, LOCAL_WORLD
+    if fsdp == "no_shard":
+        return WORLD, 1
+    return (WORLD,)
+
+
+def shard(root, mesh_shape, dtype, drop_layers, cpu_offload):
+    """Make FSDP units of the decoder layers, and of the root for what is left. They compute in
+    dtype and reduce gradients in fp32. The root stays gathered after a forward: the backward begins
+    with it, and the loss uses a teacher's head outside of the teacher's forward."""
+    names = ("replicate", "shard")[-len(mesh_shape):]
+    options = dict(
+        mesh=init_device_mesh(DEVICE.type, mesh_shape, mesh_dim_names=names),
+        mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
+    if cpu_offload and CUDA:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for layer in layers_of(root.model)[1]:
+        fully_shard(layer, reshard_after_forward=drop_layers, **options)
+    fully_shard(root, reshard_after_forward=False, **options)
+
+
+@torch.no_grad()
+def load_weights(root, source, cpu_offload):
+    """The tensors of rank 0's source into everybody's shards, one at a time: no other rank ever
+    holds a whole model. source is None on the other ranks."""
+    root.to_empty(device="cpu" if cpu_offload else DEVICE)
+    for buffer in root.buffers():   # FSDP's offloading leaves them where they are
+        buffer.data = buffer.data.to(DEVICE)
+    if not any(isinstance(p, DTensor) for p in root.parameters()):
+        root.model.tie_weights()   # to_empty broke the ties; FSDP keeps them by itself
+    source_tensors = {}
+    if source is not None:
+        # tied ones under both names: a head that is untied begins as a copy of the embeddings
+        source_tensors.update(source.named_parameters(remove_duplicate=False))
+        source_tensors.update(source.named_buffers())
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        if source is None:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        elif name in source_tensors and source_tensors[name].shape == tensor.shape:
+            whole = source_tensors[name].to(DEVICE, tensor.dtype)
+        else:   # as a mixture's dense and sparse layers
+            raise UserError(f"layers:N cannot be cut from {type(root.model).__name__}: its layers "
+                            "differ by number")
+        copy_from_rank0(tensor, whole)
+
+
 def copy_from_rank0(tensor, whole):
-    """Rank 0's whole, of any type -> what this rank keeps of it."""
+    """Fill a tensor, of which this rank may hold a shard, from rank 0's whole one. Every rank
+    brings a whole of the right shape; what is in the others' does not matter."""
     if isinstance(tensor, DTensor):
-        whole = distribute_tensor(whole.to(DEVICE, tensor.dtype), tensor.device_mesh, tensor.placements)
+        whole = distribute_tensor(
+            whole.to(DEVICE, tensor.dtype), tensor.device_mesh, tensor.placements)
         tensor.to_local().copy_(whole.to_local())
     else:
         dist.broadcast(whole, 0)
         tensor.copy_(whole)
 
 
-@torch.no_grad()
-def load_weights(root, source, device):
-    """Rank 0's tensors into everybody's shards, one at a time: no other rank ever holds a whole model."""
-    root.to_empty(device=device)
-    for buffer in root.buffers():   # FSDP's offloading leaves them where they are
-        buffer.data = buffer.data.to(DEVICE)
-    if not any(isinstance(p, DTensor) for p in root.parameters()):
-        root.model.tie_weights()   # FSDP keeps ties by itself
-    # a head that block-wise unties begins as the copy of the embeddings that it was
-    there = dict([*source.named_parameters(remove_duplicate=False), *source.named_buffers()] if source else ())
-    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if source and getattr(there.get(name), "shape", None) != tensor.shape:   # a mixture's dense and sparse layers
-            raise UserError(f"layers:N cannot be cut from {type(root.model).__name__}: its layers differ by number")
-        whole = there.pop(name).to(DEVICE, tensor.dtype) if source else \
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        copy_from_rank0(tensor, whole)
-
-
 def full_tensor(tensor):
-    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).to(DEVICE)
+    """All of a tensor of which this rank may hold a shard; every rank has to ask."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.to(DEVICE)
 
 
 def save_model(root, tokenizer, path, dtype):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
-    keep = "cpu" if RANK == 0 else "meta"   # the other ranks take part, and drop each tensor at once
-    tensors = itertools.chain(root.model.named_parameters(), root.model.named_buffers())
-    full = {name: full_tensor(x).to(keep, dtype if x.is_floating_point() else x.dtype, copy=True) for name, x in tensors}
-    if RANK == 0:
-        with torch.device("meta"):
-            model = type(root.model)(root.model.config)
-        model.load_state_dict(full, assign=True, strict=False)   # a tied head is not among the parameters
-        model.tie_weights()
-        model.generation_config = root.model.generation_config
-        shutil.rmtree(path + ".tmp", ignore_errors=True)
-        for part in (model.to(dtype), tokenizer) if tokenizer is not None else (model.to(dtype),):
-            part.save_pretrained(path + ".tmp")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(path + ".tmp", path)
+    full = {}
+    kept_on = "cpu" if RANK == 0 else "meta"   # the other ranks drop each tensor at once
+    for name, tensor in [*root.model.named_parameters(), *root.model.named_buffers()]:
+        kept_as = dtype if tensor.is_floating_point() else tensor.dtype
+        full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
+    if RANK > 0:
+        return
+    with torch.device("meta"):
+        model = type(root.model)(root.model.config)
+    model.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
+    model.tie_weights()
+    model.generation_config = root.model.generation_config
+    aside = path + ".tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.to(dtype).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(aside, path)
+
+
+# ---- what a model says of a batch: functions that run inside a root
 
 
 def hidden_states(model, input_ids_BT):
@@ -884,227 +1455,348 @@ def hidden_states(model, input_ids_BT):
 
 
 def counted_hidden(model, batch):
-    """Runs inside a root: the hidden states of the counted tokens, and the head to apply to them chunk by chunk."""
-    return hidden_states(model, batch.input_ids).flatten(0, 1)[batch.positions], head_of(model)
-
-
-def teacher_targets(teacher):
-    if teacher is None:
-        return lambda batch: batch.sparse   # None too, at alpha 1
-    return torch.no_grad()(lambda batch: teacher(counted_hidden, batch))
-
-
-def distil_loss(model, batch, signal, denominator, **objective):
-    """Runs inside the student: -> loss, ce, kl."""
-    return distillation_loss(*counted_hidden(model, batch), batch.labels, signal, denominator=denominator, **objective)
+    """-> hidden states of the counted tokens [N, D], and the head to apply to them by chunks."""
+    hidden_BTD = hidden_states(model, batch.input_ids)
+    return hidden_BTD.flatten(0, 1)[batch.positions], head_of(model)
 
 
 def head_of(model):
-    out, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+    """A new way of scaling logits is added here; check_head tells whether one is missing."""
+    output = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)   # Cohere
+    if not scale:
+        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)   # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)   # Gemma
+    return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
+
+
+def distil_loss(model, batch, targets, denominator, **objective):
+    """Runs inside the student: -> loss, ce, kl. targets: see teacher_targets."""
+    hidden_ND, head = counted_hidden(model, batch)
+    return distillation_loss(
+        hidden_ND, head, batch.labels, targets, denominator=denominator, **objective)
+
+
+def teacher_targets(teacher):
+    """-> a function batch -> what the loss takes from the teacher: hidden states and head of a
+    model, a SparseTarget where rows come from a cache, None at alpha 1."""
+    def from_batch(batch):
+        return batch.sparse   # None too, at alpha 1
+
+    @torch.no_grad()
+    def from_model(batch):
+        return teacher(counted_hidden, batch)
+
+    return from_batch if teacher is None else from_model
+
+
+# ---- the loss applies heads itself: is what it computes what the model computes?
 
 
 def head_error(model, ids_1T):
-    """Runs inside a root: how far hidden states times head_of are from its logits, and what rounding may do."""
-    head, its = head_of(model), model(input_ids=ids_1T, use_cache=False).logits.float()
+    """Runs inside a root: how far hidden states times head_of are from the model's own logits, in
+    their standard deviations, and how far rounding may bring them."""
+    head = head_of(model)
+    model_logits = model(input_ids=ids_1T, use_cache=False).logits.float()
     hidden = hidden_states(model, ids_1T)
-    ours = scale_and_softcap(nn.functional.linear(hidden, head.weight, head.bias), *head[2:])[0]
-    return (ours - its).abs().max() / its.std().clamp_min(1e-6), 1e-3 if hidden.dtype == torch.float32 else 0.1
+    raw = nn.functional.linear(hidden, head.weight, head.bias)
+    logits, _ = scale_and_softcap(raw, head.scale, head.softcap)
+    error = (logits - model_logits).abs().max() / model_logits.std().clamp_min(1e-6)
+    allowed = 1e-3 if hidden.dtype == torch.float32 else 0.1
+    return error, allowed
 
 
 def check_head(root, role, name, tokenizer):
-    """The loss applies heads itself: a model whose own logits differ (a scale it does not know) is refused."""
-    rows, biggest = root.model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    """Refuse a model whose vocabulary is too small, or whose logits head_of does not reproduce."""
+    rows = root.model.config.get_text_config().vocab_size
+    biggest = max(tokenizer.get_vocab().values())
     if biggest >= rows:
-        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; they do not match")
+        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; "
+                        "they do not match")
+    ids_1T = torch.arange(8, device=DEVICE)[None] % rows
     was_training = root.training
+    root.eval()
     with torch.no_grad():
-        error, allowed = root.eval()(head_error, torch.arange(8, device=DEVICE)[None] % rows)
-    root.train(was_training).release()
+        error, allowed = root(head_error, ids_1T)
+    root.train(was_training)
+    root.release()
     if not error.isfinite():
-        raise UserError(f"{role} {name!r} computes logits that are not finite: damaged, or --dtype fp32?")
+        raise UserError(f"{role} {name!r} computes logits that are not finite: damaged, or "
+                        "--dtype fp32?")
     if error > allowed:
-        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head miss its own logits "
-                        f"by {error:.2g} of their spread; teach its scaling to head_of() in simple_distill.py")
+        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head "
+                        f"miss its own logits by {error:.2g} of their spread; teach its scaling to "
+                        "head_of() in simple_distill.py")
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimiser: AdamW groups by learning rate; one step that clips, unscales and skips without asking the GPU.
+# Optimiser: AdamW groups by learning rate, a schedule without state, and one step that clips,
+# unscales and skips without asking the GPU.
 
 
-def learning_rates(cfg, named):
-    """(name, parameter) pairs, a tied parameter under each of its names -> {parameter: rate}. The first pattern that
-    matches its first name decides; 0 freezes."""
-    names, tied, rules = {}, {}, parse_multipliers(cfg.lr_multipliers)
-    for name, p in named:
-        if names.setdefault(p, name) != name:
-            tied[name] = names[p]
+def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
+    """-> {parameter: rate}. The first rule that matches its first name decides; 0 freezes.
+
+    named_parameters: (name, parameter), a tied parameter under each of its names. rules: as
+    parse_multipliers makes them.
+    """
+    names = {}   # parameter: its first name
+    tied = {}    # further name: the first one
+    for name, parameter in named_parameters:
+        if parameter in names:
+            tied[name] = names[parameter]
+        else:
+            names[parameter] = name
     for pattern, _ in rules:
-        if not any(map(pattern.search, names.values())):
-            other, some = next(filter(pattern.search, tied), None), list(names.values())[len(names) // 2]
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches " + (
-                f"only {other}, which is tied to {tied[other]}; write a pattern for that" if other else
-                f"none of the {len(names)} parameters; names look like {some}"))
-    rates = {p: cfg.learning_rate * next((f for pattern, f in rules if pattern.search(name)), cfg.default_lr_multiplier)
-             for p, name in names.items()}
+        if not any(pattern.search(name) for name in names.values()):
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches "
+                            + what_matches_instead(pattern, list(names.values()), tied))
+    rates = {}
+    for parameter, name in names.items():
+        rates[parameter] = learning_rate * multiplier_of(name, rules, default_multiplier)
     if not any(rates.values()):
-        raise UserError("every parameter is frozen (learning-rate multiplier 0); leave something to train")
+        raise UserError("every parameter is frozen (learning-rate multiplier 0); "
+                        "leave something to train")
     return rates
 
 
-def check_scheduler(cfg):
-    scheduler_kwargs(cfg)
+def multiplier_of(name, rules, default_multiplier):
+    for pattern, multiplier in rules:
+        if pattern.search(name):
+            return multiplier
+    return default_multiplier
+
+
+def what_matches_instead(pattern, names, tied):
+    for name, first_name in tied.items():
+        if pattern.search(name):
+            return f"only {name}, which is tied to {first_name}; write a pattern for that"
+    return f"none of the {len(names)} parameters; names look like {names[len(names) // 2]}"
 
 
 def make_optimizer(parameters, rates, weight_decay):
-    """rates: {parameter: learning rate}; 0 or none: no gradient, no state. Norms and biases do not decay."""
-    groups, sizes = {}, collections.Counter()
-    for p in parameters:
-        rate = rates.get(p, 0)
-        sizes[rate] += p.numel()
-        if p.requires_grad_(rate > 0).requires_grad:
-            groups.setdefault((rate, p.ndim >= 2), []).append(p)
-    print0(f"{sizes.pop(0, 0):,} frozen; trains", ", ".join(f"{n:,} parameters at {r:g}" for r, n in sizes.items()))
-    optimizer = torch.optim.AdamW([dict(params=g, lr=rate, weight_decay=weight_decay if decay else 0.0)
-                                   for (rate, decay), g in groups.items()], lr=max(sizes), fused=True)
-    for p in itertools.chain(*groups.values()):   # from the start: memory is known, a checkpoint has where to load to
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+    """rates: {parameter: learning rate}; 0 or none: no gradient, no state.
+
+    Norms and biases, all that has one dimension, do not decay.
+    """
+    groups = {}                     # (rate, decays): parameters
+    sizes = collections.Counter()   # rate: numbers in its parameters
+    for parameter in parameters:
+        rate = rates.get(parameter, 0)
+        sizes[rate] += parameter.numel()
+        parameter.requires_grad_(rate > 0)
+        if rate > 0:
+            groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
+    frozen = sizes.pop(0, 0)
+    trained = ", ".join(f"{size:,} parameters at {rate:g}" for rate, size in sizes.items())
+    print0(f"{frozen:,} frozen; trains {trained}")
+    optimizer = torch.optim.AdamW(
+        [dict(params=group, lr=rate, weight_decay=weight_decay if decays else 0.0)
+         for (rate, decays), group in groups.items()],
+        lr=max(sizes), fused=True)
+    # the moments from the start: memory is known, and a checkpoint has where to load to
+    for group in groups.values():
+        for parameter in group:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter)}
     return optimizer
 
 
+def scheduler_options(name, given_json, steps):
+    """lr_scheduler_kwargs, a JSON object or None -> what scheduler `name` takes besides lengths."""
+    given = json.loads(given_json or "{}")
+    function = transformers.optimization.TYPE_TO_SCHEDULER_FUNCTION[name]
+    takes = set(inspect.signature(function).parameters)
+    takes -= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    alternatives = takes & {"min_lr", "min_lr_rate"}   # one is needed; all others have defaults
+    unknown = set(given) - takes
+    if unknown or (alternatives and len(alternatives & set(given)) != 1):
+        what_it_takes = ", ".join(sorted(takes)) or "nothing"
+        if alternatives:
+            what_it_takes += ", one of min_lr and min_lr_rate"
+        raise UserError(f"lr_scheduler_kwargs gives {', '.join(given) or 'nothing'}; "
+                        f"{name} takes {what_it_takes}")
+    if name == "warmup_stable_decay":
+        return {"num_decay_steps": max(1, steps // 5)} | given
+    return given
+
+
+def check_scheduler(cfg):
+    """Before any model is loaded: the length of the run does not matter yet."""
+    scheduler_options(cfg.lr_scheduler, cfg.lr_scheduler_kwargs, steps=1)
+
+
 def make_schedule(cfg, optimizer, steps):
-    """-> a function that sets every group's rate for a step and returns the largest: nothing to save or replay."""
+    """-> set_rates(step), which sets every group's rate for that step and returns the largest.
+
+    The rate follows from the step alone: there is nothing to save or to replay.
+    """
+    options = scheduler_options(cfg.lr_scheduler, cfg.lr_scheduler_kwargs, steps)
+    warmup_steps = round(cfg.warmup_ratio * steps)
     try:
-        schedule = get_scheduler(cfg.lr_scheduler, optimizer, round(cfg.warmup_ratio * steps), steps,
-                                 scheduler_kwargs(cfg, steps))
-        schedule.lr_lambdas[0](steps)
+        schedule = get_scheduler(cfg.lr_scheduler, optimizer, warmup_steps, steps, options)
+        multiplier_at = schedule.lr_lambdas[0]   # one for all groups
+        multiplier_at(steps)
     except (TypeError, ValueError) as e:
-        raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; give it with --lr_scheduler_kwargs")
+        raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; "
+                        "give it with --lr_scheduler_kwargs")
+
     def set_rates(step):
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule.lr_lambdas[0](step)   # one for all groups
-        return max(g["lr"] for g in optimizer.param_groups)
+            group["lr"] = group["initial_lr"] * multiplier_at(step)
+        return max(group["lr"] for group in optimizer.param_groups)
     return set_rates
 
 
 def new_scale_state(fp16):
-    """On the device: the fp16 loss scale, good steps in a row, skipped steps in all, and in a row."""
-    start = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
-    return {k: torch.tensor(v, device=DEVICE) for k, v in start.items()}
+    """Scalars on the device: the fp16 loss scale, good steps in a row, skipped in all, in a row."""
+    return {
+        "scale": torch.tensor(2.0 ** 14 if fp16 else 1.0, device=DEVICE),
+        "good": torch.tensor(0.0, device=DEVICE),
+        "skipped": torch.tensor(0.0, device=DEVICE),
+        "streak": torch.tensor(0.0, device=DEVICE),
+    }
 
 
-def optimizer_step(optimizer, max_grad_norm, health, fp16, parts=()):
-    """Clip (parts: [(parameters, norm)], first), unscale, skip what is not finite: in fused AdamW, by grad_scale."""
-    for part, norm in parts:
-        torch.nn.utils.clip_grad_norm_(part, norm * (health["scale"].item() if fp16 else 1.0))
-    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) / health["scale"]
-    scale, bad = health["scale"] * ((norm / max_grad_norm).clamp_min(1.0) if max_grad_norm else 1.0), ~norm.isfinite()
-    home, bad = gradients[0].device, bad.float()   # offloaded: AdamW itself would not wait for the copies
-    optimizer.grad_scale, optimizer.found_inf = scale.to(home), bad.to(home)
+def optimizer_step(optimizer, max_grad_norm, scale_state, fp16, clipped_alone=()):
+    """One step on the gradients of scale * loss -> their norm, unscaled, before clipping.
+
+    clipped_alone: [(parameters, max norm), ...], each clipped by itself before the whole is; 0 for
+    max_grad_norm clips nothing.
+
+    Fused AdamW divides gradients by its grad_scale and changes nothing where its found_inf is 1, so
+    both carry tensors: clipping and unscaling are one division inside its kernel, a step that is
+    not finite is skipped there, and the host never waits for a number.
+    """
+    for parameters, max_norm in clipped_alone:
+        loss_scale = scale_state["scale"].item() if fp16 else 1.0
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm * loss_scale)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                 if p.grad is not None]
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) / scale_state["scale"]
+    divisor = scale_state["scale"]
+    if max_grad_norm:
+        divisor = divisor * (norm / max_grad_norm).clamp_min(1.0)
+    bad = (~norm.isfinite()).float()   # 1 or 0
+    # offloaded parameters live on the host: AdamW itself would not wait for the copies
+    optimizer.grad_scale = divisor.to(gradients[0].device)
+    optimizer.found_inf = bad.to(gradients[0].device)
     optimizer.step()
-    health["skipped"] += bad
-    health["streak"].add_(bad).mul_(bad)
-    health["good"].add_(1 - bad).mul_(1 - bad)
+    scale_state["skipped"] += bad
+    scale_state["streak"].add_(bad).mul_(bad)
+    scale_state["good"].add_(1 - bad).mul_(1 - bad)
     if fp16:   # twice the scale after every 2000 good steps, half of it after a bad one
-        health["scale"].mul_((1 + (health["good"] % 2000 == 1999).float()) * (1 - bad / 2))
+        grow = (scale_state["good"] % 2000 == 1999).float()
+        scale_state["scale"].mul_((1 + grow) * (1 - bad / 2))
     return norm
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: whole or not at all. Tensors through torch.distributed.checkpoint, so that another number of ranks can
-# read them; everything else in state.json. Random numbers need no state: each step seeds itself.
+# Checkpoints: whole or not at all. Tensors go through torch.distributed.checkpoint, so that another
+# number of ranks can read them; everything else stands in state.json. Random numbers need no state:
+# each step seeds itself.
 
 
-def tensors_of(root, moments, health):
-    """Everything with a shape, flat by name: the same call names what to save and where to load to."""
-    names = {p: n for n, p in root.named_parameters()}
-    moments = {f"{key}.{names[p]}": value for p, state in moments.items() for key, value in state.items()}
-    weights = {f"model.{n}": p.detach() for p, n in names.items()}
-    return weights | moments | {f"health.{k}": v for k, v in health.items()}
+def tensors_of(root, moments, scale_state):
+    """{name: tensor}, flat: the same call names what to save and where to load to. Shards stay
+    shards. moments: an optimiser's state, or {} where there is nothing of it to keep."""
+    names = {p: name for name, p in root.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for p, name in names.items()}
+    for p, state in moments.items():
+        for key, value in state.items():
+            tensors[f"{key}.{names[p]}"] = value
+    for key, value in scale_state.items():
+        tensors[f"health.{key}"] = value
+    return tensors
 
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """-> None, or what went wrong. Written aside, synced, renamed; nothing old is deleted before the new one stands."""
-    final, aside, problem = os.path.join(folder, f"step-{step:08d}"), os.path.join(folder, f"tmp-{step:08d}"), None
+    """-> None, or what went wrong, on every rank. Written aside, synced, renamed; nothing old is
+    deleted before the new one stands. keep: how many stay."""
+    aside = os.path.join(folder, f"tmp-{step:08d}")
+    problem = None
     if RANK == 0:
         shutil.rmtree(aside, ignore_errors=True)
-    all_sum(0)
+    all_sum(0)   # nobody writes before that is done
     try:
         dcp.save(tensors, checkpoint_id=aside)   # syncs each file
         if RANK == 0:
-            state["files"] = {f: os.path.getsize(os.path.join(aside, f)) for f in sorted(os.listdir(aside))}
-            with open(os.path.join(aside, "state.json"), "w", encoding="utf-8") as f:
-                json.dump(state, f, indent=1)
-            sync(f.name, aside)
+            write_state(aside, state)
+            final = os.path.join(folder, f"step-{step:08d}")
             shutil.rmtree(final, ignore_errors=True)
             os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
                 shutil.rmtree(old, ignore_errors=True)
-    except (OSError, dcp.api.CheckpointException) as e:
-        problem = one_line(next(iter(getattr(e, "failures", {}).values()), [e])[0], 300)   # DCP wraps what happened
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as e:
+        problem = one_line(e, 300)
+    except dcp.api.CheckpointException as e:   # of every rank that failed: (error, traceback)
+        error, _ = next(iter(e.failures.values()))
+        problem = one_line(error, 300)
     problem = from_rank0(problem)
     if problem:
-        print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older ones stay")
+        shutil.rmtree(aside, ignore_errors=True)
+        print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older "
+               "ones stay")
     return problem
 
 
+def write_state(folder, state):
+    """state.json beside the tensors: with the size of each file, by which a checkpoint that the
+    disk has lost a part of is known."""
+    sizes = {}
+    for file in sorted(os.listdir(folder)):
+        sizes[file] = os.path.getsize(os.path.join(folder, file))
+    path = os.path.join(folder, "state.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(state | {"files": sizes}, f, indent=1)
+    sync(path, folder)
+
+
 def checkpoints_in(folder):
+    """Paths, the newest first."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
 
 
-def read_states(paths, say):
-    """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others are named."""
-    found = []
-    for path in paths:
-        try:
-            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-                state = json.load(f)
-            short = [f for f, size in state["files"].items() if os.path.getsize(os.path.join(path, f)) != size]
-            if short:
-                raise OSError(f"{short[0]} is truncated")
-            found.append((path, state))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            say(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-    return found
-
-
-def refuse_changes(there, here, where, way_out="start over with --resume never or another --output_dir"):
-    names = [k for k in {**there, **here} if there.get(k) != here.get(k)]
-    changed = [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in names]
-    if changed:
-        raise UserError(f"{where} is of a run with {'; '.join(changed)}. Change it back, or {way_out}")
-
-
-def plan_batch(cfg, state, world):
-    """-> (batch size, micro-steps, global batch). A resumed run keeps its global batch at any number of ranks."""
-    size, micro = cfg.batch_size, cfg.gradient_accumulation_steps
-    wanted = state["global_batch"] if state else size * micro * world
-    if wanted != size * micro * world:
-        if [size, micro] != state["batch"]:
-            raise UserError(f"{cfg.output_dir!r} holds a run of {wanted} sequences a step, not of {size} x {micro} "
-                            f"x {world} ranks; keep the product, or start over with --resume never or elsewhere")
-        size = min(size, -(-wanted // world))
-        micro = -(-wanted // (world * size))
-    return size, micro, wanted
-
-
 def find_checkpoints(resume, output_dir):
-    """-> [(path, state), ...] to continue from, the best first."""
-    paths = [] if resume == "never" else checkpoints_in(os.path.join(output_dir, "checkpoints")) \
-        if resume == "auto" else [resume.rstrip("/")]
-    paths, found = from_rank0((paths, read_states(paths, print0) if RANK == 0 else []))
+    """-> [(path, state), ...] to continue from, the best first. resume: auto, never or a path."""
+    if resume == "never":
+        return []
+    if resume == "auto":
+        paths = checkpoints_in(os.path.join(output_dir, "checkpoints"))
+    else:
+        paths = [resume.rstrip("/")]
+    paths = from_rank0(paths)   # on a shared disk others may not see yet what rank 0 sees
+    found = read_states(paths) if RANK == 0 else []
+    found = from_rank0(found)
     if paths and not found:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
     return found
 
 
+def read_states(paths):
+    """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others
+    are named."""
+    found = []
+    for path in paths:
+        try:
+            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+                state = json.load(f)
+            for file, size in state["files"].items():
+                if os.path.getsize(os.path.join(path, file)) != size:
+                    raise OSError(f"{file} is truncated")
+            found.append((path, state))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+    return found
+
+
 def load_checkpoint(found, tensors_at):
-    """Load the first of the found checkpoints that can be read, in place -> its state."""
+    """Load the first of the found checkpoints that can be read, in place -> its state. tensors_at:
+    step -> where to load to, as tensors_of names it."""
     for path, state in found:
         tensors = tensors_at(state["step"])
         try:
@@ -1116,23 +1808,61 @@ def load_checkpoint(found, tensors_at):
     raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
 
 
+def refuse_changes(there, here, where,
+                   way_out="start over with --resume never or another --output_dir"):
+    """Two dicts of what decides a result: that of the run in `where`, and that of this one."""
+    changed = []
+    for name in {**there, **here}:   # in the order of their rows
+        if there.get(name) != here.get(name):
+            changed.append(f"{name} {there.get(name)!r} there, {here.get(name)!r} here")
+    if changed:
+        raise UserError(f"{where} is of a run with {'; '.join(changed)}. Change it back, or "
+                        f"{way_out}")
+
+
+def plan_batch(cfg, state, world):
+    """-> batch size (of a rank and micro-step), micro-steps, global batch. A resumed run (state: of
+    its checkpoint) keeps its global batch at any number of ranks: it is divided among them anew,
+    in micro-steps of at most the batch size that was typed."""
+    size = cfg.batch_size
+    micro_steps = cfg.gradient_accumulation_steps
+    typed = size * micro_steps * world
+    if state is None or state["global_batch"] == typed:
+        return size, micro_steps, typed
+    global_batch = state["global_batch"]
+    if [size, micro_steps] != state["batch"]:
+        raise UserError(f"{cfg.output_dir!r} holds a run of {global_batch} sequences a step, not "
+                        f"of {size} x {micro_steps} x {world} ranks; keep the product, or start "
+                        "over with --resume never or elsewhere")
+    size = min(size, math.ceil(global_batch / world))
+    micro_steps = math.ceil(global_batch / (world * size))
+    return size, micro_steps, global_batch
+
+
 def prepare_output(cfg, step):
-    """output_dir as of `step`: no log lines of steps about to be repeated, nothing left of a run that starts over."""
-    place = functools.partial(os.path.join, cfg.output_dir)
+    """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come."""
+    checkpoints = os.path.join(cfg.output_dir, "checkpoints")
     if cfg.resume == "never":
-        for old in ("checkpoints", "final"):
-            shutil.rmtree(place(old), ignore_errors=True)
-    os.makedirs(place("checkpoints"), exist_ok=True)
-    write_json(cfg, place("config.json"))
-    cut_log(place("log.jsonl"), step)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(os.path.join(cfg.output_dir, "final"), ignore_errors=True)
+    os.makedirs(checkpoints, exist_ok=True)
+    write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
+    cut_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
 
 
 def cut_log(path, step):
-    """No lines of steps that are about to be repeated."""
-    kept = [row for row in read_jsonl(path) if next(v for k, v in row.items() if k.endswith("/step")) <= step > 0]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in kept)
-    os.replace(f.name, path)
+    """Drop the lines of steps that are about to be repeated: at step 0, all."""
+    kept = [row for row in read_jsonl(path) if step > 0 and step_of(row) <= step]
+    aside = path + ".tmp"
+    with open(aside, "w", encoding="utf-8") as f:
+        for row in kept:
+            f.write(json.dumps(row) + "\n")
+    os.replace(aside, path)
+
+
+def step_of(row):
+    """Of a line of the log: its train/step, eval/step or block/step."""
+    return next(value for key, value in row.items() if key.endswith("/step"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1267,10 +1997,11 @@ def start_run(cfg):
     check_scheduler(cfg)
     load = load_everything
     if cfg.cache_dir:   # optional: cache
-        cfg, load = from_cache(cfg)
+        cfg = take_from_cache(cfg)
+        load = load_with_cache
     knobs = result_knobs(cfg)
     if cfg.cache_dir:   # optional: cache
-        knobs["cache"] = digest(read_manifest(cfg))   # which one, wherever it lies
+        knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
     checkpoints = find_checkpoints(cfg.resume, cfg.output_dir)
     state = checkpoints[0][1] if checkpoints else None
     if state is not None:
@@ -1310,10 +2041,12 @@ def distillation_stage(run, first_step=0):
     steps = cfg.max_steps
     if steps is None:
         steps = math.ceil(cfg.num_epochs * run.steps_per_epoch)
-    named = run.student.model.named_parameters(remove_duplicate=False)
+    rates = learning_rates(
+        run.student.model.named_parameters(remove_duplicate=False),
+        parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate)
     return Stage(
         name="distil", first_step=first_step, steps=steps, loss_fn=run.loss_fn,
-        get_teacher_targets=run.get_teacher_targets, rates=learning_rates(cfg, named),
+        get_teacher_targets=run.get_teacher_targets, rates=rates,
         weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
 
 
@@ -1771,37 +2504,104 @@ def logged_in(wandb):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: streaming: batches from a stream.
+# Optional: streaming: a dataset that is read as it comes, in constant memory and disk. It has no
+# length. Hands on load_stream (in place of load_data) and batches_of_stream (of indexed_batches).
+
+
+def load_stream(cfg, tokenizer):
+    """-> (train stream of raw rows, eval rows)."""
+    with node_first():
+        stream, eval_raw = split_stream(cfg)
+    eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
+    return stream, take_first(eval_rows, cfg.eval_samples)
+
+
+def split_stream(cfg):
+    """-> stream of train, raw rows of eval: the head of their own split, else that of train."""
+    stream, eval_stream = read_splits(cfg, streaming=True)
+    first_rows = stream.take(100)   # a look at the stream itself would move it
+    check_columns(first_rows, cfg.dataset, cfg.text_column)
+    if cfg.max_samples is not None:
+        stream = stream.take(cfg.max_samples)
+    if eval_stream is not None:
+        return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
+    return hold_out_head(stream, cfg.eval_samples)
+
+
+def read_head(stream, eval_samples, seq_len):
+    """As many raw rows as eval_samples sequences need, and no more of a split that may be huge."""
+    first_rows = []
+    characters = 0
+    for row in stream:
+        first_rows.append(row)
+        characters += len(str(row))
+        # a token is rarely more than 8 characters
+        if len(first_rows) >= eval_samples and characters > 8 * eval_samples * seq_len:
+            break
+    return datasets.Dataset.from_list(first_rows)
+
+
+def hold_out_head(stream, eval_samples):
+    """-> what follows, and the first rows to evaluate on; of a short stream a twentieth, at least
+    one."""
+    wanted = min(eval_samples, 256)
+    first_rows = list(stream.take(wanted + 1))
+    if len(first_rows) <= wanted:   # that was the whole stream
+        wanted = max(1, len(first_rows) // 20)
+    eval_raw = datasets.Dataset.from_list(first_rows[:wanted])
+    return stream.skip(len(eval_raw)), eval_raw
 
 
 def batches_of_stream(run):
-    return streamed_batches(run.rows, encoder(run.cfg, run.tokenizer), run.cfg.seed, run.cfg.shuffle_buffer, run.global_batch, run.position)
+    """-> endless (rows of a global batch, position after it), from run.position on."""
+    return streamed_batches(
+        run.rows, make_encoder(run.cfg, run.tokenizer), run.cfg.seed, run.cfg.shuffle_buffer,
+        run.global_batch, run.position)
 
 
-def streamed_batches(raw, encode_columns, seed, window, global_batch, state):
-    """The same from a stream. Windows of raw rows are packed and shuffled whole, so that the position is where the
-    window began and how many of its sequences are used: exact, and as quick at step 100,000 as at 10."""
-    beginning, size, pending = raw.state_dict(), window or 1000, []
-    state = state or {"epoch": 0, "window": 0, "used": 0, "source": beginning}
-    raw.load_state_dict(state["source"])
-    source = iter(raw)
+def streamed_batches(stream, encode_columns, seed, shuffle_buffer, global_batch, position):
+    """Endless (rows of a global batch, position after it); position None is the beginning.
+
+    A resume is exact. The stream is cut into windows of shuffle_buffer raw rows, and each window is
+    encoded and shuffled whole, in an order that its number decides. So all there is to remember is
+    where the window began in the stream and how many of its sequences are used: a resume encodes
+    that one window again and goes on, as quick at step 100,000 as at 10. (The shuffle buffer that
+    `datasets` has is refilled at a resume, and then holds other rows.)"""
+    size = shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
+    beginning = stream.state_dict()
+    if position is None:
+        position = {"epoch": 0, "window": 0, "used": 0, "source": beginning}
+    stream.load_state_dict(position["source"])
+    raw_rows = iter(stream)
+    pending = []
     while True:
-        block = list(itertools.islice(source, size))
-        rows = rows_of(encode_columns({k: [row[k] for row in block] for k in (block or [()])[0]}))
-        shuffle, ended = torch.Generator().manual_seed(seed * 1_000_003 + state["window"]), len(block) < size
-        order = torch.randperm(len(rows), generator=shuffle).tolist() if window else range(len(rows))
-        for used in range(state["used"], len(rows)):
+        window = list(itertools.islice(raw_rows, size))
+        ended = len(window) < size
+        rows = encode_window(window, encode_columns)
+        if shuffle_buffer:
+            order = shuffled(len(rows), seed, position["window"]).tolist()
+        else:
+            order = list(range(len(rows)))
+        for used in range(position["used"], len(rows)):
             pending.append(rows[order[used]])
-            if len(pending) == global_batch:
-                yield pending, {**state, "used": used + 1}
+            if len(pending) == global_batch:   # nothing is left over that a position had to keep
+                yield pending, {**position, "used": used + 1}
                 pending = []
-        if ended and state["window"] == 0 and not rows:
+        if ended and position["window"] == 0 and not rows:
             raise UserError("no row of the stream has a target token")
-        state = {"epoch": state["epoch"] + ended, "window": state["window"] + 1, "used": 0,
-                 "source": beginning if ended else raw.state_dict()}
+        position = {
+            "epoch": position["epoch"] + int(ended), "window": position["window"] + 1, "used": 0,
+            "source": beginning if ended else stream.state_dict()}
         if ended:
-            raw.load_state_dict(beginning)
-            source = iter(raw)
+            stream.load_state_dict(beginning)
+            raw_rows = iter(stream)
+
+
+def encode_window(raw_rows, encode_columns):
+    if not raw_rows:
+        return []
+    columns = {name: [row[name] for row in raw_rows] for name in raw_rows[0]}
+    return rows_from_columns(encode_columns(columns))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1929,171 +2729,590 @@ def name_digest(source):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: cache: what the teacher says of each token, a few bits an entry, on disk beside the token itself. Any number
-# of workers fill it in mode cache; open_cache hands on rows like those of load_data that carry their SparseTarget.
+# Optional: cache: what the teacher says of each token, a few bits an entry, on disk beside the
+# token itself, so that training needs neither teacher nor dataset. Any number of workers fill a
+# cache in mode cache; open_cache hands on rows like those of load_data, with their SparseTarget.
+#
+#     manifest.json                all that shapes the content; once the cache is full, its size too
+#     config.json                  the config that began it: the same command again is --config this
+#     tokenizer/
+#     claims                       a locked byte for each chunk that somebody is at work on
+#     train-00000000.safetensors   a chunk: a fixed range of sequences
+#     eval-00000000.safetensors
+
+
+# ---- what the manifest says
+
+
+def describe_cache(cfg, tokenizer, rows, dtype):
+    """The manifest of an empty cache. rows: of train, or a stream."""
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    if cfg.cache_method == "topk":
+        check_top_k(cfg)
+        size = min(cfg.cache_top_k, vocabulary)
+        code_bits = 8
+        extra_bits = 0
+    else:
+        size = cfg.cache_samples
+        code_bits = (size - 1).bit_length()
+        extra_bits = 12
+    if isinstance(rows, datasets.IterableDataset):
+        row_count = None
+        first_rows = list(itertools.islice(rows, 64))
+    else:
+        row_count = len(rows)
+        first_rows = [rows[i] for i in range(0, row_count, math.ceil(row_count / 64))]
+    revision, weights = identify_weights(cfg.teacher)
+    return dict(
+        teacher=cfg.teacher,
+        revision=revision,
+        weights=weights,
+        dtype=dtype,
+        vocabulary=vocabulary,
+        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
+        dataset=cfg.dataset,
+        dataset_fingerprint=digest(row_count, first_rows),
+        eval_samples=cfg.eval_samples,
+        seq_len=cfg.seq_len,
+        temperature=cfg.temperature,
+        method=cfg.cache_method,
+        size=size,               # draws a token, or the likeliest tokens that are kept
+        seed=cfg.seed,           # of the draws
+        chunk=cfg.cache_chunk,   # sequences a file
+        # sequences a forward: what shares a batch changes the last bits of logits
+        group=max(1, 4096 // cfg.seq_len),
+        bits=[(vocabulary - 1).bit_length(), code_bits, extra_bits])   # see below
+
+
+def check_top_k(cfg):
+    """Ids of the model's padding are no tokens, but to ask for that many is no mistake."""
+    teacher_config = transformers.AutoConfig.from_pretrained(
+        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
+    entries = teacher_config.get_text_config().vocab_size
+    if cfg.cache_top_k > entries:
+        raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
+                        "tokens; lower it")
+
+
+def identify_weights(teacher):
+    """-> revision (None: a directory), fingerprint of the weights: about 16,384 bytes of each file,
+    since to hash all of a 70B model takes minutes."""
+    folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
+    checksums = []
+    for path in tensor_files(folder):
+        content = np.memmap(path, np.uint8, "r")
+        every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
+        checksums.append(zlib.crc32(content[::every].tobytes()))
+    revision = None if os.path.exists(teacher) else os.path.basename(folder)
+    return revision, digest(checksums)
 
 
 def tensor_files(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
 
 
-def teacher_files(teacher):
-    """-> revision, fingerprint of the weights: 16,384 bytes of each file, to hash all of a 70B model takes minutes."""
-    folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
-    files = [np.memmap(path, np.uint8, "r") for path in tensor_files(folder)]
-    return (None if os.path.exists(teacher) else os.path.basename(folder),
-            digest([zlib.crc32(x[::x.size // 16384 | 1].tobytes()) for x in files]))
+# ---- what a row looks like on disk
+#
+# A row is three fields of numbers of fixed width, end to end, without a gap:
+#
+#     text      a token: its id and, in the lowest bit, whether it is a target     id_bits + 1
+#     entries   an id that the teacher lists and, above it, a code               id_bits + code_bits
+#     extra     a target: what else is kept of it                                      extra_bits
+#
+# A target is predicted from the token before it, so the first token of a row is never one.
+#
+# method sample: an entry for each distinct id that was drawn, in rising order, target after target;
+#     code = times drawn - 1. extra = 256 * entropy, rounded, at most 4095.
+# method topk: size + 1 entries a target, the likeliest first; the last, its id 0, is the mass of
+#     all that are not listed. code = round(255 * sqrt(-log(p) / 24)), so that
+#     p = exp(-24 * (code / 255)^2), but 0 for 255 (it would be 4e-11). log p is off by less than
+#     0.0193 * sqrt(-log p) + 0.0001. extra: nothing.
 
 
-def describe_cache(cfg, tokenizer, rows, dtype):
-    """The manifest of an empty cache: all that shapes its content."""
-    vocabulary, topk = max(tokenizer.get_vocab().values()) + 1, cfg.cache_method == "topk"
-    its = transformers.AutoConfig.from_pretrained(cfg.teacher, trust_remote_code=cfg.trust_remote_code)
-    rows_V = its.get_text_config().vocab_size   # the padded ones are no tokens, but to ask for them is no mistake
-    if topk and cfg.cache_top_k > rows_V:
-        raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {rows_V} tokens; lower it")
-    size = min(cfg.cache_top_k, vocabulary) if topk else cfg.cache_samples
-    few = itertools.islice(rows, 64) if cfg.streaming else (rows[i] for i in range(0, len(rows), -(-len(rows) // 64)))
-    revision, weights = teacher_files(cfg.teacher)
-    return dict(
-        teacher=cfg.teacher, revision=revision, weights=weights, dtype=dtype, vocabulary=vocabulary,
-        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template), dataset=cfg.dataset,
-        dataset_fingerprint=digest(None if cfg.streaming else len(rows), list(few)),
-        eval_samples=cfg.eval_samples, seq_len=cfg.seq_len, temperature=cfg.temperature, method=cfg.cache_method,
-        size=size, seed=cfg.seed, chunk=cfg.cache_chunk,
-        group=max(1, 4096 // cfg.seq_len),   # sequences a forward: what shares a batch changes the last bits of logits
-        # of an id, of its count or log-probability, of what else is kept a token (its entropy)
-        bits=[(vocabulary - 1).bit_length(), *((8, 0) if topk else ((size - 1).bit_length(), 12))])
+class RowCounts(NamedTuple):
+    """A line of a chunk's table, but for where the row ends; the sums of many."""
+    rows: int       # 1; 0 for the filler
+    tokens: int
+    targets: int
+    entries: int
+    mass: float     # of the teacher's distribution that the entries hold, summed over targets
+    checksum: int   # of the row's bytes
 
 
-def start_cache(cfg, run, tokenizer, rows, dtype, rank):
-    """-> the manifest. A new cache is begun, an old one must be of the same run. run: cfg with the demo's files."""
-    place = lambda *names: os.path.join(cfg.cache_dir, *names)
-    here, there = describe_cache(run, tokenizer, rows, dtype), None
-    os.makedirs(cfg.cache_dir, exist_ok=True)
-    if not cfg.force_regenerate and os.path.exists(place("manifest.json")):
-        with open(place("manifest.json"), encoding="utf-8") as f:
-            there = json.load(f)
-        refuse_changes({k: there.get(k) for k in here}, here, cfg.cache_dir, "empty it: --force_regenerate")
-    elif rank == 0:
-        for old in tensor_files(cfg.cache_dir) if cfg.force_regenerate else ():
-            os.remove(old)
-        tokenizer.save_pretrained(place("tokenizer"))
-        write_json(dataclasses.replace(cfg, force_regenerate=False), place("config.json"))
-        write_json(here, place("manifest.json"))   # last: from here on there is a cache
-    return here
+def pack_row(ids, is_target, entries, extra, bits):
+    id_bits, code_bits, extra_bits = bits
+    return pack((ids << 1 | is_target, id_bits + 1), (entries, id_bits + code_bits),
+                (extra, extra_bits))
 
 
-def plan_cache(cfg, few, sequences, say):
-    """Say what it will take, from a few packed rows -> tokens in all (or None), tokens done. Refused without room."""
-    data, counts = zip(*few)
-    count, tokens, targets, entries, mass, _ = map(float, map(sum, zip(*counts)))
-    a_token = sum(map(len, data)) / tokens
-    total = sequences and int(tokens / count * sequences)
-    there = sum(map(os.path.getsize, tensor_files(cfg.cache_dir)))
-    free, need = shutil.disk_usage(cfg.cache_dir).free / 1e9, max(0, (total or 0) * a_token - there) / 1e9
-    size = f"{need:.3f} GB to write" if total else "a stream has no length"
-    words = (f"cache {cfg.cache_dir}: about {a_token:.1f} bytes a token ({entries / targets:.1f} ids that hold "
-             f"{mass / targets:.1%} of the teacher's mass), {size}, {free:.1f} GB free")
-    say(words + "\nWARNING: above temperature 1 a cache grows and keeps less: see the share" * (cfg.temperature > 1))
-    if need > free:
-        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: make room")
-    return total, min(int(there / a_token), total or 0)
+def unpack_row(data, tokens, targets, entries, manifest):
+    """Bytes, and how many numbers they hold -> a row like those of load_data, with its SparseTarget
+    in arrays: manifest["size"] ids a target."""
+    id_bits, code_bits, extra_bits = manifest["bits"]
+    text, listed, extra = unpack(
+        data, (tokens, id_bits + 1), (entries, id_bits + code_bits), (targets, extra_bits))
+    ids = listed & ((1 << id_bits) - 1)
+    codes = listed >> id_bits
+    if manifest["method"] == "sample":
+        sparse = decode_samples(ids, codes, extra, manifest["size"])
+    else:
+        sparse = decode_topk(ids, codes, manifest["size"])
+    return {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": sparse}
 
 
-def finish_cache(cfg, m, paths, sums):
-    """The manifest of a full cache, from what the tables of all chunks sum to -> words."""
-    _, count, tokens, targets, _, mass, _ = map(sum, zip(*sums))
-    size, kept = sum(map(os.path.getsize, paths)) / tokens, mass / targets
-    split = lambda name: [int(s[1]) for path, s in zip(paths, sums) if os.path.basename(path).startswith(name)]
-    m = m | dict(rows=int(count), tokens=int(tokens), bytes_per_token=size, mass_kept=kept,
-                 chunks={name: split(name) for name in ("train", "eval")})
-    write_json(m, os.path.join(cfg.cache_dir, "manifest.json"))
-    return (f"cache {cfg.cache_dir}: {count:,.0f} sequences, {tokens:,.0f} tokens of {size:.1f} bytes, "
-            f"{kept:.1%} of the teacher's mass is kept")
+def decode_samples(ids, codes, extra, size):
+    """An id stands as often as it was drawn, each time with probability 1 / size."""
+    targets = len(extra)
+    return SparseTarget(
+        ids=np.repeat(ids, codes + 1).reshape(targets, size),
+        probs=np.full((targets, size), 1 / size, np.float32),
+        rest=np.zeros(targets, np.float32),
+        entropy=(extra / 256).astype(np.float32))
 
 
-def read_manifest(cfg):
-    """Of a full cache, refused where the training run does not fit what is stored."""
-    try:
-        with open(os.path.join(cfg.cache_dir, "manifest.json"), encoding="utf-8") as f:
-            m = json.load(f)
-        with open(os.path.join(cfg.cache_dir, "config.json"), encoding="utf-8") as f:
-            decided = json.load(f)
-        m["chunks"], m["bits"]
-    except (OSError, ValueError, KeyError) as e:
-        why = "it was begun, not finished" if isinstance(e, KeyError) else one_line(e)
-        raise UserError(f"{cfg.cache_dir!r} holds no finished cache ({why}); mode cache begins or finishes it")
-    same = cfg.teacher == "demo" or os.path.realpath(cfg.teacher) == os.path.realpath(m["teacher"])
-    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=m["teacher"] if same else cfg.teacher)
-    refuse_changes({k: m[k] for k in here}, here, cfg.cache_dir, "fill another --cache_dir")
-    # the cache is the dataset: what it has decided may be left out or said again
-    here = {k: v for k, v in vars(cfg).items() if k in GROUPS["data"] and v != default_of(FIELDS[k])}
-    here = {k: v for k, v in here.items() if k not in ("seq_len", "eval_samples", "shuffle_buffer", "num_proc")}
-    refuse_changes({k: decided[k] for k in here}, here, cfg.cache_dir, "leave it out")
-    return m
+def decode_topk(ids, codes, size):
+    """The entropy is that of what is listed and the rest, so that the KL is never below 0."""
+    probs = np.exp(-24 * (codes / 255) ** 2) * (codes < 255)
+    probs = probs.reshape(-1, size + 1)
+    probs /= probs.sum(1, keepdims=True)   # takes out what all roundings of a target have in common
+    entropy = -(probs * np.log(probs + 1e-30)).sum(1)
+    probs = probs.astype(np.float32)
+    return SparseTarget(
+        ids=ids.reshape(-1, size + 1)[:, :-1],
+        probs=probs[:, :-1],
+        rest=probs[:, -1],
+        entropy=entropy.astype(np.float32))
 
 
 def pack(*fields):
-    """(values, bits), ... -> bytes, each value in its bits: Arrow's 8, 16 and 32 are a third more."""
-    wide = ((np.asarray(x, ">u4").view(np.uint8).reshape(-1, 4), bits) for x, bits in fields)
-    return np.packbits(np.concatenate([np.unpackbits(x, axis=1)[:, 32 - n:].ravel() for x, n in wide])).tobytes()
+    """(values, bits), ... -> bytes, each value in its bits, the highest first. Arrow's widths of 8,
+    16 and 32 would take a third more."""
+    parts = []
+    for values, bits in fields:
+        value_bytes = np.asarray(values, ">u4").view(np.uint8).reshape(-1, 4)
+        value_bits = np.unpackbits(value_bytes, axis=1)   # [values, 32]
+        parts.append(value_bits[:, 32 - bits:].ravel())
+    return np.packbits(np.concatenate(parts)).tobytes()
 
 
 def unpack(data, *fields):
-    """Bytes, (how many, bits), ... -> the values of each."""
-    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), np.cumsum([n * bits for n, bits in fields]))
-    wide = (np.pad(x.reshape(n, bits), ((0, 0), (32 - bits, 0))) for x, (n, bits) in zip(parts, fields))
-    return [np.packbits(x).view(">u4").astype(np.int64) for x in wide]
+    """Bytes, (how many values, bits), ... -> the values of each field."""
+    ends = np.cumsum([count * bits for count, bits in fields])
+    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), ends)   # one more: filler bits
+    found = []
+    for part, (count, bits) in zip(parts, fields):
+        value_bits = np.pad(part.reshape(count, bits), ((0, 0), (32 - bits, 0)))
+        found.append(np.packbits(value_bits).view(">u4").astype(np.int64))
+    return found
 
 
-def unpack_row(data, tokens, n, entries, m):
-    """-> a row like those of load_data, and the fields of its SparseTarget with m["size"] places a token."""
-    size, (wide, bits, more) = m["size"], m["bits"]
-    text, both, extra = unpack(data, (tokens, wide + 1), (entries, wide + bits), (n, more))
-    ids, code = both & (1 << wide) - 1, both >> wide
-    if m["method"] == "sample":   # an id stands as often as it was drawn
-        ids, entropy = np.repeat(ids, code + 1).reshape(n, size), extra / 256
-        q = np.pad(np.full((n, size), 1 / size), ((0, 0), (0, 1)))
-    else:   # a sum of 1 takes out the common part of the rounding; entropy of what is listed and rest: KL >= 0
-        ids, q = ids.reshape(n, size + 1)[:, :-1], (np.exp(-24 * (code / 255) ** 2) * (code < 255)).reshape(n, size + 1)
-        q /= q.sum(1, keepdims=True)
-        entropy = -(q * np.log(q + 1e-30)).sum(1)
-    q, entropy = q.astype(np.float32), entropy.astype(np.float32)
-    return {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": (ids, q[:, :-1], q[:, -1], entropy)}
+# ---- filling
 
 
-def read_chunk(path, row=0):
-    """-> its table, the bytes of a row (the first is 1). Mapped anew each time: 50 us, and nothing has to be kept."""
+def fill_cache(cfg):
+    """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
+    of ranks; the same command goes on where it was stopped."""
+    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    rows, eval_rows = load_data(cfg, tokenizer)
+    teacher = load_checked_teacher(cfg, tokenizer)
+    get_teacher_targets = teacher_targets(teacher)
+    splits = {"eval": eval_rows, "train": rows}
+    sequences = None   # a stream has no length
+    if isinstance(rows, datasets.Dataset):
+        sequences = len(rows) + len(eval_rows)
+    with explain_bad_disk(cfg.cache_dir), stop_signals() as stop_requests:
+        manifest = begin_cache(cfg, tokenizer, rows)
+        all_sum(0)   # nobody goes on before there is a cache
+        probe = [eval_rows[i] for i in range(min(len(eval_rows), manifest["group"]))]
+        packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
+        total, done = plan_cache(cfg, packed, sequences)
+        with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
+            while True:
+                paths = []
+                chunks = missing_chunks(
+                    cfg.cache_dir, splits, manifest["chunk"], make_encoder(cfg, tokenizer), paths)
+                forwards = write_chunks(chunks, get_teacher_targets, manifest)
+                stopped = write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar)
+                missing, = all_sum(sum(not os.path.exists(path) for path in paths))
+                if stopped or not missing:
+                    break
+                time.sleep(1)   # another worker has a chunk; it may die with it
+        if stopped:
+            print0("stopped; the same command goes on")
+        elif RANK == 0:
+            finish_cache(cfg, manifest, paths)
+
+
+def begin_cache(cfg, tokenizer, rows):
+    """-> the manifest. A new cache is begun; one that is there must be of the same content."""
+    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
+    manifest = describe_cache(cfg, tokenizer, rows, str(compute_dtype(cfg)))
+    os.makedirs(cfg.cache_dir, exist_ok=True)
+    if os.path.exists(manifest_path) and not cfg.force_regenerate:
+        with open(manifest_path, encoding="utf-8") as f:
+            old = json.load(f)
+        old = {name: old.get(name) for name in manifest}   # less what finish_cache added
+        refuse_changes(old, manifest, cfg.cache_dir, "empty it: --force_regenerate")
+    elif RANK == 0:
+        if cfg.force_regenerate:
+            for path in tensor_files(cfg.cache_dir):
+                os.remove(path)
+        tokenizer.save_pretrained(os.path.join(cfg.cache_dir, "tokenizer"))
+        write_json(dataclasses.replace(cfg, force_regenerate=False),
+                   os.path.join(cfg.cache_dir, "config.json"))
+        write_json(manifest, manifest_path)   # last: from here on there is a cache
+    return manifest
+
+
+def plan_cache(cfg, packed, sequences):
+    """Say what it will take, judged by a few packed rows; refused without room. sequences: of all
+    splits, None for a stream. -> tokens in all (None for a stream), tokens done."""
+    counts = sum_counts([row_counts for _, row_counts in packed])
+    bytes_per_token = sum(len(data) for data, _ in packed) / counts.tokens
+    total = None
+    if sequences is not None:
+        total = int(counts.tokens / counts.rows * sequences)
+    written = sum(os.path.getsize(path) for path in tensor_files(cfg.cache_dir))
+    need = max(0, (total or 0) * bytes_per_token - written) / 1e9
+    free = shutil.disk_usage(cfg.cache_dir).free / 1e9
+    to_write = f"{need:.3f} GB to write" if total else "a stream has no length"
+    print0(f"cache {cfg.cache_dir}: about {bytes_per_token:.1f} bytes a token "
+           f"({counts.entries / counts.targets:.1f} ids that hold "
+           f"{counts.mass / counts.targets:.1%} of the teacher's mass), {to_write}, "
+           f"{free:.1f} GB free")
+    if cfg.temperature > 1:
+        print0("WARNING: above temperature 1 a cache grows and keeps less: see the share")
+    if need > free:
+        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: "
+                        "make room")
+    return total, min(int(written / bytes_per_token), total or 0)
+
+
+def sum_counts(many):
+    return RowCounts(*(sum(column) for column in zip(*many)))
+
+
+def write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar):
+    """Go through forwards until no rank has any left, every rank one at a time: a sharded teacher
+    needs them all. -> whether a signal stopped it."""
+    while True:
+        tokens = 0
+        problem = None
+        try:
+            tokens = next(forwards, 0)
+        except OSError as e:
+            problem = e
+        if not tokens:   # the others may still need this rank
+            pack_teacher(get_teacher_targets, [], 0, manifest)
+        all_tokens, stop, failed = all_sum(tokens, len(stop_requests), problem is not None)
+        if failed:
+            raise problem or OSError("another rank could not write")
+        bar.update(int(all_tokens))
+        if stop:
+            return True
+        if not all_tokens:
+            return False
+
+
+def missing_chunks(cache_dir, splits, chunk_size, encode_columns, paths):
+    """Claim the chunks that are not there and that no living worker has, one after the other
+    -> (path, rows, number of the first row), ...; the paths of all chunks are added to paths.
+
+    A stream is cut into blocks of raw rows, each packed on its own, so that nobody has to tokenise
+    what another worker does. Numbers only have to be the same for every worker: those of train
+    begin at 2^60, and those of a stream's blocks, which hold any number of rows, 2^32 apart."""
+    with open(os.path.join(cache_dir, "claims"), "a") as claims:
+        for split_number, (split, rows) in enumerate(splits.items()):
+            split_start = split_number << 60
+            stored = isinstance(rows, datasets.Dataset)
+            blocks = range(0, len(rows), chunk_size) if stored else rows.iter(chunk_size)
+            for chunk, block in enumerate(blocks):
+                path = os.path.join(cache_dir, f"{split}-{chunk:08d}.safetensors")
+                paths.append(path)
+                if not claim(claims, split_start + chunk) or os.path.exists(path):
+                    continue
+                first = split_start + chunk * chunk_size
+                if stored:
+                    columns = rows[block:block + chunk_size]
+                else:
+                    columns = encode_columns(block)
+                    first += chunk << 32
+                yield path, rows_from_columns(columns), first
+
+
+def claim(claims, byte):
+    """Lock one byte of an open file, which need not be that long -> whether no other process has.
+    Closing the file gives it back, and so does the kernel when a process dies."""
     try:
-        with safetensors.safe_open(path, "numpy") as f:
-            table = f.get_tensor("table")
-            data = f.get_slice("rows")[int(table[row - 1, 0]) if row else 0:int(table[row, 0])].tobytes()
-            if (zlib.crc32(table), zlib.crc32(data)) != (int(f.metadata()["crc"]), table[row, -1]):
-                raise ValueError("wrong checksum")
-            return table, data
-    except Exception as e:
-        explain_bad_chunk(path, e)
+        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_chunks(chunks, get_teacher_targets, manifest):
+    """Write the chunks of missing_chunks; yields after each forward, its number of tokens."""
+    for path, rows, first in chunks:
+        packed = []
+        for start in range(0, len(rows), manifest["group"]):
+            group = rows[start:start + manifest["group"]]
+            packed += pack_teacher(get_teacher_targets, group, first + start, manifest)
+            yield sum(len(row["input_ids"]) for row in group)
+        write_chunk(path, packed)
+
+
+def write_chunk(path, packed):
+    """A chunk appears whole or not at all. Safetensors: mapped into memory, sliced, no code in it.
+
+    rows     the bytes of all rows, end to end
+    table    a line a row: where it ends in rows, then its RowCounts; the metadata has its checksum
+    """
+    filler = b"-"   # line 0: all there is of a chunk without rows, and where the first row begins
+    packed = [(filler, RowCounts(0, 0, 0, 0, 0, zlib.crc32(filler))), *packed]
+    ends = np.cumsum([len(data) for data, _ in packed])
+    table = np.column_stack([ends, [counts for _, counts in packed]])
+    content = b"".join(data for data, _ in packed)
+    tensors = {"rows": np.frombuffer(content, np.uint8), "table": table}
+    with open(path + ".tmp", "wb") as f:
+        f.write(safetensors.numpy.save(tensors, {"crc": str(zlib.crc32(table))}))
+    sync(f.name)
+    os.replace(f.name, path)
+
+
+@torch.no_grad()
+def pack_teacher(get_teacher_targets, rows, first, manifest):
+    """One teacher forward -> (bytes, RowCounts) a row. first: the number of the first row, by which
+    its draws are the same whoever makes them. Without rows: only takes part in the forward."""
+    hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
+    packed = []
+    for number, row in enumerate(rows, first):
+        ids = np.asarray(row["input_ids"])
+        is_target = np.ones(len(ids), bool)   # of plain text, every token
+        if row["targets"] is not None:
+            is_target = np.asarray(row["targets"])
+        targets = int(is_target[1:].sum())
+        row_hidden_ND, hidden_ND = hidden_ND.tensor_split([targets])
+        uniform_NS = draw_uniform(targets, manifest["size"], manifest["seed"], number)
+        entries, extra, mass = teacher_entries(row_hidden_ND, head, uniform_NS, manifest)
+        data = pack_row(ids, is_target, entries, extra, manifest["bits"])
+        counts = RowCounts(1, len(ids), targets, len(entries), mass, zlib.crc32(data))
+        packed.append((data, counts))
+    return packed
+
+
+def draw_uniform(targets, size, seed, number):
+    """-> [targets, size] in [0, 1), the same for a row of this number on any device."""
+    generator = torch.Generator().manual_seed(int(digest(seed, number), 16) >> 1)
+    return torch.rand(targets, size, dtype=torch.float64, generator=generator).to(DEVICE)
+
+
+def teacher_entries(hidden_ND, head, uniform_NS, manifest):
+    """What is kept of the teacher at the targets of a row -> entries, extra (see above), mass."""
+    id_bits, _, _ = manifest["bits"]
+    # 16 bytes an entry of [C, V]: log p, p, and the running sum of p in fp64
+    tokens_at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
+    entries = []
+    extra = []
+    masses = []
+    hidden_parts = hidden_ND.split(tokens_at_once)
+    for hidden_CD, uniform_CS in zip(hidden_parts, uniform_NS.split(tokens_at_once)):
+        raw_CV = nn.functional.linear(hidden_CD, head.weight, head.bias)
+        raw_CV = raw_CV[:, :manifest["vocabulary"]]   # without the padding
+        logits_CV, _ = scale_and_softcap(raw_CV, head.scale, head.softcap)
+        logp_CV = torch.log_softmax(logits_CV / manifest["temperature"], -1)
+        if manifest["method"] == "sample":
+            ids, codes, part_extra, mass = sample_entries(logp_CV, uniform_CS)
+        else:
+            ids, codes, part_extra, mass = topk_entries(logp_CV, manifest["size"])
+        entries.append((ids + (codes.long() << id_bits)).cpu().numpy())
+        extra.append(part_extra.cpu().numpy())
+        masses.append(mass.item())
+    return np.concatenate(entries), np.concatenate(extra), np.sum(masses)
+
+
+def sample_entries(logp_CV, uniform_CS):
+    """S draws a token -> distinct ids [E] and their codes [E], entropy code [C], their mass."""
+    vocabulary = logp_CV.shape[1]
+    cdf_CV = logp_CV.exp().cumsum(-1, dtype=torch.float64)
+    heights_CS = uniform_CS * cdf_CV[:, -1:]   # which is not exactly 1
+    draws_CS = torch.searchsorted(cdf_CV, heights_CS, right=True).clamp_max(vocabulary - 1)
+    draws_CS = draws_CS.sort(-1)[0]
+    # the entropy as these draws show it: student = teacher logs a KL of 0, not of noise around 0
+    entropy_C = -logp_CV.gather(-1, draws_CS).mean(-1)
+    extra_C = (entropy_C * 256).round().clamp_max(4095)
+    line_C1 = torch.arange(len(draws_CS), device=draws_CS.device)[:, None]
+    # places in [C, V] end to end: what two tokens have drawn stays apart
+    places_E, times_E = torch.unique_consecutive(
+        draws_CS + vocabulary * line_C1, return_counts=True)
+    mass = logp_CV.flatten()[places_E].exp().sum()
+    return places_E % vocabulary, times_E - 1, extra_C, mass
+
+
+def topk_entries(logp_CV, size):
+    """The likeliest K = size ids a token and the rest -> ids and codes [C * (K + 1)], nothing, the
+    mass without the rest."""
+    logp_CK, ids_CK = logp_CV.topk(size)
+    rest_C1 = (1 - logp_CK.exp().sum(-1, keepdim=True)).clamp_min(0)
+    logp_CE = torch.cat([logp_CK, rest_C1.log()], -1)
+    codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255)
+    ids_CE = nn.functional.pad(ids_CK, (0, 1))
+    nothing_C = torch.zeros(len(logp_CV))   # of 0 bits
+    return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
+
+
+def finish_cache(cfg, manifest, paths):
+    """Read back the tables of all workers' chunks; with their sums the manifest is complete."""
+    chunk_counts = []
+    for path in paths:
+        table, _ = read_chunk(path)
+        chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
+    counts = sum_counts(chunk_counts)
+    rows_per_chunk = {"train": [], "eval": []}
+    for path, in_chunk in zip(paths, chunk_counts):
+        split, _ = os.path.basename(path).split("-")
+        rows_per_chunk[split].append(int(in_chunk.rows))
+    bytes_per_token = sum(os.path.getsize(path) for path in paths) / counts.tokens
+    mass_kept = counts.mass / counts.targets
+    complete = manifest | dict(
+        rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
+        mass_kept=mass_kept, chunks=rows_per_chunk)
+    write_json(complete, os.path.join(cfg.cache_dir, "manifest.json"))
+    print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
+           f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
+
+
+# ---- reading
+
+TAKEN_FROM_CACHE = ("seq_len", "temperature")
+
+
+def take_from_cache(cfg):
+    """-> cfg of a training run with the cache's value of what was not typed."""
+    manifest = read_manifest(cfg.cache_dir)
+    taken = {name: manifest[name] for name in TAKEN_FROM_CACHE if name not in cfg.given}
+    resolved = dataclasses.replace(cfg, **taken)
+    resolved.given = cfg.given   # is no field, which replace would carry over
+    return resolved
+
+
+def describe_cache_use(cfg):
+    """What the plan of a training run says of its teacher."""
+    words = f"teacher: cache {cfg.cache_dir}"
+    taken = [name for name in TAKEN_FROM_CACHE if name not in cfg.given]
+    if taken:
+        values = " and ".join(f"{name} {getattr(cfg, name)}" for name in taken)
+        words += f", which sets {values}"
+    return words
+
+
+def open_cache(cfg):
+    """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is
+    stored."""
+    manifest = read_manifest(cfg.cache_dir)
+    refuse_other_targets(cfg, manifest)
+    refuse_other_data(cfg)
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(cfg.cache_dir, "tokenizer"))
+    student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
+    compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
+                       f"{cfg.cache_dir}: {manifest['teacher']}")
+    rows = CacheRows(cfg.cache_dir, "train", manifest)
+    eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, at_most=cfg.eval_samples)
+    return rows, eval_rows, tokenizer, manifest
+
+
+def load_with_cache(cfg):
+    """load_everything, where the cache is the dataset and the teacher."""
+    rows, eval_rows, tokenizer, _ = open_cache(cfg)
+    student = load_checked_student(cfg, tokenizer)
+    return tokenizer, rows, eval_rows, student, None
 
 
 class CacheRows:
     """The rows of a split, by number: nothing is read but what is asked for."""
-    def __init__(self, name, m, chunks):
-        self.name, self.m, self.starts = name, m, np.cumsum([0, *chunks])
+
+    def __init__(self, cache_dir, split, manifest, at_most=math.inf):
+        self.prefix = os.path.join(cache_dir, split)
+        self.manifest = manifest
+        self.starts = np.cumsum([0, *manifest["chunks"][split]])   # of chunks; the last: the end
+        self.length = int(min(self.starts[-1], at_most))
 
     def __len__(self):
-        return int(self.starts[-1])
+        return self.length
 
     def __getitem__(self, i):
-        c = int(np.searchsorted(self.starts, i, "right")) - 1
-        table, data = read_chunk(f"{self.name}-{c:08d}.safetensors", row := i - int(self.starts[c]) + 1)
-        return unpack_row(data, *table[row, 2:5].astype(int), self.m)
+        chunk = int(np.searchsorted(self.starts, i, "right")) - 1
+        line = i - int(self.starts[chunk]) + 1   # of its table, which begins with the filler
+        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", line)
+        counts = RowCounts(*table[line, 1:])
+        return unpack_row(
+            data, int(counts.tokens), int(counts.targets), int(counts.entries), self.manifest)
 
 
-def explain_bad_chunk(path, e):
-    config = os.path.join(os.path.dirname(path), "config.json")
-    again = f"rm {shlex.quote(path)}; python simple_distill.py --config {shlex.quote(config)}"
-    raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and only it, again: {again}")
+def read_chunk(path, line=0):
+    """-> its table, the bytes of the row of that line (0: the filler); both as they were written.
+    Mapped anew each time, 50 us: nothing has to be kept."""
+    try:
+        with safetensors.safe_open(path, "numpy") as chunk:
+            table = chunk.get_tensor("table")
+            start = int(table[line - 1, 0]) if line > 0 else 0
+            data = chunk.get_slice("rows")[start:int(table[line, 0])].tobytes()
+            table_checksum = int(chunk.metadata()["crc"])
+            if zlib.crc32(table) != table_checksum or zlib.crc32(data) != table[line, -1]:
+                raise ValueError("wrong checksum")
+            return table, data
+    except Exception as e:   # safetensors, numpy: damage takes many forms
+        config = os.path.join(os.path.dirname(path), "config.json")
+        again = (f"rm {shlex.quote(path)}; "
+                 f"python simple_distill.py --config {shlex.quote(config)}")
+        raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and "
+                        f"only it, again: {again}")
+
+
+def read_manifest(cache_dir):
+    """Of a full cache."""
+    manifest = read_cache_json(cache_dir, "manifest.json")
+    if "chunks" not in manifest or "bits" not in manifest:
+        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); mode "
+                        "cache begins or finishes it")
+    return manifest
+
+
+def read_cache_json(cache_dir, name):
+    try:
+        with open(os.path.join(cache_dir, name), encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins "
+                        "or finishes it")
+
+
+# ---- refusals
+
+
+def refuse_other_targets(cfg, manifest):
+    """What is stored was computed by one teacher, at one temperature, on rows of one length."""
+    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=cfg.teacher)
+    same_path = os.path.realpath(cfg.teacher) == os.path.realpath(manifest["teacher"])
+    if cfg.teacher == "demo" or same_path:   # demo: the default, none was named
+        here["teacher"] = manifest["teacher"]
+    there = {name: manifest[name] for name in here}
+    refuse_changes(there, here, cfg.cache_dir, "fill another --cache_dir")
+
+
+def refuse_other_data(cfg):
+    """The cache is the dataset: what it has decided may be left out or said again."""
+    # seq_len is compared above; the others do not decide what the rows hold
+    passed_over = ("seq_len", "eval_samples", "shuffle_buffer", "num_proc")
+    here = {}
+    for name in knobs_in("data"):
+        if name in passed_over:
+            continue
+        # a config.json names every knob: one that has its default decides nothing
+        if name in cfg.given and getattr(cfg, name) != getattr(Config, name):
+            here[name] = getattr(cfg, name)
+    decided = read_cache_json(cfg.cache_dir, "config.json")
+    there = {name: decided.get(name) for name in here}
+    refuse_changes(there, here, cfg.cache_dir, "leave it out")
 
 
 @contextlib.contextmanager
@@ -2101,129 +3320,8 @@ def explain_bad_disk(folder):
     try:
         yield
     except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished chunks stay; make "
-                        "room or mend it, and the same command goes on")
-
-
-@torch.no_grad()
-def pack_teacher(get_teacher_targets, rows, first, m):
-    """One teacher forward, by every rank since a sharded teacher needs them all -> (bytes, their line in the table: 1
-    row, tokens, targets, entries, teacher mass, checksum) a row."""
-    (hidden_ND, head), V, (wide, bits, more), packed = get_teacher_targets(collate(rows)), m["vocabulary"], m["bits"], []
-    for index, row in enumerate(rows, first):
-        ids = np.asarray(row["input_ids"])
-        keep = np.ones(len(ids), bool) if row["targets"] is None else np.asarray(row["targets"])
-        n, parts, draw = int(keep[1:].sum()), [], torch.Generator().manual_seed(int(digest(m["seed"], index), 16) >> 1)
-        u_NS = torch.rand(n, m["size"], dtype=torch.float64, generator=draw).to(DEVICE)   # the same on any device
-        mine_ND, hidden_ND = hidden_ND.tensor_split([n])
-        for h_CD, u_CS in zip(*(x.split(max(1, LOGITS_BUDGET // (16 * V))) for x in (mine_ND, u_NS))):
-            logits = scale_and_softcap(nn.functional.linear(h_CD, head.weight, head.bias)[:, :V], *head[2:])[0]
-            logp_CV = torch.log_softmax(logits / m["temperature"], -1)
-            if m["method"] == "sample":   # where u falls in the cumulated distribution
-                cdf = logp_CV.exp().cumsum(-1, dtype=torch.float64)
-                draws = torch.searchsorted(cdf, u_CS * cdf[:, -1:], right=True).clamp_max(V - 1).sort(-1)[0]
-                # the entropy as these draws show it: student = teacher then logs a KL of 0, not of noise around 0
-                extra = logp_CV.gather(-1, draws).mean(-1).mul(-256).round().clamp_max(4095)
-                places = draws + V * torch.arange(len(draws), device=DEVICE)[:, None]
-                places, times = torch.unique_consecutive(places, return_counts=True)
-                own, listed, code = logp_CV.flatten()[places], places % V, times - 1
-            else:   # 8 bits of sqrt(-log p), the rest being one more entry: log p is off < .0193 sqrt(-log p) + .0001
-                own, listed = logp_CV.topk(m["size"])
-                extra = (1 - own.exp().sum(-1, keepdim=True)).clamp_min(0)
-                code = torch.cat([own, extra.log()], -1).div(-24).sqrt().mul(255).round().clamp_max(255)
-                listed = nn.functional.pad(listed, (0, 1))
-            parts.append([x.flatten().double().cpu() for x in (listed + (code.long() << wide), extra, own.exp().sum())])
-        both, extra, mass = (torch.cat(x).numpy() for x in zip(*parts))
-        data = pack((ids << 1 | keep, wide + 1), (both, wide + bits), (extra, more))
-        packed.append((data, (1, len(ids), n, len(both), mass.sum(), zlib.crc32(data))))
-    return packed
-
-
-def fill_chunks(place, splits, m, encode_columns, get_teacher_targets, paths):
-    """Make the chunks that no living worker has, list them all, yield tokens after each forward. A stream is cut into
-    blocks of raw rows, each packed on its own: nobody has to tokenise what another worker does."""
-    with open(place("claims"), "a") as claims:   # a locked byte a chunk; the kernel frees those of the dead
-        for odd, (split, rows) in enumerate(splits.items()):
-            stored, size = isinstance(rows, datasets.Dataset), m["chunk"]
-            for c, columns in enumerate(range(0, len(rows), size) if stored else rows.iter(size)):
-                paths.append(path := place(f"{split}-{c:08d}.safetensors"))
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, c + (odd << 60))
-                    if os.path.exists(path):
-                        continue
-                    block = rows_of(rows[columns:columns + size] if stored else encode_columns(columns))
-                    first = c * size + (odd << 60) + (0 if stored else c << 32)
-                    packed = [(b"-", (*[0] * 5, zlib.crc32(b"-")))]   # row 0: all there is of a chunk without rows
-                    for i in range(0, len(block), m["group"]):
-                        packed += pack_teacher(get_teacher_targets, block[i:i + m["group"]], first + i, m)
-                        yield sum(len(row["input_ids"]) for row in block[i:i + m["group"]])
-                    data, counts = zip(*packed)
-                    table = np.column_stack([np.cumsum([len(x) for x in data]), counts])
-                    with open(path + ".tmp", "wb") as f:   # sliced through the memory map, no code in it
-                        f.write(safetensors.numpy.save({"rows": np.frombuffer(b"".join(data), np.uint8),
-                                                        "table": table}, {"crc": str(zlib.crc32(table))}))
-                    sync(f.name)
-                    os.replace(f.name, path)
-
-
-def from_cache(cfg):
-    return cfg, load_with_cache
-
-
-def load_with_cache(cfg):
-    rows, held, tokenizer, _ = open_cache(cfg)
-    return tokenizer, rows, held, load_checked_student(cfg, tokenizer), None
-
-
-def describe_cache_use(cfg):
-    return f"teacher: cache {cfg.cache_dir}"
-
-
-def open_cache(cfg):
-    """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is stored."""
-    m, place = read_manifest(cfg), functools.partial(os.path.join, cfg.cache_dir)
-    rows, held = (CacheRows(place(s), m, m["chunks"][s]) for s in ("train", "eval"))
-    held.starts = held.starts.clip(max=cfg.eval_samples)
-    tokenizer = AutoTokenizer.from_pretrained(place("tokenizer"))
-    own = load_tokenizer(cfg, cfg.student) or tokenizer
-    compare_tokenizers(own, tokenizer, cfg.tokenizer or cfg.student, f"{cfg.cache_dir}: {m['teacher']}")
-    return rows, held, tokenizer, m
-
-
-def fill_cache(cfg):
-    """Fill what is missing of cache_dir. Any number of workers may, at any time; the same command goes on."""
-    run = cfg
-    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
-    rows, held = load_data(cfg, tokenizer)
-    teacher = load_checked_teacher(cfg, tokenizer)
-    place, get_teacher_targets = functools.partial(os.path.join, cfg.cache_dir), teacher_targets(teacher)
-    missing, stop = 1, 0
-    with explain_bad_disk(cfg.cache_dir), stop_signals() as asked:
-        m = start_cache(cfg, run, tokenizer, rows, str(compute_dtype(cfg)), RANK)
-        all_sum(0)
-        few = pack_teacher(get_teacher_targets, [held[i] for i in range(min(len(held), m["group"]))], 0, m)
-        total, done = plan_cache(cfg, few, None if cfg.streaming else len(rows) + len(held), print0)
-        with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
-            while missing and not stop:   # once more, where another worker had a chunk and may have died with it
-                paths, problem, more = [], None, 1
-                jobs = fill_chunks(place, {"eval": held, "train": rows}, m, encoder(cfg, tokenizer), get_teacher_targets, paths)
-                while more and not stop:
-                    try:
-                        tokens = next(jobs, 0)
-                    except OSError as e:
-                        problem, tokens = e, 0
-                    if not tokens:   # the others may still need this rank
-                        pack_teacher(get_teacher_targets, [], 0, m)
-                    more, stop, failed = all_sum(tokens, len(asked), problem is not None)
-                    if failed:
-                        raise problem or OSError("another rank could not write")
-                    bar.update(int(more))
-                missing, = all_sum(sum(not os.path.exists(p) for p in paths))
-                time.sleep(missing > 0)
-        if stop:
-            print0("stopped; the same command goes on")
-        elif RANK == 0:   # read back: of all workers
-            print0(finish_cache(cfg, m, paths, [table.sum(0).tolist() for table, _ in map(read_chunk, paths)]))
+        raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished "
+                        "chunks stay; make room or mend it, and the same command goes on")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2618,279 +3716,753 @@ def initialize_head(student, teacher):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: generate: a model behind an API, or one of our own, answers prompts; filters judge the replies.
-# Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1 trains on.
-TASKS = {"implement": "Write {thing} in {language}.", "complete": "Complete this function; give all of it.",
-         "explain": "Explain what this function does.", "debug": "One operator or index here is wrong. Fix it.",
-         "refactor": "Refactor this function; keep what it does.", "translate": "Translate this to {language}.",
-         "test": "Write pytest tests for this function.", "document": "Write the docstring of this function."}
-FORMS = "{}|Please help me: {}|Here is a task for you. {}|I need this for my project. {}".split("|")
-THINGS = "LRU cache|trie|tokenizer|diff tool|job scheduler|web crawler|state machine|CSV reader|URL router".split("|")
-TRAITS = "thread-safe|memory-bounded|streaming|resumable|strict|pluggable|lazy|minimal|configurable".split("|")
-LANGUAGES = "Python|C|C++|C#|Go|Java|JavaScript|Kotlin|PHP|Ruby|Rust|Swift|TypeScript".split("|")
-LEVELS = "I am new to programming.|I program every day.|I am an expert, so go deep.".split("|")
-LIMITS = "Keep it short.|Name the edge cases.|State its cost.|Give an example.|Say why.|Say what could fail.".split("|")
-BUGS = [pair.split("|") for pair in (" <= | < ", " >= | > ", " == | != ", " < | > ", " + | - ", " += | -= ", "[0]|[1]")]
+# Optional: generate: a model behind an API, or one of our own, answers prompts; filters judge the
+# replies. Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1
+# trains on. Prompts and filters stand first: they are made to be edited.
+TASKS = {
+    "implement": "Write {thing} in {language}.",
+    "complete": "Complete this function; give all of it.",
+    "explain": "Explain what this function does.",
+    "debug": "One operator or index here is wrong. Fix it.",
+    "refactor": "Refactor this function; keep what it does.",
+    "translate": "Translate this to {language}.",
+    "test": "Write pytest tests for this function.",
+    "document": "Write the docstring of this function.",
+}
+FORMS = [
+    "{}", "Please help me: {}", "Here is a task for you. {}", "I need this for my project. {}",
+]
+THINGS = [
+    "LRU cache", "trie", "tokenizer", "diff tool", "job scheduler",
+    "web crawler", "state machine", "CSV reader", "URL router",
+]
+TRAITS = [
+    "thread-safe", "memory-bounded", "streaming", "resumable", "strict",
+    "pluggable", "lazy", "minimal", "configurable",
+]
+LANGUAGES = [
+    "Python",   # the first: the code shown is Python, so nothing is translated to it
+    "C", "C++", "C#", "Go", "Java", "JavaScript",
+    "Kotlin", "PHP", "Ruby", "Rust", "Swift", "TypeScript",
+]
+LEVELS = [
+    "I am new to programming.", "I program every day.", "I am an expert, so go deep.",
+]
+LIMITS = [
+    "Keep it short.", "Name the edge cases.", "State its cost.",
+    "Give an example.", "Say why.", "Say what could fail.",
+]
+BUGS = [   # (what stands in the code, what is put in its place)
+    (" <= ", " < "),
+    (" >= ", " > "),
+    (" == ", " != "),
+    (" < ", " > "),
+    (" + ", " - "),
+    (" += ", " -= "),
+    ("[0]", "[1]"),
+]
+
+
+@dataclass
+class Job:
+    """A prompt to ask, and what asking it has cost so far."""
+    prompt_id: str           # digest of the messages: the same in every run
+    category: str
+    messages: list           # [{"role": ..., "content": ...}, ...], the assistant's turn is next
+    number: int              # its place among all prompts, asked already or not
+    min_chars: int           # a shorter reply is rejected
+    max_prompt_tokens: int   # an upper bound
+    worst_usd: float         # the most that one try can cost
+    billed_tries: int = 0    # tries that the provider may send a bill for
+    held_usd: float = 0.0    # what is set aside for these tries and the next one
+
+
+@dataclass
+class Reply:
+    text: Optional[str]   # None: there is none, and finish_reason says why
+    finish_reason: str
+    prompt_tokens: Optional[int] = None       # None: the provider did not say
+    completion_tokens: Optional[int] = None
+
+
+def parse_categories(items):
+    """["implement=3", "debug"] -> {"implement": 3.0, "debug": 1.0}; none: all tasks alike."""
+    weights = {}
+    for item in items or TASKS:
+        name, equals, text = item.partition("=")
+        try:
+            weights[name] = float(text) if equals else 1.0
+        except ValueError:
+            weights[name] = math.nan
+        if name not in TASKS or not 0 < weights[name] < math.inf:
+            names = ", ".join(TASKS)
+            raise UserError(f"categories {item}: write name or name=weight; the names are {names}")
+    return weights
+
+
+def stdlib_functions(rng):
+    """Yields functions without a docstring, 7 to 30 lines long, of Python's own library."""
+    sources = list(stdlib_sources())
+    for _, text in rng.sample(sources, len(sources) // 3):   # parsing all takes 5 s
+        lines = text.split("\n")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node):
+                continue
+            if 5 < node.end_lineno - node.lineno < 30:
+                function = lines[node.lineno - 1:node.end_lineno]
+                yield "\n".join(line[node.col_offset:] for line in function)
+
+
+def compose_prompt(category, function, rng):
+    """-> the text of a prompt, about this function where the task is about code; None: no fit."""
+    # All is drawn, needed or not, in this order: another order gives other prompts, and a run that
+    # is extended would not find its own again.
+    bugs = [bug for bug in BUGS if bug[0] in function]
+    bug = rng.choice(bugs) if bugs else None
+    language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
+    trait = rng.choice(TRAITS)
+    thing = rng.choice(THINGS)
+    form = rng.choice(FORMS)
+    level = rng.choice(LEVELS)
+    limit = rng.choice(LIMITS)
+
+    code = function
+    if category == "complete":
+        code = function[:len(function) // 2].rpartition("\n")[0]
+    elif category == "debug":
+        code = function.replace(*bug, 1) if bug else ""
+    if not code:
+        return None
+    text = form.format(TASKS[category].format(language=language, thing=f"a {trait} {thing}"))
+    if category != "implement":
+        text += f"\n\n```python\n{code}\n```"
+    return f"{text}\n\n{level} {limit}"
 
 
 def compose_prompts(categories, seed):
-    """Yields distinct (category, messages) without end: asking for more only adds, so a run can be extended."""
-    def real_functions():
-        for _, text in rng.sample(sources := list(stdlib_sources()), len(sources) // 3):   # parsing all takes 5 s
-            lines = text.split("\n")
-            for f in ast.walk(ast.parse(text)):
-                if isinstance(f, ast.FunctionDef) and 5 < f.end_lineno - f.lineno < 30 and not ast.get_docstring(f):
-                    yield "\n".join(line[f.col_offset:] for line in lines[f.lineno - 1:f.end_lineno])
-
-    weights, rng, seen, misses = {}, random.Random(seed), set(), 0
-    for name, equals, weight in (item.partition("=") for item in categories or TASKS):
-        with contextlib.suppress(ValueError):
-            weight = weights[name] = float(weight if equals else 1)
-        if name not in TASKS or not isinstance(weight, float) or not 0 < weight < INF:
-            raise UserError(f"categories {name}={weight}: write name or name=weight; the names are {', '.join(TASKS)}")
-    asked, codes, pick = collections.Counter(), itertools.cycle(real_functions()), rng.choice
+    """Yields distinct (category, messages): asking for more only adds, so a run can be extended."""
+    weights = parse_categories(categories)
+    rng = random.Random(seed)
+    functions = itertools.cycle(stdlib_functions(rng))
+    asked = collections.Counter()
+    seen = set()
+    misses = 0
     while misses < 1000:
-        name = min(weights, key=lambda n: (asked[n] + 1) / weights[n])   # the one most behind its share
-        code, misses = next(itertools.islice(codes, pick(range(20)), None)), misses + 1
-        bugs = [bug for bug in BUGS if bug[0] in code]
-        code = {"complete": code[:len(code) // 2].rpartition("\n")[0],
-                "debug": bugs and code.replace(*pick(bugs), 1)}.get(name, code)
-        language, thing = pick(LANGUAGES[name == "translate":]), f"a {pick(TRAITS)} {pick(THINGS)}"
-        shown = "" if name == "implement" else f"\n\n```python\n{code}\n```"
-        text = pick(FORMS).format(TASKS[name].format(language=language, thing=thing)) + shown
-        text += f"\n\n{pick(LEVELS)} {pick(LIMITS)}"
-        if code and text not in seen:
-            seen.add(text)
-            asked[name], misses = asked[name] + 1, 0
-            yield name, [{"role": "user", "content": text}]
-    raise UserError(f"category {name} has few more than {asked[name]:,} prompts; lower num_examples or its weight")
+        misses += 1
+        # the category that is most behind its share
+        name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
+        skipped = rng.choice(range(20))
+        function = next(itertools.islice(functions, skipped, None))
+        text = compose_prompt(name, function, rng)
+        if text is None or text in seen:
+            continue
+        seen.add(text)
+        asked[name] += 1
+        misses = 0
+        yield name, [{"role": "user", "content": text}]
+    raise UserError(f"category {name} has few more than {asked[name]:,} prompts; "
+                    "lower num_examples or its weight")
+
+
+def parse_prompt_row(row):
+    """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
+    turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    for message in messages:
+        if not isinstance(message["content"], str):
+            raise TypeError(f"content {message['content']!r} is no text")
+    return row.get("category", "own"), messages
 
 
 def read_prompts(path):
-    """Yields (category, messages) of the user's own prompts: the lines of a .txt, or .jsonl rows."""
+    """Yields (category, messages) of the user's own prompts: lines of a .txt, or .jsonl rows."""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            for line in filter(str.strip, f):
+            for line in f:
+                if not line.strip():
+                    continue
                 row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
-                messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-                messages[-1]["role"] != "assistant" or refuse(f"prompts_file {path} has a row that ends with a reply")
-                yield row.get("category", "own"), [{"role": m["role"], "content": m["content"] + ""} for m in messages]
+                category, messages = parse_prompt_row(row)
+                if messages[-1]["role"] == "assistant":
+                    raise UserError(f"prompts_file {path} has a row that ends with a reply")
+                yield category, messages
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"prompts_file {path}: {one_line(e)}; a row is {{\"prompt\": TEXT}} or {{\"messages\": [...]}}")
+        raise UserError(f"prompts_file {path}: {one_line(e)}; "
+                        'a row is {"prompt": TEXT} or {"messages": [...]}') from e
 
 
-def usd(cfg, sent, got):
-    return (sent * (cfg.price_in or 0) + got * (cfg.price_out or 0)) / 1e6
+def usd(cfg, prompt_tokens, completion_tokens):
+    price_in = cfg.price_in or 0   # USD a million tokens
+    price_out = cfg.price_out or 0
+    return (prompt_tokens * price_in + completion_tokens * price_out) / 1e6
 
 
 def all_prompts(cfg):
-    """-> {prompt_id: job} of num_examples different prompts, in the order they are asked."""
-    source, jobs, least = cfg.prompts_file, {}, 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
-    for category, messages in read_prompts(source) if source else compose_prompts(cfg.categories, cfg.seed):
-        # no more tokens than this: each is a byte or more, and 64 a turn for the chat format
-        size, name = sum(64 + len(m["content"].encode(errors="replace")) for m in messages), digest(messages)
-        jobs.setdefault(name, types.SimpleNamespace(
-            prompt_id=name, category=category, messages=messages, size=size, least=least, place=len(jobs),
-            worst=usd(cfg, size, cfg.max_tokens), tries=0, held=0.0))   # USD a try; tries billed; USD set aside
-        if len(jobs) == (cfg.num_examples or (INF if source else 100)):
+    """-> {prompt_id: Job} of num_examples different prompts, in the order they are asked."""
+    if cfg.prompts_file:
+        prompts = read_prompts(cfg.prompts_file)
+        min_chars = 1   # own prompts may want a word or a label
+        count = cfg.num_examples or math.inf
+    else:
+        prompts = compose_prompts(cfg.categories, cfg.seed)
+        min_chars = 20
+        count = cfg.num_examples or 100
+    jobs = {}
+    for category, messages in prompts:
+        prompt_id = digest(messages)
+        if prompt_id not in jobs:
+            # each token is a byte or more, and the chat format takes less than 64 a turn
+            texts = [message["content"].encode(errors="replace") for message in messages]
+            max_prompt_tokens = sum(64 + len(text) for text in texts)
+            worst_usd = usd(cfg, max_prompt_tokens, cfg.max_tokens)
+            jobs[prompt_id] = Job(prompt_id, category, messages, len(jobs), min_chars,
+                                  max_prompt_tokens, worst_usd)
+        if len(jobs) == count:
             break
-    return jobs or refuse(f"prompts_file {source} holds no prompt")
+    if not jobs:
+        raise UserError(f"prompts_file {cfg.prompts_file} holds no prompt")
+    return jobs
 
 
-def grade_reply(job, said, finish_reason, usage):
-    """A reply, or None -> its row; `reason` is the first filter that rejects it, or why there is no reply."""
-    row = {"messages": job.messages, "category": job.category, "prompt_id": job.prompt_id,
-           "finish_reason": finish_reason, "usage": dict(zip(("prompt_tokens", "completion_tokens"), usage))}
-    if said is None:
-        return row | {"finish_reason": None, "reason": finish_reason}
-    row["messages"] = [*job.messages, {"role": "assistant", "content": said}]
-    flaws = find_flaws(job.messages[-1]["content"], said, finish_reason, job.least)
-    return row | next(({"reason": name} for name, found in flaws.items() if found), {})
+# Filters: each says whether it rejects a reply. find_flaws lists them, in order.
+
+CODE_BLOCK = re.compile(r"""
+    ^[ \t]* (?: [-*+][ ]+ | \d+[.)][ ]+ )?   # begins a line, or an item of a list
+    (```+) [ \t]* (\w*) [^\n`]* \n           # the fence and its language
+    (.*?)                                    # the code
+    ^[ \t]* \1 `* [ \t]* $                   # closed by a fence at least as long
+    """, re.VERBOSE | re.MULTILINE | re.DOTALL)
+
+OPEN_FENCE = re.compile(r"""
+    ^[ \t]* ( [-*+][ ]+ | \d+[.)][ ]+ )?     # begins a line, or an item of a list
+    ```+ [^`\n]* $                           # and nothing but its language beside it
+    """, re.VERBOSE | re.MULTILINE)
+
+REFUSAL = re.compile(r"""
+    \W*
+    (
+        (   unfortunately
+        |   i[ ]apologi[sz]e ([ ]for[ ][\w ]+)?           # I apologize for the inconvenience
+        |   (i.?m[ ]|i[ ]am[ ])? (\w+[ ])? (sorry|afraid)   # I'm very sorry
+        )
+        \W+ (but[ ])?
+    )?
+    (
+        as[ ]an[ ]ai ([ ]\w+){,5} \W+ i\b                 # As an AI language model, I
+    |
+        i[ ](must|have[ ]to)[ ] (\w+[ ])? decline         # I must respectfully decline
+    |
+        (i|i.?m|i[ ]am)[ ]
+        ( can([ ]?no|.)?t | (un|not[ ]|won.?t[ ]be[ ])able[ ]to )   # cannot, can't, am not able to
+        [ ]
+        ( help(?![ ]but) | assist | provide | fulfil | comply | create | write | do[ ]th )
+    )
+    """, re.VERBOSE | re.IGNORECASE)
 
 
-def find_flaws(prompt, reply, finish_reason, least=1):
-    """-> {filter: whether it rejects the reply}; least: the characters of a reply that is not too short"""
-    reply = reply.replace("\r\n", "\n")
-    asked, said = (" ".join(re.sub(r"(?m)```(\w*\s*$)?", " ", text).split()) for text in (prompt, reply))
-    fenced = r"(?ms)^[ \t]*(?:[-*+] +|\d+[.)] +)?(```+)[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*\1`*[ \t]*$"   # in a list too
-    sorry = (r"(?i)\W*((unfortunately|i apologi[sz]e( for [\w ]+)?|(i.?m |i am )?(\w+ )?(sorry|afraid))\W+(but )?)?"
-             r"(as an ai( \w+){,5}\W+i\b|i (must|have to) (\w+ )?decline|(i|i.?m|i am) (can( ?no|.)?t|(un|not |"
-             r"won.?t be )able to) (help(?! but)|assist|provide|fulfil|comply|create|write|do th))")
-    broken = re.search(r"(?m)^[ \t]*([-*+] +|\d+[.)] +)?```+[^`\n]*$", re.sub(fenced, "", reply))   # never closed
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            for _, kind, code in re.findall(fenced, reply):
-                ast.parse(textwrap.dedent(code) if re.fullmatch("(?i)py(thon)?3?", kind) and ">>>" not in code else "")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        broken = True
-    # a loop deflates to an eighth, code to a third; the tail alone shows a reply that ended in one
+def plain_words(text):
+    """The text in one line, without the marks of code blocks."""
+    return " ".join(re.sub(r"(?m)```(\w*\s*$)?", " ", text).split())
+
+
+def is_cut_off(finish_reason):
+    return finish_reason in ("length", "max_tokens", "model_context_window_exceeded")
+
+
+def is_too_short(reply, min_chars):
+    return len(plain_words(reply)) < min_chars
+
+
+def is_loop(reply):
+    """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
-    loops = [len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:])]
-    return {"cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
-            "empty or too short": len(said) < least, "repetition loop": any(loops), "code does not parse": broken,
-            "refusal": finish_reason in ("refusal", "content_filter") or "```" not in reply and re.match(sorry, said),
-            "repeats the prompt": (said in asked or asked in said) and len(asked) / 2 < len(said) < 1.2 * len(asked)}
+    tail = data[-1000:]   # shows a reply that only ended in one
+    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, tail))
 
 
-def read_replies(train, rejected):
-    """-> {prompt_id: row}; where a kill or a failure left two: a reply counts, and its copy that is in rejected too"""
-    weight = lambda row: (row.get("finish_reason", "") is not None, "reason" in row)   # None: no reply, it failed
-    return {row["prompt_id"]: row for row in sorted(read_jsonl(rejected) + read_jsonl(train), key=weight)}
+def is_broken_code(reply):
+    """A code block that is never closed, or whose Python does not parse."""
+    if OPEN_FENCE.search(CODE_BLOCK.sub("", reply)):
+        return True
+    for _, language, code in CODE_BLOCK.findall(reply):
+        if not re.fullmatch("py(thon)?3?", language, re.IGNORECASE) or ">>>" in code:
+            continue   # another language, or a session with its output
+        try:
+            with warnings.catch_warnings(action="ignore"):   # about odd escapes in the reply
+                ast.parse(textwrap.dedent(code))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return True
+    return False
 
 
-def drop_duplicates(train, rejected, order):
-    """Sorts both, moves copies to rejected; at the end, so that who answered first does not matter. -> {fate: rows}"""
-    place, texts, similar = {name: i for i, name in enumerate(order)}, set(), collections.defaultdict(list)
-    rows = sorted(read_replies(train, rejected).values(), key=lambda row: place.get(row["prompt_id"], -1))
-    for row in (row for row in rows if "reason" not in row):
-        prompt, words = (re.findall(r"\w+|[^\w\s]", m["content"].lower()) for m in row["messages"][-2:])
-        # a label answers many prompts, and each pair is an example: short replies are copies only to the same prompt
-        text = hash((*words, None, *prompt * (short := len(words) < 20)))
-        # of all 5-word shingles the 64 smallest hashes: two such sketches overlap about as much as the texts do
-        mine = sorted({zlib.crc32(" ".join(words[i:i + 5]).encode()) for i in range(len(words) - 4)})[:64 * (not short)]
-        near = any(len({*mine} & {*other} & (both := {*sorted({*mine, *other})[:64]})) > 0.8 * len(both)
-                   for h in mine[:8] for other in similar[h])
-        kind = "exact duplicate" if text in texts else "near duplicate" if near else None
-        texts.add(text)
-        for h in () if kind else mine[:8]:
-            similar[h] += [mine] * (len(similar[h]) < 50)   # what everybody says is no evidence, and costs time
-        row |= {"reason": kind} if kind else {}
-    for path, out in ((rejected, True), (train, False)):   # in this order a kill loses none
-        with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if ("reason" in row) == out)
-        os.replace(f.name, path)
-    fates = [row.get("reason", "kept").partition(":")[0] for row in rows]
-    names = "kept", *find_flaws("", "", None), "exact duplicate", "near duplicate", "failed"
-    return {name: fates.count(name) for name in names}
+def is_refusal(reply, finish_reason):
+    if finish_reason in ("refusal", "content_filter"):
+        return True
+    return "```" not in reply and REFUSAL.match(plain_words(reply)) is not None
 
 
-def close_files(train, rejected, summary, order, spent, tokens, ended):
+def repeats_prompt(prompt, reply):
+    asked = plain_words(prompt)
+    said = plain_words(reply)
+    if not len(asked) / 2 < len(said) < 1.2 * len(asked):
+        return False   # a short piece of the prompt may be just what it asks for
+    return said in asked or asked in said
+
+
+def find_flaws(prompt, reply, finish_reason, min_chars=1):
+    """-> {filter: whether it rejects the reply}; the first that does is the reason that is kept"""
+    reply = reply.replace("\r\n", "\n")
+    return {
+        "cut off": is_cut_off(finish_reason),
+        "empty or too short": is_too_short(reply, min_chars),
+        "repetition loop": is_loop(reply),
+        "code does not parse": is_broken_code(reply),
+        "refusal": is_refusal(reply, finish_reason),
+        "repeats the prompt": repeats_prompt(prompt, reply),
+    }
+
+
+def grade_reply(job, reply):
+    """-> the row to write; its `reason` is the filter that rejects it, or why there is no reply"""
+    row = {
+        "messages": job.messages,
+        "category": job.category,
+        "prompt_id": job.prompt_id,
+        "finish_reason": reply.finish_reason,
+        "usage": {
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+        },
+    }
+    if reply.text is None:
+        row["finish_reason"] = None
+        row["reason"] = reply.finish_reason
+        return row
+    row["messages"] = [*job.messages, {"role": "assistant", "content": reply.text}]
+    prompt = job.messages[-1]["content"]
+    flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
+    reasons = [name for name, found in flaws.items() if found]
+    if reasons:
+        row["reason"] = reasons[0]
+    return row
+
+
+# Files: train.jsonl and rejected.jsonl grow a row at a time; duplicates are found at the end.
+
+
+def read_replies(train_path, rejected_path):
+    """-> {prompt_id: row}. Where a kill or a failure left two rows, a reply counts more than a
+    failure, and a copy in rejected more than the one in train."""
+    def precedence(row):
+        answered = row.get("finish_reason", "") is not None
+        return answered, "reason" in row
+
+    rows = read_jsonl(rejected_path) + read_jsonl(train_path)
+    return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
+
+
+def read_past(train_path, rejected_path, summary_path):
+    """Earlier runs -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent in all"""
+    rows = read_replies(train_path, rejected_path)
+    cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
+    answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
+    spent = sum(cost.values())
+    if os.path.exists(summary_path):
+        with open(summary_path, encoding="utf-8") as f:
+            spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+    return cost, answered, spent
+
+
+def write_rows(path, rows):
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(f.name, path)
+
+
+def words_and_signs(text):
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def sketch_words(words):
+    """The 64 smallest hashes of all runs of 5 words: two sketches overlap about as the texts do."""
+    runs = [" ".join(words[i:i + 5]) for i in range(len(words) - 4)]
+    return sorted({zlib.crc32(run.encode()) for run in runs})[:64]
+
+
+def are_near(sketch, other):
+    """More than 0.8 of the smallest hashes of the two together are in both."""
+    smallest = sorted({*sketch, *other})[:64]
+    in_both = set(sketch) & set(other) & set(smallest)
+    return len(in_both) > 0.8 * len(smallest)
+
+
+def mark_duplicates(rows):
+    """Give each kept row that says what an earlier one says a reason to be rejected."""
+    seen = set()   # hashes: the words themselves would fill gigabytes
+    sketches = collections.defaultdict(list)   # one of a sketch's first hashes -> such sketches
+    for row in rows:
+        if "reason" in row:
+            continue
+        prompt = words_and_signs(row["messages"][-2]["content"])
+        reply = words_and_signs(row["messages"][-1]["content"])
+        if len(reply) < 20:
+            # a label answers many prompts, and each pair is an example of its own
+            text = hash((*reply, None, *prompt))
+            sketch = []
+        else:
+            text = hash(tuple(reply))
+            sketch = sketch_words(reply)
+        candidates = [other for first in sketch[:8] for other in sketches[first]]
+        if text in seen:
+            row["reason"] = "exact duplicate"
+        elif any(are_near(sketch, other) for other in candidates):
+            row["reason"] = "near duplicate"
+        else:
+            for first in sketch[:8]:
+                if len(sketches[first]) < 50:   # what everybody says is no evidence, and costs time
+                    sketches[first].append(sketch)
+        seen.add(text)
+
+
+def drop_duplicates(train_path, rejected_path, order):
+    """Sort both files by order (of prompt_ids) and move copies to rejected -> {fate: rows}.
+
+    At the end of a run, so that it does not matter who answered first.
+    """
+    numbers = {prompt_id: number for number, prompt_id in enumerate(order)}
+    rows = list(read_replies(train_path, rejected_path).values())
+    rows.sort(key=lambda row: numbers.get(row["prompt_id"], -1))
+    mark_duplicates(rows)
+    # rejected first: a kill between the two leaves a row in both, never in none
+    write_rows(rejected_path, [row for row in rows if "reason" in row])
+    write_rows(train_path, [row for row in rows if "reason" not in row])
+    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
+    filters = find_flaws("", "", "stop")   # for their names
+    names = ["kept", *filters, "exact duplicate", "near duplicate", "failed"]
+    return {name: fates[name] for name in names}
+
+
+# Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
+
+
+@dataclass
+class Ledger:
+    """What this run may spend, has spent and has seen, and why it should stop."""
+    cfg: Config
+    train_path: str
+    rejected_path: str
+    summary_path: str
+    past_cost: dict       # prompt_id -> USD of its row of an earlier run
+    spent: float          # USD of all runs, with what is set aside for requests in flight
+    stop_requests: list   # of stop_signals
+    bar: tqdm
+    tokens: int = 0          # of this run
+    answered: bool = False   # the teacher has answered once in this run
+    out_of_money: bool = False
+    stop_error: Optional[UserError] = None
+    # of the last requests, whether each failed
+    recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=50))
+
+    def stopping(self):
+        return bool(self.stop_requests or self.stop_error)
+
+    def stop(self, message):
+        if not self.stopping():   # what came first counts
+            self.stop_error = UserError(message)
+
+    def ended(self):
+        if self.stop_error:
+            return str(self.stop_error)
+        if self.stop_requests:
+            return "stopped by a signal"
+        if self.out_of_money:
+            return "max_cost is reached"
+        return "all is answered"
+
+    def reserve(self, job):
+        """Set the worst case of one more try aside -> whether max_cost allows it.
+
+        It is spent before the try leaves, on disk too: the cap holds over kills and restarts.
+        """
+        needed = (job.billed_tries + 1) * job.worst_usd
+        missing = needed - job.held_usd
+        if missing <= 0:   # no prices, or the try before was refused and cost nothing
+            return True
+        if self.spent + missing > (self.cfg.max_cost or math.inf):
+            return False
+        self.spent += missing
+        job.held_usd = needed
+        write_json({"spent_usd": self.spent}, self.summary_path)
+        return True
+
+    def record_reply(self, job, reply):
+        """Replace what was set aside by what it cost, write the row, stop where too many fail."""
+        usage = (reply.prompt_tokens, reply.completion_tokens)
+        if all(isinstance(count, int) and count >= 0 for count in usage):
+            cost = (job.billed_tries - 1) * job.worst_usd + usd(self.cfg, *usage)
+            self.tokens += sum(usage)
+        else:
+            cost = job.billed_tries * job.worst_usd   # nobody said: the worst case
+        self.spent = self.spent + cost - job.held_usd
+        failed = reply.text is None
+        if failed and self.stopping():
+            return   # no row: a later run asks again
+
+        row = grade_reply(job, reply)
+        row["model"] = self.cfg.api_model or self.cfg.teacher
+        # with what it cost when it failed: only the last row of a prompt counts
+        row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
+        append_jsonl(self.rejected_path if "reason" in row else self.train_path, row)
+        self.answered = self.answered or not failed
+        # what failed in an earlier run may always fail; it must not stop each later run
+        self.recent.append(failed and job.prompt_id not in self.past_cost)
+        if sum(self.recent) > 10:
+            self.stop(f"{sum(self.recent)} of the last {len(self.recent)} requests failed, "
+                      f"the last: {reply.finish_reason}")
+        progress = f"{self.tokens:,} tokens"
+        if self.spent > 0:
+            progress += f", {self.spent:.4f} USD"
+        self.bar.set_postfix_str(progress, refresh=False)
+        self.bar.update()
+
+
+def api_key(cfg):
+    return os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"
+
+
+def hide_key(cfg, text):
+    """Some servers repeat the key in their errors."""
+    key = api_key(cfg)
+    text = str(text or "")
+    return text.replace(key, "***") if len(key) > 7 else text   # a short one is a word: EMPTY
+
+
+def request_body(cfg, messages):
+    """-> what the provider's API takes for one conversation"""
+    body = {"messages": messages, "model": cfg.api_model}
+    if cfg.api_temperature is not None:
+        body["temperature"] = cfg.api_temperature
+    if cfg.provider == "openai" and not cfg.api_base:   # OpenAI itself renamed it
+        body["max_completion_tokens"] = cfg.max_tokens
+    else:
+        body["max_tokens"] = cfg.max_tokens
+    if cfg.provider == "anthropic":
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        body["messages"] = [message for message in messages if message["role"] != "system"]
+        if system:
+            body["system"] = "\n\n".join(system)
+    return body
+
+
+def read_response(cfg, response):
+    """The JSON of an answer -> Reply; raises where it has another form."""
+    usage = response.get("usage") or {}
+    if cfg.provider == "openai":
+        choice = response["choices"][0]
+        text = choice["message"]["content"]
+        finish_reason = choice["finish_reason"]
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    else:
+        text = "".join(block.get("text", "") for block in response["content"])
+        finish_reason = response["stop_reason"]
+        counts = usage.get("input_tokens"), usage.get("output_tokens")
+    return Reply(hide_key(cfg, text), hide_key(cfg, finish_reason), *counts)
+
+
+def http_status(error):
+    return getattr(error, "status_code", None) or 0
+
+
+def may_pass(sdk, error):
+    """Whether the same request may succeed later: rate limits, overload, time-outs, drops."""
+    status = http_status(error)
+    if status < 400:
+        return isinstance(error, (sdk.APIConnectionError, TimeoutError))
+    advice = error.response.headers.get("x-should-retry")   # both providers send it
+    if advice in ("true", "false"):
+        return advice == "true"
+    return status in (408, 409, 429) or status >= 500
+
+
+def retry_after(error):
+    """-> the seconds that a server wants to be left alone, 0: it does not say"""
+    response = getattr(error, "response", None)
+    headers = {} if response is None else response.headers
+    with contextlib.suppress(ValueError, TypeError):
+        return float(headers.get("retry-after-ms")) / 1000
+    with contextlib.suppress(ValueError, TypeError):
+        return float(headers.get("retry-after"))
+    with contextlib.suppress(ValueError, TypeError):   # a date
+        moment = email.utils.parsedate_to_datetime(headers.get("retry-after"))
+        return moment.timestamp() - time.time()
+    return 0.0
+
+
+def give_up(ledger, sdk, error):
+    """An error that stays -> Reply; it stops the run where no other request would fare better."""
+    cfg = ledger.cfg
+    status = http_status(error)
+    message = hide_key(cfg, one_line(error, 9999))[:300]
+    # an earlier run has left rows: then it is the prompt that is not accepted
+    is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
+    never_reached = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
+    if status in (401, 402, 404) or (never_reached and not is_the_prompt):
+        ledger.stop(f"{cfg.provider}, model {cfg.api_model}: {message}")
+    return Reply(None, f"failed: {message}")
+
+
+async def ask_api(ledger, client, job):
+    """Ask until there is an answer, or patience or money ends -> Reply."""
+    cfg = ledger.cfg
+    sdk = importlib.import_module(cfg.provider)
+    path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
+    body = request_body(cfg, job.messages)
+    for retry in itertools.count():
+        if ledger.stopping() or job.billed_tries == 6 or not ledger.reserve(job):
+            return Reply(None, "failed: no answer in 6 tries, or no money for another")
+        job.billed_tries += 1
+        try:
+            # post: the typed methods cost twice the time and change from version to version
+            request = client.post(path, body=body, cast_to=object)
+            # the SDK's time-out is one of each read: a server that trickles never meets it
+            response = await asyncio.wait_for(request, 2 * cfg.request_timeout)
+            return read_response(cfg, response)
+        except Exception as e:   # the SDK's own, or an answer of another form
+            error = e
+        if http_status(error) >= 400:   # refused: free, and what is set aside serves the next try
+            job.billed_tries -= 1
+        # At least as long as the server says, and longer each time: with only the former all
+        # requests that a busy server turned away come back at the same moment.
+        backoff = min(0.5 * 2**retry, 8) * random.uniform(0.75, 1)
+        seconds = max(backoff, retry_after(error))
+        patience = 20 if ledger.answered else 2
+        if retry >= patience or seconds > 120 or not may_pass(sdk, error):
+            return give_up(ledger, sdk, error)
+        await asyncio.sleep(seconds)
+
+
+async def ask_all_api(ledger, jobs):
+    """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
+    cfg = ledger.cfg
+    sdk = importlib.import_module(cfg.provider)
+    make_client = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
+    client = make_client(api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+                         max_retries=0)   # ask_api tries again, because it knows about money
+    waiting = collections.deque(jobs)
+    in_flight = {}   # task -> job
+    async with client:
+        while True:
+            width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
+            while waiting and len(in_flight) < width and not ledger.stopping():
+                if not ledger.reserve(waiting[0]):
+                    break   # what is in flight may cost less than is set aside for it
+                job = waiting.popleft()
+                in_flight[asyncio.create_task(ask_api(ledger, client, job))] = job
+            if not in_flight:
+                break
+            # even when stopping: what is in flight is paid for
+            done, _ = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                ledger.record_reply(in_flight.pop(task), task.result())
+    ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
+
+
+def load_local_teacher(cfg):
+    tokenizer = load_tokenizer(cfg, cfg.teacher)
+    if tokenizer is None:
+        raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
+    teacher_config = model_config(cfg.teacher, cfg, "teacher")
+    teacher = read_model(cfg.teacher, teacher_config, cfg, "teacher", compute_dtype(cfg))
+    tokenizer.padding_side = "left"   # a reply continues its prompt
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+    teacher.generation_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, teacher.to(DEVICE)
+
+
+def generate_replies(cfg, tokenizer, teacher, jobs):
+    """-> [Reply] of one batch; the same after a resume, if the batch is the same."""
+    inputs = tokenizer.apply_chat_template(
+        [job.messages for job in jobs], add_generation_prompt=True, padding=True,
+        return_dict=True, return_tensors="pt").to(DEVICE)
+    sampling = {}   # the model's own
+    if cfg.api_temperature is not None:
+        sampling["do_sample"] = cfg.api_temperature > 0
+        sampling["temperature"] = cfg.api_temperature or 1.0
+    torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)
+    ids_BT = teacher.generate(**inputs, max_new_tokens=cfg.max_tokens, **sampling)
+    replies_BT = ids_BT[:, inputs["input_ids"].shape[1]:]
+
+    replies = []
+    for ids, mask in zip(replies_BT.tolist(), inputs["attention_mask"], strict=True):
+        ended = len(ids) < cfg.max_tokens or ids[-1] == tokenizer.pad_token_id
+        replies.append(Reply(
+            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            finish_reason="stop" if ended else "length",
+            prompt_tokens=mask.sum().item(),
+            completion_tokens=sum(token != tokenizer.pad_token_id for token in ids)))
+    return replies
+
+
+def ask_all_local(ledger, jobs):
+    """In prompt order, a batch at a time, until all is answered or the ledger says stop."""
+    cfg = ledger.cfg
+    tokenizer, teacher = load_local_teacher(cfg)
+    # batches of all prompts, not of those that are left: a resumed run then draws the same
+    for _, group in itertools.groupby(jobs, lambda job: job.number // cfg.concurrency):
+        if ledger.stopping():
+            break
+        batch = list(group)
+        replies = generate_replies(cfg, tokenizer, teacher, batch)
+        for job, reply in zip(batch, replies, strict=True):
+            ledger.record_reply(job, reply)
+
+
+def finish_files(ledger, order):
     """Duplicates go, the summary is written -> the table of what became of each prompt."""
-    fates = drop_duplicates(train, rejected, order)
-    write_json({"spent_usd": spent, "tokens_this_time": tokens, "ended": str(ended), **fates}, summary)
-    share = (f"  {name:20}{n:8,}{n / max(1, sum(fates.values())):8.1%}" for name, n in fates.items())
-    return "\n".join([*share, f"{tokens:,} tokens" + f", {spent:.4f} USD" * (spent > 0) + f"; {ended}" + (
-        f"; --dataset {train} trains on it" if fates["kept"] else "; nothing was kept, see " + rejected)])
-
-
-@contextlib.asynccontextmanager
-async def api_teacher(cfg, run):
-    """-> ask([job]) over the official SDK, which repeats what fails in passing (429, 5xx, time-outs, drops)."""
-    sdk, openai = importlib.import_module(cfg.provider), cfg.provider == "openai"
-    make, path = (sdk.AsyncOpenAI, "/chat/completions") if openai else (sdk.AsyncAnthropic, "/v1/messages")
-    limit = "max_completion_tokens" if openai and not cfg.api_base else "max_tokens"   # OpenAI itself renamed it
-    key = os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"   # a short one is a word: EMPTY
-    clean = lambda text: str(text or "").replace(key if len(key) > 7 else "\0", "***")   # some servers repeat it
-    class Wire(sdk.DefaultAsyncHttpxClient):
-        async def send(self, request, **options):   # each try of the SDK: none leaves without money held for it
-            job = run.jobs[asyncio.current_task().get_name()]
-            if run.stop or job.tries > 5 or not run.reserve(job):   # after an Exception the SDK would try again
-                raise asyncio.CancelledError("no answer in 6 tries, or no money for another")
-            job.tries += 1
-            response = await asyncio.wait_for(super().send(request, **options), 2 * cfg.request_timeout)
-            if response.status_code >= 400:   # refused: free, and what is held serves the next try
-                job.tries, run.pace = job.tries - 1, max(1, 0.7 * run.pace)
-            return response
-    async def ask(jobs):
-        client.max_retries = 20 if run.answered else 2   # patience once it answered
-        turns = [m for m in jobs[0].messages if openai or m["role"] != "system"]
-        system = "\n\n".join(m["content"] for m in jobs[0].messages if m not in turns) or None
-        body = {"messages": turns, "system": system, "model": cfg.api_model, "temperature": cfg.api_temperature,
-                limit: cfg.max_tokens}
-        try:   # post: the typed methods cost twice the time and change from version to version
-            r = await client.post(path, body={k: v for k, v in body.items() if v is not None}, cast_to=object)
-            said = r["choices"][0]["message"]["content"] if openai else "".join(b.get("text", "") for b in r["content"])
-            end = r["choices"][0]["finish_reason"] if openai else r["stop_reason"]
-            sides = ("prompt_tokens", "completion_tokens") if openai else ("input_tokens", "output_tokens")
-            return [(clean(said), clean(end), *map((r.get("usage") or {}).get, sides))]
-        except (Exception, asyncio.CancelledError) as e:
-            error, status = clean(one_line(e, 9999))[:300], getattr(e, "status_code", None)
-            alone = status in (400, 413, 422) and run.past   # others were answered before: it is the prompt
-            if status in (401, 402, 404) or isinstance(e, sdk.APIError) and not run.answered and not alone:
-                run.stop.append(UserError(f"{cfg.provider}, model {cfg.api_model}: {error}"))
-            return [(None, f"failed: {error}", None, None)]
-    async with make(api_key=key, base_url=cfg.api_base, timeout=cfg.request_timeout, http_client=Wire()) as client:
-        yield ask
-
-
-async def ask_all(run, teacher, batches, record_reply):
-    """In prompt order, run.pace batches in flight, until all is answered or run.stop says why not."""
-    flying = {}
-    async with teacher as ask:
-        while flying or batches and not run.stop:
-            if batches and not run.stop and len(flying) < int(run.pace) and all(map(run.reserve, batches[0])):
-                jobs = batches.popleft()
-                flying[asyncio.create_task(ask(jobs), name=jobs[0].prompt_id)] = jobs
-            elif flying:   # even when stopped: what is in flight is paid for; and it may cost less than is held for it
-                for task in (await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))[0]:
-                    for job, answer in zip(flying.pop(task), task.result()):
-                        record_reply(job, *answer)
-            else:
-                run.stop.append("max_cost is reached")
-
-
-@contextlib.asynccontextmanager
-async def local_teacher(cfg, run):
-    """-> ask(jobs) over a transformers model on this device, a batch at a time."""
-    tokenizer = load_tokenizer(cfg, cfg.teacher) or refuse(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
-    config, heat = model_config(cfg.teacher, cfg, "teacher"), cfg.api_temperature
-    model = read_model(cfg.teacher, config, cfg, "teacher", compute_dtype(cfg)).to(DEVICE)
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.chat_template = tokenizer.chat_template or "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-    model.generation_config.pad_token_id = pad = tokenizer.pad_token_id
-    sampling = {} if heat is None else {"do_sample": heat > 0, "temperature": heat or 1.0}
-    async def ask(jobs):
-        inputs = tokenizer.apply_chat_template([job.messages for job in jobs], add_generation_prompt=True, padding=True,
-                                               return_dict=True, return_tensors="pt").to(DEVICE)
-        torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)   # the same after a resume
-        ids_BT = model.generate(**inputs, max_new_tokens=cfg.max_tokens, **sampling)[:, inputs["input_ids"].shape[1]:]
-        return [(tokenizer.decode(row, skip_special_tokens=True).strip(),
-                 "stop" if len(row) < cfg.max_tokens or row[-1] == pad else "length", mask.sum().item(),
-                 sum(t != pad for t in row)) for row, mask in zip(ids_BT.tolist(), inputs["attention_mask"])]
-    yield ask
+    fates = drop_duplicates(ledger.train_path, ledger.rejected_path, order)
+    summary = {"spent_usd": ledger.spent, "tokens_this_time": ledger.tokens,
+               "ended": ledger.ended(), **fates}
+    write_json(summary, ledger.summary_path)
+    total = max(1, sum(fates.values()))
+    lines = [f"  {name:20}{count:8,}{count / total:8.1%}" for name, count in fates.items()]
+    last = f"{ledger.tokens:,} tokens"
+    if ledger.spent > 0:
+        last += f", {ledger.spent:.4f} USD"
+    last += f"; {ledger.ended()}"
+    if fates["kept"]:
+        last += f"; --dataset {ledger.train_path} trains on it"
+    else:
+        last += f"; nothing was kept, see {ledger.rejected_path}"
+    return "\n".join([*lines, last])
 
 
 def generate(cfg):
-    """Ask what has no reply yet; leave train.jsonl, rejected.jsonl and summary.json in output_dir."""
-    train, rejected, summary = (f"{cfg.output_dir}/{f}" for f in ("train.jsonl", "rejected.jsonl", "summary.json"))
-    jobs, recent, local = all_prompts(cfg), collections.deque(maxlen=50), cfg.provider == "local"
-    past = {name: (row["cost"], row["finish_reason"] is None) for name, row in read_replies(train, rejected).items()}
-    todo, spent = [job for name, job in jobs.items() if past.get(name, (0, 1))[1]], sum(x for x, _ in past.values())
-    with contextlib.suppress(FileNotFoundError), open(summary, encoding="utf-8") as f:
-        spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+    """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
+    train_path = os.path.join(cfg.output_dir, "train.jsonl")
+    rejected_path = os.path.join(cfg.output_dir, "rejected.jsonl")
+    summary_path = os.path.join(cfg.output_dir, "summary.json")
+    jobs = all_prompts(cfg)
+    past_cost, answered, spent = read_past(train_path, rejected_path, summary_path)
+    todo = [job for job in jobs.values() if job.prompt_id not in answered]
     write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
-    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{sum(job.size for job in todo) // 4:,} tokens; at most "
-           f"{len(todo) * cfg.max_tokens:,} come back, for {sum(job.worst for job in todo):.2f} USD at these prices")
-    def reserve(job):   # the worst case is spent before a try leaves, on disk too: a cap holds over kills and restarts
-        more = (job.tries + 1) * job.worst - job.held
-        if more > 0 and run.spent + more <= (cfg.max_cost or math.inf):
-            run.spent, job.held, more = run.spent + more, job.held + more, 0
-            write_json({"spent_usd": run.spent}, summary)
-        return more <= 0
-    def record_reply(job, said, end, *usage):
-        known, failed = all(isinstance(n, int) and n >= 0 for n in usage), said is None
-        cost = (job.tries - known) * job.worst + (usd(cfg, *usage) if known else 0)   # usage lost: the worst case
-        run.spent, run.tokens = run.spent + cost - job.held, run.tokens + (sum(usage) if known else 0)
-        if failed and run.stop:   # no row: a later run asks again
-            return
-        cost += past.get(job.prompt_id, (0,))[0]   # what it cost when it failed: the last row of a prompt counts
-        row = grade_reply(job, said, end, usage) | {"model": cfg.api_model or cfg.teacher, "cost": cost}
-        append_jsonl(rejected if "reason" in row else train, row)
-        recent.append(failed and job.prompt_id not in past)   # one that always fails must not stop each later run
-        run.pace, run.answered = min(width, run.pace + (not failed)), run.answered or not failed
-        if sum(recent) > 10:
-            run.stop.append(UserError(f"{sum(recent)} of the last {len(recent)} requests failed, the last: {end}"))
-        bar.set_postfix_str(f"{run.tokens:,} tokens" + f", {run.spent:.4f} USD" * (run.spent > 0), refresh=False)
-        bar.update()
-    run = types.SimpleNamespace(jobs=jobs, reserve=reserve, spent=spent, tokens=0, pace=1, answered=False, past=past)
-    make, size, width = (local_teacher, cfg.concurrency, 1) if local else (api_teacher, 1, cfg.concurrency)
-    batches = collections.deque(list(g) for _, g in itertools.groupby(todo, lambda job: job.place // size))
-    with stop_signals() as run.stop, tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5) as bar:
-        asyncio.run(ask_all(run, make(cfg, run), batches, record_reply))
-    ended = next(("stopped by a signal" if isinstance(x, float) else x for x in run.stop), "all is answered")
-    print0(close_files(train, rejected, summary, list(jobs), run.spent, run.tokens, ended))
-    if isinstance(ended, UserError):
-        raise ended
+    prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
+    worst_usd = sum(job.worst_usd for job in todo)
+    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
+           f"{len(todo) * cfg.max_tokens:,} come back, for {worst_usd:.2f} USD at these prices")
+
+    bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
+    with stop_signals() as stop_requests, bar:
+        ledger = Ledger(cfg, train_path, rejected_path, summary_path, past_cost, spent,
+                        stop_requests, bar)
+        if cfg.provider == "local":
+            ask_all_local(ledger, todo)
+        else:
+            asyncio.run(ask_all_api(ledger, todo))
+    print0(finish_files(ledger, list(jobs)))
+    if ledger.stop_error:
+        raise ledger.stop_error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3181,4 +4753,4 @@ def explain(error):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_config(CONFIG))
