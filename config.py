@@ -716,7 +716,8 @@ def parse_config(argv):
                 value = settings.pop(name)
                 if value != default_of(name):
                     passed_over.append(name)
-    refuse_idle(typed, settings)
+    changed = [name for name in typed if settings[name] != default_of(name)]
+    refuse_idle(changed, settings)
     given = frozenset(settings)
     settings = add_demo_values(settings)   # optional: demo
     cfg = Config(**settings)
