@@ -83,6 +83,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+
 # --------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
 
@@ -279,9 +280,10 @@ def stop_signals():
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot.
 # Hands on distillation_loss, Head and SparseTarget. Change the objective in chunk_terms: it takes
 # the logits of a chunk and hands on two losses a token and the gradient of the logits.
-LOGITS_BUDGET = 512 * 2**20   # bytes of both heads' outputs at once; the fp32 terms come on top;
-                              # more is hardly faster
-COMPILED_VOCAB = 16384        # from this size on the compiler's 10 seconds are worth it
+
+# bytes of both heads' outputs at once; the fp32 terms come on top; more is hardly faster
+LOGITS_BUDGET = 512 * 2**20
+COMPILED_VOCAB = 16384   # from this size on the compiler's 10 seconds are worth it
 
 
 class Head(NamedTuple):
@@ -309,7 +311,10 @@ def as_head(head):
 
 
 def scale_and_softcap(raw, scale, softcap):
-    """Head output -> fp32 logits (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw."""
+    """-> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw.
+
+    raw: what a head's matmul and bias give.
+    """
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
@@ -334,15 +339,15 @@ def exponentials(x, temperature=1.0):
 #
 #     d loss / d logits = p_weight_from_ce * p - alpha * onehot(label) + kl_weight * d KL / d u
 #
-# At T 1 both losses share p, and p_weight_from_ce is alpha. At any other T it is 0, and chunk_terms
-# adds the softmax of CE by itself, as it always does the onehot. What is left is formed by one
-# *_terms function a kind of target: -> KL [C] without its T^2, gradient [C, V]. They overwrite the
-# [C, V] tensors given to them: without a compiler each line over [C, V] is a pass through memory;
-# with one they fuse into five.
+# At T 1, and without a teacher, p is CE's softmax too, and p_weight_from_ce is alpha. Otherwise it
+# is 0, and chunk_terms adds CE's own softmax, as it always does the onehot. What is left is formed
+# by one *_terms function a kind of target: -> KL [C] without its T^2, gradient [C, V]. They
+# overwrite the [C, V] tensors given to them: without a compiler each line over [C, V] is a pass
+# through memory; with one they fuse into five passes.
 
 
 def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_ce, kl_weight):
-    """KL(q || p) = sum of q * log(q / p), where log(q / p) = difference + shift."""
+    """KL(q || p) = sum of q * log(q / p): q = exp_y / teacher_total, log = difference + shift."""
     weighted = difference.mul_(exp_y).sum(-1, keepdim=True)
     kl = (weighted / teacher_total + shift)[:, 0]
     # gradient: (p_weight_from_ce + kl_weight) * p - kl_weight * q
@@ -576,8 +581,8 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
                       divergence="forward", denominator=None, chunk=None):
     """-> loss, ce, kl: loss = alpha * ce + (1 - alpha) * kl, kl with its T^2, each / denominator.
 
-    student_hidden [N, D]. student_head: Head or nn.Linear. labels [N]: -100 is not counted; they may
-    stay on the host, then dropping those positions does not make the GPU wait. teacher:
+    student_hidden [N, D]. student_head: Head or nn.Linear. labels [N], -100 is not counted: where
+    they lie on the host, dropping those positions does not make the GPU wait. teacher:
     (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. denominator: by
     default the tokens counted here. chunk: tokens projected to the vocabulary at once.
     """
@@ -928,7 +933,7 @@ def encode_conversations(conversations, tokenizer, seq_len):
     assistant's tokens with their end marks."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special_tokens = {*tokenizer.all_special_tokens, *added}
-    end_marks = sorted(special_tokens, key=len, reverse=True)   # <|end|> might begin <|end|>x
+    end_marks = sorted(special_tokens, key=len, reverse=True)   # one may begin with another
     rendered = [render(messages, tokenizer, end_marks) for messages in conversations]
     encoded = tokenizer(
         [text for text, _ in rendered],
@@ -1124,7 +1129,7 @@ def prefetch(endless, depth=2):
 
 @contextlib.contextmanager
 def explain_bad_rows(path, words):
-    """Whatever goes wrong with rows is the user's to mend: in `words`, with the line where known."""
+    """What goes wrong with rows is the user's to mend: said in `words`, or by naming the line."""
     try:
         yield
     except Exception as e:
@@ -1642,7 +1647,7 @@ def make_schedule(cfg, optimizer, steps):
         multiplier_at(steps)
     except (TypeError, ValueError) as e:
         raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; "
-                        "give it with --lr_scheduler_kwargs")
+                        "give it with --lr_scheduler_kwargs") from None
 
     def set_rates(step):
         for group in optimizer.param_groups:
@@ -1731,17 +1736,21 @@ def save_checkpoint(folder, step, tensors, state, keep):
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
                 shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        problem = one_line(e, 300)
-    except dcp.api.CheckpointException as e:   # of every rank that failed: (error, traceback)
-        error, _ = next(iter(e.failures.values()))
-        problem = one_line(error, 300)
+    except (OSError, dcp.api.CheckpointException) as e:
+        problem = one_line(unwrapped(e), 300)
     problem = from_rank0(problem)
     if problem:
         shutil.rmtree(aside, ignore_errors=True)
         print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older "
                "ones stay")
     return problem
+
+
+def unwrapped(error):
+    """What went wrong on the first rank that failed, where it comes wrapped by dcp."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error, _ = next(iter(error.failures.values()))   # of a rank: its error, its traceback
+    return error
 
 
 def write_state(folder, state):
@@ -1803,8 +1812,8 @@ def load_checkpoint(found, tensors_at):
             dcp.load(tensors, checkpoint_id=path)
             print0(f"resumes from {path}")
             return state
-        except Exception as e:
-            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
+        except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
+            print0(f"checkpoint {path} is not readable ({one_line(unwrapped(e))}), passed over")
     raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
 
 
@@ -1912,7 +1921,7 @@ class Run:
     stages: list = field(default_factory=list)
     stage: Optional[Stage] = None   # whose optimiser this is
     optimizer: Any = None
-    set_rates: Any = None           # step of the stage -> the largest learning rate, after setting all
+    set_rates: Any = None           # step of the stage -> the largest rate, when all are set
     batches: Any = None             # endless (micro-batches of this rank, position after the step)
     wandb: Any = None
     bar: Any = None
@@ -1951,7 +1960,7 @@ class Run:
 
 
 def train(cfg):
-    """Distil, online or from a cache -> True when the run is done, False when a signal stopped it."""
+    """Distil, online or from a cache -> True when it is done, False when a signal stopped it."""
     run = start_run(cfg)
     if run is None:
         return True
@@ -2055,7 +2064,7 @@ def distillation_stage(run, first_step=0):
 
 @contextlib.contextmanager
 def begin(run, stages):
-    """From here on the run may write: resume, clear what is left of it, open log, batches and bar."""
+    """From here on the run may write: resume, clear what is left of it, open log, batches, bar."""
     cfg = run.cfg
     run.stages = stages
     print0(describe_run(run))
@@ -2170,7 +2179,7 @@ def train_stage(run, stage):
 
 
 def seed_step(seed, step):
-    """Dropout follows from the step: a resumed run draws the same, and there is no state to keep."""
+    """Dropout follows from the step: a resumed run draws the same, and no state has to be kept."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_536 + RANK)
 
 
@@ -2605,8 +2614,9 @@ def encode_window(raw_rows, encode_columns):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: demo: text, tokenizer, model shapes and a teacher made from what every machine has, once,
-# as ordinary files in a cache folder of the user. From there on the demo is a run like any other.
+# Optional: demo: text, tokenizer, model shapes and a teacher made from what every machine has,
+# once, as ordinary files in a cache folder of the user. From there on the demo is a run like any
+# other.
 
 DEMO_VOCAB = 1024
 DEMO_SHAPE = dict(   # of both models
@@ -3326,8 +3336,8 @@ def explain_bad_disk(folder):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: blockwise: block i of the student learns to end where its teacher block ends, seen
-# through a linear stitch to the teacher's width; then norm and head learn the teacher's logits; then
-# plain distillation follows. train_blockwise() is a sibling of train(), with several stages.
+# through a linear stitch to the teacher's width; then norm and head learn the teacher's logits;
+# then plain distillation follows. train_blockwise() is a sibling of train(), with several stages.
 
 
 def train_blockwise(cfg):
@@ -3664,8 +3674,8 @@ def make_stitches(cfg, student_config, teacher_config, head_has_bias):
 
 
 def final_norm(model):
-    """The last module beside the decoder layers with a weight of one dimension; Identity where there
-    is none."""
+    """The last module beside the decoder layers with a weight of one dimension; Identity where
+    there is none."""
     path, _ = layers_of(model)
     norm = nn.Identity()
     for module in model.get_submodule(path.rpartition(".")[0]).children():
@@ -3684,7 +3694,9 @@ def head_and_norm(model):
     probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
     plus = norm(probe).float()
     minus = norm(-probe).float()
-    return head.weight.float(), head.bias, head.scale, (plus - minus) / 2 * probe, (plus + minus) / 2
+    gain = (plus - minus) / 2 * probe
+    shift = (plus + minus) / 2
+    return head.weight.float(), head.bias, head.scale, gain, shift
 
 
 @torch.no_grad()
@@ -4466,234 +4478,512 @@ def generate(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: eval: what was lost, what was gained, was the teacher worth it?
-METRICS = dict(perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy", agreement="top-1 as the teacher",
-               kl="KL to the teacher", ece="calibration error", parameters="parameters", disk="bytes on disk",
-               prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes")
-LEGEND = ("In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that shape; generation: "
-          "batch 1; memory: while generating, GPUs only. A checkpoint is as large as its final/ will be.")
-CURVES = ((0, "train/ce_loss", "-"), (0, "train/kl_loss", ":"), (0, "eval/ce_loss", "{}"), (1, "MSE / variance", "{}-"),
-          (1, "CKA", "{}:"), (3, "reliability", "{}-"))   # panel, name, line and the model's {mark}
-PANELS = (dict(title="Training", xlabel="step", ylabel="nats a token"),
-          dict(title="Layers against the teacher's", xlabel="student layer", ylabel="MSE / variance; CKA"),
-          dict(title="Quality against size", xlabel="parameters", ylabel="bits a byte, held out, 95 %", xscale="log"),
-          dict(title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)))
+# Optional: eval: what was lost, what was gained, was the teacher worth it? Each model is loaded,
+# scored, compared with the teacher layer by layer and tried out (report, at the end, goes through
+# them); that becomes figures with intervals, and these report.json, report.md and report.png.
+BINS = 15   # of confidence, for the calibration error and the reliability curve
+NEW_TOKENS = 48   # of a continuation
+METRICS = dict(   # as the table names them, in its order
+    perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy",
+    agreement="top-1 as the teacher", kl="KL to the teacher", ece="calibration error",
+    parameters="parameters", disk="bytes on disk",
+    prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes",
+)
+LEGEND = (
+    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that "
+    "shape; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large as "
+    "its final/ will be."
+)
 
 
-def retokenize(rows, base, other):
-    """The counted text of each row under another tokenizer: the same bytes, after EOS in place of the first token."""
+def name_models(cfg):
+    """-> {label: what it is loaded from}: the teacher, the student, and each of --compare under
+    the name of its folder."""
+    student = cfg.student
+    if student == "demo":   # none was named
+        student = os.path.join(cfg.output_dir, "final")
+    names = {"teacher": cfg.teacher, "student": student}
+    for path in cfg.compare:
+        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
+        if label in names:
+            label = path
+        names[label] = path
+    return names
+
+
+def is_checkpoint(name):
+    return os.path.exists(os.path.join(name, "state.json"))
+
+
+def load_model(cfg, name):
+    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
+    if not is_checkpoint(name):
+        return load_teacher(dataclasses.replace(cfg, teacher=name))
+    found = find_checkpoints(name, cfg.output_dir)
+    knobs = dict(found[0][1]["config"])
+    if knobs.get("cache"):   # optional: cache
+        knobs["cache_dir"] = knobs["cache"]   # a digest, no path: enough to need no teacher
+    knobs.pop("cache", None)
+    knobs["dtype"] = cfg.dtype
+    root = load_student(Config(**knobs))
+    load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
+    return root.eval()
+
+
+def retokenize(rows, tokenizer, other):
+    """The counted text of each row under another tokenizer: the same bytes, after EOS in place of
+    the first token, which is never counted."""
     if rows[0]["targets"] is not None:
-        raise UserError("models with different tokenizers are compared on plain text; here prompts are masked")
-    ends, how = (base.eos_token or "\0", other.eos_token or ""), dict(add_special_tokens=False, verbose=False)
-    texts = (base.decode(row["input_ids"][1:]).replace(*ends) for row in rows)
-    return [{"input_ids": [other.eos_token_id or 0, *other(text, **how)["input_ids"]]} for text in texts]
+        raise UserError("models with different tokenizers are compared on plain text; here prompts "
+                        "are masked")
+    eos = tokenizer.eos_token or "\0"
+    other_eos = other.eos_token or ""
+    retokenized = []
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other_eos)
+        ids = other(text, add_special_tokens=False, verbose=False)["input_ids"]
+        retokenized.append({"input_ids": [other.eos_token_id or 0, *ids]})
+    return retokenized
+
+
+def rows_for(other, tokenizer, rows, name, teacher_name):
+    """-> (rows as the other tokenizer cuts them, whether it cuts like the teacher's)"""
+    try:
+        compare_tokenizers(tokenizer, other, teacher_name, name)
+    except UserError:
+        return retokenize(rows, tokenizer, other), False
+    return rows, True
+
+
+@torch.no_grad()
+def score(root, reference, rows, batch_size, temperature):
+    """One pass over the rows of all ranks. -> sums a sequence [rows, 5]: tokens, -log p, top-1
+    right, top-1 the reference's, KL to it (with its T^2); and sums a bin of confidence [BINS, 3]:
+    tokens, hits, confidence."""
+    sums = torch.zeros(len(rows), 5, dtype=torch.float64)
+    bins = torch.zeros(BINS, 3, dtype=torch.float64)
+    for mine in rows_of_this_rank(rows, batch_size):
+        batch = collate([rows[i] for i in mine])
+        hidden_ND, head = root(counted_hidden, batch)
+        reference_ND, reference_head = reference(counted_hidden, batch)
+        vocab = min(len(head.weight), len(reference_head.weight))   # padded tails are cut
+        width = batch.input_ids.shape[1]
+        row_N = torch.tensor(mine, dtype=torch.long)[(batch.positions // width).cpu()]
+        chunk = max(1, LOGITS_BUDGET // (24 * vocab))   # six fp32 [C, V] at a time
+        for start in range(0, len(row_N), chunk):
+            part = slice(start, start + chunk)
+            terms = score_tokens(
+                head_logits(hidden_ND[part], head, vocab),
+                head_logits(reference_ND[part], reference_head, vocab),
+                batch.labels[part].to(DEVICE),
+                temperature,
+            )
+            add_terms(terms, row_N[part], sums, bins)
+    dist.all_reduce(sums)
+    dist.all_reduce(bins)
+    root.release()
+    reference.release()
+    return sums, bins
+
+
+def head_logits(hidden_CD, head, vocab):
+    """-> [C, vocab] in fp32"""
+    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
+    return scale_and_softcap(raw, head.scale, head.softcap)[0]
+
+
+def score_tokens(logits_CV, reference_CV, labels_C, temperature):
+    """-> [C, 6] on the host: what score sums a sequence, and the confidence: p of the top-1."""
+    best, top = logits_CV.max(-1)
+    log_total = logits_CV.logsumexp(-1)
+    label_logit = logits_CV.gather(1, labels_C[:, None])[:, 0]
+    logp = torch.log_softmax(logits_CV / temperature, -1)
+    logq = torch.log_softmax(reference_CV / temperature, -1)
+    kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature**2
+    terms = [
+        torch.ones_like(kl),
+        log_total - label_logit,
+        top == labels_C,
+        top == reference_CV.argmax(-1),
+        kl,
+        (best - log_total).exp(),
+    ]
+    return torch.stack([x.double().cpu() for x in terms], 1)
+
+
+def add_terms(terms_C6, row_C, sums, bins):
+    """Adds the terms of each token to its row of sums and to its bin of confidence."""
+    sums.index_add_(0, row_C, terms_C6[:, :5])
+    confidence = terms_C6[:, 5]
+    bin_C = (confidence * BINS).long().clamp(max=BINS - 1)
+    bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+
+
+def layer_outputs(model, input_ids_BT):
+    """Runs inside a root: [B, T, D] after each layer."""
+    outputs = model.base_model(input_ids_BT, use_cache=False, output_hidden_states=True)
+    return outputs.hidden_states[1:]   # the first is of the embeddings
+
+
+@torch.no_grad()
+def layer_errors(root, teacher, batch):
+    """How far each layer of a student is from the layer of the teacher at the same depth."""
+    states = root(layer_outputs, batch.input_ids)
+    teacher_states = teacher(layer_outputs, batch.input_ids)
+    errors = []
+    for i in range(len(states)):
+        # The same layers as block-wise mode matches, but a student may be the deeper one here.
+        j = max(0, round((i + 1) * len(teacher_states) / len(states)) - 1)
+        x_ND = states[i].flatten(0, 1)[batch.positions].double()
+        y_NE = teacher_states[j].flatten(0, 1)[batch.positions].double()
+        errors.append(dict(student=i + 1, teacher=j + 1, **compare_states(x_ND, y_NE)))
+    root.release()
+    teacher.release()
+    return errors
+
+
+def compare_states(x_ND, y_NE):
+    """MSE from x to y (other width: after the best linear map), MSE / variance of y, linear CKA."""
+    tokens, width = x_ND.shape
+    xc = x_ND - x_ND.mean(0)
+    yc = y_NE - y_NE.mean(0)
+    xx = xc.T @ xc
+    xy = xc.T @ yc
+    yy = yc.T @ yc
+    if x_ND.shape == y_NE.shape:
+        missed = x_ND - y_NE
+    else:
+        # Fitted on the tokens that it is judged on: each row of the map and its bias explain one
+        # token for nothing, and those are left out of the average.
+        fitted = xc @ torch.linalg.pinv(xx, hermitian=True) @ xy
+        missed = (yc - fitted) * math.sqrt(tokens / max(tokens - width - 1, 1))
+    mse = missed.square().mean().item()
+    cka = (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
+    return dict(mse=mse, share=mse / yc.square().mean().item(), cka=cka)
+
+
+def try_out(root, tokenizer, input_ids_BT, prompts, seed, allocated):
+    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt.
+    allocated: bytes that were in use before the model was loaded."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    prefill_seconds = [continue_text(root, tokenizer, input_ids_BT, 1)[0] for _ in range(3)]
+    greedy_seconds = []
+    texts = []
+    for prompt in prompts:
+        encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        ids_1T = encoded["input_ids"].to(DEVICE)
+        seconds, greedy = continue_text(root, tokenizer, ids_1T, NEW_TOKENS)
+        _, sampled = continue_text(root, tokenizer, ids_1T, NEW_TOKENS, seed=seed)
+        greedy_seconds.append(seconds)
+        texts.append([greedy, sampled])
+    peak = torch.cuda.max_memory_allocated() - allocated if CUDA else None
+    prefill = input_ids_BT.numel() / min(prefill_seconds)
+    generation = NEW_TOKENS / min(greedy_seconds)
+    return dict(prefill=prefill, generation=generation, texts=texts, memory=peak)
 
 
 def interval(top, bottom, seed):
-    """sum(top) / sum(bottom) and its 95 %, sequences drawn anew: percentiles, widened for few like Student's t."""
-    n, draw, middle = len(top), np.random.default_rng(seed), top.sum() / bottom.sum()
-    picks = (draw.integers(0, n, (100, n)) for _ in range(20))
-    off = np.concatenate([top[i].sum(1) / bottom[i].sum(1) for i in picks]) - middle
+    """-> [sum(top) / sum(bottom), low, high]: 95 % of it when sequences are drawn anew: percentiles
+    of the bootstrap, widened for few sequences like Student's t."""
+    n = len(top)
+    rng = np.random.default_rng(seed)
+    middle = top.sum() / bottom.sum()
+    redrawn = []
+    for _ in range(20):   # 2,000 samples, 100 at a time to save memory
+        picks = rng.integers(0, n, (100, n))
+        redrawn.append(top[picks].sum(1) / bottom[picks].sum(1))
+    off = np.concatenate(redrawn) - middle
+    # The bootstrap's variance is (n - 1) / n of what it estimates; t's 97.5 % point with n - 1
+    # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
-    return [float(middle), *(middle + widen * np.quantile(off, (0.025, 0.975))).tolist()]
-
-
-def read_curves(name):
-    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint is of."""
-    curves, places = {}, (os.path.join(name, up, "log.jsonl") for up in ("..", "../.."))
-    with open(next(filter(os.path.isfile, places), os.devnull), encoding="utf-8") as f:
-        for entry in (json.loads(line) for line in f if line.endswith("}\n")):
-            for key in (k for k in entry if k.endswith("loss") and entry[k]):
-                curves.setdefault(key, []).append((entry[key.split("/")[0] + "/step"], entry[key]))
-    return curves
+    low, high = middle + widen * np.quantile(off, (0.025, 0.975))
+    return [float(middle), float(low), float(high)]
 
 
 def compute_metrics(models, tables, sizes, seed):
-    """The figures of each model, from its sums a sequence (see score) and the bytes of each."""
-    for label, m in models.items():
-        counts, nats, *_ = tables[label].T
-        tokens, _, right, agreed, kl = tables[label].sum(0).tolist()
-        judged, files = m.pop("judged"), glob.glob(os.path.join(glob.escape(m["name"]), "*.safetensors"))
-        m["perplexity"], *m["perplexity_95"] = (math.exp(min(x, 700)) for x in interval(nats, counts, seed))
-        m["bits"], *m["bits_95"] = interval(nats / math.log(2), sizes, seed)
-        m |= dict(tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens if judged else None,
-                  kl=kl / tokens if judged else None, ece=sum(abs(h - c) for _, h, c in m["bins"]) / tokens,
-                  disk=sum(map(os.path.getsize, files)) or m["disk"])
-        m["ratio"] = {k: m[k] / whole for k in METRICS if m[k] is not None and (whole := models["teacher"][k])}
-        m["curves"] = {} if label == "teacher" else read_curves(m["name"])
-        for name, key in (("MSE / variance", "share"), ("CKA", "cka")):
-            m["curves"][name] = [(x["student"], x[key]) for x in m["layers"]]
-        m["curves"]["reliability"] = [(c / n, h / n) for n, h, c in m["bins"] if n]
-    for label, m in models.items():
-        gap, low, high = interval((tables["student"] - tables[label])[:, 1] / math.log(2), sizes, seed)
-        verdict = "better" if high < 0 else "worse" if low > 0 else "no significant difference"
-        m["student_against_it"] = dict(difference=gap, interval=[low, high], verdict=verdict)
+    """Adds to the figures of each model those of its sums a sequence (see score) and of the bytes
+    of each, what they are of the teacher's, its curves, and the student's lead over it."""
+    for label, figures in models.items():
+        figures.update(measure_quality(tables[label], figures["bins"], sizes, seed))
+        figures["curves"] = collect_curves(label, figures)
+        if not figures.pop("same_tokenizer"):   # these need one vocabulary
+            figures["agreement"] = None
+            figures["kl"] = None
+    for label, figures in models.items():
+        figures["ratio"] = {}
+        for key in METRICS:
+            whole = models["teacher"][key]
+            if figures[key] is not None and whole:   # the teacher's KL is 0
+                figures["ratio"][key] = figures[key] / whole
+        ahead = tables["student"][:, 1] - tables[label][:, 1]
+        figures["student_against_it"] = judge_difference(ahead / math.log(2), sizes, seed)
+
+
+def measure_quality(table, bins, sizes, seed):
+    counts, nats, *_ = table.T
+    tokens, _, right, agreed, kl = table.sum(0).tolist()
+    perplexity, *perplexity_95 = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
+    bits, *bits_95 = interval(nats / math.log(2), sizes, seed)
+    ece = sum(abs(hits - confidence) for _, hits, confidence in bins) / tokens
+    return dict(
+        perplexity=perplexity, perplexity_95=perplexity_95, bits=bits, bits_95=bits_95,
+        tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens, kl=kl / tokens,
+        ece=ece,
+    )
+
+
+def judge_difference(bits, sizes, seed):
+    """bits of each sequence, the student's less the other's -> their difference a byte."""
+    difference, low, high = interval(bits, sizes, seed)
+    if high < 0:
+        verdict = "better"
+    elif low > 0:
+        verdict = "worse"
+    else:
+        verdict = "no significant difference"
+    return dict(difference=difference, interval=[low, high], verdict=verdict)
+
+
+def collect_curves(label, figures):
+    """-> {name: [(x, y), ...]} for the picture."""
+    layers = figures["layers"]
+    curves = {} if label == "teacher" else read_losses(figures["name"])
+    curves["MSE / variance"] = [(layer["student"], layer["share"]) for layer in layers]
+    curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
+    curves["reliability"] = [
+        (confidence / count, hits / count) for count, hits, confidence in figures["bins"] if count
+    ]
+    return curves
+
+
+def read_losses(name):
+    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
+    is of; nothing where there is none."""
+    paths = [os.path.join(name, up, "log.jsonl") for up in ("..", "../..")]
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths:
+        return {}
+    with open(paths[0], encoding="utf-8") as f:
+        # Not read_jsonl, which mends the file: the run may be writing its last line.
+        entries = [json.loads(line) for line in f if line.endswith("}\n")]
+    losses = {}
+    for entry in entries:
+        for key, value in entry.items():
+            if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                step = entry[key.split("/")[0] + "/step"]
+                losses.setdefault(key, []).append((step, value))
+    return losses
+
+
+def disk_bytes(name, parameters, dtype):
+    """Of its weights; a hub name or a checkpoint, which has none of its own: as saved in dtype."""
+    files = glob.glob(os.path.join(glob.escape(name), "*.safetensors"))
+    return sum(os.path.getsize(file) for file in files) or parameters * dtype.itemsize
 
 
 def draw_report(path, models):
     """Four panels; shades, lines and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2).flatten()
-    for i, (label, m) in enumerate(models.items()):
-        color, mark = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))[i % 4]
-        for panel, key, line in CURVES:
-            if points := m["curves"].get(key):
-                panels[panel].plot(*zip(*points), line.format(mark), color=color, markersize=5, label=f"{label}: {key}")
-        around = [[abs(x - m["bits"])] for x in m["bits_95"]]
-        size = m["parameters"] * 1.05 ** i   # aside a little: models of one size are the common case
-        panels[2].errorbar(size, m["bits"], around, fmt=mark, color=color, capsize=3, label=label)
-    panels[3].plot([0, 1], [0, 1], color="0.85", zorder=0)
-    for panel, words in zip(panels, PANELS):
-        panel.set(**words)
-        panel.get_legend_handles_labels()[0] and panel.legend(fontsize=8, frameon=False)
-    panels[2].set_xticks(sizes := sorted({m["parameters"] for m in models.values()}), map(tqdm.format_sizeof, sizes))
-    panels[2].minorticks_off(), panels[2].margins(0.25), panels[1].xaxis.get_major_locator().set_params(integer=True)
+    (training, layers), (quality, reliability) = figure.subplots(2, 2)
+    styles = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))
+    for i, (label, figures) in enumerate(models.items()):
+        color, marker = styles[i % len(styles)]
+        for panel, key, line in (
+            (training, "train/ce_loss", "-"),
+            (training, "train/kl_loss", ":"),
+            (training, "eval/ce_loss", marker),
+            (layers, "MSE / variance", marker + "-"),
+            (layers, "CKA", marker + ":"),
+            (reliability, "reliability", marker + "-"),
+        ):
+            points = figures["curves"].get(key)
+            if points:
+                xs, ys = zip(*points, strict=True)
+                panel.plot(xs, ys, line, color=color, markersize=5, label=f"{label}: {key}")
+        size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
+        bits = figures["bits"]
+        around = [[abs(x - bits)] for x in figures["bits_95"]]
+        quality.errorbar(size, bits, around, fmt=marker, color=color, capsize=3, label=label)
+    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
+
+    training.set(title="Training", xlabel="step", ylabel="nats a token")
+    layers.set(
+        title="Layers against the teacher's", xlabel="student layer", ylabel="MSE / variance; CKA"
+    )
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    quality.set(
+        title="Quality against size", xlabel="parameters", xscale="log",
+        ylabel="bits a byte, held out, 95 %",
+    )
+    sizes = sorted({figures["parameters"] for figures in models.values()})
+    quality.set_xticks(sizes, [tqdm.format_sizeof(size) for size in sizes])
+    quality.minorticks_off()
+    quality.margins(0.25)
+    reliability.set(
+        title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)
+    )
+    for panel in (training, layers, quality, reliability):
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def show_number(x):
+    if x is None:
+        return "-"
+    if abs(x) < 1e4:
+        return f"{x:.4g}"
+    return f"{x:,.0f}"
+
+
+def show_figure(label, figures, key):
+    """The cell of a model in the table: value (low to high), so many x of the teacher's."""
+    shown = show_number(figures[key])
+    if key + "_95" in figures:
+        low, high = figures[key + "_95"]
+        shown += f" ({show_number(low)} to {show_number(high)})"
+    if label != "teacher" and key in figures["ratio"]:
+        shown += f", {show_number(figures['ratio'][key])} x"
+    return shown
+
+
+def markdown_table(header, rows):
+    """-> lines, an empty one before and after."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return ["", *lines, ""]
+
+
+def summary_lines(setting, models):
+    """The beginning of report.md, printed too: verdicts, the table, how it was measured."""
+    lines = [f"# {models['student']['name']}: the report", ""]
+    for label, figures in models.items():
+        if label != "student":
+            against = figures["student_against_it"]
+            low, high = against["interval"]
+            lines.append(
+                f"- student against {label}: {against['difference']:+.4f} bits a byte "
+                f"({low:+.4f} to {high:+.4f}): {against['verdict']}"
+            )
+    rows = []
+    for key, title in METRICS.items():
+        cells = [show_figure(label, figures, key) for label, figures in models.items()]
+        rows.append([title, *cells])
+    lines += markdown_table(["", *models], rows)
+    settings = ", ".join(f"{key} {value}" for key, value in setting.items())
+    return [*lines, f"{settings}. {LEGEND}", ""]
+
+
+def detail_lines(models, prompts):
+    """The rest of report.md: the layers of each model, then continuations of the prompts."""
+    lines = []
+    for label, figures in models.items():
+        rows = [[show_number(x) for x in layer.values()] for layer in figures["layers"]]
+        if rows:
+            header = ["layer", "teacher's", "MSE", "MSE / variance", "CKA"]
+            lines += [f"## Layers of {label}", *markdown_table(header, rows)]
+    for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
+        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
+        for label, figures in models.items():
+            lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
+        lines.append("")
+    return lines
 
 
 def write_report(folder, setting, models, prompts):
     """report.json, report.png and report.md -> the beginning of the last"""
-    lines = [f"# {models['student']['name']}: the report", ""]
-    show = lambda x: "-" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"
-    for label, x in ((k, m["student_against_it"]) for k, m in models.items() if k != "student"):
-        gap = "{:+.4f} bits a byte ({:+.4f} to {:+.4f})".format(x["difference"], *x["interval"])
-        lines += [f"- student against {label}: {gap}: {x['verdict']}"]
-
-    def cell(label, m, key):
-        around = f" ({' to '.join(map(show, m[key + '_95']))})" if key + "_95" in m else ""
-        return show(m[key]) + around + f", {show(m['ratio'].get(key))} x" * (label != "teacher" and key in m["ratio"])
-
-    def table(*rows):
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        pad = lambda row, fill=" ": "| " + " | ".join(x.ljust(w, fill) for x, w in zip(row, widths)) + " |"
-        return ["", pad(rows[0]), pad([""] * len(widths), "-"), *map(pad, rows[1:]), ""]
-
-    cells = ([title, *(cell(*x, key) for x in models.items())] for key, title in METRICS.items())
-    lines += table(["", *models], *cells)
-    lines += [", ".join(f"{k} {v}" for k, v in setting.items()) + ". " + LEGEND, ""]
+    summary = summary_lines(setting, models)
     try:
         draw_report(os.path.join(folder, "report.png"), models)
-        lines += ["![training, layers, quality against size, reliability](report.png)", ""]
+        summary += ["![training, layers, quality against size, reliability](report.png)", ""]
     except ImportError:
-        lines += ["No report.png: pip install matplotlib", ""]
-    start = "\n".join(["", *lines])
-    for label, m in models.items():
-        if cells := [list(map(show, x.values())) for x in m["layers"]]:
-            lines += [f"## Layers of {label}", *table(["layer", "teacher's", "MSE", "MSE / variance", "CKA"], *cells)]
-    for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
-        said = [f"    {label}: {text!r}" for label, m in models.items() for text in m["texts"][i]]
-        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", "", *said, ""]
-    write_json(dict(setting=setting, models=models, prompts=prompts), os.path.join(folder, "report.json"))
+        summary += ["No report.png: pip install matplotlib", ""]
+    everything = dict(setting=setting, models=models, prompts=prompts)
+    write_json(everything, os.path.join(folder, "report.json"))
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(lines))
-    return start
+        f.write("\n".join([*summary, *detail_lines(models, prompts)]))
+    return "\n".join(["", *summary])
 
 
-def load_evaluated(cfg, name):
-    """A model, or checkpoints/step-... of a run in progress."""
-    if not os.path.exists(os.path.join(name, "state.json")):
-        return load_teacher(dataclasses.replace(cfg, teacher=name))
-    found = find_checkpoints(name, None)
-    made, folder = found[0][1]["config"], os.path.dirname(os.path.dirname(os.path.realpath(name)))
-    made |= dict(output_dir=folder, dtype=cfg.dtype, cache_dir=made.pop("cache", None))   # from a cache: no teacher needed
-    root = load_student(Config(**made)).eval()
-    load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
-    return root
+def choose_prompts(rows, tokenizer):
+    """The beginnings of three rows (fewer where there are fewer): up to the first counted token,
+    and at least 32 tokens."""
+    prompts = []
+    for i in range(0, len(rows), -(-len(rows) // 3)):
+        first_counted = int(collate([rows[i]]).positions[0])
+        prompts.append(tokenizer.decode(rows[i]["input_ids"][:max(32, first_counted + 1)]))
+    return prompts
 
 
-@torch.no_grad()
-def score(root, teacher, rows, batch_size, temperature):
-    """-> [rows, 5] sums a sequence: tokens, -log p, top-1 right, top-1 the teacher's, KL to it (with its T^2); and
-    [15, 3] tokens, hits, confidence a bin of confidence."""
-    sums, bins = torch.zeros(len(rows), 5, dtype=torch.float64), torch.zeros(15, 3, dtype=torch.float64)
-    for mine in rows_of_this_rank(rows, batch_size):
-        batch = collate([rows[i] for i in mine])
-        sides = [x(counted_hidden, batch) for x in (root, teacher)]
-        row_N = torch.tensor([*mine, 0])[(batch.positions // batch.input_ids.shape[1]).cpu()]
-        vocab = min(len(head.weight) for _, head in sides)
-        for part in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocab))):   # six fp32 [C, V] at a time
-            z, y = (scale_and_softcap(nn.functional.linear(h[part], head.weight, head.bias)[:, :vocab], *head[2:])[0]
-                    for h, head in sides)
-            (best, top), total, label_C1 = z.max(-1), z.logsumexp(-1), batch.labels[part, None].to(DEVICE)
-            logp, logq = (torch.log_softmax(x / temperature, -1) for x in (z, y))
-            kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature ** 2
-            terms = torch.stack([x.double().cpu() for x in (
-                torch.ones_like(kl), total - z.gather(1, label_C1)[:, 0], top == label_C1[:, 0], top == y.argmax(-1),
-                kl, (best - total).exp())], 1)
-            sums.index_add_(0, row_N[part], terms[:, :5])
-            bins.index_add_(0, (terms[:, 5] * 15).long().clamp(max=14), terms[:, [0, 2, 5]])
-    dist.all_reduce(sums), dist.all_reduce(bins), root.release(), teacher.release()
-    return sums, bins
-
-
-@torch.no_grad()
-def layer_errors(root, teacher, batch):
-    """A student layer: MSE to the teacher's (other width: after the best linear map), MSE / variance, linear CKA."""
-    look = lambda model: model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True).hidden_states
-    (_, *ours), (_, *theirs), layers = root(look), teacher(look), []
-    for s, h in enumerate(ours):
-        t = max(0, round((s + 1) * len(theirs) / len(ours)) - 1)   # as block-wise mode maps them
-        x, y = (h.flatten(0, 1)[batch.positions].double() for h in (h, theirs[t]))
-        (xc, yc), (n, width) = (h - h.mean(0) for h in (x, y)), x.shape
-        xx, xy, yy = xc.T @ xc, xc.T @ yc, yc.T @ yc
-        missed = x - y if x.shape == y.shape else (   # each row of the map takes a token away from the average
-            yc - xc @ torch.linalg.pinv(xx, hermitian=True) @ xy) * math.sqrt(n / max(n - width - 1, 1))
-        mse, cka = missed.square().mean().item(), (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
-        layers.append(dict(student=s + 1, teacher=t + 1, mse=mse, share=mse / yc.square().mean().item(), cka=cka))
-    root.release(), teacher.release()
-    return layers
-
-
-def try_out(root, tokenizer, ids_BT, prompts, seed, others):
-    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt."""
-    CUDA and torch.cuda.reset_peak_memory_stats()
-    prefill = ids_BT.numel() / min(continue_text(root, tokenizer, ids_BT, 1)[0] for _ in range(3))
-    ids = [tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"].to(DEVICE) for x in prompts]
-    seconds, texts = zip(*(zip(continue_text(root, tokenizer, x), continue_text(root, tokenizer, x, seed=seed)) for x in ids))
-    return dict(prefill=prefill, generation=48 / min(greedy for greedy, _ in seconds), texts=texts,
-                memory=torch.cuda.max_memory_allocated() - others if CUDA else None)
+def counted_bytes(rows, tokenizer):
+    """-> the length of the counted text of each row, in UTF-8."""
+    sizes = []
+    for row in rows:
+        text = tokenizer.decode(collate([row]).labels, skip_special_tokens=True)
+        sizes.append(len(text.encode()))
+    return sizes
 
 
 def report(cfg):
-    """What was lost, what was gained, was the teacher worth it? -> report.md, report.json, report.png in output_dir."""
-    run = cfg
-    student = os.path.join(cfg.output_dir, "final") if cfg.student == "demo" else cfg.student
-    names, models, tables, teacher = {"teacher": run.teacher, "student": student}, {}, {}, None
-    for name in cfg.compare:
-        short = os.path.basename(name.rstrip("/").removesuffix("/final"))
-        names[name if short in names else short] = name
-    for role, name in names.items():   # a name that is no model is refused before any work
-        os.path.exists(os.path.join(name, "state.json")) or model_config(name, run, role)
-    base = load_tokenizer(run, run.teacher, student)
-    _, rows = load_data(run, base)
+    """What was lost, what was gained, was the teacher worth it? -> report.md, report.json and
+    report.png in output_dir."""
+    names = name_models(cfg)
+    for label, name in names.items():   # a name that is no model is refused before any work
+        if not is_checkpoint(name):
+            model_config(name, cfg, label)
+    tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
+    _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
-        raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text or lower --seq_len")
-    few = collate([*itertools.islice(rows, 8192 // cfg.seq_len + 1)])   # for the layers, the same on every rank
-    prompts = [base.decode(x["input_ids"][:max(32, collate([x]).positions[0] + 1)])
-               for x in itertools.islice(rows, 0, None, -(-len(rows) // 3))]
+        raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
+                        "or lower --seq_len")
+    probe_rows = min(len(rows), 8192 // cfg.seq_len + 1)
+    probe_batch = collate([rows[i] for i in range(probe_rows)])   # for layers, same on every rank
+    prompts = choose_prompts(rows, tokenizer)
+    dtype = compute_dtype(cfg)
+    unnamed = dataclasses.replace(cfg, tokenizer=None)   # to find the one that a model brings
+
+    models = {}   # {label: figures}
+    tables = {}   # {label: sums a sequence}
+    teacher = None
     for label, name in names.items():
-        before, root = torch.cuda.memory_allocated(), load_evaluated(run, name)
-        own, told = load_tokenizer(dataclasses.replace(run, tokenizer=None), name) or base, rows
-        judge = teacher = teacher or root
-        check_head(root, label, name, own)
-        try:
-            compare_tokenizers(base, own, run.teacher, name)
-        except UserError:   # perplexity of its own tokens, bits on the same bytes, nothing that needs one vocabulary
-            told, judge = retokenize(rows, base, own), None
-        tables[label], bins = score(root, judge or root, told, cfg.batch_size, cfg.temperature)
-        batch = collate([told[i % len(told)] for i in range(cfg.batch_size)])
+        allocated = torch.cuda.memory_allocated()
+        root = load_model(cfg, name)
+        teacher = teacher or root   # which comes first, and stays
+        model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
+        check_head(root, label, name, model_tokenizer)
+        rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
+        reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
+        sums, bins = score(root, reference, rows_here, cfg.batch_size, cfg.temperature)
+        tables[label] = sums.numpy()
+        layers = []
+        if reference is not root:
+            layers = layer_errors(root, teacher, probe_batch)
+        numbers = range(cfg.batch_size)   # there may be fewer rows
+        prefill_ids = collate([rows_here[i % len(rows_here)] for i in numbers]).input_ids
+        parameters = root.model.num_parameters()
+        trial = try_out(root, model_tokenizer, prefill_ids, prompts, cfg.seed, allocated)
         models[label] = dict(
-            name=name, parameters=(size := root.model.num_parameters()), disk=size * compute_dtype(cfg).itemsize,
-            judged=judge is not None, layers=[] if judge in (None, root) else layer_errors(root, judge, few),
-            bins=bins.tolist(), **try_out(root, own, batch.input_ids, prompts, cfg.seed, before))
-        del root
+            name=name, same_tokenizer=same, parameters=parameters,
+            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(), **trial,
+        )
+        del root   # before the next one is read
+
     if RANK == 0:
-        sizes = [len(base.decode(collate([row]).labels, skip_special_tokens=True).encode()) for row in rows]
-        setting = dict(dataset=run.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD, device=DEVICE.type,
-                       dtype=str(compute_dtype(cfg))[6:], temperature=cfg.temperature, prefill=[*batch.input_ids.shape])
-        compute_metrics(models, {label: table.numpy() for label, table in tables.items()}, np.array(sizes), cfg.seed)
-        print0(write_report(cfg.output_dir, setting, models, prompts * cfg.generate_comparisons))
+        sizes = counted_bytes(rows, tokenizer)
+        setting = dict(
+            dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
+            device=DEVICE.type, dtype=str(dtype).removeprefix("torch."),
+            temperature=cfg.temperature, prefill=list(prefill_ids.shape),
+        )
+        compute_metrics(models, tables, np.array(sizes), cfg.seed)
+        if not cfg.generate_comparisons:
+            prompts = []
+        print0(write_report(cfg.output_dir, setting, models, prompts))
 
 
 # --------------------------------------------------------------------------------------------------

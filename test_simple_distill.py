@@ -1598,11 +1598,15 @@ def test_checkpoints_keep_checkpoints(out, student, text):
     assert state["step"] == 5 and state["epoch"] == pytest.approx(column(out, "train/epoch")[-1])
 
 
-def test_checkpoints_an_unreadable_newest_checkpoint_is_passed_over(tmp_path, out, student, text):
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:100],                        # truncated: known by its size
+    lambda content: bytes(100) + content[100:],           # of the right size: known when it is loaded
+], ids=["truncated", "overwritten"])
+def test_checkpoints_an_unreadable_newest_checkpoint_is_passed_over(tmp_path, out, student, text, damage):
     fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
     distil(out, **fields, max_steps=4)
     for file in Path(out, "checkpoints", "step-00000004").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:100])
+        file.write_bytes(damage(file.read_bytes()))
     shown = distil(out, **fields, max_steps=6)
     assert re.search("step-00000004 .*passed over", shown.out + shown.err)
     distil(tmp_path / "whole", **fields, max_steps=6)
@@ -2290,6 +2294,41 @@ def test_cache_has_decided_the_data(_cache_home, tmp_path, capsys):
     assert "; 3 held out" in capsys.readouterr().out and not os.path.exists(tmp_path / "o/demo")
     assert sd.main(["--config", str(tmp_path / "o/config.json"), "--output_dir", str(tmp_path / "p")]) == 0
     assert [e.get("train/loss") for e in _cache_log(tmp_path / "o")] == [e.get("train/loss") for e in _cache_log(tmp_path / "p")]
+
+
+def test_cache_sets_what_is_not_typed(_cache_home, tmp_path, capsys):
+    """seq_len and temperature are the cache's, the plan says so, and the run is that of both typed."""
+    cache = tmp_path / "c"
+    assert sd.main(_cache_fill(_cache_home, cache, "--temperature", 2)) == 0
+    typed = _cache_train(_cache_home, tmp_path / "typed", "--cache_dir", cache, "--temperature", 2)
+    assert sd.main(typed) == 0
+    assert f"teacher: cache {cache}\n" in capsys.readouterr().out
+    untyped = _cache_train(_cache_home, tmp_path / "untyped", "--cache_dir", cache)
+    at = untyped.index("--seq_len")
+    del untyped[at:at + 2]
+    assert sd.main(untyped) == 0
+    assert f"teacher: cache {cache}, which sets seq_len 32 and temperature 2.0\n" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "untyped/config.json").read_text())
+    assert (saved["seq_len"], saved["temperature"]) == (32, 2.0)
+    again = ["--config", str(tmp_path / "untyped/config.json"), "--output_dir", str(tmp_path / "again")]
+    assert sd.main(again) == 0
+    losses = [[entry.get("train/loss") for entry in _cache_log(tmp_path / name)] for name in ("typed", "untyped", "again")]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_cache_leaves_what_is_typed(_cache_home, tmp_path):
+    """A default that is typed is typed."""
+    cache = tmp_path / "c"
+    assert sd.main(_cache_fill(_cache_home, cache, "--temperature", 2)) == 0
+    words = ["--student", _cache_home + "student", "--cache_dir", str(cache), "--temperature", "3"]
+    for given, seq_len in (({"seq_len", "temperature"}, 512), ({"temperature"}, 32)):
+        cfg = sd.parse_config(words)
+        cfg.given = frozenset(given)
+        taken = sd.take_from_cache(cfg)
+        assert (taken.seq_len, taken.temperature) == (seq_len, 3.0)
+        assert "temperature" in taken.given and ("seq_len" in taken.given) == (seq_len == 512)
+        with pytest.raises(sd.UserError, match="temperature 2.0 there, 3.0 here"):
+            sd.open_cache(taken)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
