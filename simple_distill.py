@@ -37,7 +37,7 @@ import json
 import math
 import os
 import random   # optional: generate
-import re
+import re   # optional: blockwise generate
 import resource
 import shlex   # optional: cache
 import shutil
@@ -71,7 +71,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
 import huggingface_hub   # optional: demo
 import numpy as np
-import safetensors.numpy
+import safetensors.numpy   # optional: cache
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -2635,10 +2635,14 @@ def run_demo(run_mode, cfg):
     if resolved is None:   # a signal stopped the training of the teacher
         return False
     done = run_mode(resolved)
-    whole = cfg.student == cfg.teacher == cfg.dataset == "demo"
-    if whole and done and cfg.mode == "train" and cfg.alpha < 1 and not uses_cache(cfg):
-        report_demo(resolved)   # optional: eval
+    if done and is_whole_demo(cfg):   # optional: eval
+        report_demo(resolved)
     return done
+
+
+def is_whole_demo(cfg):   # optional: eval
+    names = {cfg.teacher, cfg.student, cfg.dataset}
+    return cfg.mode == "train" and names == {"demo"} and cfg.alpha < 1 and not uses_cache(cfg)
 
 
 def report_demo(cfg):   # optional: eval
