@@ -3800,6 +3800,187 @@ def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
 
 
 # --------------------------------------------------------------------------------------------------
+# Forks: python test_simple_distill.py --fork DIR --without cache generate ... writes the package less
+# those chapters. A chapter is what stands under its banner, the lines that are marked
+# `# optional: NAME` with what is indented under them, its knobs, its tests, its README section. A
+# line that is marked with several names goes when all of them go.
+
+OPTIONAL = ("streaming", "demo", "cache", "blockwise", "generate", "eval")
+PACKAGE = ("simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
+           "requirements.txt", "README.md", ".ci/run", ".gitignore", ".pytest.ini", ".ruff.toml")
+BANNER = re.compile(r"(\s*)# -----")
+MARK = re.compile(r"(?:#|<!--) optional: ([\w ]+?)\s*(?:-->.*)?$", re.IGNORECASE)
+
+
+def fork(folder, without):
+    """Write the package less the chapters named."""
+    unknown = set(without) - set(OPTIONAL)
+    if unknown:
+        sys.exit(f"error: no optional chapter {', '.join(sorted(unknown))}; "
+                 f"there are {', '.join(OPTIONAL)}")
+    if os.path.isdir(folder) and os.listdir(folder):
+        sys.exit(f"error: {folder!r} is not empty; name a new folder")
+    for name in PACKAGE:
+        text = (HERE / name).read_text()
+        if name.endswith(".py"):
+            text = without_chapters(text, set(without))
+        elif name.endswith(".md"):
+            text = without_sections(text, set(without))
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        shutil.copymode(HERE / name, path)
+
+
+def indentation(line):
+    return len(line) - len(line.lstrip())
+
+
+def marked(line):
+    """-> the names of the mark at the end of a line, none where there is no mark."""
+    mark = MARK.search(line)
+    return set(mark[1].lower().split()) if mark else set()
+
+
+def without_chapters(text, without):
+    """Python source less what is marked with names that are all in `without`."""
+    lines = text.split("\n")
+    kept = []
+    i = 0
+    while i < len(lines):
+        banner = BANNER.match(lines[i])
+        if banner and banner_names(lines, i) & without:
+            i = end_of_chapter(lines, i, len(banner[1]))
+        elif marked(lines[i]) and marked(lines[i]) <= without:
+            i = end_of_block(lines, i)
+        else:
+            kept.append(lines[i])
+            i += 1
+    text = "\n".join(kept).rstrip("\n") + "\n"
+    return re.sub(r"\n{4,}", "\n\n\n", text)   # where something stood between blank lines
+
+
+def banner_names(lines, i):
+    """A banner is a line of dashes; its title ends that line or begins the next one."""
+    title = re.search(r"optional: (\w+)", " ".join(lines[i:i + 2]), re.IGNORECASE)
+    return {title[1]} if title else set()
+
+
+def end_of_chapter(lines, i, depth):
+    """The line of the next banner that is indented no deeper."""
+    for j in range(i + 1, len(lines)):
+        banner = BANNER.match(lines[j])
+        if banner and len(banner[1]) <= depth:
+            return j
+        if lines[j].strip() and indentation(lines[j]) < depth:
+            return j
+    return len(lines)
+
+
+def end_of_block(lines, i):
+    """Past a line and what is indented deeper, a closing bracket included."""
+    depth = indentation(lines[i])
+    j = i + 1
+    while j < len(lines) and (not lines[j].strip() or indentation(lines[j]) > depth):
+        j += 1
+    while not lines[j - 1].strip():   # blank lines belong to what follows
+        j -= 1
+    if j < len(lines) and indentation(lines[j]) == depth and lines[j].lstrip()[:1] in ")]}":
+        j += 1
+    return j
+
+
+def without_sections(text, without):
+    """Markdown less its marked lines and, where a heading is marked, all to the next heading."""
+    kept = []
+    skipping = False
+    for line in text.split("\n"):
+        gone = bool(marked(line)) and marked(line) <= without
+        if line.startswith("#"):
+            skipping = gone
+        if not skipping and not gone:
+            kept.append(line)
+    return "\n".join(kept)
+
+FORKS = [[name] for name in OPTIONAL] + [list(OPTIONAL)]
+
+
+@pytest.mark.parametrize("without", FORKS, ids=" ".join)
+def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, student, text):
+    """No name undefined or imported in vain, no knob that nothing reads, and two steps train."""
+    folder = tmp_path / "my_trainer"
+    fork(folder, without)
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F", "."],
+                             cwd=folder, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    source = (folder / "simple_distill.py").read_text() + (folder / "config.py").read_text()
+    shown = subprocess.run(
+        [sys.executable, "-c", "import config; config.parse_or_exit(['--help'])"],
+        cwd=folder, capture_output=True, text=True).stdout
+    knobs = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
+    assert "learning_rate" in knobs
+    unread = [name for name in knobs if not re.search(rf"\bcfg\.{name}\b", source)]
+    assert set(unread) <= {"config", "help"}, unread
+    for name in without:
+        assert f"# Optional: {name}:" not in source
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 2}
+    run = Fork(tmp_path / "log.txt", *flags(**fields, output_dir=out), package=folder)
+    assert "done in" in run.wait(), Path(run.log).read_text()[-3000:]
+    assert len(log(out, "train")) == 2
+
+
+def run_tests_of(folder, *words):
+    """The fork's own tests, as its owner would run them -> pytest's closing lines."""
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=folder,
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    return ran.stdout
+
+
+def test_forks_smallest_passes_its_quick_tests(tmp_path):
+    fork(tmp_path / "smallest", OPTIONAL)
+    shown = run_tests_of(tmp_path / "smallest", "-k", "losses or optimiser or data_conversation")
+    assert re.search(r"\d+ passed", shown)
+
+
+@pytest.mark.campaign
+def test_forks_smallest_passes_all_its_tests(tmp_path):
+    fork(tmp_path / "smallest", OPTIONAL)
+    run_tests_of(tmp_path / "smallest")
+
+
+def test_forks_refuse_an_unknown_chapter_and_a_folder_in_use(tmp_path):
+    with pytest.raises(SystemExit, match="no optional chapter cahce"):
+        fork(tmp_path / "a", ["cahce"])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is not empty"):
+        fork(tmp_path / "b", ["cache"])
+
+
+def test_forks_cut_a_marked_line_with_what_is_under_it():
+    text = "\n".join([
+        "a = 1",
+        "if x:   # optional: cache",
+        "    b = 2",
+        "",
+        "    c = 3",
+        "d = knob(   # optional: cache eval",
+        "    4",
+        ")",
+        "e = 5   # optional: cache",
+        "# ----- optional: eval",
+        "f = 6",
+        "# ----- core",
+        "g = 7",
+    ])
+    kept = without_chapters(text, {"cache"}).split()
+    assert "b" not in kept and "e" not in kept
+    assert "d" in kept and "f" in kept   # marked for two, of which one stays
+    assert without_chapters(text, {"cache", "eval"}) == "a = 1\n# ----- core\ng = 7\n"
+
+
+# --------------------------------------------------------------------------------------------------
 # Package: six files, small, documented, its README true.
 
 
