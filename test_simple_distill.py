@@ -4,6 +4,7 @@
     pytest -m campaign                       # what takes long
     python test_simple_distill.py --bench    # tables of speed and memory
 """
+import argparse
 import ast
 import atexit
 import collections
@@ -3570,40 +3571,59 @@ def test_eval_final_loads_as_in_lm_evaluation_harness(_eval_world):
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: killed anywhere, on many ranks, a week of every mode, as processes.
-
+# Runs: killed anywhere, on many ranks, a week of every mode: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {"map": {}, "stream": dict(streaming=True, shuffle_buffer=7), "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
-          "dropout": dict(student="dropout"), "2 ranks": dict(ranks=2, batch_size=2)}
+KILLED = {   # what the run is besides plain; ranks: how many processes
+    "map": {},
+    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
+    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
+    "dropout": dict(student="dropout"),
+    "2 ranks": dict(ranks=2, batch_size=2),
+}
+
+
+def half_saved(out):
+    """Whether a checkpoint is being written, or was when the run was killed."""
+    return bool(list(Path(out, "checkpoints").glob("tmp-*")))
 
 
 def killed_run(tmp_path, teacher, student, text, kind, kills, seed):
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4, "max_steps": 12, "save_steps": 2,
-              "eval_steps": 5, "eval_samples": 8, "alpha": 0.4, "lr_scheduler": "cosine", **KILLED[kind]}
-    ranks, random_ = fields.pop("ranks", 1), random.Random(seed)
+    """A run that is killed again and again against one that is not: every second kill falls into a
+    save, the others anywhere."""
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4,
+              "max_steps": 12, "save_steps": 2, "eval_steps": 5, "eval_samples": 8, "alpha": 0.4,
+              "lr_scheduler": "cosine", **KILLED[kind]}
+    ranks = fields.pop("ranks", 1)
     if fields["student"] == "dropout":
         fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    start = time.time()
-    assert "done in" in Fork(tmp_path / "whole.txt", *flags(**{**fields, "output_dir": whole}), ranks=ranks).wait()
-    usual, inside = time.time() - start, 0
-    half_saved = lambda: bool(list(Path(broken, "checkpoints").glob("tmp-*")))
+    whole = str(tmp_path / "whole")
+    broken = str(tmp_path / "broken")
+    pick = random.Random(seed)
+
+    def start(out):
+        return Fork(f"{out}.txt", *flags(**{**fields, "output_dir": out}), ranks=ranks)
+
+    begun = time.time()
+    assert "done in" in start(whole).wait()
+    usual_seconds = time.time() - begun
+    inside = 0
     for n in range(kills):
-        run = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks)
-        if n % 2 == 0:   # in the middle of a save
+        run = start(broken)
+        if n % 2 == 0:
             end = time.time() + 30
-            while not half_saved() and time.time() < end and not os.path.isdir(f"{broken}/final"):
-                pass
+            while time.time() < end and not half_saved(broken):
+                if os.path.isdir(f"{broken}/final"):
+                    break
         else:
-            time.sleep(usual * random_.uniform(0.3, 0.9))
+            time.sleep(usual_seconds * pick.uniform(0.3, 0.9))
         run.signal(signal.SIGKILL).wait()
-        inside += half_saved()
-    shown = Fork(tmp_path / "broken.txt", *flags(**{**fields, "output_dir": broken}), ranks=ranks).wait()
+        inside += half_saved(broken)
+    shown = start(broken).wait()
     assert os.path.isdir(f"{broken}/final"), shown[-3000:]
     assert same(final_weights(whole), final_weights(broken)), shown
     assert quiet_log(whole) == quiet_log(broken)
-    assert kills < 2 or inside, "no kill fell into a save"
+    assert kills < 2 or inside > 0, "no kill fell into a save"
 
 
 @pytest.mark.parametrize("kind", KILLED)
@@ -3619,46 +3639,64 @@ def test_runs_twelve_kills(tmp_path, teacher, student, text, kind):
 
 def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3, "save_steps": 2}
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=tmp_path / "a"), ranks=2).wait()
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3,
+              "save_steps": 2}
+    straight = tmp_path / "straight"
+    moved = tmp_path / "moved"
+    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=straight), ranks=2).wait()
     for ranks, steps in ((2, 2), (1, 4), (2, 6)):
-        shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=steps, output_dir=tmp_path / "b"), ranks=ranks).wait()
-        assert Path(tmp_path, "b", "checkpoints", f"step-{steps:08d}").is_dir(), shown
-    assert distance(final_weights(tmp_path / "b"), final_weights(tmp_path / "a")) < 1e-5
-    pairs = zip(column(tmp_path / "a", "train/loss"), column(tmp_path / "b", "train/loss"), strict=True)
-    assert all(abs(x - y) < 1e-5 * abs(x) for x, y in pairs)
-    refused = distil(tmp_path / "b", teacher=teacher, student=student, dataset=text, batch_size=5, max_steps=8, rc=2)
+        words = flags(**fields, max_steps=steps, output_dir=moved)
+        shown = Fork(tmp_path / "b.txt", *words, ranks=ranks).wait()
+        assert Path(moved, "checkpoints", f"step-{steps:08d}").is_dir(), shown
+    assert distance(final_weights(moved), final_weights(straight)) < 1e-5
+    losses = zip(column(straight, "train/loss"), column(moved, "train/loss"), strict=True)
+    for loss, moved_loss in losses:
+        assert abs(loss - moved_loss) < 1e-5 * abs(loss)
+    refused = distil(moved, teacher=teacher, student=student, dataset=text, batch_size=5,
+                     max_steps=8, rc=2)
     assert "6 sequences a step" in refused.err
 
 
-@pytest.mark.parametrize("number, stream", [(signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}), (signal.SIGINT, {})])
+@pytest.mark.parametrize("number, stream", [
+    (signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}),   # optional: streaming
+    (signal.SIGINT, {}),
+])
 def test_runs_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
+    """And the same command goes on with the batch after the last one it was trained on."""
     fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
-    process = spawn(*flags(**fields, max_steps=100_000, output_dir=tmp_path / "run"))
-    wait_for_log(tmp_path / "run", process)
+    stopped_run = tmp_path / "run"
+    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run))
+    wait_for_log(stopped_run, process)
     process.send_signal(number)
     shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
-    stopped = log(tmp_path / "run", "train")[-1]["train/step"]
-    assert Path(tmp_path, "run", "checkpoints", f"step-{stopped:08d}").is_dir()
-    for out in ("run", "whole"):   # what is resumed goes on with the batch after the last one it was trained on
-        cli(*flags(**fields, max_steps=stopped + 3, output_dir=tmp_path / out))
-    assert same(final_weights(tmp_path / "run"), final_weights(tmp_path / "whole"))
+    assert process.returncode == 0, shown
+    assert "saved; the same command continues" in shown
+    stopped = log(stopped_run, "train")[-1]["train/step"]
+    assert Path(stopped_run, "checkpoints", f"step-{stopped:08d}").is_dir()
+    for out in (stopped_run, tmp_path / "whole"):
+        cli(*flags(**fields, max_steps=stopped + 3, output_dir=out))
+    assert same(final_weights(stopped_run), final_weights(tmp_path / "whole"))
+
+
+# ---- many ranks, as processes over gloo
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, teacher, student, chat):
-    """Rows of very different lengths, so that ranks count different numbers of tokens."""
+    """A run of one process, and its fields. Rows of very different lengths, so that ranks count
+    different numbers of tokens."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3, temperature=2.0)
+    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3,
+                  temperature=2.0)
     distil(out, **fields, batch_size=8)
     return out, fields
 
 
-def close_to(out, other, shown):
+def assert_close(out, other, shown):
     assert os.path.isdir(f"{out}/final"), shown
-    pairs = list(zip(column(out, "train/loss"), column(other, "train/loss"), strict=True))
-    assert all(abs(x - y) <= 1e-5 * abs(y) for x, y in pairs), pairs
+    losses = zip(column(out, "train/loss"), column(other, "train/loss"), strict=True)
+    for loss, other_loss in losses:
+        assert abs(loss - other_loss) <= 1e-5 * abs(other_loss)
     assert distance(final_weights(out), final_weights(other)) < 1e-5
 
 
@@ -3666,137 +3704,221 @@ def close_to(out, other, shown):
 @pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
 def test_runs_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
     other, fields = alone
-    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": tmp_path / "run", "batch_size": 2,
-              "gradient_accumulation_steps": 2}
-    close_to(tmp_path / "run", other, Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait())
+    out = tmp_path / "run"
+    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": out,
+              "batch_size": 2, "gradient_accumulation_steps": 2}
+    shown = Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait()
+    assert_close(out, other, shown)
 
 
-FAMILIES = {"qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
-            "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
-            "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)}
+FAMILIES = {
+    "qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2,
+                      moe_intermediate_size=16, head_dim=8),
+    "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0,
+                   query_pre_attn_scalar=8),
+    "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+}
 
 
-@pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("shard_grad_op", marks=pytest.mark.campaign),
-                                  pytest.param("hybrid_shard", marks=pytest.mark.campaign), "no_shard"])
+@pytest.mark.parametrize("fsdp", [
+    "full_shard",
+    pytest.param("shard_grad_op", marks=pytest.mark.campaign),
+    pytest.param("hybrid_shard", marks=pytest.mark.campaign),
+    "no_shard",
+])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_runs_families_under_sharding(tmp_path, text, family, fsdp):
-    fields = {**PLAIN, "teacher": tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **FAMILIES[family]),
-              "student": tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **FAMILIES[family]), "dataset": text,
-              "max_steps": 3, "alpha": 0.5}
-    distil(tmp_path / "one", **{**fields, "batch_size": 4})
-    shown = Fork(tmp_path / "log.txt", *flags(**fields, fsdp=fsdp, batch_size=2, output_dir=tmp_path / "two"), ranks=2).wait()
-    close_to(tmp_path / "two", tmp_path / "one", shown)
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
+    shape = FAMILIES[family]
+    teacher = tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **shape)
+    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **shape)
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 3,
+              "alpha": 0.5}
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    distil(one, **{**fields, "batch_size": 4})
+    words = flags(**fields, fsdp=fsdp, batch_size=2, output_dir=two)
+    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    assert_close(two, one, shown)
+    AutoModelForCausalLM.from_pretrained(two / "final")
+
+
+LOADING = """
+import resource, sys
+sys.path.insert(0, {package!r})
+import simple_distill as sd
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+with sd.process_group():
+    sd.load_student(sd.Config(student={first!r}))   # imports the model's code
+    before = peak()
+    root = sd.load_student(sd.Config(student={wide!r}, use_wandb=False))
+    whole = 4 * root.model.num_parameters()
+    shard = sum(4 * p.to_local().numel() for p in root.parameters())
+    print("RANK", sd.RANK, (peak() - before - shard) / whole, flush=True)
+"""
 
 
 def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
-    path = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
-    script = (f"import sys, resource; sys.path.insert(0, {str(HERE)!r})\nimport simple_distill as sd\n"
-              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-              f"with sd.process_group():\n    cfg = sd.Config(student={path!r}, use_wandb=False)\n"
-              f"    sd.load_student(sd.Config(student={tiny_model(tmp_path / 'first')!r}))   # imports the model's code\n"
-              "    before = peak()\n    root = sd.load_student(cfg)\n    whole = 4 * root.model.num_parameters()\n"
-              "    shard = sum(4 * p.to_local().numel() for p in root.parameters())\n"
-              "    print('RANK', sd.RANK, (peak() - before - shard) / whole, flush=True)\n")
-    Path(tmp_path, "load.py").write_text(script)
-    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "load.py"],
-                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
+    first = tiny_model(tmp_path / "first")
+    script = tmp_path / "load.py"
+    script.write_text(LOADING.format(package=str(HERE), wide=wide, first=first))
+    shown = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         script],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
     assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
 
 
 def test_runs_launcher_with_two_processes_and_sigterm(tmp_path, alone):
     other, fields = alone
-    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}), nproc=2)
+    fields = {**PLAIN, **fields, "batch_size": 4}
+    process = spawn(*flags(**{**fields, "output_dir": tmp_path / "run"}), nproc=2)
     shown, _ = process.communicate(timeout=180)
     assert process.returncode == 0, shown
-    close_to(tmp_path / "run", other, shown)
-    process = spawn(*flags(**{**PLAIN, **fields, "output_dir": tmp_path / "long", "batch_size": 4, "max_steps": 100_000}), nproc=2)
+    assert_close(tmp_path / "run", other, shown)
+    endless = {**fields, "output_dir": tmp_path / "long", "max_steps": 100_000}
+    process = spawn(*flags(**endless), nproc=2)
     wait_for_log(tmp_path / "long", process)
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "saved; the same command continues" in shown, shown
+    assert process.returncode == 0, shown
+    assert "saved; the same command continues" in shown
     assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
 
 
 def test_runs_two_nodes_of_one_process(tmp_path, alone):
     other, fields = alone
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    words = words_of(flags(**{**PLAIN, **fields, "output_dir": tmp_path / "run", "batch_size": 4}))
-    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    nodes = [subprocess.Popen([HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(n)}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
-    shown = [n.communicate(timeout=180)[0] for n in nodes]
-    assert [n.returncode for n in nodes] == [0, 0], shown
-    close_to(tmp_path / "run", other, shown)
+    out = tmp_path / "run"
+    words = words_of(flags(**{**PLAIN, **fields, "output_dir": out, "batch_size": 4}))
+    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(free_port())}
+    nodes = []
+    for rank in (0, 1):
+        nodes.append(subprocess.Popen(
+            [HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    shown = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], shown
+    assert_close(out, other, shown)
     assert "done in" in shown[0] and "done in" not in shown[1]   # only rank 0 prints
 
 
 def test_runs_a_rank_that_dies_takes_the_job_down(tmp_path, alone):
-    process = spawn(*flags(**{**PLAIN, **alone[1], "output_dir": tmp_path / "run", "batch_size": 4, "max_steps": 100_000}), nproc=2)
-    wait_for_log(tmp_path / "run", process)
-    workers = subprocess.run(["pgrep", "-f", f"simple_distill.py.*{tmp_path}/run"], capture_output=True, text=True).stdout.split()
-    ranks = [p for p in workers if "RANK=1" in Path(f"/proc/{p}/environ").read_text().split("\0")]
+    _, fields = alone
+    out = tmp_path / "run"
+    endless = {**PLAIN, **fields, "output_dir": out, "batch_size": 4, "max_steps": 100_000}
+    process = spawn(*flags(**endless), nproc=2)
+    wait_for_log(out, process)
+    workers = pids_of(f"simple_distill.py.*{out}")
+    ranks = [pid for pid in workers if "RANK=1" in environment_of(pid)]
     start = time.time()
     os.kill(int(ranks[0]), signal.SIGKILL)
     process.communicate(timeout=90)
-    assert process.returncode != 0 and time.time() - start < 60
+    assert process.returncode != 0
+    assert time.time() - start < 60
+
+
+def pids_of(pattern):
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def environment_of(pid):
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_runs_launcher_explains_itself():
     shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
+    assert shown.returncode == 0
+    assert "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
 
 
 def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
     """Two ranks make it, one line says it, the exit code is that of one process."""
-    process = spawn(*flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere", output_dir=tmp_path / "out"), nproc=2, stderr=subprocess.PIPE)
+    words = flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere",
+                  output_dir=tmp_path / "out")
+    process = spawn(*words, nproc=2, stderr=subprocess.PIPE)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
+    assert process.returncode == 2, err
+    assert err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
 
 
-SHARDINGS = [dict(fsdp=fsdp, shard_teacher=teacher, cpu_offload=offload) for fsdp, teacher, offload in
-             (("full_shard", True, False), ("shard_grad_op", True, False), ("hybrid_shard", False, False), ("no_shard", True, True))]
-WEEK = [(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDINGS] + [
-    (2, dict(max_steps=6)), (1, dict(max_steps=8, fsdp="full_shard")),   # the last of those goes on, on two ranks and on one
-    (1, dict(alpha=1, max_steps=3)), (1, dict(divergence="reverse", temperature=2, max_steps=3)), (1, dict(divergence="jsd", max_steps=3)),
-    (1, dict(student="layers:1", max_steps=3)), (1, dict(dtype="bf16", gradient_checkpointing=True, max_steps=3)),
-    (1, dict(dtype="fp16", max_steps=3)), (1, dict(compile=True, max_steps=3)), (2, dict(streaming=True, max_steps=4)),
-    (1, dict(lr_multipliers=["mlp=0", "embed=0.1"], max_steps=3)), (1, dict(num_epochs=2, eval_steps=5, gradient_accumulation_steps=2)),
-    (2, dict(mode="cache", cache_dir="cache")), (2, dict(cache_dir="cache", max_steps=4)), (1, dict(cache_dir="cache", max_steps=3)),
-    (1, dict(mode="cache", cache_dir="topk", cache_method="topk", cache_top_k=8)), (1, dict(cache_dir="topk", max_steps=3)),
-    (2, dict(blockwise=True, max_steps=2)), (1, dict(blockwise=True, block_input="teacher", num_epochs=0)),
-    (1, dict(mode="generate", provider="local", num_examples=3, max_tokens=8, concurrency=3)),
-    (2, dict(mode="eval", student="final")), (1, dict(mode="eval", student="final", compare=["final"], generate_comparisons=False))]
+# ---- a week of runs, one after the other, as a user types them
+
+SHARDINGS = [
+    dict(fsdp="full_shard", shard_teacher=True, cpu_offload=False),
+    dict(fsdp="shard_grad_op", shard_teacher=True, cpu_offload=False),
+    dict(fsdp="hybrid_shard", shard_teacher=False, cpu_offload=False),
+    dict(fsdp="no_shard", shard_teacher=True, cpu_offload=True),
+]
+WEEK = [   # (processes, flags)
+    *[(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDINGS],
+    (2, dict(max_steps=6, goes_on=True)),   # in the output_dir of the run before
+    (1, dict(max_steps=8, goes_on=True)),
+    (1, dict(alpha=1, max_steps=3)),
+    (1, dict(divergence="reverse", temperature=2, max_steps=3)),
+    (1, dict(divergence="jsd", max_steps=3)),
+    (1, dict(student="layers:1", max_steps=3)),
+    (1, dict(dtype="bf16", gradient_checkpointing=True, max_steps=3)),
+    (1, dict(dtype="fp16", max_steps=3)),
+    (1, dict(compile=True, max_steps=3)),
+    (2, dict(streaming=True, max_steps=4)),   # optional: streaming
+    (1, dict(lr_multipliers=["mlp=0", "embed=0.1"], max_steps=3)),
+    (1, dict(num_epochs=2, eval_steps=5, gradient_accumulation_steps=2)),
+    (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
+    (2, dict(cache_dir="cache", max_steps=4)),   # optional: cache
+    (1, dict(cache_dir="cache", max_steps=3)),   # optional: cache
+    (1, dict(   # optional: cache
+        mode="cache", cache_dir="topk", cache_method="topk", cache_top_k=8)),
+    (1, dict(cache_dir="topk", max_steps=3)),   # optional: cache
+    (2, dict(blockwise=True, max_steps=2)),   # optional: blockwise
+    (1, dict(blockwise=True, block_input="teacher", num_epochs=0)),   # optional: blockwise
+    (1, dict(   # optional: generate
+        mode="generate", provider="local", num_examples=3, max_tokens=8, concurrency=3)),
+    (2, dict(mode="eval", student="final")),   # optional: eval
+    (1, dict(   # optional: eval
+        mode="eval", student="final", compare=["final"], generate_comparisons=False)),
+]
 
 
 @pytest.mark.campaign
 def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
     """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    (tmp_path / "here").mkdir()
-    base, last = dict(teacher=teacher, student=student, dataset=text), None
+    here = tmp_path / "here"
+    here.mkdir()
+    final = str(here / "out0" / "final")
+    out = None
     for i, (nproc, fields) in enumerate(WEEK):
-        mode = fields.get("mode", "train")
-        same_place = i in (len(SHARDINGS), len(SHARDINGS) + 1)   # those go on in the output_dir of the run before
-        last = last if same_place else f"out{i}"
-        reads = [k for k in config.FIELDS if mode in config.FIELDS[k].metadata["read_by"].split()]
-        given = {k: v for k, v in {**PLAIN, **base, **fields, "output_dir": last}.items() if k in reads}
-        if mode == "eval":
-            final = str(tmp_path / "here" / "out0" / "final")
-            given |= {k: [final] if k == "compare" else final for k in ("student", "compare") if k in fields}
-        if same_place:
-            given |= dict(fsdp="full_shard", save_steps=2)
-        if fields.get("cache_dir"):
-            given["cache_dir"] = str(tmp_path / "here" / fields["cache_dir"])
-        process = spawn(*flags(**given), nproc=nproc, cwd=tmp_path / "here", env={"PYTHONWARNINGS": "default"})
-        shown = process.communicate(timeout=600)[0]
+        fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **fields}
+        if fields.pop("goes_on", False):
+            fields |= dict(fsdp="full_shard", save_steps=2)
+        else:
+            out = f"out{i}"
+        fields["output_dir"] = out
+        if fields["student"] == "final":
+            fields["student"] = final
+        if "compare" in fields:
+            fields["compare"] = [final]
+        if "cache_dir" in fields:
+            fields["cache_dir"] = str(here / fields["cache_dir"])
+        words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
+        process = spawn(*words, nproc=nproc, cwd=here, env={"PYTHONWARNINGS": "default"})
+        shown, _ = process.communicate(timeout=600)
         assert process.returncode == 0, (fields, shown)
-        ours = [line for line in shown.splitlines() if re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", line)]
-        assert not ours and "Traceback" not in shown, (fields, shown)
-    assert {p.name for p in (tmp_path / "here").iterdir()} <= {f"out{i}" for i in range(len(WEEK))} | {"cache", "topk"}
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.strip()
+        assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
+        assert "Traceback" not in shown, (fields, shown)
+    left = {path.name for path in here.iterdir()}
+    assert left <= {f"out{i}" for i in range(len(WEEK))} | {"cache", "topk"}
+    assert pids_of(str(tmp_path)) == []
+
+
+def is_read(name, fields):
+    """Whether the mode reads the knob: PLAIN holds those of train."""
+    return fields.get("mode", "train") in config.FIELDS[name].metadata["read_by"].split()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3981,301 +4103,522 @@ def test_forks_cut_a_marked_line_with_what_is_under_it():
 
 
 # --------------------------------------------------------------------------------------------------
-# Package: six files, small, documented, its README true.
+# Package: six files, five requirements, a README that is true.
 
 
 def test_package_the_top_level_is_six_files_and_five_requirements():
-    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout.split() or os.listdir(HERE)
-    assert {name for name in tracked if not name.startswith(".")} <= {"simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
-                                                                      "requirements.txt", "README.md", "__pycache__"}
-    names = [re.match(r"[\w-]+", line)[0] for line in (HERE / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"]
-    assert sorted(names) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    names = listed.stdout.split() or os.listdir(HERE)
+    visible = {name for name in names if not name.startswith(".")}
+    assert visible <= {"simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
+                       "requirements.txt", "README.md", "__pycache__"}
+    required = []
+    for line in (HERE / "requirements.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            required.append(re.match(r"[\w-]+", line)[0])
+    assert sorted(required) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
+
+
+def test_package_names_are_true():
+    """config.py is the configuration and nothing else; few names cross."""
+    tree = ast.parse((HERE / "config.py").read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported & {"asyncio", "matplotlib", "safetensors", "zlib", "torch"} == set()
+    crossing = []
+    for node in ast.walk(ast.parse((HERE / "simple_distill.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "config":
+            crossing += [alias.name for alias in node.names]
+    assert 0 < len(crossing) < 10
+
+
+def test_package_an_optional_chapter_borrows_from_none():
+    """No function of an optional chapter is used by another one, but on a marked line."""
+    chapters = re.split(r"\n# -{60,}\n", (HERE / "simple_distill.py").read_text())
+    optional = {}
+    for chapter in chapters:
+        title = re.match(r"# Optional: (\w+):", chapter)
+        if title:
+            optional[title[1]] = chapter
+    for name, chapter in optional.items():
+        defined = re.findall(r"^(?:async )?(?:def|class) (\w+)", chapter, re.MULTILINE)
+        for other, text in optional.items():
+            if other == name:
+                continue
+            text = without_chapters(text, {name})
+            borrowed = [word for word in defined if re.search(rf"\b{word}\(", text)]
+            assert borrowed == [], f"{other} uses {borrowed} of {name}"
 
 
 def readme_commands():
-    """Every command of the trainer in the README, in a block or in a line, as lists of words; all but the bare one (the demo)."""
-    readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
-    readme = readme.replace("\\\n", " ")
-    found = re.findall(r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)", readme, re.M)
-    found = [shlex.split(re.sub(r"\s#.*", "", line)) for line in found]
-    return [c for i, c in enumerate(found) if len(c) > 2 and not {"...", "--help"} & set(c) and c not in found[:i]]
+    """Every command of the trainer in the README, as lists of words; all but the bare one (the
+    demo)."""
+    readme = (HERE / "README.md").read_text().replace("\\\n", " ")
+    pattern = (r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*"
+               r"((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)")
+    commands = []
+    for line in re.findall(pattern, readme, re.MULTILINE):
+        words = shlex.split(re.sub(r"\s#.*", "", line))
+        if len(words) > 2 and "..." not in words and "--help" not in words:
+            if words not in commands:
+                commands.append(words)
+    return commands
+
+
+def read_flags(words):
+    """['--a', '1', '--b=2', '--c'] -> [('--a', '1'), ('--b', '2'), ('--c', None)]"""
+    pairs = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            pairs.append((name, value if equals else None))
+        else:
+            pairs[-1] = (pairs[-1][0], word)
+    return pairs
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
 def test_package_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
-    """As they stand there, on tiny models: names of models and data are replaced, lengths cut short, nothing else."""
-    mode = command[command.index("--mode") + 1] if "--mode" in command else "train"
+    """As they stand there, on tiny models: names of models and data are replaced, lengths cut
+    short, nothing else."""
+    given = dict(read_flags(command[1 if command[0].endswith("launch.sh") else 2:]))
+    mode = given.get("--mode", "train")
     if mode == "generate":
-        pytest.skip(f"mode {mode} has tests of its own, with a server")
-    words = command[1 if command[0].endswith("launch.sh") else 2:]
-    ours = {"--teacher": teacher, "--student": student, "--dataset": text, "--tokenizer": teacher, "--compare": student}
-    result, i = [], 0
-    while i < len(words):
-        name, _, value = words[i].partition("=") if words[i].startswith("--") else (words[i], "", "")
-        if name == "--dataset_config":
-            i += 1 if value else 2
-            continue
-        takes = not value and name.startswith("--") and i + 1 < len(words) and not words[i + 1].startswith("--")
-        value = value or (words[i + 1] if takes else None)
-        i += 1 + takes
-        if name == "--config":
-            (tmp_path / value).write_text(f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
-        value = ours[name] if name in ours and not (value or "").startswith(("layers:", "demo")) else value
-        result += [name] if value is None else [name, value]
-    monkeypatch.chdir(tmp_path)
-    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"} | ({"--max_steps": 2, "--log_steps": 1} if mode == "train" else {})
-    if "--cache_dir" not in result or mode == "cache":
+        pytest.skip("mode generate has tests of its own, with a server")
+    replaced = {"--teacher": teacher, "--student": student, "--dataset": text,
+                "--tokenizer": teacher, "--compare": student}
+    given.pop("--dataset_config", None)
+    for name, value in given.items():
+        if name in replaced and not value.startswith(("layers:", "demo")):
+            given[name] = replaced[name]
+    if "--config" in given:
+        (tmp_path / given["--config"]).write_text(
+            f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
+    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"}
+    if mode == "train":
+        short |= {"--max_steps": 2, "--log_steps": 1}
+    if "--cache_dir" not in given or mode == "cache":
         short["--dataset"] = text
-    elif mode == "train":   # its other half comes first
-        fields = dict(teacher=teacher, dataset=text, seq_len=32, cache_dir=result[result.index("--cache_dir") + 1])
-        cli("--mode", "cache", *flags(**fields, output_dir=tmp_path / "out"))
-    cli(*result, *[x for k, v in short.items() if k not in result for x in (k, v)])
+    monkeypatch.chdir(tmp_path)
+    if "--cache_dir" in given and mode == "train":   # its other half comes first
+        cli("--mode", "cache", *flags(teacher=teacher, dataset=text, seq_len=32,
+                                      cache_dir=given["--cache_dir"], output_dir="out"))
+    words = []
+    for name, value in (short | given).items():
+        words += [name] if value is None else [name, value]
+    cli(*words)
+
+
+SKEWED = """
+import torch
+import simple_distill as sd
+
+z = torch.randn(5, 9, dtype=torch.float64)
+y = torch.randn(5, 9, dtype=torch.float64)
+labels = torch.tensor([1, 2, 3, 4, 8])
+for T in (1.0, 2.0):
+    leaf = z.clone().requires_grad_()
+    q = torch.softmax(y / T, -1)
+    p = torch.softmax(leaf / T, -1)
+    ce = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    kl = T * T * (q * (q / (0.9 * p + 0.1 * q)).log()).sum(-1)
+    (0.3 * ce + 0.7 * kl).sum().backward()
+    ours = sd.chunk_terms(
+        z.clone(), labels, y.clone(), alpha=0.3, temperature=T, divergence="skew",
+        student_scaling=(1.0, None), teacher_scaling=(1.0, None))
+    for got, wanted in zip(ours, (ce, kl, leaf.grad)):
+        torch.testing.assert_close(got, wanted.detach(), rtol=1e-9, atol=1e-12)
+"""
 
 
 def test_package_the_readmes_own_loss(tmp_path, teacher, student, text):
-    """A fork that adds it as the README says: its gradient is that of autograd, and the command line trains with it."""
-    lines = re.search(r"( +elif divergence == \"skew\":\n(?: {12}.*\n)+)", (HERE / "README.md").read_text())[1]
-    source, anchor = (HERE / "simple_distill.py").read_text(), "        elif divergence == \"reverse\":\n"
-    assert source.count(anchor) == 1 and len(lines.splitlines()) <= 10
+    """A fork that adds it as the README says: its gradient is that of autograd, and the command
+    line trains with it."""
+    readme = (HERE / "README.md").read_text()
+    lines = re.search(r"( +elif divergence == \"skew\":\n(?: {12}.*\n)+)", readme)[1]
+    assert len(lines.splitlines()) <= 10
+    source = (HERE / "simple_distill.py").read_text()
+    anchor = '        elif divergence == "reverse":\n'
+    assert source.count(anchor) == 1
     (tmp_path / "simple_distill.py").write_text(source.replace(anchor, lines + anchor))
-    choices = 'Literal["forward", "reverse", "jsd"]'
-    (tmp_path / "config.py").write_text((HERE / "config.py").read_text().replace(choices, choices[:-1] + ', "skew"]'))
-    code = """
-import torch, simple_distill as sd
-z, y, labels = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64), torch.tensor([1, 2, 3, 4, 8])
-for T in (1.0, 2.0):
-    a = z.clone().requires_grad_()
-    q, p = torch.softmax(y / T, -1), torch.softmax(a / T, -1)
-    ce, kl = torch.nn.functional.cross_entropy(a, labels, reduction="none"), T * T * (q * (q / (0.9 * p + 0.1 * q)).log()).sum(-1)
-    (0.3 * ce + 0.7 * kl).sum().backward()
-    ours = sd.chunk_terms(z.clone(), labels, y.clone(), alpha=0.3, temperature=T, divergence="skew", student_scaling=(1.0, None), teacher_scaling=(1.0, None))
-    for mine, its in zip(ours, (ce, kl, a.grad)):
-        torch.testing.assert_close(mine, its.detach(), rtol=1e-9, atol=1e-12)
-"""
-    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
-    checked = run([sys.executable, "-c", code])
+    choices = 'Literal["forward", "reverse", "jsd"'
+    knobs = (HERE / "config.py").read_text()
+    assert choices in knobs
+    (tmp_path / "config.py").write_text(knobs.replace(choices, choices + ', "skew"'))
+    checked = subprocess.run([sys.executable, "-c", SKEWED], cwd=tmp_path, capture_output=True,
+                             text=True)
     assert checked.returncode == 0, checked.stderr
-    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, divergence="skew", max_steps=2, use_wandb=False, output_dir="out")
-    trained = run([sys.executable, "simple_distill.py", *words])
-    assert trained.returncode == 0 and all(0 < x < 99 for x in column(tmp_path / "out", "train/kl_loss")), trained.stderr
+    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, divergence="skew",
+                  max_steps=2, use_wandb=False, output_dir="out")
+    trained = subprocess.run([sys.executable, "simple_distill.py", *words], cwd=tmp_path,
+                             capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    assert all(0 < kl < 99 for kl in column(tmp_path / "out", "train/kl_loss"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Bench: python test_simple_distill.py --bench
 
+ON_GPU = torch.cuda.is_available()
+
 
 def interleaved(cases, rounds=7):
-    """{name: function} -> {name: median seconds}: the rounds alternate, so that a noisy machine is noisy for all."""
+    """{name: function} -> {name: median seconds}: the rounds alternate, so that a noisy machine is
+    noisy for all."""
     times = {name: [] for name in cases}
     for n in range(rounds + 1):
         for name, work in cases.items():
             start = time.perf_counter()
             work()
-            if DEVICE_SYNC:
+            if ON_GPU:
                 torch.cuda.synchronize()
-            times[name] += [time.perf_counter() - start] * (n > 0)   # the first round warms up
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+            if n > 0:   # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
 
 
-DEVICE_SYNC = torch.cuda.is_available()
+class LossCase(NamedTuple):
+    hidden: torch.Tensor           # [N, D]
+    weight: torch.Tensor           # [V, D]
+    teacher_hidden: torch.Tensor   # [N, Dt]
+    teacher_weight: torch.Tensor   # [V, Dt]
+    labels: torch.Tensor           # [N]
 
 
 def loss_case(V, N, D, Dt, counted=1.0):
-    device, dtype = ("cuda", torch.bfloat16) if DEVICE_SYNC else ("cpu", torch.float32)
+    device, dtype = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
     torch.manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
-    h, th, w, tw = make(N, D), make(N, Dt), make(V, D) / D ** 0.5, make(V, Dt) / Dt ** 0.5
+
+    def make(rows, columns):
+        return torch.randn(rows, columns, device=device, dtype=torch.float32).to(dtype)
+
+    hidden = make(N, D)
+    teacher_hidden = make(N, Dt)
+    weight = make(V, D) / D ** 0.5
+    teacher_weight = make(V, Dt) / Dt ** 0.5
     labels = torch.randint(0, V, (N,), device=device)
     labels[torch.arange(N, device=device) >= counted * N] = -100
-    return h, w, th, tw, labels
+    return LossCase(hidden, weight, teacher_hidden, teacher_weight, labels)
 
 
-def plain_loss(h, w, th, tw, labels):
-    h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
-    keep = labels != -100
-    s, t = (h @ w.T).float(), (th @ tw.T).float()
-    (0.5 * F.cross_entropy(s, labels) + 0.5 * F.kl_div(F.log_softmax(s[keep], -1), F.log_softmax(t[keep], -1), log_target=True,
-                                                       reduction="batchmean")).backward()
+def plain_loss(case):
+    hidden = case.hidden.detach().requires_grad_()
+    weight = case.weight.detach().requires_grad_()
+    counted = case.labels != -100
+    logits = (hidden @ weight.T).float()
+    teacher_logits = (case.teacher_hidden @ case.teacher_weight.T).float()
+    ce = F.cross_entropy(logits, case.labels)
+    kl = plain_kl(logits[counted], teacher_logits[counted])
+    (0.5 * ce + 0.5 * kl).backward()
 
 
-def our_loss(h, w, th, tw, labels):
-    h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
-    sd.distillation_loss(h, sd.Head(w), labels, (th, sd.Head(tw)), alpha=0.5, temperature=1.0)[0].backward()
+def plain_kl(logits, teacher_logits):
+    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1), log_target=True,
+                    reduction="batchmean")
 
 
-def its_matmuls(h, w, th, tw, labels):
-    keep, grad_w = labels != -100, torch.zeros_like(w)
-    h, th = h[keep], th[keep]
-    step = max(1, sd.LOGITS_BUDGET // (2 * h.element_size() * len(w)))
-    for i in range(0, len(h), step):
-        s, _ = h[i:i + step] @ w.T, th[i:i + step] @ tw.T
-        s @ w
-        grad_w.addmm_(s.T, h[i:i + step])
+def our_loss(case):
+    hidden = case.hidden.detach().requires_grad_()
+    head = sd.Head(case.weight.detach().requires_grad_())
+    teacher = (case.teacher_hidden, sd.Head(case.teacher_weight))
+    loss, _, _ = sd.distillation_loss(hidden, head, case.labels, teacher, alpha=0.5,
+                                      temperature=1.0)
+    loss.backward()
 
 
-def eager(work, *case):
+def our_eager_loss(case):
     """The same with the element-wise part as it runs where there is no compiler."""
-    compiled, sd.torch.compile = sd.torch.compile, lambda f, **_: f
-    kernels, sd.chunk_kernel = sd.chunk_kernel, sd.chunk_kernel.__wrapped__
+    compiled = torch.compile
+    kernel = sd.chunk_kernel
+    sd.torch.compile = uncompiled
+    sd.chunk_kernel = kernel.__wrapped__   # which remembers none
     try:
-        work(*case)
+        our_loss(case)
     finally:
-        sd.torch.compile, sd.chunk_kernel = compiled, kernels
+        sd.torch.compile = compiled
+        sd.chunk_kernel = kernel
+
+
+def uncompiled(function, **_):
+    return function
+
+
+def its_matmuls(case):
+    """What no implementation can leave out."""
+    counted = case.labels != -100
+    hidden = case.hidden[counted]
+    teacher_hidden = case.teacher_hidden[counted]
+    grad_weight = torch.zeros_like(case.weight)
+    chunk = max(1, sd.LOGITS_BUDGET // (2 * hidden.element_size() * len(case.weight)))
+    for start in range(0, len(hidden), chunk):
+        h = hidden[start:start + chunk]
+        logits = h @ case.weight.T
+        teacher_hidden[start:start + chunk] @ case.teacher_weight.T   # noqa: B018
+        logits @ case.weight   # noqa: B018
+        grad_weight.addmm_(logits.T, h)
 
 
 def allocators():
-    """On a CPU everything is measured twice: with glibc's allocator as it comes, and as process_group() sets it for a run."""
-    for name, settings in (("glibc as it comes", ((-4, 65536), (-1, 131072))), ("glibc as the trainer sets it", ((-4, 0), (-1, 2**31 - 1)))):
-        if not DEVICE_SYNC:
-            for option, value in settings:
-                ctypes.CDLL(None).mallopt(option, value)
-            yield name
-    if DEVICE_SYNC:
+    """On a CPU everything is measured twice: with glibc's allocator as it comes, and as
+    process_group() sets it for a run."""
+    if ON_GPU:
         yield "PyTorch's allocator"
+        return
+    mmap_max = -4
+    trim_threshold = -1
+    for name, most_maps, threshold in (
+            ("glibc as it comes", 65536, 131072),
+            ("glibc as the trainer sets it", 0, 2**31 - 1)):
+        ctypes.CDLL(None).mallopt(mmap_max, most_maps)
+        ctypes.CDLL(None).mallopt(trim_threshold, threshold)
+        yield name
 
 
 def bench_loss(vocab=32000):
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    except ImportError:
-        LigerFusedLinearJSDLoss = None
-    shapes = ((vocab, 8192, 2048, 4096),) if DEVICE_SYNC else ((vocab, 1024 if vocab == 32000 else 512, 256, 512),)
-    for V, N, D, Dt in shapes:
-        case, half, small = loss_case(V, N, D, Dt, 7 / 8), loss_case(V, N, D, Dt, 0.5), loss_case(V, 64, D, Dt)
-        full = loss_case(V, N, D, Dt)
-        cases = {"its matmuls": lambda: its_matmuls(*case), "ours": lambda: our_loss(*case), "ours, eager": lambda: eager(our_loss, *case),
-                 "plain PyTorch": lambda: plain_loss(*case), "ours, none masked": lambda: our_loss(*full), "ours, half masked": lambda: our_loss(*half),
-                 "ours, 64 tokens": lambda: our_loss(*small), "plain, 64 tokens": lambda: plain_loss(*small)}
-        if LigerFusedLinearJSDLoss:
-            liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0, compiled=DEVICE_SYNC, temperature=1.0)
+    if ON_GPU:
+        tokens, width, teacher_width = 8192, 2048, 4096
+    else:
+        tokens, width, teacher_width = 1024 if vocab == 32000 else 512, 256, 512
+    case = loss_case(vocab, tokens, width, teacher_width, counted=7 / 8)
+    half = loss_case(vocab, tokens, width, teacher_width, counted=0.5)
+    full = loss_case(vocab, tokens, width, teacher_width)
+    small = loss_case(vocab, 64, width, teacher_width)
+    cases = {
+        "its matmuls": functools.partial(its_matmuls, case),
+        "ours": functools.partial(our_loss, case),
+        "ours, eager": functools.partial(our_eager_loss, case),
+        "plain PyTorch": functools.partial(plain_loss, case),
+        "ours, none masked": functools.partial(our_loss, full),
+        "ours, half masked": functools.partial(our_loss, half),
+        "ours, 64 tokens": functools.partial(our_loss, small),
+        "plain, 64 tokens": functools.partial(plain_loss, small),
+    }
+    with contextlib.suppress(ImportError):
+        cases["Liger fused JSD"] = liger_loss(case)
+    where = "bf16 cuda" if ON_GPU else "fp32 cpu"
+    for allocator in allocators():
+        found = interleaved(cases)
+        print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, "
+              f"Dt {teacher_width}, {where}, {allocator}")
+        for name, seconds in found.items():
+            ratio = seconds / found["its matmuls"]
+            print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
 
-            def run_liger():
-                h, w, th, tw, labels = case
-                liger(h.detach().requires_grad_(), w.detach().requires_grad_(), th, tw, labels).backward()
-            cases["Liger fused JSD"] = run_liger
-        for allocator in allocators():
-            found = interleaved(cases)
-            print(f"\nloss, V {V:,}, {N:,} tokens, 7 of 8 counted, D {D}, Dt {Dt}, {'bf16 cuda' if DEVICE_SYNC else 'fp32 cpu'}, {allocator}")
-            for name, seconds in found.items():
-                print(f"  {name:<20}{seconds:>9.3f} s{seconds / found['its matmuls']:>8.2f} x its matmuls")
+
+def liger_loss(case):
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0,
+                                    compiled=ON_GPU, temperature=1.0)
+
+    def run():
+        loss = liger(case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_(),
+                     case.teacher_hidden, case.teacher_weight, case.labels)
+        loss.backward()
+
+    return run
 
 
-def peak_memory(which):
+LOSSES = {"ours": our_loss, "ours, eager": our_eager_loss, "plain": plain_loss}
+
+
+def print_peak_memory(name):
     """In a process of its own: bytes above the inputs, once everything is compiled and warm."""
-    work = {"ours": our_loss, "ours, eager": functools.partial(eager, our_loss), "plain": plain_loss}[which]
-    work(*loss_case(151936, 8, 256, 512))
+    work = LOSSES[name]
+    work(loss_case(151936, 8, 256, 512))
     case = loss_case(151936, 4096, 256, 512)
-    if DEVICE_SYNC:
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        work(case)
+        print(torch.cuda.max_memory_allocated() - before)
     else:
-        Path("/proc/self/clear_refs").write_text("5")   # the peak of the resident set starts again
-        before = resident("VmRSS")
-    work(*case)
-    print((torch.cuda.max_memory_allocated() if DEVICE_SYNC else resident("VmHWM")) - before)
+        Path("/proc/self/clear_refs").write_text("5")   # the peak starts again
+        before = resident_bytes("VmRSS")
+        work(case)
+        print(resident_bytes("VmHWM") - before)
 
 
-def resident(field):
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+def resident_bytes(field):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
 def bench_memory():
     found = {}
-    for which in ("ours", "ours, eager", "plain"):
-        shown = subprocess.run([sys.executable, __file__, "--peak-memory", which], capture_output=True, text=True)
-        found[which] = int(shown.stdout.split()[-1]) if shown.returncode == 0 else math.nan   # killed: did not fit
+    for name in LOSSES:
+        shown = subprocess.run([sys.executable, __file__, "--peak-memory", name],
+                               capture_output=True, text=True)
+        found[name] = math.nan   # killed: it did not fit
+        if shown.returncode == 0:
+            found[name] = int(shown.stdout.split()[-1])
     print("\npeak memory of the loss above its inputs, V 151,936, 4,096 tokens")
-    for which, size in found.items():
-        print(f"  {which:<20}{size / 2**30:>9.2f} GiB{size / found['plain']:>8.1%} of plain")
+    for name, size in found.items():
+        print(f"  {name:<20}{size / 2**30:>9.2f} GiB{size / found['plain']:>8.1%} of plain")
+
+
+# ---- a whole optimiser step, random weights
+
+
+def step_shapes():
+    """-> shapes of student and teacher, sequences, tokens: 0.6B and 4B on a GPU, tiny ones here."""
+    student = dict(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        max_position_embeddings=2048)
+    teacher = student | dict(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)
+    if ON_GPU:
+        return student, teacher, 8, 1024
+    small = dict(vocab_size=32000, head_dim=32, num_key_value_heads=4, num_hidden_layers=4,
+                 max_position_embeddings=512)
+    student |= small | dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)
+    teacher |= small | dict(hidden_size=256, intermediate_size=768, num_attention_heads=8)
+    return student, teacher, 4, 256
+
+
+def our_step(folder, batch, alpha, compiled=False):
+    """-> a function that makes one step of ours."""
+    cfg = sd.Config(
+        student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json",
+        compile=compiled, alpha=alpha, gradient_checkpointing=False, use_wandb=False)
+    student = sd.load_student(cfg)
+    teacher = sd.load_teacher(cfg) if alpha < 1 else None
+    rates = dict.fromkeys(student.parameters(), 1e-4)
+    optimizer = sd.make_optimizer(student.parameters(), rates, 0.0)
+    scale_state = sd.new_scale_state(False)
+    get_teacher_targets = sd.teacher_targets(teacher)
+    loss_fn = functools.partial(sd.distil_loss, alpha=alpha, temperature=1.0, divergence="forward")
+
+    def step():
+        loss, _, _ = student(loss_fn, batch, get_teacher_targets(batch), len(batch.labels))
+        loss.backward()
+        sd.optimizer_step(optimizer, 1.0, scale_state, False)
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_step(student_shape, teacher_shape, ids_BT, loss_of):
+    """-> a function that makes one step as a plain script would; loss_of(student, teacher)."""
+    dtype, device = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
+    student_config = transformers.Qwen3Config(**student_shape)
+    teacher_config = transformers.Qwen3Config(**teacher_shape)
+    student = AutoModelForCausalLM.from_config(student_config).to(device)
+    teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=dtype).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with torch.autocast(device, dtype, enabled=ON_GPU):
+            loss = loss_of(student, teacher, ids_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_step_loss(student, teacher, ids_BT):
+    with torch.no_grad():
+        teacher_logits = teacher(ids_BT).logits[:, :-1].flatten(0, 1)
+    logits = student(ids_BT).logits[:, :-1].flatten(0, 1).float()
+    ce = F.cross_entropy(logits, ids_BT[:, 1:].flatten())
+    return 0.5 * ce + 0.5 * plain_kl(logits, teacher_logits.float())
+
+
+def trl_step_loss(student, teacher, ids_BT):
+    """TRL's own compute_loss at lmbda 0: no sampling, no label loss."""
+    from trl.experimental.gkd import GKDTrainer
+    trainer = types.SimpleNamespace(
+        teacher_model=teacher, beta=0.0, generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+    inputs = dict(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), labels=ids_BT)
+    return GKDTrainer.compute_loss(trainer, student, inputs)
 
 
 def bench_step():
-    """Tokens a second of a whole optimiser step, random weights: a 0.6B student and a 4B teacher's shapes on a GPU, tiny ones here."""
-    shape = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                 num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=2048)
-    big = dict(shape, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)
-    B, T = 8, 1024
-    if not DEVICE_SYNC:
-        small = dict(vocab_size=32000, head_dim=32, num_key_value_heads=4, max_position_embeddings=512)
-        shape = dict(shape, **small, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
-        big = dict(big, **small, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8)
-        B, T = 4, 256
+    student_shape, teacher_shape, sequences, tokens = step_shapes()
+    vocab = student_shape["vocab_size"]
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        for name, fields in (("student", shape), ("teacher", big)):
-            transformers.Qwen3Config(**fields).save_pretrained(f"{folder}/{name}")
-        tokens = torch.randint(0, shape["vocab_size"], (B, T))
-        batch = sd.collate([{"input_ids": row, "targets": None} for row in tokens])
-
-        def stepper(alpha, compile=False):
-            cfg = sd.Config(student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json", compile=compile, alpha=alpha,
-                            gradient_checkpointing=False, use_wandb=False)
-            student, teacher = sd.load_student(cfg), sd.load_teacher(cfg) if alpha < 1 else None
-            optimizer = sd.make_optimizer(student.parameters(), dict.fromkeys(student.parameters(), 1e-4), 0.0)
-            health, signal_of = sd.new_scale_state(False), sd.teacher_targets(teacher)
-            work = functools.partial(sd.distil_loss, alpha=alpha, temperature=1.0, divergence="forward")
-
-            def step():
-                student(work, batch, signal_of(batch), len(batch.labels))[0].backward()
-                sd.optimizer_step(optimizer, 1.0, health, False)
-                optimizer.zero_grad()
-            return step
-
-        def plain(divergence, trl=None):
-            dtype, device = (torch.bfloat16, "cuda") if DEVICE_SYNC else (torch.float32, "cpu")
-            student = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**shape)).to(device)
-            teacher = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**big), dtype=dtype).to(device)
-            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-            ids = batch.input_ids
-
-            if trl:   # its own compute_loss at lmbda 0: no sampling, no label loss
-                its = types.SimpleNamespace(teacher_model=teacher, beta=0.0, generalized_jsd_loss=trl.generalized_jsd_loss)
-                inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-
-            def trl_step():
-                with torch.autocast(device, dtype, enabled=DEVICE_SYNC):
-                    trl.compute_loss(its, student, inputs).backward()
-                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-
-            def step():
-                with torch.no_grad():
-                    t = teacher(ids).logits[:, :-1].flatten(0, 1)
-                with torch.autocast(device, dtype, enabled=DEVICE_SYNC):
-                    s = student(ids).logits[:, :-1].flatten(0, 1).float()
-                (0.5 * F.cross_entropy(s, ids[:, 1:].flatten()) + 0.5 * divergence(s, t.float())).backward()
-                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            return trl_step if trl else step
-        kl = lambda s, t: F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), log_target=True, reduction="batchmean")
-        cases = {"labels only": stepper(1.0), "online": stepper(0.5), "online, compile": stepper(0.5, True), "plain PyTorch": plain(kl)}
+        transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
+        transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
+        rows = torch.randint(0, vocab, (sequences, tokens))
+        batch = sd.collate([{"input_ids": row, "targets": None} for row in rows])
+        cases = {
+            "labels only": our_step(folder, batch, alpha=1.0),
+            "online": our_step(folder, batch, alpha=0.5),
+            "online, compile": our_step(folder, batch, alpha=0.5, compiled=True),
+            "plain PyTorch": plain_step(student_shape, teacher_shape, batch.input_ids,
+                                        plain_step_loss),
+        }
         with contextlib.suppress(ImportError):
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-            from trl.experimental.gkd import GKDTrainer
-            cases["TRL's GKDTrainer"] = plain(None, GKDTrainer)
+            import trl   # noqa: F401
+            cases["TRL's GKDTrainer"] = plain_step(student_shape, teacher_shape, batch.input_ids,
+                                                   trl_step_loss)
         for allocator in allocators():
             found = interleaved(cases, rounds=5)
-            print(f"\nwhole step, {B} x {T} tokens, V {shape['vocab_size']:,}, {allocator}")
+            print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}, {allocator}")
             for name, seconds in found.items():
-                print(f"  {name:<20}{B * T / seconds:>12,.0f} tokens/s{found['plain PyTorch'] / seconds:>8.2f} x plain")
+                speed = sequences * tokens / seconds
+                ratio = found["plain PyTorch"] / seconds
+                print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
 
 
-PARTS = {"memory": bench_memory, "loss": bench_loss, "loss, V 151,936": lambda: bench_loss(151936), "step": bench_step, "cache": bench_cache,
-         "block": bench_block}
+BENCHES = {
+    "memory": bench_memory,
+    "loss": bench_loss,
+    "loss, V 151,936": functools.partial(bench_loss, 151936),
+    "step": bench_step,
+    "cache": bench_cache,   # optional: cache
+    "block": bench_block,   # optional: blockwise
+}
 
 
-def bench(parts):
-    """Tables of speed and memory, interleaved rounds, medians, ratios; each in a process of its own, so that none finds another's memory."""
-    if parts:
+def bench(names):
+    """Tables of speed and memory, each in a process of its own, so that none finds another's
+    memory -> exit code."""
+    if names:
         torch.set_num_threads(os.cpu_count())
-        return [PARTS[part]() for part in parts] and 0
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if DEVICE_SYNC else 'CPU'}", flush=True)
-    return max(subprocess.run([sys.executable, __file__, "--bench", part]).returncode for part in PARTS)
+        for name in names:
+            BENCHES[name]()
+        return 0
+    device = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {device}", flush=True)
+    codes = []
+    for name in BENCHES:
+        codes.append(subprocess.run([sys.executable, __file__, "--bench", name]).returncode)
+    return max(codes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Main: as a script.
+
+
+def main(argv):
+    if argv[:1] == ["--peak-memory"]:
+        print_peak_memory(argv[1])
+        return 0
+    if argv[:1] == ["--bench"]:
+        return bench(argv[1:])
+    if argv[:1] == ["--fork"]:
+        return fork_command(argv[1:])
+    return pytest.main([__file__, *argv])
+
+
+def fork_command(argv):
+    parser = argparse.ArgumentParser(prog="test_simple_distill.py --fork")
+    parser.add_argument("folder")
+    parser.add_argument("--without", nargs="+", required=True, metavar="CHAPTER",
+                        help=f"of {', '.join(OPTIONAL)}")
+    words = parser.parse_args(argv)
+    fork(words.folder, words.without)
+    print(f"{words.folder}: the package without {', '.join(words.without)}")
+    return 0
 
 
 if __name__ == "__main__":
-    if "--peak-memory" in sys.argv:
-        peak_memory(sys.argv[-1])
-    else:
-        sys.exit(bench(sys.argv[2:]) if "--bench" in sys.argv else pytest.main([__file__, *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))
