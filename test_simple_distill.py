@@ -53,7 +53,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 import multiprocessing   # optional: generate
 
 HERE = Path(__file__).resolve().parent
@@ -2919,10 +2919,12 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if fault == "bad json":
             self.send(200, b'{"choices": [{"mess')
             return
-        data = self.reply_data(self.text_for(prompt, fault, key), fault == "length")
+        text = self.text_for(prompt, fault, key)
+        data = self.reply_data(text, cut_off=fault == "length")
         if fault == "no usage":
             del data["usage"]
-        self.send(200, json.dumps(data).encode(), pause=0.02 if fault == "slow" else 0)
+        pause = 0.02 if fault == "slow" else 0
+        self.send(200, json.dumps(data).encode(), pause)
 
     def text_for(self, prompt, fault, key):
         if fault == "echo":
@@ -2953,17 +2955,18 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         """With one of the two headers by which servers ask for patience, and with the key."""
         data = json.dumps({"error": {"message": f"{status} for {key}", "type": "x"}}).encode()
         if status == 429:
-            self.send(status, data, wait=("retry-after", "0.02"))
+            patience = ("retry-after", "0.02")
         else:
-            self.send(status, data, wait=("retry-after-ms", "10"))
+            patience = ("retry-after-ms", "10")
+        self.send(status, data, header=patience)
 
-    def send(self, status, data, pause=0, wait=None):
+    def send(self, status, data, pause=0, header=None):
         """pause: seconds after each 200 bytes."""
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
-        if wait:
-            self.send_header(*wait)
+        if header:
+            self.send_header(*header)
         self.end_headers()
         for start in range(0, len(data), 200):
             self.wfile.write(data[start:start + 200])
@@ -2993,8 +2996,12 @@ def run_generate(fields, rc=0):
 
 def kept_and_rejected(folder):
     """-> the rows of train.jsonl, those of rejected.jsonl"""
-    paths = [folder / "out" / name for name in ("train.jsonl", "rejected.jsonl")]
-    kept, rejected = [read_lines(path) if path.exists() else [] for path in paths]
+    kept = []
+    rejected = []
+    if (folder / "out/train.jsonl").exists():
+        kept = read_lines(folder / "out/train.jsonl")
+    if (folder / "out/rejected.jsonl").exists():
+        rejected = read_lines(folder / "out/rejected.jsonl")
     return kept, rejected
 
 
@@ -3037,7 +3044,8 @@ def faults_by_chance(share):
     """-> fault of a server: this share of the prompts misbehaves, half of them at the first
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
-        chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
+        digest = hashlib.md5(prompt.encode()).hexdigest()
+        chance = int(digest, 16) / 2**128   # even from 0 to 1
         if chance < share / 2:
             i = int(2 * chance / share * len(PASSING_FAULTS))
             return PASSING_FAULTS[i] if attempt == 1 else None
@@ -3064,7 +3072,7 @@ def test_generate_faults(tmp_path, provider):
             out = run_generate(fields).out
         kept, rejected = kept_and_rejected(folder)
         check_all_accounted_for(kept, rejected, out)
-        refused_once = [p for p in server.tries if isinstance(fault(p, 1), int)]
+        refused_once = [prompt for prompt in server.tries if isinstance(fault(prompt, 1), int)]
         assert refused_once
         for prompt in refused_once:
             assert server.tries[prompt] == 2
@@ -3211,7 +3219,7 @@ def test_generate_refusals():
 
 
 def test_generate_fences():
-    """Fences as models write them: \\r\\n, one line, in a list, python3; and broken code in them."""
+    """Fences as models write them: \\r\\n, one line, in a list, python3; broken code in them."""
     block = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
     in_list = "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
     for good in (
@@ -3805,7 +3813,7 @@ def token_figures(model, teacher, row):
 
 
 def calibration_error(confidence, correct):
-    """15 bins of confidence: the gaps between it and the share that is right, weighted by tokens."""
+    """15 bins of confidence: its gaps to the share that is right, weighted by tokens."""
     gaps = 0.0
     for low in np.arange(15) / 15:
         inside = (confidence >= low) & (confidence < low + 1 / 15)
@@ -3853,8 +3861,8 @@ def state_mse(x, y):
         return (x - y).square().mean().item()
     with_ones = torch.cat([x, torch.ones(len(x), 1)], 1)
     fitted = with_ones @ torch.linalg.lstsq(with_ones, y).solution
-    by_token = (fitted - y).square().sum() / y.shape[1]
-    return (by_token / (len(x) - x.shape[1] - 1)).item()
+    tokens_left = len(x) - x.shape[1] - 1
+    return ((fitted - y).square().sum() / y.shape[1] / tokens_left).item()
 
 
 # ---- figures
