@@ -7,10 +7,10 @@
 import argparse
 import ast
 import atexit
-import collections
-import hashlib
-import http.server
-import threading
+import collections   # optional: generate
+import hashlib   # optional: generate
+import http.server   # optional: generate
+import threading   # optional: generate
 import contextlib
 import ctypes
 import functools
@@ -53,9 +53,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, pipeline
-import multiprocessing
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+import multiprocessing   # optional: generate
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -2830,486 +2830,869 @@ def bench_block(layers=8, width=256, tokens=1024):
 # Optional: generate: against the real SDKs and a server of our own that misbehaves.
 
 
-def _gen_words(seed, count=40):
-    rng, stems = random.Random(seed), "list map tree queue sort find merge split read write open close".split()
+def random_words(seed, count=40):
+    """The same for the same seed; two texts of 40 are no near duplicates."""
+    stems = "list map tree queue sort find merge split read write open close".split()
+    rng = random.Random(seed)
     return " ".join(f"{rng.choice(stems)}{rng.randrange(1000)}" for _ in range(count))
 
 
-class _GenServer(http.server.ThreadingHTTPServer):
-    """OpenAI and Anthropic on loopback; `fault(prompt, nth)` says how the nth try of a prompt misbehaves."""
-    daemon_threads, request_queue_size, handle_error = True, 200, lambda *_: None   # clients get killed
+# What a server says where a fault, by its name, is one of the text alone.
+FAULTY_TEXTS = {
+    "refusal": "I'm sorry, but I can't help with that: it is against my rules.",
+    "loop": "and so on " * 99,
+    "duplicate": random_words("same"),
+    "empty": "",
+    "fence": "Here it is for you:\n```python\nx = 1",
+    "code": "Here it is for you:\n```python\ndef f(:\n    pass\n```",
+}
 
-    def __init__(self, fault=lambda prompt, nth: None, reply=_gen_words, delay=lambda: 0, runner=threading.Thread):
-        self.fault, self.reply, self.delay, self.lock = fault, reply, delay, threading.Lock()
-        self.tries, self.billed, self.seen = collections.Counter(), collections.Counter(), []
-        super().__init__(("127.0.0.1", 0), _GenHandler)
+
+def no_fault(prompt, attempt):
+    return None
+
+
+class ApiServer(http.server.ThreadingHTTPServer):
+    """OpenAI and Anthropic on loopback, while it is entered.
+
+    fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
+    an error; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what is said otherwise. delay,
+    jitter: seconds before an answer, always and at most on top. runner: a thread or a process."""
+    daemon_threads = True
+    request_queue_size = 200
+
+    def __init__(self, fault=no_fault, reply=random_words, delay=0, jitter=0,
+                 runner=threading.Thread):
+        super().__init__(("127.0.0.1", 0), ApiHandler)
+        self.fault = fault
+        self.reply = reply
+        self.delay = delay
+        self.jitter = jitter
+        self.lock = threading.Lock()
+        self.tries = collections.Counter()    # prompt -> requests
+        self.billed = collections.Counter()   # prompt -> requests that a provider would bill
+        self.seen = []                        # (body, key) of each request
         self.runner = runner(target=self.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self):
         self.runner.start()
         return self
 
-    def __exit__(self, *_):
-        self.shutdown() if isinstance(self.runner, threading.Thread) else self.runner.kill()
+    def __exit__(self, *exception):
+        if isinstance(self.runner, threading.Thread):
+            self.shutdown()
+        else:
+            self.runner.kill()
         self.server_close()
 
+    def handle_error(self, request, client_address):
+        """Silent: clients get killed."""
 
-class _GenHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version, log_message, wbufsize = "HTTP/1.1", lambda *_: None, -1
 
-    def answer(self, status, body, pause=0, **headers):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+class ApiHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1   # an answer in one piece, unless it is flushed
+
+    def log_message(self, *args):
+        """Silent."""
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        prompt = body["messages"][-1]["content"]
+        key = self.headers["authorization"] or self.headers["x-api-key"]
+        key = key.split()[-1]   # "Bearer KEY"
+        with server.lock:
+            server.seen.append((body, key))
+            server.tries[prompt] += 1
+            fault = server.fault(prompt, server.tries[prompt])
+        time.sleep(server.delay + server.jitter * random.random())
+        if isinstance(fault, int):
+            self.send_error_status(fault, key)
+            return
+        with server.lock:   # from here on a provider sends a bill, whatever becomes of the reply
+            server.billed[prompt] += 1
+        if fault == "hang":
+            time.sleep(5)   # longer than request_timeout in the test that hangs
+        if fault in ("drop", "hang"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if fault == "bad json":
+            self.send(200, b'{"choices": [{"mess')
+            return
+        text = self.text_for(prompt, fault, key)
+        data = self.reply_data(text, cut_off=fault == "length")
+        if fault == "no usage":
+            del data["usage"]
+        pause = 0.02 if fault == "slow" else 0
+        self.send(200, json.dumps(data).encode(), pause)
+
+    def text_for(self, prompt, fault, key):
+        if fault == "echo":
+            return prompt
+        if fault == "key":
+            return key + random_words(prompt)
+        if fault in FAULTY_TEXTS:
+            return FAULTY_TEXTS[fault]
+        return self.server.reply(prompt)
+
+    def reply_data(self, text, cut_off):
+        """A reply of 100 + 200 tokens, in the form of the provider that the path belongs to."""
+        if self.path == "/v1/messages":
+            return {
+                "content": [{"type": "text", "text": text}],
+                "stop_reason": "max_tokens" if cut_off else "end_turn",
+                "usage": {"input_tokens": 100, "output_tokens": 200},
+            }
+        return {
+            "choices": [{
+                "finish_reason": "length" if cut_off else "stop",
+                "message": {"role": "assistant", "content": text},
+            }],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
+        }
+
+    def send_error_status(self, status, key):
+        """With one of the two headers by which servers ask for patience, and with the key."""
+        data = json.dumps({"error": {"message": f"{status} for {key}", "type": "x"}}).encode()
+        if status == 429:
+            patience = ("retry-after", "0.02")
+        else:
+            patience = ("retry-after-ms", "10")
+        self.send(status, data, header=patience)
+
+    def send(self, status, data, pause=0, header=None):
+        """pause: seconds after each 200 bytes."""
         self.send_response(status)
-        for name, value in {"content-type": "application/json", "content-length": len(data), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        if header:
+            self.send_header(*header)
         self.end_headers()
-        for i in range(0, len(data), 200):
-            self.wfile.write(data[i:i + 200])
+        for start in range(0, len(data), 200):
+            self.wfile.write(data[start:start + 200])
             if pause:
                 self.wfile.flush()
                 time.sleep(pause)
 
-    def do_POST(self):
-        s, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
-        prompt, key = body["messages"][-1]["content"], self.headers["authorization"] or self.headers["x-api-key"]
-        key = key.split()[-1]
-        with s.lock:
-            s.seen.append((body, key))
-            s.tries[prompt] += 1
-            fault = s.fault(prompt, s.tries[prompt])
-        time.sleep(s.delay())
-        if isinstance(fault, int):
-            wait = {"retry_after": "0.02"} if fault == 429 else {"retry_after_ms": 10}
-            return self.answer(fault, {"error": {"message": f"{fault} for {key}", "type": "x"}}, **wait)
-        with s.lock:   # from here on a provider sends a bill, whatever becomes of the reply
-            s.billed[prompt] += 1
-        if fault in ("drop", "hang"):
-            time.sleep(5 * (fault == "hang"))
-            return self.connection.shutdown(2)
-        said = {"refusal": "I'm sorry, but I can't help with that: it is against my rules.", "loop": "and so on " * 99,
-                "duplicate": _gen_words("same"), "echo": prompt, "key": key + _gen_words(prompt), "empty": "",
-                "fence": "Here it is for you:\n```python\nx = 1",
-                "code": "Here it is for you:\n```python\ndef f(:\n    pass\n```"}.get(fault)
-        said, end = s.reply(prompt) if said is None else said, "length" if fault == "length" else "stop"
-        data = {"choices": [{"finish_reason": end, "message": {"role": "assistant", "content": said}}],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 200}}
-        if self.path == "/v1/messages":
-            data = {"content": [{"type": "text", "text": said}], "usage": {"input_tokens": 100, "output_tokens": 200},
-                    "stop_reason": {"length": "max_tokens", "stop": "end_turn"}[end]}
-        if fault == "no usage":
-            del data["usage"]
-        self.answer(200, b'{"choices": [{"mess' if fault == "bad json" else data, 0.02 * (fault == "slow"))
 
-
-def _gen_args(folder, server, n, *more, provider="openai"):
+def generate_fields(folder, server, questions, provider="openai", **more):
+    """Writes a file of so many questions -> the flags of a run that asks the server all of them,
+    output_dir folder/out; `more` replaces and adds flags."""
     folder.mkdir(exist_ok=True)
-    (folder / "prompts.txt").write_text("".join(f"Question {i}: what is {_gen_words(i, 4)}?\n" for i in range(n)))
-    base = f"http://127.0.0.1:{server.server_port}" + "/v1" * (provider == "openai")
-    return ["--mode", "generate", "--provider", provider, "--api_model", "m", "--api_base", base, "--max_tokens", 300,
-            "--num_examples", n, "--prompts_file", folder / "prompts.txt", "--output_dir", folder / "out", *more]
+    lines = [f"Question {i}: what is {random_words(i, 4)}?\n" for i in range(questions)]
+    (folder / "prompts.txt").write_text("".join(lines))
+    api_base = f"http://127.0.0.1:{server.server_port}"
+    if provider == "openai":
+        api_base += "/v1"
+    fields = dict(
+        mode="generate", provider=provider, api_model="m", api_base=api_base, max_tokens=300,
+        num_examples=questions, prompts_file=folder / "prompts.txt", output_dir=folder / "out")
+    return {**fields, **more}
 
 
-def _gen_rows(folder):
-    files = [folder / "out" / name for name in ("train.jsonl", "rejected.jsonl")]
-    return [[json.loads(line) for line in f.read_text().splitlines()] if f.exists() else [] for f in files]
+def run_generate(fields, rc=0):
+    return cli(*flags(**fields), rc=rc)
 
 
-def _gen_errors(*args):
-    return [line for line in cli(*args, rc=2).err.splitlines() if line.startswith("error: ")]
+def kept_and_rejected(folder):
+    """-> the rows of train.jsonl, those of rejected.jsonl"""
+    kept = []
+    rejected = []
+    if (folder / "out/train.jsonl").exists():
+        kept = read_lines(folder / "out/train.jsonl")
+    if (folder / "out/rejected.jsonl").exists():
+        rejected = read_lines(folder / "out/rejected.jsonl")
+    return kept, rejected
 
 
-def _gen_number(text):
-    return int(text.split()[1][:-1])
+def all_rows(folder):
+    kept, rejected = kept_and_rejected(folder)
+    return kept + rejected
 
 
-def _gen_faulty(prompt, nth, share=0.3):
-    """This share of the prompts misbehaves: half of them at the first try, half of them at every try."""
-    x = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128 / share
-    passing = (429, 500, 503, "drop", "slow", 529)
-    lasting = ("bad json", "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
-    return (passing[int(x * 12)] if nth == 1 else None) if x < 0.5 else lasting[int(x * 16) - 8] if x < 1 else None
+def summary_of(folder):
+    return json.loads((folder / "out/summary.json").read_text())
 
 
-@pytest.mark.parametrize("provider", ["openai", pytest.param("anthropic", marks=pytest.mark.campaign)])
+def prompt_of(row):
+    return row["messages"][0]["content"]
+
+
+def number_of(prompt):
+    """"Question 7: what is ...?" -> 7"""
+    return int(prompt.split()[1].removesuffix(":"))
+
+
+def count_reasons(rejected):
+    """Without what the reason "failed: ..." goes on to say."""
+    return collections.Counter(row["reason"].split(":")[0] for row in rejected)
+
+
+def faults_by_number(faults):
+    """{number of a question: how it misbehaves at every attempt} -> fault of a server"""
+    def fault(prompt, attempt):
+        return faults.get(number_of(prompt))
+    return fault
+
+
+PASSING_FAULTS = (429, 500, 503, "drop", "slow", 529)
+LASTING_FAULTS = (
+    "bad json", "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
+
+
+def faults_by_chance(share):
+    """-> fault of a server: this share of the prompts misbehaves, half of them at the first
+    attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
+    def fault(prompt, attempt):
+        digest = hashlib.md5(prompt.encode()).hexdigest()
+        chance = int(digest, 16) / 2**128   # even from 0 to 1
+        if chance < share / 2:
+            i = int(2 * chance / share * len(PASSING_FAULTS))
+            return PASSING_FAULTS[i] if attempt == 1 else None
+        if chance < share:
+            i = int((2 * chance / share - 1) * len(LASTING_FAULTS))
+            return LASTING_FAULTS[i]
+        return None
+    return fault
+
+
+@pytest.mark.parametrize("provider", [
+    "openai",
+    pytest.param("anthropic", marks=pytest.mark.campaign),
+])
 def test_generate_faults(tmp_path, provider):
-    """500 prompts, 30 % faults: all answered or accounted for, none twice, and the order of arrival changes nothing."""
+    """500 prompts, 30 % faults: all answered or accounted for, none twice, and the order of arrival
+    changes nothing."""
+    fault = faults_by_chance(0.3)
     results = []
-    for width, wait in ((16, 0.0), (40, 0.03)):
-        with _GenServer(_gen_faulty, delay=lambda: wait * random.random()) as server:
-            folder, more = tmp_path / str(width), ("--concurrency", width)
-            _, out, err = cli(*_gen_args(folder, server, 500, *more, provider=provider))
-        kept, rejected = _gen_rows(folder)
-        assert len(kept + rejected) == len({row["prompt_id"] for row in kept + rejected}) == 500
-        reasons = collections.Counter(row["reason"].split(":")[0] for row in rejected)
-        assert set(reasons) == {"cut off", "refusal", "empty or too short", "exact duplicate", "repetition loop",
-                                "code does not parse", "failed"}
-        assert all(f"{name:20}{count:8,}" in out for name, count in {**reasons, "kept": len(kept)}.items())
-        passing = [p for p in server.tries if isinstance(_gen_faulty(p, 1), int)]
-        assert passing and all(server.tries[p] == 2 and server.billed[p] == 1 for p in passing)   # refused, paid once
+    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
+        folder = tmp_path / str(concurrency)
+        with ApiServer(fault, jitter=jitter) as server:
+            fields = generate_fields(folder, server, 500, provider, concurrency=concurrency)
+            out = run_generate(fields).out
+        kept, rejected = kept_and_rejected(folder)
+        check_all_accounted_for(kept, rejected, out)
+        refused_once = [prompt for prompt in server.tries if isinstance(fault(prompt, 1), int)]
+        assert refused_once
+        for prompt in refused_once:
+            assert server.tries[prompt] == 2
+            assert server.billed[prompt] == 1
         results.append((kept, sorted((row["prompt_id"], row["reason"]) for row in rejected)))
     assert results[0] == results[1]
 
 
+def check_all_accounted_for(kept, rejected, out):
+    """Each of 500 prompts once, each fault under its name, and the printed table says the same."""
+    rows = kept + rejected
+    assert len(rows) == 500
+    assert len({row["prompt_id"] for row in rows}) == 500
+    fates = count_reasons(rejected)
+    assert set(fates) == {
+        "cut off", "refusal", "empty or too short", "exact duplicate", "repetition loop",
+        "code does not parse", "failed"}
+    fates["kept"] = len(kept)
+    for name, count in fates.items():
+        assert f"{name:20}{count:8,}" in out
+
+
 def test_generate_prompts():
-    """100,000 distinct prompts, balanced, in less than 10 s of CPU; more only adds to fewer; weights are kept."""
-    start, first = time.process_time(), lambda n, *args: list(itertools.islice(sd.compose_prompts(*args), n))
-    prompts = first(100_000, [], 0)
+    """100,000 distinct prompts, balanced, in less than 10 s of CPU; asking for more only adds to
+    them; weights are kept."""
+    start = time.process_time()
+    prompts = first_prompts(100_000)
     assert time.process_time() - start < 10
     assert len({messages[0]["content"] for _, messages in prompts}) == 100_000
-    assert collections.Counter(name for name, _ in prompts) == dict.fromkeys(sd.TASKS, 100_000 // 8)
-    assert first(50, [], 0) == prompts[:50] != first(50, [], 1)
-    some = collections.Counter(name for name, _ in first(400, ["implement=3", "debug"], 0))
-    assert some == {"implement": 300, "debug": 100}
-    some = collections.Counter(name for name, _ in first(60, ["implement=2.0", "debug=.5e0", "explain=05"], 0))
-    assert some == {"implement": 16, "debug": 4, "explain": 40}
-    assert all(re.fullmatch(" [-+<=>!]+ ", side) or "index" in sd.TASKS["debug"] for pair in sd.BUGS for side in pair)
+    assert count_categories(prompts) == dict.fromkeys(sd.TASKS, 100_000 // 8)
+
+    assert first_prompts(50) == prompts[:50]
+    assert first_prompts(50, seed=1) != prompts[:50]
+
+    weighted = first_prompts(400, ["implement=3", "debug"])
+    assert count_categories(weighted) == {"implement": 300, "debug": 100}
+    weighted = first_prompts(60, ["implement=2.0", "debug=.5e0", "explain=05"])
+    assert count_categories(weighted) == {"implement": 16, "debug": 4, "explain": 40}
+
+    for correct, wrong in sd.BUGS:   # the prompt must say what may be wrong
+        if not (is_operator(correct) and is_operator(wrong)):
+            assert "index" in sd.TASKS["debug"]
+
+
+def first_prompts(count, categories=(), seed=0):
+    return list(itertools.islice(sd.compose_prompts(list(categories), seed), count))
+
+
+def count_categories(prompts):
+    return collections.Counter(category for category, _ in prompts)
+
+
+def is_operator(text):
+    return re.fullmatch(" [-+<=>!]+ ", text) is not None
+
+
+def flaws_of(reply, prompt="What is it?"):
+    """The filters that reject it."""
+    flaws = sd.find_flaws(prompt, reply, "stop")
+    return [name for name, found in flaws.items() if found]
 
 
 def test_generate_filters(tmp_path):
     """Each filter by name through the whole path, and replies that none may reject."""
-    faults = dict(enumerate(("length", "refusal", "empty", "echo", "loop", "fence", "code", "duplicate", "duplicate")))
-    reply = lambda p: _gen_words("near", 400) + p[-20:] if _gen_number(p) in (20, 21) else \
-        _gen_words(p) + "\ud800" * (_gen_number(p) == 12)   # half a pair, as some models cut it
-    with _GenServer(lambda p, nth: faults.get(_gen_number(p)), reply) as server:
-        cli(*_gen_args(tmp_path, server, 22))
-    kept, rejected = _gen_rows(tmp_path)
-    assert {_gen_number(row["messages"][0]["content"]): row["reason"] for row in rejected} == {
-        0: "cut off", 1: "refusal", 2: "empty or too short", 3: "repeats the prompt", 4: "repetition loop",
-        5: "code does not parse", 6: "code does not parse", 8: "exact duplicate", 21: "near duplicate"}
-    assert [_gen_number(row["messages"][0]["content"]) for row in kept] == [7, *range(9, 21)]
-    assert set(kept[0]) == {"messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-    for reply in ("```python\n>>> 1 + 1\n2\n```\nA session.", "````md\n```python\nx = (\n```\n````\nFences in a fence.",
-                  "I can't assist but so:\n```python\nx = 1\n```", "   ```python\n   x = 1\n   ```\nindented, as in a list",
-                  "```js\nfoo(() => {\n```\nis no Python", "Sorry is a word of five letters.", open(__file__).read()):
-        assert not any(sd.find_flaws("What is it?", reply, "stop").values()), reply
-    for reply in ("I’m sorry, but I cannot help with this.", "As an AI model, I do not.", "I can't help you."):
-        assert sd.find_flaws("What is it?", reply, "stop")["refusal"], reply
+    faults = [
+        "length", "refusal", "empty", "echo", "loop", "fence", "code", "duplicate", "duplicate"]
+
+    def reply(prompt):
+        number = number_of(prompt)
+        if number == 12:
+            return random_words(prompt) + "\ud800"   # half a pair, as some models cut it
+        if number in (20, 21):
+            return random_words("near", 400) + prompt[-20:]
+        return random_words(prompt)
+
+    with ApiServer(faults_by_number(dict(enumerate(faults))), reply) as server:
+        run_generate(generate_fields(tmp_path, server, 22))
+    kept, rejected = kept_and_rejected(tmp_path)
+    assert {number_of(prompt_of(row)): row["reason"] for row in rejected} == {
+        0: "cut off",
+        1: "refusal",
+        2: "empty or too short",
+        3: "repeats the prompt",
+        4: "repetition loop",
+        5: "code does not parse",
+        6: "code does not parse",
+        8: "exact duplicate",
+        21: "near duplicate",
+    }
+    assert [number_of(prompt_of(row)) for row in kept] == [7, *range(9, 21)]
+    assert set(kept[0]) == {
+        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
+
+    for good in (
+        "```python\n>>> 1 + 1\n2\n```\nA session.",
+        "````md\n```python\nx = (\n```\n````\nFences in a fence.",
+        "I can't assist but so:\n```python\nx = 1\n```",
+        "   ```python\n   x = 1\n   ```\nindented, as in a list",
+        "```js\nfoo(() => {\n```\nis no Python",
+        "Sorry is a word of five letters.",
+        Path(__file__).read_text(),
+    ):
+        assert flaws_of(good) == [], good
+    for refusal in (
+        "I’m sorry, but I cannot help with this.",
+        "As an AI model, I do not.",
+        "I can't help you.",
+    ):
+        assert "refusal" in flaws_of(refusal), refusal
 
 
 def test_generate_refusals():
     """A refusal teaches nothing; a reply that only begins like one is paid for, and kept."""
-    for reply in ("I apologize, but I cannot help with that.", "I can't provide that code, it is not mine to give.",
-                  "I cannot fulfill this request.", "I won't be able to help with this task.", "I must decline.",
-                  "Unfortunately, I can't do that for you today.", "I'm sorry, but I can’t assist with that request.",
-                  "I am very sorry, I am not able to write malware.", "I’m afraid I can not comply with this request.",
-                  "I apologise for the inconvenience, but I am unable to provide it.", "I have to decline this one.",
-                  "As an AI language model, I have no opinion.", "Sorry, as an AI assistant made by X, I will not."):
-        assert sd.find_flaws("What is it?", reply, "stop")["refusal"], reply
-    for reply in ("I can't help but notice that your loop is quadratic: use a set.", "I can't see a bug: it is right.",
-                  "Unable to open the file: that is what the exception says.", "Sorry if I repeat what you know: a trie",
-                  "Sorry I missed the import; here it is: import os", "As an AI pipeline, the function has three stages.",
-                  "Unfortunately, the function is quadratic.", "Sorry, the loop I wrote above is off by one.",
-                  "I'm sorting the list first.", "Not able to connect: I would check the port.", "Declining is fine."):
-        assert not any(sd.find_flaws("What is it?", reply, "stop").values()), reply
+    for refusal in (
+        "I apologize, but I cannot help with that.",
+        "I can't provide that code, it is not mine to give.",
+        "I cannot fulfill this request.",
+        "I won't be able to help with this task.",
+        "I must decline.",
+        "Unfortunately, I can't do that for you today.",
+        "I'm sorry, but I can’t assist with that request.",
+        "I am very sorry, I am not able to write malware.",
+        "I’m afraid I can not comply with this request.",
+        "I apologise for the inconvenience, but I am unable to provide it.",
+        "I have to decline this one.",
+        "As an AI language model, I have no opinion.",
+        "Sorry, as an AI assistant made by X, I will not.",
+    ):
+        assert "refusal" in flaws_of(refusal), refusal
+    for good in (
+        "I can't help but notice that your loop is quadratic: use a set.",
+        "I can't see a bug: it is right.",
+        "Unable to open the file: that is what the exception says.",
+        "Sorry if I repeat what you know: a trie",
+        "Sorry I missed the import; here it is: import os",
+        "As an AI pipeline, the function has three stages.",
+        "Unfortunately, the function is quadratic.",
+        "Sorry, the loop I wrote above is off by one.",
+        "I'm sorting the list first.",
+        "Not able to connect: I would check the port.",
+        "Declining is fine.",
+    ):
+        assert flaws_of(good) == [], good
 
 
 def test_generate_fences():
-    """Fences as models write them: \\r\\n, one line, in a list, python3; and code that is broken in them."""
-    good = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all.", "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
-    for reply in (*good, *(text.replace("\n", "\r\n") for text in good), "```print(1)```", "```print(1)```\nprints it",
-                  "1. so:\n   ```python3\n   x = 1\n   ```", "```python2\nprint 1\n```\nis no Python 3"):
-        assert not any(sd.find_flaws("What is it?", reply, "stop").values()), reply
-    for reply in ("Here:\n```python3\ndef f(:\n```", "Here:\r\n```py\r\ndef f(:\r\n```", "Here:\n```python\nx = 1",
-                  "Here:\n```Python3\nprint 1\n```", "- ```py\n  x = (\n  ```", "- ```py\n  x = 1", "```print(1)```\n```js\nf()"):
-        assert sd.find_flaws("What is it?", reply, "stop")["code does not parse"], reply
+    """Fences as models write them: \\r\\n, one line, in a list, python3; broken code in them."""
+    block = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
+    in_list = "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
+    for good in (
+        block,
+        in_list,
+        block.replace("\n", "\r\n"),
+        in_list.replace("\n", "\r\n"),
+        "```print(1)```",
+        "```print(1)```\nprints it",
+        "1. so:\n   ```python3\n   x = 1\n   ```",
+        "```python2\nprint 1\n```\nis no Python 3",
+    ):
+        assert flaws_of(good) == [], good
+    for broken in (
+        "Here:\n```python3\ndef f(:\n```",
+        "Here:\r\n```py\r\ndef f(:\r\n```",
+        "Here:\n```python\nx = 1",
+        "Here:\n```Python3\nprint 1\n```",
+        "- ```py\n  x = (\n  ```",
+        "- ```py\n  x = 1",
+        "```print(1)```\n```js\nf()",
+    ):
+        assert "code does not parse" in flaws_of(broken), broken
 
 
 def test_generate_duplicates(tmp_path):
     """What a sign tells apart is no duplicate, nor is a label that fits many prompts."""
-    code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; " + _gen_words("code", 6)
-    said = ["yes"] * 10 + ["return a < b", "return a >= b", code.format("<"), code.format("<"), code.format(">=")]
-    asked = [f"Is {i} prime?" for i in range(9)] + ["Is  8 prime?"] + ["more"] * 5
-    for i, (prompt, reply) in enumerate(zip(asked, said)):
+    code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; "
+    code += random_words("code", 6)
+    dialogues = [(f"Is {i} prime?", "yes") for i in range(9)]
+    dialogues += [
+        ("Is  8 prime?", "yes"),            # 9: a copy of 8
+        ("more", "return a < b"),
+        ("more", "return a >= b"),
+        ("more", code.format("<")),
+        ("more", code.format("<")),         # 13: a copy of 12
+        ("more", code.format(">=")),
+    ]
+    for i, (prompt, reply) in enumerate(dialogues):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        sd.append_jsonl(tmp_path / "train", {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"})
+        row = {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"}
+        sd.append_jsonl(tmp_path / "train", row)
     fates = sd.drop_duplicates(str(tmp_path / "train"), str(tmp_path / "rejected"), range(15))
-    assert fates["kept"] == 13 and fates["exact duplicate"] == 2, fates
+    assert fates["kept"] == 13, fates
+    assert fates["exact duplicate"] == 2, fates
     assert [row["prompt_id"] for row in sd.read_jsonl(tmp_path / "rejected")] == [9, 13]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_generate_own_prompts(tmp_path):
-    """All of the file unless told otherwise, BOM or not; a short reply or a piece of the prompt may be what it wants."""
-    mail = "Which address is in this: write to ann@example.org or ring 555 12 34, any day but Sunday?"
-    prompts = ["What is 2+2?", mail, "Say no more.", "Give this back, all of it."]
-    prompts += [f"Question {i}: is {i} even?" for i in range(146)]
-    special = dict(zip(prompts, ("4", "ann@example.org", " \n", "give this back, all of it.")))
-    with _GenServer(reply=lambda p: special.get(p, "```yes```")) as server:
-        args = _gen_args(tmp_path, server, 1)
+    """All of the file unless num_examples says less, BOM or not; a short reply or a piece of the
+    prompt may be what it wants."""
+    mail = "write to ann@example.org or ring 555 12 34, any day but Sunday"
+    replies = {
+        "What is 2+2?": "4",
+        f"Which address is in this: {mail}?": "ann@example.org",
+        "Say no more.": " \n",
+        "Give this back, all of it.": "give this back, all of it.",
+    }
+    prompts = [*replies, *(f"Question {i}: is {i} even?" for i in range(146))]
+
+    def reply(prompt):
+        return replies.get(prompt, "```yes```")
+
+    with ApiServer(reply=reply) as server:
+        fields = generate_fields(tmp_path, server, 1, num_examples=None)
         (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8-sig")
-        _, out, err = cli(*(arg for arg in args if arg not in ("--num_examples", 1)))
-        kept, rejected = _gen_rows(tmp_path)
-        assert len(kept) == 149 and [row["messages"][0]["content"] for row in kept[:2]] == prompts[:2]
+        result = run_generate(fields)
+        kept, rejected = kept_and_rejected(tmp_path)
+        assert len(kept) == 149
+        assert [prompt_of(row) for row in kept[:2]] == prompts[:2]
         assert [row["reason"] for row in rejected] == ["empty or too short"]
-        assert "USD" not in out.splitlines()[-1] + err   # nobody said what it costs: it is not free
-        at = args.index("--prompts_file")   # and to a task of ours that is no answer
-        args[at:at + 2] = ["--categories", "implement=1.0"]
-        args[args.index("--output_dir") + 1] = tmp_path / "ours" / "out"
-        cli(*args)
-    assert [row["reason"] for row in _gen_rows(tmp_path / "ours")[1]] == ["empty or too short"]
-    assert not sd.find_flaws("Give this back.", "give that", "stop")["repeats the prompt"]
-    assert sd.find_flaws("Give this back, all.", "this back, all.", "stop")["repeats the prompt"]
+        # nobody said what it costs: it is not free
+        assert "USD" not in result.out.splitlines()[-1]
+        assert "USD" not in result.err
+
+        # "yes" is an answer to a prompt of the user's; to a task of ours it is none
+        ours = dict(num_examples=1, prompts_file=None, categories=["implement=1.0"],
+                    output_dir=tmp_path / "ours/out")
+        run_generate({**fields, **ours})
+    _, rejected = kept_and_rejected(tmp_path / "ours")
+    assert [row["reason"] for row in rejected] == ["empty or too short"]
+
+    assert "repeats the prompt" not in flaws_of("give that", prompt="Give this back.")
+    assert "repeats the prompt" in flaws_of("this back, all.", prompt="Give this back, all.")
 
 
 def test_generate_failed(tmp_path):
-    """What failed is asked again by the same command, its cost is not forgotten, and one that always fails stops nothing."""
-    faults = {0: 400, 3: "bad json", 4: 400, 7: "bad json", 9: 500, 11: "duplicate", 12: "duplicate", 20: "length"}
-    down, prices = [True], ("--price_in", 1, "--price_out", 10)
-    fault = lambda p, nth: faults.get(_gen_number(p)) if down or _gen_number(p) in (0, 11, 12, 20) else None
-    with _GenServer(lambda p, nth: fault(p, nth) if server.billed else None) as server:
-        args = _gen_args(tmp_path, server, 30, "--concurrency", 1, *prices)
-        (tmp_path / "prompts.txt").write_text("Question 99: who?\n" + (tmp_path / "prompts.txt").read_text())
-        faults.pop(9)
-        cli(*args)
-        kept, rejected = _gen_rows(tmp_path)
-        assert collections.Counter(row["reason"].split(":")[0] for row in rejected) == {
-            "failed": 4, "exact duplicate": 1, "cut off": 1}
-        before = json.load(open(tmp_path / "out/summary.json"))["spent_usd"]
-        tries, at = server.tries.copy(), args.index("--num_examples") + 1
-        down.clear()
-        args[at] = 31   # the one at the front fails again, the last one is new
-        _, out, err = cli(*args)
-    again = {_gen_number(p) for p in server.tries if server.tries[p] > tries[p]}
-    assert again == {0, 3, 4, 7, 29}, again
-    kept, rejected = _gen_rows(tmp_path)
-    rows = {_gen_number(row["messages"][0]["content"]): row for row in kept + rejected}
-    assert len(rows) == len(kept + rejected) == 31 and len(kept) == 28
-    assert {n: row["reason"].split(":")[0] for n, row in rows.items() if "reason" in row} == {
-        0: "failed", 12: "exact duplicate", 20: "cut off"}
-    summary = json.load(open(tmp_path / "out/summary.json"))
-    assert summary["failed"] == 1 and summary["kept"] == 28
-    assert summary["spent_usd"] == pytest.approx(before + 4 * 0.0021) == pytest.approx(sum(row["cost"] for row in rows.values()))
-    assert rows[3]["cost"] > rows[4]["cost"] == pytest.approx(0.0021)   # what failed there may have been billed
+    """What failed is asked again by the same command, its cost is not forgotten, and one that
+    always fails stops nothing."""
+    lasting = {0: 400, 11: "duplicate", 12: "duplicate", 20: "length"}
+    passing = {3: "bad json", 4: 400, 7: "bad json"}
+    prompts_file = tmp_path / "prompts.txt"
+    with ApiServer(faults_by_number({**lasting, **passing})) as server:
+        fields = generate_fields(tmp_path, server, 30, concurrency=1, price_in=1, price_out=10)
+        # the first one is answered: an error of the very first would stop the run
+        prompts_file.write_text("Question 99: who?\n" + prompts_file.read_text())
+        run_generate(fields)
+        _, rejected = kept_and_rejected(tmp_path)
+        assert count_reasons(rejected) == {"failed": 4, "exact duplicate": 1, "cut off": 1}
+        spent_before = summary_of(tmp_path)["spent_usd"]
+        tries_before = server.tries.copy()
+
+        server.fault = faults_by_number(lasting)
+        fields["num_examples"] = 31   # Question 29 is new
+        run_generate(fields)
+    asked_again = {number_of(prompt) for prompt in server.tries - tries_before}
+    assert asked_again == {0, 3, 4, 7, 29}, asked_again
+
+    kept, rejected = kept_and_rejected(tmp_path)
+    assert len(kept) == 28
+    rows = {number_of(prompt_of(row)): row for row in kept + rejected}
+    assert len(rows) == len(kept + rejected) == 31
+    reasons = {number_of(prompt_of(row)): row["reason"].split(":")[0] for row in rejected}
+    assert reasons == {0: "failed", 12: "exact duplicate", 20: "cut off"}
+
+    summary = summary_of(tmp_path)
+    assert summary["failed"] == 1
+    assert summary["kept"] == 28
+    reply_cost = 0.0021   # 100 tokens in, 200 out
+    assert summary["spent_usd"] == pytest.approx(spent_before + 4 * reply_cost)
+    assert summary["spent_usd"] == pytest.approx(sum(row["cost"] for row in rows.values()))
+    assert rows[4]["cost"] == pytest.approx(reply_cost)
+    assert rows[3]["cost"] > rows[4]["cost"]   # the one that had no form may have been billed
 
 
 def test_generate_failed_for_good(tmp_path):
-    """A dozen prompts that the server never takes, a fifth of all: they stop no later run before it asks what is new."""
-    with _GenServer(lambda p, _: 400 if _gen_number(p) % 5 == 4 else None) as server:
-        for n in (60, 61):
-            cli(*_gen_args(tmp_path, server, n, "--concurrency", 1))
-            assert len(_gen_rows(tmp_path)[0]) == n - 12 and len(_gen_rows(tmp_path)[1]) == 12
+    """A dozen prompts that the server never takes, a fifth of all: they stop no later run before it
+    asks what is new."""
+    faults = {number: 400 for number in range(4, 61, 5)}
+    with ApiServer(faults_by_number(faults)) as server:
+        for questions in (60, 61):
+            run_generate(generate_fields(tmp_path, server, questions, concurrency=1))
+            kept, rejected = kept_and_rejected(tmp_path)
+            assert len(kept) == questions - 12
+            assert len(rejected) == 12
     assert set(server.billed.values()) == {1}
 
 
 def test_generate_rows(tmp_path):
-    """A last row that is whole is kept, whatever came after it; half a row goes; reading makes no file."""
+    """A last row that is whole is kept, whatever came after it; half a row goes; reading makes no
+    file."""
     path = tmp_path / "rows.jsonl"
-    assert sd.read_jsonl(path) == [] and not path.exists()
-    for tail, rows in ((b'{"b": 2}', [{"a": 1}, {"b": 2}]), (b'{"b": "\xc3', [{"a": 1}]), (b"", [{"a": 1}])):
+    assert sd.read_jsonl(path) == []
+    assert not path.exists()
+    for tail, rows in (
+        (b'{"b": 2}', [{"a": 1}, {"b": 2}]),
+        (b'{"b": "\xc3', [{"a": 1}]),
+        (b"", [{"a": 1}]),
+    ):
         path.write_bytes(b'{"a": 1}\n' + tail)
         assert sd.read_jsonl(path) == rows
         sd.append_jsonl(path, {"c": 3})
         assert sd.read_jsonl(path) == [*rows, {"c": 3}]
     path.write_bytes(b'{"a": 1}')
-    assert sd.read_jsonl(path) == [{"a": 1}] and path.read_bytes() == b'{"a": 1}\n'
+    assert sd.read_jsonl(path) == [{"a": 1}]
+    assert path.read_bytes() == b'{"a": 1}\n'
 
 
 def test_generate_local_seed(tmp_path, teacher):
     """The same seed gives the same replies, after a kill too; another seed gives others."""
-    def said(folder, seed, n=11):
-        cli("--mode", "generate", "--provider", "local", "--teacher", teacher, "--num_examples", n, "--max_tokens", 8,
-            "--concurrency", 4, "--api_temperature", 1, "--seed", seed, "--output_dir", tmp_path / folder / "out",
-            "--prompts_file", tmp_path / "prompts.txt")
-        rows = sum(_gen_rows(tmp_path / folder), [])
-        return {_gen_number(row["messages"][0]["content"]): row["messages"][1]["content"] for row in rows}
     (tmp_path / "prompts.txt").write_text("".join(f"Question {i}: what?\n" for i in range(11)))
-    whole = said("whole", 3)
-    said("parts", 3, 8)
+
+    def replies_of_run(name, seed, num_examples=11):
+        run_generate(dict(
+            mode="generate", provider="local", teacher=teacher, num_examples=num_examples,
+            max_tokens=8, concurrency=4, api_temperature=1, seed=seed,
+            prompts_file=tmp_path / "prompts.txt", output_dir=tmp_path / name / "out"))
+        rows = all_rows(tmp_path / name)
+        return {number_of(prompt_of(row)): row["messages"][1]["content"] for row in rows}
+
+    whole = replies_of_run("whole", seed=3)
+    replies_of_run("parts", seed=3, num_examples=8)
     for name in ("train.jsonl", "rejected.jsonl"):   # a kill in the midst of the second batch
         path = tmp_path / "parts/out" / name
-        rows = [row for row in sd.read_jsonl(path) if _gen_number(row["messages"][0]["content"]) < 6]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parts = said("parts", 3)
-    assert len(whole) == len(parts) == 11 and len(set(whole.values())) > 5
-    assert {i: text for i, text in parts.items() if i not in (6, 7)} == {i: text for i, text in whole.items() if i not in (6, 7)}
-    assert said("other", 4) != whole
+        rows = [row for row in sd.read_jsonl(path) if number_of(prompt_of(row)) < 6]
+        write_jsonl(path, rows)
+    parts = replies_of_run("parts", seed=3)
+    assert len(whole) == len(parts) == 11
+    assert len(set(whole.values())) > 5
+    assert replies_of_run("other", seed=4) != whole
+    for number in (6, 7):   # what is left of a batch is a batch of its own
+        del whole[number]
+        del parts[number]
+    assert parts == whole
 
 
-def _gen_spawn(args, server, count):
-    """The real command in a process of its own, when the server has billed `count` replies."""
-    process = spawn(*args)
-    while sum(server.billed.values()) < count and process.poll() is None:
+def spawn_until_billed(fields, server, count):
+    """The real command in a process of its own, at the moment when the server has billed `count`
+    replies."""
+    process = spawn(*flags(**fields))
+    while server.billed.total() < count and process.poll() is None:
         time.sleep(0.002)
     return process
 
 
 @pytest.mark.campaign
 def test_generate_kill(tmp_path):
-    """kill -9 at five moments, then a run to the end: only what was in flight is paid twice, and the cap knows."""
-    width, n = 4, 60
-    with _GenServer(delay=lambda: 0.03) as server:
-        prices = ("--price_in", 1, "--price_out", 2, "--max_cost", 1)
-        args = _gen_args(tmp_path, server, n, "--concurrency", width, *prices)
-        for moment in (1, 9, 20, 33, 47):
-            process = _gen_spawn(args, server, moment)
+    """kill -9 at five moments, then a run to the end: only what was in flight is paid twice, and
+    the cap knows."""
+    concurrency = 4
+    reply_cost = 5e-4   # 100 tokens in, 200 out
+    with ApiServer(delay=0.03) as server:
+        fields = generate_fields(tmp_path, server, 60, concurrency=concurrency, price_in=1,
+                                 price_out=2, max_cost=1)
+        moments = (1, 9, 20, 33, 47)
+        for moment in moments:
+            process = spawn_until_billed(fields, server, moment)
             process.kill()
             process.communicate()
             with open(tmp_path / "out/train.jsonl", "a") as f:
                 f.write('{"messages": [{"role": "us')   # what a full disk leaves
-        cli(*args)
-        rows = sum(_gen_rows(tmp_path), [])
-        assert len({row["prompt_id"] for row in rows}) == len(rows) == n == len(server.billed)
-        assert 0 < sum(server.billed.values()) - n <= 5 * width
-        spent = json.load(open(tmp_path / "out/summary.json"))["spent_usd"]
-        assert sum(server.billed.values()) * 5e-4 <= spent + 1e-9
+        run_generate(fields)
+        rows = all_rows(tmp_path)
+        assert len(rows) == len(server.billed) == 60
+        assert len({row["prompt_id"] for row in rows}) == 60
+        assert 0 < server.billed.total() - 60 <= len(moments) * concurrency
+        assert server.billed.total() * reply_cost <= summary_of(tmp_path)["spent_usd"] + 1e-9
+
         tries = server.tries.copy()
-        cli(*args)
+        run_generate(fields)
         assert server.tries == tries   # everything is there: nothing is asked
 
 
 def test_generate_signal(tmp_path):
     """SIGINT: what is in flight arrives, nothing new is asked, exit 0; the same command goes on."""
-    with _GenServer(delay=lambda: 0.05) as server:
-        args = _gen_args(tmp_path, server, 40, "--concurrency", 3)
-        process = _gen_spawn(args, server, 6)
+    with ApiServer(delay=0.05) as server:
+        fields = generate_fields(tmp_path, server, 40, concurrency=3)
+        process = spawn_until_billed(fields, server, 6)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate()
-        assert process.returncode == 0 and "stopped by a signal" in out and 6 <= len(server.billed) < 40, out
-        assert len(_gen_rows(tmp_path)[0]) == len(server.billed)
-        cli(*args)
-        assert len(_gen_rows(tmp_path)[0]) == 40 and set(server.billed.values()) == {1}
+        assert process.returncode == 0, out
+        assert "stopped by a signal" in out
+        assert 6 <= len(server.billed) < 40, out
+        assert len(kept_and_rejected(tmp_path)[0]) == len(server.billed)
+        run_generate(fields)
+        assert len(kept_and_rejected(tmp_path)[0]) == 40
+        assert set(server.billed.values()) == {1}
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_generate_cap(tmp_path, provider):
     """The server's own bill stays below 1.00 USD whatever goes wrong, and most of it is used."""
-    prices = ("--price_in", 20, "--price_out", 100, "--max_cost", 1)   # a reply costs 0.022, and 0.033 at worst
-    with _GenServer(lambda p, nth: _gen_faulty(p, nth, 0.5)) as server:
-        args = _gen_args(tmp_path, server, 200, "--concurrency", 16, *prices, provider=provider)
-        _, out, err = cli(*args)
-        rows = sum(_gen_rows(tmp_path), [])
-        bill, spent = sum(server.billed.values()) * 0.022, json.load(open(tmp_path / "out/summary.json"))["spent_usd"]
-        assert "max_cost" in out and 0.7 < bill <= spent <= 1, (err, bill, spent)
+    reply_cost = 0.022   # 0.033 at worst
+    with ApiServer(faults_by_chance(0.5)) as server:
+        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, price_in=20,
+                                 price_out=100, max_cost=1)
+        result = run_generate(fields)
+        rows = all_rows(tmp_path)
+        bill = server.billed.total() * reply_cost
+        spent = summary_of(tmp_path)["spent_usd"]
+        assert "max_cost" in result.out
+        assert 0.7 < bill <= spent <= 1, (result.err, bill, spent)
         assert spent == pytest.approx(sum(row["cost"] for row in rows))
-        tries = sum(server.tries.values())
-        cli(*args)
-        assert sum(server.tries.values()) - tries <= 1   # nothing is left to spend
+
+        tries = server.tries.total()
+        run_generate(fields)
+        assert server.tries.total() - tries <= 1   # nothing is left to spend
+    # where nobody said what it cost, it is the worst case
     unknown = [row["cost"] for row in rows if row["usage"]["prompt_tokens"] is None]
-    assert unknown and min(unknown) > 0.03   # nobody said what it cost: the worst case
-    assert "price" in cli(*(arg for arg in args if arg not in ("--price_in", 20)), rc=2).err
+    assert unknown
+    assert min(unknown) > 0.03
+    assert "price" in run_generate({**fields, "price_in": None}, rc=2).err
 
 
 def test_generate_key(tmp_path, monkeypatch):
     """The key is nowhere, though the server repeats it in its errors and replies."""
-    for provider, secret in (("openai", "sk-test-0123456789abcdef"), ("anthropic", "sk-ant-fedcba9876543210")):
+    def reject_or_repeat(prompt, attempt):
+        return 400 if number_of(prompt) % 4 == 3 else "key"
+
+    def reject(prompt, attempt):
+        return 401
+
+    for provider, secret in (
+        ("openai", "sk-test-0123456789abcdef"),
+        ("anthropic", "sk-ant-fedcba9876543210"),
+    ):
         monkeypatch.setenv(f"{provider.upper()}_API_KEY", secret)
-        with _GenServer(lambda p, _: 400 if _gen_number(p) % 4 == 3 else "key") as server:
-            _, out, err = cli(*_gen_args(tmp_path / provider, server, 40, provider=provider))
-        files = "".join(f.read_text() for f in (tmp_path / provider / "out").iterdir())
-        assert server.seen[0][1] == secret and "failed: " in files and "***" in files
-        assert secret not in files + out + err
-        with _GenServer(lambda p, _: 401) as server:
-            _, out, err = cli(*_gen_args(tmp_path / "refused", server, 40, provider=provider), rc=2)
-        assert "***" in err and secret not in out + err
+        with ApiServer(reject_or_repeat) as server:
+            result = run_generate(generate_fields(tmp_path / provider, server, 40, provider))
+        assert server.seen[0][1] == secret
+        files = "".join(path.read_text() for path in (tmp_path / provider / "out").iterdir())
+        assert "failed: " in files
+        assert "***" in files
+        assert secret not in files + result.out + result.err
+
+        with ApiServer(reject) as server:
+            fields = generate_fields(tmp_path / "refused", server, 40, provider)
+            result = run_generate(fields, rc=2)
+        assert "***" in result.err
+        assert secret not in result.out + result.err
 
 
 def test_generate_errors(tmp_path, monkeypatch):
     """What no request would survive is one `error:` line at once, and costs as little."""
-    for i, (status, since) in enumerate(((401, 1), (404, 1), (401, 9), (400, 1))):
-        folder, provider = tmp_path / str(i), ("openai", "anthropic")[i % 2]
-        with _GenServer(lambda p, _: status if sum(server.tries.values()) >= since else None) as server:
-            errors = _gen_errors(*_gen_args(folder, server, 50, provider=provider))
-        assert len(errors) == 1 and str(status) in errors[0]
-        kept, rejected = _gen_rows(folder)
-        assert len(kept) == len(server.billed) >= since - 1 and not rejected and sum(server.tries.values()) < since + 8
-    plain, gone = ["--mode", "generate", "--output_dir", tmp_path / "o"], _gen_args(tmp_path / "p", server, 50)
+    check_fatal_status(tmp_path / "0", "openai", status=401)
+    check_fatal_status(tmp_path / "1", "anthropic", status=404)
+    check_fatal_status(tmp_path / "2", "openai", status=401, first_refused=9)
+    check_fatal_status(tmp_path / "3", "anthropic", status=400)
+
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    wrong = [(name, "--categories", name) for name in ("poetry", "debug=0", "test=x", "test=", "test=inf", "test=nan", "test=-1")]
-    wrong += [("price_out", name, 1) for name in ("--price_in", "--price_out")]
-    wrong += [("none.txt", "--prompts_file", tmp_path / "none.txt")]
-    cases = [("onnect", gone), ("--teacher", [*plain, "--provider", "local"]), ("_API_KEY", [*plain, "--api_model", "m"]), ("pip install openai", gone)]
-    for named, args in [(named, [*plain, "--api_model", "m", *more]) for named, *more in wrong] + cases:
-        if "KEY" in named:
-            monkeypatch.delenv("OPENAI_API_KEY")
-        if "pip" in named:
-            monkeypatch.setitem(sys.modules, "openai", None)
-        errors = _gen_errors(*args)
-        assert len(errors) == 1 and named in errors[0], errors
+    plain = dict(mode="generate", output_dir=tmp_path / "o")
+    for category in ("poetry", "debug=0", "test=x", "test=", "test=inf", "test=nan", "test=-1"):
+        check_one_error(category, plain, api_model="m", categories=category)
+    check_one_error("price_out", plain, api_model="m", price_in=1)
+    check_one_error("price_out", plain, api_model="m", price_out=1)
+    check_one_error("none.txt", plain, api_model="m", prompts_file=tmp_path / "none.txt")
+    with ApiServer() as server:
+        nobody_there = generate_fields(tmp_path / "p", server, 50)
+    check_one_error("onnect", nobody_there)
+    check_one_error("--teacher", plain, provider="local")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    check_one_error("_API_KEY", plain, api_model="m")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    check_one_error("pip install openai", nobody_there)
+
+
+def check_fatal_status(folder, provider, status, first_refused=1):
+    """From this request on the server refuses all; few more are asked, no paid reply is lost."""
+    def refuse(prompt, attempt):
+        return status if server.tries.total() >= first_refused else None
+
+    with ApiServer(refuse) as server:
+        check_one_error(str(status), generate_fields(folder, server, 50, provider))
+    kept, rejected = kept_and_rejected(folder)
+    assert len(kept) == len(server.billed) >= first_refused - 1
+    assert not rejected
+    assert server.tries.total() < first_refused + 8
+
+
+def check_one_error(named, fields, **more):
+    """The run fails with one line of error, which names this."""
+    lines = run_generate({**fields, **more}, rc=2).err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert named in errors[0], errors
 
 
 def test_generate_slow_server(tmp_path):
-    """A server that admits 50 a second slows the run down; one that hangs is asked again after request_timeout."""
-    times = collections.deque([0.0] * 5, maxlen=5)
+    """A server that admits 50 a second slows the run down; one that hangs is asked again after
+    request_timeout."""
+    admitted = collections.deque([0.0] * 5, maxlen=5)   # the moments of the last five
 
-    def limited(prompt, nth):
-        if _gen_number(prompt) == 7 and nth == 1:
+    def limit(prompt, attempt):
+        if number_of(prompt) == 7 and attempt == 1:
             return "hang"
-        return 429 if time.monotonic() - times[0] < 0.1 else times.append(time.monotonic())
-    with _GenServer(limited) as server:
-        cli(*_gen_args(tmp_path, server, 100, "--concurrency", 30, "--request_timeout", 2))
-    assert len(_gen_rows(tmp_path)[0]) == 100, _gen_rows(tmp_path)[1]
-    assert sum(server.tries.values()) > 120
+        now = time.monotonic()
+        if now - admitted[0] < 0.1:
+            return 429
+        admitted.append(now)
+        return None
+
+    with ApiServer(limit) as server:
+        run_generate(generate_fields(tmp_path, server, 100, concurrency=30, request_timeout=2))
+    kept, rejected = kept_and_rejected(tmp_path)
+    assert len(kept) == 100, rejected
+    assert server.tries.total() > 120
 
 
 def test_generate_stops(tmp_path):
     """More than 20 % of failures in the last 50: the run stops, keeps what it has and says so."""
-    with _GenServer(lambda p, _: 400 if sum(server.tries.values()) > 60 and _gen_number(p) % 2 else None) as server:
-        _, out, err = cli(*_gen_args(tmp_path, server, 400), rc=2)
-    kept, rejected = _gen_rows(tmp_path)
-    assert "11 of the last" in err and len(kept) > 60 and 11 <= len(rejected) < 30
-    assert sum(server.tries.values()) < 120
+    def go_bad(prompt, attempt):
+        if server.tries.total() > 60 and number_of(prompt) % 2:
+            return 400
+        return None
+
+    with ApiServer(go_bad) as server:
+        result = run_generate(generate_fields(tmp_path, server, 400), rc=2)
+    kept, rejected = kept_and_rejected(tmp_path)
+    assert "11 of the last" in result.err
+    assert len(kept) > 60
+    assert 11 <= len(rejected) < 30
+    assert server.tries.total() < 120
 
 
 def test_generate_prompts_file(tmp_path):
-    talk = [{"role": role, "content": text} for role, text in (
-        ("system", "Be brief."), ("system", "Be kind."), ("user", "What is a trie?"))]
-    own = [{"prompt": "What is a heap?"}] * 2 + [{"messages": talk, "category": "explain", "more": 1}]
-    for provider, sent in (("openai", (0.3, 300, None)), ("anthropic", (None, 300, "Be brief.\n\nBe kind."))):
-        with _GenServer() as server:
-            args = _gen_args(tmp_path / provider, server, 9, provider=provider)
-            args += ["--api_temperature", 0.3] if provider == "openai" else []
-            path = args[args.index("--prompts_file") + 1] = tmp_path / "own.jsonl"
-            path.write_text("\n\n".join(map(json.dumps, own)))
-            cli(*args)
-        kept, _ = _gen_rows(tmp_path / provider)
-        assert [row["messages"][:-1] for row in kept] == [[{"role": "user", "content": "What is a heap?"}], talk]
+    """Own rows, texts or conversations, reach each provider in its form; a bad row is named."""
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What is a trie?"},
+    ]
+    heap = {"prompt": "What is a heap?"}
+    rows = [heap, heap, {"messages": conversation, "category": "explain", "more": 1}]
+    path = tmp_path / "own.jsonl"
+    own_text = "\n\n".join(json.dumps(row) for row in rows)
+    for provider, temperature, system in (
+        ("openai", 0.3, None),
+        ("anthropic", None, "Be brief.\n\nBe kind."),
+    ):
+        path.write_text(own_text)
+        with ApiServer() as server:
+            fields = generate_fields(tmp_path / provider, server, 9, provider, prompts_file=path,
+                                     api_temperature=temperature)
+            run_generate(fields)
+        kept, _ = kept_and_rejected(tmp_path / provider)
+        asked = [row["messages"][:-1] for row in kept]
+        assert asked == [[{"role": "user", "content": "What is a heap?"}], conversation]
         assert [row["category"] for row in kept] == ["own", "explain"]
-        assert tuple(server.seen[-1][0].get(k) for k in ("temperature", "max_tokens", "system")) == sent
-    for row in (json.dumps({"messages": kept[-1]["messages"]}), "nonsense", '{"question": 1}', '{"messages": [{"role": "user"}]}', "[]", '{"prompt": 3}'):
-        path.write_text('{"prompt": "What is a heap?"}\n' + row)
-        assert "own.jsonl" in cli(*args, rc=2).err
+        body, _ = server.seen[-1]
+        assert body.get("temperature") == temperature
+        assert body.get("max_tokens") == 300
+        assert body.get("system") == system
+
+    for bad_row in (
+        json.dumps({"messages": kept[-1]["messages"]}),   # it has its reply already
+        "nonsense",
+        '{"question": 1}',
+        '{"messages": [{"role": "user"}]}',
+        "[]",
+        '{"prompt": 3}',
+    ):
+        path.write_text('{"prompt": "What is a heap?"}\n' + bad_row)
+        assert "own.jsonl" in run_generate(fields, rc=2).err
 
 
 @pytest.mark.campaign
 def test_generate_throughput(tmp_path):
     """32 in flight are at least 20 x as fast as one at a time, against 100 ms of latency."""
-    rates, fork = [], multiprocessing.get_context("fork").Process   # a process of its own: it must not share our core
-    with _GenServer(delay=lambda: 0.1, runner=fork) as server:
-        for width, n in ((1, 3), (1, 20), (32, 1000)):   # the first one loads the SDK
+    # the server in a process of its own: it must not share our core
+    process = multiprocessing.get_context("fork").Process
+    rates = []
+    with ApiServer(delay=0.1, runner=process) as server:
+        for concurrency, questions in ((1, 3), (1, 20), (32, 1000)):   # the first loads the SDK
+            folder = tmp_path / f"{concurrency}.{questions}"
+            fields = generate_fields(folder, server, questions, concurrency=concurrency)
             start = time.perf_counter()
-            cli(*_gen_args(tmp_path / f"{width}.{n}", server, n, "--concurrency", width))
-            rates.append(n / (time.perf_counter() - start))
-    if rates[2] < 20 * rates[1] and os.getloadavg()[0] > os.cpu_count():
-        pytest.skip(f"the machine is busy: {rates[2] / rates[1]:.1f} x")
-    assert rates[2] >= 20 * rates[1], rates
+            run_generate(fields)
+            rates.append(questions / (time.perf_counter() - start))
+    gain = rates[2] / rates[1]
+    if gain < 20 and os.getloadavg()[0] > os.cpu_count():
+        pytest.skip(f"the machine is busy: {gain:.1f} x")
+    assert gain >= 20, rates
 
 
 def test_generate_local(tmp_path, teacher):
-    args = ["--mode", "generate", "--provider", "local", "--teacher", teacher, "--num_examples", 11, "--max_tokens", 12]
-    cli(*args, "--concurrency", 4, "--api_temperature", 1, "--output_dir", tmp_path / "out")
-    rows = sum(_gen_rows(tmp_path), [])
-    assert len(rows) == 11 and {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    """A model of one's own answers: tokens are counted, the end of a reply is told from a cut; a
+    price or an API's model beside it is refused, and so is a damaged file."""
+    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=11,
+                  max_tokens=12, output_dir=tmp_path / "out")
+    run_generate({**fields, "concurrency": 4, "api_temperature": 1})
+    rows = all_rows(tmp_path)
+    assert len(rows) == 11
     for row in rows:
-        count = row["usage"]["completion_tokens"]
-        assert count == 12 if row["finish_reason"] == "length" else count < 12
-        assert row["usage"]["prompt_tokens"] == len((row["messages"][0]["content"] + "\n\n").encode()) + 1   # <|begin|>
-    for more in (("--api_model", "x"), ("--price_in", 1)):
-        cli(*args, *more, "--output_dir", tmp_path / "other", rc=2)
+        assert row["finish_reason"] in ("stop", "length")
+        completion_tokens = row["usage"]["completion_tokens"]
+        if row["finish_reason"] == "length":
+            assert completion_tokens == 12
+        else:
+            assert completion_tokens < 12
+        prompt_bytes = (prompt_of(row) + "\n\n").encode()
+        assert row["usage"]["prompt_tokens"] == 1 + len(prompt_bytes)   # <|begin|>
+    for more in (dict(api_model="x"), dict(price_in=1)):
+        run_generate({**fields, **more, "output_dir": tmp_path / "other"}, rc=2)
     (tmp_path / "out/train.jsonl").write_text('{"messages": [\n{}\n')
-    assert "train.jsonl" in (err := cli(*args, "--output_dir", tmp_path / "out", rc=2).err) and "line 1" in err
+    error = run_generate(fields, rc=2).err
+    assert "train.jsonl" in error
+    assert "line 1" in error
 
 
 def test_generate_is_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    assert "torchrun" in cli("--mode", "generate", "--api_model", "m", "--output_dir", tmp_path / "out", rc=2).err
+    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out")
+    assert "torchrun" in run_generate(fields, rc=2).err
 
 
 def test_generate_then_train(tmp_path, student):
     """generate -> --dataset out/train.jsonl --alpha 1 -> final/"""
-    with _GenServer() as server:
-        cli(*_gen_args(tmp_path, server, 60))
-    cli("--dataset", tmp_path / "out/train.jsonl", "--alpha", 1, "--student", student, "--max_steps", 4, "--eval_samples", 4,
-        "--seq_len", 128, "--output_dir", tmp_path / "run")
+    with ApiServer() as server:
+        run_generate(generate_fields(tmp_path, server, 60))
+    cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
+               eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
     assert (tmp_path / "run/final/model.safetensors").exists()
 
 
@@ -3317,257 +3700,420 @@ def test_generate_then_train(tmp_path, student):
 # Optional: eval: how good is the student.
 
 
-_EVAL_QUICK = ("--generate_comparisons", "false", "--dtype", "fp32")
-
-
-def _eval_tokenizer(texts, size, folder):
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=size, special_tokens=["<|end|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def _eval_model(folder, seed, width, layers, vocab=320, padding=0):
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=vocab + padding, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
-        initializer_range=0.6)).save_pretrained(folder)
+EVAL_VOCAB = 320   # of the teacher's tokenizer
+QUICK = dict(generate_comparisons=False, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
-def _eval_world(tmp_path_factory):
-    """A teacher, two runs of its students (wide ones, and one with a padded vocabulary), a stranger, and text in many scripts."""
+def eval_folder(tmp_path_factory):
+    """data.jsonl with text in many scripts; teacher, student, padded (wide, with a longer
+    vocabulary) and stranger (with another tokenizer), all random; the runs run (a student of the
+    teacher) and labels (a student of labels only)."""
     folder = tmp_path_factory.mktemp("eval")
-    pick = np.random.default_rng(0)
-    words = "the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup in green pots and sleep".split()
-    texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    for name, *shape in (("teacher", 0, 32, 4), ("student", 1, 16, 2), ("padded", 2, 32, 2, 320, 7)):
-        _eval_model(folder / name, *shape)
-        _eval_tokenizer(texts, 320, folder / name)
-    _eval_model(folder / "stranger", 3, 16, 2, 290)
-    _eval_tokenizer(texts[::3], 290, folder / "stranger")
-    for out, more in (("run", ()), ("labels", ("--alpha", "1"))):
-        teacher = ("--teacher", str(folder / "teacher")) if not more else more
-        cli(*teacher, "--student", folder / "student", "--output_dir", folder / out, "--max_steps", 12, "--save_steps", 6, "--eval_steps", 4,
-            "--log_steps", 1, "--learning_rate", 3e-3, *_eval_data(folder))
+    texts = text_in_many_scripts(300)
+    write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts])
+    tokenizer = trained_tokenizer(texts, EVAL_VOCAB)
+    eval_model(folder / "teacher", tokenizer, seed=0, hidden=32, layers=4)
+    eval_model(folder / "student", tokenizer, seed=1, hidden=16, layers=2)
+    eval_model(folder / "padded", tokenizer, seed=2, hidden=32, layers=2, vocab=EVAL_VOCAB + 7)
+    other_tokenizer = trained_tokenizer(texts[::3], 290)
+    eval_model(folder / "stranger", other_tokenizer, seed=3, hidden=16, layers=2)
+
+    training = dict(
+        student=folder / "student", dataset=folder / "data.jsonl", seq_len=48, batch_size=3,
+        max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
+    distil(folder / "run", teacher=folder / "teacher", **training)
+    distil(folder / "labels", alpha=1, **training)
     return folder
 
 
-def _eval_data(folder):
-    return ["--dataset", str(folder / "data.jsonl"), "--seq_len", "48", "--batch_size", "3"]
+def text_in_many_scripts(rows):
+    words = ("the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup "
+             "in green pots and sleep").split()
+    pick = np.random.default_rng(0)
+    return [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(rows)]
 
 
-def _eval_words(folder, out, student, *more):
-    return ["--mode", "eval", "--teacher", str(folder / "teacher"), "--student", str(folder / student), "--output_dir", str(folder / out),
-            *_eval_data(folder), *map(str, more)]
+def trained_tokenizer(texts, vocab):
+    """A token may end within a character, as with real ones."""
+    from tokenizers import ByteLevelBPETokenizer
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        texts, vocab_size=vocab, special_tokens=["<|end|>"], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def _eval_report(folder, out, student, *more):
-    cli(*_eval_words(folder, out, student, *more))
+def eval_model(path, tokenizer, *, seed, hidden, layers, vocab=None):
+    """So loud that its predictions, and those of another seed, are far from even and from alike."""
+    tiny_model(
+        path, vocab or len(tokenizer), hidden, layers, seed, tokenizer=tokenizer,
+        num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.6)
+
+
+def report_fields(folder, out, student, **more):
+    return dict(
+        mode="eval", teacher=folder / "teacher", student=folder / student,
+        output_dir=folder / out, dataset=folder / "data.jsonl", seq_len=48, batch_size=3, **more)
+
+
+def run_report(folder, out, student, **more):
+    """-> report.json"""
+    cli(*flags(**report_fields(folder, out, student, **more)))
     return json.loads((folder / out / "report.json").read_text())
 
 
-def _eval_rows(folder, tokenizer):
-    """The held-out rows, cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
-    texts = [json.loads(line)["text"] for line in open(folder / "data.jsonl")]
-    gap = max(2, len(texts) // min(256, len(texts) // 20))
-    ids = [i for t in texts[gap - 1::gap] for i in tokenizer(t)["input_ids"] + [0]]
-    return [ids[i:i + 48] for i in range(0, len(ids), 48) if len(ids[i:i + 48]) > 1]
-
-
-def _eval_reference(model, teacher, rows, vocab):
-    """Full logits in float64, one row at a time."""
-    model, teacher = (AutoModelForCausalLM.from_pretrained(p).double() for p in (model, teacher))
-    nll, kl, agree, right, confidence = [], [], [], [], []
-    for row in rows:
-        ids = torch.tensor(row)[None]
-        with torch.no_grad():
-            p, q = (m(ids).logits[0, :-1, :vocab].log_softmax(-1) for m in (model, teacher))
-        nll.append(-p.gather(1, ids[0, 1:, None])[:, 0])
-        kl.append((q.exp() * (q - p)).sum(-1))
-        agree.append(p.argmax(-1) == q.argmax(-1))
-        right.append(p.argmax(-1) == ids[0, 1:])
-        confidence.append(p.max(-1)[0].exp())
-    rowwise = torch.stack([x.sum() for x in nll])
-    nll, kl, agree, right, confidence = (torch.cat(x).double() for x in (nll, kl, agree, right, confidence))
-    ece = 0.0
-    for low in np.arange(15) / 15:
-        inside = (confidence >= low) & (confidence < low + 1 / 15)
-        ece += (right[inside].sum() - confidence[inside].sum()).abs().item() / len(right)
-    return {"perplexity": nll.mean().exp().item(), "kl": kl.mean().item(), "agreement": agree.mean().item(), "accuracy": right.mean().item(),
-            "ece": ece, "nll": nll.sum().item(), "tokens": len(nll), "rows": rowwise}
+def compared_models(folder):
+    return [folder / "labels/final", folder / "padded", folder / "stranger"]
 
 
 @pytest.fixture(scope="module")
-def _eval_found(_eval_world):
-    return _eval_report(_eval_world, "found", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger")
+def full_report(eval_folder):
+    """report.json about all models."""
+    return run_report(eval_folder, "found", "run/final", compare=compared_models(eval_folder))
 
 
-def test_eval_numbers_equal_full_float64_logits(_eval_world, _eval_found):
-    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
-    for label, name in (("student", "run/final"), ("labels", "labels/final"), ("padded", "padded"), ("teacher", "teacher")):
-        want, got = _eval_reference(_eval_world / name, _eval_world / "teacher", rows, 320), _eval_found["models"][label]
-        assert got["tokens"] == want["tokens"]
-        _, *around = sd.interval(want["rows"].numpy(), np.array([len(r) - 1 for r in rows]), 0)
-        assert got["perplexity_95"] == pytest.approx([math.exp(x) for x in around], rel=1e-5)
-        for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
-            assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-6), (label, key)
+# ---- the same figures by hand
 
 
-def test_eval_temperature_is_that_of_training(_eval_world, _eval_found):
-    hot = _eval_report(_eval_world, "hot", "run/final", "--temperature", 2, *_EVAL_QUICK)["models"]["student"]
-    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
-    model, teacher = (AutoModelForCausalLM.from_pretrained(_eval_world / n).double() for n in ("run/final", "teacher"))
+def held_out_rows(folder):
+    """Cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    texts = [row["text"] for row in read_lines(folder / "data.jsonl")]
+    gap = max(2, len(texts) // min(256, len(texts) // 20))
+    ids = []
+    for text in texts[gap - 1::gap]:
+        ids += tokenizer(text)["input_ids"] + [0]
+    blocks = [ids[i:i + 48] for i in range(0, len(ids), 48)]
+    return [block for block in blocks if len(block) > 1]
+
+
+def log_probabilities(model, row, temperature=1):
+    """[T - 1, vocabulary without padding], of the tokens after the first."""
     with torch.no_grad():
-        pairs = [[(m(torch.tensor(r)[None]).logits[0, :-1] / 2).log_softmax(-1) for m in (model, teacher)] for r in rows]
-    kl = torch.cat([(q.exp() * (q - p)).sum(-1) for p, q in pairs]).mean().item() * 4
-    assert hot["kl"] == pytest.approx(kl, rel=1e-5) and hot["perplexity"] == _eval_found["models"]["student"]["perplexity"]
+        logits = model(torch.tensor(row)[None]).logits[0, :-1, :EVAL_VOCAB]
+    return (logits / temperature).log_softmax(-1)
 
 
-def test_eval_teacher_against_itself(_eval_world):
-    found = _eval_report(_eval_world, "self", "teacher", *_EVAL_QUICK)
-    student = found["models"]["student"]
-    assert student["kl"] == 0 and student["agreement"] == 1 and student["perplexity"] == found["models"]["teacher"]["perplexity"]
-    assert [x["teacher"] for x in student["layers"]] == [1, 2, 3, 4]
-    assert all(x["cka"] == pytest.approx(1, abs=1e-9) and x["mse"] < 1e-12 for x in student["layers"])
-    assert found["models"]["teacher"]["student_against_it"] == {"difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
+def kl_by_token(logp, logq):
+    return (logq.exp() * (logq - logp)).sum(-1)
 
 
-def test_eval_layers_equal_a_direct_computation(_eval_world, _eval_found):
-    rows = _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher"))
-    for label, name in (("student", "run/final"), ("padded", "padded")):
-        states = []
-        for path in (name, "teacher"):
-            model = AutoModelForCausalLM.from_pretrained(_eval_world / path).double()
-            with torch.no_grad():
-                per_row = [model.model(torch.tensor(r)[None], output_hidden_states=True).hidden_states[1:] for r in rows]
-            states.append([torch.cat([x[i][0, :-1] for x in per_row]) for i in range(len(per_row[0]))])
-        for got, (s, t) in zip(_eval_found["models"][label]["layers"], ((0, 1), (1, 3))):
-            x, y = states[0][s], states[1][t]
-            assert (got["student"], got["teacher"]) == (s + 1, t + 1)
-            xc, yc = x - x.mean(0), y - y.mean(0)
-            cka = (xc.T @ yc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
-            ones = torch.cat([x, torch.ones(len(x), 1)], 1)
-            fitted = ones @ torch.linalg.lstsq(ones, y).solution
-            mse = (x - y).square().mean() if x.shape == y.shape else (fitted - y).square().sum() / y.shape[1] / (len(x) - x.shape[1] - 1)
-            assert got["cka"] == pytest.approx(cka.item(), rel=1e-4) and got["mse"] == pytest.approx(mse.item(), rel=1e-4)
+def token_figures(model, teacher, row):
+    """-> {name: a number for each token after the first}"""
+    labels = torch.tensor(row[1:])
+    logp = log_probabilities(model, row)
+    logq = log_probabilities(teacher, row)
+    confidence, top = logp.exp().max(-1)
+    return dict(
+        nll=-logp.gather(1, labels[:, None])[:, 0],
+        kl=kl_by_token(logp, logq),
+        agreement=(top == logq.argmax(-1)).double(),
+        accuracy=(top == labels).double(),
+        confidence=confidence)
 
 
-def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(_eval_world, _eval_found):
-    base, other = (AutoTokenizer.from_pretrained(_eval_world / n) for n in ("teacher", "stranger"))
-    ids = _eval_rows(_eval_world, base)
-    told = sd.retokenize([{"input_ids": np.array(r), "targets": None} for r in ids], base, other)
-    sizes = [len(base.decode(r[1:], skip_special_tokens=True).encode()) for r in ids]
-    for row, new, size in zip(ids, told, sizes, strict=True):
-        new = new["input_ids"]
-        assert new[0] == 0 and other.decode(new[1:]) == base.decode(row[1:]) and new[1:].count(0) == row[1:].count(0)
-        assert len(other.decode(new[1:], skip_special_tokens=True).encode()) == size
-    stranger = AutoModelForCausalLM.from_pretrained(_eval_world / "stranger").double()
-    bits = 0.0
-    for new in told:
-        new = torch.tensor(new["input_ids"])
+def calibration_error(confidence, correct):
+    """15 bins of confidence: its gaps to the share that is right, weighted by tokens."""
+    gaps = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        gaps += (correct[inside].sum() - confidence[inside].sum()).abs().item()
+    return gaps / len(correct)
+
+
+def reference_figures(folder, name, rows):
+    """Full logits in float64, one row at a time."""
+    model = load(folder / name).double()
+    teacher = load(folder / "teacher").double()
+    by_row = [token_figures(model, teacher, row) for row in rows]
+    tokens = {key: torch.cat([row[key] for row in by_row]) for key in by_row[0]}
+    return dict(
+        tokens=len(tokens["nll"]),
+        nll=tokens["nll"].sum().item(),
+        nll_by_row=np.array([row["nll"].sum().item() for row in by_row]),
+        perplexity=tokens["nll"].mean().exp().item(),
+        kl=tokens["kl"].mean().item(),
+        agreement=tokens["agreement"].mean().item(),
+        accuracy=tokens["accuracy"].mean().item(),
+        ece=calibration_error(tokens["confidence"], tokens["accuracy"]))
+
+
+def states_by_layer(path, rows):
+    """-> [tokens, width] after each layer, of every token but the last of a row"""
+    model = load(path).double()
+    by_row = []
+    for row in rows:
         with torch.no_grad():
-            bits -= stranger(new[None]).logits[0, :-1].log_softmax(-1).gather(1, new[1:, None]).sum().item() / math.log(2)
-    got = _eval_found["models"]["stranger"]
-    assert got["bits"] == pytest.approx(bits / sum(sizes), rel=1e-5) and got["kl"] is None and got["agreement"] is None
-    want = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", ids, 320)["nll"]
-    assert _eval_found["models"]["student"]["bits"] == pytest.approx(want / math.log(2) / sum(sizes), rel=1e-5)
+            outputs = model.model(torch.tensor(row)[None], output_hidden_states=True)
+        by_row.append([states[0, :-1] for states in outputs.hidden_states[1:]])
+    return [torch.cat(layer) for layer in zip(*by_row, strict=True)]
 
 
-def test_eval_another_tokenizer_and_masked_prompts_are_refused(_eval_world, tmp_path):
+def linear_cka(x, y):
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+def state_mse(x, y):
+    """Of other width: after the best affine map, without the tokens that the map explains."""
+    if x.shape == y.shape:
+        return (x - y).square().mean().item()
+    with_ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+    fitted = with_ones @ torch.linalg.lstsq(with_ones, y).solution
+    tokens_left = len(x) - x.shape[1] - 1
+    return ((fitted - y).square().sum() / y.shape[1] / tokens_left).item()
+
+
+# ---- figures
+
+
+def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report):
+    rows = held_out_rows(eval_folder)
+    counts = np.array([len(row) - 1 for row in rows])
+    for label, name in (
+        ("student", "run/final"),
+        ("labels", "labels/final"),
+        ("padded", "padded"),
+        ("teacher", "teacher"),
+    ):
+        expected = reference_figures(eval_folder, name, rows)
+        figures = full_report["models"][label]
+        assert figures["tokens"] == expected["tokens"]
+        for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
+            assert figures[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (label, key)
+        _, low, high = sd.interval(expected["nll_by_row"], counts, 0)
+        around = [math.exp(low), math.exp(high)]
+        assert figures["perplexity_95"] == pytest.approx(around, rel=1e-5)
+
+
+def test_eval_temperature_is_that_of_training(eval_folder, full_report):
+    """KL at the temperature, times its square; perplexity is without it."""
+    report = run_report(eval_folder, "hot", "run/final", temperature=2, **QUICK)
+    figures = report["models"]["student"]
+    student = load(eval_folder / "run/final").double()
+    teacher = load(eval_folder / "teacher").double()
+    kl = []
+    for row in held_out_rows(eval_folder):
+        logp = log_probabilities(student, row, temperature=2)
+        logq = log_probabilities(teacher, row, temperature=2)
+        kl.append(kl_by_token(logp, logq))
+    assert figures["kl"] == pytest.approx(4 * torch.cat(kl).mean().item(), rel=1e-5)
+    assert figures["perplexity"] == full_report["models"]["student"]["perplexity"]
+
+
+def test_eval_teacher_against_itself(eval_folder):
+    models = run_report(eval_folder, "self", "teacher", **QUICK)["models"]
+    student = models["student"]
+    assert student["kl"] == 0
+    assert student["agreement"] == 1
+    assert student["perplexity"] == models["teacher"]["perplexity"]
+    assert [layer["teacher"] for layer in student["layers"]] == [1, 2, 3, 4]
+    for layer in student["layers"]:
+        assert layer["cka"] == pytest.approx(1, abs=1e-9)
+        assert layer["mse"] < 1e-12
+    assert models["teacher"]["student_against_it"] == {
+        "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
+
+
+def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
+    rows = held_out_rows(eval_folder)
+    teacher_states = states_by_layer(eval_folder / "teacher", rows)
+    for label, name in (("student", "run/final"), ("padded", "padded")):
+        states = states_by_layer(eval_folder / name, rows)
+        first, second = full_report["models"][label]["layers"]
+        for layer, number, teacher_number in ((first, 1, 2), (second, 2, 4)):
+            assert layer["student"] == number
+            assert layer["teacher"] == teacher_number
+            x = states[number - 1]
+            y = teacher_states[teacher_number - 1]
+            assert layer["cka"] == pytest.approx(linear_cka(x, y), rel=1e-4)
+            assert layer["mse"] == pytest.approx(state_mse(x, y), rel=1e-4)
+
+
+def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
+    tokenizer = AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    other = AutoTokenizer.from_pretrained(eval_folder / "stranger")
+    rows = held_out_rows(eval_folder)
+    sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
+    data_rows = [{"input_ids": np.array(row), "targets": None} for row in rows]
+    retokenized = [row["input_ids"] for row in sd.retokenize(data_rows, tokenizer, other)]
+    for row, other_row, size in zip(rows, retokenized, sizes, strict=True):
+        assert other_row[0] == 0
+        assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
+        assert other_row[1:].count(0) == row[1:].count(0)
+        assert len(other.decode(other_row[1:], skip_special_tokens=True).encode()) == size
+
+    stranger = load(eval_folder / "stranger").double()
+    nats = 0.0
+    for other_row in retokenized:
+        labels = torch.tensor(other_row[1:])
+        nats -= log_probabilities(stranger, other_row).gather(1, labels[:, None]).sum().item()
+    figures = full_report["models"]["stranger"]
+    assert figures["bits"] == pytest.approx(nats / math.log(2) / sum(sizes), rel=1e-5)
+    assert figures["kl"] is None
+    assert figures["agreement"] is None
+
+    nats = reference_figures(eval_folder, "run/final", rows)["nll"]
+    figures = full_report["models"]["student"]
+    assert figures["bits"] == pytest.approx(nats / math.log(2) / sum(sizes), rel=1e-5)
+
+
+def test_eval_another_tokenizer_and_masked_prompts_are_refused(eval_folder, tmp_path):
     rows = [{"prompt": "the quick brown", "response": "fox jumps"}] * 40
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    words = ["--mode", "eval", "--teacher", _eval_world / "teacher", "--student", _eval_world / "stranger", "--dataset", tmp_path / "talk.jsonl",
-             "--seq_len", 48, "--output_dir", tmp_path / "out"]
-    assert "plain text" in cli(*words, rc=2).err
+    fields = report_fields(eval_folder, "refused", "stranger")
+    fields["dataset"] = write_jsonl(tmp_path / "talk.jsonl", rows)
+    fields["output_dir"] = tmp_path / "out"
+    assert "plain text" in cli(*flags(**fields), rc=2).err
 
 
 @pytest.mark.parametrize("n", [12, 60])
 def test_eval_intervals_cover(n):
-    draw, inside = torch.Generator().manual_seed(n), 0
-    for trial in range(200):   # sequences of many lengths, skewed losses that hang together within one; true mean 2
-        bottom = torch.randint(20, 60, (n,), generator=draw).double()
-        top = bottom * 2 * (0.4 * torch.randn(n, generator=draw, dtype=torch.float64) - 0.08).exp()
-        _, low, high = sd.interval(top.numpy(), bottom.numpy(), trial)
-        inside += low <= 2 <= high
-    assert 180 <= inside <= 198
+    """95 % of the intervals hold the true mean, as far as 200 trials can tell."""
+    draw = torch.Generator().manual_seed(n)
+    true_mean = 2
+    covered = 0
+    for trial in range(200):
+        # sequences of many lengths, skewed losses that hang together within one
+        lengths = torch.randint(20, 60, (n,), generator=draw).double()
+        noise = 0.4 * torch.randn(n, generator=draw, dtype=torch.float64)
+        sums = lengths * true_mean * (noise - 0.08).exp()   # 0.08: the mean of exp stays 1
+        _, low, high = sd.interval(sums.numpy(), lengths.numpy(), trial)
+        if low <= true_mean <= high:
+            covered += 1
+    assert 180 <= covered <= 198
 
 
-def test_eval_report_files(_eval_world, _eval_found):
-    folder = _eval_world / "found"
-    text = (folder / "report.md").read_text()
-    table = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines() if line.startswith("| "))}
+# ---- files
+
+
+def test_eval_report_files(eval_folder, full_report):
+    """report.md shows the figures of report.json; report.png has each model in every panel."""
+    models = full_report["models"]
+    text = (eval_folder / "found/report.md").read_text()
+    check_table(text, models)
+    for label, figures in models.items():
+        if label != "student":
+            against = figures["student_against_it"]
+            low, high = against["interval"]
+            assert f"{against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f})" in text
+            assert against["verdict"] in text
+    student = models["student"]
+    assert len(student["texts"]) == 3
+    for key in ("train/loss", "train/ce_loss", "train/kl_loss"):
+        assert len(student["curves"][key]) == 12
+    assert len(student["curves"]["eval/ce_loss"]) == 3
+    assert "report.png" in text
+    check_picture(eval_folder / "found/report.png")
+
+
+def check_table(text, models):
+    """Each figure to the digits shown."""
+    table = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            _, title, *cells, _ = [cell.strip() for cell in line.split("|")]
+            table[title] = cells
     labels = table[""]
-    assert labels == list(_eval_found["models"]) == ["teacher", "student", "labels", "padded", "stranger"]
+    assert labels == list(models) == ["teacher", "student", "labels", "padded", "stranger"]
     for key, title in sd.METRICS.items():
-        for label, cell in zip(labels, table[title]):
-            value, shown = _eval_found["models"][label][key], cell.split(", ")[0].split()[0].replace(",", "")
+        for label, cell in zip(labels, table[title], strict=True):
+            shown = cell.split(", ")[0].split()[0].replace(",", "")
+            value = models[label][key]
             if value is None:
                 assert shown == "-"
             else:
                 assert float(shown) == pytest.approx(value, rel=6e-4)
-    for x in (m["student_against_it"] for label, m in _eval_found["models"].items() if label != "student"):
-        assert f"{x['difference']:+.4f} bits a byte ({x['interval'][0]:+.4f} to {x['interval'][1]:+.4f})" in text and x["verdict"] in text
-    curves = _eval_found["models"]["student"]["curves"]
-    assert "report.png" in text and [len(curves[k]) for k in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/ce_loss")] == [12, 12, 12, 3]
-    assert len(_eval_found["models"]["student"]["texts"]) == 3
+
+
+def check_picture(path):
+    """The third model's colour is in each of the four panels."""
     from matplotlib import image
-    picture = image.imread(folder / "report.png")[..., :3]
-    assert min(picture.shape[:2]) > 800
-    height, width = (x // 2 for x in picture.shape[:2])
-    for panel in (picture[:height, :width], picture[:height, width:], picture[height:, :width], picture[height:, width:]):
-        assert (np.abs(panel - [0xd5 / 255, 0x5e / 255, 0]).max(-1) < 0.05).sum() > 100   # the third model is in every panel
+    pixels = image.imread(path)[..., :3]
+    assert min(pixels.shape[:2]) > 800
+    height = pixels.shape[0] // 2
+    width = pixels.shape[1] // 2
+    orange = np.array([0xd5, 0x5e, 0x00]) / 255
+    for panel in (
+        pixels[:height, :width],
+        pixels[:height, width:],
+        pixels[height:, :width],
+        pixels[height:, width:],
+    ):
+        is_orange = np.abs(panel - orange).max(-1) < 0.05
+        assert is_orange.sum() > 100
 
 
-def test_eval_without_matplotlib(_eval_world, monkeypatch):
+def test_eval_without_matplotlib(eval_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = cli(*_eval_words(_eval_world, "plain", "run/final", *_EVAL_QUICK)).out
-    assert not (_eval_world / "plain/report.png").exists()
-    assert "pip install matplotlib" in said and "report.png)" not in (_eval_world / "plain/report.md").read_text()
+    fields = report_fields(eval_folder, "plain", "run/final", **QUICK)
+    out = cli(*flags(**fields)).out
+    assert not (eval_folder / "plain/report.png").exists()
+    assert "pip install matplotlib" in out
+    assert "report.png)" not in (eval_folder / "plain/report.md").read_text()
 
 
-def test_eval_takes_a_checkpoint_of_a_run(_eval_world):
+# ---- what may be reported on
+
+
+def test_eval_takes_a_checkpoint_of_a_run(eval_folder):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    last, earlier = (_eval_report(_eval_world, f"at{n}", f"run/checkpoints/step-{n:08d}", *_EVAL_QUICK) for n in (12, 6))
-    final = _eval_reference(_eval_world / "run/final", _eval_world / "teacher", _eval_rows(_eval_world, AutoTokenizer.from_pretrained(_eval_world / "teacher")), 320)
-    assert last["models"]["student"]["perplexity"] == pytest.approx(final["perplexity"], rel=1e-5)
-    assert earlier["models"]["student"]["perplexity"] != pytest.approx(final["perplexity"], rel=1e-3)
-    broken = _eval_world / "run/checkpoints/step-00000099"
+    expected = reference_figures(eval_folder, "run/final", held_out_rows(eval_folder))
+    perplexity = {}
+    for step in (6, 12):
+        path = f"run/checkpoints/step-{step:08d}"
+        report = run_report(eval_folder, f"at{step}", path, **QUICK)
+        perplexity[step] = report["models"]["student"]["perplexity"]
+    assert perplexity[12] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert perplexity[6] != pytest.approx(expected["perplexity"], rel=1e-3)
+
+    broken = eval_folder / "run/checkpoints/step-00000099"
     broken.mkdir()
     (broken / "state.json").write_text("{")
-    cli(*_eval_words(_eval_world, "broken", "run/checkpoints/step-00000099"), rc=2)
-    (broken / "state.json").unlink(), broken.rmdir()
+    cli(*flags(**report_fields(eval_folder, "broken", broken)), rc=2)
+    shutil.rmtree(broken)   # the run is every test's
 
 
-def test_eval_same_numbers_on_two_ranks(_eval_world, _eval_found):
-    words = _eval_words(_eval_world, "two", "run/final", "--compare", _eval_world / "labels/final", _eval_world / "padded", _eval_world / "stranger", *_EVAL_QUICK)
-    two = spawn(*words, nproc=2)
-    said, _ = two.communicate()
-    assert two.returncode == 0, said[-2000:]
-    two = json.loads((_eval_world / "two/report.json").read_text())
-    for label, one in _eval_found["models"].items():
-        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece", "parameters", "disk", "perplexity_95"):
-            assert one[key] is None or two["models"][label][key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (label, key)
-        for a, b in zip(one["layers"], two["models"][label]["layers"], strict=True):
-            assert a == pytest.approx(b, rel=1e-4)
-    for label, one in _eval_found["models"].items():
-        a, b = one["student_against_it"], two["models"][label]["student_against_it"]
-        assert a["verdict"] == b["verdict"] and a["interval"] == pytest.approx(b["interval"], rel=1e-4, abs=1e-7)
+def test_eval_same_numbers_on_two_ranks(eval_folder, full_report):
+    fields = report_fields(
+        eval_folder, "two", "run/final", compare=compared_models(eval_folder), **QUICK)
+    process = spawn(*flags(**fields), nproc=2)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out[-2000:]
+    models = json.loads((eval_folder / "two/report.json").read_text())["models"]
+    for label, expected in full_report["models"].items():
+        figures = models[label]
+        for key in (
+            "tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece", "parameters",
+            "disk", "perplexity_95",
+        ):
+            if expected[key] is not None:
+                near = pytest.approx(expected[key], rel=1e-5, abs=1e-7)
+                assert figures[key] == near, (label, key)
+        for layer, expected_layer in zip(figures["layers"], expected["layers"], strict=True):
+            assert layer == pytest.approx(expected_layer, rel=1e-4)
+        against = figures["student_against_it"]
+        expected_against = expected["student_against_it"]
+        assert against["verdict"] == expected_against["verdict"]
+        near = pytest.approx(expected_against["interval"], rel=1e-4, abs=1e-7)
+        assert against["interval"] == near
 
 
-def test_eval_refusals(_eval_world):
+def test_eval_refusals(eval_folder):
+    """A student that is no model is named."""
     for student in ("nowhere", "data.jsonl"):
-        assert cli(*_eval_words(_eval_world, "refused", student), rc=2).err.startswith("error: student ")
+        fields = report_fields(eval_folder, "refused", student)
+        assert cli(*flags(**fields), rc=2).err.startswith("error: student ")
 
 
-def test_eval_final_loads_as_in_lm_evaluation_harness(_eval_world):
-    model = AutoModelForCausalLM.from_pretrained(_eval_world / "run/final", dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(_eval_world / "run/final")
-    said = pipeline("text-generation", model=model, tokenizer=tokenizer)("the quick", max_new_tokens=8, do_sample=False)
-    assert said[0]["generated_text"].startswith("the quick")
+def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
+    path = eval_folder / "run/final"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    generator = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    continued = generator("the quick", max_new_tokens=8, do_sample=False)
+    assert continued[0]["generated_text"].startswith("the quick")
 
 
 # --------------------------------------------------------------------------------------------------
