@@ -14,7 +14,6 @@ import threading   # optional: generate
 import contextlib
 import ctypes
 import functools
-import glob
 import io
 import itertools
 import json
@@ -23,6 +22,7 @@ import os
 import pty
 import random
 import re
+import resource   # optional: cache
 import select
 import shlex
 import shutil
@@ -2062,768 +2062,1208 @@ def gradients_of_a_cache(out, step):
 # Optional: cache: what it holds, who may fill it, what damages it, what it costs.
 
 
-_CACHE_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "simple_distill.py")
+def cache_rows(n):
+    return [{"text": prose(8 + i % 9, i)} for i in range(n)]
 
 
-def _cache_tiny(folder, rows=120, vocab=300, end="<|end|>"):
-    """Random teacher and student of one tokenizer, text and conversations; -> the paths as flags."""
-    import random
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-    draw, words = random.Random(0), "the quick brown fox jumps over a lazy dog while seven wizards boil soup in green pots".split()
-    texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) + "." for _ in range(rows)]
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/data.jsonl", "w") as f:
-        f.writelines(json.dumps({"text": t}) + "\n" for t in texts)
-    with open(f"{folder}/chat.jsonl", "w") as f:
-        f.writelines(json.dumps({"prompt": t[:50], "response": t[:90][::-1]}) + "\n" for t in texts)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=[end], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=end)
-    for name, width, layers, seed in (("teacher", 32, 3, 0), ("student", 16, 2, 1), ("small", 16, 1, 2)):
-        torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=vocab - 40 * (name == "small"), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                             num_attention_heads=4, max_position_embeddings=128, eos_token_id=0, pad_token_id=0, bos_token_id=None,
-                             tie_word_embeddings=True, initializer_range=0.3)
-        AutoModelForCausalLM.from_config(config).save_pretrained(f"{folder}/{name}")
-        if name != "small":
-            tokenizer.save_pretrained(f"{folder}/{name}")
-    return f"{folder}/"
+@pytest.fixture(scope="session")
+def cache_text(tmp_path_factory):
+    """Text of about 180 sequences of 32 tokens: a dozen chunks of 16."""
+    return write_jsonl(tmp_path_factory.mktemp("cache") / "text.jsonl", cache_rows(100))
 
 
-@pytest.fixture(scope="module")
-def _cache_home(tmp_path_factory):
-    torch.set_num_threads(1)   # tiny models: threads cost more than they bring
-    return _cache_tiny(str(tmp_path_factory.mktemp("cache")))
+def cache_words(teacher, dataset, cache_dir, **fields):
+    """The command that fills a cache, as words."""
+    command = dict(mode="cache", teacher=teacher, dataset=dataset, cache_dir=cache_dir,
+                   seq_len=32, cache_chunk=16)
+    return flags(**{**command, **fields})
 
 
-def _cache_fill(home, to, *more, data="data.jsonl"):
-    return ["--mode", "cache", "--teacher", home + "teacher", "--dataset", home + data, "--seq_len", "32", "--cache_chunk", "16",
-            "--cache_dir", str(to), *map(str, more)]
+def fill_cache(teacher, dataset, cache_dir, rc=0, **fields):
+    return cli(*cache_words(teacher, dataset, cache_dir, **fields), rc=rc)
 
 
-def _cache_train(home, out, *more):
-    flags = {"--student": home + "student", "--seq_len": 32, "--alpha": 0.3, "--max_steps": 6, "--learning_rate": 0.001, "--log_steps": 1,
-             "--eval_steps": 0, "--batch_size": 8, "--output_dir": out}
-    flags |= dict(zip(more[::2], more[1::2]))
-    return [*(str(x) for pair in flags.items() for x in pair), "--no_use_wandb"]
+def train_from_cache(student, cache_dir, out, rc=0, **fields):
+    """Six steps; with cache_dir None, a teacher and a dataset: the same run without a cache."""
+    run = dict(student=student, cache_dir=cache_dir, alpha=0.3, max_steps=6, batch_size=8)
+    return distil(out, rc, **{**run, **fields})
 
 
-def _cache_log(out):
-    with open(f"{out}/log.jsonl") as f:
-        return [json.loads(line) for line in f]
+def parse_cache_run(student, cache_dir):
+    return sd.parse_config(flags(student=student, cache_dir=cache_dir, seq_len=32))
 
 
-def _cache_bytes(folder):
-    return {os.path.basename(p): open(p, "rb").read() for p in sorted(glob.glob(f"{folder}/*.safetensors"))}
+def chunk_files(cache_dir):
+    """The bytes of every chunk by its name."""
+    paths = sorted(Path(cache_dir).glob("*.safetensors"))
+    return {path.name: path.read_bytes() for path in paths}
 
 
-def _cache_teacher(vocab, tokens, seed=0, sharp=3.0):
-    """A made-up teacher: hidden states, head, and its distribution [N, V] in float64."""
-    g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(tokens, 24, generator=g), torch.randn(vocab, 24, generator=g) * sharp / 24 ** 0.5
-    return hidden, sd.Head(weight), (hidden.double() @ weight.double().T).softmax(-1)
+def read_manifest(cache_dir):
+    return json.loads(Path(cache_dir, "manifest.json").read_text())
+
+
+# ---- what is kept of a token
+
+
+def made_up_teacher(vocab, tokens, seed=0, sharp=3.0):
+    """-> hidden states, head, and the distribution that they make [N, V], in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 24, generator=generator)
+    weight = torch.randn(vocab, 24, generator=generator) * sharp / 24 ** 0.5
+    probs = (hidden.double() @ weight.double().T).softmax(-1)
+    return hidden, sd.Head(weight), probs
 
 
 def _cache_manifest(vocab, method, size, seed=0, temperature=1.0):
-    bits = [(vocab - 1).bit_length(), *((8, 0) if method == "topk" else ((size - 1).bit_length(), 12))]
-    return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature, bits=bits)
+    """What of a manifest packing depends on."""
+    id_bits = (vocab - 1).bit_length()
+    if method == "topk":
+        bits = [id_bits, 8, 0]
+    else:
+        bits = [id_bits, (size - 1).bit_length(), 12]
+    return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature,
+                bits=bits)
 
 
-def _cache_keep(hidden, head, method, size, seed=0, temperature=1.0):
-    """Through packing and back -> SparseTarget of one row, bytes, counts."""
-    m = _cache_manifest(len(head.weight), method, size, seed, temperature)
-    row = {"input_ids": np.arange(len(hidden) + 1) % len(head.weight), "targets": None}
-    (data, counts), = sd.pack_teacher(lambda batch: (hidden, head), [row], 7, m)
-    back = sd.unpack_row(data, *counts[1:4], m)
-    assert (back["input_ids"] == row["input_ids"]).all() and back["targets"].all() and counts[2] == len(hidden)
-    return sd.SparseTarget(*map(torch.from_numpy, back["sparse"])), len(data), counts
+def pack_and_unpack(hidden, head, method, size, seed=0, temperature=1.0):
+    """One row, through its bytes and back -> SparseTarget, number of bytes, RowCounts."""
+    vocab = len(head.weight)
+    manifest = _cache_manifest(vocab, method, size, seed, temperature)
+    row = {"input_ids": np.arange(len(hidden) + 1) % vocab, "targets": None}
+    [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], 7, manifest)
+    unpacked = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
+    assert (unpacked["input_ids"] == row["input_ids"]).all()
+    assert unpacked["targets"].all()
+    assert counts.targets == len(hidden)
+    sparse = sd.SparseTarget(*[torch.from_numpy(array) for array in unpacked["sparse"]])
+    return sparse, len(data), counts
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
 def test_cache_topk_is_what_the_teacher_says(vocab):
     for size in {min(64, vocab), min(300, vocab)}:
-        hidden, head, p = _cache_teacher(vocab, 40)
-        sparse, length, _ = _cache_keep(hidden, head, "topk", size)
-        top, ids = p.topk(size)
-        assert len(set(sparse.ids[3].tolist())) == size and (p.gather(-1, sparse.ids) - top).abs().max() < 1e-6
-        bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)   # the common rescaling at most doubles the rounding
-        assert ((sparse.probs.double().log() - top.log()).abs() < bound)[top > 1e-9].all()
-        assert (sparse.probs.sum(-1) + sparse.rest - 1).abs().max() < 1e-5 and (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
+        hidden, head, probs = made_up_teacher(vocab, 40)
+        sparse, length, _ = pack_and_unpack(hidden, head, "topk", size)
+        top = probs.topk(size).values
+        assert len(set(sparse.ids[3].tolist())) == size
+        assert (probs.gather(-1, sparse.ids) - top).abs().max() < 1e-6
+        # the common rescaling at most doubles the rounding
+        bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)
+        close = (sparse.probs.double().log() - top.log()).abs() < bound
+        assert close[top > 1e-9].all()
+        assert (sparse.probs.sum(-1) + sparse.rest - 1).abs().max() < 1e-5
+        assert (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
         if vocab == 151936 and size == 64:
-            assert length / 41 <= 230
-        exact = -(sparse.probs.double() * sparse.probs.double().log()).nansum(-1) - torch.special.xlogy(sparse.rest, sparse.rest)
-        assert (sparse.entropy - exact).abs().max() < 1e-5
+            assert length / 41 <= 230   # bytes a token
+        listed = sparse.probs.double()
+        entropy = -(listed * listed.log()).nansum(-1)
+        entropy -= torch.special.xlogy(sparse.rest, sparse.rest)
+        assert (sparse.entropy - entropy).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("vocab,size", [(2, 1), (300, 50), (32000, 64), (151936, 50), (151936, 255)])
+@pytest.mark.parametrize("vocab,size", [
+    (2, 1), (300, 50), (32000, 64), (151936, 50), (151936, 255)])
 def test_cache_samples_are_counted_and_small(vocab, size):
-    hidden, head, p = _cache_teacher(vocab, 200)
-    sparse, length, counts = _cache_keep(hidden, head, "sample", size)
-    assert torch.allclose(sparse.probs, torch.full((200, size), 1 / size)) and (sparse.rest == 0).all()   # an id stands as often as drawn
-    assert sum(len(set(ids.tolist())) for ids in sparse.ids) == counts[3]
-    own = -(sparse.probs * p.gather(-1, sparse.ids).log()).sum(-1)
-    assert (sparse.entropy - own).abs().max() < 0.0021   # half of 1/256 nat
-    assert abs(own.mean() + (p * p.log()).sum(-1).mean()) < 4 / size ** 0.5   # ... which is the entropy on average
+    hidden, head, probs = made_up_teacher(vocab, 200)
+    sparse, length, counts = pack_and_unpack(hidden, head, "sample", size)
+    # an id stands as often as it was drawn
+    assert torch.allclose(sparse.probs, torch.full((200, size), 1 / size))
+    assert (sparse.rest == 0).all()
+    assert sum(len(set(ids.tolist())) for ids in sparse.ids) == counts.entries
+    entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
+    assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
+    # ... which is the teacher's entropy on average
+    entropy = -(probs * probs.log()).sum(-1)
+    assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
     if (vocab, size) == (151936, 50):
-        assert length <= 3 * counts[3] + 4 * 201
+        assert length <= 3 * counts.entries + 4 * 201
 
 
 def test_cache_same_model_logs_no_kl():
-    hidden, head, _ = _cache_teacher(300, 200)
-    for method, size, most in (("sample", 50, 1e-3), ("topk", 12, 1e-3), ("topk", 300, 1e-3)):
-        sparse, *_ = _cache_keep(hidden, head, method, size)
-        _, _, kl = sd.distillation_loss(hidden, head, torch.zeros(200, dtype=torch.long), sparse, alpha=0.0, temperature=1.0)
-        assert abs(kl) < most, (method, size, kl)
-    other = sd.Head(head.weight + 0.3 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
-    for size in (1, 12, 64):   # the bucketed KL is never negative
-        sparse, *_ = _cache_keep(hidden, head, "topk", size)
-        terms = dict(alpha=0.0, temperature=1.0, divergence="forward", student_scaling=(1.0, None), teacher_scaling=(1.0, None))
-        assert (sd.chunk_terms(hidden @ other.weight.T, torch.zeros(200, dtype=torch.long), sparse, **terms)[1] > -1e-5).all()
+    hidden, head, _ = made_up_teacher(300, 200)
+    labels = torch.zeros(200, dtype=torch.long)
+    for method, size in (("sample", 50), ("topk", 12), ("topk", 300)):
+        sparse, _, _ = pack_and_unpack(hidden, head, method, size)
+        _, _, kl = sd.distillation_loss(hidden, head, labels, sparse, alpha=0.0, temperature=1.0)
+        assert abs(kl) < 1e-3, (method, size, kl)
+    # nor is the KL of what is listed and the rest ever negative, whatever the student says
+    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
+    student_logits = hidden @ (head.weight + 0.3 * noise).T
+    for size in (1, 12, 64):
+        sparse, _, _ = pack_and_unpack(hidden, head, "topk", size)
+        _, kl_of_tokens, *_ = sd.chunk_terms(
+            student_logits.clone(), labels, sparse, alpha=0.0, temperature=1.0,
+            divergence="forward", student_scaling=(1.0, None), teacher_scaling=(1.0, None))
+        assert (kl_of_tokens > -1e-5).all()
 
 
-def _cache_gradients(head, hidden, student, signals, temperature=1.0):
-    grads = []
-    for signal_ in signals:
-        weight = student.clone().requires_grad_()
-        sd.distillation_loss(hidden, sd.Head(weight), torch.zeros(len(hidden), dtype=torch.long), signal_, alpha=0.0, temperature=temperature)[0].backward()
-        grads.append(weight.grad.double())
-    return grads
+def kl_gradient(hidden, student_weight, target, temperature):
+    """Of the student's head."""
+    weight = student_weight.clone().requires_grad_()
+    labels = torch.zeros(len(hidden), dtype=torch.long)
+    loss, _, _ = sd.distillation_loss(
+        hidden, sd.Head(weight), labels, target, alpha=0.0, temperature=temperature)
+    loss.backward()
+    return weight.grad.double()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_cache_sample_gradient_is_unbiased(temperature):
-    hidden, head, _ = _cache_teacher(300, 60)
-    student = torch.randn(300, 24, generator=torch.Generator().manual_seed(5)) * 0.3
-    full, = _cache_gradients(head, hidden, student, [(hidden, head)], temperature)
-    seeds = [_cache_keep(hidden, head, "sample", 20, seed, temperature)[0] for seed in range(256)]
-    grads = torch.stack(_cache_gradients(head, hidden, student, seeds, temperature))
-    error = lambda n: ((grads.view(256 // n, n, *full.shape).mean(1) - full).norm(dim=(1, 2)).mean() / full.norm()).item()
-    errors = {n: error(n) for n in (1, 4, 16, 64)}
-    for n in (4, 16, 64):   # 1/sqrt(n); a bias would stay
+    """The mean of n comes nearer to the whole teacher's as 1/sqrt(n); a bias would stay."""
+    hidden, head, _ = made_up_teacher(300, 60)
+    student_weight = torch.randn(300, 24, generator=torch.Generator().manual_seed(5)) * 0.3
+    whole = kl_gradient(hidden, student_weight, (hidden, head), temperature)
+    sampled = []
+    for seed in range(256):
+        sparse, _, _ = pack_and_unpack(hidden, head, "sample", 20, seed, temperature)
+        sampled.append(kl_gradient(hidden, student_weight, sparse, temperature))
+    errors = {}
+    for n in (1, 4, 16, 64):
+        means = torch.stack(sampled).view(256 // n, n, *whole.shape).mean(1)
+        errors[n] = float((means - whole).norm(dim=(1, 2)).mean() / whole.norm())
+    for n in (4, 16, 64):
         assert abs(errors[n] / errors[1] * n ** 0.5 - 1) < 0.25, errors
 
 
-def test_cache_topk_of_everything_trains_like_online(_cache_home, tmp_path, capsys):
-    home = _cache_home
-    assert sd.main(_cache_fill(home, tmp_path / "c", "--cache_method", "topk", "--cache_top_k", 300)) == 0
-    assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "c")) == 0
-    assert sd.main(_cache_train(home, tmp_path / "b", "--teacher", home + "teacher", "--dataset", home + "data.jsonl")) == 0
-    for ours, online in zip(_cache_log(tmp_path / "a"), _cache_log(tmp_path / "b"), strict=True):
-        kind = "train" if "train/loss" in ours else "eval"
-        assert abs(ours[f"{kind}/kl_loss"] - online[f"{kind}/kl_loss"]) < 1e-3
-        assert abs(ours[f"{kind}/ce_loss"] - online[f"{kind}/ce_loss"]) < 5e-3
-    from safetensors.torch import load_file
-    start, a, b = (load_file(f"{p}/model.safetensors") for p in (home + "student", tmp_path / "a/final", tmp_path / "b/final"))
-    moved, apart = (sum(((x[k] - y[k]).double() ** 2).sum().item() for k in a) ** 0.5 for x, y in ((b, start), (a, b)))
+# ---- training from it
+
+
+def test_cache_topk_of_everything_trains_like_online(teacher, student, cache_text, tmp_path):
+    vocab = len(tiny_tokenizer())
+    cache = tmp_path / "cache"
+    cached = tmp_path / "cached"
+    online = tmp_path / "online"
+    fill_cache(teacher, cache_text, cache, cache_method="topk", cache_top_k=vocab)
+    train_from_cache(student, cache, cached)
+    train_from_cache(student, None, online, teacher=teacher, dataset=cache_text)
+    for entry, expected in zip(log(cached), log(online), strict=True):
+        kind = "train" if "train/loss" in entry else "eval"
+        assert abs(entry[f"{kind}/kl_loss"] - expected[f"{kind}/kl_loss"]) < 1e-3
+        assert abs(entry[f"{kind}/ce_loss"] - expected[f"{kind}/ce_loss"]) < 5e-3
+    moved = distance(weights(student), final_weights(online))
+    apart = distance(final_weights(cached), final_weights(online))
     assert apart < 0.05 * moved, (apart, moved)
 
 
-def test_cache_is_the_dataset(tmp_path, capsys):
-    """Teacher and data are gone; a mask of assistant tokens, resume and a final tokenizer work all the same."""
-    home = _cache_tiny(str(tmp_path / "own"))
-    assert sd.main(_cache_fill(home, tmp_path / "c", data="chat.jsonl")) == 0
-    shutil.rmtree(home + "teacher"), os.remove(home + "chat.jsonl")
-    rows, held, _, m = sd.open_cache(sd.parse_config(_cache_train(home, "x", "--cache_dir", tmp_path / "c")))
-    assert len(rows) + len(held) == m["rows"] and 0 < m["mass_kept"] <= 1
-    for i in (0, 15, 16, len(rows) - 1):
+def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
+    """Teacher and data are gone; a mask of assistant tokens, resume and a final tokenizer work all
+    the same."""
+    teacher = shutil.copytree(teacher, tmp_path / "teacher")
+    data = shutil.copytree(chat, tmp_path / "chat")
+    cache = tmp_path / "cache"
+    out = tmp_path / "out"
+    fill_cache(teacher, data, cache, cache_chunk=4)
+    shutil.rmtree(teacher)
+    shutil.rmtree(data)
+    rows, eval_rows, _, manifest = sd.open_cache(parse_cache_run(student, cache))
+    assert len(rows) + len(eval_rows) == manifest["rows"]
+    assert 0 < manifest["mass_kept"] <= 1
+    first_targets = rows[0]["targets"][1:].sum()
+    for i in (0, 3, 4, len(rows) - 1):   # both sides of a chunk's end
         batch = sd.collate([rows[i], rows[0]])
-        assert len(batch.sparse.ids) == len(batch.labels) == rows[i]["targets"][1:].sum() + rows[0]["targets"][1:].sum() > 0
+        targets = rows[i]["targets"][1:].sum() + first_targets
+        assert len(batch.sparse.ids) == len(batch.labels) == targets > 0
         assert not rows[i]["targets"].all()
-    assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "c", "--save_steps", 3)) == 0
-    assert os.path.exists(tmp_path / "a/final/tokenizer.json")
-    shutil.move(tmp_path / "c", tmp_path / "moved"), shutil.rmtree(tmp_path / "a/final"), shutil.rmtree(tmp_path / "a/checkpoints/step-00000006")
-    before = _cache_log(tmp_path / "a")
-    assert sd.main(_cache_train(home, tmp_path / "a", "--cache_dir", tmp_path / "moved", "--save_steps", 3)) == 0
-    drop = lambda log: [{k: v for k, v in e.items() if "second" not in k} for e in log]
-    assert drop(_cache_log(tmp_path / "a")) == drop(before)
+    train_from_cache(student, cache, out, save_steps=3)
+    assert (out / "final/tokenizer.json").exists()
+    before = quiet_log(out)
+    moved = shutil.move(cache, tmp_path / "moved")
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoints/step-00000006")
+    train_from_cache(student, moved, out, save_steps=3)
+    assert quiet_log(out) == before
 
 
-def test_cache_refuses_what_does_not_fit(_cache_home, tmp_path, capsys):
-    home, c = _cache_home, tmp_path / "c"
-    assert sd.main(_cache_fill(home, c)) == 0
-    other = _cache_tiny(str(tmp_path / "other"), end="<|fin|>")
-    for flags, words in ((("--temperature", 2), "1.0 .*2.0"), (("--seq_len", 64), "32 .*64"), (("--teacher", other + "teacher"), "cache.*other"),
-                         (("--student", other + "student"), "different tokenizers: token"), (("--student", home + "small"), "299.*260"),
-                         (("--cache_dir", tmp_path / "none"), "none")):
-        capsys.readouterr()
-        assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, *flags)) == 2, flags
-        assert re.search(words, capsys.readouterr().err), (flags, words)
-    for flags, words in ((("--temperature", 2), "1.0 .*2.0"), (("--cache_samples", 9), "50 .*9"), (("--teacher", home + "student"), "weights")):
-        command = [x for x in _cache_fill(home, c) if flags[0] != "--teacher" or x not in ("--teacher", home + "teacher")]
-        assert sd.main([*command, *map(str, flags)]) == 2 and re.search(words, capsys.readouterr().err), flags
-    assert sd.main([*_cache_fill(home, c), "--temperature", "2", "--force_regenerate"]) == 0
-    assert "WARNING" in capsys.readouterr().out and json.load(open(c / "manifest.json"))["temperature"] == 2
+def test_cache_refuses_what_does_not_fit(teacher, student, cache_text, tmp_path):
+    cache = tmp_path / "cache"
+    fill_cache(teacher, cache_text, cache)
+    other_tokenizer = tiny_tokenizer(roll=1)
+    other_teacher = tiny_model(tmp_path / "other_teacher", tokenizer=other_tokenizer)
+    other_student = tiny_model(tmp_path / "other_student", hidden=16, tokenizer=other_tokenizer)
+    small = tiny_model(tmp_path / "small", vocab=260, hidden=16, tokenizer=False)
+    training = [
+        (dict(temperature=2), "1.0 .*2.0"),
+        (dict(seq_len=64), "32 .*64"),
+        (dict(teacher=other_teacher), "cache.*other_teacher"),
+        (dict(student=other_student), "different tokenizers: token"),
+        (dict(student=small), "262.*260"),
+        (dict(cache_dir=tmp_path / "none"), "none"),
+    ]
+    for fields, message in training:
+        fields = {"student": student, "cache_dir": cache, **fields}
+        refused = train_from_cache(out=tmp_path / "out", rc=2, **fields)
+        assert re.search(message, refused.err), (fields, message, refused.err)
+    filling = [
+        (dict(temperature=2), "1.0 .*2.0"),
+        (dict(cache_samples=9), "50 .*9"),
+        (dict(teacher=student), "weights"),
+    ]
+    for fields, message in filling:
+        fields = {"teacher": teacher, **fields}
+        refused = fill_cache(dataset=cache_text, cache_dir=cache, rc=2, **fields)
+        assert re.search(message, refused.err), (fields, message, refused.err)
+    forced = fill_cache(teacher, cache_text, cache, temperature=2, force_regenerate=True)
+    assert "WARNING" in forced.out
+    assert read_manifest(cache)["temperature"] == 2
 
 
-def test_cache_damage_is_found_and_mended(_cache_home, tmp_path, capsys, monkeypatch):
-    home, c, draw = _cache_home, tmp_path / "a cache", np.random.default_rng(0)
-    assert sd.main(_cache_fill(home, c)) == 0
-    whole, path = _cache_bytes(c), str(c / "train-00000001.safetensors")
-    data = whole["train-00000001.safetensors"]
-    cfg = sd.parse_config(_cache_train(home, "x", "--cache_dir", c))
-    for cut in (0, 7, 100, len(data) // 2, len(data) - 1):
-        open(path, "wb").write(data[:cut])
-        with pytest.raises(sd.UserError, match="train-00000001"):
-            sd.open_cache(cfg)[0][16]
-    body = 8 + int.from_bytes(data[:8], "little")
-    for at in [*draw.integers(body, len(data), 20), *draw.integers(len(data) - 17 * 7 * 8, len(data), 20), *draw.integers(0, body, 20)]:
-        open(path, "wb").write(data[:at] + bytes([data[at] ^ (1 << draw.integers(8))]) + data[at + 1:])
-        rows, found = sd.open_cache(cfg)[0], 0
-        for i in range(16, 32):
-            try:
-                rows[i]
-            except sd.UserError as e:
-                found += "train-00000001" in str(e)
-        assert found, at
-    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c)) == 2
-    remove, again = re.search("again: (.*)", capsys.readouterr().err)[1].split("; ")
-    os.remove(shlex.split(remove)[1])
-    assert sd.main(shlex.split(again)[2:]) == 0 and _cache_bytes(c) == whole
+def test_cache_has_decided_the_data(teacher, student, cache_text, tmp_path):
+    """What it has decided may be said again, not otherwise."""
+    cache = tmp_path / "cache"
+    out = tmp_path / "out"
+    fill_cache(teacher, cache_text, cache)
+    other = f"{cache_text}.other.jsonl"
+    for name, value in (("dataset", other), ("text_column", "body"), ("max_samples", 3)):
+        refused = train_from_cache(student, cache, out, rc=2, **{name: value})
+        message = f"error: .*{name} .* there, .*{value}.* here"
+        assert re.search(message, refused.err, re.IGNORECASE), refused.err
+    refused = train_from_cache(student, cache, out, 2, streaming=True)   # optional: streaming
+    message = "error: cache_dir .* drop --streaming"   # optional: streaming
+    assert re.search(message, refused.err)   # optional: streaming
+    decided = json.loads((cache / "config.json").read_text())["dataset"]
+    shown = train_from_cache(student, cache, out, eval_samples=3, dataset=decided).out
+    assert "; 3 held out" in shown
+    assert not (out / "demo").exists()
+    again = tmp_path / "again"
+    cli("--config", out / "config.json", "--output_dir", again)
+    assert column(again, "train/loss") == column(out, "train/loss")
 
 
-def test_cache_has_decided_the_data(_cache_home, tmp_path, capsys):
-    home, c = _cache_home, tmp_path / "c"
-    assert sd.main(_cache_fill(home, c)) == 0
-    for flags in (("--dataset", home + "other.jsonl"), ("--text_column", "body"), ("--max_samples", 3)):
-        assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, *flags)) == 2
-        assert re.search(f"error: .*{flags[0][2:]} .* there, .*{flags[1]}.* here", capsys.readouterr().err, re.I)
-    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--streaming", "true")) == 2
-    assert re.search("error: cache_dir .* drop --streaming", capsys.readouterr().err)
-    said_again = json.loads((c / "config.json").read_text())["dataset"]
-    assert sd.main(_cache_train(home, tmp_path / "o", "--cache_dir", c, "--eval_samples", 3, "--dataset", said_again)) == 0
-    assert "; 3 held out" in capsys.readouterr().out and not os.path.exists(tmp_path / "o/demo")
-    assert sd.main(["--config", str(tmp_path / "o/config.json"), "--output_dir", str(tmp_path / "p")]) == 0
-    assert [e.get("train/loss") for e in _cache_log(tmp_path / "o")] == [e.get("train/loss") for e in _cache_log(tmp_path / "p")]
-
-
-def test_cache_sets_what_is_not_typed(_cache_home, tmp_path, capsys):
-    """seq_len and temperature are the cache's, the plan says so, and the run is that of both typed."""
-    cache = tmp_path / "c"
-    assert sd.main(_cache_fill(_cache_home, cache, "--temperature", 2)) == 0
-    typed = _cache_train(_cache_home, tmp_path / "typed", "--cache_dir", cache, "--temperature", 2)
-    assert sd.main(typed) == 0
-    assert f"teacher: cache {cache}\n" in capsys.readouterr().out
-    untyped = _cache_train(_cache_home, tmp_path / "untyped", "--cache_dir", cache)
-    at = untyped.index("--seq_len")
-    del untyped[at:at + 2]
-    assert sd.main(untyped) == 0
-    assert f"teacher: cache {cache}, which sets seq_len 32 and temperature 2.0\n" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "untyped/config.json").read_text())
+def test_cache_sets_what_is_not_typed(teacher, student, cache_text, tmp_path):
+    """seq_len and temperature are the cache's, the plan says so, and the run is that of both
+    typed."""
+    cache = tmp_path / "cache"
+    typed = tmp_path / "typed"
+    untyped = tmp_path / "untyped"
+    again = tmp_path / "again"
+    fill_cache(teacher, cache_text, cache, temperature=2)
+    shown = train_from_cache(student, cache, typed, temperature=2).out
+    assert f"teacher: cache {cache}\n" in shown
+    shown = train_from_cache(student, cache, untyped, seq_len=None).out
+    assert f"teacher: cache {cache}, which sets seq_len 32 and temperature 2.0\n" in shown
+    saved = json.loads((untyped / "config.json").read_text())
     assert (saved["seq_len"], saved["temperature"]) == (32, 2.0)
-    again = ["--config", str(tmp_path / "untyped/config.json"), "--output_dir", str(tmp_path / "again")]
-    assert sd.main(again) == 0
-    losses = [[entry.get("train/loss") for entry in _cache_log(tmp_path / name)] for name in ("typed", "untyped", "again")]
-    assert losses[0] == losses[1] == losses[2]
+    cli("--config", untyped / "config.json", "--output_dir", again)
+    losses = column(typed, "train/loss")
+    assert len(losses) == 6
+    assert column(untyped, "train/loss") == losses
+    assert column(again, "train/loss") == losses
 
 
-def test_cache_leaves_what_is_typed(_cache_home, tmp_path):
+def test_cache_leaves_what_is_typed(teacher, student, cache_text, tmp_path):
     """A default that is typed is typed."""
-    cache = tmp_path / "c"
-    assert sd.main(_cache_fill(_cache_home, cache, "--temperature", 2)) == 0
-    words = ["--student", _cache_home + "student", "--cache_dir", str(cache), "--temperature", "3"]
+    cache = tmp_path / "cache"
+    fill_cache(teacher, cache_text, cache, temperature=2)
+    words = flags(student=student, cache_dir=cache, temperature=3)
     for given, seq_len in (({"seq_len", "temperature"}, 512), ({"temperature"}, 32)):
         cfg = sd.parse_config(words)
         cfg.given = frozenset(given)
         taken = sd.take_from_cache(cfg)
         assert (taken.seq_len, taken.temperature) == (seq_len, 3.0)
-        assert "temperature" in taken.given and ("seq_len" in taken.given) == (seq_len == 512)
+        assert taken.given == given
         with pytest.raises(sd.UserError, match="temperature 2.0 there, 3.0 here"):
             sd.open_cache(taken)
 
 
+# ---- damage, full disks, many workers
+
+
+def unreadable_rows(cfg):
+    """How many rows of the second chunk are refused, with its name."""
+    rows = sd.open_cache(cfg)[0]
+    refused = 0
+    for i in range(16, 32):
+        try:
+            rows[i]
+        except sd.UserError as e:
+            refused += "train-00000001" in str(e)
+    return refused
+
+
+def test_cache_damage_is_found_and_mended(teacher, student, cache_text, tmp_path):
+    """A chunk cut short, or with a single bit flipped anywhere, is refused by name; the command
+    that the message gives makes it, and only it, again."""
+    cache = tmp_path / "a cache"
+    fill_cache(teacher, cache_text, cache)
+    whole = chunk_files(cache)
+    path = cache / "train-00000001.safetensors"
+    data = path.read_bytes()
+    cfg = parse_cache_run(student, cache)
+    for length in (0, 7, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(sd.UserError, match="train-00000001"):
+            sd.open_cache(cfg)[0][16]
+
+    body = 8 + int.from_bytes(data[:8], "little")   # where safetensors' header ends
+    header = json.loads(data[8:body])
+    table_begin, table_end = header["table"]["data_offsets"]
+    draw = np.random.default_rng(0)
+    positions = [
+        *draw.integers(0, body, 20),
+        *draw.integers(body + table_begin, body + table_end, 20),
+        *draw.integers(body, len(data), 20)]
+    for position in positions:
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << draw.integers(8)
+        path.write_bytes(damaged)
+        assert unreadable_rows(cfg) > 0, position
+
+    epoch = math.ceil(len(sd.open_cache(cfg)[0]) / 8)   # every row is read
+    refused = train_from_cache(student, cache, tmp_path / "out", rc=2, max_steps=epoch)
+    remove, again = re.search("again: (.*)", refused.err)[1].split("; ")
+    os.remove(shlex.split(remove)[1])
+    assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
+    assert chunk_files(cache) == whole
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
-def test_cache_on_a_full_disk(tmp_path, ranks):
-    """Files longer than a limit fail as on a full disk; the chunks that were finished go into the cache when there is room."""
-    home = _cache_tiny(str(tmp_path / "own"), rows=800)
-    fill = [w.replace("16", "64") if w == "16" else w for w in _cache_fill(home, tmp_path / "c")]
-    assert sd.main([w.replace(str(tmp_path / "c"), str(tmp_path / "whole")) for w in fill]) == 0
-    whole = _cache_bytes(tmp_path / "whole")
-    full = sorted(map(len, whole.values()))[-2]   # one chunk is larger, and nothing else that is written
-    code = f"import resource, sys, simple_distill as s; s.os.path.exists(sys.argv[-1]) and resource.setrlimit(resource.RLIMIT_FSIZE, ({full},) * 2)"
-    script = tmp_path / "limited.py"
-    script.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(_CACHE_SCRIPT)!r})\n{code}\nsys.exit(s.main(sys.argv[1:-1]))")
-    runner = [sys.executable] if ranks == 1 else ["torchrun", f"--nproc_per_node={ranks}"]
-    run = lambda mark: subprocess.run([*runner, str(script), *fill, mark], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    failed = run("/")
-    assert failed.returncode == (2 if ranks == 1 else 1) and "error: cache_dir" in failed.stderr, failed.stderr
-    assert ranks > 1 or "Traceback" not in failed.stderr   # torchrun shows its own
-    kept = _cache_bytes(tmp_path / "c")
-    assert 0 < len(kept) < len(whole) and all(whole[name] == data for name, data in kept.items())
-    assert run("/nowhere").returncode == 0 and _cache_bytes(tmp_path / "c") == whole
+def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
+    """Files longer than a limit fail as on a full disk; the chunks that were finished go into the
+    cache when there is room."""
+    data = write_jsonl(tmp_path / "text.jsonl", cache_rows(800))
+    cache = tmp_path / "cache"
+    fill_cache(teacher, data, tmp_path / "whole", cache_chunk=64)
+    whole = chunk_files(tmp_path / "whole")
+    # one chunk is larger, and nothing else that is written
+    limit = sorted(len(content) for content in whole.values())[-2]
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = cache_words(teacher, data, cache, cache_chunk=64)
+    process = spawn(*words, nproc=ranks, preexec_fn=limit_files)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, shown
+    assert "error: cache_dir" in shown
+    assert "Traceback" not in shown
+    kept = chunk_files(cache)
+    assert 0 < len(kept) < len(whole)
+    assert all(whole[name] == content for name, content in kept.items())
+    process = spawn(*words, nproc=ranks)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, shown
+    assert chunk_files(cache) == whole
 
 
-@pytest.mark.parametrize("more", [(), ("--streaming",)])
-def test_cache_is_the_same_in_pieces(_cache_home, tmp_path, more):
-    assert sd.main([*_cache_fill(_cache_home, tmp_path / "a"), *more]) == 0
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    whole = _cache_bytes(tmp_path / "a")
-    for name in list(whole)[::2]:
-        os.remove(tmp_path / "b" / name)
-    with open(tmp_path / "b" / (list(whole)[0] + ".tmp"), "wb") as f:   # what a dead worker left
-        f.write(b"half")
-    assert sd.main([*_cache_fill(_cache_home, tmp_path / "b"), *more]) == 0 and _cache_bytes(tmp_path / "b") == whole
-    assert json.load(open(tmp_path / "b/manifest.json")) == json.load(open(tmp_path / "a/manifest.json")) and len(whole) > 4
+@pytest.mark.parametrize("fields", [
+    {},
+    dict(streaming=True),   # optional: streaming
+])
+def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
+    whole = tmp_path / "whole"
+    pieces = tmp_path / "pieces"
+    fill_cache(teacher, cache_text, whole, **fields)
+    chunks = chunk_files(whole)
+    assert len(chunks) > 4
+    shutil.copytree(whole, pieces)
+    for name in list(chunks)[::2]:
+        os.remove(pieces / name)
+    first = list(chunks)[0]
+    (pieces / f"{first}.tmp").write_bytes(b"half")   # what a dead worker left
+    fill_cache(teacher, cache_text, pieces, **fields)
+    assert chunk_files(pieces) == chunks
+    assert read_manifest(pieces) == read_manifest(whole)
 
 
-def test_cache_of_a_stream_with_an_empty_block(_cache_home, tmp_path):
-    """A chunk whose conversations all lose their targets to seq_len holds no row, and is in nobody's way."""
-    with open(_cache_home + "gap.jsonl", "w") as f:
-        f.writelines(json.dumps({"prompt": "fox " * (100 if 8 <= i < 24 else 2), "response": "jumps over"}) + "\n" for i in range(48))
-    flags = [*_cache_fill(_cache_home, tmp_path / "c", data="gap.jsonl"), "--streaming", "--eval_samples", "8"]
-    assert sd.main(flags) == 0 and sd.main(flags) == 0
-    assert json.load(open(tmp_path / "c/manifest.json"))["chunks"] == {"train": [0, 16, 8], "eval": [8]}
-    rows, *_ = sd.open_cache(sd.parse_config(_cache_train(_cache_home, "x", "--cache_dir", tmp_path / "c")))
-    assert len(rows) == 24 and all(len(rows[i]["input_ids"]) < 20 for i in range(24))
-    assert sd.main(_cache_train(_cache_home, tmp_path / "o", "--cache_dir", tmp_path / "c")) == 0
+def test_cache_of_a_stream_with_an_empty_block(   # optional: streaming
+        teacher, student, tmp_path):
+    """A chunk whose conversations all lose their targets to seq_len holds no row, and is in
+    nobody's way."""
+    rows = []
+    for i in range(48):
+        prompt = "fox " * 100 if 8 <= i < 24 else "fox "
+        rows.append({"prompt": prompt, "response": "jumps over"})
+    data = write_jsonl(tmp_path / "gap.jsonl", rows)
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        fill_cache(teacher, data, cache, streaming=True, eval_samples=8)
+    assert read_manifest(cache)["chunks"] == {"train": [0, 16, 8], "eval": [8]}
+    rows = sd.open_cache(parse_cache_run(student, cache))[0]
+    assert len(rows) == 24
+    assert all(len(rows[i]["input_ids"]) < 20 for i in range(24))
+    train_from_cache(student, cache, tmp_path / "out")
 
 
 @pytest.mark.campaign
-def test_cache_survives_a_killed_worker(tmp_path):
-    """Two workers, one killed with a claim in its hands; three more come. The same files as from one that was left alone."""
-    home = _cache_tiny(str(tmp_path / "own"), rows=3000)
-    start = lambda: subprocess.Popen([sys.executable, _CACHE_SCRIPT, *_cache_fill(home, tmp_path / "c")], stdout=subprocess.PIPE,
-                                     stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert sd.main(_cache_fill(home, tmp_path / "whole")) == 0
-    workers = [start(), start()]
-    while len(glob.glob(f"{tmp_path}/c/train*.safetensors")) < 10:
+def test_cache_survives_a_killed_worker(teacher, tmp_path):
+    """Two workers, one killed with a claim in its hands; three more come. The same files as from
+    one that was left alone, and as from several ranks."""
+    data = write_jsonl(tmp_path / "text.jsonl", cache_rows(3000))
+    cache = tmp_path / "cache"
+    whole = tmp_path / "whole"
+    fill_cache(teacher, data, whole)
+    words = cache_words(teacher, data, cache)
+    workers = [spawn(*words), spawn(*words)]
+    while len(list(cache.glob("train*.safetensors"))) < 10:
         assert workers[1].poll() is None, workers[1].stdout.read()
         time.sleep(0.01)
     workers[1].send_signal(signal.SIGKILL)
-    workers += [start(), start(), start()]
-    logs = [w.communicate(timeout=600)[0] for w in workers]
-    assert [w.returncode for w in workers] == [0, -signal.SIGKILL, 0, 0, 0], logs
-    assert _cache_bytes(tmp_path / "c") == _cache_bytes(tmp_path / "whole")
-    assert json.load(open(tmp_path / "c/manifest.json")) == json.load(open(tmp_path / "whole/manifest.json"))
+    for _ in range(3):
+        workers.append(spawn(*words))
+    shown = [worker.communicate(timeout=600)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0, 0, 0], shown
+    assert chunk_files(cache) == chunk_files(whole)
+    assert read_manifest(cache) == read_manifest(whole)
     for ranks in (2, 3):
-        to = tmp_path / f"ranks{ranks}"
-        subprocess.run(["torchrun", f"--nproc_per_node={ranks}", _CACHE_SCRIPT, *_cache_fill(home, to)], check=True, capture_output=True)
-        assert _cache_bytes(to) == _cache_bytes(tmp_path / "whole")
+        by_ranks = tmp_path / f"ranks{ranks}"
+        process = spawn(*cache_words(teacher, data, by_ranks), nproc=ranks)
+        shown, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, shown
+        assert chunk_files(by_ranks) == chunk_files(whole)
+
+
+# The peak of a process is not that of the one that started it, as resource's would be.
+PEAK_MEMORY = """
+import re, sys
+import simple_distill
+assert simple_distill.main(sys.argv[1:]) == 0
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("more", [(), ("--streaming",)])
-def test_cache_memory_is_constant(tmp_path, more):
-    code = "import resource, sys, simple_distill as s; assert s.main(sys.argv[1:]) == 0; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+@pytest.mark.parametrize("fields", [
+    {},
+    dict(streaming=True),   # optional: streaming
+])
+def test_cache_memory_is_constant(teacher, tmp_path, fields):
+    """Ten times the rows are filled in the same memory."""
     peaks = []
-    for rows in (300, 3000):
-        home = _cache_tiny(str(tmp_path / str(rows)), rows=rows)
-        run = subprocess.run([sys.executable, "-c", code, *_cache_fill(home, tmp_path / f"c{rows}"), *more], capture_output=True, text=True,
-                             check=True, cwd=os.path.dirname(_CACHE_SCRIPT), env={**os.environ, "OMP_NUM_THREADS": "1"})
-        peaks.append(int(run.stdout.split()[-1]))
+    for n in (300, 3000):
+        data = write_jsonl(tmp_path / f"{n}.jsonl", cache_rows(n))
+        words = cache_words(teacher, data, tmp_path / f"cache{n}", **fields)
+        process = subprocess.run(
+            [sys.executable, "-c", PEAK_MEMORY, *words], cwd=HERE, capture_output=True, text=True,
+            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        peaks.append(int(process.stdout.split()[-1]))
     assert peaks[1] < 1.05 * peaks[0], peaks
 
 
+# ---- what it costs
+
+
 def bench_cache():
-    """Tables: entries a second on one core, bytes a token, and a training step from the cache beside one on labels only."""
+    """Tables: entries a second on one core, bytes a token, and a training step from the cache
+    beside one on labels only."""
     torch.set_num_threads(1)
-    best = lambda f, times=9: min(_cache_seconds(f) for _ in range(times))
-    print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} {'fp16+int32':>11} {'pack M/s':>9} {'unpack M/s':>11}")
+    print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
+          f"{'fp16+int32':>11} {'pack M/s':>9} {'unpack M/s':>11}")
     for vocab in (32000, 151936):
         for method, size in (("sample", 50), ("topk", 64)):
-            hidden, head, _ = _cache_teacher(vocab, 511, sharp=5.0)
-            m = _cache_manifest(vocab, method, size)
-            (data, counts), = sd.pack_teacher(lambda b: (hidden, head), [{"input_ids": np.arange(512), "targets": None}], 0, m)
-            both = np.random.default_rng(0).integers(0, vocab << m["bits"][1], counts[3])
-            packing = best(lambda: sd.pack((both, sum(m["bits"][:2]))))
-            unpacking = best(lambda: sd.unpack_row(data, *counts[1:4], m))
-            print(f"{vocab:8} {method + str(size):>10} {counts[3] / 511:6.1f} {len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
-                  f"{counts[3] / packing / 1e6:9.1f} {counts[3] / unpacking / 1e6:11.1f}")
-    print(f"\n{'V':>8} {'labels only':>12} {'from cache':>11} {'ratio':>6}   (seconds a step of 4 x 256 tokens, forward and backward)")
+            bench_packing(vocab, method, size)
+    print(f"\n{'V':>8} {'labels only':>12} {'from cache':>11} {'ratio':>6}   "
+          "(seconds a step of 4 x 256 tokens, forward and backward)")
     for vocab in (32000, 151936):
-        from transformers import LlamaConfig, LlamaForCausalLM
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-                                             tie_word_embeddings=True))
-        hidden, head, _ = _cache_teacher(vocab, 255, sharp=5.0)
-        m = _cache_manifest(vocab, "sample", 50)
-        rows = [{"input_ids": np.arange(i, i + 256), "targets": None} for i in range(4)]
-        made = [sd.pack_teacher(lambda b: (hidden, head), [row], i, m)[0] for i, row in enumerate(rows)]
-        batch = sd.collate([sd.unpack_row(data, *counts[1:4], m) for data, counts in made])
-
-        def step(alpha, signal_):
-            sd.distil_loss(model, batch, signal_, 1020, alpha=alpha, temperature=1.0, divergence="forward")[0].backward()
-        for alpha, signal_ in ((1.0, None), (0.1, batch.sparse)):
-            step(alpha, signal_)   # compiles
-        pairs = [(_cache_seconds(lambda: step(1.0, None)), _cache_seconds(lambda: step(0.1, batch.sparse))) for _ in range(5)]
-        labels, cached = (min(x) for x in zip(*pairs))
-        print(f"{vocab:8} {labels:12.3f} {cached:11.3f} {cached / labels:6.2f}")
+        bench_cached_step(vocab)
 
 
-def _cache_seconds(work):
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+def bench_packing(vocab, method, size):
+    hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
+    manifest = _cache_manifest(vocab, method, size)
+    row = {"input_ids": np.arange(512), "targets": None}
+    [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], 0, manifest)
+    id_bits, code_bits, _ = manifest["bits"]
+    entries = np.random.default_rng(0).integers(0, vocab << code_bits, counts.entries)
+    numbers = counts.tokens, counts.targets, counts.entries
+    packing = best_seconds(lambda: sd.pack((entries, id_bits + code_bits)))
+    unpacking = best_seconds(lambda: sd.unpack_row(data, *numbers, manifest))
+    print(f"{vocab:8} {method + str(size):>10} {counts.entries / 511:6.1f} "
+          f"{len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
+          f"{counts.entries / packing / 1e6:9.1f} {counts.entries / unpacking / 1e6:11.1f}")
+
+
+def bench_cached_step(vocab):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, tie_word_embeddings=True))
+    hidden, head, _ = made_up_teacher(vocab, 255, sharp=5.0)
+    manifest = _cache_manifest(vocab, "sample", 50)
+    rows = []
+    for i in range(4):
+        row = {"input_ids": np.arange(i, i + 256), "targets": None}
+        [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], i, manifest)
+        rows.append(sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest))
+    batch = sd.collate(rows)
+
+    def step(alpha, target):
+        loss = sd.distil_loss(model, batch, target, 1020, alpha=alpha, temperature=1.0,
+                              divergence="forward")[0]
+        loss.backward()
+
+    def labels_only():
+        step(1.0, None)
+
+    def from_cache():
+        step(0.1, batch.sparse)
+
+    labels_only()   # compiles
+    from_cache()
+    labels_seconds = []
+    cache_seconds = []
+    for _ in range(5):   # alternating: a noisy machine is noisy for both
+        labels_seconds.append(best_seconds(labels_only, times=1))
+        cache_seconds.append(best_seconds(from_cache, times=1))
+    labels = min(labels_seconds)
+    cached = min(cache_seconds)
+    print(f"{vocab:8} {labels:12.3f} {cached:11.3f} {cached / labels:6.2f}")
+
+
+def best_seconds(work, times=9):
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: blockwise: hidden states, stitches, heads, against plain models with hooks.
 
 
-BLOCK = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3, wd_per_block=0)
+BLOCKWISE = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3,
+                 wd_per_block=0)
+
+
+class BlockPair(NamedTuple):
+    """Paths."""
+    teacher: str
+    student: str
+    data: str
 
 
 @pytest.fixture(scope="session")
 def block(tmp_path_factory):
-    """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps of 4 an epoch."""
-    at = tmp_path_factory.mktemp("block")
-    tiny_model(at / "teacher", hidden=32, layers=5, seed=1)
-    tiny_model(at / "student", hidden=16, layers=3, seed=2, tie_word_embeddings=True)
-    data = write_splits(at / "data", talk(20), talk(6, seed=50))
-    return types.SimpleNamespace(at=at, data=data, teacher=str(at / "teacher"), student=str(at / "student"))
+    """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps
+    of 4 an epoch."""
+    folder = tmp_path_factory.mktemp("block")
+    return BlockPair(
+        teacher=tiny_model(folder / "teacher", hidden=32, layers=5, seed=1),
+        student=tiny_model(folder / "student", hidden=16, layers=3, seed=2,
+                           tie_word_embeddings=True),
+        data=write_splits(folder / "data", talk(20), talk(6, seed=50)))
 
 
-def _block_run(block, out, rc=0, **fields):
-    return distil(out, rc, **{**BLOCK, **dict(teacher=block.teacher, student=block.student, dataset=block.data), **fields})
+def teacher_block(i):
+    """The block of the teacher that the student's block i learns from."""
+    return round((i + 1) * 5 / 3) - 1
 
 
-def _block_batches(block, first, last, seq_len=32):
-    """Padded ids and the mask of real tokens of steps first + 1 ... last, as the trainer deals them (that is tested elsewhere)."""
-    cfg = config.Config(dataset=block.data, seq_len=seq_len)
+def distil_blocks(block, out, rc=0, **fields):
+    run = dict(teacher=block.teacher, student=block.student, dataset=block.data)
+    return distil(out, rc, **{**BLOCKWISE, **run, **fields})
+
+
+def rows_of_steps(block, first, last):
+    """The rows of steps first + 1 ... last, as the trainer deals them (tested elsewhere)."""
+    cfg = config.Config(dataset=block.data, seq_len=32)
     with sd.process_group():
-        rows, _ = sd.load_data(cfg, sd.AutoTokenizer.from_pretrained(block.student))
-    for picks, _ in itertools.islice(sd.indexed_batches(rows, 0, 4, first), last - first):
-        rows_ids = [torch.as_tensor(rows[i]["input_ids"]) for i in picks]
-        width = max(map(len, rows_ids))
-        mask = torch.stack([torch.arange(width) < len(x) for x in rows_ids])
-        yield torch.stack([F.pad(x, (0, width - len(x))) for x in rows_ids]), mask, [rows[i] for i in picks]
+        rows, _ = sd.load_data(cfg, AutoTokenizer.from_pretrained(block.student))
+    batches = sd.indexed_batches(rows, 0, 4, first)
+    for numbers, _ in itertools.islice(batches, last - first):
+        yield [rows[i] for i in numbers]
 
 
-def _block_states(model, ids, feed=None):
-    """Hooks on every layer of a plain model: its inputs and outputs; feed: {layer: input in place of its own}."""
-    before, after, hooks = {}, {}, []
+def pad_rows(rows):
+    """-> ids and the mask of real tokens, [B, T] each."""
+    sequences = [torch.as_tensor(row["input_ids"]) for row in rows]
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def layer_states(model, ids, fed=None):
+    """Hooks on every layer of a plain model -> its inputs, its outputs, {layer: [B, T, D]} each.
+    fed: {layer: what it is given in place of the output of the one before}."""
+    fed = fed or {}
+    inputs = {}
+    outputs = {}
+
+    def keep_input(i, module, args, kwargs):
+        hidden, *others = args
+        inputs[i] = fed.get(i, hidden)
+        return (inputs[i], *others), kwargs
+
+    def keep_output(i, module, args, result):
+        outputs[i] = result[0] if isinstance(result, tuple) else result
+
+    hooks = []
     for i, layer in enumerate(model.model.layers):
-        def pre(module, args, kwargs, i=i):
-            x = args[0] if not feed or i not in feed else feed[i]
-            before[i] = x
-            return (x, *args[1:]), kwargs
-
-        def post(module, args, result, i=i):
-            after[i] = result[0] if isinstance(result, tuple) else result
-        hooks += [layer.register_forward_pre_hook(pre, with_kwargs=True), layer.register_forward_hook(post)]
+        before = functools.partial(keep_input, i)
+        after = functools.partial(keep_output, i)
+        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after))
     model(input_ids=ids, use_cache=False)
-    [h.remove() for h in hooks]
-    return before, after
+    for hook in hooks:
+        hook.remove()
+    return inputs, outputs
 
 
-def _block_loss(kind, a, b, t):
+def reference_loss(kind, student_ND, teacher_ND, temperature):
     if kind == "mse":
-        return F.mse_loss(a, b)
+        return F.mse_loss(student_ND, teacher_ND)
     if kind == "cosine":
-        return (1 - F.cosine_similarity(a, b, dim=-1)).mean()
-    return t * t * F.kl_div(F.log_softmax(a / t, -1), F.softmax(b / t, -1), reduction="sum") / len(a)
+        return (1 - F.cosine_similarity(student_ND, teacher_ND, dim=-1)).mean()
+    logp = F.log_softmax(student_ND / temperature, -1)
+    q = F.softmax(teacher_ND / temperature, -1)
+    return temperature ** 2 * F.kl_div(logp, q, reduction="batchmean")
 
 
-def _block_start(block, out, step):
-    """Student model and stitches as a checkpoint has them."""
-    state, model = checkpoint(out, step), load(block.student)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    missing = model.load_state_dict({k[12:]: v for k, v in state.items() if k.startswith("model.model.")}, strict=False).missing_keys
+def student_at(block, out, step):
+    """Student and stitches, as plain modules, with the weights of a checkpoint."""
+    tensors = checkpoint(out, step)
+    student = load(block.student)
+    student.lm_head.weight = nn.Parameter(student.lm_head.weight.clone())   # untied
+    prefix = "model.model."
+    in_student = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                  if name.startswith(prefix)}
+    missing = student.load_state_dict(in_student, strict=False).missing_keys
     assert missing in ([], ["lm_head.weight"])   # a head that stays tied
-    stitches = {}
-    for name in {k.split(".")[2] for k in state if k.startswith("model.stitches.")}:
-        weight, bias = state[f"model.stitches.{name}.weight"], state.get(f"model.stitches.{name}.bias")
-        stitches[name] = nn.Linear(*weight.shape[::-1], bias=bias is not None)
-        stitches[name].load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})})
-    return model, stitches
+    prefix = "model.stitches."
+    in_stitches = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                   if name.startswith(prefix)}
+    stitches = nn.ModuleDict()
+    for name, tensor in in_stitches.items():
+        if name.endswith(".weight"):
+            stitch = name.removesuffix(".weight")
+            width_out, width_in = tensor.shape
+            has_bias = f"{stitch}.bias" in in_stitches
+            stitches[stitch] = nn.Linear(width_in, width_out, bias=has_bias)
+    stitches.load_state_dict(in_stitches)
+    return student, stitches
 
 
-_block_slow = lambda *values: pytest.param(*values, marks=pytest.mark.campaign)
+def slow_case(*values):
+    return pytest.param(*values, marks=pytest.mark.campaign)
 
 
-@pytest.mark.parametrize("kind, how", [("mse", "frozen"), ("mse", "free"), ("mse", "teacher"), ("cosine", "frozen"), ("kl_div", "frozen"),
-                                       ("kl_div", "teacher"), *(_block_slow(*x) for x in (("cosine", "free"), ("cosine", "teacher"), ("kl_div", "free")))])
+def parameters_of_block(student, stitches, i, how):
+    """What learns while block i does -> {name in a checkpoint, without "model.": parameter}."""
+    trained = {}
+    for name, p in student.named_parameters():
+        before_it = "layers." in name or "embed" in name
+        if f"layers.{i}." in name or (how == "free" and before_it):
+            trained[f"model.{name}"] = p
+    for name, p in stitches.named_parameters():
+        if name.startswith((f"up{i}.", f"down{i}.")):
+            trained[f"stitches.{name}"] = p
+    return trained
+
+
+def restore_moments(optimizer, trained, tensors):
+    """AdamW's state, from the tensors of a checkpoint."""
+    for name, p in trained.items():
+        optimizer.state[p] = {
+            "step": tensors[f"step.{name}"],
+            "exp_avg": tensors[f"exp_avg.{name}"],
+            "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+        }
+
+
+def reference_block_losses(block, out, i, begin, end, *, how, kind, temperature):
+    """Block i trained on plain models from the checkpoint of step begin on -> losses [steps]."""
+    j = teacher_block(i)
+    teacher = load(block.teacher)
+    student, stitches = student_at(block, out, begin)
+    trained = parameters_of_block(student, stitches, i, how)
+    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3, weight_decay=0)
+    if how == "teacher":   # its first step lies before the first checkpoint
+        restore_moments(optimizer, trained, checkpoint(out, begin))
+    losses = []
+    for rows in rows_of_steps(block, begin, end):
+        ids, real = pad_rows(rows)
+        with torch.no_grad():
+            teacher_inputs, teacher_outputs = layer_states(teacher, ids)
+        fed = {}
+        if how == "teacher":
+            fed[i] = stitches[f"down{i}"](teacher_inputs[j])
+        _, student_outputs = layer_states(student, ids, fed)
+        loss = reference_loss(kind, stitches[f"up{i}"](student_outputs[i][real]),
+                              teacher_outputs[j][real], temperature)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in trained.values())
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("kind, how", [
+    ("mse", "frozen"),
+    ("mse", "free"),
+    ("mse", "teacher"),
+    ("cosine", "frozen"),
+    ("kl_div", "frozen"),
+    ("kl_div", "teacher"),
+    slow_case("cosine", "free"),
+    slow_case("cosine", "teacher"),
+    slow_case("kl_div", "free"),
+])
 def test_blockwise_losses_match_a_plain_reference(block, out, kind, how):
-    """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain models with hooks."""
-    at_once, t = how == "teacher", 1.5 if kind == "kl_div" else 1.0
-    few, first = ([2.0], 0) if at_once else ([0.1, 0.1, 2.0], 2)
-    _block_run(block, out, distill_loss_type=kind, distill_loss_temperature=t, epochs_per_block=few, train_lm_head=False, lm_head_lr=None,
-               save_steps=1, keep_checkpoints=20, block_input="teacher" if at_once else "student", freeze_previous_blocks=how != "free",
-               initialize_head_from_teacher=False, gradient_checkpointing=True)
-    got = {e["train/step"]: e["train/loss"] for e in log(out, "train")}
-    begin, teacher = first or 1, load(block.teacher)   # the first checkpoint there is
-    total = torch.zeros(first + 10 - begin)
-    for i in range(3) if at_once else [2]:
-        model, stitch = _block_start(block, out, begin)
-        mine = [p for n, p in model.named_parameters() if f"layers.{i}." in n or how == "free" and ("layers." in n or "embed" in n)]
-        mine += [p for name in (f"up{i}", f"down{i}") if name in stitch for p in stitch[name].parameters()]
-        optimizer = torch.optim.AdamW(mine, lr=3e-3, weight_decay=0)
-        if at_once:   # moments of the first step
-            saved, names = checkpoint(out, begin), {p: n for n, p in model.named_parameters()}
-            names |= {p: f"stitches.{k}.{n}" for k, s in stitch.items() for n, p in s.named_parameters()}
-            for p in mine:
-                key = names[p] if names[p].startswith("stitches") else f"model.{names[p]}"
-                optimizer.state[p] = {k: saved[f"{k}.{key}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-        for step, (ids, real, _) in enumerate(_block_batches(block, begin, first + 10)):
-            with torch.no_grad():
-                theirs = _block_states(teacher, ids)
-            j = round((i + 1) * 5 / 3) - 1
-            feed = {i: stitch[f"down{i}"](theirs[0][j])} if at_once else None
-            ours = _block_states(model, ids, feed)[1][i]
-            loss = _block_loss(kind, stitch[f"up{i}"](ours[real]), theirs[1][j][real], t)
-            total[step] += loss.item()
-            grads = torch.autograd.grad(loss, mine, allow_unused=True)
-            for p, g in zip(mine, grads):
-                p.grad = torch.zeros_like(p) if g is None else g
-            nn.utils.clip_grad_norm_(mine, 1.0)
-            optimizer.step()
-    torch.testing.assert_close(total, torch.tensor([got[s] for s in range(begin + 1, first + 11)]), rtol=1e-5, atol=1e-6)
+    """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain
+    models with hooks."""
+    temperature = 1.5 if kind == "kl_div" else 1.0
+    if how == "teacher":
+        epochs = [2.0]
+        blocks = [0, 1, 2]
+        begin = 1   # the first checkpoint there is
+        end = 10
+    else:
+        epochs = [0.1, 0.1, 2.0]
+        blocks = [2]
+        begin = 2   # a step for block 0, a step for block 1
+        end = 12
+    distil_blocks(
+        block, out, distill_loss_type=kind, distill_loss_temperature=temperature,
+        epochs_per_block=epochs, train_lm_head=False, lm_head_lr=None, save_steps=1,
+        keep_checkpoints=20, block_input="teacher" if how == "teacher" else "student",
+        freeze_previous_blocks=how != "free", initialize_head_from_teacher=False,
+        gradient_checkpointing=True)
+    total = torch.zeros(end - begin)
+    for i in blocks:
+        total += reference_block_losses(
+            block, out, i, begin, end, how=how, kind=kind, temperature=temperature)
+    logged = {entry["train/step"]: entry["train/loss"] for entry in log(out, "train")}
+    losses = torch.tensor([logged[step] for step in range(begin + 1, end + 1)])
+    torch.testing.assert_close(total, losses, rtol=1e-5, atol=1e-6)
     assert abs(total[0] - total[-1]) > 1e-4   # something was learned
 
 
-@pytest.mark.parametrize("kind, source", [("mse", "teacher"), ("cosine", "student"), ("kl_div", "student"),
-                                          *(_block_slow(*x) for x in (("mse", "student"), ("cosine", "teacher"), ("kl_div", "teacher")))])
+@pytest.mark.parametrize("kind, source", [
+    ("mse", "teacher"),
+    ("cosine", "student"),
+    ("kl_div", "student"),
+    slow_case("mse", "student"),
+    slow_case("cosine", "teacher"),
+    slow_case("kl_div", "teacher"),
+])
 def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source):
-    _block_run(block, out, student=block.teacher, distill_loss_type=kind, block_input=source, epochs_per_block=0.4, lm_head_epochs=0.4)
+    distil_blocks(block, out, student=block.teacher, distill_loss_type=kind, block_input=source,
+                  epochs_per_block=0.4, lm_head_epochs=0.4)
     assert set(column(out, "train/loss")) == {0.0}
-    assert all(e[f"block/{i}/loss"] == 0 for e in log(out, "block") for i in range(5)) and len(log(out, "block")) == 2
+    measured = log(out, "block")
+    assert len(measured) == 2
+    for entry in measured:
+        assert [entry[f"block/{i}/loss"] for i in range(5)] == [0, 0, 0, 0, 0]
     assert same(final_weights(out), weights(block.teacher))
 
 
 def test_blockwise_only_its_own_parameters_move(block, out):
-    """Block i and its stitch, block 0 the embeddings too; in the head phase norm and head. Bit for bit."""
-    _block_run(block, out, epochs_per_block=0.4, lm_head_epochs=0.4, initialize_head_from_teacher=False, save_steps=2, keep_checkpoints=9,
-               resume="never")
-    groups = [r"layers\.0\.|up0|embed", r"layers\.1\.|up1", r"layers\.2\.|up2", r"lm_head|model\.norm\."]
-    for i, group in enumerate(groups[1:], 1):
-        a, b = ({k: v for k, v in checkpoint(out, 2 * n).items() if k.startswith("model.")} for n in (i, i + 1))
-        moved = {k for k in a if not torch.equal(a[k], b[k])}
-        assert moved == {k for k in a if re.search(group, k)}, (i, moved)
-    assert torch.equal(a["model.stitches.up0.weight"], b["model.stitches.up0.weight"])
-    assert not [k for k in final_weights(out) if "stitch" in k] and "lm_head.weight" in final_weights(out)
+    """Block i and its stitch, block 0 the embeddings too; in the head phase norm and head. Bit for
+    bit."""
+    distil_blocks(block, out, epochs_per_block=0.4, lm_head_epochs=0.4, save_steps=2,
+                  initialize_head_from_teacher=False, keep_checkpoints=9, resume="never")
+    groups = {4: r"layers\.1\.|up1", 6: r"layers\.2\.|up2", 8: r"lm_head|model\.norm\."}
+    for step, group in groups.items():   # at its end; a phase is 2 steps
+        before = checkpoint(out, step - 2)
+        after = checkpoint(out, step)
+        names = [name for name in before if name.startswith("model.")]
+        assert "model.stitches.up0.weight" in names
+        moved = [name for name in names if not torch.equal(before[name], after[name])]
+        assert moved == [name for name in names if re.search(group, name)], (step, moved)
+    names = final_weights(out).keys()
+    assert not [name for name in names if "stitch" in name]
+    assert "lm_head.weight" in names
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cls", ["LlamaConfig", "PhiConfig"])   # Phi: a LayerNorm, a bias in norm and head
-def test_blockwise_projected_head_is_the_teachers_on_stitched_states(block, out, tmp_path, cls, bias):
-    extra = {} if cls == "LlamaConfig" else {"cls": "PhiConfig"}
-    teacher, student = (tiny_model(tmp_path / n, hidden=w, layers=k, seed=w, **extra) for n, w, k in (("t", 32, 3), ("s", 16, 2)))
-    norm = "model.norm.weight" if not extra else "model.final_layernorm.weight"
+@pytest.mark.parametrize("cls", [
+    "LlamaConfig",
+    "PhiConfig",   # a LayerNorm, a bias in norm and head
+])
+def test_blockwise_projected_head_is_the_teachers_on_stitched_states(
+        block, out, tmp_path, cls, bias):
+    teacher = tiny_model(tmp_path / "teacher", hidden=32, layers=3, seed=32, cls=cls)
+    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=16, cls=cls)
+    norm = "model.final_layernorm" if cls == "PhiConfig" else "model.norm"
 
     def stir(tensors):   # a trained norm is not all ones, a trained bias not all zeros
-        for k in (norm, norm.replace("weight", "bias"), "lm_head.bias"):
-            if k in tensors:
-                tensors[k] += torch.rand(tensors[k].shape)
+        for name in (f"{norm}.weight", f"{norm}.bias", "lm_head.bias"):
+            if name in tensors:
+                tensors[name] += torch.rand(tensors[name].shape)
+
     edit_weights(teacher, stir)
-    _block_run(block, out, teacher=teacher, student=student, stitching_layer_bias=bias, epochs_per_block=1, train_lm_head=False,
-               lm_head_lr=None)
-    state, model, its = checkpoint(out, 10), load(os.path.join(out, "final")), load(teacher)
-    assert ("model.stitches.up1.bias" in state) == (bias and bool(extra)) and ("model.stitches.up0.bias" in state) == bias
-    h = torch.randn(50, 16)
-    stitched = F.linear(h, state["model.stitches.up1.weight"], state.get("model.stitches.up1.bias"))
-    gain, shift = weights(teacher)[norm], weights(teacher).get(norm.replace("weight", "bias"), 0)
-    want = its.lm_head(stitched * gain + shift)   # what the final norm does, but for dividing by the size
-    assert (model.lm_head(h) - want).abs().max() < 1e-5 * want.abs().max()
+    distil_blocks(block, out, teacher=teacher, student=student, stitching_layer_bias=bias,
+                  epochs_per_block=1, train_lm_head=False, lm_head_lr=None)
+    tensors = checkpoint(out, 10)
+    assert ("model.stitches.up0.bias" in tensors) == bias
+    # the last stitch is folded into the head: it has a bias where that has one too
+    assert ("model.stitches.up1.bias" in tensors) == (bias and cls == "PhiConfig")
+    hidden = torch.randn(50, 16)
+    stitched = F.linear(hidden, tensors["model.stitches.up1.weight"],
+                        tensors.get("model.stitches.up1.bias"))
+    gain = weights(teacher)[f"{norm}.weight"]
+    shift = weights(teacher).get(f"{norm}.bias", 0)
+    # what the final norm does, but for dividing by the size
+    expected = load(teacher).lm_head(stitched * gain + shift)
+    logits = load(os.path.join(out, "final")).lm_head(hidden)
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def block_errors(out, blocks):
+    """Held-out errors -> before training, after it, a value a block each."""
+    before, after = log(out, "block")
+    return ([before[f"block/{i}/loss"] for i in range(blocks)],
+            [after[f"block/{i}/loss"] for i in range(blocks)])
+
+
+def all_below(after, before, part=1.0):
+    return all(b < part * a for a, b in zip(before, after, strict=True))
 
 
 def test_blockwise_errors_fall_and_beat_the_head_alone(block, tmp_path):
     """At unequal width; the head alone gets as many steps as blocks and head together."""
-    whole, alone = str(tmp_path / "whole"), str(tmp_path / "alone")
-    _block_run(block, whole, epochs_per_block=10, lm_head_epochs=6)
-    _block_run(block, alone, epochs_per_block=0.2, lr_per_block=STILL, lm_head_epochs=35.4, initialize_head_from_teacher=False)
-    before, after = log(whole, "block")
-    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(3)), (before, after)
-    assert log(whole, "eval")[-1]["eval/step"] == log(alone, "eval")[-1]["eval/step"]
+    whole = str(tmp_path / "whole")
+    alone = str(tmp_path / "alone")
+    distil_blocks(block, whole, epochs_per_block=10, lm_head_epochs=6)
+    distil_blocks(block, alone, epochs_per_block=0.2, lr_per_block=STILL, lm_head_epochs=35.4,
+                  initialize_head_from_teacher=False)
+    before, after = block_errors(whole, 3)
+    assert all_below(after, before, 0.9), (before, after)
+    assert column(whole, "eval/step")[-1] == column(alone, "eval/step")[-1]
     assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
 
 
-@pytest.mark.parametrize("source", ["student", _block_slow("teacher")])
+# argv: the number of the optimiser step before which this process dies, then the command.
+DIE_BEFORE_STEP = """
+import os, signal, sys
+import simple_distill
+
+steps_left = int(sys.argv.pop(1))
+optimizer_step = simple_distill.optimizer_step
+
+def step_or_die(*args):
+    global steps_left
+    steps_left -= 1
+    if steps_left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return optimizer_step(*args)
+
+simple_distill.optimizer_step = step_or_die
+sys.exit(simple_distill.main())
+"""
+
+
+def rewind(source, out, step):
+    """A copy of a finished run as it was just after the checkpoint of that step."""
+    shutil.copytree(source, out)
+    shutil.rmtree(os.path.join(out, "final"))
+    for folder in Path(out, "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("source", ["student", slow_case("teacher")])
 def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source):
-    """Killed in a block and in the head phase; and from checkpoints where a phase begins, ends, and in the middle."""
-    fields = dict(teacher=block.teacher, student=block.student, dataset=block.data, epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3,
-                  save_steps=2, keep_checkpoints=30, block_input=source)
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    _block_run(block, whole, **fields)
+    """Killed in a block and in the head phase; and from checkpoints where a phase begins, ends, and
+    in the middle."""
+    fields = dict(epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3, save_steps=2,
+                  keep_checkpoints=30, block_input=source)
+    whole = str(tmp_path / "whole")
+    killed = str(tmp_path / "killed")
+    distil_blocks(block, whole, **fields)
     steps = len(log(whole, "train"))
-    assert steps == (19 if source == "student" else 11)
-    killer = ("import os, signal, sys; import simple_distill as sd; n, step = int(sys.argv.pop(1)), sd.optimizer_step\n"
-              "def kill(*a):\n global n; n -= 1\n return step(*a) if n else os.kill(os.getpid(), signal.SIGKILL)\n"
-              "sd.optimizer_step = kill; sys.exit(sd.main())")
-    words = flags(**{**PLAIN, **BLOCK, **fields, "output_dir": killed, "use_wandb": False})
-    for count, newest in ((4, 2), (steps - 6, steps - 7 - (steps - 7) % 2)) if source == "student" else ((4, 2),):
-        process = subprocess.run([sys.executable, "-c", killer, str(count), *words], cwd=HERE, capture_output=True)
+    # a phase is 4 steps: three blocks or all at once, then the head; then 3 steps of distillation
+    if source == "student":
+        assert steps == 19
+        kills = (4, steps - 6)   # the second process begins at step 2 and dies in the head phase
+        checkpoints = (4, 12, 14, 16)
+    else:
+        assert steps == 11
+        kills = (4,)
+        checkpoints = (2, 4, 6, 8)
+    run = dict(teacher=block.teacher, student=block.student, dataset=block.data,
+               output_dir=killed, use_wandb=False)
+    words = flags(**{**PLAIN, **BLOCKWISE, **run, **fields})
+    for count in kills:
+        process = subprocess.run([sys.executable, "-c", DIE_BEFORE_STEP, str(count), *words],
+                                 cwd=HERE, capture_output=True)
         assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    _block_run(block, killed, **fields)
-    clean = lambda path: [{k: v for k, v in e.items() if "second" not in k} for e in log(path)]
-    want = clean(whole)
-    assert clean(killed) == want and same(final_weights(killed), final_weights(whole))
-    for step in (4, 12, 14, 16) if source == "student" else (2, 4, 6, 8):   # a phase is 4 steps
+    distil_blocks(block, killed, **fields)
+    assert quiet_log(killed) == quiet_log(whole)
+    assert same(final_weights(killed), final_weights(whole))
+    for step in checkpoints:
         again = str(tmp_path / f"from{step}")
-        shutil.copytree(whole, again)
-        shutil.rmtree(os.path.join(again, "final"))
-        for folder in Path(again, "checkpoints").iterdir():
-            if int(folder.name[5:]) > step:
-                shutil.rmtree(folder)
-        assert "passed over" not in _block_run(block, again, **fields).out
-        assert clean(again) == want and same(final_weights(again), final_weights(whole)), step
+        rewind(whole, again, step)
+        assert "passed over" not in distil_blocks(block, again, **fields).out
+        assert quiet_log(again) == quiet_log(whole), step
+        assert same(final_weights(again), final_weights(whole)), step
 
 
 def test_blockwise_refusals_name_numbers(block, out):
-    says = lambda text, **fields: text in _block_run(block, out, 2, **fields).err or pytest.fail(f"{text} {fields}")
-    says("student width 16 and teacher width 32", use_stitching_layers=False, stitching_layer_bias=True)
-    says("has 5 layers, the teacher only 3", student=block.teacher, teacher=block.student)
-    says("lr_per_block has 2 values", lr_per_block=[1e-3, 1e-4])
-    says("one value", block_input="teacher", epochs_per_block=[1, 1, 2])
-    says("distill_loss_temperature: read only with --distill_loss_type kl_div", distill_loss_temperature=2)
+    refused = [
+        (dict(use_stitching_layers=False, stitching_layer_bias=True),
+         "student width 16 and teacher width 32"),
+        (dict(student=block.teacher, teacher=block.student),
+         "has 5 layers, the teacher only 3"),
+        (dict(lr_per_block=[1e-3, 1e-4]),
+         "lr_per_block has 2 values"),
+        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]),
+         "one value"),
+        (dict(distill_loss_temperature=2),
+         "distill_loss_temperature: read only with --distill_loss_type kl_div"),
+    ]
+    for fields, message in refused:
+        assert message in distil_blocks(block, out, 2, **fields).err, fields
 
 
-@pytest.mark.parametrize("kind, weight", [("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
+@pytest.mark.parametrize("kind, weight", [
+    ("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
 def test_blockwise_head_losses(block, out, kind, weight):
     """The first step of the head phase against logits of the plain models."""
-    _block_run(block, out, epochs_per_block=0.2, lm_head_epochs=0.2, logit_loss_type=kind, logit_loss_weight=weight, save_steps=3)
-    model, teacher = _block_start(block, out, 3)[0], load(block.teacher)
-    (*_, rows), = _block_batches(block, 3, 4)
-    batch, got = sd.collate(rows), next(e for e in log(out, "train") if e["train/step"] == 4)
-    z, q = (m(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].detach() for m in (model, teacher))
-    ce = F.cross_entropy(z, batch.labels)
-    term = {"mse": F.mse_loss(z, q), "ce": ce, "kl_div": _block_loss("kl_div", z, q, 1.0)}[kind]
-    assert got["train/loss"] == pytest.approx((weight * term + (1 - weight) * ce).item(), rel=1e-5)
+    distil_blocks(block, out, epochs_per_block=0.2, lm_head_epochs=0.2, logit_loss_type=kind,
+                  logit_loss_weight=weight, save_steps=3)
+    student, _ = student_at(block, out, 3)
+    [rows] = rows_of_steps(block, 3, 4)
+    batch = sd.collate(rows)
+
+    def logits_of(model):
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids).logits
+        return logits.flatten(0, 1)[batch.positions]
+
+    student_logits = logits_of(student)
+    teacher_logits = logits_of(load(block.teacher))
+    ce = F.cross_entropy(student_logits, batch.labels)
+    if kind == "ce":
+        term = ce
+    else:
+        term = reference_loss(kind, student_logits, teacher_logits, 1.0)
+    expected = weight * term + (1 - weight) * ce
+    [loss] = [entry["train/loss"] for entry in log(out, "train") if entry["train/step"] == 4]
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-CUSTOM = '''
+# ---- other architectures
+
+CUSTOM_STUDENT = '''
 import torch
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+
+
 class MixConfig(PretrainedConfig):
     model_type = "mix"
-    def __init__(self, vocab_size=263, hidden_size=16, num_hidden_layers=2, **kw):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        super().__init__(**{**kw, "use_cache": False})
+
+    def __init__(self, vocab_size=263, hidden_size=16, num_hidden_layers=2, **others):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        super().__init__(**{**others, "use_cache": False})
+
+
 class Layer(nn.Module):   # no attention: a running mean of what came before
+
     def __init__(self, width):
         super().__init__()
-        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(2 * width, 3 * width), nn.Linear(3 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(2 * width, 3 * width)
+        self.outer = nn.Linear(3 * width, width)
+
     def forward(self, hidden_states):
-        x = self.norm(hidden_states)
-        mean = (x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]).to(x.dtype)
-        return hidden_states + self.outer(torch.relu(self.inner(torch.cat([x, mean], -1))))
+        normed = self.norm(hidden_states)
+        counts = torch.arange(1, normed.shape[1] + 1, device=normed.device)
+        mean = (normed.cumsum(1) / counts[:, None]).to(normed.dtype)
+        inner = self.inner(torch.cat([normed, mean], -1))
+        return hidden_states + self.outer(torch.relu(inner))
+
+
 class Body(nn.Module):   # the norm stands beside the layers
+
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens, self.norm = nn.Embedding(config.vocab_size, config.hidden_size), nn.LayerNorm(config.hidden_size)
-        self.layers = nn.ModuleList([Layer(config.hidden_size) for _ in range(config.num_hidden_layers)])
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList([Layer(width) for _ in range(config.num_hidden_layers)])
+
     def forward(self, input_ids, use_cache=None):
-        x = self.embed_tokens(input_ids)
+        hidden = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x)
-        return (self.norm(x),)
+            hidden = layer(hidden)
+        return (self.norm(hidden),)
+
+
 class MixForCausalLM(PreTrainedModel, GenerationMixin):
-    config_class, base_model_prefix = MixConfig, "model"
+    config_class = MixConfig
+    base_model_prefix = "model"
+
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.lm_head = Body(config), nn.Linear(config.hidden_size, config.vocab_size)
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
+
     def get_input_embeddings(self):
         return self.model.embed_tokens
-    def forward(self, input_ids, attention_mask=None, use_cache=None, **kw):
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None, **others):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids)[0]))
+
+
 MixConfig.register_for_auto_class()
 MixForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 '''
 
 
 def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
-    """A class in a local directory (auto_map), without attention, another family than the teacher's."""
-    (tmp_path / "mixlib.py").write_text(CUSTOM)
+    """A class in a local directory (auto_map), without attention, another family than the
+    teacher's."""
+    student = str(tmp_path / "mix")
+    (tmp_path / "mixlib.py").write_text(CUSTOM_STUDENT)
     monkeypatch.syspath_prepend(tmp_path)
     import mixlib
     torch.manual_seed(0)
-    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(tmp_path / "mix")
-    tiny_tokenizer().save_pretrained(tmp_path / "mix")
-    mine = dict(student=str(tmp_path / "mix"), trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
-    assert "--gradient_checkpointing false" in _block_run(block, out, 2, **mine, gradient_checkpointing=True).err
-    _block_run(block, out, **mine)
-    before, after = log(out, "block")
-    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2))
-    final = sd.AutoModelForCausalLM.from_pretrained(os.path.join(out, "final"), trust_remote_code=True)
-    assert type(final).__name__ == "MixForCausalLM" and not same(final.state_dict(), weights(str(tmp_path / "mix")))
+    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(student)
+    tiny_tokenizer().save_pretrained(student)
+    fields = dict(student=student, trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
+    refused = distil_blocks(block, out, 2, **fields, gradient_checkpointing=True)
+    assert "--gradient_checkpointing false" in refused.err
+    distil_blocks(block, out, **fields)
+    before, after = block_errors(out, 2)
+    assert all_below(after, before)
+    final = AutoModelForCausalLM.from_pretrained(f"{out}/final", trust_remote_code=True)
+    assert type(final).__name__ == "MixForCausalLM"
+    assert not same(final.state_dict(), weights(student))
 
 
-@pytest.mark.parametrize("cls, extra", [("GPT2Config", {}), ("Gemma2Config", dict(head_dim=8)), ("GPTNeoXConfig", {})])
-def test_blockwise_student_of_another_family(block, out, tmp_path, cls, extra):
-    """Other norms, learned positions, a capped head: errors fall, and the head starts from the teacher's."""
-    student = tiny_model(tmp_path / "s", hidden=16, layers=2, seed=3, cls=cls, **extra)
-    _block_run(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
-    before, after = log(out, "block")
-    assert all(after[f"block/{i}/loss"] < 0.9 * before[f"block/{i}/loss"] for i in range(2))
-    assert load(os.path.join(out, "final")).config.model_type in cls.lower().replace("neox", "_neox")
+@pytest.mark.parametrize("cls, model_type, fields", [
+    ("GPT2Config", "gpt2", {}),
+    ("Gemma2Config", "gemma2", dict(head_dim=8)),
+    ("GPTNeoXConfig", "gpt_neox", {}),
+])
+def test_blockwise_student_of_another_family(block, out, tmp_path, cls, model_type, fields):
+    """Other norms, learned positions, a capped head: errors fall, and the head starts from the
+    teacher's."""
+    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=3, cls=cls, **fields)
+    distil_blocks(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
+    before, after = block_errors(out, 2)
+    assert all_below(after, before, 0.9)
+    assert load(f"{out}/final").config.model_type == model_type
 
 
 @pytest.mark.parametrize("phase", ["block", "head"])
 def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, phase):
     """One row in five has the letter that the teacher cannot bear."""
-    rows = [{"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"} for i in range(10)]
-    data = write_splits(tmp_path / "d", rows, rows[1:3])
+    rows = []
+    for i in range(10):
+        rows.append({"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"})
+    data = write_splits(tmp_path / "data", rows, rows[1:3])
     broken = break_letter(block.teacher, tmp_path / "broken")
-    _block_run(block, out, teacher=broken, dataset=data, batch_size=1, epochs_per_block=1 if phase == "block" else 0.1,
-               lm_head_epochs=0.1 if phase == "block" else 1, save_steps=0, initialize_head_from_teacher=False)
-    skipped = column(out, "train/skipped_steps")
-    assert skipped[-1] == sum(x is None for x in column(out, "train/loss")) >= (6 if phase == "block" else 2)
-    assert skipped[-1] < len(skipped) and all(x.isfinite().all() for x in checkpoint(out, len(skipped)).values())
+    if phase == "block":   # 10 steps each
+        epochs = dict(epochs_per_block=1, lm_head_epochs=0.1)
+        least = 6
+    else:
+        epochs = dict(epochs_per_block=0.1, lm_head_epochs=1)
+        least = 2
+    distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, save_steps=0,
+                  initialize_head_from_teacher=False, **epochs)
+    losses = column(out, "train/loss")
+    skipped = column(out, "train/skipped_steps")[-1]
+    assert least <= skipped < len(losses)
+    assert skipped == losses.count(None)
+    for tensor in checkpoint(out, len(losses)).values():
+        assert tensor.isfinite().all()
 
 
-@pytest.mark.campaign
-def test_blockwise_demo(tmp_path):
-    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the head alone."""
-    fields = dict(use_wandb=False, max_steps=0, output_dir=str(tmp_path / "whole"))
-    shown = cli("--blockwise", *flags(**fields)).out
-    before, after = log(fields["output_dir"], "block")
-    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(2)) and "teacher block" in shown
-    steps, epoch = log(fields["output_dir"], "eval")[-1]["eval/step"], log(fields["output_dir"], "eval")[-1]["eval/epoch"]
-    shutil.copytree(tmp_path / "whole" / "demo", tmp_path / "alone" / "demo")
-    fields |= dict(output_dir=str(tmp_path / "alone"), epochs_per_block=1e-6, lr_per_block=STILL, initialize_head_from_teacher=False)
-    cli("--blockwise", *flags(**fields, lm_head_epochs=epoch * (steps - 2) / steps))
-    assert log(fields["output_dir"], "eval")[-1]["eval/step"] == steps
-    assert column(tmp_path / "whole", "eval/kl_loss")[-1] < column(tmp_path / "alone", "eval/kl_loss")[-1]
+@pytest.mark.campaign   # optional: demo
+def test_blockwise_demo(tmp_path):   # optional: demo
+    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the
+    head alone."""
+    whole = str(tmp_path / "whole")
+    alone = str(tmp_path / "alone")
+    fields = dict(blockwise=True, use_wandb=False, max_steps=0)
+    shown = cli(*flags(**fields, output_dir=whole)).out
+    assert "teacher block" in shown
+    before, after = block_errors(whole, 2)
+    assert all_below(after, before)
+    last_eval = log(whole, "eval")[-1]
+    steps = last_eval["eval/step"]
+    head_epochs = last_eval["eval/epoch"] * (steps - 2) / steps   # a step for each block
+    cli(*flags(**fields, output_dir=alone, epochs_per_block=1e-6, lr_per_block=STILL,
+               lm_head_epochs=head_epochs, initialize_head_from_teacher=False))
+    assert column(alone, "eval/step")[-1] == steps
+    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
 
 
 @pytest.mark.campaign
 def test_blockwise_two_ranks_bf16_and_accumulation(block, tmp_path):
     """Two ranks, and accumulation, give the losses of one; bf16 runs through and errors fall."""
-    fields = {**PLAIN, **BLOCK, **dict(teacher=block.teacher, student=block.student, dataset=block.data, epochs_per_block=1, lm_head_epochs=1)}
-    outs = {n: str(tmp_path / n) for n in ("one", "ranks", "micro", "half", "fed", "fed2")}
-    cli(*flags(**fields, output_dir=outs["one"]))
-    cli(*flags(**{**fields, "batch_size": 1, "gradient_accumulation_steps": 4}, output_dir=outs["micro"]))
-    cli(*flags(**fields, block_input="teacher", output_dir=outs["fed"]))
-    for name, extra in (("ranks", dict(batch_size=2)), ("fed2", dict(batch_size=2, block_input="teacher")), ("half", dict(batch_size=2, dtype="bf16"))):
-        process = spawn(*flags(**{**fields, **extra, "output_dir": outs[name]}), nproc=2)
-        text = process.communicate(timeout=600)[0]
-        assert process.returncode == 0, text[-3000:]
-    for a, b in (("one", "ranks"), ("one", "micro"), ("fed", "fed2")):
-        assert column(outs[b], "train/loss") == pytest.approx(column(outs[a], "train/loss"), rel=2e-5)
-    before, after = log(outs["half"], "block")
-    assert all(after[f"block/{i}/loss"] < before[f"block/{i}/loss"] for i in range(3))
+    epochs = dict(epochs_per_block=1, lm_head_epochs=1)
+
+    def one_rank(name, **fields):
+        out = str(tmp_path / name)
+        distil_blocks(block, out, **epochs, **fields)
+        return out
+
+    def two_ranks(name, **fields):
+        out = str(tmp_path / name)
+        run = dict(teacher=block.teacher, student=block.student, dataset=block.data,
+                   batch_size=2, output_dir=out)
+        words = flags(**{**PLAIN, **BLOCKWISE, **epochs, **run, **fields})
+        process = spawn(*words, nproc=2)
+        shown, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, shown[-3000:]
+        return out
+
+    one = one_rank("one")
+    accumulated = one_rank("accumulated", batch_size=1, gradient_accumulation_steps=4)
+    ranks = two_ranks("ranks")
+    fed = one_rank("fed", block_input="teacher")
+    fed_ranks = two_ranks("fed_ranks", block_input="teacher")
+    for out, expected in ((accumulated, one), (ranks, one), (fed_ranks, fed)):
+        losses = column(expected, "train/loss")
+        assert column(out, "train/loss") == pytest.approx(losses, rel=2e-5)
+    before, after = block_errors(two_ranks("half", dtype="bf16"), 3)
+    assert all_below(after, before)
+
+
+# ---- what it costs
 
 
 def bench_block(layers=8, width=256, tokens=1024):
-    """Cost of the block phase of S equal layers, over running both models whole for each block: about a half."""
-    with tempfile.TemporaryDirectory() as at, sd.process_group():
-        paths = [tiny_model(os.path.join(at, n), hidden=width, layers=layers, seed=s) for n, s in (("t", 0), ("s", 1))]
-        cfg = config.Config(teacher=paths[0], student=paths[1], blockwise=True, gradient_checkpointing=False, dtype="fp32")
-        student, teacher = sd.load_student(cfg), sd.load_teacher(cfg)
-        batch = sd.collate([{"input_ids": torch.arange(128) % 263, "targets": None}] * (tokens // 128))
+    """Cost of the block phase of S equal layers, over running both models whole for each block:
+    about a half."""
+    with tempfile.TemporaryDirectory() as folder, sd.process_group():
+        cfg = config.Config(
+            teacher=tiny_model(f"{folder}/teacher", hidden=width, layers=layers, seed=0),
+            student=tiny_model(f"{folder}/student", hidden=width, layers=layers, seed=1),
+            blockwise=True, gradient_checkpointing=False, dtype="fp32")
+        student = sd.load_student(cfg)
+        teacher = sd.load_teacher(cfg)
+        row = {"input_ids": torch.arange(128) % 263, "targets": None}
+        batch = sd.collate([row] * (tokens // 128))
 
-        def seconds(work, signal_of, repeat=5):
+        def seconds(loss_fn, get_teacher_targets, repeat=5):
             times = []
             for _ in range(repeat):
                 start = time.process_time()
-                student(work, batch, signal_of(batch), 1.0)[0].backward()
+                student(loss_fn, batch, get_teacher_targets(batch), 1.0)[0].backward()
                 times.append(time.process_time() - start)
             return min(times)
-        whole = seconds(sd.functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0), sd.teacher_targets(teacher))
-        print(f"\nCPU ms a step; both models whole, everything trained on the logits (vocabulary 263): {1e3 * whole:.0f}")
-        costs = []
+
+        distil_loss = functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0)
+        whole = seconds(distil_loss, sd.teacher_targets(teacher))
+        print("\nCPU ms a step; both models whole, everything trained on the logits "
+              f"(vocabulary 263): {1e3 * whole:.0f}")
         run = types.SimpleNamespace(cfg=cfg, student=student, teacher=teacher, steps_per_epoch=1)
         pairs = sd.match_blocks(cfg, student.model.config, teacher.model.config)
-        for block in pairs:
-            stage = sd.stage_of_block(run, pairs, sd.parameters_by_part(student), block, 0)
+        costs = []
+        for i in pairs:
+            stage = sd.stage_of_block(run, pairs, sd.parameters_by_part(student), i, 0)
             with contextlib.redirect_stdout(io.StringIO()):
-                sd.make_optimizer(student.parameters(), stage.rates, 0.0)
+                sd.make_optimizer(student.parameters(), stage.rates, 0.0)   # freezes the others
             costs.append(seconds(stage.loss_fn, stage.get_teacher_targets))
-        print(f"block {', '.join(map(str, range(layers)))}: {', '.join(f'{1e3 * c:.0f}' for c in costs)}")
-        print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each block (as the last one "
-              f"does), {sum(costs) / (layers * whole):.2f} of training the whole student that often")
+        numbers = ", ".join(str(i) for i in range(layers))
+        milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
+        print(f"block {numbers}: {milliseconds}")
+        print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both "
+              "models whole for each block (as the last one does), "
+              f"{sum(costs) / (layers * whole):.2f} of training the whole student that often")
 
 
 # --------------------------------------------------------------------------------------------------
