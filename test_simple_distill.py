@@ -2575,7 +2575,7 @@ def bench_packing(vocab, method, size):
 
 def bench_cached_step(vocab):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(LlamaConfig(
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
         num_attention_heads=4, tie_word_embeddings=True))
     hidden, head, _ = made_up_teacher(vocab, 255, sharp=5.0)
