@@ -797,225 +797,319 @@ def test_runtime_one_run_a_directory(out, student, text):
 # --------------------------------------------------------------------------------------------------
 # Losses: distillation_loss against float64.
 
+DIVERGENCES = ["forward", "reverse", "jsd"]
 
-def case(n=23, vocab=97, d=16, dt=24, *, seed=0, dtype=torch.float32, bias=False, scale=None, softcap=None, masked=0.3, size=2.0):
-    """Random hidden states, heads and labels: (student_hidden, student_head, labels, teacher_hidden, teacher_head)."""
+
+class Case(NamedTuple):
+    """What distillation_loss takes, at random."""
+    hidden: torch.Tensor           # [N, D]
+    head: nn.Linear
+    labels: torch.Tensor           # [N], -100: not counted
+    teacher_hidden: torch.Tensor   # [N, Dt]; None: no teacher
+    teacher_head: nn.Linear
+
+
+def case(n=23, vocab=97, d=16, dt=24, *, seed=0, dtype=torch.float32, bias=False, scale=None,
+         softcap=None, masked=0.3, size=2.0):
     torch.manual_seed(seed)
 
     def head(width):
         linear = nn.Linear(width, vocab, bias=bias).to(dtype)
         nn.init.normal_(linear.weight, std=size / math.sqrt(width))
-        linear.scale, linear.softcap = scale, softcap
+        linear.scale = scale
+        linear.softcap = softcap
         return linear
+
     labels = torch.where(torch.rand(n) < masked, -100, torch.randint(vocab, (n,)))
-    return torch.randn(n, d, dtype=dtype, requires_grad=True), head(d), labels, torch.randn(n, dt, dtype=dtype), head(dt)
+    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    student_head = head(d)
+    teacher_hidden = torch.randn(n, dt, dtype=dtype)
+    return Case(hidden, student_head, labels, teacher_hidden, head(dt))
+
+
+def without_teacher(case):
+    return case._replace(teacher_hidden=None, teacher_head=None)
 
 
 def apply_head(hidden, head):
-    z = F.linear(hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double()) * (head.scale or 1.0)
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    """-> logits in float64."""
+    bias = None if head.bias is None else head.bias.double()
+    logits = F.linear(hidden.double(), head.weight.double(), bias) * (head.scale or 1.0)
+    if head.softcap is None:
+        return logits
+    return head.softcap * torch.tanh(logits / head.softcap)
 
 
 def with_gradients(losses, hidden, head):
-    """(loss, ce, kl) and the gradients of loss -> six tensors in float64."""
-    wanted = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
-    grads = torch.autograd.grad(losses[0], wanted) if wanted else []
-    return [x.detach().double() for x in (*losses, *grads)]
+    """(loss, ce, kl) and the gradients of loss to hidden, weight and bias, in float64."""
+    leaves = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
+    gradients_ = torch.autograd.grad(losses[0], leaves) if leaves else []
+    return [x.detach().double() for x in (*losses, *gradients_)]
 
 
-def exact(hidden, head, labels, teacher_hidden, teacher_head, *, alpha, temperature=1.0, divergence="forward"):
-    with torch.no_grad():
-        teacher_logits = None if teacher_hidden is None else apply_head(teacher_hidden, teacher_head)
-    return with_gradients(dense_losses(apply_head(hidden, head), teacher_logits, labels, alpha, temperature, divergence), hidden, head)
+def exact(case, *, alpha, temperature=1.0, divergence="forward"):
+    """Through full logits in float64."""
+    teacher_logits = None
+    if case.teacher_hidden is not None:
+        with torch.no_grad():
+            teacher_logits = apply_head(case.teacher_hidden, case.teacher_head)
+    logits = apply_head(case.hidden, case.head)
+    losses = dense_losses(logits, teacher_logits, case.labels, alpha, temperature, divergence)
+    return with_gradients(losses, case.hidden, case.head)
 
 
-def fused(hidden, head, labels, teacher_hidden, teacher_head, **options):
-    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
-    return with_gradients(sd.distillation_loss(hidden, head, labels, teacher, **{"temperature": 1.0, **options}), hidden, head)
+def fused(case, *, temperature=1.0, **options):
+    """Through distillation_loss."""
+    teacher = None
+    if case.teacher_hidden is not None:
+        teacher = (case.teacher_hidden, case.teacher_head)
+    losses = sd.distillation_loss(case.hidden, case.head, case.labels, teacher,
+                                  temperature=temperature, **options)
+    return with_gradients(losses, case.hidden, case.head)
 
 
 def off(got, want, floor=0.0):
     """Largest relative deviation; floor: the size below which a number counts as rounding."""
     assert len(got) == len(want)
-    return max(((a - b).norm() / b.norm().clamp_min(max(floor, 1e-300))).item() for a, b in zip(got, want))
+    smallest = max(floor, 1e-300)
+    return max(((a - b).norm() / b.norm().clamp_min(smallest)).item()
+               for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_losses_and_gradients_match_float64(divergence, temperature, alpha):
+    options = dict(alpha=alpha, temperature=temperature, divergence=divergence)
     for seed in range(3):
-        inputs, options = case(seed=seed), dict(alpha=alpha, temperature=temperature, divergence=divergence)
-        want = exact(*inputs, **options)
+        inputs = case(seed=seed)
+        want = exact(inputs, **options)
         if alpha == 1:
             want[2] = want[2] * 0   # no teacher is asked
-            inputs = (*inputs[:3], None, None)
-        assert off(fused(*inputs, **options), want, floor=1e-3) < 1e-6
+            inputs = without_teacher(inputs)
+        assert off(fused(inputs, **options), want, floor=1e-3) < 1e-6
 
 
-@pytest.mark.parametrize("head", [dict(bias=True), dict(scale=0.25), dict(softcap=3.0), dict(bias=True, scale=1.7, softcap=5.0)], ids=str)
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("head", [
+    dict(bias=True),
+    dict(scale=0.25),
+    dict(softcap=3.0),
+    dict(bias=True, scale=1.7, softcap=5.0),
+], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_losses_honours_bias_scale_and_softcap(head, divergence):
     options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
-    assert off(fused(*case(**head), **options), exact(*case(**head), **options)) < 2e-6
+    assert off(fused(case(**head), **options), exact(case(**head), **options)) < 2e-6
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_losses_does_not_depend_on_the_chunk(divergence):
     inputs = case(n=37, bias=True, softcap=5.0, masked=0)
     options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
-    whole = fused(*inputs, **options)
+    whole = fused(inputs, **options)
     for chunk in (1, 7, 36, 37, 100):
-        assert off(fused(*inputs, **options, chunk=chunk), whole) < 1e-6
+        assert off(fused(inputs, **options, chunk=chunk), whole) < 1e-6
 
 
 def test_losses_in_bf16_is_within_its_rounding():
-    for seed, divergence in enumerate(("forward", "reverse", "jsd")):
+    for seed, divergence in enumerate(DIVERGENCES):
         inputs = case(n=64, vocab=500, d=64, dt=96, seed=seed, dtype=torch.bfloat16)
-        got, want = (f(*inputs, alpha=0.3, temperature=2.0, divergence=divergence) for f in (fused, exact))
+        options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
+        got = fused(inputs, **options)
+        want = exact(inputs, **options)
         assert off(got, want) < 2e-2
         assert off(got[:3], want[:3]) < 4e-3   # reductions are in fp32
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_losses_gradcheck(divergence, alpha):
-    hidden, head, labels, teacher_hidden, teacher_head = case(n=5, vocab=11, d=3, dt=4, bias=True, softcap=4.0, dtype=torch.float64)
+    inputs = case(n=5, vocab=11, d=3, dt=4, bias=True, softcap=4.0, dtype=torch.float64)
+    teacher = None if alpha == 1 else (inputs.teacher_hidden, inputs.teacher_head)
 
     def loss(hidden, weight, bias):
-        student_head = types.SimpleNamespace(weight=weight, bias=bias, scale=1.5, softcap=4.0)
-        teacher = None if alpha == 1 else (teacher_hidden, teacher_head)
-        return sd.distillation_loss(hidden, student_head, labels, teacher, alpha=alpha, temperature=2.0, divergence=divergence, chunk=2)[0]
-    assert torch.autograd.gradcheck(loss, (hidden, head.weight, head.bias))
+        head = types.SimpleNamespace(weight=weight, bias=bias, scale=1.5, softcap=4.0)
+        losses = sd.distillation_loss(hidden, head, inputs.labels, teacher, alpha=alpha,
+                                      temperature=2.0, divergence=divergence, chunk=2)
+        return losses[0]
+
+    assert torch.autograd.gradcheck(loss, (inputs.hidden, inputs.head.weight, inputs.head.bias))
 
 
-def test_losses_all_masked_is_zero_with_zero_gradients():
-    hidden, head, labels, *teacher = case(bias=True)
-    for alpha in (0.0, 0.3, 1.0):
-        got = fused(hidden, head, torch.full_like(labels, -100), *(teacher if alpha < 1 else (None, None)), alpha=alpha)
-        assert all((x == 0).all() for x in got)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_losses_all_masked_is_zero_with_zero_gradients(alpha):
+    inputs = case(bias=True)
+    inputs = inputs._replace(labels=torch.full_like(inputs.labels, -100))
+    if alpha == 1:
+        inputs = without_teacher(inputs)
+    for value in fused(inputs, alpha=alpha):
+        assert (value == 0).all()
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_losses_logits_of_ten_thousand_stay_finite(divergence, temperature):
-    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
-    for p in (head.weight, teacher_head.weight):
-        p.data.mul_(1e4)
-    got = fused(hidden, head, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=temperature, divergence=divergence)
-    want = exact(hidden, head, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=temperature, divergence=divergence)
-    assert all(x.isfinite().all() for x in got)
+    inputs = case(masked=0)
+    for head in (inputs.head, inputs.teacher_head):
+        head.weight.data.mul_(1e4)
+    options = dict(alpha=0.3, temperature=temperature, divergence=divergence)
+    got = fused(inputs, **options)
+    assert all(value.isfinite().all() for value in got)
     if divergence == "forward":   # reverse and jsd reach log 0 in the reference
-        assert off(got, want) < 1e-4
+        assert off(got, exact(inputs, **options)) < 1e-4
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_losses_kl_is_never_negative(divergence):
-    for seed in range(5):   # a teacher that is almost the student: where rounding could take it below zero
-        hidden, head, labels, *_ = case(n=200, seed=seed, masked=0)
+    """With a teacher that is almost the student, where rounding could take it below zero."""
+    for seed in range(5):
+        inputs = case(n=200, seed=seed, masked=0)
         for nudge in (0.0, 1e-6, 1e-4, 1e-2):
-            near = hidden.detach() + nudge * torch.randn_like(hidden)
-            for i in range(0, 200, 20):
-                part = slice(i, i + 20)
-                assert fused(hidden[part], head, labels[part], near[part], head, alpha=0.0, divergence=divergence, temperature=2.0)[2] > -1e-6
+            near = inputs.hidden.detach() + nudge * torch.randn_like(inputs.hidden)
+            for start in range(0, 200, 20):
+                part = slice(start, start + 20)
+                few_tokens = Case(inputs.hidden[part], inputs.head, inputs.labels[part],
+                                  near[part], inputs.head)
+                _, _, kl, *_ = fused(few_tokens, alpha=0.0, divergence=divergence,
+                                     temperature=2.0)
+                assert kl > -1e-6
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_losses_student_that_is_the_teacher_has_no_kl_gradient(divergence, temperature):
-    hidden, head, labels, *_ = case(bias=True)
-    _, _, kl, *grads = fused(hidden, head, labels, hidden.detach(), head, alpha=0.0, temperature=temperature, divergence=divergence)
+    inputs = case(bias=True)
+    inputs = inputs._replace(teacher_hidden=inputs.hidden.detach(), teacher_head=inputs.head)
+    _, _, kl, *grads = fused(inputs, alpha=0.0, temperature=temperature, divergence=divergence)
     assert abs(kl) < 1e-6
-    assert all((g == 0).all() for g in grads)
+    assert all((grad == 0).all() for grad in grads)
 
 
 def test_losses_is_divided_by_the_denominator_and_composed_of_its_parts():
     inputs = case()
     options = dict(alpha=0.3, temperature=2.0)
-    own, given = fused(*inputs, **options), fused(*inputs, **options, denominator=7.0)
-    counted = (inputs[2] != -100).sum()
-    assert off(given, [x * counted / 7 for x in own]) < 1e-6
-    assert own[0].item() == pytest.approx(0.3 * own[1].item() + 0.7 * own[2].item(), rel=1e-6)
+    by_counted = fused(inputs, **options)
+    by_seven = fused(inputs, **options, denominator=7.0)
+    counted = (inputs.labels != -100).sum()
+    assert off(by_seven, [value * counted / 7 for value in by_counted]) < 1e-6
+    loss, ce, kl, *_ = by_counted
+    assert loss.item() == pytest.approx(0.3 * ce.item() + 0.7 * kl.item(), rel=1e-6)
 
 
 def test_losses_frozen_parts_get_no_gradient_and_change_nothing_else():
-    hidden, head, labels, *teacher = case(bias=True)
-    whole = fused(hidden, head, labels, *teacher, alpha=0.3)
-    head.requires_grad_(False)
-    assert off(fused(hidden, head, labels, *teacher, alpha=0.3), whole[:4]) == 0
-    head.requires_grad_(True)
-    assert off(fused(hidden.detach(), head, labels, *teacher, alpha=0.3), [*whole[:3], *whole[4:]]) == 0
+    inputs = case(bias=True)
+    whole = fused(inputs, alpha=0.3)   # loss, ce, kl, gradients of hidden, weight, bias
+    inputs.head.requires_grad_(False)
+    assert off(fused(inputs, alpha=0.3), whole[:4]) == 0
+    inputs.head.requires_grad_(True)
+    inputs = inputs._replace(hidden=inputs.hidden.detach())
+    assert off(fused(inputs, alpha=0.3), [*whole[:3], *whole[4:]]) == 0
+
+
+def cut_head(head, rows):
+    """The same head with fewer rows."""
+    cut = nn.Linear(head.in_features, rows, bias=False)
+    cut.weight.data = head.weight.data[:rows]
+    cut.scale = None
+    cut.softcap = None
+    return cut
 
 
 def test_losses_larger_vocabulary_of_either_side_is_cut():
-    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
-    labels = labels % 80
-    cut = nn.Linear(24, 80, bias=False)
-    cut.weight.data = teacher_head.weight.data[:80]
-    cut.scale = cut.softcap = None
-    small = nn.Linear(16, 80, bias=False)
-    small.weight.data = head.weight.data[:80]
-    small.scale = small.softcap = None
-    want = exact(hidden, small, labels, teacher_hidden, cut, alpha=0.3, temperature=2.0)
-    assert off(fused(hidden, small, labels, teacher_hidden, teacher_head, alpha=0.3, temperature=2.0), want) < 1e-6
-    got = fused(hidden, head, labels, teacher_hidden, cut, alpha=0.3, temperature=2.0)
-    assert (got[4][80:] == 0).all() and off([*got[:4], got[4][:80]], want) < 1e-6
+    options = dict(alpha=0.3, temperature=2.0)
+    inputs = case(masked=0)
+    inputs = inputs._replace(labels=inputs.labels % 80)
+    head = cut_head(inputs.head, 80)
+    teacher_head = cut_head(inputs.teacher_head, 80)
+    want = exact(inputs._replace(head=head, teacher_head=teacher_head), **options)
+    assert off(fused(inputs._replace(head=head), **options), want) < 1e-6
+    loss, ce, kl, grad_hidden, grad_weight = fused(
+        inputs._replace(teacher_head=teacher_head), **options)
+    assert (grad_weight[80:] == 0).all()
+    assert off([loss, ce, kl, grad_hidden, grad_weight[:80]], want) < 1e-6
+
+
+def with_rest(listed_logp, whole):
+    """-> log-probabilities of what is listed and, unless that is all, of the rest as one bucket."""
+    if whole:
+        return listed_logp
+    rest = (1 - listed_logp.exp().sum(-1, keepdim=True)).log()
+    return torch.cat([listed_logp, rest], -1)
 
 
 @pytest.mark.parametrize("k", [1, 8, 97])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(k, temperature):
-    hidden, head, labels, teacher_hidden, teacher_head = case(masked=0)
     alpha = 0.3
-    logq = F.log_softmax(apply_head(teacher_hidden, teacher_head) / temperature, -1).detach()
-    ids = logq.topk(k).indices
-    rest = (1 - logq.gather(-1, ids).exp().sum(-1)).clamp_min(0) if k < 97 else torch.zeros(len(ids))
-    pad = lambda x: F.pad(x, (0, 1), value=1.0) if k == 97 else x   # nothing is left for the bucket: 1 log 1 on both sides
-    bucket = lambda logp: torch.cat([logp.gather(-1, ids), pad((1 - logp.gather(-1, ids).exp().sum(-1, keepdim=True)).log()[:, :k < 97])], -1)
-    z = apply_head(hidden, head)
-    b, a = bucket(logq), bucket(F.log_softmax(z / temperature, -1))
-    entropy = -(b[:, :k + (k < 97)].exp() * b[:, :k + (k < 97)]).sum(-1)
-    ce = F.cross_entropy(z, labels)
-    kl = (b.exp() * (b - a))[:, :k + (k < 97)].sum(-1).mean() * temperature ** 2
-    want = with_gradients((alpha * ce + (1 - alpha) * kl, ce, kl), hidden, head)
-    target = sd.SparseTarget(ids, logq.gather(-1, ids).exp().float(), rest.float(), entropy.float())
-    got = with_gradients(sd.distillation_loss(hidden, head, labels, target, alpha=alpha, temperature=temperature), hidden, head)
-    assert off(got, want) < 2e-6
+    inputs = case(masked=0)
+    whole = k == 97   # of the vocabulary
+    teacher_logits = apply_head(inputs.teacher_hidden, inputs.teacher_head).detach()
+    listed_logq, ids = F.log_softmax(teacher_logits / temperature, -1).topk(k)
+    logits = apply_head(inputs.hidden, inputs.head)
+    logp = F.log_softmax(logits / temperature, -1)
+    logq_buckets = with_rest(listed_logq, whole)
+    logp_buckets = with_rest(logp.gather(-1, ids), whole)
+    ce = F.cross_entropy(logits, inputs.labels)
+    kl = (logq_buckets.exp() * (logq_buckets - logp_buckets)).sum(-1).mean() * temperature ** 2
+    want = with_gradients((alpha * ce + (1 - alpha) * kl, ce, kl), inputs.hidden, inputs.head)
+    rest = torch.zeros(len(ids))
+    if not whole:
+        rest = (1 - listed_logq.exp().sum(-1)).clamp_min(0)
+    entropy = -(logq_buckets.exp() * logq_buckets).sum(-1)
+    target = sd.SparseTarget(ids, listed_logq.exp().float(), rest.float(), entropy.float())
+    losses = sd.distillation_loss(inputs.hidden, inputs.head, inputs.labels, target, alpha=alpha,
+                                  temperature=temperature)
+    assert off(with_gradients(losses, inputs.hidden, inputs.head), want) < 2e-6
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_losses_compiled_loss_matches_float64(divergence, temperature):
+    options = dict(alpha=0.3, temperature=temperature, divergence=divergence)
     for n in (50, 7):   # of a vocabulary that is large enough for the compiler to be called
         inputs = case(n=n, vocab=20000)
-        got, want = (f(*inputs, alpha=0.3, temperature=temperature, divergence=divergence) for f in (fused, exact))
-        assert off(got, want) < 2e-6
+        assert off(fused(inputs, **options), exact(inputs, **options)) < 2e-6
+
+
+WITHOUT_COMPILER = """
+import test_simple_distill as t
+for n in (5, 9):
+    inputs = t.case(n=n, vocab=20000)
+    print("off", t.off(t.fused(inputs, alpha=0.3), t.exact(inputs, alpha=0.3)))
+"""
 
 
 @pytest.mark.campaign
 def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
-    code = ("import test_simple_distill as t\nfor n in (5, 9):\n    x = t.case(n=n, vocab=20000)\n"
-            "    print('off', t.off(t.fused(*x, alpha=0.3), t.exact(*x, alpha=0.3)))")
     env = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], cwd=HERE, env=env,
+                          capture_output=True, text=True, timeout=300)
     shown = done.stdout + done.stderr
-    assert done.returncode == 0 and shown.count("no working compiler") == 1, shown
-    assert all(float(x) < 2e-6 for x in re.findall(r"^off (\S+)", done.stdout, re.M)) and done.stdout.count("off ") == 2
+    assert done.returncode == 0, shown
+    assert shown.count("no working compiler") == 1, shown
+    deviations = re.findall(r"^off (\S+)", done.stdout, re.MULTILINE)
+    assert len(deviations) == 2
+    assert all(float(deviation) < 2e-6 for deviation in deviations)
 
 
-def test_losses_an_evaluation_forms_no_gradient():
+def test_losses_an_evaluation_forms_no_gradient(monkeypatch):
     """Whether a weight would need one says nothing under no_grad."""
-    weight, hidden, labels = torch.randn(9, 4, requires_grad=True), torch.randn(5, 4), torch.arange(5)
-    seen, real = [], torch.Tensor.addmm_
-    try:
-        torch.Tensor.addmm_ = lambda *args, **more: seen.append(1) or real(*args, **more)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                sd.distillation_loss(hidden, sd.Head(weight), labels, None, alpha=1.0, temperature=1.0)
-    finally:
-        torch.Tensor.addmm_ = real
-    assert len(seen) == 1
+    weight = torch.randn(9, 4, requires_grad=True)
+    hidden = torch.randn(5, 4)
+    labels = torch.arange(5)
+    calls = []
+    addmm = torch.Tensor.addmm_
+
+    def counting(*args, **options):
+        calls.append(1)
+        return addmm(*args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", counting)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            sd.distillation_loss(hidden, sd.Head(weight), labels, None, alpha=1.0, temperature=1.0)
+    assert len(calls) == 1
 
 
 # --------------------------------------------------------------------------------------------------
