@@ -13,6 +13,7 @@ import http.server   # optional: generate
 import threading   # optional: generate
 import contextlib
 import ctypes
+import fcntl
 import functools
 import io
 import itertools
@@ -547,40 +548,86 @@ def logits_of_rows(model, coded):
 # Config: flags, files, their checks; bad input is one or two lines and exit code 2.
 
 
+def read_config(out):
+    return json.loads(Path(out, "config.json").read_text())
+
+
 def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, alpha=0.3, lr_multipliers=["embed=0.5", "norm=0"], seed=3,
-           lr_scheduler="cosine", weight_decay=0.1, eval_steps=1)
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, alpha=0.3,
+           lr_multipliers=["embed=0.5", "norm=0"], seed=3, lr_scheduler="cosine", weight_decay=0.1,
+           eval_steps=1)
     again = str(tmp_path / "again")
     cli("--config", f"{out}/config.json", "--output_dir", again)
     assert same(final_weights(out), final_weights(again))
-    first, second = (json.loads(Path(p, "config.json").read_text()) for p in (out, again))
+    first = read_config(out)
+    second = read_config(again)
     assert first.keys() == second.keys() == config.FIELDS.keys()
-    assert {k for k in first if first[k] != second[k]} == {"output_dir"}
-    timeless = lambda entries: [{k: v for k, v in e.items() if k != "train/tokens_per_second"} for e in entries]
-    assert timeless(log(out)) == timeless(log(again))
+    assert {name for name in first if first[name] != second[name]} == {"output_dir"}
+    assert quiet_log(out) == quiet_log(again)
     assert "finished" in cli("--config", f"{out}/config.json").out   # as it stands, it is done
 
 
 def test_config_command_line_wins_over_the_file(tmp_path, out, student, text):
-    (tmp_path / "run.yaml").write_text(f"student: {student}\ndataset: {text}\nalpha: 1.0\nmax_steps: 7\nlearning_rate: 2e-4\nlr_multipliers: [embed=0]\n")
+    lines = [f"student: {student}", f"dataset: {text}", "alpha: 1.0", "max_steps: 7",
+             "learning_rate: 2e-4", "lr_multipliers: [embed=0]"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
     cli("--config", tmp_path / "run.yaml", *flags(output_dir=out, max_steps=2, seq_len=32))
-    written = json.loads(Path(out, "config.json").read_text())
-    assert (written["max_steps"], written["learning_rate"], written["lr_multipliers"], len(log(out, "train"))) == (2, 2e-4, ["embed=0"], 1)
+    written = read_config(out)
+    assert written["max_steps"] == 2
+    assert written["learning_rate"] == 2e-4
+    assert written["lr_multipliers"] == ["embed=0"]
+    assert len(log(out, "train")) == 1
 
 
-@pytest.mark.parametrize("words, nearest", [(["--temprature", "2"], "temperature"), (["--learning-rat", "1"], "learning_rate"),
-                                            (["--studnt=x"], "student"), (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multipliers")])
-def test_config_an_unknown_flag_names_the_nearest(words, nearest):
+@pytest.mark.parametrize("words, unknown, nearest", [
+    (["--temprature", "2"], "temprature", "temperature"),
+    (["--learning-rat", "1"], "learning_rat", "learning_rate"),
+    (["--studnt=x"], "studnt", "student"),
+    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multiplier", "lr_multipliers"),
+])
+def test_config_an_unknown_flag_names_the_nearest(words, unknown, nearest):
     err = cli(*words, rc=2).err
-    unknown = [w for w in words if w.startswith("--")][-1].partition("=")[0]
-    assert unknown.replace("-", "_") in err.replace("-", "_") and nearest in err and len(err.strip().splitlines()) <= 2
+    assert f"--{unknown}" in err.replace("-", "_").replace("__", "--")
+    assert nearest in err
+    assert len(err.strip().splitlines()) <= 2
 
 
 def test_config_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
     for name, body in (("a.yaml", "temprature: 2\n"), ("a.json", '{"temprature": 2}')):
         (tmp_path / name).write_text(body)
         err = cli("--config", tmp_path / name, rc=2).err
-        assert "temprature" in err and "temperature" in err
+        assert "temprature" in err
+        assert "temperature" in err
+
+
+# What a train run on a file of plain text does not read, with values that are no defaults.
+IDLE = {
+    "dataset_config": "foo",
+    "shuffle_buffer": 3,             # optional: streaming
+    "cache_samples": 20,             # optional: cache
+    "force_regenerate": True,        # optional: cache
+    "lm_head_lr": 0.5,               # optional: blockwise
+    "max_tokens": 20,                # optional: generate
+    "api_model": "some-model",       # optional: generate
+    "generate_comparisons": False,   # optional: eval
+}
+
+
+def test_config_a_file_may_hold_what_other_modes_read(tmp_path, out, student, text):
+    """One file serves all modes; a line says what of it this one passes over."""
+    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "max_steps": 1}
+    (tmp_path / "run.json").write_text(json.dumps({**fields, **IDLE}))
+    shown = cli("--config", tmp_path / "run.json", "--output_dir", out).out
+    line, = [line for line in shown.splitlines() if "passed over" in line]
+    assert line.rpartition(": ")[2].split(", ") == list(IDLE)
+    assert len(column(out, "train/loss")) == 1
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, out, student, text):
+    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, **{name: IDLE[name]}).err
+    assert name in err
+    assert not os.path.exists(out)
 
 
 def test_config_every_field_is_read():
@@ -593,19 +640,64 @@ def test_config_every_field_is_read():
 def test_config_every_field_has_one_line_of_help():
     shown = cli("--help").out
     for name, field in config.FIELDS.items():
-        assert f"--{name}" in shown and field.metadata["help"] and "\n" not in field.metadata["help"]
+        assert f"--{name}" in shown
+        assert field.metadata["help"]
+        assert "\n" not in field.metadata["help"]
 
 
-def with_file(name, body, **fields):
-    """A dataset file with these bytes."""
+def test_config_help_is_grouped_by_chapter():
+    """The name and purpose of each section are a title, and its knobs stand below it."""
+    lines = cli("--help").out.splitlines()
+    titles = [f"{section.name}: {section.purpose}:" for section in config.SECTIONS]
+    starts = [lines.index(title) for title in titles]
+    assert starts == sorted(starts)
+    for section, start, end in zip(config.SECTIONS, starts, starts[1:] + [len(lines)]):
+        below = "\n".join(lines[start:end])
+        shown = re.findall(r"^  --(?!no)(\w+)", below, re.MULTILINE)
+        assert shown == config.knobs_in(section.name)
+
+
+# The arguments are those of simple_distill.py, which comes first.
+RUN_AND_LOOK = """
+import runpy
+import sys
+
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as e:
+    print("exit code", e.code)
+print("torch imported:", "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("word, code, shown", [
+    ("--help", 0, "--learning_rate"),
+    ("--learning_rat", 2, "did you mean learning_rate?"),
+])
+def test_config_help_and_a_typo_answer_without_torch(word, code, shown):
+    """Importing it takes seconds."""
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN_AND_LOOK, HERE / "simple_distill.py", word], cwd=HERE,
+        capture_output=True, text=True)
+    assert shown in ran.stdout + ran.stderr
+    assert f"exit code {code}\n" in ran.stdout, ran.stderr
+    assert "torch imported: False\n" in ran.stdout
+
+
+# ---- bad input: what its cases are made of
+
+
+def with_file(name, body):
+    """A dataset file of this text or these bytes."""
     def make(folder):
         (folder / name).write_bytes(body if isinstance(body, bytes) else body.encode())
-        return dict(dataset=folder / name, **fields)
+        return dict(dataset=folder / name)
     return make
 
 
 def broken_model(role, change):
-    """A copy of the model of that role, damaged."""
+    """change(its directory) damages the model of that role."""
     def make(folder):
         path = tiny_model(folder / "model")
         change(Path(path))
@@ -614,11 +706,15 @@ def broken_model(role, change):
 
 
 def edit_config(**fields):
-    return lambda path: (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **fields}))
+    def change(path):
+        file = path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return change
 
 
 def encoder_decoder(folder):
-    transformers.T5Config(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16).save_pretrained(folder / "t5")
+    shape = dict(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
+    transformers.T5Config(**shape).save_pretrained(folder / "t5")
     return dict(student=folder / "t5" / "config.json")
 
 
@@ -639,136 +735,288 @@ def output_is_a_file(folder):
     return dict(output_dir=folder / "file")
 
 
+def begun_cache(folder):   # optional: cache
+    (folder / "c").mkdir()
+    for name in ("manifest.json", "config.json"):
+        (folder / "c" / name).write_text("{}")
+    return dict(cache_dir=folder / "c")
+
+
 GOOD_LINE = '{"text": "one two three four five"}\n'
-# what is wrong -> (fields, or a function of a folder that makes them; words that the message has to hold)
+BINARY = bytes(range(256)) * 9
+LATIN = (GOOD_LINE * 3 + '{"text": "Größe"}\n').encode("latin-1")
+FILL = dict(mode="cache", student=None, cache_dir="c")   # optional: cache
+FILL_TOPK = dict(**FILL, cache_method="topk")   # optional: cache
+MIN_LR_TWICE = '{"min_lr": 0, "min_lr_rate": 0}'
+
+# what is wrong -> (fields, or words, or a function of a folder that makes fields;
+#                   the words that the message has to hold)
 BAD_INPUT = {
-    "temperature 0": (dict(temperature=0), "temperature"), "temperature negative": (dict(temperature=-1), "temperature"),
-    "temperature infinite": (dict(temperature="inf"), "temperature"), "temperature no number": (dict(temperature="warm"), "temperature warm"),
-    "alpha 1.2": (dict(alpha=1.2), "alpha 1.2 between"), "alpha -0.1": (dict(alpha=-0.1), "alpha"), "alpha nan": (dict(alpha="nan"), "alpha"),
-    "batch 0": (dict(batch_size=0), "batch_size"), "batch 1.5": (dict(batch_size=1.5), "batch_size 1.5"), "seq_len 1": (dict(seq_len=1), "seq_len at least 2"),
-    "max_steps negative": (dict(max_steps=-5), "max_steps"), "max_steps 0": (dict(max_steps=0), "max_steps"),
-    "epochs 0": (dict(num_epochs=0), "num_epochs"), "rate 0": (dict(learning_rate=0), "learning_rate"), "rate nan": (dict(learning_rate="nan"), "learning_rate"),
-    "warmup 2": (dict(warmup_ratio=2), "warmup_ratio"), "decay negative": (dict(weight_decay=-1), "weight_decay"),
-    "clip negative": (dict(max_grad_norm=-1), "max_grad_norm"), "accumulation 0": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps"),
-    "keep 0": (dict(keep_checkpoints=0), "keep_checkpoints"), "log 0": (dict(log_steps=0), "log_steps"), "save negative": (dict(save_steps=-1), "save_steps"),
-    "eval negative": (dict(eval_steps=-1), "eval_steps"), "eval_samples 0": (dict(eval_samples=0), "eval_samples"), "max_samples 0": (dict(max_samples=0), "max_samples"),
-    "seed negative": (dict(seed=-1), "seed"), "buffer negative": (dict(streaming=True, max_steps=1, shuffle_buffer=-1), "shuffle_buffer"),
-    "num_proc 0": (dict(num_proc=0), "num_proc"), "multiplier negative": (dict(default_lr_multiplier=-1), "default_lr_multiplier"),
-    "multiplier pattern": (dict(lr_multipliers="(=1"), "lr_multipliers"), "multiplier matches nothing": (dict(lr_multipliers="zzz=1"), "zzz names"),
+    # values out of range
+    "temperature 0": (dict(temperature=0), "temperature"),
+    "temperature negative": (dict(temperature=-1), "temperature"),
+    "temperature infinite": (dict(temperature="inf"), "temperature"),
+    "temperature no number": (dict(temperature="warm"), "temperature warm"),
+    "alpha 1.2": (dict(alpha=1.2), "alpha 1.2 between"),
+    "alpha -0.1": (dict(alpha=-0.1), "alpha"),
+    "alpha nan": (dict(alpha="nan"), "alpha"),
+    "batch 0": (dict(batch_size=0), "batch_size"),
+    "batch 1.5": (dict(batch_size=1.5), "batch_size 1.5"),
+    "seq_len 1": (dict(seq_len=1), "seq_len at least 2"),
+    "max_steps negative": (dict(max_steps=-5), "max_steps"),
+    "max_steps 0": (dict(max_steps=0), "max_steps"),
+    "epochs 0": (dict(num_epochs=0), "num_epochs"),
+    "rate 0": (dict(learning_rate=0), "learning_rate"),
+    "rate nan": (dict(learning_rate="nan"), "learning_rate"),
+    "warmup 2": (dict(warmup_ratio=2), "warmup_ratio"),
+    "decay negative": (dict(weight_decay=-1), "weight_decay"),
+    "clip negative": (dict(max_grad_norm=-1), "max_grad_norm"),
+    "accumulation 0": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps"),
+    "keep 0": (dict(keep_checkpoints=0), "keep_checkpoints"),
+    "log 0": (dict(log_steps=0), "log_steps"),
+    "save negative": (dict(save_steps=-1), "save_steps"),
+    "eval negative": (dict(eval_steps=-1), "eval_steps"),
+    "eval_samples 0": (dict(eval_samples=0), "eval_samples"),
+    "max_samples 0": (dict(max_samples=0), "max_samples"),
+    "seed negative": (dict(seed=-1), "seed"),
+    "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
+    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"),
+    "buffer negative": (   # optional: streaming
+        dict(streaming=True, max_steps=1, shuffle_buffer=-1), "shuffle_buffer"),
+    "num_proc 0": (dict(num_proc=0), "num_proc"),
+    "multiplier negative": (dict(default_lr_multiplier=-1), "default_lr_multiplier"),
+    "multiplier pattern": (dict(lr_multipliers="(=1"), "lr_multipliers"),
+    "multiplier matches nothing": (dict(lr_multipliers="zzz=1"), "zzz names"),
     "everything frozen": (dict(default_lr_multiplier=0), "frozen"),
-    "scheduler unknown": (dict(lr_scheduler="step"), "lr_scheduler cosine"), "divergence unknown": (dict(divergence="tv"), "divergence"),
-    "mode unknown": (dict(mode="learn"), "mode"), "fsdp unknown": (dict(fsdp="zero3"), "fsdp"), "dtype unknown": (dict(dtype="int8"), "dtype"),
-    "bool": (dict(streaming="perhaps"), "streaming"), "empty name": (dict(output_dir=" "), "output_dir"),
-    "flag twice": (["--alpha", "0.1", "--alpha", "0.2"], "alpha once"), "flag unknown": (["--alhpa", "1"], "alhpa alpha"), "stray word": (["train"], "train"),
+    "half of nothing": (   # optional: blockwise
+        dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
+    "head epochs 0": (   # optional: blockwise
+        dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
+
+    # no such choice
+    "scheduler unknown": (dict(lr_scheduler="step"), "lr_scheduler cosine"),
+    "divergence unknown": (dict(divergence="tv"), "divergence"),
+    "mode unknown": (dict(mode="learn"), "mode"),
+    "fsdp unknown": (dict(fsdp="zero3"), "fsdp"),
+    "dtype unknown": (dict(dtype="int8"), "dtype"),
+    "bool": (dict(streaming="perhaps"), "streaming"),   # optional: streaming
+    "empty name": (dict(output_dir=" "), "output_dir"),
+
+    # flags
+    "flag twice": (["--alpha", "0.1", "--alpha", "0.2"], "alpha once"),
+    "flag unknown": (["--alhpa", "1"], "alhpa alpha"),
+    "stray word": (["train"], "train"),
     "flag without value": (["--alpha"], "alpha"),
-    "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"), "cache and reverse": (dict(cache_dir="c", divergence="reverse"), "divergence"),
-    "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"), "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),
-    "k 0": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=0), "cache_top_k"),
-    "k above the vocabulary": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=264), "cache_top_k 264 263"),
-    "draws 0": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_samples=0), "cache_samples"),
-    "a mode's unread field": (dict(api_model="x"), "api_model train"), "stream without steps": (dict(streaming=True), "max_steps"),
-    "layers 0": (dict(student="layers:0"), "layers:N"), "layers too many": (dict(student="layers:9"), "layers:N 2"), "layers x": (dict(student="layers:x"), "layers:N"),
-    "layers of a cache, whose": (dict(cache_dir="c", teacher="demo", student="layers:1"), "layers:1 --teacher"),
-    "no such path": (dict(teacher="/nowhere/at/all", student="layers:1"), "/nowhere/at/all path"),
-    "cache begun": (lambda folder: (folder.joinpath("c").mkdir(parents=True), [(folder / "c" / f).write_text("{}") for f in ("manifest.json", "config.json")],
-                                    dict(cache_dir=folder / "c"))[-1], "begun finished"),
-    "resume nowhere": (dict(resume="/nowhere"), "/nowhere"), "no student": (dict(student=None), "student"),
-    "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"), "student nowhere": (dict(student="no/where"), "no/where name"),
-    "teacher without config": (broken_model("teacher", lambda path: (path / "config.json").unlink()), "teacher config"),
-    "teacher config is no json": (broken_model("teacher", lambda path: (path / "config.json").write_text("{")), "teacher config"),
-    "teacher without weights": (broken_model("teacher", lambda path: (path / "model.safetensors").unlink()), "teacher"),
-    "truncated safetensors": (broken_model("teacher", lambda path: os.truncate(path / "model.safetensors", 999)), "teacher"),
-    "weights missing": (broken_model("teacher", edit_config(num_hidden_layers=3)), "teacher lacks"),
-    "encoder-decoder": (encoder_decoder, "student t5"), "unknown architecture": (broken_model("student", edit_config(model_type="novel")), "student"),
-    "tokenizer nowhere": (dict(tokenizer="/nowhere"), "tokenizer"), "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl exist"),
-    "dataset name nowhere": (dict(dataset="no/where"), "no/where"), "split nowhere": (dict(train_split="tarin"), "tarin"),
-    "empty file": (with_file("a.jsonl", ""), "a.jsonl empty"), "blank file": (with_file("a.jsonl", "\n\n"), "a.jsonl"),
-    "binary file": (with_file("a.jsonl", bytes(range(256)) * 9), "a.jsonl line 1"), "binary text": (with_file("a.txt", bytes(range(256)) * 9), "a.txt line"),
-    "wrong encoding": (with_file("a.jsonl", (GOOD_LINE * 3 + '{"text": "Größe"}\n').encode("latin-1")), "line 4"),
-    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "line 5"),
-    "a line that is no object": (with_file("a.jsonl", GOOD_LINE * 2 + "3\n" + GOOD_LINE), "line 3"),
-    "no known column": (with_file("a.jsonl", '{"body": "one two three", "id": 3}\n' * 9), "text body id"),
-    "text that is no text": (with_file("a.jsonl", '{"text": 3}\n' * 9), "text"), "csv without text": (with_file("a.csv", "a,b\n1,2\n3,4\n"), "text a b"),
-    "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
-    "no assistant": (with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
-    "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"), "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
-    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
-    "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"), "output is a file": (output_is_a_file, "directory file"),
-    # flags that would do nothing
-    "k of draws": (dict(mode="cache", student=None, cache_dir="c", cache_top_k=32), "cache_top_k --cache_method topk"),
-    "draws of k": (dict(mode="cache", student=None, cache_dir="c", cache_method="topk", cache_samples=10), "cache_samples --cache_method sample"),
-    "weight of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3), "logit_loss_weight --logit_loss_type"),
-    "temperature of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2), "logit_loss_temperature --logit_loss_type kl_div"),
-    "no head phase": (dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"), "lm_head_lr, logit_loss_type --train_lm_head true"),
-    "no stitches": (dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False), "stitching_layer_bias --use_stitching_layers true"),
-    "all blocks at once": (dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False), "freeze_previous_blocks --block_input student"),
-    "blocks without blockwise": (dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
-    "buffer without stream": (dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
-    "buffer in eval": (dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
-    "constant with kwargs": (dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
-    "warmup and kwargs": (dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'), "lr_scheduler_kwargs constant"),
-    "constant with warmup": (dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
-    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
-    # nothing where a name should be, as from "$UNSET"
-    **{f"empty {name}": (dict({name: value}), f"{name} empty") for name, value in dict(cache_dir="", tokenizer="", resume="", eval_split=" ",
-                                                                                      lr_multipliers="", wandb_project="\t").items()},
-    "empty config": (dict(config=""), "--config No such file"),
-    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"), "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
-    "half of nothing": (dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
-    "head epochs 0": (dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
-    "cache and stream": (dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
-    # before any model is loaded
-    "stream without steps, early": (dict(streaming=True, teacher="/nowhere"), "max_steps"),
-    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
-    "layers in eval": (dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
-    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
-    "min_lr missing": (dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"), "min_lr_rate lr_scheduler_kwargs"),
-    "min_lr twice": (dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 0, "min_lr_rate": 0}', teacher="/nowhere"), "min_lr_rate one"),
-    "kwargs unknown": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"), "num_cycle num_cycles"),
-    "kwargs of ours": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}', teacher="/nowhere"), "num_warmup_steps num_cycles"),
-    "kwargs a list": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
-    # what yaml makes of it
-    "yaml key true": (yaml_file("true: 1\n"), "True"), "yaml key no": (yaml_file("no: 1\n"), "False"), "yaml key 5": (yaml_file("5: 1\n"), "5"),
-    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"), "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),
-    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"), "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
-    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"), "yaml no value a block": (yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
     # a no_ that no flag has
-    "no_blockwise": (["--no_blockwise"], "--no_blockwise --blockwise false"), "no-streaming": (["--no-streaming"], "--streaming false"),
-    "no_seed": (["--no_seed", "3"], "--no_seed --seed"), "no_alhpa": (["--no_alhpa"], "alpha"),
+    "no_blockwise": (["--no_blockwise"], "--no_blockwise --blockwise false"),   # optional: blockwise
+    "no-streaming": (["--no-streaming"], "--streaming false"),   # optional: streaming
+    "no_seed": (["--no_seed", "3"], "--no_seed --seed"),
+    "no_alhpa": (["--no_alhpa"], "alpha"),
+
+    # what does not go together
+    "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"),   # optional: cache
+    "cache and reverse": (   # optional: cache
+        dict(cache_dir="c", divergence="reverse"), "divergence"),
+    "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"),   # optional: cache
+    "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),   # optional: cache
+    "cache begun": (begun_cache, "begun finished"),   # optional: cache
+    **{   # optional: cache
+        "cache and stream": (   # optional: streaming
+            dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
+    },
+    "k 0": (dict(**FILL_TOPK, cache_top_k=0), "cache_top_k"),   # optional: cache
+    "k above the vocabulary": (   # optional: cache
+        dict(**FILL_TOPK, cache_top_k=264), "cache_top_k 264 263"),
+    "draws 0": (dict(**FILL, cache_samples=0), "cache_samples"),   # optional: cache
+    "a mode's unread field": (dict(api_model="x"), "api_model train"),   # optional: generate
+    "stream without steps": (dict(streaming=True), "max_steps"),   # optional: streaming
+
+    # models
+    "layers 0": (dict(student="layers:0"), "layers:N"),
+    "layers too many": (dict(student="layers:9"), "layers:N 2"),
+    "layers x": (dict(student="layers:x"), "layers:N"),
+    "layers of a cache, whose": (   # optional: cache
+        dict(cache_dir="c", teacher="demo", student="layers:1"), "layers:1 --teacher"),
+    "no such path": (dict(teacher="/nowhere/at/all", student="layers:1"), "/nowhere/at/all path"),
+    "resume nowhere": (dict(resume="/nowhere"), "/nowhere"),
+    "no student": (dict(student=None), "student"),
+    "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"),
+    "student nowhere": (dict(student="no/where"), "no/where name"),
+    "teacher without config": (
+        broken_model("teacher", lambda path: (path / "config.json").unlink()), "teacher config"),
+    "teacher config is no json": (
+        broken_model("teacher", lambda path: (path / "config.json").write_text("{")),
+        "teacher config"),
+    "teacher without weights": (
+        broken_model("teacher", lambda path: (path / "model.safetensors").unlink()), "teacher"),
+    "truncated safetensors": (
+        broken_model("teacher", lambda path: os.truncate(path / "model.safetensors", 999)),
+        "teacher"),
+    "weights missing": (
+        broken_model("teacher", edit_config(num_hidden_layers=3)), "teacher lacks"),
+    "encoder-decoder": (encoder_decoder, "student t5"),
+    "unknown architecture": (broken_model("student", edit_config(model_type="novel")), "student"),
+    "tokenizer nowhere": (dict(tokenizer="/nowhere"), "tokenizer"),
+
+    # data
+    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl exist"),
+    "dataset name nowhere": (dict(dataset="no/where"), "no/where"),
+    "split nowhere": (dict(train_split="tarin"), "tarin"),
+    "empty file": (with_file("a.jsonl", ""), "a.jsonl empty"),
+    "blank file": (with_file("a.jsonl", "\n\n"), "a.jsonl"),
+    "binary file": (with_file("a.jsonl", BINARY), "a.jsonl line 1"),
+    "binary text": (with_file("a.txt", BINARY), "a.txt line"),
+    "wrong encoding": (with_file("a.jsonl", LATIN), "line 4"),
+    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "line 5"),
+    "a line that is no object": (
+        with_file("a.jsonl", GOOD_LINE * 2 + "3\n" + GOOD_LINE), "line 3"),
+    "no known column": (
+        with_file("a.jsonl", '{"body": "one two three", "id": 3}\n' * 9), "text body id"),
+    "text that is no text": (with_file("a.jsonl", '{"text": 3}\n' * 9), "text"),
+    "csv without text": (with_file("a.csv", "a,b\n1,2\n3,4\n"), "text a b"),
+    "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
+    "no assistant": (
+        with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
+    "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"),
+    "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
+
+    # files and folders
+    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
+    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"),
+    "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
+    "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"),
+    "output is a file": (output_is_a_file, "directory file"),
+    # what yaml makes of it
+    "yaml key true": (yaml_file("true: 1\n"), "True"),
+    "yaml key no": (yaml_file("no: 1\n"), "False"),
+    "yaml key 5": (yaml_file("5: 1\n"), "5"),
+    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"),
+    "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),   # optional: eval
+    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"),   # optional: eval
+    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"),
+    "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
+    "yaml no value a block": (   # optional: blockwise
+        yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
+
+    # flags that would do nothing
+    "k of draws": (   # optional: cache
+        dict(**FILL, cache_top_k=32), "cache_top_k --cache_method topk"),
+    "draws of k": (   # optional: cache
+        dict(**FILL_TOPK, cache_samples=10), "cache_samples --cache_method sample"),
+    "weight of labels": (   # optional: blockwise
+        dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3),
+        "logit_loss_weight --logit_loss_type"),
+    "temperature of labels": (   # optional: blockwise
+        dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2),
+        "logit_loss_temperature --logit_loss_type kl_div"),
+    "no head phase": (   # optional: blockwise
+        dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"),
+        "lm_head_lr, logit_loss_type --train_lm_head true"),
+    "no stitches": (   # optional: blockwise
+        dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False),
+        "stitching_layer_bias --use_stitching_layers true"),
+    "all blocks at once": (   # optional: blockwise
+        dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False),
+        "freeze_previous_blocks --block_input student"),
+    "blocks without blockwise": (   # optional: blockwise
+        dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
+    "buffer without stream": (   # optional: streaming
+        dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
+    **{   # optional: eval
+        "buffer in eval": (   # optional: streaming
+            dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
+    },
+    "constant with kwargs": (
+        dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
+    "warmup and kwargs": (
+        dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'),
+        "lr_scheduler_kwargs constant"),
+    "constant with warmup": (
+        dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
+    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
+
+    # nothing where a name should be, as from "$UNSET"
+    "empty cache_dir": (dict(cache_dir=""), "cache_dir empty"),   # optional: cache
+    "empty tokenizer": (dict(tokenizer=""), "tokenizer empty"),
+    "empty resume": (dict(resume=""), "resume empty"),
+    "empty eval_split": (dict(eval_split=" "), "eval_split empty"),
+    "empty lr_multipliers": (dict(lr_multipliers=""), "lr_multipliers empty"),
+    "empty wandb_project": (dict(wandb_project="\t"), "wandb_project empty"),
+    "empty config": (dict(config=""), "--config No such file"),
+
+    # before any model is loaded
+    "stream without steps, early": (   # optional: streaming
+        dict(streaming=True, teacher="/nowhere"), "max_steps"),
+    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
+    "layers in eval": (   # optional: eval
+        dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
+    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
+    "min_lr missing": (
+        dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"),
+        "min_lr_rate lr_scheduler_kwargs"),
+    "min_lr twice": (
+        dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs=MIN_LR_TWICE,
+             teacher="/nowhere"),
+        "min_lr_rate one"),
+    "kwargs unknown": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"),
+        "num_cycle num_cycles"),
+    "kwargs of ours": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}',
+             teacher="/nowhere"),
+        "num_warmup_steps num_cycles"),
+    "kwargs a list": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
 }
-
-
-if os.geteuid():
+if os.geteuid():   # root may write anywhere
     BAD_INPUT["no permission"] = (no_permission, "closed")
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text, monkeypatch):
-    fields, words = BAD_INPUT[case]
-    (tmp_path / "given").mkdir()
-    monkeypatch.chdir(tmp_path / "given")
-    given = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "output_dir": tmp_path / "out"}
+def command_of(fields, folder, **usual):
+    """A sound run, but for what a case of BAD_INPUT says -> command-line words."""
+    usual = {**PLAIN, **usual}
     if isinstance(fields, list):
-        given, more = flags(**given), fields
-    else:
-        fields, more = fields(tmp_path / "given") if callable(fields) else fields, []
-        given = flags(**{k: v for k, v in {**given, **fields}.items() if fields.get("mode", "train") == "train" or k not in PLAIN or k in ("dtype", "seq_len") or k in fields})
-    before = {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
-    err = cli(*given, *more, rc=2).err.strip()
-    assert err.startswith("error: ") and len(err.splitlines()) <= 2 and len(err) < 600, err
-    assert all(word in err for word in words.split()), (words, err)
+        return [*flags(**usual), *fields]
+    if callable(fields):
+        fields = fields(folder)
+    if fields.get("mode", "train") != "train":   # which reads little of PLAIN
+        for name in set(PLAIN) - {"dtype", "seq_len"}:
+            del usual[name]
+    return flags(**{**usual, **fields})
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text,
+                                                    monkeypatch):
+    """And nothing is left behind or changed."""
+    fields, words = BAD_INPUT[case]
+    folder = tmp_path / "given"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    command = command_of(fields, folder, teacher=teacher, student=student, dataset=text,
+                         output_dir=tmp_path / "out")
+    before = files_in(folder)
+    err = cli(*command, rc=2).err.strip()
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) <= 2 and len(err) < 600, err
+    missing = [word for word in words.split() if word not in err]
+    assert not missing, (missing, err)
     assert not (tmp_path / "out").exists(), sorted((tmp_path / "out").rglob("*"))
-    assert before == {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
+    assert files_in(folder) == before
 
 
 def test_config_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
-    (tmp_path / "f.yaml").write_text("max_steps: 2\ncompare: [a]\n")
+    (tmp_path / "f.yaml").write_text("max_steps: 2\nlr_multipliers: [a=1]\n")
     assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
 
 
 def test_config_no_check_vanishes_under_python_O():
-    assert not [node for node in ast.walk(ast.parse(Path(config.__file__).read_text())) if isinstance(node, ast.Assert)]
+    tree = ast.parse(Path(config.__file__).read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -782,14 +1030,14 @@ def test_runtime_a_digest_sees_the_middle_of_a_long_array():
 
 
 def test_runtime_one_run_a_directory(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=1)
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    distil(out, **fields, max_steps=1)
     with sd.process_group(), sd.lock(out):
-        pass
-    import fcntl
+        pass   # it was left free
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
     try:
-        assert "another run" in distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=2).err
+        assert "another run" in distil(out, rc=2, **fields, max_steps=2).err
     finally:
         os.close(handle)
 
