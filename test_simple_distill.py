@@ -2408,128 +2408,213 @@ def test_train_wandb_is_finished_when_training_fails(out, teacher, student, tmp_
 
 def test_streaming_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
     """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = write_splits(tmp_path / "data", [{"text": prose(50, i)} for i in range(50)], [{"text": prose(50, i)} for i in range(3000)])
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    train = [{"text": prose(50, i)} for i in range(50)]
+    validation = [{"text": prose(50, i)} for i in range(3000)]
+    folder = write_splits(tmp_path / "data", train, validation)
     cfg = config.Config(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
-    raw, held = sd.split_stream(cfg)
-    assert not isinstance(raw, datasets.Dataset) and 5 <= len(held) < 20 and held[0]["text"] == prose(50, 0)
-    assert sum(p.stat().st_size for p in Path(tmp_path, "cache").rglob("*") if p.is_file()) < 5000
+    stream, held_out = sd.split_stream(cfg)
+    assert not isinstance(stream, datasets.Dataset)
+    assert 5 <= len(held_out) < 20
+    assert held_out[0]["text"] == prose(50, 0)
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 5000
 
 
 def test_streaming_a_short_stream_is_not_held_out_whole(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
+    """Of its 40 rows, 256 would be held out."""
+    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)
     assert len(column(out, "train/loss")) == 2
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 3])
-def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat, shuffle_buffer):
-    """Three passes over eight rows, eight a step: in whatever order they come, each step is all of them."""
-    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8, max_steps=3, alpha=0.3)
-    distil(tmp_path / "table", **fields)
-    distil(tmp_path / "stream", **fields, streaming=True, shuffle_buffer=shuffle_buffer)
-    assert column(tmp_path / "stream", "train/loss") == pytest.approx(column(tmp_path / "table", "train/loss"), rel=1e-6)
-    assert column(tmp_path / "stream", "eval/loss") == pytest.approx(column(tmp_path / "table", "eval/loss"), rel=1e-6)
-    assert distance(final_weights(tmp_path / "stream"), final_weights(tmp_path / "table")) < 1e-5
+def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat,
+                                                    shuffle_buffer):
+    """Three passes over eight rows, eight a step: in whatever order they come, each step is all of
+    them."""
+    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8,
+                  max_steps=3, alpha=0.3)
+    table = tmp_path / "table"
+    stream = tmp_path / "stream"
+    distil(table, **fields)
+    distil(stream, **fields, streaming=True, shuffle_buffer=shuffle_buffer)
+    for key in ("train/loss", "eval/loss"):
+        assert column(stream, key) == pytest.approx(column(table, key), rel=1e-6)
+    assert distance(final_weights(stream), final_weights(table)) < 1e-5
 
 
 def test_streaming_a_stream_holds_rows_out_and_needs_max_steps(tmp_path, out, student):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, streaming=True).err
-    assert "max_steps" in err
-    train, held = rows_of(path, streaming=True, eval_samples=10)
-    seen = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
-    numbers = set(re.findall(r"<(\d{3})>", "".join(decoded(held))))
-    assert numbers and seen and not seen & numbers
-    distil(out, student=student, dataset=path, alpha=1.0, streaming=True, eval_samples=10, max_steps=2)
+    fields = dict(student=student, dataset=path, alpha=1.0, streaming=True)
+    assert "max_steps" in distil(out, rc=2, **fields).err
+    train, held_out = rows_of(path, streaming=True, eval_samples=10)   # train: raw rows
+    trained_on = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
+    assert trained_on
+    assert numbers_in(held_out)
+    assert not trained_on & numbers_in(held_out)
+    distil(out, **fields, eval_samples=10, max_steps=2)
 
 
 def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, student):
-    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is read in."""
+    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is
+    read in."""
     docs = [{"text": prose(5 + i % 7, i)} for i in range(30)]
     path = write_splits(tmp_path / "d", docs, docs[:1])
-    for name, fields in (("a", {}), ("b", dict(streaming=True, shuffle_buffer=0, max_steps=1))):
-        size = len(rows_of(path, seq_len=32)[0])
-        distil(tmp_path / name, student=student, dataset=path, alpha=1.0, batch_size=size, **{"max_steps": 1, **fields}, learning_rate=STILL)
-    assert column(tmp_path / "a", "train/loss") == pytest.approx(column(tmp_path / "b", "train/loss"), rel=1e-6)
+    every_row = len(rows_of(path, seq_len=32)[0])
+    fields = dict(student=student, dataset=path, alpha=1.0, batch_size=every_row, max_steps=1,
+                  learning_rate=STILL)
+    table = tmp_path / "table"
+    stream = tmp_path / "stream"
+    distil(table, **fields)
+    distil(stream, **fields, streaming=True, shuffle_buffer=0)
+    assert column(table, "train/loss") == pytest.approx(column(stream, "train/loss"), rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: demo: from nothing to a better student.
 
 
+OTHER_MODELS = ["--teacher", "t", "--student", "s", "--dataset", "d"]
+
+
 def test_demo_the_demo_decides_only_what_is_left_open(tmp_path):
-    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and config.json says it all again."""
-    assert config.parse_config([]).max_steps == 500 and config.parse_config(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
+    """Its defaults fill in for the demo alone, never beside a flag that rules them out."""
+    parse = config.parse_config
+    assert parse([]).max_steps == 500
+    assert parse(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
     (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
-    for words in (["--num_epochs", "2"], ["--num-epochs=1"], ["--config", str(tmp_path / "run.yaml")], ["--blockwise", "--num_epochs", "0"]):
-        assert config.parse_config(words).max_steps is None, words
-    assert config.parse_config(["--mode", "eval"]).seq_len == 128 == config.parse_config(["--mode", "eval", "--student", "s"]).seq_len
-    assert config.parse_config(["--mode", "eval", "--teacher", "t", "--dataset", "d"]).seq_len == 512
-    assert config.parse_config(["--teacher", "t", "--student", "s", "--dataset", "d"]).seq_len == 512
-    for i, words in enumerate(([], ["--num_epochs", "2"], ["--blockwise", "--train_lm_head", "false"], ["--blockwise", "--num_epochs", "0"],
-                               ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
-                               ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
+    for words in (
+        ["--num_epochs", "2"],
+        ["--num-epochs=1"],
+        ["--config", str(tmp_path / "run.yaml")],
+        ["--blockwise", "--num_epochs", "0"],   # optional: blockwise
+    ):
+        assert parse(words).max_steps is None, words
+    assert parse(OTHER_MODELS).seq_len == 512
+    eval_words = ["--mode", "eval"]   # optional: eval
+    assert parse(eval_words).seq_len == 128   # optional: eval
+    assert parse([*eval_words, "--student", "s"]).seq_len == 128   # optional: eval
+    with_others = [*eval_words, "--teacher", "t", "--dataset", "d"]   # optional: eval
+    assert parse(with_others).seq_len == 512   # optional: eval
+    config_json_says_it_again(tmp_path)
+
+
+def config_json_says_it_again(folder):
+    path = str(folder / "config.json")
+    for words in (
+        [],
+        ["--num_epochs", "2"],
+        ["--blockwise", "--train_lm_head", "false"],   # optional: blockwise
+        ["--blockwise", "--num_epochs", "0"],   # optional: blockwise
+        ["--lr_scheduler", "constant"],
+        ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"],   # optional: cache
+        ["--mode", "eval"],   # optional: eval
+        [   # optional: streaming
+            *OTHER_MODELS, "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"],
+    ):
         cfg = config.parse_config(words)
-        sd.write_json(cfg, tmp_path / f"{i}.json")
-        assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
-        assert cfg.mode != "train" or config.Config(**config.result_knobs(cfg))   # as mode eval does with a checkpoint
+        sd.write_json(cfg, path)
+        assert config.parse_config(["--config", path]) == cfg, words
+        if cfg.mode == "train":   # as mode eval does with a checkpoint: nothing in it is refused
+            config.Config(**config.result_knobs(cfg))
 
 
 @pytest.mark.campaign
 def test_demo_labels_only_needs_no_teacher(out):
     cli(*flags(alpha=1, output_dir=out, max_steps=3))
-    assert os.path.exists(f"{out}/final") and not os.path.exists(f"{out}/demo/teacher")
+    assert os.path.exists(f"{out}/final")
+    assert not os.path.exists(f"{out}/demo/teacher")
 
 
 @pytest.mark.campaign
 def test_demo_from_nothing_to_a_better_student(out):
-    """What a newcomer types, in a fresh process; the teacher is kept, and distilling beats labels alone at the same steps."""
+    """What a newcomer types, in a fresh process; the teacher is kept, and distilling beats labels
+    alone at the same steps."""
     process = spawn("--output_dir", out, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     shown, _ = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     entry = json.loads(Path(out, "config.json").read_text())
-    assert (entry["teacher"], entry["student"], entry["dataset"]) == ("demo", "demo", "demo")
-    shutil.copytree(f"{out}/demo", f"{out}-labels/demo")
-    cli(*flags(alpha=1, output_dir=f"{out}-labels"))
-    assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
-    for step, most in ((250, 10), (500, 15)):   # measured: 7.6 and 12.3 degrees, at the end there is little gradient left; top 12: 44, 62
-        full, sampled, topk = gradients_of_a_cache(out, step)
-        print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, {angle(full, topk):.1f} from the top 12")
-        assert angle(full, sampled) < most < 30 < angle(full, topk)
+    for name in ("teacher", "student", "dataset"):
+        assert entry[name] == "demo"
+    labels_only = f"{out}-labels"
+    shutil.copytree(f"{out}/demo", f"{labels_only}/demo")
+    cli(*flags(alpha=1, output_dir=labels_only))
+    assert column(out, "eval/perplexity")[-1] < column(labels_only, "eval/perplexity")[-1]
+    draws_point_the_right_way(out)   # optional: cache
 
 
-def angle(a, b):
-    return math.degrees(math.acos(min(1.0, float(a @ b / a.norm() / b.norm()))))
+def draws_point_the_right_way(out):   # optional: cache
+    """Measured: 7.6 and 12.3 degrees, as at the end there is little gradient left; top 12: 44, 62.
+    """
+    for step, limit in ((250, 10), (500, 15)):
+        full, sampled, top = gradients_of_a_cache(out, step)
+        print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, "
+              f"{angle(full, top):.1f} from the top 12")
+        assert angle(full, sampled) < limit < 30 < angle(full, top)
 
 
-def gradients_of_a_cache(out, step):
-    """Gradients of the student's KL at a checkpoint, on 64 held-out sequences (8,128 tokens) of the demo: whole teacher, 50 draws, top 12
-    renormalised."""
-    teacher, student = load(f"{out}/demo/teacher/final"), load(f"{out}/final")
-    weights = {k.removeprefix("model.model."): v for k, v in checkpoint(out, step).items() if k.startswith("model.model.")}
-    student.load_state_dict(weights, strict=False)   # the tied head is not among them
-    row = lambda text: torch.tensor(tokenizer(text)["input_ids"][:128])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
-    with open(f"{out}/demo/corpus/validation.jsonl") as f:
-        ids = torch.stack([x for x in (row(json.loads(line)["text"]) for line in f) if len(x) == 128][:64])
+def angle(a, b):   # optional: cache
+    cosine = float(a @ b / a.norm() / b.norm())
+    return math.degrees(math.acos(min(1.0, cosine)))
+
+
+def gradients_of_a_cache(out, step):   # optional: cache
+    """Gradients of the student's KL at a checkpoint, on 64 held-out sequences of the demo (8,128
+    targets): from the whole teacher, from 50 draws, from the top 12 renormalised."""
+    teacher = load(f"{out}/demo/teacher/final")
+    student = load(f"{out}/final")
+    trained = {name.removeprefix("model.model."): tensor
+               for name, tensor in checkpoint(out, step).items() if name.startswith("model.model.")}
+    student.load_state_dict(trained, strict=False)   # the tied head is not among them
+    ids = demo_sequences(out, count=64, length=128)
+    rows = [{"input_ids": sequence.numpy(), "targets": None} for sequence in ids]
+    positions = sd.collate(rows).positions
     with torch.no_grad():
-        hidden, head = teacher.base_model(ids)[0].flatten(0, 1), sd.head_of(teacher)
-        logp = torch.log_softmax(hidden @ head.weight.T, -1)
-    m = _cache_manifest(len(head.weight), "sample", 50)
-    rows = [{"input_ids": x.numpy(), "targets": None} for x in ids]
-    kept = sd.pack_teacher(lambda batch: (hidden[batch.positions], head), rows, 0, m)
-    sampled = [sd.unpack_row(data, *map(int, counts[1:4]), m)["sparse"] for data, counts in kept]
-    sampled = sd.SparseTarget(*(torch.from_numpy(np.concatenate(x)) for x in zip(*sampled)))
-    where = sd.collate(rows).positions
-    top, listed = logp[where].topk(12)
-    top = torch.softmax(top, -1)
-    found = []
-    for signal_ in ((hidden[where], head), sampled, sd.SparseTarget(listed, top, torch.zeros(len(top)), torch.zeros(len(top)))):
+        hidden = teacher.base_model(ids)[0].flatten(0, 1)[positions]
+        head = sd.head_of(teacher)
+    gradients_found = []
+    for targets in ((hidden, head), targets_of_draws(hidden, head, rows), top_12(hidden, head)):
         student.zero_grad()
-        states = student.base_model(ids)[0].flatten(0, 1)[where]
-        sd.distillation_loss(states, sd.head_of(student), ids.flatten()[where + 1], signal_, alpha=0.0, temperature=1.0)[0].backward()
-        found.append(torch.cat([p.grad.flatten() for p in student.parameters()]).double())
-    return found
+        states = student.base_model(ids)[0].flatten(0, 1)[positions]
+        labels = ids.flatten()[positions + 1]
+        loss = sd.distillation_loss(
+            states, sd.head_of(student), labels, targets, alpha=0.0, temperature=1.0)[0]
+        loss.backward()
+        flat = [parameter.grad.flatten() for parameter in student.parameters()]
+        gradients_found.append(torch.cat(flat).double())
+    return gradients_found
+
+
+def demo_sequences(out, count, length):   # optional: cache
+    """The first held-out documents of the demo that are long enough -> ids [count, length]."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{out}/final")
+    sequences = []
+    for row in read_lines(f"{out}/demo/corpus/validation.jsonl"):
+        ids = tokenizer(row["text"])["input_ids"][:length]
+        if len(ids) == length:
+            sequences.append(ids)
+    return torch.tensor(sequences[:count])
+
+
+def targets_of_draws(hidden, head, rows):   # optional: cache
+    """50 draws a target, through the cache's bytes and back."""
+    manifest = _cache_manifest(len(head.weight), "sample", 50)
+    packed = sd.pack_teacher(lambda batch: (hidden, head), rows, 0, manifest)
+    sparse = []
+    for data, (_, tokens, targets, entries) in packed:
+        row = sd.unpack_row(data, int(tokens), int(targets), int(entries), manifest)
+        sparse.append(row["sparse"])
+    columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*sparse)]
+    return sd.SparseTarget(*columns)
+
+
+def top_12(hidden, head):   # optional: cache
+    """Of the whole distribution, renormalised: nothing is left for all other tokens."""
+    with torch.no_grad():
+        logp = torch.log_softmax(hidden @ head.weight.T, -1)
+        largest, ids = logp.topk(12)
+        nothing = torch.zeros(len(ids))
+        return sd.SparseTarget(ids, torch.softmax(largest, -1), nothing, nothing.clone())
 
 
 # --------------------------------------------------------------------------------------------------
