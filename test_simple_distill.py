@@ -2544,8 +2544,7 @@ def test_demo_from_nothing_to_a_better_student(out):
 
 
 def draws_point_the_right_way(out):   # optional: cache
-    """Measured: 7.6 and 12.3 degrees, as at the end there is little gradient left; top 12: 44, 62.
-    """
+    """Measured: 7.6 and 12.3 degrees (at the end there is little gradient left); top 12: 44, 62."""
     for step, limit in ((250, 10), (500, 15)):
         full, sampled, top = gradients_of_a_cache(out, step)
         print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, "
@@ -2587,7 +2586,7 @@ def gradients_of_a_cache(out, step):   # optional: cache
 
 def demo_sequences(out, count, length):   # optional: cache
     """The first held-out documents of the demo that are long enough -> ids [count, length]."""
-    tokenizer = AutoTokenizer.from_pretrained(f"{out}/final")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
     sequences = []
     for row in read_lines(f"{out}/demo/corpus/validation.jsonl"):
         ids = tokenizer(row["text"])["input_ids"][:length]
@@ -2601,8 +2600,8 @@ def targets_of_draws(hidden, head, rows):   # optional: cache
     manifest = _cache_manifest(len(head.weight), "sample", 50)
     packed = sd.pack_teacher(lambda batch: (hidden, head), rows, 0, manifest)
     sparse = []
-    for data, (_, tokens, targets, entries) in packed:
-        row = sd.unpack_row(data, int(tokens), int(targets), int(entries), manifest)
+    for data, counts in packed:
+        row = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
         sparse.append(row["sparse"])
     columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*sparse)]
     return sd.SparseTarget(*columns)
