@@ -4312,7 +4312,7 @@ def full_report(eval_folder):
 
 def held_out_rows(folder):
     """Cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "teacher")
     texts = [row["text"] for row in read_lines(folder / "data.jsonl")]
     gap = max(2, len(texts) // min(256, len(texts) // 20))
     ids = []
@@ -4467,8 +4467,8 @@ def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
 
 
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
-    tokenizer = AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    other = AutoTokenizer.from_pretrained(eval_folder / "stranger")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    other = transformers.AutoTokenizer.from_pretrained(eval_folder / "stranger")
     rows = held_out_rows(eval_folder)
     sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
     data_rows = [{"input_ids": np.array(row), "targets": None} for row in rows]
@@ -4644,7 +4644,7 @@ def test_eval_refusals(eval_folder):
 def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
     path = eval_folder / "run/final"
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     generator = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     continued = generator("the quick", max_new_tokens=8, do_sample=False)
     assert continued[0]["generated_text"].startswith("the quick")
