@@ -1,23 +1,26 @@
-"""Tests of simple_distill: pure functions against independent float64 references, and runs through the real command line.
+"""Tests of simple_distill: pure functions against independent float64 references, and runs through
+the real command line. They stand in the chapters' order, under the same banners; a test is named
+test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 
-    pytest                                   # the ordinary run: tiny random models made on the spot, CPU, no network
+    pytest                                   # the ordinary run: tiny random models, CPU, no network
     pytest -m campaign                       # what takes long
     python test_simple_distill.py --bench    # tables of speed and memory
+    python test_simple_distill.py --fork DIR --without cache ...   # the package less some chapters
 """
 import argparse
 import ast
 import atexit
 import collections   # optional: generate
-import hashlib   # optional: generate
-import http.server   # optional: generate
-import threading   # optional: generate
 import contextlib
 import ctypes
 import functools
+import hashlib   # optional: generate
+import http.server   # optional: generate
 import io
 import itertools
 import json
 import math
+import multiprocessing   # optional: generate
 import os
 import pty
 import random
@@ -31,6 +34,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading   # optional: generate
 import time
 import types
 import warnings
@@ -38,8 +42,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # tiny models: a second thread costs more than it brings
-if "HF_DATASETS_CACHE" not in os.environ:   # tokenised rows and model code go to a place of our own, which subprocesses share
+# models are tiny: a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "HF_DATASETS_CACHE" not in os.environ:
+    # tokenised rows and model code go to a folder of our own, which subprocesses share
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="simple-distill-test-")
     os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_DATASETS_CACHE"], "modules")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -54,8 +60,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-import multiprocessing   # optional: generate
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -2754,7 +2759,7 @@ def rows_of_steps(block, first, last):
     """The rows of steps first + 1 ... last, as the trainer deals them (tested elsewhere)."""
     cfg = config.Config(dataset=block.data, seq_len=32)
     with sd.process_group():
-        rows, _ = sd.load_data(cfg, AutoTokenizer.from_pretrained(block.student))
+        rows, _ = sd.load_data(cfg, transformers.AutoTokenizer.from_pretrained(block.student))
     batches = sd.indexed_batches(rows, 0, 4, first)
     for numbers, _ in itertools.islice(batches, last - first):
         yield [rows[i] for i in numbers]
