@@ -578,7 +578,7 @@ def make_parser():
             bare = dataclasses.field(default=field.default, default_factory=field.default_factory,
                                      metadata={"help": field.metadata["help"]})
             rows.append((name, field.type, bare))
-        title = {"_argument_group_name": f"{part.name}: {part.purpose}"}
+        title = {"_argument_group_name": f"{part.name} ({part.purpose})"}
         groups.append(dataclasses.make_dataclass(part.name, rows, namespace=title))
     parser = Parser(groups, allow_abbrev=False, prog="simple_distill.py",
                     usage="%(prog)s [--config FILE] [--KNOB VALUE ...]",

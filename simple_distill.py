@@ -386,8 +386,8 @@ def jsd_terms(p, log_q_over_p, q, p_weight_from_ce, kl_weight):
 def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     """Forward KL to a SparseTarget, the rest of the mass as one bucket on both sides.
 
-    With the sums over the listed entries and rest_p = 1 - sum of p:
-    KL = sum of q * log(q / p) + rest * log(rest / rest_p)
+    KL = -sum of q * log(p) - rest * log(rest_p) - entropy, with sums over the listed entries and
+    rest_p = 1 - sum of p.
     """
     q = target.probs                                             # [C, K], as all that is listed
     listed_logp = z.gather(-1, target.ids) - total.log()
@@ -467,9 +467,9 @@ class ChunkKernel:
     It takes about 10 s once, and a C++ compiler on CPU, Triton on CUDA.
     """
 
-    def __init__(self, compiled, **options):
+    def __init__(self, worth_compiling, **options):
         self.eager = functools.partial(chunk_terms, **options)
-        self.compiled = torch.compile(self.eager) if compiled else None
+        self.compiled = torch.compile(self.eager) if worth_compiling else None
 
     def __call__(self, student_CV, labels_C, target):
         if self.compiled is None:
@@ -493,9 +493,9 @@ class ChunkKernel:
 
 
 @functools.cache
-def chunk_kernel(compiled, **options):
+def chunk_kernel(worth_compiling, **options):
     """One ChunkKernel for each set of options, so that nothing is compiled twice."""
-    return ChunkKernel(compiled, **options)
+    return ChunkKernel(worth_compiling, **options)
 
 
 def select_tokens(teacher, where):
@@ -4321,8 +4321,8 @@ def give_up(ledger, sdk, error):
     message = hide_key(cfg, one_line(error, 9999))[:300]
     # an earlier run has left rows: then it is the prompt that is not accepted
     is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
-    never_reached = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
-    if status in (401, 402, 404) or (never_reached and not is_the_prompt):
+    never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
+    if status in (401, 402, 404) or (never_worked and not is_the_prompt):
         ledger.stop(f"{cfg.provider}, model {cfg.api_model}: {message}")
     return Reply(None, f"failed: {message}")
 

@@ -1,24 +1,27 @@
-"""Tests of simple_distill: pure functions against independent float64 references, and runs through the real command line.
+"""Tests of simple_distill: pure functions against independent float64 references, and runs through
+the real command line. They stand in the chapters' order, under the same banners; a test is named
+test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 
-    pytest                                   # the ordinary run: tiny random models made on the spot, CPU, no network
+    pytest                                   # the ordinary run: tiny random models, CPU, no network
     pytest -m campaign                       # what takes long
     python test_simple_distill.py --bench    # tables of speed and memory
+    python test_simple_distill.py --fork DIR --without cache ...   # the package less some chapters
 """
 import argparse
 import ast
 import atexit
 import collections   # optional: generate
-import hashlib   # optional: generate
-import http.server   # optional: generate
-import threading   # optional: generate
 import contextlib
 import ctypes
 import fcntl
 import functools
+import hashlib   # optional: generate
+import http.server   # optional: generate
 import io
 import itertools
 import json
 import math
+import multiprocessing   # optional: generate
 import os
 import pty
 import random
@@ -32,6 +35,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading   # optional: generate
 import time
 import types
 import warnings
@@ -39,8 +43,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # tiny models: a second thread costs more than it brings
-if "HF_DATASETS_CACHE" not in os.environ:   # tokenised rows and model code go to a place of our own, which subprocesses share
+# models are tiny: a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "HF_DATASETS_CACHE" not in os.environ:
+    # tokenised rows and model code go to a folder of our own, which subprocesses share
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="simple-distill-test-")
     os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_DATASETS_CACHE"], "modules")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -55,8 +61,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-import multiprocessing   # optional: generate
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -3218,7 +3223,7 @@ def rows_of_steps(block, first, last):
     """The rows of steps first + 1 ... last, as the trainer deals them (tested elsewhere)."""
     cfg = config.Config(dataset=block.data, seq_len=32)
     with sd.process_group():
-        rows, _ = sd.load_data(cfg, AutoTokenizer.from_pretrained(block.student))
+        rows, _ = sd.load_data(cfg, transformers.AutoTokenizer.from_pretrained(block.student))
     batches = sd.indexed_batches(rows, 0, 4, first)
     for numbers, _ in itertools.islice(batches, last - first):
         yield [rows[i] for i in numbers]
@@ -4776,7 +4781,7 @@ def full_report(eval_folder):
 
 def held_out_rows(folder):
     """Cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "teacher")
     texts = [row["text"] for row in read_lines(folder / "data.jsonl")]
     gap = max(2, len(texts) // min(256, len(texts) // 20))
     ids = []
@@ -4931,8 +4936,8 @@ def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
 
 
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
-    tokenizer = AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    other = AutoTokenizer.from_pretrained(eval_folder / "stranger")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    other = transformers.AutoTokenizer.from_pretrained(eval_folder / "stranger")
     rows = held_out_rows(eval_folder)
     sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
     data_rows = [{"input_ids": np.array(row), "targets": None} for row in rows]
@@ -5108,7 +5113,7 @@ def test_eval_refusals(eval_folder):
 def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
     path = eval_folder / "run/final"
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     generator = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     continued = generator("the quick", max_new_tokens=8, do_sample=False)
     assert continued[0]["generated_text"].startswith("the quick")
