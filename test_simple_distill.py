@@ -653,12 +653,14 @@ def test_config_every_field_has_one_line_of_help():
 def test_config_help_is_grouped_by_chapter():
     """The name and purpose of each section are a title, and its knobs stand below it."""
     lines = cli("--help").out.splitlines()
-    titles = [f"{section.name}: {section.purpose}:" for section in config.SECTIONS]
-    starts = [lines.index(title) for title in titles]
-    assert starts == sorted(starts)
-    for section, start, end in zip(config.SECTIONS, starts, starts[1:] + [len(lines)]):
+    starts = []
+    for section in config.SECTIONS:
+        title, = [line for line in lines if line.startswith(section.name) and section.purpose in line]
+        starts.append(lines.index(title))
+    ends = starts[1:] + [len(lines)]
+    for section, start, end in zip(config.SECTIONS, starts, ends):
         below = "\n".join(lines[start:end])
-        shown = re.findall(r"^  --(?!no)(\w+)", below, re.MULTILINE)
+        shown = re.findall(r"^  --(?!no_)(\w+)", below, re.MULTILINE)
         assert shown == config.knobs_in(section.name)
 
 
