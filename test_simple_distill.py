@@ -655,7 +655,8 @@ def test_config_help_is_grouped_by_chapter():
     lines = cli("--help").out.splitlines()
     starts = []
     for section in config.SECTIONS:
-        title, = [line for line in lines if line.startswith(section.name) and section.purpose in line]
+        titles = [line for line in lines if line.startswith(section.name)]
+        title, = [line for line in titles if section.purpose in line]
         starts.append(lines.index(title))
     ends = starts[1:] + [len(lines)]
     for section, start, end in zip(config.SECTIONS, starts, ends):
