@@ -1903,259 +1903,407 @@ def test_checkpoints_a_full_tmpfs(tmp_path, teacher, student, text):
 # Train: the command line against an independent reference; what a run leaves behind.
 
 
+def with_chatml(folder, *paths):
+    """Copies of models that bring a chat template -> their paths."""
+    copies = []
+    for path in paths:
+        copy = folder / Path(path).name
+        shutil.copytree(path, copy)
+        tiny_tokenizer(CHATML).save_pretrained(copy)
+        copies.append(copy)
+    return copies
+
+
+def logged_losses(entry, kind="train"):
+    return [entry[f"{kind}/loss"], entry[f"{kind}/ce_loss"], entry[f"{kind}/kl_loss"]]
+
+
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, divergence):
-    for path in (teacher, student):
-        shutil.copytree(path, tmp_path / Path(path).name)
-        tiny_tokenizer(CHATML).save_pretrained(tmp_path / Path(path).name)
+    teacher_copy, student_copy = with_chatml(tmp_path, teacher, student)
     rows = talk(8)
-    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=write_splits(tmp_path / "data", rows, rows[:2]),
-           seq_len=256, batch_size=4, gradient_accumulation_steps=2, num_epochs=5, alpha=0.3, temperature=2.0, divergence=divergence,
+    distil(out, teacher=teacher_copy, student=student_copy, seq_len=256, num_epochs=5,
+           dataset=write_splits(tmp_path / "data", rows, rows[:2]), batch_size=4,
+           gradient_accumulation_steps=2, alpha=0.3, temperature=2.0, divergence=divergence,
            max_grad_norm=0.5)
 
     torch.manual_seed(0)
-    ours, theirs, coded = load(student), load(teacher), chatml_rows(rows)
-    before = {k: v.clone() for k, v in ours.state_dict().items()}
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    model = load(student)
+    teacher_model = load(teacher)
+    coded = chatml_rows(rows)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0)
     logged = log(out, "train")
     assert len(logged) == 5
     for entry in logged:
-        loss, ce, kl = model_losses(ours, theirs, coded, 0.3, 2.0, divergence)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
+        losses = model_losses(model, teacher_model, coded, 0.3, 2.0, divergence)
+        losses[0].backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         assert norm > 0.5   # clipping is at work
         optimizer.step()
         optimizer.zero_grad()
-        assert [entry["train/" + k] for k in ("loss", "ce_loss", "kl_loss", "grad_norm")] == pytest.approx(
-            [loss.item(), ce.item(), kl.item(), norm.item()], rel=1e-5)
-    after = ours.state_dict()
+        assert logged_losses(entry) == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+        assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    after = model.state_dict()
     assert distance(final_weights(out), after) < 1e-5
-    moved = {k: after[k] - before[k] for k in before}
-    assert distance({k: v - before[k] for k, v in final_weights(out).items()}, moved) < 1e-3   # the movement itself, too
-    assert same(weights(tmp_path / "teacher"), weights(teacher))
+    moved = {name: after[name] - before[name] for name in before}
+    our_move = {name: x - before[name] for name, x in final_weights(out).items()}
+    assert distance(our_move, moved) < 1e-3
+    assert same(weights(teacher_copy), weights(teacher))
 
 
 def test_train_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
+    """8x1, 2x4 and 1x8 give the same gradient."""
     results = []
     for batch_size, micro_steps in ((8, 1), (2, 4), (1, 8)):
         out = str(tmp_path / f"{batch_size}x{micro_steps}")
-        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=batch_size, max_steps=1, max_grad_norm=0,
-               gradient_accumulation_steps=micro_steps, alpha=0.3, temperature=2.0)
-        results.append((gradients(out), [log(out, "train")[0]["train/" + k] for k in ("loss", "ce_loss", "kl_loss", "grad_norm")]))
-    for grads, losses in results[1:]:
-        assert losses == pytest.approx(results[0][1], rel=1e-6)
-        assert distance(grads, results[0][0]) < 1e-6
+        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, max_steps=1,
+               batch_size=batch_size, gradient_accumulation_steps=micro_steps, max_grad_norm=0,
+               alpha=0.3, temperature=2.0)
+        first = log(out, "train")[0]
+        results.append((gradients(out), [*logged_losses(first), first["train/grad_norm"]]))
+    expected_gradients, expected_values = results[0]
+    for found_gradients, values in results[1:]:
+        assert values == pytest.approx(expected_values, rel=1e-6)
+        assert distance(found_gradients, expected_gradients) < 1e-6
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_train_student_that_is_the_teacher_does_not_move(out, teacher, text, divergence):
-    distil(out, teacher=teacher, student=teacher, dataset=text, alpha=0.0, temperature=2.0, max_steps=3, divergence=divergence)
+    distil(out, teacher=teacher, student=teacher, dataset=text, alpha=0.0, temperature=2.0,
+           max_steps=3, divergence=divergence)
     assert all(abs(kl) < 1e-6 for kl in column(out, "train/kl_loss"))
     assert same(final_weights(out), weights(teacher))
 
 
 def test_train_alpha_1_never_touches_the_teacher(out, student, text):
     for teacher in ("/nowhere/teacher", None):
-        distil(out, teacher=teacher, student=student, dataset=text, alpha=1.0, max_steps=2, resume="never")
-        assert column(out, "train/kl_loss") == [0, 0] and column(out, "train/loss") == column(out, "train/ce_loss")
-        assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]   # nothing of the demo either
+        distil(out, teacher=teacher, student=student, dataset=text, alpha=1.0, max_steps=2,
+               resume="never")
+        assert column(out, "train/kl_loss") == [0, 0]
+        assert column(out, "train/loss") == column(out, "train/ce_loss")
+        assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]
 
 
-def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
-    """10 rows, 4 a step: 3 steps a pass, the last one ragged; two passes are six steps, however they are asked for."""
-    data = write_splits(tmp_path / "d", talk(10), talk(2))
-    fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine", warmup_ratio=0.34)
-    variants = [dict(num_epochs=2, batch_size=4), dict(max_steps=6, batch_size=4), dict(num_epochs=2, batch_size=2, gradient_accumulation_steps=2)]
-    for i, variant in enumerate(variants):
-        distil(tmp_path / str(i), **fields, **variant)
+# ---- lengths, schedules, seeds
+
+
+def cosine_rates(warmup, steps):
+    """As transformers' own scheduler gives them, one a step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-3)
-    scheduler, rates = transformers.get_scheduler("cosine", optimizer, 2, 6), []
-    for _ in range(6):
+    scheduler = transformers.get_scheduler("cosine", optimizer, warmup, steps)
+    rates = []
+    for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    for i in range(3):
-        assert column(tmp_path / str(i), "train/learning_rate") == pytest.approx(rates)
-        assert column(tmp_path / str(i), "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
-    assert same(final_weights(tmp_path / "0"), final_weights(tmp_path / "1"))
-    # the third has a micro-batch without any row in each ragged step
-    assert column(tmp_path / "2", "train/loss") == pytest.approx(column(tmp_path / "0", "train/loss"), rel=1e-6)
-    assert distance(final_weights(tmp_path / "2"), final_weights(tmp_path / "0")) < 1e-5
+    return rates
+
+
+def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
+    """10 rows, 4 a step: 3 steps a pass, the last one ragged; two passes are six steps, however
+    they are asked for."""
+    data = write_splits(tmp_path / "data", talk(10), talk(2))
+    fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine",
+                  warmup_ratio=0.34)
+    variants = {
+        "epochs": dict(num_epochs=2, batch_size=4),
+        "steps": dict(max_steps=6, batch_size=4),
+        "accumulated": dict(num_epochs=2, batch_size=2, gradient_accumulation_steps=2),
+    }
+    for name, variant in variants.items():
+        out = tmp_path / name
+        distil(out, **fields, **variant)
+        assert column(out, "train/learning_rate") == pytest.approx(cosine_rates(2, 6))
+        assert column(out, "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
+    epochs = final_weights(tmp_path / "epochs")
+    assert same(epochs, final_weights(tmp_path / "steps"))
+    # accumulated has a micro-batch without any row in each ragged step
+    accumulated = column(tmp_path / "accumulated", "train/loss")
+    assert accumulated == pytest.approx(column(tmp_path / "epochs", "train/loss"), rel=1e-6)
+    assert distance(final_weights(tmp_path / "accumulated"), epochs) < 1e-5
 
 
 @pytest.mark.parametrize("num_epochs, steps", [(0.1, 1), (1, 3), (1.5, 5)])
 def test_train_part_of_an_epoch(tmp_path, out, student, num_epochs, steps):
-    distil(out, student=student, dataset=write_splits(tmp_path / "d", talk(10), talk(2)), seq_len=256, alpha=1.0, batch_size=4, num_epochs=num_epochs)
+    data = write_splits(tmp_path / "data", talk(10), talk(2))
+    distil(out, student=student, dataset=data, seq_len=256, alpha=1.0, batch_size=4,
+           num_epochs=num_epochs)
     assert column(out, "train/step") == list(range(1, steps + 1))
 
 
 def test_train_seed_decides(tmp_path, student, text):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        distil(tmp_path / name, student=student, dataset=text, alpha=1.0, max_steps=2, seed=seed)
-    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b")) and not same(final_weights(tmp_path / "a"), final_weights(tmp_path / "c"))
+    results = []
+    for i, seed in enumerate((0, 0, 1)):
+        distil(tmp_path / str(i), student=student, dataset=text, alpha=1.0, max_steps=2, seed=seed)
+        results.append(final_weights(tmp_path / str(i)))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+# ---- what is not finite, and what is not there
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_train_ten_steps_that_are_not_finite_stop_the_run_with_a_checkpoint(tmp_path, out, teacher, student, role):
+def test_train_ten_steps_that_are_not_finite_stop_the_run_with_a_checkpoint(tmp_path, out, teacher,
+                                                                            student, role):
     pair = dict(teacher=teacher, student=student)
     pair[role] = break_letter(pair[role], tmp_path / "broken")
-    rows = [{"prompt": "a" if i < 3 else "Z", "response": prose(3, i)} for i in range(40)]
-    err = distil(out, rc=2, **pair, dataset=write_splits(tmp_path / "d", rows, rows[:2]), seq_len=64, batch_size=1, max_steps=40).err
+    rows = []
+    for i in range(40):
+        rows.append({"prompt": "a" if i < 3 else "Z", "response": prose(3, i)})
+    data = write_splits(tmp_path / "data", rows, rows[:2])
+    err = distil(out, rc=2, **pair, dataset=data, seq_len=64, batch_size=1, max_steps=40).err
     assert "finite" in err
-    skipped, last = column(out, "train/skipped_steps"), max(column(out, "train/step"))
-    assert skipped == sorted(skipped) and 9 <= skipped[-1] <= 13 and not os.path.exists(f"{out}/final")
+    skipped = column(out, "train/skipped_steps")
+    assert skipped == sorted(skipped)
+    assert 9 <= skipped[-1] <= 13
+    assert not os.path.exists(f"{out}/final")
     saved, = os.listdir(f"{out}/checkpoints")
-    assert last <= int(saved[-8:]) <= last + 1
-    moments = [v for k, v in checkpoint(out, int(saved[-8:])).items() if "exp_avg" in k]
-    assert moments and all(v.isfinite().all() for v in moments)   # of the last good step
+    saved_step = int(saved.removeprefix("step-"))
+    last_step = max(column(out, "train/step"))
+    assert last_step <= saved_step <= last_step + 1
+    moments = {name: x for name, x in checkpoint(out, saved_step).items() if "exp_avg" in name}
+    assert moments
+    assert all(x.isfinite().all() for x in moments.values())   # of the last good step
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, teacher, student, role):
+def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, teacher, student,
+                                                              role):
     pair = dict(teacher=teacher, student=student)
     pair[role] = break_letter(pair[role], tmp_path / "broken")
-    rows = [{"prompt": "Z" if i % 4 == 0 else "a", "response": prose(3, i)} for i in range(12)]
-    distil(out, **pair, dataset=write_splits(tmp_path / "d", rows, rows[1:3]), seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
+    rows = []
+    for i in range(12):
+        rows.append({"prompt": "Z" if i % 4 == 0 else "a", "response": prose(3, i)})
+    data = write_splits(tmp_path / "data", rows, rows[1:3])
+    distil(out, **pair, dataset=data, seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
     assert column(out, "train/skipped_steps")[-1] == 3
-    assert sum(x is not None for x in column(out, "train/loss")) == 9   # null: JSON knows no NaN
-    before, after = weights(pair["student"]), final_weights(out)
-    assert not same(before, after) and all(after[k].isfinite().all() for k in after if "embed" not in k)
+    losses = column(out, "train/loss")
+    assert len(losses) - losses.count(None) == 9   # null: JSON knows no NaN
+    before = weights(pair["student"])
+    after = final_weights(out)
+    assert not same(before, after)
+    for name, x in after.items():
+        assert "embed" in name or x.isfinite().all(), name
 
 
-def test_train_a_model_that_is_broken_throughout_is_called_that(tmp_path, out, teacher, student, text):
+def break_norm(tensors):
+    tensors["model.norm.weight"][0] = math.inf
+
+
+def test_train_a_model_that_is_broken_throughout_is_called_that(tmp_path, out, teacher, student,
+                                                                text):
+    """And not a model whose head nobody knows."""
     broken = shutil.copytree(teacher, tmp_path / "broken")
-    edit_weights(broken, lambda w: w["model.norm.weight"][0].fill_(math.inf))
+    edit_weights(broken, break_norm)
     err = distil(out, rc=2, teacher=broken, student=student, dataset=text, max_steps=20).err
-    assert "finite" in err.lower()   # not: a head that nobody knows
+    assert "finite" in err.lower()
 
 
-def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(tmp_path, monkeypatch, student, text):
-    """The trainer makes no such batch by itself: one is made here by taking the targets of the second step away."""
-    fields, real = dict(student=student, dataset=text, alpha=1.0, batch_size=4, weight_decay=0.1), sd.micro_batches
+def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(tmp_path, monkeypatch,
+                                                                          student, text):
+    """The trainer makes no such batch by itself: one is made here by taking the targets of the
+    second step away."""
+    fields = dict(student=student, dataset=text, alpha=1.0, batch_size=4, weight_decay=0.1)
     distil(tmp_path / "one", **fields, max_steps=1)
+    micro_batches = sd.micro_batches
 
     def second_is_blank(*args):
-        for step, (micro, position) in enumerate(real(*args)):
-            for batch in micro if step == 1 else []:
-                batch.positions, batch.labels = batch.positions[:0], batch.labels[:0]
+        for step, (micro, position) in enumerate(micro_batches(*args)):
+            if step == 1:
+                for batch in micro:
+                    batch.positions = batch.positions[:0]
+                    batch.labels = batch.labels[:0]
             yield micro, position
+
     monkeypatch.setattr(sd, "micro_batches", second_is_blank)
     shown = distil(tmp_path / "two", **fields, max_steps=2)
     assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"))
-    assert "step 2" in shown.out + shown.err and all(math.isfinite(v) for v in log(tmp_path / "two", "train")[1].values())
+    assert "step 2" in shown.out + shown.err
+    second = log(tmp_path / "two", "train")[1]
+    assert all(math.isfinite(value) for value in second.values())
 
 
-TRAIN_KEYS = {"train/" + k for k in "loss ce_loss kl_loss learning_rate grad_norm epoch step tokens_per_second skipped_steps".split()}
-EVAL_KEYS = {"eval/" + k for k in "loss ce_loss kl_loss perplexity min_loss epoch step".split()}
+def test_train_log_is_strict_json(out, student, tmp_path):
+    """A loss that is not finite is null; its step has a gradient norm of null too."""
+    rows = [{"prompt": "Z" if i % 2 else "a", "response": "one two"} for i in range(4)]
+    broken = break_letter(student, tmp_path / "broken")
+    data = write_splits(tmp_path / "data", rows, rows[:2])
+    distil(out, student=broken, alpha=1.0, dataset=data, batch_size=1)
+    with open(f"{out}/log.jsonl") as f:
+        # parse_constant is called for NaN and Infinity only
+        entries = [json.loads(line, parse_constant=pytest.fail) for line in f]
+    losses = [entry["train/loss"] for entry in entries if "train/loss" in entry]
+    assert None in losses
+    for entry in entries:
+        if entry.get("train/loss"):
+            assert entry["train/grad_norm"]
+
+
+# ---- what a run says and leaves
+
+TRAIN_KEYS = {"train/loss", "train/ce_loss", "train/kl_loss", "train/learning_rate",
+              "train/grad_norm", "train/epoch", "train/step", "train/tokens_per_second",
+              "train/skipped_steps"}
+EVAL_KEYS = {"eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/perplexity", "eval/min_loss",
+             "eval/epoch", "eval/step"}
 
 
 def test_train_log_has_exactly_the_keys_of_the_contract(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=5, log_steps=2, eval_steps=2, alpha=0.3, learning_rate=0.3)
-    assert all(entry.keys() in (TRAIN_KEYS, EVAL_KEYS) for entry in log(out))
-    assert column(out, "train/step") == column(out, "eval/step") == [2, 4, 5]
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=5, log_steps=2,
+           eval_steps=2, alpha=0.3, learning_rate=0.3)
+    for entry in log(out):
+        assert entry.keys() in (TRAIN_KEYS, EVAL_KEYS)
+    assert column(out, "train/step") == [2, 4, 5]
+    assert column(out, "eval/step") == [2, 4, 5]
     for entry in log(out, "train"):
-        assert entry["train/loss"] == pytest.approx(0.3 * entry["train/ce_loss"] + 0.7 * entry["train/kl_loss"], rel=1e-6)
-        assert entry["train/tokens_per_second"] > 0 and entry["train/grad_norm"] > 0
+        loss, ce, kl = logged_losses(entry)
+        assert loss == pytest.approx(0.3 * ce + 0.7 * kl, rel=1e-6)
+        assert entry["train/tokens_per_second"] > 0
+        assert entry["train/grad_norm"] > 0
     lowest = math.inf
     for entry in log(out, "eval"):
         lowest = min(lowest, entry["eval/loss"])
-        assert entry["eval/min_loss"] == lowest and entry["eval/perplexity"] == pytest.approx(math.exp(entry["eval/ce_loss"]))
+        assert entry["eval/min_loss"] == lowest
+        assert entry["eval/perplexity"] == pytest.approx(math.exp(entry["eval/ce_loss"]))
 
 
 def test_train_evaluation_is_the_mean_over_held_out_tokens(out, tmp_path, teacher, student):
     rows = talk(7)
-    for path in (teacher, student):
-        shutil.copytree(path, tmp_path / Path(path).name)
-        tiny_tokenizer(CHATML).save_pretrained(tmp_path / Path(path).name)
-    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=write_splits(tmp_path / "d", talk(3), rows), seq_len=256,
-           batch_size=3, max_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL)
-    want = model_losses(load(student), load(teacher), chatml_rows(rows), 0.3, 2.0)
-    assert [log(out, "eval")[-1]["eval/" + k] for k in ("loss", "ce_loss", "kl_loss")] == pytest.approx([x.item() for x in want], rel=1e-5)
+    teacher_copy, student_copy = with_chatml(tmp_path, teacher, student)
+    distil(out, teacher=teacher_copy, student=student_copy, seq_len=256, batch_size=3, max_steps=1,
+           dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=0.3, temperature=2.0,
+           learning_rate=STILL)
+    losses = model_losses(load(student), load(teacher), chatml_rows(rows), 0.3, 2.0)
+    logged = logged_losses(log(out, "eval")[-1], "eval")
+    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+
+
+def count_parameters(path):
+    return sum(x.numel() for x in weights(path).values())
 
 
 def test_train_closing_table_and_sample(out, teacher, student, text):
     shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=2).out
-    sizes = [f"{sum(v.numel() for v in weights(path).values()):,}" for path in (teacher, student)]
-    for who, size in (("teacher", sizes[0]), ("student before", sizes[1]), ("student after", sizes[1])):
-        assert re.search(rf"^{who}\s.*\d.*{size}", shown, re.M), shown
-    assert f"{column(out, 'eval/perplexity')[-1]:.2f}" in shown and "sample" in shown
+    lines = {"teacher": teacher, "student before": student, "student after": student}
+    for name, path in lines.items():
+        size = f"{count_parameters(path):,}"
+        assert re.search(rf"^{name}\s.*\d.*{size}", shown, re.MULTILINE), shown
+    assert f"{column(out, 'eval/perplexity')[-1]:.2f}" in shown
+    assert "sample" in shown
+
+
+# ---- Weights & Biases
 
 
 @pytest.fixture
 def no_wandb_settings(monkeypatch):
-    for name in [k for k in os.environ if k.startswith("WANDB")]:
-        monkeypatch.delenv(name)
+    for name in list(os.environ):
+        if name.startswith("WANDB"):
+            monkeypatch.delenv(name)
+
+
+class FakeWandb:
+    """A stand-in for the service, not for our code."""
+
+    def __init__(self):
+        self.id = "abc"
+        self.config = None
+        self.entries = []
+        self.exit_codes = []
+
+    def login(self, **_):
+        return True
+
+    def Settings(self, **_):
+        return None
+
+    def init(self, config, **_):
+        self.config = config
+        return self
+
+    def log(self, entry, step):
+        self.entries.append(entry)
+
+    def finish(self, exit_code):
+        self.exit_codes.append(exit_code)
 
 
 def test_train_wandb_missing(out, student, text, monkeypatch, no_wandb_settings):
     monkeypatch.setitem(sys.modules, "wandb", None)   # importing it fails
     shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True)
-    assert len(re.findall("^wandb.*", shown.out + shown.err, re.M)) == 1
+    assert len(re.findall("^wandb.*", shown.out + shown.err, re.MULTILINE)) == 1
 
 
-def test_train_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text, no_wandb_settings):
-    """On a terminal, where wandb would ask."""
-    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    ours, theirs = pty.openpty()
-    fields = flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True)
-    process, shown, deadline = spawn(*fields, env=env, stdin=theirs, stdout=theirs, stderr=theirs), b"", time.time() + 120
-    os.close(theirs)
+def read_terminal(terminal, process, seconds):
+    """What a process writes to a terminal, until it ends or the time is over."""
+    shown = b""
+    deadline = time.time() + seconds
     try:
-        while time.time() < deadline and (select.select([ours], [], [], 1)[0] or process.poll() is None):
-            if select.select([ours], [], [], 0)[0]:
-                shown += os.read(ours, 65536)
+        while time.time() < deadline:
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 65536)
+            elif process.poll() is not None:
+                break
     except OSError:   # the other end is closed
         pass
+    return shown
+
+
+def test_train_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text,
+                                                           no_wandb_settings):
+    """On a terminal, where wandb would ask."""
+    terminal, other_end = pty.openpty()
+    words = flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1,
+                  use_wandb=True)
+    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    process = spawn(*words, env=env, stdin=other_end, stdout=other_end, stderr=other_end)
+    os.close(other_end)
+    try:
+        shown = read_terminal(terminal, process, seconds=120)
     finally:
-        os.close(ours)
-        if process.poll() is None and time.time() > deadline:
-            process.kill()
-    assert process.wait(10) == 0, shown.decode()
-    assert shown.count(b"wandb: ") == 1 and b"logged in" in shown and os.path.exists(f"{out}/final")
+        os.close(terminal)
+    try:
+        code = process.wait(10)
+    finally:
+        process.kill()
+    assert code == 0, shown.decode()
+    assert shown.count(b"wandb: ") == 1 and b"logged in" in shown
+    assert os.path.exists(f"{out}/final")
 
 
-def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text, monkeypatch, no_wandb_settings):
-    """A stand-in for the service, not for our code."""
-    seen = types.SimpleNamespace(config=None, entries=[], finished=False)
-
-    def init(config, **_):
-        seen.config = config
-        return types.SimpleNamespace(id="abc", log=lambda entry, step=None: seen.entries.append(entry), finish=lambda exit_code: setattr(seen, "finished", exit_code == 0))
-    fake = types.SimpleNamespace(login=lambda **_: True, init=init, Settings=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text,
+                                                             monkeypatch, no_wandb_settings):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     distil(out, teacher=teacher, student=student, dataset=text, max_steps=2, use_wandb=True)
-    assert seen.entries == log(out) and seen.finished
-    assert {k for k in config.FIELDS if k not in seen.config} == set() and "key" not in json.dumps(seen.config).split()
+    assert wandb.entries == log(out)
+    assert wandb.exit_codes == [0]
+    assert wandb.config.keys() == config.FIELDS.keys()
+    assert "key" not in json.dumps(wandb.config).split()
+
+
+def test_train_wandb_is_finished_when_training_fails(out, student, tmp_path, monkeypatch,
+                                                     no_wandb_settings):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    broken = break_letter(student, tmp_path / "broken")
+    rows = [{"prompt": "Z", "response": "one two"}] * 12
+    data = write_splits(tmp_path / "data", rows, rows[:2])
+    distil(out, rc=2, student=broken, alpha=1.0, dataset=data, batch_size=1, use_wandb=True)
+    assert wandb.exit_codes == [1]
 
 
 @pytest.mark.campaign
 def test_train_wandb_offline(out, student, text):
-    process = spawn(*flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True), env={"WANDB_MODE": "offline"})
+    words = flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1,
+                  use_wandb=True)
+    process = spawn(*words, env={"WANDB_MODE": "offline"})
     shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and list(Path(out, "wandb").glob("offline-run-*")), shown
-
-
-def test_train_log_is_strict_json(out, teacher, student, tmp_path):
-    rows = [{"prompt": "Z" if i % 2 else "a", "response": "one two"} for i in range(4)]
-    broken = break_letter(student, tmp_path / "broken")
-    distil(out, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1)
-    refuse = lambda word: pytest.fail(word)
-    with open(f"{out}/log.jsonl") as f:
-        entries = [json.loads(line, parse_constant=refuse) for line in f]
-    assert any(e.get("train/loss", 0) is None for e in entries) and all(e["train/grad_norm"] for e in entries if e.get("train/loss"))
-
-
-def test_train_wandb_is_finished_when_training_fails(out, teacher, student, tmp_path, monkeypatch):
-    """A stand-in for the service, not for our code."""
-    ended = []
-    run = types.SimpleNamespace(id="abc", log=lambda entry, step=None: None, finish=lambda exit_code: ended.append(exit_code))
-    fake = types.SimpleNamespace(login=lambda **_: True, init=lambda **_: run, Settings=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    broken = break_letter(student, tmp_path / "broken")
-    rows = [{"prompt": "Z", "response": "one two"}] * 12
-    distil(out, rc=2, student=broken, alpha=1.0, dataset=write_splits(tmp_path / "d", rows, rows[:2]), batch_size=1, use_wandb=True)
-    assert ended == [1]
+    assert process.returncode == 0, shown
+    assert list(Path(out, "wandb").glob("offline-run-*"))
 
 
 # --------------------------------------------------------------------------------------------------
