@@ -13,6 +13,7 @@ import atexit
 import collections   # optional: generate
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib   # optional: generate
 import http.server   # optional: generate
@@ -552,40 +553,86 @@ def logits_of_rows(model, coded):
 # Config: flags, files, their checks; bad input is one or two lines and exit code 2.
 
 
+def read_config(out):
+    return json.loads(Path(out, "config.json").read_text())
+
+
 def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, alpha=0.3, lr_multipliers=["embed=0.5", "norm=0"], seed=3,
-           lr_scheduler="cosine", weight_decay=0.1, eval_steps=1)
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, alpha=0.3,
+           lr_multipliers=["embed=0.5", "norm=0"], seed=3, lr_scheduler="cosine", weight_decay=0.1,
+           eval_steps=1)
     again = str(tmp_path / "again")
     cli("--config", f"{out}/config.json", "--output_dir", again)
     assert same(final_weights(out), final_weights(again))
-    first, second = (json.loads(Path(p, "config.json").read_text()) for p in (out, again))
+    first = read_config(out)
+    second = read_config(again)
     assert first.keys() == second.keys() == config.FIELDS.keys()
-    assert {k for k in first if first[k] != second[k]} == {"output_dir"}
-    timeless = lambda entries: [{k: v for k, v in e.items() if k != "train/tokens_per_second"} for e in entries]
-    assert timeless(log(out)) == timeless(log(again))
+    assert {name for name in first if first[name] != second[name]} == {"output_dir"}
+    assert quiet_log(out) == quiet_log(again)
     assert "finished" in cli("--config", f"{out}/config.json").out   # as it stands, it is done
 
 
 def test_config_command_line_wins_over_the_file(tmp_path, out, student, text):
-    (tmp_path / "run.yaml").write_text(f"student: {student}\ndataset: {text}\nalpha: 1.0\nmax_steps: 7\nlearning_rate: 2e-4\nlr_multipliers: [embed=0]\n")
+    lines = [f"student: {student}", f"dataset: {text}", "alpha: 1.0", "max_steps: 7",
+             "learning_rate: 2e-4", "lr_multipliers: [embed=0]"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
     cli("--config", tmp_path / "run.yaml", *flags(output_dir=out, max_steps=2, seq_len=32))
-    written = json.loads(Path(out, "config.json").read_text())
-    assert (written["max_steps"], written["learning_rate"], written["lr_multipliers"], len(log(out, "train"))) == (2, 2e-4, ["embed=0"], 1)
+    written = read_config(out)
+    assert written["max_steps"] == 2
+    assert written["learning_rate"] == 2e-4
+    assert written["lr_multipliers"] == ["embed=0"]
+    assert len(log(out, "train")) == 1
 
 
-@pytest.mark.parametrize("words, nearest", [(["--temprature", "2"], "temperature"), (["--learning-rat", "1"], "learning_rate"),
-                                            (["--studnt=x"], "student"), (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multipliers")])
-def test_config_an_unknown_flag_names_the_nearest(words, nearest):
+@pytest.mark.parametrize("words, unknown, nearest", [
+    (["--temprature", "2"], "temprature", "temperature"),
+    (["--learning-rat", "1"], "learning_rat", "learning_rate"),
+    (["--studnt=x"], "studnt", "student"),
+    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multiplier", "lr_multipliers"),
+])
+def test_config_an_unknown_flag_names_the_nearest(words, unknown, nearest):
     err = cli(*words, rc=2).err
-    unknown = [w for w in words if w.startswith("--")][-1].partition("=")[0]
-    assert unknown.replace("-", "_") in err.replace("-", "_") and nearest in err and len(err.strip().splitlines()) <= 2
+    assert f"--{unknown}" in err
+    assert nearest in err
+    assert len(err.strip().splitlines()) <= 2
 
 
 def test_config_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
     for name, body in (("a.yaml", "temprature: 2\n"), ("a.json", '{"temprature": 2}')):
         (tmp_path / name).write_text(body)
         err = cli("--config", tmp_path / name, rc=2).err
-        assert "temprature" in err and "temperature" in err
+        assert "temprature" in err
+        assert "temperature" in err
+
+
+# What a train run on a file of plain text does not read, with values that are no defaults.
+IDLE = {
+    "dataset_config": "foo",
+    "shuffle_buffer": 3,             # optional: streaming
+    "cache_samples": 20,             # optional: cache
+    "force_regenerate": True,        # optional: cache
+    "lm_head_lr": 0.5,               # optional: blockwise
+    "max_tokens": 20,                # optional: generate
+    "api_model": "some-model",       # optional: generate
+    "generate_comparisons": False,   # optional: eval
+}
+
+
+def test_config_a_file_may_hold_what_other_modes_read(tmp_path, out, student, text):
+    """One file serves all modes; a line says what of it this one passes over."""
+    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "max_steps": 1}
+    (tmp_path / "run.json").write_text(json.dumps({**fields, **IDLE}))
+    shown = cli("--config", tmp_path / "run.json", "--output_dir", out).out
+    line, = [line for line in shown.splitlines() if "passed over" in line]
+    assert line.rpartition(": ")[2].split(", ") == list(IDLE)
+    assert len(column(out, "train/loss")) == 1
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, out, student, text):
+    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, **{name: IDLE[name]}).err
+    assert name in err
+    assert not os.path.exists(out)
 
 
 def test_config_every_field_is_read():
@@ -598,19 +645,64 @@ def test_config_every_field_is_read():
 def test_config_every_field_has_one_line_of_help():
     shown = cli("--help").out
     for name, field in config.FIELDS.items():
-        assert f"--{name}" in shown and field.metadata["help"] and "\n" not in field.metadata["help"]
+        assert f"--{name}" in shown
+        assert field.metadata["help"]
+        assert "\n" not in field.metadata["help"]
 
 
-def with_file(name, body, **fields):
-    """A dataset file with these bytes."""
+def test_config_help_is_grouped_by_chapter():
+    """The name and purpose of each section are a title, and its knobs stand below it."""
+    lines = cli("--help").out.splitlines()
+    titles = [f"{section.name}: {section.purpose}:" for section in config.SECTIONS]
+    starts = [lines.index(title) for title in titles]
+    assert starts == sorted(starts)
+    for section, start, end in zip(config.SECTIONS, starts, starts[1:] + [len(lines)]):
+        below = "\n".join(lines[start:end])
+        shown = re.findall(r"^  --(?!no)(\w+)", below, re.MULTILINE)
+        assert shown == config.knobs_in(section.name)
+
+
+# The arguments are those of simple_distill.py, which comes first.
+RUN_AND_LOOK = """
+import runpy
+import sys
+
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as e:
+    print("exit code", e.code)
+print("torch imported:", "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("word, code, shown", [
+    ("--help", 0, "--learning_rate"),
+    ("--learning_rat", 2, "did you mean learning_rate?"),
+])
+def test_config_help_and_a_typo_answer_without_torch(word, code, shown):
+    """Importing it takes seconds."""
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN_AND_LOOK, HERE / "simple_distill.py", word], cwd=HERE,
+        capture_output=True, text=True)
+    assert shown in ran.stdout + ran.stderr
+    assert f"exit code {code}\n" in ran.stdout, ran.stderr
+    assert "torch imported: False\n" in ran.stdout
+
+
+# ---- bad input: what its cases are made of
+
+
+def with_file(name, body):
+    """A dataset file of this text or these bytes."""
     def make(folder):
         (folder / name).write_bytes(body if isinstance(body, bytes) else body.encode())
-        return dict(dataset=folder / name, **fields)
+        return dict(dataset=folder / name)
     return make
 
 
 def broken_model(role, change):
-    """A copy of the model of that role, damaged."""
+    """change(its directory) damages the model of that role."""
     def make(folder):
         path = tiny_model(folder / "model")
         change(Path(path))
@@ -619,11 +711,15 @@ def broken_model(role, change):
 
 
 def edit_config(**fields):
-    return lambda path: (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **fields}))
+    def change(path):
+        file = path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return change
 
 
 def encoder_decoder(folder):
-    transformers.T5Config(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16).save_pretrained(folder / "t5")
+    shape = dict(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
+    transformers.T5Config(**shape).save_pretrained(folder / "t5")
     return dict(student=folder / "t5" / "config.json")
 
 
@@ -644,136 +740,289 @@ def output_is_a_file(folder):
     return dict(output_dir=folder / "file")
 
 
+def begun_cache(folder):   # optional: cache
+    (folder / "c").mkdir()
+    for name in ("manifest.json", "config.json"):
+        (folder / "c" / name).write_text("{}")
+    return dict(cache_dir=folder / "c")
+
+
 GOOD_LINE = '{"text": "one two three four five"}\n'
-# what is wrong -> (fields, or a function of a folder that makes them; words that the message has to hold)
+BINARY = bytes(range(256)) * 9
+LATIN = (GOOD_LINE * 3 + '{"text": "Größe"}\n').encode("latin-1")
+FILL = dict(mode="cache", student=None, cache_dir="c")   # optional: cache
+FILL_TOPK = dict(**FILL, cache_method="topk")   # optional: cache
+MIN_LR_TWICE = '{"min_lr": 0, "min_lr_rate": 0}'
+
+# what is wrong -> (fields, or words, or a function of a folder that makes fields;
+#                   the words that the message has to hold)
 BAD_INPUT = {
-    "temperature 0": (dict(temperature=0), "temperature"), "temperature negative": (dict(temperature=-1), "temperature"),
-    "temperature infinite": (dict(temperature="inf"), "temperature"), "temperature no number": (dict(temperature="warm"), "temperature warm"),
-    "alpha 1.2": (dict(alpha=1.2), "alpha 1.2 between"), "alpha -0.1": (dict(alpha=-0.1), "alpha"), "alpha nan": (dict(alpha="nan"), "alpha"),
-    "batch 0": (dict(batch_size=0), "batch_size"), "batch 1.5": (dict(batch_size=1.5), "batch_size 1.5"), "seq_len 1": (dict(seq_len=1), "seq_len at least 2"),
-    "max_steps negative": (dict(max_steps=-5), "max_steps"), "max_steps 0": (dict(max_steps=0), "max_steps"),
-    "epochs 0": (dict(num_epochs=0), "num_epochs"), "rate 0": (dict(learning_rate=0), "learning_rate"), "rate nan": (dict(learning_rate="nan"), "learning_rate"),
-    "warmup 2": (dict(warmup_ratio=2), "warmup_ratio"), "decay negative": (dict(weight_decay=-1), "weight_decay"),
-    "clip negative": (dict(max_grad_norm=-1), "max_grad_norm"), "accumulation 0": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps"),
-    "keep 0": (dict(keep_checkpoints=0), "keep_checkpoints"), "log 0": (dict(log_steps=0), "log_steps"), "save negative": (dict(save_steps=-1), "save_steps"),
-    "eval negative": (dict(eval_steps=-1), "eval_steps"), "eval_samples 0": (dict(eval_samples=0), "eval_samples"), "max_samples 0": (dict(max_samples=0), "max_samples"),
-    "seed negative": (dict(seed=-1), "seed"), "buffer negative": (dict(streaming=True, max_steps=1, shuffle_buffer=-1), "shuffle_buffer"),
-    "num_proc 0": (dict(num_proc=0), "num_proc"), "multiplier negative": (dict(default_lr_multiplier=-1), "default_lr_multiplier"),
-    "multiplier pattern": (dict(lr_multipliers="(=1"), "lr_multipliers"), "multiplier matches nothing": (dict(lr_multipliers="zzz=1"), "zzz names"),
+    # values out of range
+    "temperature 0": (dict(temperature=0), "temperature"),
+    "temperature negative": (dict(temperature=-1), "temperature"),
+    "temperature infinite": (dict(temperature="inf"), "temperature"),
+    "temperature no number": (dict(temperature="warm"), "temperature warm"),
+    "alpha 1.2": (dict(alpha=1.2), "alpha 1.2 between"),
+    "alpha -0.1": (dict(alpha=-0.1), "alpha"),
+    "alpha nan": (dict(alpha="nan"), "alpha"),
+    "batch 0": (dict(batch_size=0), "batch_size"),
+    "batch 1.5": (dict(batch_size=1.5), "batch_size 1.5"),
+    "seq_len 1": (dict(seq_len=1), "seq_len at least 2"),
+    "max_steps negative": (dict(max_steps=-5), "max_steps"),
+    "max_steps 0": (dict(max_steps=0), "max_steps"),
+    "epochs 0": (dict(num_epochs=0), "num_epochs"),
+    "rate 0": (dict(learning_rate=0), "learning_rate"),
+    "rate nan": (dict(learning_rate="nan"), "learning_rate"),
+    "warmup 2": (dict(warmup_ratio=2), "warmup_ratio"),
+    "decay negative": (dict(weight_decay=-1), "weight_decay"),
+    "clip negative": (dict(max_grad_norm=-1), "max_grad_norm"),
+    "accumulation 0": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps"),
+    "keep 0": (dict(keep_checkpoints=0), "keep_checkpoints"),
+    "log 0": (dict(log_steps=0), "log_steps"),
+    "save negative": (dict(save_steps=-1), "save_steps"),
+    "eval negative": (dict(eval_steps=-1), "eval_steps"),
+    "eval_samples 0": (dict(eval_samples=0), "eval_samples"),
+    "max_samples 0": (dict(max_samples=0), "max_samples"),
+    "seed negative": (dict(seed=-1), "seed"),
+    "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
+    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"),
+    "buffer negative": (   # optional: streaming
+        dict(streaming=True, max_steps=1, shuffle_buffer=-1), "shuffle_buffer"),
+    "num_proc 0": (dict(num_proc=0), "num_proc"),
+    "multiplier negative": (dict(default_lr_multiplier=-1), "default_lr_multiplier"),
+    "multiplier pattern": (dict(lr_multipliers="(=1"), "lr_multipliers"),
+    "multiplier matches nothing": (dict(lr_multipliers="zzz=1"), "zzz names"),
     "everything frozen": (dict(default_lr_multiplier=0), "frozen"),
-    "scheduler unknown": (dict(lr_scheduler="step"), "lr_scheduler cosine"), "divergence unknown": (dict(divergence="tv"), "divergence"),
-    "mode unknown": (dict(mode="learn"), "mode"), "fsdp unknown": (dict(fsdp="zero3"), "fsdp"), "dtype unknown": (dict(dtype="int8"), "dtype"),
-    "bool": (dict(streaming="perhaps"), "streaming"), "empty name": (dict(output_dir=" "), "output_dir"),
-    "flag twice": (["--alpha", "0.1", "--alpha", "0.2"], "alpha once"), "flag unknown": (["--alhpa", "1"], "alhpa alpha"), "stray word": (["train"], "train"),
+    "half of nothing": (   # optional: blockwise
+        dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
+    "head epochs 0": (   # optional: blockwise
+        dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
+
+    # no such choice
+    "scheduler unknown": (dict(lr_scheduler="step"), "lr_scheduler cosine"),
+    "divergence unknown": (dict(divergence="tv"), "divergence"),
+    "mode unknown": (dict(mode="learn"), "mode"),
+    "fsdp unknown": (dict(fsdp="zero3"), "fsdp"),
+    "dtype unknown": (dict(dtype="int8"), "dtype"),
+    "bool": (dict(streaming="perhaps"), "streaming"),   # optional: streaming
+    "empty name": (dict(output_dir=" "), "output_dir"),
+
+    # flags
+    "flag twice": (["--alpha", "0.1", "--alpha", "0.2"], "alpha once"),
+    "flag unknown": (["--alhpa", "1"], "alhpa alpha"),
+    "stray word": (["train"], "train"),
     "flag without value": (["--alpha"], "alpha"),
-    "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"), "cache and reverse": (dict(cache_dir="c", divergence="reverse"), "divergence"),
-    "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"), "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),
-    "k 0": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=0), "cache_top_k"),
-    "k above the vocabulary": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_method="topk", cache_top_k=264), "cache_top_k 264 263"),
-    "draws 0": (lambda folder: dict(mode="cache", student=None, cache_dir=folder / "c", cache_samples=0), "cache_samples"),
-    "a mode's unread field": (dict(api_model="x"), "api_model train"), "stream without steps": (dict(streaming=True), "max_steps"),
-    "layers 0": (dict(student="layers:0"), "layers:N"), "layers too many": (dict(student="layers:9"), "layers:N 2"), "layers x": (dict(student="layers:x"), "layers:N"),
-    "layers of a cache, whose": (dict(cache_dir="c", teacher="demo", student="layers:1"), "layers:1 --teacher"),
-    "no such path": (dict(teacher="/nowhere/at/all", student="layers:1"), "/nowhere/at/all path"),
-    "cache begun": (lambda folder: (folder.joinpath("c").mkdir(parents=True), [(folder / "c" / f).write_text("{}") for f in ("manifest.json", "config.json")],
-                                    dict(cache_dir=folder / "c"))[-1], "begun finished"),
-    "resume nowhere": (dict(resume="/nowhere"), "/nowhere"), "no student": (dict(student=None), "student"),
-    "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"), "student nowhere": (dict(student="no/where"), "no/where name"),
-    "teacher without config": (broken_model("teacher", lambda path: (path / "config.json").unlink()), "teacher config"),
-    "teacher config is no json": (broken_model("teacher", lambda path: (path / "config.json").write_text("{")), "teacher config"),
-    "teacher without weights": (broken_model("teacher", lambda path: (path / "model.safetensors").unlink()), "teacher"),
-    "truncated safetensors": (broken_model("teacher", lambda path: os.truncate(path / "model.safetensors", 999)), "teacher"),
-    "weights missing": (broken_model("teacher", edit_config(num_hidden_layers=3)), "teacher lacks"),
-    "encoder-decoder": (encoder_decoder, "student t5"), "unknown architecture": (broken_model("student", edit_config(model_type="novel")), "student"),
-    "tokenizer nowhere": (dict(tokenizer="/nowhere"), "tokenizer"), "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl exist"),
-    "dataset name nowhere": (dict(dataset="no/where"), "no/where"), "split nowhere": (dict(train_split="tarin"), "tarin"),
-    "empty file": (with_file("a.jsonl", ""), "a.jsonl empty"), "blank file": (with_file("a.jsonl", "\n\n"), "a.jsonl"),
-    "binary file": (with_file("a.jsonl", bytes(range(256)) * 9), "a.jsonl line 1"), "binary text": (with_file("a.txt", bytes(range(256)) * 9), "a.txt line"),
-    "wrong encoding": (with_file("a.jsonl", (GOOD_LINE * 3 + '{"text": "Größe"}\n').encode("latin-1")), "line 4"),
-    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "line 5"),
-    "a line that is no object": (with_file("a.jsonl", GOOD_LINE * 2 + "3\n" + GOOD_LINE), "line 3"),
-    "no known column": (with_file("a.jsonl", '{"body": "one two three", "id": 3}\n' * 9), "text body id"),
-    "text that is no text": (with_file("a.jsonl", '{"text": 3}\n' * 9), "text"), "csv without text": (with_file("a.csv", "a,b\n1,2\n3,4\n"), "text a b"),
-    "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
-    "no assistant": (with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
-    "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"), "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
-    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"), "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
-    "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"), "output is a file": (output_is_a_file, "directory file"),
-    # flags that would do nothing
-    "k of draws": (dict(mode="cache", student=None, cache_dir="c", cache_top_k=32), "cache_top_k --cache_method topk"),
-    "draws of k": (dict(mode="cache", student=None, cache_dir="c", cache_method="topk", cache_samples=10), "cache_samples --cache_method sample"),
-    "weight of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3), "logit_loss_weight --logit_loss_type"),
-    "temperature of labels": (dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2), "logit_loss_temperature --logit_loss_type kl_div"),
-    "no head phase": (dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"), "lm_head_lr, logit_loss_type --train_lm_head true"),
-    "no stitches": (dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False), "stitching_layer_bias --use_stitching_layers true"),
-    "all blocks at once": (dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False), "freeze_previous_blocks --block_input student"),
-    "blocks without blockwise": (dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
-    "buffer without stream": (dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
-    "buffer in eval": (dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
-    "constant with kwargs": (dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
-    "warmup and kwargs": (dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'), "lr_scheduler_kwargs constant"),
-    "constant with warmup": (dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
-    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
-    # nothing where a name should be, as from "$UNSET"
-    **{f"empty {name}": (dict({name: value}), f"{name} empty") for name, value in dict(cache_dir="", tokenizer="", resume="", eval_split=" ",
-                                                                                      lr_multipliers="", wandb_project="\t").items()},
-    "empty config": (dict(config=""), "--config No such file"),
-    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"), "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
-    "half of nothing": (dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
-    "head epochs 0": (dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
-    "cache and stream": (dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
-    # before any model is loaded
-    "stream without steps, early": (dict(streaming=True, teacher="/nowhere"), "max_steps"),
-    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
-    "layers in eval": (dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
-    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
-    "min_lr missing": (dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"), "min_lr_rate lr_scheduler_kwargs"),
-    "min_lr twice": (dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 0, "min_lr_rate": 0}', teacher="/nowhere"), "min_lr_rate one"),
-    "kwargs unknown": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"), "num_cycle num_cycles"),
-    "kwargs of ours": (dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}', teacher="/nowhere"), "num_warmup_steps num_cycles"),
-    "kwargs a list": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
-    # what yaml makes of it
-    "yaml key true": (yaml_file("true: 1\n"), "True"), "yaml key no": (yaml_file("no: 1\n"), "False"), "yaml key 5": (yaml_file("5: 1\n"), "5"),
-    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"), "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),
-    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"), "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
-    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"), "yaml no value a block": (yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
     # a no_ that no flag has
-    "no_blockwise": (["--no_blockwise"], "--no_blockwise --blockwise false"), "no-streaming": (["--no-streaming"], "--streaming false"),
-    "no_seed": (["--no_seed", "3"], "--no_seed --seed"), "no_alhpa": (["--no_alhpa"], "alpha"),
+    "no_blockwise": (   # optional: blockwise
+        ["--no_blockwise"], "--no_blockwise --blockwise false"),
+    "no-streaming": (["--no-streaming"], "--streaming false"),   # optional: streaming
+    "no_seed": (["--no_seed", "3"], "--no_seed --seed"),
+    "no_alhpa": (["--no_alhpa"], "alpha"),
+
+    # what does not go together
+    "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"),   # optional: cache
+    "cache and reverse": (   # optional: cache
+        dict(cache_dir="c", divergence="reverse"), "divergence"),
+    "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"),   # optional: cache
+    "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),   # optional: cache
+    "cache begun": (begun_cache, "begun finished"),   # optional: cache
+    **{   # optional: cache
+        "cache and stream": (   # optional: streaming
+            dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
+    },
+    "k 0": (dict(**FILL_TOPK, cache_top_k=0), "cache_top_k"),   # optional: cache
+    "k above the vocabulary": (   # optional: cache
+        dict(**FILL_TOPK, cache_top_k=264), "cache_top_k 264 263"),
+    "draws 0": (dict(**FILL, cache_samples=0), "cache_samples"),   # optional: cache
+    "a mode's unread field": (dict(api_model="x"), "api_model train"),   # optional: generate
+    "stream without steps": (dict(streaming=True), "max_steps"),   # optional: streaming
+
+    # models
+    "layers 0": (dict(student="layers:0"), "layers:N"),
+    "layers too many": (dict(student="layers:9"), "layers:N 2"),
+    "layers x": (dict(student="layers:x"), "layers:N"),
+    "layers of a cache, whose": (   # optional: cache
+        dict(cache_dir="c", teacher="demo", student="layers:1"), "layers:1 --teacher"),
+    "no such path": (dict(teacher="/nowhere/at/all", student="layers:1"), "/nowhere/at/all path"),
+    "resume nowhere": (dict(resume="/nowhere"), "/nowhere"),
+    "no student": (dict(student=None), "student"),
+    "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"),
+    "student nowhere": (dict(student="no/where"), "no/where name"),
+    "teacher without config": (
+        broken_model("teacher", lambda path: (path / "config.json").unlink()), "teacher config"),
+    "teacher config is no json": (
+        broken_model("teacher", lambda path: (path / "config.json").write_text("{")),
+        "teacher config"),
+    "teacher without weights": (
+        broken_model("teacher", lambda path: (path / "model.safetensors").unlink()), "teacher"),
+    "truncated safetensors": (
+        broken_model("teacher", lambda path: os.truncate(path / "model.safetensors", 999)),
+        "teacher"),
+    "weights missing": (
+        broken_model("teacher", edit_config(num_hidden_layers=3)), "teacher lacks"),
+    "encoder-decoder": (encoder_decoder, "student t5"),
+    "unknown architecture": (broken_model("student", edit_config(model_type="novel")), "student"),
+    "tokenizer nowhere": (dict(tokenizer="/nowhere"), "tokenizer"),
+
+    # data
+    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl exist"),
+    "dataset name nowhere": (dict(dataset="no/where"), "no/where"),
+    "split nowhere": (dict(train_split="tarin"), "tarin"),
+    "empty file": (with_file("a.jsonl", ""), "a.jsonl empty"),
+    "blank file": (with_file("a.jsonl", "\n\n"), "a.jsonl"),
+    "binary file": (with_file("a.jsonl", BINARY), "a.jsonl line 1"),
+    "binary text": (with_file("a.txt", BINARY), "a.txt line"),
+    "wrong encoding": (with_file("a.jsonl", LATIN), "line 4"),
+    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "line 5"),
+    "a line that is no object": (
+        with_file("a.jsonl", GOOD_LINE * 2 + "3\n" + GOOD_LINE), "line 3"),
+    "no known column": (
+        with_file("a.jsonl", '{"body": "one two three", "id": 3}\n' * 9), "text body id"),
+    "text that is no text": (with_file("a.jsonl", '{"text": 3}\n' * 9), "text"),
+    "csv without text": (with_file("a.csv", "a,b\n1,2\n3,4\n"), "text a b"),
+    "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
+    "no assistant": (
+        with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
+    "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"),
+    "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
+
+    # files and folders
+    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
+    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"),
+    "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
+    "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"),
+    "output is a file": (output_is_a_file, "directory file"),
+    # what yaml makes of it
+    "yaml key true": (yaml_file("true: 1\n"), "True"),
+    "yaml key no": (yaml_file("no: 1\n"), "False"),
+    "yaml key 5": (yaml_file("5: 1\n"), "5"),
+    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"),
+    "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),   # optional: eval
+    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"),   # optional: eval
+    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"),
+    "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
+    "yaml no value a block": (   # optional: blockwise
+        yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
+
+    # flags that would do nothing
+    "k of draws": (   # optional: cache
+        dict(**FILL, cache_top_k=32), "cache_top_k --cache_method topk"),
+    "draws of k": (   # optional: cache
+        dict(**FILL_TOPK, cache_samples=10), "cache_samples --cache_method sample"),
+    "weight of labels": (   # optional: blockwise
+        dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3),
+        "logit_loss_weight --logit_loss_type"),
+    "temperature of labels": (   # optional: blockwise
+        dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2),
+        "logit_loss_temperature --logit_loss_type kl_div"),
+    "no head phase": (   # optional: blockwise
+        dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"),
+        "lm_head_lr, logit_loss_type --train_lm_head true"),
+    "no stitches": (   # optional: blockwise
+        dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False),
+        "stitching_layer_bias --use_stitching_layers true"),
+    "all blocks at once": (   # optional: blockwise
+        dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False),
+        "freeze_previous_blocks --block_input student"),
+    "blocks without blockwise": (   # optional: blockwise
+        dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
+    "buffer without stream": (   # optional: streaming
+        dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
+    **{   # optional: eval
+        "buffer in eval": (   # optional: streaming
+            dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
+    },
+    "constant with kwargs": (
+        dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
+    "warmup and kwargs": (
+        dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'),
+        "lr_scheduler_kwargs constant"),
+    "constant with warmup": (
+        dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
+    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
+
+    # nothing where a name should be, as from "$UNSET"
+    "empty cache_dir": (dict(cache_dir=""), "cache_dir empty"),   # optional: cache
+    "empty tokenizer": (dict(tokenizer=""), "tokenizer empty"),
+    "empty resume": (dict(resume=""), "resume empty"),
+    "empty eval_split": (dict(eval_split=" "), "eval_split empty"),
+    "empty lr_multipliers": (dict(lr_multipliers=""), "lr_multipliers empty"),
+    "empty wandb_project": (dict(wandb_project="\t"), "wandb_project empty"),
+    "empty config": (dict(config=""), "--config No such file"),
+
+    # before any model is loaded
+    "stream without steps, early": (   # optional: streaming
+        dict(streaming=True, teacher="/nowhere"), "max_steps"),
+    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
+    "layers in eval": (   # optional: eval
+        dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
+    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
+    "min_lr missing": (
+        dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"),
+        "min_lr_rate lr_scheduler_kwargs"),
+    "min_lr twice": (
+        dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs=MIN_LR_TWICE,
+             teacher="/nowhere"),
+        "min_lr_rate one"),
+    "kwargs unknown": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"),
+        "num_cycle num_cycles"),
+    "kwargs of ours": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}',
+             teacher="/nowhere"),
+        "num_warmup_steps num_cycles"),
+    "kwargs a list": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
 }
-
-
-if os.geteuid():
+if os.geteuid():   # root may write anywhere
     BAD_INPUT["no permission"] = (no_permission, "closed")
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text, monkeypatch):
-    fields, words = BAD_INPUT[case]
-    (tmp_path / "given").mkdir()
-    monkeypatch.chdir(tmp_path / "given")
-    given = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "output_dir": tmp_path / "out"}
+def command_of(fields, folder, **usual):
+    """A sound run, but for what a case of BAD_INPUT says -> command-line words."""
+    usual = {**PLAIN, **usual}
     if isinstance(fields, list):
-        given, more = flags(**given), fields
-    else:
-        fields, more = fields(tmp_path / "given") if callable(fields) else fields, []
-        given = flags(**{k: v for k, v in {**given, **fields}.items() if fields.get("mode", "train") == "train" or k not in PLAIN or k in ("dtype", "seq_len") or k in fields})
-    before = {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
-    err = cli(*given, *more, rc=2).err.strip()
-    assert err.startswith("error: ") and len(err.splitlines()) <= 2 and len(err) < 600, err
-    assert all(word in err for word in words.split()), (words, err)
+        return [*flags(**usual), *fields]
+    if callable(fields):
+        fields = fields(folder)
+    if fields.get("mode", "train") != "train":   # which reads little of PLAIN
+        for name in set(PLAIN) - {"dtype", "seq_len"}:
+            del usual[name]
+    return flags(**{**usual, **fields})
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text,
+                                                    monkeypatch):
+    """And nothing is left behind or changed."""
+    fields, words = BAD_INPUT[case]
+    folder = tmp_path / "given"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    command = command_of(fields, folder, teacher=teacher, student=student, dataset=text,
+                         output_dir=tmp_path / "out")
+    before = files_in(folder)
+    err = cli(*command, rc=2).err.strip()
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) <= 2 and len(err) < 600, err
+    missing = [word for word in words.split() if word not in err]
+    assert not missing, (missing, err)
     assert not (tmp_path / "out").exists(), sorted((tmp_path / "out").rglob("*"))
-    assert before == {path: path.read_bytes() for path in (tmp_path / "given").rglob("*") if path.is_file()}
+    assert files_in(folder) == before
 
 
 def test_config_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
-    (tmp_path / "f.yaml").write_text("max_steps: 2\ncompare: [a]\n")
+    (tmp_path / "f.yaml").write_text("max_steps: 2\nlr_multipliers: [a=1]\n")
     assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
 
 
 def test_config_no_check_vanishes_under_python_O():
-    assert not [node for node in ast.walk(ast.parse(Path(config.__file__).read_text())) if isinstance(node, ast.Assert)]
+    tree = ast.parse(Path(config.__file__).read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -787,14 +1036,14 @@ def test_runtime_a_digest_sees_the_middle_of_a_long_array():
 
 
 def test_runtime_one_run_a_directory(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=1)
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    distil(out, **fields, max_steps=1)
     with sd.process_group(), sd.lock(out):
-        pass
-    import fcntl
+        pass   # it was left free
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
     try:
-        assert "another run" in distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=2).err
+        assert "another run" in distil(out, rc=2, **fields, max_steps=2).err
     finally:
         os.close(handle)
 
@@ -1122,121 +1371,186 @@ def test_losses_an_evaluation_forms_no_gradient(monkeypatch):
 
 
 def test_data_longer_prompts_change_nothing_but_the_context(tmp_path, student):
-    """In a model whose attention adds nothing a token sees only itself: then only counted tokens can make a difference."""
-    path = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
-    edit_weights(path, lambda w: [w[k].zero_() for k in w if "o_proj" in k])
-    grads, losses = [], []
+    """In a model whose attention adds nothing a token sees only itself: then only counted tokens
+    can make a difference."""
+    blind = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
+    teacher = tiny_model(tmp_path / "teacher", seed=5)
+
+    def silence(tensors):
+        for name in tensors:
+            if "o_proj" in name:
+                tensors[name].zero_()
+
+    edit_weights(blind, silence)
+    grads = []
+    losses = []
     for name, prompt in (("short", "a"), ("long", prose(30))):
         rows = [{**row, "prompt": prompt} for row in talk(8)]
         out = str(tmp_path / name)
-        distil(out, student=path, teacher=tiny_model(tmp_path / f"{name}-teacher", seed=5), alpha=1.0, batch_size=8, max_steps=1, seq_len=400,
-               dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]), max_grad_norm=0)
+        distil(out, student=blind, teacher=teacher, alpha=1.0, batch_size=8, max_steps=1,
+               seq_len=400, dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]),
+               max_grad_norm=0)
         losses.append(column(out, "train/loss"))
         grads.append({k: v for k, v in gradients(out).items() if "o_proj" not in k})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert distance(*grads) < 1e-6
+    assert distance(grads[0], grads[1]) < 1e-6
 
 
 def test_data_the_label_is_the_next_token(tmp_path, out):
-    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift is missing or doubled."""
+    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift
+    is missing or doubled."""
     path = tiny_model(tmp_path / "abc", hidden=264, layers=1)
     order = tiny_tokenizer().encode("abcdefgh<|endoftext|>")
 
-    def by_heart(w):
-        for k in w:
-            w[k].zero_() if "norm" not in k else w[k].fill_(1)
-        for now, following in zip(order, order[1:] + order[:1]):
-            w["model.embed_tokens.weight"][now, now] = 1
-            w["lm_head.weight"][following, now] = 2
-    edit_weights(path, by_heart)
-    distil(out, student=path, dataset=write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40), alpha=1.0, max_steps=1, learning_rate=STILL)
-    assert column(out, "train/ce_loss")[0] < 1e-6 and column(out, "eval/ce_loss")[0] < 1e-6
+    def learn_by_heart(tensors):
+        for name in tensors:
+            tensors[name].fill_(1 if "norm" in name else 0)
+        for token, following in zip(order, order[1:] + order[:1]):
+            tensors["model.embed_tokens.weight"][token, token] = 1
+            tensors["lm_head.weight"][following, token] = 2
+
+    edit_weights(path, learn_by_heart)
+    dataset = write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40)
+    distil(out, student=path, dataset=dataset, alpha=1.0, max_steps=1, learning_rate=STILL)
+    assert column(out, "train/ce_loss")[0] < 1e-6
+    assert column(out, "eval/ce_loss")[0] < 1e-6
 
 
 def test_data_collate_shifts_before_it_masks():
-    rows = [{"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]}, {"input_ids": [9, 10], "targets": None}]
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]},
+        {"input_ids": [9, 10], "targets": None},
+    ]
     batch = sd.collate(rows)
-    assert batch.positions.tolist() == [1, 2, 4] and batch.labels.tolist() == [7, 8, 10]
+    assert batch.positions.tolist() == [1, 2, 4]
+    assert batch.labels.tolist() == [7, 8, 10]
 
 
 def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, teacher, text):
     other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(roll=1))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     err = distil(out, rc=2, teacher=teacher, student=other, dataset=text, max_steps=1).err
-    assert f"token {len(SPECIAL)} " in err and repr(letters[0]) in err and repr(letters[1]) in err
+    assert f"token {len(SPECIAL)} " in err   # the first that differs, and what both make of it
+    assert repr(letters[0]) in err
+    assert repr(letters[1]) in err
     assert not os.path.exists(out)
 
 
 def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
-    one, two = (tiny_tokenizer(merges=merges) for merges in (("t u", "u r"), ("u r", "t u")))
+    one = tiny_tokenizer(merges=("t u", "u r"))
+    two = tiny_tokenizer(merges=("u r", "t u"))
     assert one.get_vocab() == two.get_vocab()
-    pair = dict(teacher=tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one), student=tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two))
-    distil(out, rc=2, **pair, dataset=text, max_steps=1)
+    teacher = tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one)
+    student = tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two)
+    distil(out, rc=2, teacher=teacher, student=student, dataset=text, max_steps=1)
+
+
+# ---- which tokens are targets
 
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    marked = zip(row["input_ids"], [True] * len(row["input_ids"]) if row["targets"] is None else row["targets"])
-    return [tokenizer.decode([int(i) for i, _ in run]) for keep, run in itertools.groupby(marked, key=lambda x: bool(x[1])) if keep]
+    targets = row["targets"]
+    if targets is None:
+        targets = [True] * len(row["input_ids"])
+    runs = []
+    pairs = zip(targets, row["input_ids"])
+    for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
+        if is_target:
+            runs.append(tokenizer.decode([int(token) for _, token in run]))
+    return runs
 
 
 def encode(rows, tokenizer, seq_len=512):
-    return sd.rows_from_columns(sd.encode({k: [row[k] for row in rows] for k in rows[0]}, tokenizer, "text", seq_len))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return sd.rows_from_columns(sd.encode(columns, tokenizer, "text", seq_len))
 
 
-TWO_TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hello there"},
-             {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4.\nTruly."}]
-MARKED = CHATML.replace("{{ m['content'] }}<|im_end|>", "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-                        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} "
-           "[/INST]{% endif %}{% endfor %}")
-THINKING = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last %}{{ m['content'] }}{% else %}"
-            "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+TWO_TURNS = [
+    {"role": "system", "content": "be brief"},
+    user("hello there"), assistant("hello there"),
+    user("2+2?"), assistant("It is 4.\nTruly."),
+]
+MARKED = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>",
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
+    "{% endif %}{% endfor %}")
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last %}{{ m['content'] }}{% else %}"
+    "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
 NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
 
 
-@pytest.mark.parametrize("template, want", [
-    (CHATML, ["hello there<|im_end|>", "It is 4.\nTruly.<|im_end|>"]),
-    (LLAMA3, ["hello there<|eot_id|>", "It is 4.\nTruly.<|eot_id|>"]),
-    (MARKED, ["hello there<|im_end|>", "It is 4.\nTruly.<|im_end|>"]),
-    (MISTRAL, ["hello there<|endoftext|>", "It is 4.\nTruly.<|endoftext|>"]),
-    (NO_END, ["hello there", "It is 4.\nTruly."]),
-    (None, ["hello there<|endoftext|>", "It is 4.\nTruly.<|endoftext|>"]),
-], ids="chatml llama3 marked mistral no_end none".split())
+@pytest.mark.parametrize("template, end_mark", [
+    pytest.param(CHATML, "<|im_end|>", id="chatml"),
+    pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
+    pytest.param(MARKED, "<|im_end|>", id="marked"),
+    pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
+    pytest.param(NO_END, "", id="no_end"),
+    pytest.param(None, "<|endoftext|>", id="none"),
+])
 @pytest.mark.parametrize("bos", [False, True])
-def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template, want, bos):
+def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template, end_mark, bos):
     tokenizer = tiny_tokenizer(template, bos=bos)
     row, = encode([{"messages": TWO_TURNS}], tokenizer)
-    assert target_runs(row, tokenizer) == want
+    assert target_runs(row, tokenizer) == ["hello there" + end_mark, "It is 4.\nTruly." + end_mark]
     if template:   # and the ids are those that the template makes, with no second <|begin|>
-        assert row["input_ids"] == tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
+        assert row["input_ids"] == ids
 
 
-@pytest.mark.parametrize("said, shown", [("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"), ("é日本🙂", "é日本🙂"),
-                                         ("<|eot_id|>", "<|eot_id|>"), ("assistant", "assistant")])
+@pytest.mark.parametrize("said, shown", [
+    ("  spaced out \n", "spaced out"),
+    ("x", "x"),
+    ("<|im", "<|im"),
+    ("user", "user"),
+    ("é日本🙂", "é日本🙂"),
+    ("<|eot_id|>", "<|eot_id|>"),
+    ("assistant", "assistant"),
+])
 def test_data_odd_answers_are_found_exactly(said, shown):
     tokenizer = tiny_tokenizer(LLAMA3)
-    row, = encode([{"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}] * 2}], tokenizer)
-    if shown in SPECIAL:   # an answer that is itself an end mark: nothing can tell them apart, nothing else may be counted
-        shown = ""
-        assert all(set(run) <= set("<|eot_id|>") for run in target_runs(row, tokenizer))
+    row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
+    runs = target_runs(row, tokenizer)
+    if shown in SPECIAL:
+        # an answer that is itself an end mark: nothing can tell them apart, and nothing else may
+        # be counted
+        assert all(set(run) <= set("<|eot_id|>") for run in runs)
     else:
-        assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
+        assert runs == [shown + "<|eot_id|>"] * 2
 
 
 def test_data_templates_that_rewrite_earlier_turns():
     tokenizer = tiny_tokenizer(THINKING)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>hm</think>b"},
-             {"role": "user", "content": "c"}, {"role": "assistant", "content": "<think>so</think>d"}]
+    turns = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>d")]
     row, = encode([{"messages": turns}], tokenizer)
     assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
 
 
+# ---- from files to rows
+
+
 def rows_of(dataset, tokenizer=None, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    cfg = config.Config(**{"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64, **fields})
+    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
+    cfg = config.Config(**{**usual, **fields})
     with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-        return tuple([dict(row) for row in rows] for rows in sd.load_data(cfg, tokenizer or tiny_tokenizer()))
+        train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
+        return [dict(row) for row in train], [dict(row) for row in held_out]
 
 
 def ids_of(rows):
@@ -1248,7 +1562,7 @@ def decoded(rows):
 
 
 STYLES = {
-    "messages": {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    "messages": {"messages": [user("why?"), assistant("so")]},
     "response": {"prompt": "why?", "response": "so"},
     "completion": {"prompt": "why?", "completion": "so"},
     "answer": {"question": "why?", "answer": "so"},
@@ -1260,128 +1574,171 @@ STYLES = {
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_data_conversation_columns(tmp_path, style, suffix):
-    rows, path, tokenizer = [STYLES[style]] * 4, str(tmp_path / f"d.{suffix}"), tiny_tokenizer(CHATML)
-    write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(path)
-    for row in sum(rows_of(path, tokenizer), []):
+    rows = [STYLES[style]] * 4
+    path = str(tmp_path / f"d.{suffix}")
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    tokenizer = tiny_tokenizer(CHATML)
+    train, held_out = rows_of(path, tokenizer)
+    for row in train + held_out:
         assert target_runs(row, tokenizer) == ["so<|im_end|>"]
-        assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>user\nwhy?<|im_end|>")
+        shown = tokenizer.decode(row["input_ids"])
+        assert shown.startswith("<|im_start|>user\nwhy?<|im_end|>")
 
 
 def test_data_instruction_with_input_shows_both(tmp_path):
     tokenizer = tiny_tokenizer(CHATML)
     row, = encode([{"instruction": "add", "input": "1 and 2", "output": "3"}], tokenizer)
     shown = tokenizer.decode(row["input_ids"])
-    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant") and target_runs(row, tokenizer) == ["3<|im_end|>"]
+    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant")
+    assert target_runs(row, tokenizer) == ["3<|im_end|>"]
 
 
-def test_data_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out, student):
-    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in ((2, 10), (3, 10), (4, 100), (16, 10), (500, 10))]
+def test_data_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out,
+                                                                                student):
+    sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
+    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
     path = write_splits(tmp_path / "d", rows, rows[:1])
     train, _ = rows_of(path, seq_len=16)
-    assert [len(row["input_ids"]) for row in train] == [14, 15, 16] and [sum(row["targets"]) for row in train] == [11, 11, 11]
+    assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
+    assert [sum(row["targets"]) for row in train] == [11, 11, 11]
     shown = distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=16)
     assert "dropped 2 of 5" in shown.out + shown.err
 
 
 def test_data_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
     docs = [prose(5 + i, i) for i in range(6)]
-    train, held = rows_of(write_splits(tmp_path / "d", [{"text": t} for t in docs], [{"text": "held out text here"}]), seq_len=16)
-    stream = tiny_tokenizer().encode("".join(t + "<|endoftext|>" for t in docs))
-    want = [stream[i:i + 16] for i in range(0, len(stream), 16)]
-    assert ids_of(train) == want and all(row["targets"] is None or all(row["targets"]) for row in train)
-    assert decoded(held)[0] == "held out text he"
+    path = write_splits(
+        tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out text here"}])
+    train, held_out = rows_of(path, seq_len=16)
+    stream = tiny_tokenizer().encode("".join(doc + "<|endoftext|>" for doc in docs))
+    assert ids_of(train) == [stream[i:i + 16] for i in range(0, len(stream), 16)]
+    for row in train:
+        assert row["targets"] is None or all(row["targets"])
+    assert decoded(held_out)[0] == "held out text he"
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
     docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
+    rows = [{"text": doc} for doc in docs]
     table = datasets.Dataset.from_dict({"text": docs, "other": list(range(25))})
-    place = lambda name: str(tmp_path / name)
-    write_jsonl(place("d.jsonl"), [{"text": t} for t in docs])
-    Path(place("d.json")).write_text(json.dumps([{"text": t} for t in docs]))
-    table.to_csv(place("d.csv"))
-    table.to_parquet(place("d.parquet"))
-    Path(place("d.txt")).write_text("\n\n".join(docs))
-    table.save_to_disk(place("saved"))
-    datasets.DatasetDict(train=table).save_to_disk(place("saved_dict"))
-    want = [ids_of(rows) for rows in rows_of(place("d.jsonl"))]
-    assert len(want[0]) > 20 and len(want[1]) >= 1
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    table.to_csv(str(tmp_path / "d.csv"))
+    table.to_parquet(str(tmp_path / "d.parquet"))
+    (tmp_path / "d.txt").write_text("\n\n".join(docs))
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
+    want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
+    assert len(want[0]) > 20
+    assert len(want[1]) >= 1
     for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
-        assert [ids_of(rows) for rows in rows_of(place(name))] == want, name
+        assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
 
 
 def test_data_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, chat):
-    """In a process of its own: forking with threads about, a deadlock would take the other tests along."""
+    """In a process of its own: forking with threads about, a deadlock would take the other tests
+    along."""
     fields = dict(student=student, dataset=chat, alpha=1.0, batch_size=8, max_steps=1, seq_len=256)
-    distil(tmp_path / "one", **fields)
-    process = spawn(*flags(**PLAIN | fields, output_dir=tmp_path / "two", num_proc=2))
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    distil(one, **fields)
+    process = spawn(*flags(**PLAIN | fields, output_dir=two, num_proc=2))
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 0, shown
-    assert column(tmp_path / "two", "train/loss") == pytest.approx(column(tmp_path / "one", "train/loss"), rel=1e-6)
+    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), rel=1e-6)
+
+
+def kept_files():
+    """Of tokenised rows."""
+    return set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
 
 
 def test_data_tokenised_rows_are_kept_for_the_next_run(tmp_path):
-    kept = lambda: set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
-    path, before = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)]), kept()
-    first, after_one = rows_of(path), kept()
-    assert ids_of(rows_of(path)[0]) == ids_of(first[0]) and kept() == after_one != before
-    assert ids_of(rows_of(path, seq_len=32)[0]) != ids_of(first[0]) and kept() != after_one
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)])
+    before = kept_files()
+    first = ids_of(rows_of(path)[0])
+    after_first = kept_files()
+    assert after_first != before
+    assert ids_of(rows_of(path)[0]) == first
+    assert kept_files() == after_first
+    assert ids_of(rows_of(path, seq_len=32)[0]) != first
+    assert kept_files() != after_first
 
 
 def test_data_formats_run_through_the_command_line(tmp_path, student, text):
     table = datasets.load_dataset("json", data_files=text, split="train")
     table.to_parquet(str(tmp_path / "d.parquet"))
-    results = []
-    for name in (text, str(tmp_path / "d.parquet")):
-        distil(tmp_path / str(len(results)), student=student, dataset=name, alpha=1.0, max_steps=2)
-        results.append(final_weights(tmp_path / str(len(results))))
-    assert same(*results)
+    fields = dict(student=student, alpha=1.0, max_steps=2)
+    distil(tmp_path / "jsonl", dataset=text, **fields)
+    distil(tmp_path / "parquet", dataset=tmp_path / "d.parquet", **fields)
+    assert same(final_weights(tmp_path / "jsonl"), final_weights(tmp_path / "parquet"))
 
 
 def test_data_text_column_and_unknown_columns(tmp_path, out, student):
     path = write_jsonl(tmp_path / "d.jsonl", [{"body": prose(20, i), "id": i} for i in range(10)])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, max_steps=1).err
-    assert "'text'" in err and "body" in err and "id" in err
-    distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, text_column="body")
+    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1)
+    err = distil(out, rc=2, **fields).err
+    assert "'text'" in err
+    assert "body" in err
+    assert "id" in err
+    distil(out, **fields, text_column="body")
+
+
+# ---- splits
 
 
 def test_data_held_out_rows_are_never_trained_on(tmp_path):
     rows = [{"prompt": f"question {i:03d}", "response": f"answer {i:03d}"} for i in range(100)]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
-    train, held = (decoded(x) for x in rows_of(path))
-    assert held and not set(train) & set(held) and len(set(train) | set(held)) == len(train) + len(held) == 100
-    assert (train, held) == tuple(decoded(x) for x in rows_of(path))
+    train, held_out = rows_of(path)
+    assert held_out
+    assert len(train) + len(held_out) == 100
+    assert len(set(decoded(train + held_out))) == 100   # so that none is in both
+    assert [ids_of(rows) for rows in rows_of(path)] == [ids_of(train), ids_of(held_out)]
     assert len(rows_of(path, eval_samples=2)[1]) <= 2
+
+
+def numbers_in(rows):
+    return set(re.findall(r"<(\d{3})>", "".join(decoded(rows))))
 
 
 def test_data_text_that_is_held_out_is_in_no_block_of_train(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    train, held = ("".join(decoded(x)) for x in rows_of(path))
-    numbers = lambda s: set(re.findall(r"<(\d{3})>", s))
-    assert numbers(held) and not numbers(train) & numbers(held)
+    train, held_out = rows_of(path)
+    assert numbers_in(held_out)
+    assert not numbers_in(train) & numbers_in(held_out)
 
 
 def test_data_eval_split_is_used_where_there_is_one(tmp_path, out, student, chat):
-    train, held = rows_of(chat, seq_len=256)
-    assert (len(train), len(held)) == (8, 4)
-    both = datasets.DatasetDict(train=datasets.Dataset.from_list(talk(5)), other=datasets.Dataset.from_list(talk(3)))
-    both.save_to_disk(str(tmp_path / "saved"))
-    assert [len(x) for x in rows_of(tmp_path / "saved", eval_split="other", seq_len=256)] == [5, 3]
-    assert [len(x) for x in rows_of(tmp_path / "saved", train_split="other", eval_split="train", seq_len=256)] == [3, 5]
-    err = distil(out, rc=2, student=student, dataset=tmp_path / "saved", eval_split="absent", alpha=1.0, max_steps=1).err
-    assert "absent" in err
-    assert "absent" in distil(out, rc=2, student=student, dataset=tmp_path / "saved", train_split="absent", alpha=1.0, max_steps=1).err
+    assert [len(rows) for rows in rows_of(chat, seq_len=256)] == [8, 4]
+    five = datasets.Dataset.from_list(talk(5))
+    three = datasets.Dataset.from_list(talk(3))
+    saved = tmp_path / "saved"
+    datasets.DatasetDict(train=five, other=three).save_to_disk(str(saved))
+    named = rows_of(saved, eval_split="other", seq_len=256)
+    assert [len(rows) for rows in named] == [5, 3]
+    swapped = rows_of(saved, train_split="other", eval_split="train", seq_len=256)
+    assert [len(rows) for rows in swapped] == [3, 5]
+    fields = dict(student=student, dataset=saved, alpha=1.0, max_steps=1)
+    assert "absent" in distil(out, rc=2, **fields, eval_split="absent").err
+    assert "absent" in distil(out, rc=2, **fields, train_split="absent").err
 
 
 def test_data_max_samples_takes_the_first_rows(tmp_path):
     rows = [{"prompt": f"question {i:03d}", "response": "a"} for i in range(40)]
-    train, held = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
-    assert [re.search(r"\d+", x)[0] for x in decoded(train)] == [f"{i:03d}" for i in range(7)]
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
+    numbers = [re.search(r"\d+", shown)[0] for shown in decoded(train)]
+    assert numbers == [f"{i:03d}" for i in range(7)]
 
 
 def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     (tmp_path / "d.txt").write_text(prose(2000))
-    train, held = (decoded(x) for x in rows_of(tmp_path / "d.txt"))
-    assert len(held) >= 1 and "".join(train + held) == prose(2000) + "<|endoftext|>"
+    train, held_out = rows_of(tmp_path / "d.txt")
+    assert len(held_out) >= 1
+    assert "".join(decoded(train + held_out)) == prose(2000) + "<|endoftext|>"
 
 
 def splits_of(**fields):
@@ -1389,42 +1746,65 @@ def splits_of(**fields):
 
 
 def test_data_splits_by_their_role(tmp_path, text):
-    """One file has one split, train; asked for by its own name it is all evaluated, and a name it has not is refused by that name."""
+    """One file has one split, train; asked for by its own name it is all evaluated, and a name it
+    has not is refused by that name."""
     with pytest.raises(config.UserError, match="no split 'validation'"):
         splits_of(dataset=text, train_split="validation")
     with pytest.raises(config.UserError, match="no split 'test'"):
         splits_of(dataset=text, eval_split="test")
-    raw, held = splits_of(dataset=text, eval_split="train")
-    assert len(raw) + len(held) == 40 and len(held) == 2
-    _, held = splits_of(mode="eval", dataset=text, eval_split="train")
-    assert len(held) == 40
+    train, held_out = splits_of(dataset=text, eval_split="train")
+    assert len(train) + len(held_out) == 40
+    assert len(held_out) == 2
+    _, whole = splits_of(mode="eval", dataset=text, eval_split="train")   # optional: eval
+    assert len(whole) == 40   # optional: eval
 
 
-@pytest.mark.parametrize("first, rows", [
-    ({"messages": "hi", "text": "one two"}, 3), ({"text": None}, 2), ({"prompt": "a", "response": None}, 2),
-    ({"conversations": [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}]}, 3),
-    ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, 3)])
-def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, rows):
+TEXT_ROW = {"text": "one two"}
+PROMPT_ROW = {"prompt": "c", "response": "d"}
+SHAREGPT_ROW = {"conversations": [{"role": "user", "value": "a"},
+                                  {"role": "assistant", "value": "b"}]}
+TURNS_ROW = {"prompt": [user("a")], "response": "b"}
+
+
+@pytest.mark.parametrize("first, other, sequences", [
+    ({"messages": "hi", "text": "one two"}, TEXT_ROW, 1),   # texts share a block
+    ({"text": None}, TEXT_ROW, 1),
+    ({"prompt": "a", "response": None}, PROMPT_ROW, 2),
+    (SHAREGPT_ROW, SHAREGPT_ROW, 3),
+    (TURNS_ROW, TURNS_ROW, 3),
+])
+def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, other, sequences):
     """Columns in another's style, and rows without a value at the beginning."""
-    whole = {"text": "one two"} if "text" in first else {"prompt": "c", "response": "d"} if first.get("response", 1) is None else first
-    path = write_jsonl(tmp_path / "data.jsonl", [first, whole, whole])
-    made = sd.encode(datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))[:], tiny_tokenizer(), "text", 99)
-    splits_of(dataset=path)
-    assert len(made["input_ids"]) == (1 if "text" in first else rows)
+    path = write_jsonl(tmp_path / "data.jsonl", [first, other, other])
+    table = datasets.load_dataset(
+        "json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    encoded = sd.encode(table[:], tiny_tokenizer(), "text", 99)
+    splits_of(dataset=path)   # does not refuse it
+    assert len(encoded["input_ids"]) == sequences
+
+
+# ---- order and size
 
 
 def test_data_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, student):
-    """Rows of equal length and a student that stands still: the mean of the steps, weighted by rows, is the mean of the rows."""
+    """Rows of equal length and a student that stands still: the mean of the steps, weighted by
+    rows, is the mean of the rows."""
     rows = [{"prompt": prose(2, i), "response": f"{prose(9, i):.9}"} for i in range(10)]
-    distil(out, student=student, dataset=write_splits(tmp_path / "d", rows, rows), seq_len=256, alpha=1.0, batch_size=4, num_epochs=2, learning_rate=STILL)
+    dataset = write_splits(tmp_path / "d", rows, rows)
+    distil(out, student=student, dataset=dataset, seq_len=256, alpha=1.0, batch_size=4,
+           num_epochs=2, learning_rate=STILL)
     losses = column(out, "train/loss")
-    for epoch in (losses[:3], losses[3:]):
-        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(column(out, "eval/loss")[-1], rel=1e-6)
-    assert losses[:3] != losses[3:]
+    first_epoch = losses[:3]
+    second_epoch = losses[3:]
+    mean = column(out, "eval/loss")[-1]
+    for epoch in (first_epoch, second_epoch):
+        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(mean, rel=1e-6)
+    assert first_epoch != second_epoch
 
 
 def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 2_000_000}) + "\n" + GOOD_LINE * 9)
+    long_line = json.dumps({"text": "word " * 2_000_000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(long_line + GOOD_LINE * 9)
     distil(out, student=student, alpha=1, dataset=tmp_path / "a.jsonl", max_steps=1, eval_samples=4)
     assert len(column(out, "train/loss")) == 1
 
@@ -2312,128 +2692,212 @@ def test_train_wandb_offline(out, student, text):
 
 def test_streaming_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
     """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = write_splits(tmp_path / "data", [{"text": prose(50, i)} for i in range(50)], [{"text": prose(50, i)} for i in range(3000)])
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    train = [{"text": prose(50, i)} for i in range(50)]
+    validation = [{"text": prose(50, i)} for i in range(3000)]
+    folder = write_splits(tmp_path / "data", train, validation)
     cfg = config.Config(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
-    raw, held = sd.split_stream(cfg)
-    assert not isinstance(raw, datasets.Dataset) and 5 <= len(held) < 20 and held[0]["text"] == prose(50, 0)
-    assert sum(p.stat().st_size for p in Path(tmp_path, "cache").rglob("*") if p.is_file()) < 5000
+    stream, held_out = sd.split_stream(cfg)
+    assert not isinstance(stream, datasets.Dataset)
+    assert 5 <= len(held_out) < 20
+    assert held_out[0]["text"] == prose(50, 0)
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 5000
 
 
 def test_streaming_a_short_stream_is_not_held_out_whole(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)   # 40 rows, 256 would be held out
+    """Of its 40 rows, 256 would be held out."""
+    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)
     assert len(column(out, "train/loss")) == 2
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 3])
-def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat, shuffle_buffer):
-    """Three passes over eight rows, eight a step: in whatever order they come, each step is all of them."""
-    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8, max_steps=3, alpha=0.3)
-    distil(tmp_path / "table", **fields)
-    distil(tmp_path / "stream", **fields, streaming=True, shuffle_buffer=shuffle_buffer)
-    assert column(tmp_path / "stream", "train/loss") == pytest.approx(column(tmp_path / "table", "train/loss"), rel=1e-6)
-    assert column(tmp_path / "stream", "eval/loss") == pytest.approx(column(tmp_path / "table", "eval/loss"), rel=1e-6)
-    assert distance(final_weights(tmp_path / "stream"), final_weights(tmp_path / "table")) < 1e-5
+def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat,
+                                                    shuffle_buffer):
+    """Three passes over eight rows, eight a step: in whatever order they come, each step is all of
+    them."""
+    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8,
+                  max_steps=3, alpha=0.3)
+    table = tmp_path / "table"
+    stream = tmp_path / "stream"
+    distil(table, **fields)
+    distil(stream, **fields, streaming=True, shuffle_buffer=shuffle_buffer)
+    for key in ("train/loss", "eval/loss"):
+        assert column(stream, key) == pytest.approx(column(table, key), rel=1e-6)
+    assert distance(final_weights(stream), final_weights(table)) < 1e-5
 
 
 def test_streaming_a_stream_holds_rows_out_and_needs_max_steps(tmp_path, out, student):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1.0, streaming=True).err
-    assert "max_steps" in err
-    train, held = rows_of(path, streaming=True, eval_samples=10)
-    seen = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
-    numbers = set(re.findall(r"<(\d{3})>", "".join(decoded(held))))
-    assert numbers and seen and not seen & numbers
-    distil(out, student=student, dataset=path, alpha=1.0, streaming=True, eval_samples=10, max_steps=2)
+    fields = dict(student=student, dataset=path, alpha=1.0, streaming=True)
+    assert "max_steps" in distil(out, rc=2, **fields).err
+    train, held_out = rows_of(path, streaming=True, eval_samples=10)   # train: raw rows
+    trained_on = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
+    assert trained_on
+    assert numbers_in(held_out)
+    assert not trained_on & numbers_in(held_out)
+    distil(out, **fields, eval_samples=10, max_steps=2)
 
 
 def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, student):
-    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is read in."""
+    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is
+    read in."""
     docs = [{"text": prose(5 + i % 7, i)} for i in range(30)]
     path = write_splits(tmp_path / "d", docs, docs[:1])
-    for name, fields in (("a", {}), ("b", dict(streaming=True, shuffle_buffer=0, max_steps=1))):
-        size = len(rows_of(path, seq_len=32)[0])
-        distil(tmp_path / name, student=student, dataset=path, alpha=1.0, batch_size=size, **{"max_steps": 1, **fields}, learning_rate=STILL)
-    assert column(tmp_path / "a", "train/loss") == pytest.approx(column(tmp_path / "b", "train/loss"), rel=1e-6)
+    every_row = len(rows_of(path, seq_len=32)[0])
+    fields = dict(student=student, dataset=path, alpha=1.0, batch_size=every_row, max_steps=1,
+                  learning_rate=STILL)
+    table = tmp_path / "table"
+    stream = tmp_path / "stream"
+    distil(table, **fields)
+    distil(stream, **fields, streaming=True, shuffle_buffer=0)
+    assert column(table, "train/loss") == pytest.approx(column(stream, "train/loss"), rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: demo: from nothing to a better student.
 
 
+OTHER_MODELS = ["--teacher", "t", "--student", "s", "--dataset", "d"]
+
+
 def test_demo_the_demo_decides_only_what_is_left_open(tmp_path):
-    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and config.json says it all again."""
-    assert config.parse_config([]).max_steps == 500 and config.parse_config(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
+    """Its defaults fill in for the demo alone, never beside a flag that rules them out."""
+    parse = config.parse_config
+    assert parse([]).max_steps == 500
+    assert parse(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
     (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
-    for words in (["--num_epochs", "2"], ["--num-epochs=1"], ["--config", str(tmp_path / "run.yaml")], ["--blockwise", "--num_epochs", "0"]):
-        assert config.parse_config(words).max_steps is None, words
-    assert config.parse_config(["--mode", "eval"]).seq_len == 128 == config.parse_config(["--mode", "eval", "--student", "s"]).seq_len
-    assert config.parse_config(["--mode", "eval", "--teacher", "t", "--dataset", "d"]).seq_len == 512
-    assert config.parse_config(["--teacher", "t", "--student", "s", "--dataset", "d"]).seq_len == 512
-    for i, words in enumerate(([], ["--num_epochs", "2"], ["--blockwise", "--train_lm_head", "false"], ["--blockwise", "--num_epochs", "0"],
-                               ["--lr_scheduler", "constant"], ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"], ["--mode", "eval"],
-                               ["--teacher", "t", "--student", "s", "--dataset", "d", "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"])):
+    for words in (
+        ["--num_epochs", "2"],
+        ["--num-epochs=1"],
+        ["--config", str(tmp_path / "run.yaml")],
+        ["--blockwise", "--num_epochs", "0"],   # optional: blockwise
+    ):
+        assert parse(words).max_steps is None, words
+    assert parse(OTHER_MODELS).seq_len == 512
+    eval_words = ["--mode", "eval"]   # optional: eval
+    assert parse(eval_words).seq_len == 128   # optional: eval
+    assert parse([*eval_words, "--student", "s"]).seq_len == 128   # optional: eval
+    with_others = [*eval_words, "--teacher", "t", "--dataset", "d"]   # optional: eval
+    assert parse(with_others).seq_len == 512   # optional: eval
+    config_json_says_it_again(tmp_path)
+
+
+def config_json_says_it_again(folder):
+    path = str(folder / "config.json")
+    for words in (
+        [],
+        ["--num_epochs", "2"],
+        ["--blockwise", "--train_lm_head", "false"],   # optional: blockwise
+        ["--blockwise", "--num_epochs", "0"],   # optional: blockwise
+        ["--lr_scheduler", "constant"],
+        ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"],   # optional: cache
+        ["--mode", "eval"],   # optional: eval
+        [   # optional: streaming
+            *OTHER_MODELS, "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"],
+    ):
         cfg = config.parse_config(words)
-        sd.write_json(cfg, tmp_path / f"{i}.json")
-        assert config.parse_config(["--config", str(tmp_path / f"{i}.json")]) == cfg, words
-        assert cfg.mode != "train" or config.Config(**config.result_knobs(cfg))   # as mode eval does with a checkpoint
+        sd.write_json(cfg, path)
+        assert config.parse_config(["--config", path]) == cfg, words
+        if cfg.mode == "train":   # as mode eval does with a checkpoint: nothing in it is refused
+            config.Config(**config.result_knobs(cfg))
 
 
 @pytest.mark.campaign
 def test_demo_labels_only_needs_no_teacher(out):
     cli(*flags(alpha=1, output_dir=out, max_steps=3))
-    assert os.path.exists(f"{out}/final") and not os.path.exists(f"{out}/demo/teacher")
+    assert os.path.exists(f"{out}/final")
+    assert not os.path.exists(f"{out}/demo/teacher")
 
 
 @pytest.mark.campaign
 def test_demo_from_nothing_to_a_better_student(out):
-    """What a newcomer types, in a fresh process; the teacher is kept, and distilling beats labels alone at the same steps."""
+    """What a newcomer types, in a fresh process; the teacher is kept, and distilling beats labels
+    alone at the same steps."""
     process = spawn("--output_dir", out, env={"OMP_NUM_THREADS": str(os.cpu_count())})
     shown, _ = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     entry = json.loads(Path(out, "config.json").read_text())
-    assert (entry["teacher"], entry["student"], entry["dataset"]) == ("demo", "demo", "demo")
-    shutil.copytree(f"{out}/demo", f"{out}-labels/demo")
-    cli(*flags(alpha=1, output_dir=f"{out}-labels"))
-    assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
-    for step, most in ((250, 10), (500, 15)):   # measured: 7.6 and 12.3 degrees, at the end there is little gradient left; top 12: 44, 62
-        full, sampled, topk = gradients_of_a_cache(out, step)
-        print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, {angle(full, topk):.1f} from the top 12")
-        assert angle(full, sampled) < most < 30 < angle(full, topk)
+    for name in ("teacher", "student", "dataset"):
+        assert entry[name] == "demo"
+    labels_only = f"{out}-labels"
+    shutil.copytree(f"{out}/demo", f"{labels_only}/demo")
+    cli(*flags(alpha=1, output_dir=labels_only))
+    assert column(out, "eval/perplexity")[-1] < column(labels_only, "eval/perplexity")[-1]
+    draws_point_the_right_way(out)   # optional: cache
 
 
-def angle(a, b):
-    return math.degrees(math.acos(min(1.0, float(a @ b / a.norm() / b.norm()))))
+def draws_point_the_right_way(out):   # optional: cache
+    """Measured: 7.6 and 12.3 degrees (at the end there is little gradient left); top 12: 44, 62."""
+    for step, limit in ((250, 10), (500, 15)):
+        full, sampled, top = gradients_of_a_cache(out, step)
+        print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, "
+              f"{angle(full, top):.1f} from the top 12")
+        assert angle(full, sampled) < limit < 30 < angle(full, top)
 
 
-def gradients_of_a_cache(out, step):
-    """Gradients of the student's KL at a checkpoint, on 64 held-out sequences (8,128 tokens) of the demo: whole teacher, 50 draws, top 12
-    renormalised."""
-    teacher, student = load(f"{out}/demo/teacher/final"), load(f"{out}/final")
-    weights = {k.removeprefix("model.model."): v for k, v in checkpoint(out, step).items() if k.startswith("model.model.")}
-    student.load_state_dict(weights, strict=False)   # the tied head is not among them
-    row = lambda text: torch.tensor(tokenizer(text)["input_ids"][:128])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
-    with open(f"{out}/demo/corpus/validation.jsonl") as f:
-        ids = torch.stack([x for x in (row(json.loads(line)["text"]) for line in f) if len(x) == 128][:64])
+def angle(a, b):   # optional: cache
+    cosine = float(a @ b / a.norm() / b.norm())
+    return math.degrees(math.acos(min(1.0, cosine)))
+
+
+def gradients_of_a_cache(out, step):   # optional: cache
+    """Gradients of the student's KL at a checkpoint, on 64 held-out sequences of the demo (8,128
+    targets): from the whole teacher, from 50 draws, from the top 12 renormalised."""
+    teacher = load(f"{out}/demo/teacher/final")
+    student = load(f"{out}/final")
+    trained = {name.removeprefix("model.model."): tensor
+               for name, tensor in checkpoint(out, step).items() if name.startswith("model.model.")}
+    student.load_state_dict(trained, strict=False)   # the tied head is not among them
+    ids = demo_sequences(out, count=64, length=128)
+    rows = [{"input_ids": sequence.numpy(), "targets": None} for sequence in ids]
+    positions = sd.collate(rows).positions
     with torch.no_grad():
-        hidden, head = teacher.base_model(ids)[0].flatten(0, 1), sd.head_of(teacher)
-        logp = torch.log_softmax(hidden @ head.weight.T, -1)
-    m = _cache_manifest(len(head.weight), "sample", 50)
-    rows = [{"input_ids": x.numpy(), "targets": None} for x in ids]
-    kept = sd.pack_teacher(lambda batch: (hidden[batch.positions], head), rows, 0, m)
-    sampled = [sd.unpack_row(data, *map(int, counts[1:4]), m)["sparse"] for data, counts in kept]
-    sampled = sd.SparseTarget(*(torch.from_numpy(np.concatenate(x)) for x in zip(*sampled)))
-    where = sd.collate(rows).positions
-    top, listed = logp[where].topk(12)
-    top = torch.softmax(top, -1)
-    found = []
-    for signal_ in ((hidden[where], head), sampled, sd.SparseTarget(listed, top, torch.zeros(len(top)), torch.zeros(len(top)))):
+        hidden = teacher.base_model(ids)[0].flatten(0, 1)[positions]
+        head = sd.head_of(teacher)
+    gradients_found = []
+    for targets in ((hidden, head), targets_of_draws(hidden, head, rows), top_12(hidden, head)):
         student.zero_grad()
-        states = student.base_model(ids)[0].flatten(0, 1)[where]
-        sd.distillation_loss(states, sd.head_of(student), ids.flatten()[where + 1], signal_, alpha=0.0, temperature=1.0)[0].backward()
-        found.append(torch.cat([p.grad.flatten() for p in student.parameters()]).double())
-    return found
+        states = student.base_model(ids)[0].flatten(0, 1)[positions]
+        labels = ids.flatten()[positions + 1]
+        loss = sd.distillation_loss(
+            states, sd.head_of(student), labels, targets, alpha=0.0, temperature=1.0)[0]
+        loss.backward()
+        flat = [parameter.grad.flatten() for parameter in student.parameters()]
+        gradients_found.append(torch.cat(flat).double())
+    return gradients_found
+
+
+def demo_sequences(out, count, length):   # optional: cache
+    """The first held-out documents of the demo that are long enough -> ids [count, length]."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
+    sequences = []
+    for row in read_lines(f"{out}/demo/corpus/validation.jsonl"):
+        ids = tokenizer(row["text"])["input_ids"][:length]
+        if len(ids) == length:
+            sequences.append(ids)
+    return torch.tensor(sequences[:count])
+
+
+def targets_of_draws(hidden, head, rows):   # optional: cache
+    """50 draws a target, through the cache's bytes and back."""
+    manifest = _cache_manifest(len(head.weight), "sample", 50)
+    packed = sd.pack_teacher(lambda batch: (hidden, head), rows, 0, manifest)
+    sparse = []
+    for data, counts in packed:
+        row = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
+        sparse.append(row["sparse"])
+    columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*sparse)]
+    return sd.SparseTarget(*columns)
+
+
+def top_12(hidden, head):   # optional: cache
+    """Of the whole distribution, renormalised: nothing is left for all other tokens."""
+    with torch.no_grad():
+        logp = torch.log_softmax(hidden @ head.weight.T, -1)
+        largest, ids = logp.topk(12)
+        nothing = torch.zeros(len(ids))
+        return sd.SparseTarget(ids, torch.softmax(largest, -1), nothing, nothing.clone())
 
 
 # --------------------------------------------------------------------------------------------------
