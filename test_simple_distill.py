@@ -426,8 +426,8 @@ def write_jsonl(path, rows):
 
 
 def write_splits(folder, train, validation):
-    """A directory of two splits, as on the hub: what is trained on does not depend on how a slice is
-    held out."""
+    """A directory of two splits, as on the hub: what is trained on does not depend on how a slice
+    is held out."""
     os.makedirs(folder)
     write_jsonl(os.path.join(folder, "train.jsonl"), train)
     write_jsonl(os.path.join(folder, "validation.jsonl"), validation)
@@ -5750,8 +5750,8 @@ def is_read(name, fields):
 
 
 # --------------------------------------------------------------------------------------------------
-# Forks: python test_simple_distill.py --fork DIR --without cache generate ... writes the package less
-# those chapters. A chapter is what stands under its banner, the lines that are marked
+# Forks: python test_simple_distill.py --fork DIR --without cache generate ... writes the package
+# less those chapters. A chapter is what stands under its banner, the lines that are marked
 # `# optional: NAME` with what is indented under them, its knobs, its tests, its README section. A
 # line that is marked with several names goes when all of them go.
 
