@@ -3311,8 +3311,7 @@ def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
     assert read_manifest(pieces) == read_manifest(whole)
 
 
-def test_cache_of_a_stream_with_an_empty_block(   # optional: streaming
-        teacher, student, tmp_path):
+def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # optional: streaming
     """A chunk whose conversations all lose their targets to seq_len holds no row, and is in
     nobody's way."""
     rows = []
