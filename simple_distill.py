@@ -363,7 +363,7 @@ def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_c
 
 def reverse_kl_terms(p, log_q_over_p, p_weight_from_ce, kl_weight):
     """KL(p || q) = sum of p * log(p / q)."""
-    pull = -log_q_over_p
+    pull = -log_q_over_p   # log(p / q)
     kl = torch.linalg.vecdot(p, pull)
     # gradient: p * (kl_weight * (log(p / q) - KL) + p_weight_from_ce)
     grad = p.mul_(pull.sub_(kl[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
@@ -427,9 +427,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     ce_grad = None
     if temperature != 1 and target is not None:   # then KL has a softmax of its own
         p_weight_from_ce = 0.0
-        ce_grad = exp_z.mul_(alpha / total)
+        ce_grad = exp_z.mul_(alpha / total)   # alpha * softmax, in the memory of exp_z
         z, exp_z, total = exponentials(z, temperature)
-    p = exp_z.div_(total)
+    p = exp_z.div_(total)   # in its memory; total stays, for log p = z - log(total)
 
     if target is None:
         kl = torch.zeros_like(ce)
@@ -449,9 +449,11 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
                 p, exp_y, teacher_total, difference, shift, p_weight_from_ce, kl_weight)
         elif divergence == "reverse":
             kl, grad = reverse_kl_terms(p, difference.add_(shift), p_weight_from_ce, kl_weight)
-        else:
+        elif divergence == "jsd":
             kl, grad = jsd_terms(
                 p, difference.add_(shift), exp_y.div_(teacher_total), p_weight_from_ce, kl_weight)
+        else:
+            raise ValueError(f"no terms for divergence {divergence!r}")
 
     if ce_grad is not None:
         grad.add_(ce_grad)
@@ -594,7 +596,7 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     counted = (labels != -100).nonzero()[:, 0]
     if denominator is None:
         denominator = max(len(counted), 1)
-    if len(counted) < len(labels):
+    if len(counted) < len(labels):   # collate has dropped them already, others may not
         labels = labels[counted]
         counted = counted.to(student_hidden.device)
         student_hidden = student_hidden[counted]
@@ -1100,7 +1102,7 @@ def indexed_batches(rows, seed, global_batch, step):
         order = shuffled(len(rows), seed, epoch)
         for start in range(first, len(rows), global_batch):
             yield order[start:start + global_batch].tolist(), None
-        first = 0
+        first = 0   # only the first epoch may begin in its middle
 
 
 def micro_batches(global_batches, rows, micro_steps, batch_size):
@@ -1328,7 +1330,7 @@ def load_teacher(cfg):
     source = None
     if RANK == 0:
         source = ShardedRoot(read_model(cfg.teacher, config, cfg, "teacher", dtype))
-    if cfg.cpu_offload or cfg.shard_teacher and WORLD > 1:
+    if cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
         shard(root, (WORLD,), dtype, drop_layers=True, cpu_offload=cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
     return root
@@ -1373,7 +1375,7 @@ def shard(root, mesh_shape, dtype, drop_layers, cpu_offload):
     """Make FSDP units of the decoder layers, and of the root for what is left. They compute in
     dtype and reduce gradients in fp32. The root stays gathered after a forward: the backward begins
     with it, and the loss uses a teacher's head outside of the teacher's forward."""
-    names = ("replicate", "shard")[-len(mesh_shape):]
+    names = ("shard",) if len(mesh_shape) == 1 else ("replicate", "shard")
     options = dict(
         mesh=init_device_mesh(DEVICE.type, mesh_shape, mesh_dim_names=names),
         mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
@@ -1395,7 +1397,8 @@ def load_weights(root, source, cpu_offload):
         root.model.tie_weights()   # to_empty broke the ties; FSDP keeps them by itself
     source_tensors = {}
     if source is not None:
-        # tied ones under both names: a head that is untied begins as a copy of the embeddings
+        # tied ones under both names: a head that block-wise unties begins as a copy of the
+        # embeddings
         source_tensors.update(source.named_parameters(remove_duplicate=False))
         source_tensors.update(source.named_buffers())
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
@@ -1693,7 +1696,7 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16, clipped_alone=()
     scale_state["skipped"] += bad
     scale_state["streak"].add_(bad).mul_(bad)
     scale_state["good"].add_(1 - bad).mul_(1 - bad)
-    if fp16:   # twice the scale after every 2000 good steps, half of it after a bad one
+    if fp16:   # about every 2000 good steps in a row twice the scale, after a bad one half of it
         grow = (scale_state["good"] % 2000 == 1999).float()
         scale_state["scale"].mul_((1 + grow) * (1 - bad / 2))
     return norm
@@ -1876,7 +1879,8 @@ def step_of(row):
 
 # --------------------------------------------------------------------------------------------------
 # Train: a run is put together, begun, trained stage by stage and finished. train() says it in a few
-# lines; train_stage() is the loop. Optional modes compose the same pieces.
+# lines; train_stage() is the loop. Optional modes compose the same pieces. main(), at the end of
+# the file, has opened the process group and locked output_dir, and each `demo` names files by then.
 
 
 @dataclass
@@ -1886,13 +1890,15 @@ class Stage:
     name: str
     first_step: int
     steps: int
-    loss_fn: Any               # (model, batch, targets, denominator) -> loss, ce, kl, ...
+    loss_fn: Any               # (model, batch, targets, denominator) -> loss, ce, kl; what else it
+                               # hands on is for its own chapter: the loop logs these three
     get_teacher_targets: Any   # batch -> the targets that loss_fn takes
     rates: dict                # {parameter: peak learning rate}; the others are frozen
     weight_decay: float
     max_grad_norm: float       # of all gradients together; 0: no clipping
     clipped_alone: list = field(default_factory=list)   # [(parameters, max norm), ...] before that
-    mean_over: str = "labels"  # what of a batch the loss is a mean over: labels, or real (tokens)
+    # the field of Batch that the loss is a mean over: labels, or, where blocks are matched, real
+    mean_over: str = "labels"
 
     @property
     def end(self):
@@ -1901,7 +1907,9 @@ class Stage:
 
 @dataclass
 class Run:
-    """What a run works with, and where it is. A checkpoint keeps the last block of fields."""
+    """What a run works with, and where it is. A checkpoint keeps the last block of fields, beside
+    the student's weights and the optimiser's moments; save() and resume() are each other's mirror.
+    """
     cfg: Config
     result_knobs: dict         # everything that decides the result; compared at a resume
     tokenizer: Any
@@ -2069,8 +2077,10 @@ def begin(run, stages):
     run.stages = stages
     print0(describe_run(run))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
-        wandb_id = resume(run) if run.checkpoints else None
-        if run.stage is None:
+        wandb_id = None
+        if run.checkpoints:
+            wandb_id = resume(run)   # which starts the stage that it is in
+        else:
             start_stage(run, stages[0])
         if RANK == 0:
             prepare_output(cfg, run.step)
@@ -2096,21 +2106,9 @@ def my_micro_batches(run):
     return micro_batches(global_batches, run.rows, run.micro_steps, run.batch_size)
 
 
-def resume(run):
-    """Load the newest checkpoint that can be read -> the id of its wandb run."""
-    state = load_checkpoint(run.checkpoints, functools.partial(tensors_at, run))
-    run.step = state["step"]
-    run.saved_step = state["step"]
-    run.tokens = state["tokens"]
-    run.position = state["position"]
-    run.best_loss = state["best"]
-    run.first_scores = state["before"]
-    run.notes = state["notes"]
-    return state["wandb"]
-
-
-def tensors_at(run, step):
-    """The tensors that a checkpoint at `step` holds for the stage that goes on there."""
+def start_stage_at(run, step):
+    """Start the stage that goes on at `step` -> the tensors that a checkpoint of then holds for it:
+    load_checkpoint fills them in place."""
     unfinished = [stage for stage in run.stages if step < stage.end]
     stage = unfinished[0] if unfinished else run.stages[-1]
     start_stage(run, stage)
@@ -2136,7 +2134,7 @@ def train_stage(run, stage):
     cfg = run.cfg
     student = run.student
     fp16 = compute_dtype(cfg) == torch.float16
-    if run.stage is not stage:   # after a resume it is started already
+    if run.stage is not stage:   # begin() or a resume may have started it
         start_stage(run, stage)
     while run.step < stage.end:
         micro, position = next(run.batches)
@@ -2224,7 +2222,7 @@ def evaluate_and_save(run, stage):
     paused = time.time()
     last = run.step == run.steps
     judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
-    if last or judged and is_due(run.step, cfg.eval_steps):
+    if last or (judged and is_due(run.step, cfg.eval_steps)):
         run.last_scores = scores(run)
         run.best_loss = min(run.best_loss, run.last_scores["loss"])
         entry = run.last_scores | {
@@ -2256,6 +2254,19 @@ def save(run):
         cfg.keep_checkpoints)
 
 
+def resume(run):
+    """Load the newest checkpoint that can be read -> the id of its wandb run."""
+    state = load_checkpoint(run.checkpoints, functools.partial(start_stage_at, run))
+    run.step = state["step"]
+    run.saved_step = state["step"]
+    run.tokens = state["tokens"]
+    run.position = state["position"]
+    run.best_loss = state["best"]
+    run.first_scores = state["before"]
+    run.notes = state["notes"]
+    return state["wandb"]
+
+
 def stop(run):
     run.stopped = True
     if run.saved_step != run.step:
@@ -2274,7 +2285,8 @@ def scores(run):
 def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows. Every token
     counts once, whatever the number of ranks."""
-    loss, ce, kl = mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, "labels")
+    loss, ce, kl, *_ = mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size,
+                                      "labels")
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 

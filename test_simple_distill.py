@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
-import hashlib   # optional: generate
+import hashlib
 import http.server   # optional: generate
 import io
 import itertools
@@ -5749,6 +5749,128 @@ def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
 def is_read(name, fields):
     """Whether the mode reads the knob: PLAIN holds those of train."""
     return fields.get("mode", "train") in config.FIELDS[name].metadata["read_by"].split()
+
+
+# --------------------------------------------------------------------------------------------------
+# Freeze: the same runs by this package and by a commit before it give the same weights, caches and
+# logs, bit for bit. REFERENCE=COMMIT names another commit; move it where a result is meant to
+# change.
+
+REFERENCE = os.environ.get("REFERENCE", "e9529ff")   # before the house was rebuilt
+
+TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
+CHAT_RUN = dict(teacher="teacher", student="student", dataset="chat", max_steps=3, eval_samples=8)
+BLOCKS = dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2)
+FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
+    "forward": [(1, TEXT_RUN)],
+    "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
+    "jsd": [(1, TEXT_RUN | dict(divergence="jsd"))],
+    "T 2": [(1, TEXT_RUN | dict(temperature=2.0, alpha=0.3))],
+    "labels only": [(1, TEXT_RUN | dict(alpha=1.0))],
+    "accumulation": [(1, CHAT_RUN | dict(batch_size=3, gradient_accumulation_steps=3))],
+    "multipliers": [(1, TEXT_RUN | dict(lr_multipliers=["embed=0", "mlp=0.5"]))],
+    "cosine": [(1, TEXT_RUN | dict(
+        max_steps=None, num_epochs=1.5, lr_scheduler="cosine", warmup_ratio=0.2, weight_decay=0.1,
+        eval_steps=3, save_steps=4))],
+    "bf16": [(1, TEXT_RUN | dict(dtype="bf16", gradient_checkpointing=True))],
+    "fp16": [(1, TEXT_RUN | dict(dtype="fp16"))],
+    "layers": [(1, TEXT_RUN | dict(student="layers:1"))],
+    "2 ranks": [(2, CHAT_RUN | dict(batch_size=2))],
+    "2 ranks, no_shard": [(2, TEXT_RUN | dict(fsdp="no_shard", shard_teacher=False))],
+    "resumed": [(1, TEXT_RUN | dict(max_steps=2)), (1, TEXT_RUN)],
+    "stream": [   # optional: streaming
+        (1, TEXT_RUN | dict(streaming=True, shuffle_buffer=5))],
+    "cache, sample": [   # optional: cache
+        (1, dict(mode="cache", teacher="teacher", dataset="chat", cache_dir="cache", seq_len=32)),
+        (1, CHAT_RUN | dict(teacher=None, dataset=None, cache_dir="cache"))],
+    "cache, topk": [   # optional: cache
+        (2, dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32,
+                 cache_method="topk", cache_top_k=9)),
+        (1, TEXT_RUN | dict(teacher=None, dataset=None, cache_dir="cache"))],
+    "blocks, student": [   # optional: blockwise
+        (1, CHAT_RUN | BLOCKS | dict(save_steps=2, eval_steps=2))],
+    "blocks, teacher": [   # optional: blockwise
+        (1, CHAT_RUN | BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
+    "blocks alone": [   # optional: blockwise
+        (1, CHAT_RUN | BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False,
+                                     lm_head_epochs=None))],
+    "generate": [   # optional: generate
+        (1, dict(mode="generate", provider="local", teacher="teacher", num_examples=4,
+                 max_tokens=8, concurrency=2))],
+    "eval": [   # optional: eval
+        (1, TEXT_RUN),
+        (1, dict(mode="eval", teacher="teacher", student="final", compare="student",
+                 dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
+}
+
+
+@pytest.fixture(scope="module")
+def reference_package(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    found = subprocess.run(["git", "archive", REFERENCE], cwd=HERE, capture_output=True)
+    if found.returncode != 0:
+        pytest.skip(f"no commit {REFERENCE} in this checkout")
+    subprocess.run(["tar", "-x", "-C", folder], input=found.stdout, check=True)
+    return folder
+
+
+def run_frozen(package, commands, inputs, folder):
+    """Run commands of the package one after the other; what they leave is in folder."""
+    for ranks, fields in commands:
+        train = fields.get("mode", "train") == "train"
+        fields = (PLAIN if train else {}) | fields | {"output_dir": folder / "out"}
+        for name in ("teacher", "student", "dataset", "compare"):
+            if name in fields:
+                fields[name] = inputs.get(fields[name], fields[name])
+        if fields.get("student") == "final":
+            fields["student"] = folder / "out" / "final"
+        if "cache_dir" in fields:
+            fields["cache_dir"] = folder / "cache"
+        shown = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package).wait()
+        assert "error:" not in shown and "Traceback" not in shown, shown[-3000:]
+
+
+def digest_of(folder):
+    """-> {file: what two equal runs have in common of it}"""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if name == "out/log.jsonl":
+            digests[name] = quiet_log(folder / "out")
+        elif name == "out/report.json":
+            digests[name] = timeless_report(json.loads(path.read_text()))
+        elif path.suffix == ".jsonl":
+            digests[name] = [row["messages"] for row in read_lines(path)]
+        elif path.suffix == ".safetensors":
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
+
+
+def timeless_report(report):
+    """Without speeds, memory and paths."""
+    passing = {"prefill", "generation", "memory", "name", "ratio"}
+    models_ = {}
+    for label, figures in report["models"].items():
+        models_[label] = {k: v for k, v in figures.items() if k not in passing}
+    return models_
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", FROZEN)
+def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_package, teacher,
+                                                   student, text, chat):
+    inputs = dict(teacher=teacher, student=student, text=text, chat=chat)
+    results = []
+    for package in (reference_package, HERE):
+        folder = tmp_path / f"by{len(results)}"
+        folder.mkdir()
+        run_frozen(package, FROZEN[name], inputs, folder)
+        results.append(digest_of(folder))
+    reference, ours = results
+    assert reference
+    assert ours.keys() == reference.keys()
+    for file in reference:
+        assert ours[file] == reference[file], file
 
 
 # --------------------------------------------------------------------------------------------------
