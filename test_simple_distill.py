@@ -2806,27 +2806,38 @@ def config_json_says_it_again(folder):
             config.Config(**config.result_knobs(cfg))
 
 
-@pytest.mark.campaign
-def test_demo_labels_only_needs_no_teacher(out):
-    cli(*flags(alpha=1, output_dir=out, max_steps=3))
-    assert os.path.exists(f"{out}/final")
-    assert not os.path.exists(f"{out}/demo/teacher")
-
-
-@pytest.mark.campaign
-def test_demo_from_nothing_to_a_better_student(out):
-    """What a newcomer types, in a fresh process; the teacher is kept, and distilling beats labels
-    alone at the same steps."""
-    process = spawn("--output_dir", out, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+def run_the_demo(out, home, *words):
+    """What a newcomer types, in a fresh process with a home of its own -> what it shows."""
+    env = {"HF_HOME": str(home), "OMP_NUM_THREADS": str(os.cpu_count())}
+    process = spawn("--output_dir", out, *words, env=env)
     shown, _ = process.communicate(timeout=900)
     assert process.returncode == 0, shown
-    entry = json.loads(Path(out, "config.json").read_text())
+    return shown
+
+
+@pytest.mark.campaign
+def test_demo_labels_only_needs_no_teacher(out, tmp_path):
+    run_the_demo(out, tmp_path / "home", "--alpha", 1, "--max_steps", 3)
+    assert os.path.exists(f"{out}/final")
+    made = {path.name for path in tmp_path.glob("home/simple_distill/demo-*/*")}
+    assert made == {"corpus", "tokenizer", "student", "teacher-shape"}
+
+
+@pytest.mark.campaign
+def test_demo_from_nothing_to_a_better_student(out, tmp_path):
+    """Distilling beats labels alone at the same steps; output_dir holds only what the run made, and
+    a second demo finds files and teacher of the first."""
+    shown = run_the_demo(out, tmp_path / "home")
+    assert "first the teacher" in shown
+    knobs = json.loads(Path(out, "config.json").read_text())
     for name in ("teacher", "student", "dataset"):
-        assert entry[name] == "demo"
-    labels_only = f"{out}-labels"
-    shutil.copytree(f"{out}/demo", f"{labels_only}/demo")
-    cli(*flags(alpha=1, output_dir=labels_only))
-    assert column(out, "eval/perplexity")[-1] < column(labels_only, "eval/perplexity")[-1]
+        assert knobs[name].startswith(str(tmp_path / "home"))
+    assert not os.path.exists(f"{out}/demo")
+    assert os.path.exists(f"{out}/report.md")   # optional: eval
+    short = run_the_demo(f"{out}-again", tmp_path / "home", "--max_steps", 2)
+    assert "first the teacher" not in short
+    run_the_demo(f"{out}-labels", tmp_path / "home", "--alpha", 1)
+    assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
     draws_point_the_right_way(out)   # optional: cache
 
 
@@ -2847,12 +2858,14 @@ def angle(a, b):   # optional: cache
 def gradients_of_a_cache(out, step):   # optional: cache
     """Gradients of the student's KL at a checkpoint, on 64 held-out sequences of the demo (8,128
     targets): from the whole teacher, from 50 draws, from the top 12 renormalised."""
-    teacher = load(f"{out}/demo/teacher/final")
+    knobs = json.loads(Path(out, "config.json").read_text())
+    teacher = load(knobs["teacher"])
     student = load(f"{out}/final")
     trained = {name.removeprefix("model.model."): tensor
                for name, tensor in checkpoint(out, step).items() if name.startswith("model.model.")}
     student.load_state_dict(trained, strict=False)   # the tied head is not among them
-    ids = demo_sequences(out, count=64, length=128)
+    validation = os.path.join(knobs["dataset"], "validation.jsonl")
+    ids = first_sequences(out, validation, count=64, length=128)
     rows = [{"input_ids": sequence.numpy(), "targets": None} for sequence in ids]
     positions = sd.collate(rows).positions
     with torch.no_grad():
@@ -2871,11 +2884,11 @@ def gradients_of_a_cache(out, step):   # optional: cache
     return gradients_found
 
 
-def demo_sequences(out, count, length):   # optional: cache
+def first_sequences(out, path, count, length):   # optional: cache
     """The first held-out documents of the demo that are long enough -> ids [count, length]."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
     sequences = []
-    for row in read_lines(f"{out}/demo/corpus/validation.jsonl"):
+    for row in read_lines(path):
         ids = tokenizer(row["text"])["input_ids"][:length]
         if len(ids) == length:
             sequences.append(ids)
