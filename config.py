@@ -26,6 +26,10 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 class UserError(Exception):
     """Anything the user can mend: shown as one `error:` line without a traceback, exit code 2."""
 
+    def __str__(self):   # it names what strangers wrote: control characters as their escapes
+        text = super().__str__()
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
 
 def one_line(e, limit=160):
     return " ".join(f"{type(e).__name__}: {e}".split())[:limit]
@@ -112,6 +116,9 @@ class Config:
     resume: str = knob(
         "auto", "auto: newest checkpoint of output_dir; never: start over; or a checkpoint path",
         read_by="train", changes_result=False)
+    debug: bool = knob(
+        False, "show the whole traceback of what could not be read, not in output_dir/error.log",
+        changes_result=False)
 
     section("models", "teacher and student, and how they are held", "train cache generate eval")
     teacher: str = knob(

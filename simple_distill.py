@@ -46,6 +46,7 @@ import sys
 import sysconfig   # optional: demo generate
 import textwrap   # optional: generate
 import time
+import traceback
 import warnings   # optional: generate
 import zlib   # optional: cache generate
 from concurrent.futures import ThreadPoolExecutor
@@ -96,8 +97,52 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
 
 def print0(*words):
-    if RANK == 0:
-        tqdm.write(" ".join(map(str, words)))   # through tqdm, so that a line never tears the bar
+    if RANK == 0:   # through tqdm, so that a line never tears the bar
+        tqdm.write(printable(" ".join(map(str, words))))
+
+
+def printable(text):
+    """Control characters as their escapes: names and answers of strangers reach the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+# ---- what the user brings, and what is whose
+
+
+@contextlib.contextmanager
+def reading(what):
+    """What goes wrong while a thing of the user's is read is the user's to mend: one `error:` line
+    that names it. The whole traceback goes along (see explain). Our own computation does not
+    belong inside: what goes wrong there is a bug, and shows itself as one."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise UserError(f"{what}: {one_line(e)}") from e
+
+
+def refuse_foreign(path, is_ours, way_out="choose another folder, or move it away"):
+    """A file that stands where we would write, and that is_ours(path) does not know, is somebody
+    else's: we never replace it."""
+    if not os.path.lexists(path):
+        return
+    try:
+        known = is_ours(path)
+    except Exception:   # not even readable as one of ours
+        known = False
+    if not known:
+        raise UserError(f"{path!r} was not written by simple_distill and would be replaced; "
+                        + way_out)
+
+
+def remove_files(folder, names):
+    """Delete these files, and the folder where nothing else is in it."""
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+    with contextlib.suppress(OSError):   # somebody else's file is in it
+        os.rmdir(folder)
 
 
 # ---- ranks
@@ -120,7 +165,21 @@ def process_group():
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if WORLD == 1 or not some_rank_failed():   # tearing down NCCL waits for those that are gone
+            dist.destroy_process_group()
+
+
+def fail_first():
+    """Whether this rank is the first to fail. It speaks for all: what breaks on the others from
+    here on is their connection to it."""
+    return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+
+
+def some_rank_failed():
+    try:
+        return dist.distributed_c10d._get_default_store().check(["failed"])
+    except RuntimeError:   # the store itself went with its host
+        return True
 
 
 def keep_freed_memory():
@@ -5011,7 +5070,8 @@ def main(argv=None):
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        return explain(e)
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     return run_config(cfg)
 
 
@@ -5021,19 +5081,23 @@ def run_config(cfg):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     run_mode = choose_mode(cfg)
-    try:
-        with process_group(), contextlib.ExitStack() as stack:
-            if cfg.mode != "cache":   # of which any number may be at work
-                stack.enter_context(lock(cfg.output_dir))
-            run_mode(cfg)
-    except UserError as e:
-        return explain(e)
-    except torch.OutOfMemoryError as e:
-        print(f"error: rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:   # the second one
-        return 130
+    with process_group():
+        try:
+            with contextlib.ExitStack() as stack:
+                if cfg.mode != "cache":   # of which any number may be at work
+                    stack.enter_context(lock(cfg.output_dir))
+                run_mode(cfg)
+        except UserError as e:
+            return explain(e, cfg)
+        except torch.OutOfMemoryError as e:
+            return explain(UserError(
+                f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
+        except KeyboardInterrupt:   # the second one
+            return 130
+        except Exception:
+            if WORLD > 1 and some_rank_failed():
+                return 2   # which has said why; what broke here is the connection to it
+            raise
     return 0
 
 
@@ -5052,11 +5116,27 @@ def choose_mode(cfg):
     return run_mode
 
 
-def explain(error):
-    if LOCAL_RANK == 0:
-        print(f"error: {error}", file=sys.stderr)
+def explain(error, cfg):
+    """One `error:` line, once for all ranks -> the exit code. Where a reader failed, its traceback
+    goes to output_dir/error.log, or to the terminal with --debug."""
+    if not fail_first():
+        return 2
+    print(f"error: {error}", file=sys.stderr)
+    if error.__cause__ is not None:
+        trace = "".join(traceback.format_exception(error.__cause__))
+        if cfg.debug:
+            print(trace, file=sys.stderr)
+        elif os.path.isdir(cfg.output_dir):   # it goes away with a run that was refused
+            with contextlib.suppress(OSError), open(
+                    os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
+                f.write(f"error: {error}\n{trace}\n")
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(run_config(CONFIG))
+    code = run_config(CONFIG)
+    if code == 2 and WORLD > 1:   # an orderly end would wait for ranks that are gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
