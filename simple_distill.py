@@ -36,6 +36,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random   # optional: generate
 import re   # optional: blockwise generate
 import resource
@@ -48,7 +49,7 @@ import textwrap   # optional: generate
 import time
 import traceback
 import warnings   # optional: generate
-import zlib   # optional: cache generate
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -293,33 +294,76 @@ def lock(folder, wait=False):
             try:
                 os.makedirs(folder, exist_ok=True)
                 handle = os.open(folder, os.O_RDONLY)
+                NOT_FOR_CHILDREN.add(handle)
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.access(folder, os.W_OK):
                     problem = f"{folder!r} is not writable"
             except BlockingIOError:
                 problem = f"another run is at work in {folder!r}"
-            except OSError as e:
-                problem = f"cannot use {folder!r} as a directory ({e.strerror})"
+            except (OSError, ValueError) as e:   # ValueError: a null byte in the path
+                problem = f"cannot use {folder!r} as a directory ({one_line(e)})"
         problem = from_rank0(problem)
         if problem:
             raise UserError(f"{problem}; choose another --output_dir")
+        check_shared(folder)
         yield
     finally:
         if handle is not None:
+            NOT_FOR_CHILDREN.discard(handle)
             os.close(handle)
             if made and not os.listdir(folder):
                 os.rmdir(folder)
 
 
+def check_shared(folder):
+    """Every rank must see what rank 0 writes: a node with a disk of its own under this name would
+    write checkpoints that lack a part."""
+    probe = os.path.join(folder, f".probe-{from_rank0(os.getpid())}-{from_rank0(time.time_ns())}")
+    problem = None
+    if RANK == 0:
+        try:
+            with open(probe, "w"):
+                pass
+        except OSError as e:
+            problem = f"{folder!r} cannot be written ({e.strerror})"
+    problem = from_rank0(problem)
+    if problem is None:
+        blind = all_sum(not os.path.exists(probe))[0]
+        if RANK == 0:
+            os.remove(probe)
+        if blind:
+            problem = (f"{blind:.0f} of {WORLD} ranks do not see what rank 0 writes in {folder!r}: "
+                       "it has to lie on a disk that all nodes share")
+    if problem:
+        raise UserError(problem)
+
+
+# What a forked child (a worker that tokenises) must not keep: a lock would outlive its run.
+NOT_FOR_CHILDREN = set()
+
+
+def begin_child():
+    """A child ends with its parent, also where that is killed."""
+    for handle in NOT_FOR_CHILDREN:
+        os.close(handle)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:   # Linux
+        set_parent_death_signal = 1
+        prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=begin_child)
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields
-    stop_requests: the times at which a stop was asked for, empty so far."""
+    """SIGTERM, one Ctrl-C, or a terminal that closes: finish the step, save, exit 0. A second one
+    stops at once. Yields stop_requests: the times at which a stop was asked for, empty so far."""
     stop_requests = []
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
     def request_stop(number, frame):
-        if stop_requests:
+        if stop_requests and number != signal.SIGHUP:   # a closing terminal may send two
             # torchrun repeats what the terminal has sent to everybody already
             repeated = under_torchrun and time.time() - stop_requests[-1] < 2
             if not repeated:
@@ -327,12 +371,43 @@ def stop_signals():
         stop_requests.append(time.time())
 
     handlers_before = {number: signal.signal(number, request_stop)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield stop_requests
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def lasting_output():
+    with contextlib.redirect_stdout(LastingOutput(sys.stdout)):
+        with contextlib.redirect_stderr(LastingOutput(sys.stderr)):
+            yield
+
+
+class LastingOutput:
+    """stdout or stderr, whose reader may go away (`| head`, a closed terminal) or whose disk may
+    fill: what nobody can read any more is dropped, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.unless_gone(self.stream.write, text)
+
+    def flush(self):
+        self.unless_gone(self.stream.flush)
+
+    def unless_gone(self, do, *args):
+        try:
+            return do(*args)
+        except (OSError, ValueError):   # ValueError: closed
+            with contextlib.suppress(OSError, ValueError):   # Python flushes once more at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1491,26 +1566,76 @@ def full_tensor(tensor):
     return tensor.to(DEVICE)
 
 
-def save_model(root, tokenizer, path, dtype):
-    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
+FINAL_MARK = ".simple_distill.json"   # in final/: which files of it are ours, and of which step
+
+
+def save_model(root, tokenizer, path, dtype, mark):
+    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole -> None, or
+    what went wrong, on every rank."""
     full = {}
     kept_on = "cpu" if RANK == 0 else "meta"   # the other ranks drop each tensor at once
     for name, tensor in [*root.model.named_parameters(), *root.model.named_buffers()]:
         kept_as = dtype if tensor.is_floating_point() else tensor.dtype
         full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
-    if RANK > 0:
-        return
+    problem = None
+    if RANK == 0:
+        aside = path + ".tmp"
+        remove_saved(aside)   # what a killed run left
+        try:
+            os.mkdir(aside)
+            write_json({"files": []}, os.path.join(aside, FINAL_MARK))
+            model = with_tensors(root.model, full)
+            model.to(dtype).save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            write_json(mark | {"files": os.listdir(aside)}, os.path.join(aside, FINAL_MARK))
+            remove_saved(path)
+            os.rename(aside, path)
+        except Exception as e:   # a full disk comes as SafetensorError, or as others
+            problem = one_line(e)
+            remove_saved(aside)
+    return from_rank0(problem)
+
+
+def with_tensors(model, full):
+    """A model of the same kind and config on these tensors, without initialising any."""
     with torch.device("meta"):
-        model = type(root.model)(root.model.config)
-    model.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
-    model.tie_weights()
-    model.generation_config = root.model.generation_config
-    aside = path + ".tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.to(dtype).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(aside, path)
+        copy = type(model)(model.config)
+    copy.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    return copy
+
+
+def remove_saved(path):
+    """A model that save_model wrote, or began to write; nothing else."""
+    if not os.path.exists(os.path.join(path, FINAL_MARK)):
+        return
+    files = read_final_mark(path).get("files")
+    others = set(os.listdir(path)) - {FINAL_MARK, *files}
+    if files and others:
+        raise FileExistsError(f"{path} holds {sorted(others)[0]}, which is not ours")
+    shutil.rmtree(path)
+
+
+def read_final_mark(path):
+    """{} where there is none."""
+    try:
+        with open(os.path.join(path, FINAL_MARK), encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+@torch.no_grad()
+def count_not_finite(root):
+    """Of all weights, those that are infinite or not a number."""
+    here = [local_tensor(p).isfinite().logical_not().sum() for p in root.parameters()]
+    return int(all_sum(int(torch.stack(here).sum()))[0])
+
+
+def local_tensor(tensor):
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- what a model says of a batch: functions that run inside a root
@@ -1781,31 +1906,35 @@ def tensors_of(root, moments, scale_state):
 
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """-> None, or what went wrong, on every rank. Written aside, synced, renamed; nothing old is
-    deleted before the new one stands. keep: how many stay."""
+    """-> what went wrong (or None), the checkpoint's digest, on every rank. Written aside, synced,
+    renamed; nothing old is deleted before the new one stands. keep: how many stay."""
     aside = os.path.join(folder, f"tmp-{step:08d}")
     problem = None
     if RANK == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_checkpoint(aside)
     all_sum(0)   # nobody writes before that is done
     try:
         dcp.save(tensors, checkpoint_id=aside)   # syncs each file
+        files = from_rank0(sorted(os.listdir(aside)))
+        state = json.loads(json.dumps(state | {"files": checksums(aside, files)}))
+        state["digest"] = digest(state)   # of what a reader will see
         if RANK == 0:
             write_state(aside, state)
             final = os.path.join(folder, f"step-{step:08d}")
-            shutil.rmtree(final, ignore_errors=True)
+            remove_checkpoint(final)
             os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_checkpoint(old)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = one_line(unwrapped(e), 300)
     problem = from_rank0(problem)
     if problem:
-        shutil.rmtree(aside, ignore_errors=True)
+        if RANK == 0:
+            remove_checkpoint(aside)
         print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older "
                "ones stay")
-    return problem
+    return problem, state.get("digest")
 
 
 def unwrapped(error):
@@ -1816,67 +1945,124 @@ def unwrapped(error):
 
 
 def write_state(folder, state):
-    """state.json beside the tensors: with the size of each file, by which a checkpoint that the
-    disk has lost a part of is known."""
-    sizes = {}
-    for file in sorted(os.listdir(folder)):
-        sizes[file] = os.path.getsize(os.path.join(folder, file))
+    """state.json beside the tensors: with a checksum of each file, and one of itself, by which a
+    checkpoint is known that the disk has lost or changed a part of."""
     path = os.path.join(folder, "state.json")
     with open(path, "w", encoding="utf-8") as f:
-        json.dump(state | {"files": sizes}, f, indent=1)
+        json.dump(state, f, indent=1)
     sync(path, folder)
+
+
+def checksums(folder, files):
+    """{file: CRC-32, None where it cannot be read}. Each rank reads its share."""
+    mine = {file: checksum(os.path.join(folder, file)) for file in files[RANK::WORLD]}
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, mine)
+    return {file: crc for share in shares for file, crc in share.items()}
+
+
+def checksum(path):
+    crc = 0
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(2**24):
+                crc = zlib.crc32(block, crc)
+    except OSError:
+        return None
+    return crc
 
 
 def checkpoints_in(folder):
     """Paths, the newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
+    paths = glob.glob(os.path.join(glob.escape(folder), "step-" + 8 * "[0-9]"))
+    return sorted(paths, reverse=True)
 
 
-def find_checkpoints(resume, output_dir):
-    """-> [(path, state), ...] to continue from, the best first. resume: auto, never or a path."""
+def is_checkpoint_file(name):
+    return name.endswith(".distcp") or name in (".metadata", ".metadata.tmp", "state.json")
+
+
+def remove_checkpoint(folder):
+    """File by file, and only what a checkpoint is made of."""
+    if os.path.isdir(folder):
+        remove_files(folder, [name for name in os.listdir(folder) if is_checkpoint_file(name)])
+
+
+def find_checkpoint(resume, output_dir):
+    """-> (path, state) of the newest checkpoint that is whole, or None. resume: auto, never or a
+    path. What is damaged is named and passed over."""
     if resume == "never":
-        return []
+        return None
     if resume == "auto":
         paths = checkpoints_in(os.path.join(output_dir, "checkpoints"))
     else:
         paths = [resume.rstrip("/")]
     paths = from_rank0(paths)   # on a shared disk others may not see yet what rank 0 sees
-    found = read_states(paths) if RANK == 0 else []
-    found = from_rank0(found)
-    if paths and not found:
-        raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
-    return found
-
-
-def read_states(paths):
-    """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others
-    are named."""
-    found = []
     for path in paths:
-        try:
-            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-                state = json.load(f)
-            for file, size in state["files"].items():
-                if os.path.getsize(os.path.join(path, file)) != size:
-                    raise OSError(f"{file} is truncated")
-            found.append((path, state))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-    return found
+        state, problem = from_rank0(read_state(path) if RANK == 0 else None)
+        if state is not None:
+            there = checksums(path, list(state["files"]))
+            damaged = [file for file, crc in state["files"].items() if there[file] != crc]
+            if not damaged:
+                return path, state
+            problem = f"{damaged[0]} is not what was written"
+        print0(f"checkpoint {path} is not readable ({problem}), passed over")
+    if paths:
+        raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
+    return None
 
 
-def load_checkpoint(found, tensors_at):
-    """Load the first of the found checkpoints that can be read, in place -> its state. tensors_at:
-    step -> where to load to, as tensors_of names it."""
-    for path, state in found:
-        tensors = tensors_at(state["step"])
-        try:
-            dcp.load(tensors, checkpoint_id=path)
-            print0(f"resumes from {path}")
-            return state
-        except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
-            print0(f"checkpoint {path} is not readable ({one_line(unwrapped(e))}), passed over")
-    raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
+def read_state(path):
+    """-> the state.json of a checkpoint (or None), what is wrong with it (or None)."""
+    try:
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+            state = json.load(f)
+        written = state.pop("digest")
+        if digest(state) != written or not isinstance(state["files"], dict):
+            raise ValueError("state.json is not what was written")
+        return state | {"digest": written}, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        return None, one_line(e)
+
+
+def load_checkpoint(path, tensors):
+    """In place, where `tensors` says, named as by tensors_of."""
+    try:
+        dcp.load(tensors, storage_reader=TensorReader(path))
+    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
+        raise UserError(f"{path!r} is no checkpoint of this run: {one_line(unwrapped(e))}") from e
+    print0(f"resumes from {path}")
+
+
+class TensorReader(dcp.FileSystemReader):
+    """dcp's reader, but a stranger's checkpoint cannot run code: dcp unpickles whatever .metadata
+    names."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, ".metadata"), "rb") as f:
+            metadata = MetadataUnpickler(f).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that describe tensors, and no other. Not BytesStorageMetadata: what is
+    stored so is unpickled too."""
+    HARMLESS = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "bool"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.HARMLESS.get(module, ()):
+            raise ValueError(f".metadata names {module}.{name}, which a checkpoint does not need")
+        return super().find_class(module, name)
 
 
 def refuse_changes(there, here, where,
@@ -1910,15 +2096,58 @@ def plan_batch(cfg, state, world):
     return size, micro_steps, global_batch
 
 
+def check_output(output_dir):
+    """Before anything is written: what stands under our names has to be ours."""
+    def has_our_knobs(path):
+        with open(path, encoding="utf-8") as f:
+            return {"student", "alpha", "output_dir"} <= json.load(f).keys()
+
+    def is_our_log(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            first = f.readline()
+        return not first.endswith("\n") or step_of(json.loads(first)) is not None
+
+    def is_our_final(path):
+        return set(os.listdir(path)) <= {FINAL_MARK, *read_final_mark(path).get("files", [])}
+
+    def is_our_checkpoint(path):
+        return all(is_checkpoint_file(name) for name in os.listdir(path))
+
+    refuse_foreign(os.path.join(output_dir, "config.json"), has_our_knobs)
+    refuse_foreign(os.path.join(output_dir, "log.jsonl"), is_our_log)
+    refuse_foreign(os.path.join(output_dir, "final"), is_our_final)
+    for path in checkpoints_in(os.path.join(output_dir, "checkpoints")):
+        refuse_foreign(path, is_our_checkpoint)
+
+
 def prepare_output(cfg, step):
-    """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come."""
-    checkpoints = os.path.join(cfg.output_dir, "checkpoints")
+    """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come, no
+    checkpoint of them either. final/ stays until the next one is whole: it may be the student."""
+    folder = os.path.join(cfg.output_dir, "checkpoints")
+    os.makedirs(folder, exist_ok=True)
+    newer = [path for path in checkpoints_in(folder) if int(path[-8:]) > step]
     if cfg.resume == "never":
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        shutil.rmtree(os.path.join(cfg.output_dir, "final"), ignore_errors=True)
-    os.makedirs(checkpoints, exist_ok=True)
+        for name in ("step", "tmp", "aside"):
+            for path in glob.glob(os.path.join(glob.escape(folder), f"{name}-????????*")):
+                remove_checkpoint(path)
+    elif newer:
+        set_aside(newer)
     write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
     cut_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
+
+
+def set_aside(checkpoints):
+    """They are of steps that are about to be trained again, or damaged: never to be continued from
+    by themselves, and not ours to delete."""
+    for path in checkpoints:
+        folder, name = os.path.split(path)
+        aside = os.path.join(folder, name.replace("step", "aside"))
+        taken = itertools.count(2)
+        while os.path.exists(aside):
+            aside = os.path.join(folder, f"{name.replace('step', 'aside')}-{next(taken)}")
+        os.rename(path, aside)
+    names = ", ".join(os.path.basename(path) for path in checkpoints)
+    print0(f"set aside as aside-... in {os.path.dirname(checkpoints[0])}: {names}")
 
 
 def cut_log(path, step):
@@ -1933,7 +2162,7 @@ def cut_log(path, step):
 
 def step_of(row):
     """Of a line of the log: its train/step, eval/step or block/step."""
-    return next(value for key, value in row.items() if key.endswith("/step"))
+    return next((value for key, value in row.items() if key.endswith("/step")), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1979,11 +2208,12 @@ class Run:
     batch_size: int            # sequences a rank and micro-step
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
-    checkpoints: list          # [(path, state), ...] to continue from, the best first
+    checkpoint: Optional[tuple]   # (path, state) to continue from
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
     get_teacher_targets: Any   # ... and what it takes from the teacher
     started: float             # seconds since the epoch
     free_memory: int           # bytes on this device before anything was loaded
+    broken_weights: int        # not finite from the beginning, as unused rows sometimes are
 
     stages: list = field(default_factory=list)
     stage: Optional[Stage] = None   # whose optimiser this is
@@ -1995,7 +2225,9 @@ class Run:
     stop_requests: list = field(default_factory=list)   # filled by a signal
     stopped: bool = False
     saved_step: Optional[int] = None
+    saved_digest: Optional[str] = None      # of the newest checkpoint
     save_problem: Optional[str] = None      # why the last checkpoint could not be saved
+    log_problem: Optional[str] = None       # why nothing can be logged any more
     last_scores: Optional[dict] = None      # of the newest evaluation
     window_start: float = 0.0               # since when the tokens below are counted, for the speed
     window_tokens: float = 0.0
@@ -2078,30 +2310,46 @@ def start_run(cfg):
     knobs = result_knobs(cfg)
     if cfg.cache_dir:   # optional: cache
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
-    checkpoints = find_checkpoints(cfg.resume, cfg.output_dir)
-    state = checkpoints[0][1] if checkpoints else None
-    if state is not None:
-        refuse_changes(state["config"], knobs, checkpoints[0][0])
+    checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
+    state = None
+    if checkpoint is not None:
+        path, state = checkpoint
+        refuse_changes(state["config"], knobs, path)
+        refuse_other_run(cfg, knobs)
         if is_finished(cfg, state):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see "
                    + os.path.join(cfg.output_dir, "final"))
             return None
     tokenizer, rows, eval_rows, student, teacher = load(cfg)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    broken_weights = count_not_finite(student)
+    if broken_weights:
+        print0(f"WARNING: {broken_weights} weights of student {cfg.student!r} are not finite")
     return Run(
         cfg=cfg, result_knobs=knobs, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows,
         student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
-        global_batch=global_batch, checkpoints=checkpoints, started=started, free_memory=free,
+        global_batch=global_batch, checkpoint=checkpoint, started=started, free_memory=free,
+        broken_weights=broken_weights,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
 
 
+def refuse_other_run(cfg, knobs):
+    """--resume PATH may lead from elsewhere into this output_dir; the run in it stays one run."""
+    for path in checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")):
+        state, _ = read_state(path)
+        if state is not None:
+            refuse_changes(state["config"], knobs, path, "choose another --output_dir")
+
+
 def is_finished(cfg, state):
+    """final/ has to be of this very checkpoint, not of a shorter run before it."""
     same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
-    has_final = os.path.isdir(os.path.join(cfg.output_dir, "final"))
-    return same_length and state["step"] >= state["steps"] and has_final
+    final = read_final_mark(os.path.join(cfg.output_dir, "final"))
+    return (same_length and state["step"] >= state["steps"]
+            and final.get("checkpoint") == state["digest"])
 
 
 def free_memory():
@@ -2134,15 +2382,21 @@ def begin(run, stages):
     """From here on the run may write: resume, clear what is left of it, open log, batches, bar."""
     cfg = run.cfg
     run.stages = stages
+    if run.checkpoint and run.checkpoint[1]["step"] > run.steps:
+        path, state = run.checkpoint
+        raise UserError(
+            f"{path!r} is of step {state['step']}, this run would end at {run.steps}. Raise "
+            "--max_steps or --num_epochs, or start over with --resume never")
     print0(describe_run(run))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
         wandb_id = None
-        if run.checkpoints:
+        if run.checkpoint:
             wandb_id = resume(run)   # which starts the stage that it is in
         else:
             start_stage(run, stages[0])
         if RANK == 0:
-            prepare_output(cfg, run.step)
+            with reading(f"output folder {cfg.output_dir!r} cannot be written"):
+                prepare_output(cfg, run.step)
         all_sum(0)   # nobody goes on before that is done
         run.wandb = start_wandb(cfg, wandb_id)
         stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
@@ -2244,9 +2498,15 @@ def stop_after_bad_steps(run):
     # .item() makes a GPU wait: there only every tenth step looks
     if (run.step % 10 == 0 or not CUDA) and run.scale_state["streak"].item() >= 10:
         save(run)
+        kept = "its checkpoint could not be saved"
+        if run.save_problem is None:
+            kept = "its checkpoint holds the last good weights"
+            if count_not_finite(run.student) > run.broken_weights:
+                kept = "weights of the student are not finite themselves"
         raise UserError(
-            f"loss or gradient was not finite for 10 steps in a row, up to step {run.step}; its "
-            "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
+            f"loss or gradient was not finite for 10 steps in a row, up to step {run.step}; "
+            f"{kept}. Start over with --resume never and --learning_rate "
+            f"{run.cfg.learning_rate / 4:g}, or with --dtype fp32")
 
 
 def log_step(run, stage, sums, grad_norm, rate):
@@ -2268,11 +2528,18 @@ def log_step(run, stage, sums, grad_norm, rate):
 
 
 def log(run, entry):
-    """To log.jsonl, as strict JSON (no NaN), and to wandb."""
-    if RANK == 0:
-        finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
+    """To log.jsonl, as strict JSON (no NaN), and to wandb. A full disk never costs the run."""
+    if RANK > 0:
+        return
+    finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
+    try:
         append_jsonl(os.path.join(run.cfg.output_dir, "log.jsonl"), finite)
-        run.wandb.log(entry, step=run.step)
+        run.log_problem = None
+    except OSError as e:
+        if run.log_problem is None:
+            print0(f"WARNING: log.jsonl cannot be written ({one_line(e)}); the run goes on")
+        run.log_problem = one_line(e)
+    run.wandb.log(entry, step=run.step)
 
 
 def evaluate_and_save(run, stage):
@@ -2302,7 +2569,7 @@ def save(run):
     """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
     cfg = run.cfg
     run.saved_step = run.step
-    run.save_problem = save_checkpoint(
+    run.save_problem, run.saved_digest = save_checkpoint(
         os.path.join(cfg.output_dir, "checkpoints"), run.step,
         tensors_of(run.student, run.optimizer.state, run.scale_state),
         {"step": run.step, "steps": run.steps, "epoch": run.epoch, "position": run.position,
@@ -2314,10 +2581,12 @@ def save(run):
 
 
 def resume(run):
-    """Load the newest checkpoint that can be read -> the id of its wandb run."""
-    state = load_checkpoint(run.checkpoints, functools.partial(start_stage_at, run))
+    """Load the checkpoint to continue from -> the id of its wandb run."""
+    path, state = run.checkpoint
+    load_checkpoint(path, start_stage_at(run, state["step"]))
     run.step = state["step"]
     run.saved_step = state["step"]
+    run.saved_digest = state["digest"]
     run.tokens = state["tokens"]
     run.position = state["position"]
     run.best_loss = state["best"]
@@ -2400,6 +2669,10 @@ def finish(run):
     if run.stopped:
         saved = "" if run.save_problem else ", saved; the same command continues"
         print0(f"stopped at step {run.step} of {run.steps}{saved}")
+    elif count_not_finite(run.student) > run.broken_weights:
+        raise UserError(
+            f"at step {run.step} weights of the student are not finite: no final/ is written. "
+            "Start over with --resume never and a lower --learning_rate, or with --dtype fp32")
     elif run.save_problem is None:
         run.last_scores = run.last_scores or scores(run)
         teacher_scores = score_teacher(run) if run.teacher is not None else None
@@ -2420,13 +2693,9 @@ def score_teacher(run):
 
 def save_final(run):
     """-> None, or what went wrong, on every rank."""
-    problem = None
     final = os.path.join(run.cfg.output_dir, "final")
-    try:
-        save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg))
-    except OSError as e:
-        problem = one_line(e)
-    return from_rank0(problem)
+    mark = {"step": run.step, "checkpoint": run.saved_digest}
+    return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg), mark)
 
 
 def closing_table(run, teacher_scores):
@@ -4594,14 +4863,14 @@ def load_model(cfg, name):
     """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
     if not is_checkpoint(name):
         return load_teacher(dataclasses.replace(cfg, teacher=name))
-    found = find_checkpoints(name, cfg.output_dir)
-    knobs = dict(found[0][1]["config"])
+    path, state = find_checkpoint(name, cfg.output_dir)
+    knobs = dict(state["config"])
     if knobs.get("cache"):   # optional: cache
         knobs["cache_dir"] = knobs["cache"]   # a digest, no path: enough to need no teacher
     knobs.pop("cache", None)
     knobs["dtype"] = cfg.dtype
     root = load_student(Config(**knobs))
-    load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
+    load_checkpoint(path, tensors_of(root, {}, {}))
     return root.eval()
 
 
@@ -5081,11 +5350,13 @@ def run_config(cfg):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     run_mode = choose_mode(cfg)
-    with process_group():
+    with lasting_output(), process_group():
         try:
             with contextlib.ExitStack() as stack:
                 if cfg.mode != "cache":   # of which any number may be at work
                     stack.enter_context(lock(cfg.output_dir))
+                if cfg.mode == "train":
+                    check_output(cfg.output_dir)
                 run_mode(cfg)
         except UserError as e:
             return explain(e, cfg)
