@@ -38,7 +38,7 @@ import math
 import os
 import pickle
 import random   # optional: generate
-import re   # optional: blockwise generate
+import re
 import resource
 import shlex   # optional: cache
 import shutil
@@ -46,6 +46,7 @@ import signal
 import sys
 import sysconfig   # optional: demo generate
 import textwrap   # optional: generate
+import threading
 import time
 import traceback
 import warnings   # optional: generate
@@ -71,7 +72,7 @@ if __name__ == "__main__":   # --help and a typo are answered before the slow im
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
-import huggingface_hub   # optional: demo
+import huggingface_hub
 import numpy as np
 import safetensors.numpy   # optional: cache
 import torch
@@ -89,10 +90,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 # --------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
 
-RANK = int(os.environ.get("RANK", 0))               # torchrun sets all four
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # on this node
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+
+def launcher_number(name, default):
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        print(f"error: {name} is {text!r} in the environment, not a number; torchrun and launch.sh "
+              "set it", file=sys.stderr)
+        sys.exit(2)
+    return int(text)
+
+
+RANK = launcher_number("RANK", 0)               # torchrun sets all four
+WORLD = launcher_number("WORLD_SIZE", 1)
+LOCAL_RANK = launcher_number("LOCAL_RANK", 0)   # on this node
+LOCAL_WORLD = launcher_number("LOCAL_WORLD_SIZE", WORLD)
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
@@ -161,18 +172,35 @@ def process_group():
     if "RANK" not in os.environ:   # not under torchrun: alone, without opening a port
         options = dict(store=dist.HashStore(), rank=0, world_size=1)
     backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
-    patience = datetime.timedelta(days=1)   # ranks wait while another downloads or tokenises
-    dist.init_process_group(backend, timeout=patience, **options)
+    with reading(f"rank {RANK} of {WORLD} cannot join the others (RANK, WORLD_SIZE, MASTER_ADDR "
+                 "and MASTER_PORT are the launcher's)"):
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **options)
+    # from here on ranks wait while another downloads or tokenises
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
+    over = threading.Event()
+    if WORLD > 1:
+        threading.Thread(target=leave_after_failure, args=[over], daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         if WORLD == 1 or not some_rank_failed():   # tearing down NCCL waits for those that are gone
             dist.destroy_process_group()
+
+
+def leave_after_failure(over):
+    """A thread: where another rank has failed, this one may wait for it in a collective on a GPU,
+    which nothing interrupts. It gets half a minute to end by itself."""
+    while not over.wait(5):
+        if some_rank_failed() and not over.wait(30):
+            os._exit(2)
 
 
 def fail_first():
     """Whether this rank is the first to fail. It speaks for all: what breaks on the others from
     here on is their connection to it."""
+    if not dist.is_initialized():
+        return LOCAL_RANK == 0
     return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
 
 
@@ -218,6 +246,35 @@ def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+# ---- the hub
+
+
+def check_hub(names):
+    """One short look whether the hub answers, before libraries ask it for each file and try again
+    for minutes. Where it does not, they take what they have kept."""
+    if not any(map(is_hub_name, names)) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    problem = None
+    if RANK == 0:
+        try:
+            huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        except Exception as e:
+            problem = one_line(e)
+    problem = from_rank0(problem)
+    if problem:
+        print0(f"the hub {huggingface_hub.constants.ENDPOINT} cannot be reached ({problem}): only "
+               "what is on this machine is used")
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def is_hub_name(name):
+    """name or owner/name, no path that is there, and none of our own words."""
+    if not name or name == "demo" or os.path.exists(name):
+        return False
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.endswith(".json")
 
 
 # ---- files
@@ -2038,11 +2095,14 @@ class TensorReader(dcp.FileSystemReader):
     """dcp's reader, but a stranger's checkpoint cannot run code: dcp unpickles whatever .metadata
     names."""
 
+    def __init__(self, path):
+        super().__init__(path)
+        with open(os.path.join(path, ".metadata"), "rb") as f:
+            self.metadata = MetadataUnpickler(f).load()
+
     def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, ".metadata"), "rb") as f:
-            metadata = MetadataUnpickler(f).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -2839,7 +2899,7 @@ def start_wandb(cfg, run_id):
         return wandb.init(
             project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
-            settings=wandb.Settings(console="off", silent=True))
+            settings=wandb.Settings(console="off", silent=True, init_timeout=20))
     except Exception as e:
         print0(f"wandb: going on without it ({one_line(e)})")
         return NoWandb(run_id)
@@ -5346,29 +5406,40 @@ def main(argv=None):
 
 def run_config(cfg):
     """Run what cfg asks for -> 0: done, or saved after a signal; 2: something the user can mend."""
+    with lasting_output():
+        try:
+            with process_group():
+                return run_in_group(cfg)
+        except UserError as e:   # there is no group
+            return explain(e, cfg)
+
+
+def run_in_group(cfg):
     for library in (transformers, datasets):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     run_mode = choose_mode(cfg)
-    with lasting_output(), process_group():
-        try:
-            with contextlib.ExitStack() as stack:
-                if cfg.mode != "cache":   # of which any number may be at work
-                    stack.enter_context(lock(cfg.output_dir))
-                if cfg.mode == "train":
-                    check_output(cfg.output_dir)
-                run_mode(cfg)
-        except UserError as e:
-            return explain(e, cfg)
-        except torch.OutOfMemoryError as e:
-            return explain(UserError(
-                f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
-        except KeyboardInterrupt:   # the second one
-            return 130
-        except Exception:
-            if WORLD > 1 and some_rank_failed():
-                return 2   # which has said why; what broke here is the connection to it
-            raise
+    try:
+        with contextlib.ExitStack() as stack:
+            if cfg.mode != "cache":   # of which any number may be at work
+                stack.enter_context(lock(cfg.output_dir))
+            if cfg.mode == "train":
+                check_output(cfg.output_dir)
+            names = [cfg.teacher, cfg.student, cfg.tokenizer, cfg.dataset]
+            names += cfg.compare   # optional: eval
+            check_hub(names)
+            run_mode(cfg)
+    except UserError as e:
+        return explain(e, cfg)
+    except torch.OutOfMemoryError as e:
+        return explain(UserError(
+            f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
+    except KeyboardInterrupt:   # the second one
+        return 130
+    except Exception:
+        if WORLD > 1 and some_rank_failed():
+            return 2   # it has said why; what broke here is the connection to it
+        raise
     return 0
 
 
