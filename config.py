@@ -28,6 +28,8 @@ class UserError(Exception):
 
     def __str__(self):   # it names what strangers wrote: control characters as their escapes
         text = super().__str__()
+        if len(text) > 2000:   # a value of thousands of characters
+            text = f"{text[:1000]} ... {text[-600:]}"
         return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -640,6 +642,11 @@ def once_each(pairs):
 
 
 class YamlLoader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):   # a few lines of them unfold to gigabytes
+            raise ValueError(f"aliases (*{self.peek_event().anchor}) are not read")
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node, deep=False):
         scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         once_each([(key.value, None) for key in scalars])

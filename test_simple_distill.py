@@ -10,7 +10,7 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 import argparse
 import ast
 import atexit
-import collections   # optional: generate
+import collections
 import contextlib
 import ctypes
 import fcntl
@@ -38,6 +38,7 @@ import sys
 import tempfile
 import threading   # optional: generate
 import time
+import traceback
 import types
 import warnings
 from pathlib import Path
@@ -6064,6 +6065,398 @@ def test_runs_a_closed_terminal_saves(tmp_path, student, text):
     assert process.wait(timeout=60) == 0
     stopped = log(out, "train")[-1]["train/step"]
     assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
+
+
+# ---- code that nobody allowed
+
+
+def plant_code(model, marks):
+    """A model folder whose config and tokenizer bring code of their own, which leaves a mark."""
+    bases = {"configuration": ("EvilConfig", "LlamaConfig"),
+             "modeling": ("EvilModel", "LlamaForCausalLM"),
+             "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
+    for file, (name, base) in bases.items():
+        (model / f"{file}_evil.py").write_text(
+            f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
+            f"class {name}({base}):\n    model_type = 'evil'\n")
+    knobs = json.loads((model / "config.json").read_text())
+    knobs |= {"model_type": "evil", "auto_map": {
+        "AutoConfig": "configuration_evil.EvilConfig",
+        "AutoModelForCausalLM": "modeling_evil.EvilModel"}}
+    (model / "config.json").write_text(json.dumps(knobs))
+    plant_tokenizer(model)
+
+
+def plant_tokenizer(folder):
+    knobs = json.loads((folder / "tokenizer_config.json").read_text())
+    knobs |= {"tokenizer_class": "EvilTokenizer", "auto_map": {
+        "AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(knobs))
+
+
+def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monkeypatch):
+    """Files of strangers that carry code, in each place where one may stand, under every mode."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
+    fields = dict(dataset=text, max_steps=1, alpha=1.0)
+    good = tmp_path / "good"
+    distil(good, student=student, **fields)
+
+    evil = Path(shutil.copytree(student, tmp_path / "evil"))
+    plant_code(evil, marks)
+    pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
+    (pickled / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "script.py").write_text(f"open({str(marks / 'script')!r}, 'w')\n")
+    yaml_file = tmp_path / "run.yaml"
+    yaml_file.write_text(
+        f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
+
+    # a run of a stranger, which says of itself that its student's code may run
+    obeyed = Path(shutil.copytree(good, tmp_path / "obeyed"))
+    step = obeyed / "checkpoints" / "step-00000001"
+    state = json.loads((step / "state.json").read_text())
+    del state["digest"]
+    state["config"] |= {"trust_remote_code": True, "student": str(evil), "tokenizer": str(evil)}
+    state["digest"] = sd.digest(state)
+    (step / "state.json").write_text(json.dumps(state))
+    loaded = Path(shutil.copytree(good, tmp_path / "loaded"))
+    replant(loaded / "checkpoints" / "step-00000001", lambda _: Payload(marks / "metadata"))
+
+    from_victim = loaded / "checkpoints" / "step-00000001"
+    commands = [
+        dict(PLAIN, student=evil, **fields),
+        dict(PLAIN, student=student, tokenizer=evil, **fields),
+        dict(PLAIN, student=student, teacher=evil, **{**fields, "alpha": 0.5}),
+        dict(PLAIN, student=pickled, **fields),
+        dict(PLAIN, student=student, **{**fields, "dataset": script}),
+        dict(PLAIN, student=student, resume=from_victim, **fields),
+        dict(config=yaml_file),
+    ]
+    of_text = dict(dataset=text)
+    if hasattr(sd, "train_blockwise"):   # optional: blockwise
+        commands.append(dict(student=student, teacher=evil, blockwise=True, **of_text))
+    if hasattr(sd, "fill_cache"):   # optional: cache
+        commands.append(dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c", **of_text))
+    if hasattr(sd, "generate"):   # optional: generate
+        commands.append(dict(mode="generate", provider="local", teacher=evil, num_examples=1))
+    if hasattr(sd, "report"):   # optional: eval
+        judged = dict(mode="eval", eval_samples=2, tokenizer=student, **of_text)
+        commands.append({**judged, "student": evil})
+        commands.append({**judged, "student": student, "compare": [evil]})
+        commands.append({**judged, "student": step})
+        commands.append({**judged, "student": from_victim})
+    for i, command in enumerate(commands):
+        result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
+        assert len(result.err.strip().splitlines()) <= 2, result.err
+        assert not os.listdir(marks), (command, result)
+
+
+def test_runs_a_caches_tokenizer_runs_no_code(tmp_path, student, text):   # optional: cache
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    evil = Path(shutil.copytree(student, tmp_path / "evil"))
+    plant_code(evil, marks)
+    cache = tmp_path / "cache"
+    cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
+    for folder in [path.parent for path in cache.rglob("tokenizer_config.json")]:
+        shutil.copy(evil / "tokenization_evil.py", folder)
+        plant_tokenizer(folder)
+    cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
+    assert not os.listdir(marks)
+
+
+# ---- fuzz: whatever a user brings, there is an answer. Each case draws one thing and breaks it.
+
+ODD = ["", " ", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 5000, "0x10", "1.5", "true", "null",
+       "[]", "{}", "[1", "a\0b", "\x1b[31m", "größe", "\ud800", "/", "/dev/null", "/nowhere/x", "~",
+       "..", "--", "-x", "%s", "a b", "=", "*", "(", "$(id)", "x" * 4000, "layers:", "layers:-1",
+       "layers:99", "demo ", "https://h/", "http://[", "1,2", "a=b=c", "(=1", ".*=x"]
+ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {}, [None], {"a": 1},
+            [[1]], "x" * 4000]
+
+
+def break_json(value, draw):
+    """A copy with one entry, at any depth, replaced, left out or renamed."""
+    value = json.loads(json.dumps(value))
+    here = value
+    while True:
+        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+        if not keys:
+            return draw.choice(ODD_JSON)
+        key = draw.choice(keys)
+        if isinstance(here[key], (dict, list)) and here[key] and draw.random() < 0.6:
+            here = here[key]
+            continue
+        how = draw.random()
+        if how < 0.75:
+            here[key] = draw.choice(ODD_JSON)
+        elif how < 0.9:
+            del here[key]
+        elif isinstance(here, dict):
+            here[f"{key} "] = here.pop(key)
+        return value
+
+
+def break_bytes(content, draw):
+    """Cut, with a byte changed, or with something in its middle."""
+    at = draw.randrange(len(content) + 1)
+    how = draw.randrange(4)
+    if how == 0:
+        return content[:at]
+    if how == 1:
+        return content[:at] + bytes([draw.randrange(256)]) + content[at + 1:]
+    if how == 2:
+        odd = draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"])
+        return content[:at] + odd + content[at:]
+    return draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content])
+
+
+def break_file(path, draw):
+    """As json where it is json, half of the time; else as bytes."""
+    path = Path(path)
+    content = path.read_bytes()
+    if path.suffix == ".json" and draw.random() < 0.6:
+        content = json.dumps(break_json(json.loads(content), draw)).encode()
+    elif path.suffix == ".jsonl" and draw.random() < 0.6:
+        lines = content.splitlines()
+        i = draw.randrange(len(lines))
+        lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
+        content = b"\n".join(lines) + b"\n"
+    else:
+        content = break_bytes(content, draw)
+    path.write_bytes(content)
+
+
+class Fuzz:
+    """Good things in a folder, from which each case takes a copy to break."""
+
+    def __init__(self, folder, student, text):
+        self.folder = folder
+        self.student = student
+        self.good = folder / "good"
+        self.good.mkdir()
+        shutil.copy(text, self.good / "text.jsonl")
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
+        rows = [{"messages": turns} for _ in range(6)]
+        rows += [{"messages": [*turns, *turns]} for _ in range(6)]
+        write_jsonl(self.good / "chat.jsonl", rows)
+        self.fields = dict(PLAIN, student=student, dataset=self.good / "text.jsonl", alpha=1.0,
+                           max_steps=1)
+
+    def words(self, **fields):
+        return flags(**{**self.fields, **fields})
+
+    def case_flags(self, case, draw):
+        skipped = ("output_dir", "max_steps", "cpu_offload", "mode", "config")
+        name = draw.choice([name for name in config.FIELDS if name not in skipped])
+        mode = draw.choice(["train", "train", "cache", "generate", "eval"])
+        words = ["--output_dir", case / "out", "--mode", mode, f"--{name}", draw.choice(ODD)]
+        if mode == "train":
+            words += ["--student", self.student, "--dataset", self.good / "text.jsonl", "--alpha",
+                      "1", "--max_steps", "1"]
+        elif mode == "cache":
+            words += ["--teacher", self.student, "--dataset", self.good / "text.jsonl",
+                      "--cache_dir", case / "cache"]
+        elif mode == "eval":
+            words += ["--student", self.student, "--dataset", self.good / "text.jsonl",
+                      "--eval_samples", "1"]
+        else:
+            words += ["--provider", "local", "--teacher", self.student, "--num_examples", "1",
+                      "--max_tokens", "2"]
+        return words
+
+    def case_file(self, case, draw):
+        kind = draw.choice(["json", "yaml"])
+        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.good / "text.jsonl"),
+                "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
+        path = case / f"run.{kind}"
+        path.write_text(json.dumps(good))   # which is yaml too
+        break_file(path, draw)
+        if draw.random() < 0.2:
+            path.write_text("student: " + draw.choice(ODD).replace("\0", " ").replace(
+                "\ud800", "") + "\nstudent: x\n")
+        if draw.random() < 0.05:
+            path.chmod(0)
+        return ["--config", path, "--output_dir", case / "out", "--student", self.student,
+                "--dataset", self.good / "text.jsonl", "--max_steps", "1", "--alpha", "1"]
+
+    def case_rows(self, case, draw):
+        name = draw.choice(["text.jsonl", "chat.jsonl"])
+        path = case / name
+        shutil.copy(self.good / name, path)
+        for _ in range(draw.randrange(1, 4)):
+            if path.stat().st_size:
+                with contextlib.suppress(ValueError, IndexError):   # broken beyond that already
+                    break_file(path, draw)
+        if draw.random() < 0.15:
+            path = path.rename(case / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
+        more = {}
+        more = draw.choice([{}, {"streaming": True}])   # optional: streaming
+        return self.words(dataset=path, output_dir=case / "out", **more)
+
+    def case_model(self, case, draw):
+        model = shutil.copytree(self.student, case / "model")
+        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+                 "num_attention_heads", "num_key_value_heads", "head_dim")
+        file = draw.choice(["config.json", "config.json", "tokenizer.json",
+                            "tokenizer_config.json", "model.safetensors",
+                            "generation_config.json"])
+        if file == "config.json" and draw.random() < 0.5:
+            values = json.loads((model / file).read_text())
+            values[draw.choice(sizes)] = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+            (model / file).write_text(json.dumps(values))
+        else:
+            break_file(model / file, draw)
+        if draw.random() < 0.1:
+            (model / file).unlink()
+        role = draw.choice(["student", "teacher"])
+        alpha = 1.0 if role == "student" else 0.5
+        return self.words(**{role: model}, alpha=alpha, output_dir=case / "out")
+
+    def case_output(self, case, draw):
+        """What an earlier run left."""
+        out = self.folder / "finished"
+        if not out.exists():
+            distil(out, **{**self.fields, "max_steps": 2}, save_steps=1)
+        shutil.copytree(out, case / "out")
+        files = [path for path in (case / "out").rglob("*") if path.is_file()]
+        break_file(draw.choice(files), draw)
+        return self.words(max_steps=3, output_dir=case / "out")
+
+    def case_cache(self, case, draw):   # optional: cache
+        cache = self.folder / "cache"
+        if not cache.exists():
+            cli(*flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
+                       cache_dir=cache, seq_len=32, cache_chunk=16))
+        shutil.copytree(cache, case / "cache")
+        files = [path for path in (case / "cache").rglob("*") if path.is_file()]
+        break_file(draw.choice(files), draw)
+        if draw.random() < 0.3:
+            return flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
+                         cache_dir=case / "cache", seq_len=32, cache_chunk=16,
+                         output_dir=case / "out")
+        fields = {**self.fields, "dataset": None, "alpha": 0.5, "seq_len": None}
+        return flags(**fields, cache_dir=case / "cache", output_dir=case / "out")
+
+    def case_leftovers(self, case, draw):   # optional: generate
+        out = self.folder / "generated"
+        fields = dict(mode="generate", provider="local", teacher=self.student, num_examples=2,
+                      max_tokens=4)
+        if not out.exists():
+            sd.main(words_of(flags(**fields, output_dir=out)))
+        shutil.copytree(out, case / "out")
+        files = [path for path in (case / "out").rglob("*") if path.is_file()]
+        break_file(draw.choice(files), draw)
+        if draw.random() < 0.3:
+            prompts = write_jsonl(case / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+            break_file(prompts, draw)
+            fields["prompts_file"] = prompts
+        return flags(**fields, output_dir=case / "out")
+
+    def case_environment(self, case, draw):
+        name = draw.choice([
+            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY",
+            "ALL_PROXY", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
+            "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "COLUMNS", "TMPDIR", "HOME", "TERM",
+            "PYTHONIOENCODING"])
+        value = draw.choice([text for text in ODD if "\0" not in text and "\ud800" not in text])
+        words = self.words(output_dir=case / "out")
+        if draw.random() < 0.3:
+            words = self.words(output_dir=case / "out", student="owner/name")
+        return {name: value}, words
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind, cases", [
+    ("flags", 110), ("file", 60), ("rows", 60), ("model", 60), ("output", 40),
+    ("cache", 50),       # optional: cache
+    ("leftovers", 30),   # optional: generate
+])
+def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
+    """No traceback, no exit code but 0 and 2, nothing changed outside the run's own folders."""
+    fuzz = Fuzz(tmp_path, student, text)
+    monkeypatch.chdir(tmp_path)
+    failures = []
+    answers = collections.Counter()
+    first = int(os.environ.get("FUZZ_FROM", 0))
+    for number in range(first, first + cases):
+        draw = random.Random(f"{kind} {number}")
+        case = tmp_path / f"{kind}-{number}"
+        case.mkdir()
+        words = words_of(getattr(fuzz, f"case_{kind}")(case, draw))
+        watched = [path for path in (fuzz.good, Path(student), *case.iterdir())
+                   if path.name not in ("out", "cache")]
+        before = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
+        problem = problem_of(words, answers)
+        after = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
+        if before != after:
+            problem = f"changed what is not its own; {problem}"
+        if problem:
+            failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
+        shutil.rmtree(case)
+    print(answers)
+    assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
+
+
+def problem_of(words, answers, seconds=60):
+    """What is wrong with the answer to a command line, None where nothing is."""
+    out = io.StringIO()
+    err = io.StringIO()
+
+    def give_up(number, frame):
+        raise TimeoutError(f"more than {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = sd.main(words)
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException as e:
+        place = traceback.extract_tb(e.__traceback__)
+        ours = [frame for frame in place if "simple_distill.py" in frame.filename
+                or "config.py" in frame.filename and "work" in frame.filename]
+        return (f"{type(e).__name__}: {str(e)[:200]} at "
+                + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(ours[-4:])))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        if sd.dist.is_initialized():
+            sd.dist.destroy_process_group()
+    answers[code] += 1
+    if code not in (0, 2):
+        return f"exit code {code}"
+    if "Traceback" in err.getvalue() + out.getvalue():
+        return f"traceback: {err.getvalue()[-600:]}"
+    lines = err.getvalue().strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    if code == 2 and len(errors) != 1:
+        return f"{len(errors)} error lines: {err.getvalue()[-600:]!r}"
+    if code == 2 and len(errors[0]) > 2000:
+        return f"an error of {len(errors[0])} characters"
+    return None
+
+
+@pytest.mark.campaign
+def test_runs_fuzz_of_the_environment(tmp_path, student, text):
+    """In processes of their own, since it is read when the package is imported."""
+    fuzz = Fuzz(tmp_path, student, text)
+    failures = []
+    for number in range(30):
+        case = tmp_path / f"environment-{number}"
+        case.mkdir()
+        env, words = fuzz.case_environment(case, random.Random(f"environment {number}"))
+        run = subprocess.run(
+            [sys.executable, HERE / "simple_distill.py", *words_of(words)], text=True, cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, capture_output=True, timeout=120)
+        if run.returncode not in (0, 2) or "Traceback" in run.stderr:
+            failures.append(f"{env}: exit code {run.returncode}\n{run.stderr[-600:]}")
+    assert not failures, "\n".join(failures)
 
 
 # ---- a week of runs, one after the other, as a user types them
