@@ -847,7 +847,8 @@ def load_raw(dataset, dataset_config, split, streaming=False):
 
 def load_file(path, kind, split, streaming):
     if not os.path.isfile(path):
-        raise UserError(f"dataset file {path!r} does not exist")
+        problem = "is no file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"dataset file {path!r} {problem}")
     if os.path.getsize(path) == 0:
         raise UserError(f"dataset file {path!r} is empty")
     if split != "train":   # a file has no other
@@ -939,14 +940,15 @@ def tokenize(cfg, raw, tokenizer, split):
             cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=TOKEN_FEATURES)
         # a batch that was begun twice stands there twice
         by_batch = {entry["start"]: entry["dropped"] for entry in read_jsonl(dropped_path)}
-    dropped = [(source_row(raw, start + i), why) for start in sorted(by_batch)
-               for i, why in by_batch[start]]
-    reasons = count_dropped(cfg.dataset, dropped)
+    dropped = {}
+    for start in sorted(by_batch):
+        add_dropped(dropped, start, by_batch[start])
+    reasons = in_words(dropped, lambda i: place_of(cfg.dataset, source_row(raw, i)))
     if len(rows) == 0:
         raise UserError(f"dataset {cfg.dataset!r}, {split}: none of {len(raw)} rows has a target "
                         f"token: {reasons or 'they are one token long'}")
     if dropped:
-        print0(f"{split}: dropped {len(dropped)} of {len(raw)} rows: {reasons}")
+        print0(f"{split}: dropped {count_dropped(dropped)} of {len(raw)} rows: {reasons}")
     return rows.with_format("numpy")
 
 
@@ -965,13 +967,20 @@ def encode_batch(batch, raw, dataset, encode_here, dropped_path):
     return columns
 
 
-def count_dropped(dataset, dropped):
-    """[(row number, why)] -> in words: each reason, how often, and where first."""
-    by_reason = {}
-    for row, why in dropped:
-        by_reason.setdefault(why, []).append(row)
-    return "; ".join(f"{len(rows)} with {why} (first {place_of(dataset, rows[0])})"
-                     for why, rows in by_reason.items())
+def add_dropped(dropped, start, some):
+    """[(i, why)] of rows from start on into {why: [how many, which first]}"""
+    for i, why in some:
+        count_and_first = dropped.setdefault(why, [0, start + i])
+        count_and_first[0] += 1
+
+
+def count_dropped(dropped):
+    return sum(count for count, _ in dropped.values())
+
+
+def in_words(dropped, place):
+    return "; ".join(f"{count} with {why} (first {place(row)})"
+                     for why, (count, row) in dropped.items())
 
 
 def source_row(raw, i):
@@ -1460,8 +1469,10 @@ def reading_rows(dataset, what):
             yield
         except UserError:
             raise
-        except Exception:
+        except Exception as e:
             explain_bad_file(dataset)
+            if isinstance(e, datasets.exceptions.DatasetGenerationError):   # says no reason itself
+                raise (e.__cause__ or e) from None
             raise
 
 
@@ -2929,22 +2940,24 @@ def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_
     size = shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
     if position is None:
-        position = {"epoch": 0, "window": 0, "used": 0, "source": beginning, "first_row": 0}
+        position = {"epoch": 0, "window": 0, "used": 0, "source": beginning}
+    position = {"first_row": 0, **position}   # of the window, in its epoch
+    place = functools.partial(place_of, dataset)
     stream.load_state_dict(position["source"])
     raw_rows = iter(stream)
     pending = []
-    dropped = []
+    dropped = {}
     said = 0
     is_barren = position["first_row"] == 0   # whether nothing of this epoch was of use so far
     while True:
         window = read_window(raw_rows, size, dataset, position["first_row"])
         ended = len(window) < size
-        rows = encode_window(window, position["first_row"], dataset, encode_here, dropped)
+        rows = encode_window(window, position["first_row"], place, encode_here, dropped)
         is_barren = is_barren and not rows
-        if position["epoch"] == 0 and len(dropped) > 2 * said:   # a word, and not a hundred
-            print0(f"dropped so far {len(dropped)} of {position['first_row'] + len(window)} rows: "
-                   + count_dropped(dataset, dropped))
-            said = len(dropped)
+        if position["epoch"] == 0 and count_dropped(dropped) > 2 * said:   # not at each window
+            said = count_dropped(dropped)
+            print0(f"dropped {said} of the first {position['first_row'] + len(window)} rows: "
+                   + in_words(dropped, place))
         if shuffle_buffer:
             order = shuffled(len(rows), seed, position["window"]).tolist()
         else:
@@ -2955,7 +2968,7 @@ def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_
                 yield pending, {**position, "used": used + 1}
                 pending = []
         if ended and is_barren:
-            reasons = count_dropped(dataset, dropped) or "they are one token long"
+            reasons = in_words(dropped, place) or "they are one token long"
             raise UserError(f"dataset {dataset!r}: no row of the stream has a target token: "
                             + reasons)
         position = {
@@ -2964,7 +2977,7 @@ def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_
             "first_row": 0 if ended else position["first_row"] + len(window)}
         if ended:
             is_barren = True
-            dropped = []
+            dropped = {}
             stream.load_state_dict(beginning)
             raw_rows = iter(stream)
 
@@ -2974,11 +2987,11 @@ def read_window(raw_rows, size, dataset, first_row):
         return list(itertools.islice(raw_rows, size))
 
 
-def encode_window(raw_rows, first_row, dataset, encode_here, dropped):
+def encode_window(raw_rows, first_row, place, encode_here, dropped):
     """-> token rows; what is dropped is added to dropped."""
     warn_of_long_rows(raw_rows)
-    columns, dropped_here = encode_here(raw_rows, lambda i: place_of(dataset, first_row + i))
-    dropped += [(first_row + i, why) for i, why in dropped_here]
+    columns, dropped_here = encode_here(raw_rows, lambda i: place(first_row + i))
+    add_dropped(dropped, first_row, dropped_here)
     return rows_from_columns(columns)
 
 
