@@ -1218,9 +1218,11 @@ def render(messages, write, prompt, end_marks):
     text = write(messages)
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or is_silent(message, i, messages, text, write):
+        if message["role"] != "assistant":
             continue
         start, end = find_turn(i, messages, text, write)
+        if start == end and not message["content"]:   # nor anything else that the template knows
+            continue
         # what every message of the assistant begins with, such as <think>, is no difference
         last_end = spans[-1][1] if spans else 0
         header = text.rfind(prompt, last_end, start)
@@ -1233,14 +1235,6 @@ def render(messages, write, prompt, end_marks):
                 break
         spans.append((start, end))
     return text, spans
-
-
-def is_silent(message, i, messages, text, write):
-    """Whether it has nothing but its role, or nothing that the template knows."""
-    if message["content"]:
-        return False
-    silence = {"role": "assistant", "content": ""}
-    return message == silence or text == write([*messages[:i], silence, *messages[i + 1:]])
 
 
 def find_turn(i, messages, text, write):
@@ -1325,15 +1319,29 @@ def message_of(turn):
     message = without_nulls(turn)
     if "content" not in message and "value" in message:
         sender = message.get("from")
-        role = SHAREGPT_ROLES.get(sender, message.get("role", sender))
+        role = SHAREGPT_ROLES.get(str(sender), message.get("role", sender))
         message = {"role": role, "content": message["value"]}
     if not isinstance(message.get("role"), str):
         raise BadRow("a message without a role")
     if set(message) == {"role"}:
         raise BadRow("a message without content")
-    if not message.get("tool_calls"):   # some templates ask only whether there is such a list
-        message.pop("tool_calls", None)
+    calls = message.pop("tool_calls", None)
+    if calls and not isinstance(calls, list):
+        raise BadRow("tool_calls that are no list")
+    if calls:   # some templates ask only whether there is such a list
+        message["tool_calls"] = [call_of(call) for call in calls]
     return {**message, "content": text_of(message.get("content", ""))}
+
+
+def call_of(call):
+    """The arguments of a tool as the object that templates expect; APIs give them as its JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise BadRow("a call of a tool that is no object")
+    if isinstance(function.get("arguments"), str):
+        with contextlib.suppress(ValueError):
+            function["arguments"] = json.loads(function["arguments"])
+    return call
 
 
 def without_nulls(value):
