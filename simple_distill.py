@@ -38,7 +38,7 @@ import math
 import os
 import queue
 import random   # optional: generate
-import re
+import re   # optional: blockwise generate
 import resource
 import shlex   # optional: cache
 import shutil
@@ -793,7 +793,8 @@ def load_splits(cfg):
         return train_raw, train_raw   # asked for by its name: all of it is judged
     if len(train_raw) == 1:
         return train_raw, None
-    return hold_out_rows(train_raw, cfg.eval_samples)
+    with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
+        return hold_out_rows(train_raw, cfg.eval_samples, cfg.text_column)
 
 
 def read_splits(cfg, streaming=False):
@@ -888,14 +889,29 @@ def check_columns(rows, dataset, text_column):
         f"columns; it has {', '.join(first_rows[0])}: name one with --text_column")
 
 
-def hold_out_rows(raw, eval_samples):
+def hold_out_rows(raw, eval_samples, text_column):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
     wanted = min(eval_samples, max(1, len(raw) // 20))
     gap = max(2, len(raw) // wanted)
+    for first in reversed(range(gap)):   # gap - 1, unless bad rows stand there
+        held_out = raw.select(range(first, len(raw), gap))
+        if any(is_usable(row, text_column) for row in held_out):
+            break
     # an array: select makes a fingerprint of it, a generator has none that another run finds again
-    kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)
-    return raw.select(kept), raw.select(range(gap - 1, len(raw), gap))
+    kept = np.flatnonzero(np.arange(len(raw)) % gap != first)
+    return raw.select(kept), held_out
+
+
+def is_usable(row, text_column):
+    """Whether it holds something to learn, as far as that can be seen before it is tokens."""
+    try:
+        conversation = conversation_of(row)
+    except BadRow:
+        return False
+    if conversation:
+        return any(message["role"] == "assistant" for message in conversation)
+    return isinstance(row.get(text_column), str) and row[text_column] != ""
 
 
 def stdlib_sources():   # optional: demo generate
@@ -2916,7 +2932,9 @@ def hold_out_head(stream, eval_samples):
     if len(first_rows) <= wanted:   # that was the whole stream
         wanted = max(1, len(first_rows) // 20)
     eval_raw = table_of(first_rows[:wanted])
-    return stream.skip(len(eval_raw)), eval_raw
+    rest = stream.skip(len(eval_raw))
+    rest.rows_before = len(eval_raw)   # for the place of a row that is named
+    return rest, eval_raw
 
 
 def columns_of(rows):
@@ -2950,7 +2968,11 @@ def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_
     if position is None:
         position = {"epoch": 0, "window": 0, "used": 0, "source": beginning}
     position = {"first_row": 0, **position}   # of the window, in its epoch
-    place = functools.partial(place_of, dataset)
+    rows_before = getattr(stream, "rows_before", 0)
+
+    def place(row):
+        return place_of(dataset, rows_before + row)
+
     stream.load_state_dict(position["source"])
     raw_rows = iter(stream)
     pending = []

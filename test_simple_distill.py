@@ -2096,29 +2096,23 @@ DROPPED = [
 ]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(
-        tmp_path, out, student, streaming):
-    if streaming and not hasattr(sd, "load_stream"):
-        pytest.skip("a fork without streams")
-    path = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "held out"}, *MIXED[1:], MIXED[0]])
-    # of a fork without streams, the field is not known
-    more = dict(streaming=True, shuffle_buffer=4, eval_samples=1) if streaming else {}
-    run = distil(out, student=student, dataset=path, alpha=1.0, max_steps=6, seq_len=64, **more)
-    shown = run.out + run.err
-    if streaming:
-        assert "dropped" in shown
-        for words in DROPPED[:4]:
-            assert words in shown, shown
-    else:
-        assert "dropped 8 of 12 rows" in shown, shown
-        for words in DROPPED:
-            assert words in shown, (words, shown)
+def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(tmp_path, out, student):
+    """And none that is bad is all there is to evaluate on."""
+    path = write_jsonl(tmp_path / "mixed.jsonl", MIXED)
+    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=2, seq_len=64)
+    run = distil(out, **fields)
+    for words in DROPPED:
+        assert words in run.out, (words, run.out)
+    again = distil(out, **fields, resume="never")   # from the rows that were kept
+    said = [line for line in run.out.splitlines() if "dropped" in line]
+    assert said[0].startswith("train: dropped 8 of 11 rows: ")
+    assert [line for line in again.out.splitlines() if "dropped" in line] == said
 
 
 def test_data_texts_beside_conversations_are_kept():
     tokenizer = tiny_tokenizer(CHATML)
-    columns = sd.columns_of(MIXED)
+    names = ("text", "messages", "id")
+    columns = {name: [row.get(name) for row in MIXED] for name in names}
     rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64))
     texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
     assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
@@ -3187,6 +3181,63 @@ def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, student):
     distil(table, **fields)
     distil(stream, **fields, streaming=True, shuffle_buffer=0)
     assert column(table, "train/loss") == pytest.approx(column(stream, "train/loss"), rel=1e-6)
+
+
+def test_streaming_rows_are_read_by_their_kind_dropped_and_counted(tmp_path, out, student):
+    """Also where not every row has every column, and over several windows."""
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "held out"}, *MIXED[1:], MIXED[0]])
+    run = distil(out, student=student, dataset=path, alpha=1.0, max_steps=6, seq_len=64,
+                 streaming=True, shuffle_buffer=4, eval_samples=1)
+    assert "dropped 2 of the first 4 rows" in run.out, run.out
+    assert "a message without a role (first '" + path + "', line 3)" in run.out
+    assert "type 'image_url' (first '" + path + "', line 5)" in run.out
+    assert "no text and no conversation (first '" + path + "', line 7)" in run.out
+
+
+def bad_streams(folder):
+    """-> [(file, the words that its error has to hold)]; all is well with the first 300 rows."""
+    good = [{"messages": [user("q"), assistant("a")]}] * 300
+    refused = write_jsonl(folder / "refused.jsonl", [*good, SYSTEM_ROW])
+    broken = write_jsonl(folder / "broken.jsonl", good)
+    with open(broken, "a") as file:
+        file.write("{bad\n")
+    useless = write_jsonl(folder / "useless.jsonl", [good[0], *[{"id": 1}] * 50])
+    return [(refused, "refused.jsonl', line 301: .*no system role"),
+            (broken, "broken.jsonl', line 301: "),
+            (useless, "useless.jsonl.*no row .* 50 with no text and no conversation")]
+
+
+def test_streaming_a_bad_row_deep_in_a_stream_is_an_error_that_names_it(tmp_path):
+    tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
+    for path, words in bad_streams(tmp_path):
+        cfg = config.Config(dataset=path, streaming=True, max_steps=99, eval_samples=1, seq_len=64)
+        with contextlib.redirect_stdout(io.StringIO()):
+            with sd.process_group():
+                stream, _ = sd.load_data(cfg, tokenizer)
+            encode_here = sd.make_row_encoder(cfg, tokenizer)
+            batches = sd.streamed_batches(stream, path, encode_here, 0, 20, 8, None)
+            with pytest.raises(config.UserError, match=words):
+                for _ in range(60):   # more than an epoch
+                    next(batches)
+
+
+def test_streaming_a_resume_finds_the_same_rows_also_of_a_position_without_row_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", talk(30))
+    cfg = config.Config(dataset=path, streaming=True, max_steps=9, seq_len=64)
+
+    def batches(position):
+        stream = sd.load_raw(path, None, "train", streaming=True)
+        encode_here = sd.make_row_encoder(cfg, tiny_tokenizer())
+        return sd.streamed_batches(stream, path, encode_here, 0, 7, 4, position)
+
+    whole = [next(b) for b in [batches(None)] for _ in range(20)]
+    for first in (3, 11):
+        _, position = whole[first - 1]
+        older = {name: value for name, value in position.items() if name != "first_row"}
+        for start in (position, older):
+            again = batches(start)
+            assert [next(again)[0] for _ in range(5)] == [
+                rows for rows, _ in whole[first:first + 5]]
 
 
 # --------------------------------------------------------------------------------------------------
