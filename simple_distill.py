@@ -37,6 +37,7 @@ import json
 import math
 import os
 import pickle
+import queue
 import random   # optional: generate
 import re
 import resource
@@ -45,6 +46,7 @@ import shutil
 import signal
 import sys
 import sysconfig   # optional: demo generate
+import tempfile
 import textwrap   # optional: generate
 import threading
 import time
@@ -922,7 +924,8 @@ def load_splits(cfg):
         return train_raw, train_raw   # asked for by its name: all of it is judged
     if len(train_raw) == 1:
         return train_raw, None
-    return hold_out_rows(train_raw, cfg.eval_samples)
+    with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
+        return hold_out_rows(train_raw, cfg.eval_samples, cfg.text_column)
 
 
 def read_splits(cfg, streaming=False):
@@ -955,34 +958,39 @@ SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")   # one of these is in a
 def load_raw(dataset, dataset_config, split, streaming=False):
     """One split of a file, a save_to_disk folder or a hub dataset; None where it has no such."""
     kind = FILE_KINDS.get(os.path.splitext(dataset)[1].lower())
-    if kind and not os.path.isfile(dataset):
-        raise UserError(f"dataset file {dataset!r} does not exist")
-    if kind and os.path.getsize(dataset) == 0:
-        raise UserError(f"dataset file {dataset!r} is empty")
-    if kind and split != "train":   # a file has no other
-        return None
-    try:
+    what = f"{kind} file"
+    if not kind:
+        what = "hub dataset (no network, no access?), data file or save_to_disk directory"
+    with reading_rows(dataset, f"dataset {dataset!r} could not be read as {what}"):
         if kind:
-            return load_file(dataset, kind, streaming)
+            return load_file(dataset, kind, split, streaming)
         if any(os.path.exists(os.path.join(dataset, name)) for name in SAVED_BY_DATASETS):
             return load_saved(dataset, split, streaming)
-        return datasets.load_dataset(dataset, dataset_config, split=split, streaming=streaming)
-    except Exception as e:
-        if "Unknown split" in str(e) or "Bad split" in str(e):
-            return None
-        explain_bad_file(dataset)
-        what = "hub dataset (no network, no access?), data file or save_to_disk directory"
-        if kind:
-            what = f"{kind} file"
-        raise UserError(f"dataset {dataset!r} could not be read as {what}: {one_line(e)}") from e
+        if os.path.isdir(dataset) and dataset != glob.escape(dataset):
+            raise UserError(f"dataset folder {dataset!r}: [, * and ? are read as a pattern of "
+                            "names; rename it")
+        try:
+            return datasets.load_dataset(dataset, dataset_config, split=split, streaming=streaming)
+        except ValueError as e:
+            if "Unknown split" in str(e) or "Bad split" in str(e):
+                return None
+            raise
 
 
-def load_file(path, kind, streaming):
+def load_file(path, kind, split, streaming):
+    if not os.path.isfile(path):
+        problem = "is no file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"dataset file {path!r} {problem}")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"dataset file {path!r} is empty")
+    if split != "train":   # a file has no other
+        return None
     options = {}
     if kind == "text":
         options["sample_by"] = "paragraph"   # a blank line ends a document
-    return datasets.load_dataset(
-        kind, data_files={"train": path}, split="train", streaming=streaming, **options)
+    return datasets.load_dataset(   # which takes a name for a pattern
+        kind, data_files={"train": glob.escape(path)}, split="train", streaming=streaming,
+        **options)
 
 
 def load_saved(folder, split, streaming):
@@ -997,27 +1005,44 @@ def load_saved(folder, split, streaming):
 
 
 def check_columns(rows, dataset, text_column):
-    """Among the first hundred rows there must be text or a conversation."""
-    with explain_bad_rows(dataset, f"dataset {dataset!r}: a row cannot be read"):
+    """There must be a column of text, or those of a conversation."""
+    with reading_rows(dataset, f"dataset {dataset!r}: a row cannot be read"):
         first_rows = list(itertools.islice(rows, 100))
     if not first_rows:
         raise UserError(f"dataset {dataset!r} has no rows")
-    for row in first_rows:
-        if conversation_of(row) or isinstance(row.get(text_column), str):
-            return
+    columns = {name for row in first_rows for name in row}
+    if columns & {text_column, *CONVERSATION_COLUMNS}:
+        return
+    if any(set(pair) <= columns for pair in CONVERSATIONS):
+        return
     raise UserError(
         f"dataset {dataset!r} has no text in column {text_column!r} and no known conversation "
         f"columns; it has {', '.join(first_rows[0])}: name one with --text_column")
 
 
-def hold_out_rows(raw, eval_samples):
+def hold_out_rows(raw, eval_samples, text_column):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
     wanted = min(eval_samples, max(1, len(raw) // 20))
     gap = max(2, len(raw) // wanted)
+    for first in reversed(range(gap)):   # gap - 1, unless bad rows stand there
+        held_out = raw.select(range(first, len(raw), gap))
+        if any(is_usable(row, text_column) for row in held_out):
+            break
     # an array: select makes a fingerprint of it, a generator has none that another run finds again
-    kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)
-    return raw.select(kept), raw.select(range(gap - 1, len(raw), gap))
+    kept = np.flatnonzero(np.arange(len(raw)) % gap != first)
+    return raw.select(kept), held_out
+
+
+def is_usable(row, text_column):
+    """Whether it holds something to learn, as far as that can be seen before it is tokens."""
+    try:
+        conversation = conversation_of(row)
+    except BadRow:
+        return False
+    if conversation:
+        return any(message["role"] == "assistant" for message in conversation)
+    return isinstance(row.get(text_column), str) and row[text_column] != ""
 
 
 def stdlib_sources():   # optional: demo generate
@@ -1037,46 +1062,153 @@ def stdlib_sources():   # optional: demo generate
 # ---- rows of token ids
 
 
+ROWS_AT_ONCE = 1000   # texts among them are packed together, however many processes share the work
+
+
 def tokenize(cfg, raw, tokenizer, split):
     """-> a memory-mapped dataset of token rows, kept in the datasets cache: the same rows are not
-    tokenised twice."""
+    tokenised twice. Beside it stands what was dropped."""
     fingerprint = fingerprint_rows(raw, tokenizer, cfg.text_column, cfg.seq_len)
-    path = os.path.join(
-        datasets.config.HF_DATASETS_CACHE, "simple_distill", f"{fingerprint}.arrow")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    workers = min(cfg.num_proc or 1, len(raw))
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
+    os.makedirs(folder, exist_ok=True)
+    dropped_path = os.path.join(folder, f"{fingerprint}.dropped.jsonl")
+    batches = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
+    workers = min(cfg.num_proc or 1, len(batches))
     # a tokenizer's own threads do not survive the fork of a worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
-    features = datasets.Features(input_ids=datasets.List(datasets.Value("int32")),
-                                 targets=datasets.List(datasets.Value("bool")))
-    bad_row = f"{split}: a row cannot be turned into tokens"
-    with explain_bad_rows(cfg.dataset, bad_row), node_first():
-        rows = raw.map(
-            make_encoder(cfg, tokenizer), batched=True, remove_columns=raw.column_names,
-            num_proc=workers if workers > 1 else None, cache_file_name=path,
-            new_fingerprint=fingerprint, features=features)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers <= 1 else "false"
+    bad_row = f"dataset {cfg.dataset!r}, {split}: a row cannot be turned into tokens"
+    with reading_rows(cfg.dataset, bad_row), node_first():
+        rows = batches.map(
+            functools.partial(
+                encode_batch, raw=raw, dataset=cfg.dataset, dropped_path=dropped_path,
+                encode_here=make_row_encoder(cfg, tokenizer)),
+            batched=True, batch_size=1, remove_columns=["start"],
+            num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
+            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=TOKEN_FEATURES)
+        # a batch that was begun twice stands there twice
+        by_batch = {entry["start"]: entry["dropped"] for entry in read_jsonl(dropped_path)}
+    dropped = {}
+    for start in sorted(by_batch):
+        add_dropped(dropped, start, by_batch[start])
+    reasons = in_words(dropped, lambda i: place_of(cfg.dataset, source_row(raw, i)))
     if len(rows) == 0:
-        raise UserError(f"{split}: none of {len(raw)} rows has a target token (one-token rows, or "
-                        "no assistant turn?)")
-    if rows[0]["targets"] is not None and len(rows) < len(raw):   # conversations, a row each
-        print0(f"{split}: dropped {len(raw) - len(rows)} of {len(raw)} rows, no target within "
-               f"seq_len {cfg.seq_len}")
+        raise UserError(f"dataset {cfg.dataset!r}, {split}: none of {len(raw)} rows has a target "
+                        f"token: {reasons or 'they are one token long'}")
+    if dropped:
+        print0(f"{split}: dropped {count_dropped(dropped)} of {len(raw)} rows: {reasons}")
     return rows.with_format("numpy")
 
 
+TOKEN_FEATURES = datasets.Features(input_ids=datasets.List(datasets.Value("int32")),
+                                   targets=datasets.List(datasets.Value("bool")))
+
+
+def encode_batch(batch, raw, dataset, encode_here, dropped_path):
+    """The rows of raw from one start on -> token rows, as columns."""
+    start, = batch["start"]
+    rows = rows_from_columns(raw[start:start + ROWS_AT_ONCE])
+    warn_of_long_rows(rows)
+    columns, dropped = encode_here(
+        rows, lambda i: place_of(dataset, source_row(raw, start + i)))
+    append_jsonl(dropped_path, {"start": start, "dropped": dropped})
+    return columns
+
+
+def add_dropped(dropped, start, some):
+    """[(i, why)] of rows from start on into {why: [how many, which first]}"""
+    for i, why in some:
+        count_and_first = dropped.setdefault(why, [0, start + i])
+        count_and_first[0] += 1
+
+
+def count_dropped(dropped):
+    return sum(count for count, _ in dropped.values())
+
+
+def in_words(dropped, place):
+    return "; ".join(f"{count} with {why} (first {place(row)})"
+                     for why, (count, row) in dropped.items())
+
+
+def source_row(raw, i):
+    """Which row of its source the row i of a selection is."""
+    if raw._indices is None:
+        return i
+    return raw._indices.column(0)[i].as_py()
+
+
+def place_of(dataset, row):
+    """In words: the line of a .jsonl file, else the number of the row, from 1 on."""
+    if dataset.lower().endswith(".jsonl") and os.path.isfile(dataset):
+        with open(dataset, "rb") as file:
+            lines = (number for number, line in enumerate(file, 1) if line.strip())
+            line = next(itertools.islice(lines, row, None), None)
+        if line is not None:
+            return f"{dataset!r}, line {line}"
+    return f"{dataset!r}, row {row + 1}"
+
+
+def warn_of_long_rows(rows):
+    longest = max((len(value) for row in rows for value in row.values() if isinstance(value, str)),
+                  default=0)
+    if longest > 10_000_000:
+        print0(f"a row of {longest:,} characters; a tokenizer takes a second or more for a million")
+
+
 def fingerprint_rows(raw, tokenizer, text_column, seq_len):
-    """Of all that shapes token rows, the code included: a fork that edits `encode`, or anything it
-    calls, gets what it wrote and not what an older version left in the cache."""
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = tokenizer.get_vocab()
-    functions = (encode, encode_texts, encode_conversations, find_targets, render, conversation_of,
-                 message_of, as_messages, rows_from_columns)
-    code = [inspect.getsource(function) for function in functions]
-    tables = [PLAIN_TEMPLATE, CONVERSATIONS, SHAREGPT_ROLES]
-    return digest(raw._fingerprint, vocabulary, str(tokenizer.chat_template), code, tables,
-                  text_column, seq_len)
+    """Of all that shapes token rows: the tokenizer as it would be saved, and the code. A fork that
+    edits `encode_rows`, or anything it calls, gets what it wrote and not what an older version left
+    in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = {}
+        for path in sorted(glob.glob(os.path.join(folder, "**"), recursive=True)):
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    name = os.path.relpath(path, folder)
+                    saved[name] = hashlib.sha256(file.read()).hexdigest()
+    return digest(raw._fingerprint, str(raw.features), saved, code_of(encode_rows),
+                  ROWS_AT_ONCE, text_column, seq_len)
+
+
+def code_of(function):
+    """{name: source or value} of a function of this file and of all of this file that it uses."""
+    code = {}
+    found = [function.__name__]
+    while found:
+        name = found.pop()
+        thing = inspect.unwrap(globals().get(name))
+        if name in code:
+            continue
+        if getattr(thing, "__module__", None) == __name__:
+            code[name] = inspect.getsource(thing)
+            found += names_in(getattr(thing, "__code__", None))
+        elif isinstance(thing, (str, int, float, tuple, list, dict)):   # a table
+            code[name] = repr(thing)
+    return code
+
+
+def names_in(code):
+    """Globals that compiled code mentions, also within its inner functions."""
+    if not inspect.iscode(code):
+        return []
+    inner = [name for constant in code.co_consts for name in names_in(constant)]
+    return [*code.co_names, *inner]
+
+
+def rows_digest(rows):
+    """16 characters that differ when any token row does, wherever the rows came from; None of a
+    stream, whose rows nobody has seen."""
+    if not isinstance(rows, datasets.Dataset):
+        return None
+    content = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(1000):
+        for name in ("input_ids", "targets"):
+            lists = table[name].combine_chunks()
+            # as numbers: a bitmap is padded with bits of the rows that follow
+            content.update(lists.value_lengths().fill_null(-1).to_numpy())
+            content.update(lists.flatten().cast("int32").to_numpy())
+    return content.hexdigest()[:16]
 
 
 def make_encoder(cfg, tokenizer):
@@ -1086,19 +1218,50 @@ def make_encoder(cfg, tokenizer):
 
 
 def encode(columns, tokenizer, text_column, seq_len):
-    """Raw rows -> token rows, both as columns: {"input_ids": [...], "targets": [...]}. Rows are
-    conversations or texts; where there is one conversation, plain texts beside it are left out."""
-    conversations = []
+    """Raw rows -> token rows, both as columns: {"input_ids": [...], "targets": [...]}."""
+    rows = rows_from_columns(columns)
+
+    def place(i):
+        return f"a row that begins {str(rows[i])[:80]!r}"
+
+    columns, _ = encode_rows(rows, place, tokenizer, text_column, seq_len)
+    return columns
+
+
+def make_row_encoder(cfg, tokenizer):
+    return functools.partial(
+        encode_rows, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+
+
+def encode_rows(rows, place, tokenizer, text_column, seq_len):
+    """Raw rows -> token rows as columns, and [(i, why)] of those that were dropped. First come the
+    conversations, one a row, then blocks of the texts. place(i): in words, where row i is."""
+    conversations = {}
     texts = []
-    for row in rows_from_columns(columns):
-        conversation = conversation_of(row)
+    dropped = []
+    for i, row in enumerate(rows):
+        try:
+            conversation = conversation_of(row)
+        except BadRow as e:
+            dropped.append((i, str(e)))
+            continue
         if conversation:
-            conversations.append(conversation)
-        elif row.get(text_column):
+            conversations[i] = conversation
+        elif isinstance(row.get(text_column), str):
             texts.append(row[text_column])
-    if conversations:
-        return encode_conversations(conversations, tokenizer, seq_len)
-    return encode_texts(texts, tokenizer, seq_len)
+        else:
+            dropped.append((i, "no text and no conversation"))
+    columns = encode_texts(texts, tokenizer, seq_len)
+    talks = encode_conversations(conversations, tokenizer, seq_len, place)
+    kept = {"input_ids": [], "targets": []}
+    for i, (ids, targets) in talks.items():
+        if any(targets[1:]):   # the first token has nothing to be predicted from
+            kept["input_ids"].append(ids)
+            kept["targets"].append(targets)
+        else:
+            dropped.append((i, f"no target within seq_len {seq_len}"))
+    columns = {name: kept[name] + columns[name] for name in kept}
+    return columns, sorted(dropped)
 
 
 def rows_from_columns(columns):
@@ -1110,7 +1273,7 @@ def rows_from_columns(columns):
 def encode_texts(texts, tokenizer, seq_len):
     """Joined with EOS and cut into blocks of seq_len; the last block of a call may be shorter."""
     eos = tokenizer.eos_token_id
-    encoded = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    encoded = patiently(tokenizer, texts, verbose=False)["input_ids"] if texts else []
     joined = []
     for ids in encoded:
         joined += ids
@@ -1121,24 +1284,56 @@ def encode_texts(texts, tokenizer, seq_len):
     return {"input_ids": blocks, "targets": [None] * len(blocks)}
 
 
-def encode_conversations(conversations, tokenizer, seq_len):
-    """A row each, cut at seq_len and dropped where nothing is left to learn. Targets are the
-    assistant's tokens with their end marks."""
+def patiently(tokenizer, texts, **options):
+    """tokenizer(texts), from which nothing gets through to Python, no signal either, for as long as
+    it takes: a minute for one text of 60 MB. So that works in a thread while this one waits."""
+    if sum(map(len, texts)) < 1_000_000:
+        return tokenizer(texts, **options)
+    done = queue.Queue()
+
+    def work():
+        try:
+            done.put((tokenizer(texts, **options), None))
+        except BaseException as e:
+            done.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()   # a second Ctrl-C does not wait for it
+    encoded, error = done.get()
+    if error is not None:
+        raise error
+    return encoded
+
+
+def encode_conversations(conversations, tokenizer, seq_len, place):
+    """{i: messages} -> {i: (ids, targets)}, cut at seq_len. Targets are the assistant's tokens with
+    their end marks."""
+    if not conversations:
+        return {}
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special_tokens = {*tokenizer.all_special_tokens, *added}
     end_marks = sorted(special_tokens, key=len, reverse=True)   # one may begin with another
-    rendered = [render(messages, tokenizer, end_marks) for messages in conversations]
-    encoded = tokenizer(
-        [text for text, _ in rendered],
+    write = functools.partial(
+        tokenizer.apply_chat_template, tokenize=False,
+        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
+    prompt = generation_prompt(write)
+    rendered = {}
+    for i, messages in conversations.items():
+        with reading(f"{place(i)}: the chat template does not take it"):
+            rendered[i] = render(messages, write, prompt, end_marks)
+    encode_some = functools.partial(
+        patiently, tokenizer,
         add_special_tokens=not tokenizer.chat_template,   # a template has written them already
         return_offsets_mapping=True, verbose=False)
-    columns = {"input_ids": [], "targets": []}
-    for i, (_, spans) in enumerate(rendered):
-        targets = find_targets(encoded["offset_mapping"][i], spans)[:seq_len]
-        if any(targets[1:]):   # the first token has nothing to be predicted from
-            columns["input_ids"].append(encoded["input_ids"][i][:seq_len])
-            columns["targets"].append(targets)
-    return columns
+    enough = max(1_000_000, 64 * seq_len)   # characters, of a text that is cut at seq_len anyway
+    encoded = encode_some([text[:enough] for text, _ in rendered.values()])
+    talks = {}
+    for k, (i, (text, spans)) in enumerate(rendered.items()):
+        ids, offsets = encoded["input_ids"][k], encoded["offset_mapping"][k]
+        if len(text) > enough and len(ids) <= 2 * seq_len:   # runs of blanks, which are one token
+            whole = encode_some([text])
+            ids, offsets = whole["input_ids"][0], whole["offset_mapping"][0]
+        talks[i] = (ids[:seq_len], find_targets(offsets[:seq_len], spans))
+    return talks
 
 
 def find_targets(offsets, spans):
@@ -1151,24 +1346,36 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
                   "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 
-def render(messages, tokenizer, end_marks):
-    """-> a conversation as text, and the spans of characters that the assistant wrote, with the end
-    mark that follows. A span is what differs when the text is written again with another answer in
-    that turn: so any template will do, also one that changes earlier turns."""
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
-    write = functools.partial(
-        tokenizer.apply_chat_template, tokenize=False, chat_template=template)
+def generation_prompt(write):
+    """What a template writes to have the assistant speak next; "" where it has nothing of the kind.
+    """
+    question = [{"role": "user", "content": "x"}]
+    try:
+        text = write(question)
+        asking = write(question, add_generation_prompt=True)
+    except Exception:   # not without a system role, or so
+        return ""
+    return asking[common_length(text, asking):]
+
+
+def render(messages, write, prompt, end_marks):
+    """-> a conversation as text, and the spans of characters that the assistant's messages add to
+    it, with the end mark that follows: all that comes after the prompt, be it an answer, a thought
+    or a call of a tool."""
     text = write(messages)
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or not message.get("content"):
+        if message["role"] != "assistant":
             continue
-        other_answer = {**message, "content": "\ue000"}   # a character that no answer has in common
-        other_text = write([*messages[:i], other_answer, *messages[i + 1:]])
-        start = len(os.path.commonprefix([text, other_text]))
-        same_end = os.path.commonprefix([text[start:][::-1], other_text[start:][::-1]])
-        end = len(text) - len(same_end)
-        following = text[end:].lstrip()
+        start, end = find_turn(i, messages, text, write)
+        if start == end and not message["content"]:   # nor anything else that the template knows
+            continue
+        # what every message of the assistant begins with, such as <think>, is no difference
+        last_end = spans[-1][1] if spans else 0
+        header = text.rfind(prompt, last_end, start)
+        if prompt and header >= 0:
+            start = header + len(prompt)
+        following = text[end:end + 1000].lstrip()
         for mark in end_marks:
             if following.startswith(mark):
                 end = text.index(mark, end) + len(mark)
@@ -1177,6 +1384,47 @@ def render(messages, tokenizer, end_marks):
     return text, spans
 
 
+def find_turn(i, messages, text, write):
+    """-> the span of text that differs when it is written again with another message i: so any
+    template will do, also one that changes earlier turns. What follows a call of a tool may make no
+    sense after another message; there the text that ends with the call is compared, unless it has
+    become another one in the whole."""
+    other = {"role": "assistant", "content": "\ue000"}   # a character that nobody uses
+    if "tool_calls" in messages[i]:
+        until_here = write(messages[:i + 1])
+        start, end = difference(until_here, write([*messages[:i], other]))
+        if text.startswith(until_here[:end]):
+            return start, end
+    return difference(text, write([*messages[:i], other, *messages[i + 1:]]))
+
+
+def difference(text, other):
+    """-> the span of text between what both begin with and what both end with."""
+    start = common_length(text, other)
+    same_end = common_length(text[start:][::-1], other[start:][::-1])
+    return start, len(text) - same_end
+
+
+def common_length(a, b):
+    """How many characters both begin with. By halves: a loop over characters takes seconds for some
+    MB."""
+    known = 0
+    possible = min(len(a), len(b))
+    while known < possible:
+        half = (known + possible + 1) // 2
+        if a[known:half] == b[known:half]:
+            known = half
+        else:
+            possible = half - 1
+    return known
+
+
+class BadRow(Exception):
+    """A row that cannot be read as what it seems to be: it is dropped, and counted by this."""
+
+
+# Columns that hold a conversation each, as a list of messages.
+CONVERSATION_COLUMNS = ("messages", "conversations")
 # Pairs of columns that are a conversation: what the user says, what the assistant answers, each a
 # string or a list of messages. To read another format, add its pair here; anything else that is
 # not of this kind belongs into conversation_of.
@@ -1190,10 +1438,10 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def conversation_of(row):
-    """A raw row -> [{"role": ..., "content": ...}, ...], or None for plain text."""
-    turns = row.get("messages") or row.get("conversations")
-    if isinstance(turns, list):
-        return [message_of(turn) for turn in turns]
+    """A raw row -> [{"role": ..., "content": ..., ...}, ...], or None for plain text."""
+    for column in CONVERSATION_COLUMNS:
+        if isinstance(row.get(column), list) and row[column]:
+            return as_messages("", row[column])
     for user_column, assistant_column in CONVERSATIONS:
         prompt = row.get(user_column)
         answer = row.get(assistant_column)
@@ -1205,19 +1453,67 @@ def conversation_of(row):
     return None
 
 
-def message_of(turn):
-    """ShareGPT has `from` and `value` for role and content."""
-    if "content" in turn:
-        return turn
-    sender = turn.get("from")
-    role = SHAREGPT_ROLES.get(sender, turn.get("role", sender))
-    return {"role": role, "content": turn["value"]}
-
-
 def as_messages(role, content):
     if isinstance(content, list):   # of messages
-        return content
+        return [message_of(turn) for turn in content]
     return [{"role": role, "content": content}]
+
+
+def message_of(turn):
+    """With a role, and a content that is text. ShareGPT has `from` and `value` for them."""
+    if not isinstance(turn, dict):
+        raise BadRow("a message that is no object")
+    message = without_nulls(turn)
+    if "content" not in message and "value" in message:
+        sender = message.get("from")
+        role = SHAREGPT_ROLES.get(str(sender), message.get("role", sender))
+        message = {"role": role, "content": message["value"]}
+    if not isinstance(message.get("role"), str):
+        raise BadRow("a message without a role")
+    if set(message) == {"role"}:
+        raise BadRow("a message without content")
+    calls = message.pop("tool_calls", None)
+    if calls and not isinstance(calls, list):
+        raise BadRow("tool_calls that are no list")
+    if calls:   # some templates ask only whether there is such a list
+        message["tool_calls"] = [call_of(call) for call in calls]
+    return {**message, "content": text_of(message.get("content", ""))}
+
+
+def call_of(call):
+    """The arguments of a tool as the object that templates expect; APIs give them as its JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise BadRow("a call of a tool that is no object")
+    if isinstance(function.get("arguments"), str):
+        with contextlib.suppress(ValueError):
+            function["arguments"] = json.loads(function["arguments"])
+    return call
+
+
+def without_nulls(value):
+    """A table gives every message the fields of all others, as nulls; templates take those for
+    something."""
+    if isinstance(value, dict):
+        return {name: without_nulls(x) for name, x in value.items() if x is not None}
+    if isinstance(value, list):
+        return [without_nulls(x) for x in value]
+    return value
+
+
+def text_of(content):
+    """The content of a message, which may come in parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRow(f"a content that is {type(content).__name__}, not text")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise BadRow(f"a content part of type {str(kind)[:40]!r}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 # ---- batches
@@ -1321,13 +1617,18 @@ def prefetch(endless, depth=2):
 
 
 @contextlib.contextmanager
-def explain_bad_rows(path, words):
-    """What goes wrong with rows is the user's to mend: said in `words`, or by naming the line."""
-    try:
-        yield
-    except Exception as e:
-        explain_bad_file(path)
-        raise UserError(f"{words}: {one_line(e)}") from e
+def reading_rows(dataset, what):
+    """reading(what), or the line of a file where that is what is wrong."""
+    with reading(what):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as e:
+            explain_bad_file(dataset)
+            if isinstance(e, datasets.exceptions.DatasetGenerationError):   # says no reason itself
+                raise (e.__cause__ or e) from None
+            raise
 
 
 def explain_bad_file(path):
@@ -1340,7 +1641,7 @@ def explain_bad_file(path):
                 text = line.decode("utf-8").strip()
                 if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
                     raise ValueError("not an object with columns")
-            except ValueError as e:   # UnicodeDecodeError is one
+            except (ValueError, RecursionError) as e:   # UnicodeDecodeError is the former
                 raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend "
                                 "or delete that line") from e
 
@@ -2932,9 +3233,10 @@ def split_stream(cfg):
     check_columns(first_rows, cfg.dataset, cfg.text_column)
     if cfg.max_samples is not None:
         stream = stream.take(cfg.max_samples)
-    if eval_stream is not None:
-        return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
-    return hold_out_head(stream, cfg.eval_samples)
+    with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
+        if eval_stream is not None:
+            return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
+        return hold_out_head(stream, cfg.eval_samples)
 
 
 def read_head(stream, eval_samples, seq_len):
@@ -2947,7 +3249,7 @@ def read_head(stream, eval_samples, seq_len):
         # a token is rarely more than 8 characters
         if len(first_rows) >= eval_samples and characters > 8 * eval_samples * seq_len:
             break
-    return datasets.Dataset.from_list(first_rows)
+    return table_of(first_rows)
 
 
 def hold_out_head(stream, eval_samples):
@@ -2957,18 +3259,31 @@ def hold_out_head(stream, eval_samples):
     first_rows = list(stream.take(wanted + 1))
     if len(first_rows) <= wanted:   # that was the whole stream
         wanted = max(1, len(first_rows) // 20)
-    eval_raw = datasets.Dataset.from_list(first_rows[:wanted])
-    return stream.skip(len(eval_raw)), eval_raw
+    eval_raw = table_of(first_rows[:wanted])
+    rest = stream.skip(len(eval_raw))
+    rest.rows_before = len(eval_raw)   # for the place of a row that is named
+    return rest, eval_raw
+
+
+def columns_of(rows):
+    """Not every row of a stream has every column."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def table_of(rows):
+    return datasets.Dataset.from_dict(columns_of(rows), on_mixed_types="use_json")
 
 
 def batches_of_stream(run):
     """-> endless (rows of a global batch, position after it), from run.position on."""
+    encode_here = make_row_encoder(run.cfg, run.tokenizer)
     return streamed_batches(
-        run.rows, make_encoder(run.cfg, run.tokenizer), run.cfg.seed, run.cfg.shuffle_buffer,
+        run.rows, run.cfg.dataset, encode_here, run.cfg.seed, run.cfg.shuffle_buffer,
         run.global_batch, run.position)
 
 
-def streamed_batches(stream, encode_columns, seed, shuffle_buffer, global_batch, position):
+def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_batch, position):
     """Endless (rows of a global batch, position after it); position None is the beginning.
 
     A resume is exact. The stream is cut into windows of shuffle_buffer raw rows, and each window is
@@ -2980,13 +3295,27 @@ def streamed_batches(stream, encode_columns, seed, shuffle_buffer, global_batch,
     beginning = stream.state_dict()
     if position is None:
         position = {"epoch": 0, "window": 0, "used": 0, "source": beginning}
+    position = {"first_row": 0, **position}   # of the window, in its epoch
+    rows_before = getattr(stream, "rows_before", 0)
+
+    def place(row):
+        return place_of(dataset, rows_before + row)
+
     stream.load_state_dict(position["source"])
     raw_rows = iter(stream)
     pending = []
+    dropped = {}
+    said = 0
+    is_barren = position["first_row"] == 0   # whether nothing of this epoch was of use so far
     while True:
-        window = list(itertools.islice(raw_rows, size))
+        window = read_window(raw_rows, size, dataset, position["first_row"])
         ended = len(window) < size
-        rows = encode_window(window, encode_columns)
+        rows = encode_window(window, position["first_row"], place, encode_here, dropped)
+        is_barren = is_barren and not rows
+        if position["epoch"] == 0 and count_dropped(dropped) > 2 * said:   # not at each window
+            said = count_dropped(dropped)
+            print0(f"dropped {said} of the first {position['first_row'] + len(window)} rows: "
+                   + in_words(dropped, place))
         if shuffle_buffer:
             order = shuffled(len(rows), seed, position["window"]).tolist()
         else:
@@ -2996,21 +3325,32 @@ def streamed_batches(stream, encode_columns, seed, shuffle_buffer, global_batch,
             if len(pending) == global_batch:   # nothing is left over that a position had to keep
                 yield pending, {**position, "used": used + 1}
                 pending = []
-        if ended and position["window"] == 0 and not rows:
-            raise UserError("no row of the stream has a target token")
+        if ended and is_barren:
+            reasons = in_words(dropped, place) or "they are one token long"
+            raise UserError(f"dataset {dataset!r}: no row of the stream has a target token: "
+                            + reasons)
         position = {
             "epoch": position["epoch"] + int(ended), "window": position["window"] + 1, "used": 0,
-            "source": beginning if ended else stream.state_dict()}
+            "source": beginning if ended else stream.state_dict(),
+            "first_row": 0 if ended else position["first_row"] + len(window)}
         if ended:
+            is_barren = True
+            dropped = {}
             stream.load_state_dict(beginning)
             raw_rows = iter(stream)
 
 
-def encode_window(raw_rows, encode_columns):
-    if not raw_rows:
-        return []
-    columns = {name: [row[name] for row in raw_rows] for name in raw_rows[0]}
-    return rows_from_columns(encode_columns(columns))
+def read_window(raw_rows, size, dataset, first_row):
+    with reading_rows(dataset, f"dataset {dataset!r}: a row after row {first_row} cannot be read"):
+        return list(itertools.islice(raw_rows, size))
+
+
+def encode_window(raw_rows, first_row, place, encode_here, dropped):
+    """-> token rows; what is dropped is added to dropped."""
+    warn_of_long_rows(raw_rows)
+    columns, dropped_here = encode_here(raw_rows, lambda i: place(first_row + i))
+    add_dropped(dropped, first_row, dropped_here)
+    return rows_from_columns(columns)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading   # optional: generate
+import threading
 import time
 import traceback
 import types
@@ -1656,6 +1656,180 @@ def test_data_templates_that_rewrite_earlier_turns():
     assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
 
 
+# ---- thoughts and calls of tools, by the templates of those models, shortened
+
+QWEN3 = """
+{%- set ns = namespace(searching=true, last_query=messages|length - 1) %}
+{%- for m in messages[::-1] %}
+{%- if ns.searching and m.role == 'user' and not m.content.startswith('<tool_response>') %}
+{%- set ns.searching = false %}
+{%- set ns.last_query = messages|length - 1 - loop.index0 %}
+{%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' or m.role == 'system' %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- elif m.role == 'assistant' %}
+{%- set content = m.content %}
+{%- set thought = '' %}
+{%- if m.reasoning_content is defined and m.reasoning_content is not none %}
+{%- set thought = m.reasoning_content %}
+{%- elif '</think>' in m.content %}
+{%- set content = m.content.split('</think>')[-1].lstrip('\\n') %}
+{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if loop.index0 > ns.last_query and (loop.last or thought) %}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+{%- else %}
+{{- content }}
+{%- endif %}
+{%- for call in m.tool_calls or [] %}
+{%- if content or not loop.first %}{{- '\\n' }}{%- endif %}
+{%- set call = call.function or call %}
+{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
+{{- call.arguments if call.arguments is string else call.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif m.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+LLAMA31 = """{{- bos_token }}
+{%- for m in messages %}
+{%- if not (m.role == 'tool' or 'tool_calls' in m) %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
+{%- elif 'tool_calls' in m %}
+{%- if m.tool_calls | length != 1 %}
+{{- raise_exception('This model only supports single tool-calls at once!') }}
+{%- endif %}
+{%- set call = m.tool_calls[0].function %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{{- '{"name": "' + call.name + '", "parameters": ' }}{{- call.arguments | tojson }}{{- '}' }}
+{{- '<|eot_id|>' }}
+{%- else %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + m.content + '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+GLM = """[gMASK]<sop>
+{%- set ns = namespace(last_user=-1) %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' -%}
+<|assistant|>
+{%- if loop.index0 > ns.last_user and m.reasoning_content is string -%}
+{{ '\\n<think>' + m.reasoning_content.strip() + '</think>' }}
+{%- else -%}
+{{ '\\n<think></think>' }}
+{%- endif -%}
+{%- if m.content.strip() -%}{{ '\\n' + m.content.strip() }}{%- endif -%}
+{%- for call in m.tool_calls or [] -%}
+{{ '\\n<tool_call>' + call.function.name }}
+{%- for name, value in call.function.arguments.items() -%}
+{{ '\\n<arg_key>' + name + '</arg_key>\\n<arg_value>' + value + '</arg_value>' }}
+{%- endfor -%}
+{{ '\\n</tool_call>' }}
+{%- endfor -%}
+{%- elif m.role == 'tool' -%}
+<|observation|>{{ '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{%- else -%}
+<|{{ m.role }}|>{{ '\\n' + m.content }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+MISTRAL_TOOLS = """
+{%- for m in messages | rejectattr('role', 'equalto', 'tool')
+                      | selectattr('tool_calls', 'undefined') %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{{- '[INST] ' + m.content + '[/INST]' }}
+{%- elif m.tool_calls is defined %}
+{{- '[TOOL_CALLS] [' }}
+{%- for call in m.tool_calls %}
+{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}
+{%- if not loop.last %}{{- ', ' }}{%- endif %}
+{%- endfor %}
+{{- ']' + eos_token }}
+{%- elif m.role == 'assistant' %}
+{{- ' ' + m.content + eos_token }}
+{%- else %}
+{{- '[TOOL_RESULTS] {"content": ' + m.content + '}[/TOOL_RESULTS]' }}
+{%- endif %}
+{%- endfor %}"""
+CALL = {"type": "function", "id": "abcdefghi",
+        "function": {"name": "look", "arguments": {"at": "sky"}}}
+TOOL_TURNS = [
+    user("how is it?"),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
+    {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"},
+]
+
+
+@pytest.mark.parametrize("template, targets", [
+    pytest.param(QWEN3, [
+        '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>',
+        "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
+    pytest.param(LLAMA31, [
+        '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
+        id="llama3.1"),
+    pytest.param(GLM, [
+        "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>sky</arg_value>\n"
+        "</tool_call><|observation|>",
+        "\n<think>grey is dull</think>\nDull."], id="glm"),
+    pytest.param(MISTRAL_TOOLS, [
+        '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
+        "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
+])
+def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets):
+    """Read from a file, so that each message has the fields of all others, as nulls; arguments come
+    as an object or, as APIs give them, as JSON in a string."""
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.add_special_tokens({"extra_special_tokens": [
+        "<|user|>", "<|assistant|>", "<|observation|>"]})
+    for i, arguments in enumerate(({"at": "sky"}, '{"at": "sky"}')):
+        call = {**CALL, "function": {"name": "look", "arguments": arguments}}
+        turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
+        rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
+        train, _ = rows_of(write_splits(tmp_path / str(i), rows, rows), tokenizer, seq_len=512)
+        assert target_runs(train[0], tokenizer) == targets
+        mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
+        assert target_runs(train[1], tokenizer) in (
+            [targets[0]], [mark],
+            ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
+
+
+def test_data_the_thoughts_of_qwen3_are_targets_where_its_template_keeps_them():
+    tokenizer = tiny_tokenizer(QWEN3)
+    turns = [
+        user("a"), assistant("<think>\nhm\n</think>\n\nb"),
+        user("c"), {"role": "assistant", "content": "", "reasoning_content": "look",
+                    "tool_calls": [CALL]},
+        {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
+    ]
+    row, = encode([{"messages": turns}], tokenizer)
+    call = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
+    assert target_runs(row, tokenizer) == [
+        "b<|im_end|>", "<think>\nlook\n</think>\n\n" + call,
+        "<think>\nso\n</think>\n\nd<|im_end|>"]
+    row, = encode([{"messages": [*turns, user("e"), assistant("f")]}], tokenizer)
+    assert target_runs(row, tokenizer) == [
+        "b<|im_end|>", call, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]
+    assert not encode([{"messages": [user("a"), assistant("")]}], tokenizer)   # says nothing
+
+
 # ---- from files to rows
 
 
@@ -1922,6 +2096,258 @@ def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
     (tmp_path / "a.jsonl").write_text(long_line + GOOD_LINE * 9)
     distil(out, student=student, alpha=1, dataset=tmp_path / "a.jsonl", max_steps=1, eval_samples=4)
     assert len(column(out, "train/loss")) == 1
+
+
+# ---- what a row is worth: digests, and what encode depends on
+
+
+def train_rows_of(dataset, tokenizer=None, **fields):
+    """What load_data hands on to train on, as it is."""
+    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
+    cfg = config.Config(**{**usual, **fields})
+    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+        return sd.load_data(cfg, tokenizer or tiny_tokenizer())[0]
+
+
+def test_data_rows_digest_is_of_every_row_and_of_nothing_else(tmp_path):
+    """Not of the file's name, size or age: resume compares it."""
+    rows = talk(300)
+    train = train_rows_of(write_splits(tmp_path / "d", rows, rows[:1]))
+    before = sd.rows_digest(train)
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    moved = train_rows_of(write_splits(tmp_path / "other", rows, rows[:1]))
+    assert sd.rows_digest(moved) == before
+    text = train_rows_of(write_splits(tmp_path / "text", [{"text": prose(99)}], [TEXT_ROW]))
+    assert sd.rows_digest(text) != before   # no targets, which is: all of them
+    for i in (0, 150, 299):
+        edited = [*rows]
+        edited[i] = {**rows[i], "response": rows[i]["response"].swapcase()}   # as long as before
+        path = write_splits(tmp_path / f"edited-{i}", edited, rows[:1])
+        assert sd.rows_digest(train_rows_of(path)) != before, i
+    half = train_rows_of(write_splits(tmp_path / "half", rows[:150], rows[:1]))
+    assert sd.rows_digest(half) == sd.rows_digest(train.take(150)) != before
+    assert sd.rows_digest(train.to_iterable_dataset()) is None
+
+
+def test_data_everything_that_encode_depends_on_is_in_the_fingerprint(tmp_path, monkeypatch):
+    """What is changed without changing the vocabulary: the marks, the templates, the tables, the
+    code, also of a helper that a fork has added."""
+    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
+
+    def fingerprint(tokenizer):
+        return sd.fingerprint_rows(raw, tokenizer, "text", 64)
+
+    seen = [fingerprint(tiny_tokenizer())]
+    assert fingerprint(tiny_tokenizer()) == seen[0]
+
+    def is_new(tokenizer=None):
+        seen.append(fingerprint(tokenizer or tiny_tokenizer()))
+        return seen[-1] not in seen[:-1]
+
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "<|im_end|>"
+    assert is_new(other_end)
+    other_added = tiny_tokenizer()
+    other_added.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
+    assert is_new(other_added)
+    assert is_new(tiny_tokenizer(CHATML))
+    monkeypatch.setattr(sd, "PLAIN_TEMPLATE", NO_END)
+    assert is_new()
+    monkeypatch.setattr(sd, "CONVERSATIONS", (("ask", "say"),))
+    assert is_new()
+    monkeypatch.setattr(sd, "ROWS_AT_ONCE", 10)
+    assert is_new()
+    assert "difference" in sd.code_of(sd.encode_rows)   # called by what encode_rows calls
+    assert "RANK" not in sd.code_of(sd.encode_rows)   # of which every rank would find another
+    raw = raw.rename_column("prompt", "question")
+    assert is_new()
+
+
+def test_data_blocks_of_text_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Rows are packed by the thousand, whoever does it. In a process of its own, for the forks."""
+    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
+    path = write_splits(tmp_path / "d", rows, rows[:1])
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import datasets, test_simple_distill as t, simple_distill as sd\n"
+        "for n in (None, 2, 3):\n"
+        "    datasets.config.HF_DATASETS_CACHE = f'{sys.argv[2]}/{n}'\n"
+        "    train = t.train_rows_of(sys.argv[1], num_proc=n)\n"
+        "    print('rows:', len(train), sd.rows_digest(train))\n")
+    ran = subprocess.run([sys.executable, script, path, tmp_path], text=True, capture_output=True)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
+    assert len(found) == 3, ran.stderr
+    assert len(set(found)) == 1, found
+
+
+# ---- rows of every kind, beside each other
+
+PARTS = [{"type": "text", "text": "by "}, {"type": "text", "text": "parts"}]
+PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
+MIXED = [
+    {"text": "plain one"},
+    {"messages": [user("q"), assistant("a")]},
+    {"messages": [user("q"), {"content": "nobody said this"}]},   # line 3
+    {"messages": [user(PARTS), assistant(PARTS)]},
+    {"messages": [user(PICTURE), assistant("a picture")]},        # line 5
+    {"text": "plain two"},
+    {"id": 7},                                                    # line 7
+    {"messages": [user("only asked")]},                           # line 8
+    {"messages": ["no message"]},                                 # line 9
+    {"messages": [{"role": "user"}, assistant("b")]},             # line 10
+    {"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": "look"}]},
+    {"text": None},                                               # line 12
+]
+DROPPED = [
+    "1 with a message without a role", "line 3", "1 with a content part of type 'image_url'",
+    "line 5", "2 with no text and no conversation", "line 7", "1 with no target within seq_len 64",
+    "line 8", "1 with a message that is no object", "line 9", "1 with a message without content",
+    "line 10", "1 with tool_calls that are no list", "line 11",
+]
+
+
+def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(tmp_path, out, student):
+    """And none that is bad is all there is to evaluate on."""
+    path = write_jsonl(tmp_path / "mixed.jsonl", MIXED)
+    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=2, seq_len=64)
+    run = distil(out, **fields)
+    for words in DROPPED:
+        assert words in run.out, (words, run.out)
+    again = distil(out, **fields, resume="never")   # from the rows that were kept
+    said = [line for line in run.out.splitlines() if "dropped" in line]
+    assert said[0].startswith("train: dropped 8 of 11 rows: ")
+    assert [line for line in again.out.splitlines() if "dropped" in line] == said
+
+
+def test_data_texts_beside_conversations_are_kept():
+    tokenizer = tiny_tokenizer(CHATML)
+    names = ("text", "messages", "id")
+    columns = {name: [row.get(name) for row in MIXED] for name in names}
+    rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64))
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
+    assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
+    talks = [target_runs(row, tokenizer) for row in rows if row["targets"] is not None]
+    assert talks == [["a<|im_end|>"], ["by parts<|im_end|>"]]
+
+
+def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path):
+    for row in ({"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}):
+        path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
+        with pytest.raises(config.UserError, match="useless.jsonl.*none of .* rows"):
+            rows_of(path)
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
+SYSTEM_ROW = {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]}
+
+
+def test_data_a_row_that_the_template_refuses_is_named(tmp_path):
+    """By its line in the file, though blank lines and held-out rows stand before it."""
+    rows = [{"messages": [user("q"), assistant("a")]}] * 40
+    path = write_jsonl(tmp_path / "d.jsonl", rows[:30])
+    with open(path, "a") as file:
+        file.write("\n\n" + json.dumps(SYSTEM_ROW) + "\n")
+    write_jsonl(tmp_path / "rest.jsonl", rows[30:])
+    with open(path, "a") as file:
+        file.write(Path(tmp_path / "rest.jsonl").read_text())
+    with pytest.raises(config.UserError, match="d.jsonl', line 33: .*no system role"):
+        rows_of(path, tiny_tokenizer(NO_SYSTEM + CHATML))
+
+
+# ---- what can be wrong with a dataset's file
+
+
+@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "[!x]ata1.jsonl"])
+def test_data_names_are_names_and_no_patterns(tmp_path, name):
+    write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
+    path = write_jsonl(tmp_path / name, [{"text": "this file"}] * 3)
+    train, _ = rows_of(path)
+    assert "this file" in decoded(train)[0]
+    (tmp_path / "d[1]").mkdir()
+    write_splits(tmp_path / "d1", [TEXT_ROW], [TEXT_ROW])
+    with pytest.raises(config.UserError, match="pattern"):
+        rows_of(tmp_path / "d[1]")
+
+
+def unreadable_files(folder):
+    """-> names of datasets that cannot be read, each in another way."""
+    (folder / "empty").mkdir()
+    (folder / "folder.jsonl").mkdir()
+    (folder / "saved").mkdir()
+    (folder / "saved" / "state.json").write_text("[]")
+    (folder / "odd.csv").write_text('a,b\n1,2,3,4\n"')
+    (folder / "deep.jsonl").write_text('{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
+    (folder / "odd.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    (folder / "half.parquet").write_bytes(b"PAR1")
+    os.symlink(folder / "loop.jsonl", folder / "loop.jsonl")
+    names = [str(path) for path in folder.iterdir()]
+    return [*names, "a\0b", "a\0b.jsonl", "x" * 5000, "y" * 5000 + ".jsonl", "s3://x/y", "~no/x"]
+
+
+def test_data_whatever_cannot_be_read_is_one_error(tmp_path, monkeypatch):
+    for name in unreadable_files(tmp_path):
+        with pytest.raises(config.UserError, match="dataset") as caught:
+            sd.load_splits(config.Config(dataset=name))
+        assert len(str(caught.value).splitlines()) == 1
+
+    def forbidden(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", path)
+
+    path = write_jsonl(tmp_path / "closed.jsonl", [TEXT_ROW])
+    monkeypatch.setattr(datasets, "load_dataset", forbidden)
+    monkeypatch.setattr(sd, "open", forbidden, raising=False)   # root may read everything
+    with pytest.raises(config.UserError, match="closed.jsonl.*Permission denied"):
+        sd.load_splits(config.Config(dataset=path))
+
+
+def test_data_a_long_conversation_is_encoded_no_further_than_it_is_used(monkeypatch):
+    encode_all = sd.patiently
+    sizes = []
+
+    def spy(tokenizer, texts, **options):
+        sizes.append(sum(map(len, texts)))
+        return encode_all(tokenizer, texts, **options)
+
+    monkeypatch.setattr(sd, "patiently", spy)
+    # runs of blanks are a token each, as in some vocabularies
+    tokenizer = tiny_tokenizer(CHATML, merges=[f"{'Ġ' * 2**k} {'Ġ' * 2**k}" for k in range(12)])
+    row, = encode([{"messages": [user("q"), assistant("ab" * 10_000_000)]}], tokenizer, seq_len=64)
+    assert sizes == [1_000_000]
+    assert len(row["input_ids"]) == 64
+    blanks = [{"messages": [user("q"), assistant(" " * 1_200_000 + "!")]}]
+    row, = encode(blanks, tokenizer, seq_len=512)
+    assert sizes[2] > 1_200_000   # the head was too short
+    assert target_runs(row, tokenizer)[0].endswith("!<|im_end|>")
+
+
+class Alarm(Exception):
+    pass
+
+
+def test_data_a_signal_is_heard_while_a_long_text_is_encoded():
+    """And something is said of it."""
+    def ring(number, frame):
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    threads = set(threading.enumerate())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Alarm):
+            sd.encode_texts(["word " * 300_000], tiny_tokenizer(), 64)
+        at_work, = set(threading.enumerate()) - threads
+        assert at_work.daemon   # nobody waits for it at the end
+        at_work.join()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        sd.warn_of_long_rows([{"text": "x" * 11_000_000}])
+    assert "11,000,000 characters" in shown.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3091,6 +3517,63 @@ def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, student):
     distil(table, **fields)
     distil(stream, **fields, streaming=True, shuffle_buffer=0)
     assert column(table, "train/loss") == pytest.approx(column(stream, "train/loss"), rel=1e-6)
+
+
+def test_streaming_rows_are_read_by_their_kind_dropped_and_counted(tmp_path, out, student):
+    """Also where not every row has every column, and over several windows."""
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "held out"}, *MIXED[1:], MIXED[0]])
+    run = distil(out, student=student, dataset=path, alpha=1.0, max_steps=6, seq_len=64,
+                 streaming=True, shuffle_buffer=4, eval_samples=1)
+    assert "dropped 2 of the first 4 rows" in run.out, run.out
+    assert "a message without a role (first '" + path + "', line 3)" in run.out
+    assert "type 'image_url' (first '" + path + "', line 5)" in run.out
+    assert "no text and no conversation (first '" + path + "', line 7)" in run.out
+
+
+def bad_streams(folder):
+    """-> [(file, the words that its error has to hold)]; all is well with the first 300 rows."""
+    good = [{"messages": [user("q"), assistant("a")]}] * 300
+    refused = write_jsonl(folder / "refused.jsonl", [*good, SYSTEM_ROW])
+    broken = write_jsonl(folder / "broken.jsonl", good)
+    with open(broken, "a") as file:
+        file.write("{bad\n")
+    useless = write_jsonl(folder / "useless.jsonl", [good[0], *[{"id": 1}] * 50])
+    return [(refused, "refused.jsonl', line 301: .*no system role"),
+            (broken, "broken.jsonl', line 301: "),
+            (useless, "useless.jsonl.*no row .* 50 with no text and no conversation")]
+
+
+def test_streaming_a_bad_row_deep_in_a_stream_is_an_error_that_names_it(tmp_path):
+    tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
+    for path, words in bad_streams(tmp_path):
+        cfg = config.Config(dataset=path, streaming=True, max_steps=99, eval_samples=1, seq_len=64)
+        with contextlib.redirect_stdout(io.StringIO()):
+            with sd.process_group():
+                stream, _ = sd.load_data(cfg, tokenizer)
+            encode_here = sd.make_row_encoder(cfg, tokenizer)
+            batches = sd.streamed_batches(stream, path, encode_here, 0, 20, 8, None)
+            with pytest.raises(config.UserError, match=words):
+                for _ in range(60):   # more than an epoch
+                    next(batches)
+
+
+def test_streaming_a_resume_finds_the_same_rows_also_of_a_position_without_row_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", talk(30))
+    cfg = config.Config(dataset=path, streaming=True, max_steps=9, seq_len=64)
+
+    def batches(position):
+        stream = sd.load_raw(path, None, "train", streaming=True)
+        encode_here = sd.make_row_encoder(cfg, tiny_tokenizer())
+        return sd.streamed_batches(stream, path, encode_here, 0, 7, 4, position)
+
+    whole = [next(b) for b in [batches(None)] for _ in range(20)]
+    for first in (3, 11):
+        _, position = whole[first - 1]
+        older = {name: value for name, value in position.items() if name != "first_row"}
+        for start in (position, older):
+            again = batches(start)
+            assert [next(again)[0] for _ in range(5)] == [
+                rows for rows, _ in whole[first:first + 5]]
 
 
 # --------------------------------------------------------------------------------------------------
