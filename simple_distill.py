@@ -450,15 +450,18 @@ def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     """
     q = target.probs                                             # [C, K], as all that is listed
     listed_logp = z.gather(-1, target.ids) - total.log()
-    listed_p = listed_logp.exp()
-    rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
+    # 1 - sum of the listed would cancel: below 1e-7 nothing of the rest would be left
+    listed_p = p.gather(-1, target.ids)
+    unlisted_p = p.scatter_(-1, target.ids, 0.0)                 # [C, V]
+    rest_p = unlisted_p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
     kl = -(q * listed_logp).sum(-1) - target.entropy
     kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
-    # d KL / d u = keep * p, and on listed entries (1 - keep) * p - q besides. Method sample:
-    # rest 0, keep 1, and ids that repeat add nothing but their q.
+    # d KL / d u = p - q on listed entries, keep * p on the others. Method sample: rest 0, keep 1,
+    # and ids that repeat add up their q.
     keep = (1 - target.rest / rest_p)[:, None]
-    listed_grad = kl_weight * ((1 - keep) * listed_p - q)
-    grad = p.mul_(kl_weight * keep + p_weight_from_ce).scatter_add_(-1, target.ids, listed_grad)
+    grad = unlisted_p.mul_(kl_weight * keep + p_weight_from_ce)
+    grad.scatter_(-1, target.ids, (kl_weight + p_weight_from_ce) * listed_p)
+    grad.scatter_add_(-1, target.ids, -kl_weight * q)
     return kl, grad
 
 
@@ -1105,12 +1108,13 @@ class Batch:
 def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
     masking: a position counts where its next token is a target, not where it is one itself."""
-    if not rows:   # nothing left for this rank, which takes part all the same
+    is_stand_in = not rows
+    if is_stand_in:   # nothing left for this rank, which takes part all the same: padding alone
         rows = [{"input_ids": [0, 0], "targets": [False, False]}]
     width = max(len(row["input_ids"]) for row in rows)
     input_ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
     labels_BT = torch.full((len(rows), width), -100)
-    real = []
+    is_real_BT = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         next_ids = ids[1:]
@@ -1119,12 +1123,13 @@ def collate(rows):
             next_ids = torch.where(next_is_target, next_ids, -100)
         input_ids_BT[i, :len(ids)] = ids
         labels_BT[i, :len(next_ids)] = next_ids   # the last position has no next token
-        real.append(i * width + torch.arange(len(ids)))
+        is_real_BT[i, :len(ids)] = not is_stand_in
     labels = labels_BT.flatten()
     positions = (labels != -100).nonzero()[:, 0]
     return Batch(
         input_ids=to_device(input_ids_BT), positions=to_device(positions),
-        labels=pin(labels[positions]), real=to_device(torch.cat(real)),
+        labels=pin(labels[positions]),
+        real=to_device(is_real_BT.flatten().nonzero()[:, 0]),
         sparse=collate_sparse(rows))
 
 
@@ -1417,6 +1422,12 @@ def recompute_activations(model):
 
 
 def compile_layers(model):
+    # a layer that recomputes and has nothing below it to train is refused by this pass (torch 2.13)
+    if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
+        torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
+    # by default after 8 kinds of layer, input and mode the next ones run eagerly: sliding and full
+    # attention of student and teacher, training and not, are as many
+    torch._dynamo.config.recompile_limit = 64
     for layer in layers_of(model)[1]:
         layer.compile()
 

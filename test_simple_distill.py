@@ -1319,6 +1319,34 @@ def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(k, t
     assert off(with_gradients(losses, inputs.hidden, inputs.head), want) < 2e-6
 
 
+@pytest.mark.parametrize("gap", [20.0, 40.0, 60.0])
+def test_losses_a_student_without_unlisted_mass_is_still_pulled_to_it(gap):
+    """The teacher leaves 5 % to what it does not list, where the student has exp(-gap) of its
+    mass: its gradient there is -0.05, however little that mass is."""
+    logits = torch.zeros(1, 6, dtype=torch.float64)
+    logits[0, :2] = gap
+    logits += torch.linspace(0, 0.5, 6)
+    logits.requires_grad_()
+    ids = torch.tensor([[0, 1]])
+    q = torch.tensor([[0.6, 0.35]])
+    rest = torch.tensor([0.05])
+
+    z = logits - logits.logsumexp(-1, keepdim=True)
+    rest_logp = z[:, 2:].logsumexp(-1)
+    kl = -(q * z[:, :2]).sum(-1) - rest * rest_logp
+    want, = torch.autograd.grad(kl.sum(), logits)
+
+    hidden = torch.ones(1, 1, requires_grad=True)
+    head = sd.Head(logits.detach().T.float().requires_grad_())
+    target = sd.SparseTarget(ids, q, rest, torch.zeros(1))
+    loss, *_ = sd.distillation_loss(hidden, head, torch.zeros(1, dtype=torch.long), target,
+                                    alpha=0.0, temperature=1.0)
+    grad, = torch.autograd.grad(loss, head.weight)
+    assert loss.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert grad[2:].sum().item() == pytest.approx(-0.05, rel=1e-4)
+    assert torch.allclose(grad[:, 0].double(), want[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -2053,6 +2081,31 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, teacher, student,
                compile=on)
     losses = column(tmp_path / "on", "train/loss")
     assert losses == pytest.approx(column(tmp_path / "off", "train/loss"), rel=1e-4)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("case", [
+    dict(lr_multipliers=["embed=0", r"layers\.0\.=0"], max_steps=1),
+    dict(blockwise=True, block_input="teacher", num_epochs=0),   # optional: blockwise
+], ids=["frozen", "fed_by_teacher"])
+def test_models_compile_with_recompute_where_nothing_below_a_layer_is_trained(
+        tmp_path, text, case):
+    path = tiny_model(tmp_path / "model", hidden=16)
+    distil(tmp_path / "out", teacher=path, student=path, dataset=text, batch_size=64,
+           eval_samples=1, compile=True, gradient_checkpointing=True, **case)
+
+
+@pytest.mark.campaign
+def test_models_compile_shares_code_among_more_than_8_kinds_of_layer(tmp_path, text):
+    """Sliding and full attention, student and teacher, training and not: none falls back to eager
+    code."""
+    path = tiny_model(tmp_path / "model", cls="Gemma3TextConfig", head_dim=16, sliding_window=16,
+                      layer_types=["sliding_attention", "full_attention"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        distil(tmp_path / "out", teacher=path, student=path, dataset=text, compile=True,
+               gradient_checkpointing=True, max_steps=2)
 
 
 # --------------------------------------------------------------------------------------------------
