@@ -2470,9 +2470,10 @@ def closing_words(run):
 # ---- what a run says before it begins
 
 MEMORY_ADVICE = (
-    "in this order: --gradient_checkpointing true, a smaller --batch_size with more "
-    "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, "
-    "--cpu_offload")
+    "in this order: --gradient_checkpointing true, a smaller --batch_size, a smaller --seq_len, "
+    "--fsdp full_shard on more devices, --cpu_offload. More --gradient_accumulation_steps make up "
+    "for a smaller --batch_size; on several devices they cost 4 bytes a parameter, for gradients "
+    "that are whole until the last of them")
 
 
 def describe_run(run):
@@ -2525,6 +2526,11 @@ def estimate_memory(run):
     # over how many devices weights, gradients and optimiser state are spread
     share = {"no_shard": 1, "hybrid_shard": LOCAL_WORLD}.get(cfg.fsdp, WORLD)
 
+    # whole on every device until the last micro-step, which reduces them to shards
+    gradients = 4 * trained
+    if run.micro_steps == 1:
+        gradients /= share
+
     gathered = student * itemsize   # in the compute type
     if cfg.fsdp in ("full_shard", "hybrid_shard"):   # a layer, the next one, and the root
         gathered = min(gathered, heads * itemsize + 2 * gathered // shape.num_hidden_layers)
@@ -2538,7 +2544,7 @@ def estimate_memory(run):
         activations = layer * shape.num_hidden_layers
     return {
         "weights": 4 * student / share,   # fp32, as gradients and both moments of AdamW
-        "gradients": 4 * trained / share,
+        "gradients": gradients,
         "optimiser": 8 * trained / share,
         "gathered": gathered,
         "activations": activations,
@@ -3443,7 +3449,7 @@ def train_blockwise(cfg):
                 break
             if stage.end == blocks_end:
                 measure_blocks(run)
-                if cfg.initialize_head_from_teacher:
+                if cfg.initialize_head_from_teacher and head_may_change(run):
                     initialize_head(run.student, run.teacher)
             evaluate_and_save(run, stage)
     if not run.stopped:
@@ -3490,6 +3496,7 @@ def block_stages(run):
             stages.append(stage_of_block(run, pairs, parts, block, first_step))
     if cfg.train_lm_head:
         stages.append(stage_of_head(run, parts, first_step=stages[-1].end))
+    multiply_rates(stages, multipliers_of_student(run))
     distillation = distillation_stage(run, first_step=stages[-1].end)
     if distillation.steps:
         stages.append(distillation)
@@ -3577,6 +3584,33 @@ def stage_of_head(run, parts, first_step):
         get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
         rates={p: cfg.lm_head_lr for p in parts["head"]}, weight_decay=cfg.lm_head_wd,
         max_grad_norm=cfg.lm_head_max_grad_norm)
+
+
+def multipliers_of_student(run):
+    """{parameter: learning-rate multiplier}, 0: frozen. Stitches are no part of the student."""
+    return learning_rates(
+        run.student.model.named_parameters(remove_duplicate=False),
+        parse_multipliers(run.cfg.lr_multipliers), run.cfg.default_lr_multiplier,
+        learning_rate=1.0)
+
+
+def multiply_rates(stages, multipliers):
+    """What is frozen is frozen in every phase; a stitch has the rate of its block."""
+    for stage in stages:
+        stage.rates = {p: rate * multipliers.get(p, 1.0) for p, rate in stage.rates.items()}
+        if not any(stage.rates.values()):
+            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
+                            "would train; leave something of it free, or for the head "
+                            "--train_lm_head false")
+
+
+def head_may_change(run):
+    multipliers = multipliers_of_student(run)
+    if all(multipliers[p] for p in parameters_by_part(run.student)["head"]):
+        return True
+    print0("blockwise: lr_multipliers freeze the student's norm or head, which stay as they are in "
+           "place of the teacher's")
+    return False
 
 
 def one_of(values, block):

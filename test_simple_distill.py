@@ -2742,6 +2742,22 @@ def test_train_wandb_offline(out, student, text):
     assert list(Path(out, "wandb").glob("offline-run-*"))
 
 
+def test_train_memory_counts_whole_gradients_under_accumulation(student, monkeypatch):
+    """Of sharded ranks each holds all gradients between micro-steps: 4 bytes a parameter."""
+    with sd.process_group():
+        root = sd.load_student(config.Config(student=student, teacher=student))
+    parameters = root.model.num_parameters()
+    stage = types.SimpleNamespace(rates=dict.fromkeys(root.parameters(), 1e-3))
+    monkeypatch.setattr(sd, "WORLD", 4)
+    sizes = {}
+    for micro_steps in (1, 8):
+        run = types.SimpleNamespace(
+            cfg=config.Config(), student=root, teacher=None, stages=[stage], batch_size=2,
+            micro_steps=micro_steps)
+        sizes[micro_steps] = sd.estimate_memory(run)["gradients"] / parameters
+    assert sizes == {1: 1.0, 8: 4.0}
+
+
 # --------------------------------------------------------------------------------------------------
 # Optional: streaming: the same rows from a stream.
 
@@ -4130,6 +4146,52 @@ def test_blockwise_two_ranks_bf16_and_accumulation(block, tmp_path):
         assert column(out, "train/loss") == pytest.approx(losses, rel=2e-5)
     before, after = block_errors(two_ranks("half", dtype="bf16"), 3)
     assert all_below(after, before)
+
+
+def test_blockwise_an_empty_share_counts_nothing(block, tmp_path):
+    """5 sequences as 8 x 1, as 1 x 8 and on two ranks: some micro-batches, and a rank of the held
+    out rows, have none."""
+    rows = talk(5)
+    fields = dict(teacher=block.teacher, student=block.student, epochs_per_block=1,
+                  lm_head_epochs=1, distill_loss_type="mse",
+                  dataset=write_splits(tmp_path / "data", rows, rows[:1]))
+    whole = tmp_path / "whole"
+    single = tmp_path / "single"
+    ranks = tmp_path / "ranks"
+    distil_blocks(block, whole, **fields, batch_size=8)
+    distil_blocks(block, single, **fields, batch_size=1, gradient_accumulation_steps=8)
+    words = {**PLAIN, **BLOCKWISE, **fields, "batch_size": 1, "gradient_accumulation_steps": 4}
+    shown = Fork(tmp_path / "log.txt", *flags(**words, output_dir=ranks), ranks=2).wait()
+    assert "done in" in shown, shown
+    for key in ("train/loss", "block/0/loss", "block/2/loss", "eval/loss"):
+        expected = pytest.approx(column(whole, key), rel=2e-5)
+        assert column(single, key) == expected, key
+        assert column(ranks, key) == expected, key
+
+
+def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
+    """Frozen stays frozen, what is multiplied moves so much further, stitches have their block's
+    rate."""
+    shown = distil_blocks(
+        block, out, epochs_per_block=0.1, lm_head_epochs=0.1, max_grad_norm_per_block=0,
+        lr_multipliers=["embed=0", r"layers\.0\.=2", r"layers\.1\.=0", "model.norm=0"]).out
+    before = weights(block.student)
+    before["lm_head.weight"] = before["model.embed_tokens.weight"]   # untied from here on
+    after = final_weights(out)
+    rates = {}
+    for name, x in after.items():   # AdamW's first step is the rate, in the direction of the sign
+        change = (x - before[name]).abs().max().item() / 3e-3
+        rates[re.sub(r"\.(self_attn|mlp|input|post).*", "", name)] = round(change, 1)
+    assert rates == {
+        "model.embed_tokens.weight": 0, "model.layers.0": 2, "model.layers.1": 0,
+        "model.layers.2": 1, "model.norm.weight": 0, "lm_head.weight": 1}
+    assert "freeze the student's norm or head" in shown
+
+
+def test_blockwise_a_phase_without_anything_to_train_is_refused(block, out):
+    err = distil_blocks(block, out, rc=2, lr_multipliers=["lm_head=0", "model.norm=0"]).err
+    assert "'head'" in err and "--train_lm_head false" in err
+    assert not os.path.exists(out)
 
 
 # ---- what it costs
