@@ -1860,6 +1860,48 @@ def test_models_padded_vocabulary_trains_as_the_unpadded_one(tmp_path, teacher, 
     assert distance(cut, expected) < 1e-6
 
 
+def test_models_padding_on_both_sides_is_no_vocabulary(tmp_path, teacher, student, text):
+    """Both are cut to the ids that the tokenizer has, online and from a cache."""
+    pairs = {
+        "even": dict(teacher=teacher, student=student),
+        "odd": dict(teacher=padded(tmp_path / "teacher", teacher, 96),
+                    student=padded(tmp_path / "student", student, 128))}
+    fields = dict(dataset=text, alpha=0.3, max_steps=2, eval_samples=8)
+    runs = []
+    for name, pair in pairs.items():
+        distil(tmp_path / name, **pair, **fields)
+        runs.append(tmp_path / name)
+    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
+        assert column(runs[1], key) == pytest.approx(column(runs[0], key), rel=1e-5), key
+
+
+def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
+        tmp_path, teacher, student, text):
+    cache = str(tmp_path / "cache")
+    odd = padded(tmp_path / "student", student, 128)
+    cli(*flags(mode="cache", teacher=padded(tmp_path / "teacher", teacher, 96), dataset=text,
+               seq_len=32, cache_dir=cache, dtype="fp32", eval_samples=8))
+    losses = []
+    for i, name in enumerate((student, odd)):
+        distil(tmp_path / str(i), student=name, cache_dir=cache, alpha=0.3, max_steps=2)
+        losses.append(column(tmp_path / str(i), "train/loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_models_labels_alone_are_transformers_own_loss_over_the_whole_head(
+        tmp_path, student, text):
+    odd = padded(tmp_path / "student", student, 128)
+    distil(tmp_path / "out", student=odd, dataset=text, alpha=1.0, max_steps=1, eval_samples=8,
+           learning_rate=STILL)
+    with sd.process_group():
+        _, rows = sd.load_data(config.Config(dataset=text, seq_len=32, eval_samples=8),
+                               tiny_tokenizer())
+    ids = torch.tensor(rows["input_ids"] if hasattr(rows, "column_names") else
+                       [row["input_ids"] for row in rows])
+    loss = load(odd)(input_ids=ids, labels=ids).loss.item()
+    assert column(tmp_path / "out", "eval/ce_loss")[0] == pytest.approx(loss, rel=1e-5)
+
+
 def test_models_tokenizer_larger_than_the_model_is_refused(tmp_path, out, text):
     small = tiny_model(tmp_path / "small", vocab=200)
     distil(out, rc=2, student=small, dataset=text, alpha=1.0, max_steps=1)
@@ -2081,6 +2123,163 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, teacher, student,
                compile=on)
     losses = column(tmp_path / "on", "train/loss")
     assert losses == pytest.approx(column(tmp_path / "off", "train/loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("cls, rope", [
+    ("LlamaConfig", dict(rope_type="dynamic", factor=4.0, rope_theta=1e4)),
+    ("Phi3Config", dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8,
+                        long_factor=[4.0] * 8, original_max_position_embeddings=16)),
+])
+def test_models_rope_that_depends_on_length_does_not_depend_on_the_padding(tmp_path, cls, rope):
+    """A row of 24 gives the same alone as in a batch of 48, of a model made for 16."""
+    path = tiny_model(tmp_path / "model", cls=cls, rope_parameters=rope,
+                      max_position_embeddings=64 if cls == "Phi3Config" else 16)
+    cfg = config.Config(student=path, teacher=path, seq_len=48, gradient_checkpointing=False)
+    short = torch.arange(24)[None]
+    wide = F.pad(short, (0, 24))
+    with sd.process_group(), torch.no_grad():
+        for root in (sd.load_student(cfg), sd.load_teacher(cfg)):
+            whole = [root(sd.hidden_states, ids)[:, :24] for ids in (short, wide, short)]
+            torch.testing.assert_close(whole[0], whole[1])
+            torch.testing.assert_close(whole[0], whole[2])
+            # what transformers gives for rows of seq_len
+            model = load(path).base_model
+            torch.testing.assert_close(model(wide).last_hidden_state[:, :24], whole[0])
+
+
+def test_models_layers_n_cuts_only_lists_of_one_a_layer(tmp_path):
+    """Mamba2's time_step_limit has two items, as it has layers."""
+    shape = transformers.Mamba2Config(
+        vocab_size=263, hidden_size=16, num_hidden_layers=2, head_dim=8, num_heads=4, n_groups=1,
+        state_size=4)
+    cut, kept = sd.cut_layers(shape, "layers:1", "x")
+    assert cut.num_hidden_layers == 1 and kept == [0]
+    assert tuple(cut.time_step_limit) == tuple(shape.time_step_limit)
+    smol = transformers.SmolLM3Config(num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
+    cut, kept = sd.cut_layers(smol, "layers:2", "x")
+    assert kept == [0, 3]
+    assert cut.no_rope_layers == [1, 0] and len(cut.layer_types) == 2
+
+
+@pytest.mark.parametrize("cls", ["GPT2Config", "OPTConfig", "CTRLConfig"])
+def test_models_fewer_positions_than_seq_len_are_refused_before_weights(tmp_path, out, text, cls):
+    fields = dict(max_position_embeddings=32)
+    if cls == "OPTConfig":
+        fields |= dict(ffn_dim=64, word_embed_proj_dim=32)
+    path = tiny_model(tmp_path / "model", cls=cls, **fields)
+    shutil.move(f"{path}/model.safetensors", tmp_path / "aside")
+    run = dict(student=path, dataset=text, alpha=1.0, max_steps=1, eval_samples=2)
+    err = distil(out, rc=2, **run, seq_len=33).err
+    assert "has 32 positions, seq_len is 33" in err and path in err
+    shutil.move(tmp_path / "aside", f"{path}/model.safetensors")
+    assert "sample: " in distil(out, **run, seq_len=32).out   # which ends with the positions
+
+
+def test_models_rope_may_go_beyond_its_positions(tmp_path, out, text):
+    path = tiny_model(tmp_path / "model", max_position_embeddings=16)
+    distil(out, student=path, dataset=text, alpha=1.0, max_steps=1, eval_samples=2)
+
+
+@pytest.mark.parametrize("cls, fields", [
+    ("XLNetConfig", dict(d_inner=64, n_head=2)),
+    ("Gemma3TextConfig", dict(head_dim=16, use_bidirectional_attention=True)),
+    ("BertConfig", {}),
+])
+def test_models_that_see_later_tokens_are_refused_by_name(tmp_path, cls, fields):
+    path = tiny_model(tmp_path / "model", cls=cls, **fields)
+    cfg = config.Config(student=path, gradient_checkpointing=False)
+    with sd.process_group(), pytest.raises(config.UserError, match="no causal .* later tokens") as e:
+        sd.load_checked_student(cfg, tiny_tokenizer())
+    assert path in str(e.value)
+
+
+# fields of config.json -> an error, whatever it is that fails
+ODD_CONFIGS = [
+    {name: value}
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads",
+                 "intermediate_size")
+    for value in (0, -1, 10**12, "many", None, [2], 1.5)
+] + [
+    dict(num_hidden_layers=10**7), dict(model_type=[]), dict(model_type=None),
+    dict(model_type="bert2"), dict(hidden_act="none of ours"), dict(rms_norm_eps="small"),
+    dict(rope_parameters={"rope_type": "spiral"}), dict(rope_parameters=3), dict(dtype="float9"),
+    dict(num_key_value_heads=0), dict(num_key_value_heads=7), dict(head_dim=-4),
+    dict(max_position_embeddings="all"), dict(quantization_config={"quant_method": "mine"}),
+    dict(tie_word_embeddings="x", num_hidden_layers={}), dict(layer_types=["mine"]),
+]
+
+
+def test_models_whatever_a_config_holds_is_an_error_or_runs(tmp_path):
+    """Student with weights, and as a config alone; nothing but UserError comes out."""
+    path = Path(tiny_model(tmp_path / "model"))
+    good = json.loads((path / "config.json").read_text())
+    refused = 0
+    with sd.process_group():
+        for odd in ODD_CONFIGS:
+            text = json.dumps(good | odd)
+            (path / "config.json").write_text(text)
+            (tmp_path / "shape.json").write_text(text)
+            for name in (path, tmp_path / "shape.json"):
+                cfg = config.Config(student=str(name), teacher=str(path),
+                                    gradient_checkpointing=False)
+                try:
+                    sd.load_checked_student(cfg, tiny_tokenizer())
+                except config.UserError as e:
+                    assert str(name) in str(e), (odd, e)
+                    refused += 1
+    assert refused > len(ODD_CONFIGS)
+
+
+def test_models_whatever_is_wrong_with_the_files_is_an_error(tmp_path):
+    whole = Path(tiny_model(tmp_path / "whole"))
+    content = (whole / "model.safetensors").read_bytes()
+    other = weights(tiny_model(tmp_path / "other", hidden=48))
+    save_file(other, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    damages = {
+        "config.json": [b"", b"[]", b"3", b"null", b"{", bytes(9), b"\xff\xfe{}"],
+        "model.safetensors": [b"", bytes(9), content[:-9], content[:99], b"\xff" * 99,
+                              (tmp_path / "other.safetensors").read_bytes()],
+        "generation_config.json": [b"[]", b"{"],
+    }
+    names = ["a\0b", "x" * 5000, str(whole / "config.json" / "under"), "/dev/null", "~nobody/x"]
+    for file, bodies in damages.items():
+        for body in bodies:
+            folder = tmp_path / f"damaged{len(names)}"
+            shutil.copytree(whole, folder)
+            (folder / file).write_bytes(body)
+            names.append(str(folder))
+    folder = tmp_path / "folder"   # in place of a file
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    names.append(str(folder))
+    with sd.process_group():
+        for name in names:
+            cfg = config.Config(student=name, gradient_checkpointing=False)
+            try:
+                sd.load_checked_student(cfg, tiny_tokenizer())
+            except config.UserError as e:
+                assert len(str(e)) < 6000
+            else:
+                assert os.path.exists(f"{name}/generation_config.json"), name
+
+
+def test_models_code_of_a_model_runs_only_with_the_flag(tmp_path, out, text, monkeypatch):
+    """It is not asked for: the flag decides, and the error names it."""
+    path = tiny_model(tmp_path / "odd")
+    ran = tmp_path / "ran"
+    Path(path, "modeling_odd.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nimport transformers\n\n"
+        "class OddConfig(transformers.LlamaConfig):\n    model_type = 'odd'\n\n"
+        "class Odd(transformers.LlamaForCausalLM):\n    config_class = OddConfig\n")
+    edit_config(model_type="odd", auto_map={
+        "AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.Odd"},
+    )(Path(path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    run = dict(student=path, dataset=text, tokenizer=path, alpha=1.0, max_steps=1, eval_samples=2)
+    err = distil(out, rc=2, **run).err
+    assert "--trust_remote_code true" in err and path in err
+    assert not ran.exists()
 
 
 @pytest.mark.campaign
