@@ -1427,6 +1427,9 @@ def empty_root(name, config, cfg, role, dtype, build_stitches=None):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
         positions = position_limit(model)
+        for parameter, tensor in model.named_parameters():
+            if not tensor.numel():   # some size in the config is 0
+                raise ValueError(f"{parameter} would be of shape {list(tensor.shape)}")
     if cfg.seq_len > positions:
         raise UserError(f"{role} {name!r} ({type(model).__name__}) has {positions} positions, "
                         f"seq_len is {cfg.seq_len}; use --seq_len {positions} or less")
