@@ -2625,6 +2625,8 @@ def estimate_memory(run):
     tokens = run.batch_size * cfg.seq_len
     width = shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * width
+    if isinstance(inner, list):   # one a layer
+        inner = max(inner)
     layer = tokens * (10 * width + 3 * inner) * itemsize   # activations of one layer
     if cfg.gradient_checkpointing:
         activations = tokens * width * itemsize * shape.num_hidden_layers + layer

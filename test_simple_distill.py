@@ -2295,7 +2295,7 @@ def test_models_code_of_a_model_runs_only_with_the_flag(tmp_path, out, text, mon
 @pytest.mark.parametrize("case", [
     dict(lr_multipliers=["embed=0", r"layers\.0\.=0"], max_steps=1),
     dict(blockwise=True, block_input="teacher", num_epochs=0),   # optional: blockwise
-], ids=["frozen", "fed_by_teacher"])
+], ids=str)
 def test_models_compile_with_recompute_where_nothing_below_a_layer_is_trained(
         tmp_path, text, case):
     path = tiny_model(tmp_path / "model", hidden=16)
