@@ -1812,6 +1812,37 @@ def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
     assert len(column(out, "train/loss")) == 1
 
 
+# ---- what a row is worth: digests, and what encode depends on
+
+
+def train_rows_of(dataset, tokenizer=None, **fields):
+    """What load_data hands on to train on, as it is."""
+    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
+    cfg = config.Config(**{**usual, **fields})
+    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+        return sd.load_data(cfg, tokenizer or tiny_tokenizer())[0]
+
+
+def test_data_rows_digest_is_of_every_row_and_of_nothing_else(tmp_path):
+    """Not of the file's name, size or age: resume compares it."""
+    rows = talk(300)
+    train = train_rows_of(write_splits(tmp_path / "d", rows, rows[:1]))
+    before = sd.rows_digest(train)
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    moved = train_rows_of(write_splits(tmp_path / "other", rows, rows[:1]))
+    assert sd.rows_digest(moved) == before
+    text = train_rows_of(write_splits(tmp_path / "text", [{"text": prose(99)}], [TEXT_ROW]))
+    assert sd.rows_digest(text) != before   # no targets, which is: all of them
+    for i in (0, 150, 299):
+        edited = [*rows]
+        edited[i] = {**rows[i], "response": rows[i]["response"].swapcase()}   # as long as before
+        path = write_splits(tmp_path / f"edited-{i}", edited, rows[:1])
+        assert sd.rows_digest(train_rows_of(path)) != before, i
+    half = train_rows_of(write_splits(tmp_path / "half", rows[:150], rows[:1]))
+    assert sd.rows_digest(half) == sd.rows_digest(train.take(150)) != before
+    assert sd.rows_digest(train.to_iterable_dataset()) is None
+
+
 # --------------------------------------------------------------------------------------------------
 # Models and FSDP: architectures, heads, layers:N, precision.
 
