@@ -110,7 +110,7 @@ def printable(text):
 
 
 @contextlib.contextmanager
-def reading(what):
+def reading(what, way_out=""):
     """What goes wrong while a thing of the user's is read is the user's to mend: one `error:` line
     that names it. The whole traceback goes along (see explain). Our own computation does not
     belong inside: what goes wrong there is a bug, and shows itself as one."""
@@ -119,7 +119,7 @@ def reading(what):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        raise UserError(f"{what}: {one_line(e)}") from e
+        raise UserError(f"{what}: {one_line(e)}{way_out}") from e
 
 
 def refuse_foreign(path, is_ours, way_out="choose another folder, or move it away"):
@@ -2833,19 +2833,22 @@ def name_digest(source):
 # token itself, so that training needs neither teacher nor dataset. Any number of workers fill a
 # cache in mode cache; open_cache hands on rows like those of load_data, with their SparseTarget.
 #
-#     manifest.json                all that shapes the content; once the cache is full, its size too
 #     config.json                  the config that began it: the same command again is --config this
 #     tokenizer/
+#     manifest.json                all that shapes the content; once the cache is full, its size too
 #     claims                       a locked byte for each chunk that somebody is at work on
 #     train-00000000.safetensors   a chunk: a fixed range of sequences
 #     eval-00000000.safetensors
+#
+# What is read is what was written, or is refused with the command that makes it again: a manifest
+# has a checksum, a chunk those of its rows and its table, and the mark of its cache and its place.
 
 
 # ---- what the manifest says
 
 
-def describe_cache(cfg, tokenizer, rows, dtype):
-    """The manifest of an empty cache. rows: of train, or a stream."""
+def describe_cache(cfg, tokenizer, splits, dtype):
+    """The manifest of an empty cache. splits: the rows of each; those of train may be a stream."""
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     if cfg.cache_method == "topk":
         check_top_k(cfg)
@@ -2856,12 +2859,10 @@ def describe_cache(cfg, tokenizer, rows, dtype):
         size = cfg.cache_samples
         code_bits = (size - 1).bit_length()
         extra_bits = 12
-    if isinstance(rows, datasets.IterableDataset):
-        row_count = None
-        first_rows = list(itertools.islice(rows, 64))
-    else:
-        row_count = len(rows)
-        first_rows = [rows[i] for i in range(0, row_count, math.ceil(row_count / 64))]
+    raw_rows = []
+    if isinstance(splits["train"], datasets.IterableDataset):   # nobody has seen all of a stream
+        raw_rows = list(itertools.islice(splits["train"], 64))
+    rows_of_splits = [rows_digest(splits["train"]), rows_digest(splits["eval"])]
     revision, weights = identify_weights(cfg.teacher)
     return dict(
         teacher=cfg.teacher,
@@ -2869,9 +2870,9 @@ def describe_cache(cfg, tokenizer, rows, dtype):
         weights=weights,
         dtype=dtype,
         vocabulary=vocabulary,
-        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
+        tokenizer=tokenizer_digest(tokenizer),
         dataset=cfg.dataset,
-        dataset_fingerprint=digest(row_count, first_rows),
+        dataset_fingerprint=digest(rows_of_splits, raw_rows),
         eval_samples=cfg.eval_samples,
         seq_len=cfg.seq_len,
         temperature=cfg.temperature,
@@ -2886,29 +2887,47 @@ def describe_cache(cfg, tokenizer, rows, dtype):
 
 def check_top_k(cfg):
     """Ids of the model's padding are no tokens, but to ask for that many is no mistake."""
-    teacher_config = transformers.AutoConfig.from_pretrained(
-        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
-    entries = teacher_config.get_text_config().vocab_size
+    entries = model_config(cfg.teacher, cfg, "teacher").get_text_config().vocab_size
     if cfg.cache_top_k > entries:
         raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
                         "tokens; lower it")
 
 
+def tokenizer_digest(tokenizer):
+    return digest(tokenizer.get_vocab(), tokenizer.chat_template)
+
+
 def identify_weights(teacher):
     """-> revision (None: a directory), fingerprint of the weights: about 16,384 bytes of each file,
     since to hash all of a 70B model takes minutes."""
-    folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
+    revision = None
+    if os.path.isfile(teacher):   # a config alone: random weights
+        paths = [teacher]
+    else:
+        folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
+        paths = weight_files(folder)
+        if not os.path.exists(teacher):
+            revision = os.path.basename(folder)
     checksums = []
-    for path in tensor_files(folder):
+    for path in paths:
         content = np.memmap(path, np.uint8, "r")
         every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
         checksums.append(zlib.crc32(content[::every].tobytes()))
-    revision = None if os.path.exists(teacher) else os.path.basename(folder)
     return revision, digest(checksums)
 
 
-def tensor_files(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+def weight_files(folder):
+    """As transformers chooses them."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+        if paths:
+            return paths
+    raise UserError(f"teacher {folder!r} has neither *.safetensors nor pytorch_model*.bin")
+
+
+def content_digest(manifest):
+    """Of what decides the content of a cache, which chunks bear; not of what it came out to."""
+    return digest({name: manifest[name] for name in manifest if name not in FOUND_WHEN_FULL})
 
 
 # ---- what a row looks like on disk
@@ -3012,6 +3031,7 @@ def unpack(data, *fields):
 def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
     of ranks; the same command goes on where it was stopped."""
+    refuse_foreign_folder(cfg.cache_dir)
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     teacher = load_checked_teacher(cfg, tokenizer)
@@ -3021,7 +3041,7 @@ def fill_cache(cfg):
     if isinstance(rows, datasets.Dataset):
         sequences = len(rows) + len(eval_rows)
     with explain_bad_disk(cfg.cache_dir), stop_signals() as stop_requests:
-        manifest = begin_cache(cfg, tokenizer, rows)
+        manifest = begin_cache(cfg, tokenizer, splits)
         all_sum(0)   # nobody goes on before there is a cache
         probe = [eval_rows[i] for i in range(min(len(eval_rows), manifest["group"]))]
         packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
@@ -3030,7 +3050,7 @@ def fill_cache(cfg):
             while True:
                 paths = []
                 chunks = missing_chunks(
-                    cfg.cache_dir, splits, manifest["chunk"], make_encoder(cfg, tokenizer), paths)
+                    cfg.cache_dir, splits, manifest, make_encoder(cfg, tokenizer), paths)
                 forwards = write_chunks(chunks, get_teacher_targets, manifest)
                 stopped = write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar)
                 missing, = all_sum(sum(not os.path.exists(path) for path in paths))
@@ -3043,25 +3063,71 @@ def fill_cache(cfg):
             finish_cache(cfg, manifest, paths)
 
 
-def begin_cache(cfg, tokenizer, rows):
+def refuse_foreign_folder(cache_dir):
+    """A folder that holds something else under our names, such as a model's, is not touched."""
+    config = os.path.join(cache_dir, "config.json")   # what a cache begins with
+    refuse_foreign(config, is_cache_config)
+    names = [os.path.join(cache_dir, name) for name in ("tokenizer", "manifest.json")]
+    for path in [*names, *chunks_in(cache_dir)]:
+        refuse_foreign(path, lambda _: os.path.exists(config))
+
+
+def is_cache_config(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)["mode"] == "cache"
+
+
+def chunks_in(cache_dir):
+    """Paths of what is named like a chunk."""
+    paths = []
+    for split in ("eval", "train"):
+        name = f"{split}-" + 8 * "[0-9]" + ".safetensors"
+        paths += sorted(glob.glob(os.path.join(glob.escape(cache_dir), name)))
+    return paths
+
+
+def is_chunk(path):
+    """Of any cache."""
+    with safetensors.safe_open(path, "numpy") as file:
+        return "chunk" in file.metadata()
+
+
+def begin_cache(cfg, tokenizer, splits):
     """-> the manifest. A new cache is begun; one that is there must be of the same content."""
-    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
-    manifest = describe_cache(cfg, tokenizer, rows, str(compute_dtype(cfg)))
+    manifest = describe_cache(cfg, tokenizer, splits, str(compute_dtype(cfg)))
     os.makedirs(cfg.cache_dir, exist_ok=True)
+    refuse_foreign_folder(cfg.cache_dir)   # new/../model leads to model only where new is
+    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
     if os.path.exists(manifest_path) and not cfg.force_regenerate:
-        with open(manifest_path, encoding="utf-8") as f:
-            old = json.load(f)
+        old = read_any_manifest(cfg.cache_dir)
         old = {name: old.get(name) for name in manifest}   # less what finish_cache added
         refuse_changes(old, manifest, cfg.cache_dir, "empty it: --force_regenerate")
     elif RANK == 0:
         if cfg.force_regenerate:
-            for path in tensor_files(cfg.cache_dir):
-                os.remove(path)
-        tokenizer.save_pretrained(os.path.join(cfg.cache_dir, "tokenizer"))
+            empty_cache(cfg.cache_dir)
         write_json(dataclasses.replace(cfg, force_regenerate=False),
                    os.path.join(cfg.cache_dir, "config.json"))
-        write_json(manifest, manifest_path)   # last: from here on there is a cache
+        folder = os.path.join(cfg.cache_dir, "tokenizer")
+        # what the tokenizer of a cache before may have had, and this one has not
+        remove_files(folder, ["chat_template.jinja", "added_tokens.json",
+                              "special_tokens_map.json"])
+        tokenizer.save_pretrained(folder)
+        write_manifest(manifest, cfg.cache_dir)   # last: from here on there is a cache
     return manifest
+
+
+def empty_cache(cache_dir):
+    """Of its chunks; of no other file, whatever its name."""
+    paths = chunks_in(cache_dir)
+    for path in paths:
+        refuse_foreign(path, is_chunk)
+    for path in paths:
+        os.remove(path)
+
+
+def write_manifest(manifest, cache_dir):
+    checked = manifest | {"checksum": digest(manifest)}
+    write_json(checked, os.path.join(cache_dir, "manifest.json"))
 
 
 def plan_cache(cfg, packed, sequences):
@@ -3072,7 +3138,7 @@ def plan_cache(cfg, packed, sequences):
     total = None
     if sequences is not None:
         total = int(counts.tokens / counts.rows * sequences)
-    written = sum(os.path.getsize(path) for path in tensor_files(cfg.cache_dir))
+    written = sum(os.path.getsize(path) for path in chunks_in(cfg.cache_dir))
     need = max(0, (total or 0) * bytes_per_token - written) / 1e9
     free = shutil.disk_usage(cfg.cache_dir).free / 1e9
     to_write = f"{need:.3f} GB to write" if total else "a stream has no length"
@@ -3114,13 +3180,15 @@ def write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar):
             return False
 
 
-def missing_chunks(cache_dir, splits, chunk_size, encode_columns, paths):
+def missing_chunks(cache_dir, splits, manifest, encode_columns, paths):
     """Claim the chunks that are not there and that no living worker has, one after the other
     -> (path, rows, number of the first row), ...; the paths of all chunks are added to paths.
 
     A stream is cut into blocks of raw rows, each packed on its own, so that nobody has to tokenise
     what another worker does. Numbers only have to be the same for every worker: those of train
     begin at 2^60, and those of a stream's blocks, which hold any number of rows, 2^32 apart."""
+    chunk_size = manifest["chunk"]
+    content = content_digest(manifest)
     with open(os.path.join(cache_dir, "claims"), "a") as claims:
         for split_number, (split, rows) in enumerate(splits.items()):
             split_start = split_number << 60
@@ -3129,7 +3197,10 @@ def missing_chunks(cache_dir, splits, chunk_size, encode_columns, paths):
             for chunk, block in enumerate(blocks):
                 path = os.path.join(cache_dir, f"{split}-{chunk:08d}.safetensors")
                 paths.append(path)
-                if not claim(claims, split_start + chunk) or os.path.exists(path):
+                if not claim(claims, split_start + chunk):
+                    continue
+                if os.path.exists(path):
+                    read_chunk(path, content)   # refused where it is another
                     continue
                 first = split_start + chunk * chunk_size
                 if stored:
@@ -3158,25 +3229,33 @@ def write_chunks(chunks, get_teacher_targets, manifest):
             group = rows[start:start + manifest["group"]]
             packed += pack_teacher(get_teacher_targets, group, first + start, manifest)
             yield sum(len(row["input_ids"]) for row in group)
-        write_chunk(path, packed)
+        write_chunk(path, packed, content_digest(manifest))
 
 
-def write_chunk(path, packed):
+def write_chunk(path, packed, content):
     """A chunk appears whole or not at all. Safetensors: mapped into memory, sliced, no code in it.
 
     rows     the bytes of all rows, end to end
-    table    a line a row: where it ends in rows, then its RowCounts; the metadata has its checksum
+    table    a line a row: where it ends in rows, then its RowCounts
+    metadata which chunk of which cache this is, and the checksum of the table
     """
     filler = b"-"   # line 0: all there is of a chunk without rows, and where the first row begins
     packed = [(filler, RowCounts(0, 0, 0, 0, 0, zlib.crc32(filler))), *packed]
     ends = np.cumsum([len(data) for data, _ in packed])
     table = np.column_stack([ends, [counts for _, counts in packed]])
-    content = b"".join(data for data, _ in packed)
-    tensors = {"rows": np.frombuffer(content, np.uint8), "table": table}
+    row_bytes = b"".join(data for data, _ in packed)
+    tensors = {"rows": np.frombuffer(row_bytes, np.uint8), "table": table}
+    # one value: safetensors writes several in any order
+    metadata = {"chunk": f"{chunk_mark(path, content)} {zlib.crc32(table)}"}
     with open(path + ".tmp", "wb") as f:
-        f.write(safetensors.numpy.save(tensors, {"crc": str(zlib.crc32(table))}))
+        f.write(safetensors.numpy.save(tensors, metadata))
     sync(f.name)
     os.replace(f.name, path)
+
+
+def chunk_mark(path, content):
+    """Its split and number, as it is named, and the content_digest of its cache."""
+    return f"{os.path.basename(path).removesuffix('.safetensors')} of cache {content}"
 
 
 @torch.no_grad()
@@ -3260,11 +3339,15 @@ def topk_entries(logp_CV, size):
     return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
 
 
+FOUND_WHEN_FULL = ("rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
+
+
 def finish_cache(cfg, manifest, paths):
     """Read back the tables of all workers' chunks; with their sums the manifest is complete."""
     chunk_counts = []
+    content = content_digest(manifest)
     for path in paths:
-        table, _ = read_chunk(path)
+        table, _ = read_chunk(path, content)
         chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
     counts = sum_counts(chunk_counts)
     rows_per_chunk = {"train": [], "eval": []}
@@ -3276,7 +3359,7 @@ def finish_cache(cfg, manifest, paths):
     complete = manifest | dict(
         rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
         mass_kept=mass_kept, chunks=rows_per_chunk)
-    write_json(complete, os.path.join(cfg.cache_dir, "manifest.json"))
+    write_manifest(complete, cfg.cache_dir)
     print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
            f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
 
@@ -3311,7 +3394,7 @@ def open_cache(cfg):
     manifest = read_manifest(cfg.cache_dir)
     refuse_other_targets(cfg, manifest)
     refuse_other_data(cfg)
-    tokenizer = AutoTokenizer.from_pretrained(os.path.join(cfg.cache_dir, "tokenizer"))
+    tokenizer = read_tokenizer(cfg, manifest)
     student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
     compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
                        f"{cfg.cache_dir}: {manifest['teacher']}")
@@ -3333,6 +3416,7 @@ class CacheRows:
     def __init__(self, cache_dir, split, manifest, at_most=math.inf):
         self.prefix = os.path.join(cache_dir, split)
         self.manifest = manifest
+        self.content = content_digest(manifest)
         self.starts = np.cumsum([0, *manifest["chunks"][split]])   # of chunks; the last: the end
         self.length = int(min(self.starts[-1], at_most))
 
@@ -3342,48 +3426,79 @@ class CacheRows:
     def __getitem__(self, i):
         chunk = int(np.searchsorted(self.starts, i, "right")) - 1
         line = i - int(self.starts[chunk]) + 1   # of its table, which begins with the filler
-        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", line)
+        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", self.content, line)
         counts = RowCounts(*table[line, 1:])
         return unpack_row(
             data, int(counts.tokens), int(counts.targets), int(counts.entries), self.manifest)
 
 
-def read_chunk(path, line=0):
+def read_chunk(path, content, line=0):
     """-> its table, the bytes of the row of that line (0: the filler); both as they were written.
-    Mapped anew each time, 50 us: nothing has to be kept."""
-    try:
-        with safetensors.safe_open(path, "numpy") as chunk:
-            table = chunk.get_tensor("table")
+    content: content_digest of the cache. Mapped anew each time, 50 us: nothing has to be kept."""
+    cache_dir = os.path.dirname(path)
+    with reading(f"cache chunk {path!r} is damaged or another", again(cache_dir, path)):
+        with safetensors.safe_open(path, "numpy") as file:
+            mark, _, table_checksum = file.metadata()["chunk"].rpartition(" ")
+            if mark != chunk_mark(path, content):
+                raise ValueError(f"it is {mark}, not {chunk_mark(path, content)}")
+            table = file.get_tensor("table")
             start = int(table[line - 1, 0]) if line > 0 else 0
-            data = chunk.get_slice("rows")[start:int(table[line, 0])].tobytes()
-            table_checksum = int(chunk.metadata()["crc"])
-            if zlib.crc32(table) != table_checksum or zlib.crc32(data) != table[line, -1]:
+            data = file.get_slice("rows")[start:int(table[line, 0])].tobytes()
+            if zlib.crc32(table) != int(table_checksum) or zlib.crc32(data) != table[line, -1]:
                 raise ValueError("wrong checksum")
-            return table, data
-    except Exception as e:   # safetensors, numpy: damage takes many forms
-        config = os.path.join(os.path.dirname(path), "config.json")
-        again = (f"rm {shlex.quote(path)}; "
-                 f"python simple_distill.py --config {shlex.quote(config)}")
-        raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and "
-                        f"only it, again: {again}")
+    return table, data
+
+
+def again(cache_dir, path):
+    """The command that mends a file of a cache: of the cache as it lies here, whatever folder its
+    config names, since it may be a copy."""
+    config = os.path.join(cache_dir, "config.json")
+    return (f"; to make it, and only it, again: rm {shlex.quote(path)}; python simple_distill.py "
+            f"--config {shlex.quote(config)} --cache_dir {shlex.quote(cache_dir)}")
 
 
 def read_manifest(cache_dir):
     """Of a full cache."""
-    manifest = read_cache_json(cache_dir, "manifest.json")
-    if "chunks" not in manifest or "bits" not in manifest:
-        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); mode "
-                        "cache begins or finishes it")
+    if not os.path.exists(os.path.join(cache_dir, "manifest.json")):
+        raise UserError(f"{cache_dir!r} holds no cache; mode cache begins one")
+    manifest = read_any_manifest(cache_dir)
+    if "chunks" not in manifest:
+        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); the "
+                        "same mode cache command finishes it")
     return manifest
 
 
-def read_cache_json(cache_dir, name):
-    try:
-        with open(os.path.join(cache_dir, name), encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins "
-                        "or finishes it")
+def read_any_manifest(cache_dir):
+    """Of a cache that was begun, at least. Its values are as they were written, all of them."""
+    path = os.path.join(cache_dir, "manifest.json")
+    with reading(f"cache manifest {path!r} is damaged or edited", again(cache_dir, path)):
+        with open(path, encoding="utf-8") as f:
+            manifest = json.load(f)
+        checksum = manifest.pop("checksum")
+        if checksum != digest(manifest):
+            raise ValueError("wrong checksum")
+    return manifest
+
+
+def read_tokenizer(cfg, manifest):
+    """As it was when the cache was filled; code in it runs only where this run allows it."""
+    folder = os.path.join(cfg.cache_dir, "tokenizer")
+    what = f"cache tokenizer {folder!r} is damaged or edited"
+    if not cfg.trust_remote_code:
+        what += " (or has code, which only --trust_remote_code true runs)"
+    # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
+    with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
+            raise ValueError("its vocabulary or chat template is another")
+    return tokenizer
+
+
+def read_cache_config(cache_dir):
+    path = os.path.join(cache_dir, "config.json")
+    with reading(f"cache config {path!r} is damaged", "; choose another --cache_dir"):
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
 
 
 # ---- refusals
@@ -3410,7 +3525,7 @@ def refuse_other_data(cfg):
         # a config.json names every knob: one that has its default decides nothing
         if name in cfg.given and getattr(cfg, name) != getattr(Config, name):
             here[name] = getattr(cfg, name)
-    decided = read_cache_json(cfg.cache_dir, "config.json")
+    decided = read_cache_config(cfg.cache_dir)
     there = {name: decided.get(name) for name in here}
     refuse_changes(there, here, cfg.cache_dir, "leave it out")
 
