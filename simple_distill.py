@@ -56,6 +56,7 @@ from typing import Any, NamedTuple, Optional
 from config import (
     Config,
     UserError,
+    convert,   # optional: eval
     demo_knobs,   # optional: demo
     knobs_in,   # optional: cache
     one_line,
@@ -712,8 +713,9 @@ def load_tokenizer(cfg, *candidates):
 
 
 def may_have_tokenizer(name):
-    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet."""
-    if name.startswith("layers:") or name.endswith(".json"):
+    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet.
+    demo: no name was given, see run_demo."""
+    if name == "demo" or name.startswith("layers:") or name.endswith(".json"):
         return False
     if os.path.isdir(name):
         return bool(glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
@@ -751,8 +753,10 @@ def load_data(cfg, tokenizer):
     """-> (train rows, eval rows), which can be indexed. A row is {"input_ids": [...], "targets":
     which of them are, or None where all are}."""
     if tokenizer is None:
-        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a "
-                        "tokenizer; use --tokenizer")
+        asked = f"student {cfg.student!r}"
+        if cfg.teacher != "demo":   # the default: none was named
+            asked += f" and teacher {cfg.teacher!r}"
+        raise UserError(f"no tokenizer comes with {asked}; use --tokenizer")
     if cfg.streaming:   # optional: streaming
         return load_stream(cfg, tokenizer)
     with node_first():
@@ -787,7 +791,7 @@ def load_splits(cfg):
     if eval_raw is not None:
         return train_raw, eval_raw
     if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
-        return train_raw, train_raw   # asked for by its name: all of it is judged
+        return train_raw, train_raw   # asked for by its name: nothing is held out of it
     if len(train_raw) == 1:
         return train_raw, None
     return hold_out_rows(train_raw, cfg.eval_samples)
@@ -2759,12 +2763,23 @@ def resolve_demo(cfg):
         files["tokenizer"] = cfg.tokenizer or os.path.join(folder, "tokenizer")
     if cfg.teacher == "demo" and needs_teacher:
         files["teacher"] = os.path.join(folder, "teacher", "final")
+    say_what_is_the_demos(cfg, files)
     made_here = [path for path in files.values() if path.startswith(folder)]
     if made_here and not make_demo(cfg, folder, with_teacher="teacher" in files):
         return None
     resolved = dataclasses.replace(cfg, **files)
     resolved.given = cfg.given
     return resolved
+
+
+def say_what_is_the_demos(cfg, files):
+    """Where some was named, and the demo stands in for the rest: not what everybody expects."""
+    roles = ("teacher", "student", "dataset")
+    if not uses_cache(cfg) and not any(role in cfg.given for role in roles):
+        return   # the demo itself
+    for role in roles:
+        if role in files and role not in cfg.given:
+            print0(f"no --{role} given: it is the demo's, {files[role]}")
 
 
 def demo_folder(cfg):
@@ -4701,6 +4716,15 @@ LEGEND = (
 )
 
 
+REPORT_MARK = "Written by simple_distill --mode eval"   # stands in each file of a report
+REPORT_FILES = ("report.json", "report.md", "report.png")
+
+
+def is_report(path):
+    with open(path, "rb") as f:
+        return REPORT_MARK.encode() in f.read()
+
+
 def name_models(cfg):
     """-> {label: what it is loaded from}: the teacher, the student, and each of --compare under
     the name of its folder."""
@@ -4725,14 +4749,28 @@ def load_model(cfg, name):
     if not is_checkpoint(name):
         return load_teacher(dataclasses.replace(cfg, teacher=name))
     found = find_checkpoints(name, cfg.output_dir)
-    knobs = dict(found[0][1]["config"])
-    if knobs.get("cache"):   # optional: cache
-        knobs["cache_dir"] = knobs["cache"]   # a digest, no path: enough to need no teacher
-    knobs.pop("cache", None)
-    knobs["dtype"] = cfg.dtype
-    root = load_student(Config(**knobs))
+    root = load_student(config_of_run(cfg, name, found[0][1]))
     load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
     return root.eval()
+
+
+def config_of_run(cfg, name, state):
+    """The Config of the run that checkpoint `name` is of. A file does not decide what is allowed:
+    whether code of strangers runs is for this run to say."""
+    with reading(f"checkpoint {name!r}: its state.json tells no run of this version"):
+        stored = dict(state["config"])
+        if stored.get("cache"):   # optional: cache
+            stored["cache_dir"] = stored["cache"]   # a digest, no path: enough to need no teacher
+        stored.pop("cache", None)
+        knobs = {}
+        for knob, value in stored.items():
+            if value is not None:
+                knobs[knob] = convert(knob, value)
+        knobs |= dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+        try:
+            return Config(**knobs)
+        except UserError as e:   # names the knob, but not whose it is
+            raise ValueError(e) from e
 
 
 def retokenize(rows, tokenizer, other):
@@ -4911,7 +4949,7 @@ def compute_metrics(models, tables, sizes, seed):
     of each, what they are of the teacher's, its curves, and the student's lead over it."""
     for label, figures in models.items():
         figures.update(measure_quality(tables[label], figures["bins"], sizes, seed))
-        figures["curves"] = collect_curves(label, figures)
+        figures["curves"] |= collect_curves(figures)
         if not figures.pop("same_tokenizer"):   # these need one vocabulary
             figures["agreement"] = None
             figures["kl"] = None
@@ -4950,10 +4988,10 @@ def judge_difference(bits, sizes, seed):
     return dict(difference=difference, interval=[low, high], verdict=verdict)
 
 
-def collect_curves(label, figures):
-    """-> {name: [(x, y), ...]} for the picture."""
+def collect_curves(figures):
+    """-> {name: [(x, y), ...]} for the picture, beside the losses."""
     layers = figures["layers"]
-    curves = {} if label == "teacher" else read_losses(figures["name"])
+    curves = {}
     curves["MSE / variance"] = [(layer["student"], layer["share"]) for layer in layers]
     curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
     curves["reliability"] = [
@@ -4969,15 +5007,16 @@ def read_losses(name):
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
         return {}
-    with open(paths[0], encoding="utf-8") as f:
-        # Not read_jsonl, which mends the file: the run may be writing its last line.
-        entries = [json.loads(line) for line in f if line.endswith("}\n")]
     losses = {}
-    for entry in entries:
-        for key, value in entry.items():
-            if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                step = entry[key.split("/")[0] + "/step"]
-                losses.setdefault(key, []).append((step, value))
+    with reading(f"model {name!r}: {paths[0]!r} beside it is damaged"):
+        with open(paths[0], encoding="utf-8") as f:
+            # Not read_jsonl, which mends the file: the run may be writing its last line.
+            entries = [json.loads(line) for line in f if line.endswith("}\n")]
+        for entry in entries:
+            for key, value in entry.items():
+                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                    step = entry[key.split("/")[0] + "/step"]
+                    losses.setdefault(key, []).append((int(step), float(value)))
     return losses
 
 
@@ -5032,7 +5071,7 @@ def draw_report(path, models):
     for panel in (training, layers, quality, reliability):
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Software": REPORT_MARK})
 
 
 def show_number(x):
@@ -5108,10 +5147,10 @@ def write_report(folder, setting, models, prompts):
         summary += ["![training, layers, quality against size, reliability](report.png)", ""]
     except ImportError:
         summary += ["No report.png: pip install matplotlib", ""]
-    everything = dict(setting=setting, models=models, prompts=prompts)
+    everything = dict(about=REPORT_MARK, setting=setting, models=models, prompts=prompts)
     write_json(everything, os.path.join(folder, "report.json"))
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join([*summary, *detail_lines(models, prompts)]))
+        f.write("\n".join([*summary, *detail_lines(models, prompts), REPORT_MARK + ".", ""]))
     return "\n".join(["", *summary])
 
 
@@ -5137,10 +5176,15 @@ def counted_bytes(rows, tokenizer):
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json and
     report.png in output_dir."""
+    for file in REPORT_FILES:
+        refuse_foreign(os.path.join(cfg.output_dir, file), is_report)
     names = name_models(cfg)
+    losses = {"teacher": {}}
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
             model_config(name, cfg, label)
+        if label != "teacher":
+            losses[label] = read_losses(name)
     tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
@@ -5174,7 +5218,8 @@ def report(cfg):
         trial = try_out(root, model_tokenizer, prefill_ids, prompts, cfg.seed, allocated)
         models[label] = dict(
             name=name, same_tokenizer=same, parameters=parameters,
-            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(), **trial,
+            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
+            curves=losses[label], **trial,
         )
         del root   # before the next one is read
 

@@ -2836,6 +2836,25 @@ def config_json_says_it_again(folder):
             config.Config(**config.result_knobs(cfg))
 
 
+def test_demo_is_not_named_where_nobody_typed_it(tmp_path, text):
+    """Labels only, with a student that brings no tokenizer: there is no teacher that could."""
+    shape = tmp_path / "shape.json"
+    shape.write_text(tiny_config().to_json_string())
+    refused = distil(tmp_path / "out", rc=2, student=shape, dataset=text, alpha=1).err
+    assert f"no tokenizer comes with student '{shape}'; use --tokenizer" in refused
+    assert "demo" not in refused.replace(str(tmp_path), "")
+
+
+def test_demo_says_for_what_it_stands_in(capsys):
+    """Where one model was named and the other left out; the demo itself says nothing of it."""
+    files = dict(teacher="/demo/teacher", student="/demo/student", dataset="/demo/corpus")
+    sd.say_what_is_the_demos(config.parse_config([]), files)
+    assert capsys.readouterr().out == ""
+    cfg = config.parse_config(["--student", "s", "--dataset", "d"])
+    sd.say_what_is_the_demos(cfg, {"teacher": "/demo/teacher"})
+    assert capsys.readouterr().out == "no --teacher given: it is the demo's, /demo/teacher\n"
+
+
 def run_the_demo(out, home, *words):
     """What a newcomer types, in a fresh process with a home of its own -> what it shows."""
     env = {"HF_HOME": str(home), "OMP_NUM_THREADS": str(os.cpu_count())}
@@ -3484,13 +3503,14 @@ def test_cache_a_foreign_chunk_is_refused(full_cache, teacher, student, cache_te
 
 
 def test_cache_knows_every_row_and_every_kind_of_weights(full_cache, teacher, cache_text, tmp_path):
-    """One word of one row in the middle; one weight of a teacher that has only .bin files."""
+    """One letter of one row in the middle; one weight of a teacher that has only .bin files."""
     cache = cache_of(full_cache, tmp_path / "cache")
-    rows = cache_rows(100)
-    rows[50]["text"] = rows[50]["text"].swapcase()
-    os.mkdir(tmp_path / "edited")
-    edited = write_jsonl(tmp_path / "edited/text.jsonl", rows)
-    assert "dataset_fingerprint" in fill_cache(teacher, edited, cache, rc=2).err
+    for i in (50, 51, 52):
+        rows = cache_rows(100)
+        rows[i]["text"] = rows[i]["text"][:-1] + "Q"
+        edited = write_jsonl(tmp_path / f"{i}.jsonl", rows)
+        refused = fill_cache(teacher, edited, cache, rc=2).err
+        assert "dataset_fingerprint" in refused
 
     digests = set()
     for seed in (0, 1):
@@ -5656,6 +5676,90 @@ def test_eval_refusals(eval_folder):
     for student in ("nowhere", "data.jsonl"):
         fields = report_fields(eval_folder, "refused", student)
         assert cli(*flags(**fields), rc=2).err.startswith("error: student ")
+
+
+CODE_IN_MODEL = """
+import os
+open(os.environ["MODEL_CODE_RAN"], "w").close()
+from transformers import LlamaConfig as Config
+"""
+
+
+def test_eval_runs_no_code_that_only_a_state_json_allows(eval_folder, tmp_path, monkeypatch):
+    """The flag of this run decides, whatever the checkpoint's run was given."""
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("MODEL_CODE_RAN", str(ran))
+    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    settings = json.loads((model / "config.json").read_text())
+    settings |= dict(model_type="unheard_of", auto_map={"AutoConfig": "code.Config"})
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "code.py").write_text(CODE_IN_MODEL)
+    checkpoint_ = Path(shutil.copytree(
+        eval_folder / "run/checkpoints/step-00000012", tmp_path / "step-00000012"))
+    state = json.loads((checkpoint_ / "state.json").read_text())
+    state["config"] |= dict(student=str(model), trust_remote_code=True)
+    (checkpoint_ / "state.json").write_text(json.dumps(state))
+    fields = report_fields(eval_folder, "unheard", checkpoint_, **QUICK)
+    assert str(model) in cli(*flags(**fields), rc=2).err
+    assert not ran.exists()
+    with contextlib.suppress(Exception):   # what the code is worth is not the point
+        cli(*flags(**fields, trust_remote_code=True))
+    assert ran.exists()
+
+
+def test_eval_a_state_json_of_odd_knobs_is_one_error(eval_folder):
+    found = json.loads(
+        (eval_folder / "run/checkpoints/step-00000012/state.json").read_text())
+    cfg = config.Config(mode="eval", teacher="t", student="s", dataset="d")
+    assert sd.config_of_run(cfg, "x", found).student == str(eval_folder / "student")
+    for odd in (
+        {"unheard_of": 1}, {"temperature": "warm"}, {"temperature": -1}, {"student": ["s"]},
+        {"max_samples": "many"}, {"compile": "perhaps"}, {"divergence": 3},
+        {"lr_multipliers": {"a": 1}},
+    ):
+        with pytest.raises(sd.UserError, match="checkpoint 'x': its state.json"):
+            sd.config_of_run(cfg, "x", {"config": found["config"] | odd})
+    for state in ({}, {"config": None}, {"config": [1]}, {"config": "x"}):
+        with pytest.raises(sd.UserError, match="checkpoint 'x': its state.json"):
+            sd.config_of_run(cfg, "x", state)
+
+
+def test_eval_replaces_no_report_of_others(eval_folder, tmp_path):
+    """Before anything is loaded; its own it writes again."""
+    for name in ("report.json", "report.md", "report.png"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("# my report on simple_distill: the report")
+        fields = report_fields(eval_folder, folder, "nowhere", **QUICK)
+        refused = cli(*flags(**fields), rc=2)
+        assert f"{name}' was not written by simple_distill" in refused.err
+        assert (folder / name).read_text() == "# my report on simple_distill: the report"
+    for _ in range(2):
+        run_report(eval_folder, tmp_path / "mine", "run/final", **QUICK)
+
+
+def test_eval_a_damaged_model_or_log_is_named(eval_folder, tmp_path):
+    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:len(content) // 2])
+    fields = report_fields(eval_folder, tmp_path / "out", "run/final", compare=model, **QUICK)
+    assert str(model) in cli(*flags(**fields), rc=2).err
+
+    (model / "model.safetensors").write_bytes(content)
+    for line in ("{not json}", '{"train/loss": 1.5}', '{"train/loss": [1.5], "train/step": 1}',
+                 '{"train/loss": 1.5, "train/step": "x"}'):
+        (tmp_path / "log.jsonl").write_text(line + "\n")
+        refused = cli(*flags(**fields), rc=2).err
+        assert re.search(f"error: model '{model}': '.*log.jsonl' beside it is damaged", refused)
+
+
+def test_eval_of_a_split_by_name_is_of_its_first_eval_samples(eval_folder):
+    """Also of train: eval_samples of it, as --help says, and no more."""
+    report = run_report(eval_folder, "train", "run/final", eval_split="train", eval_samples=5,
+                        **QUICK)
+    assert report["setting"]["sequences"] == 5
+    shown = " ".join(cli("--help").out.split())
+    assert "sequences to evaluate on, the first of eval_split" in shown
 
 
 def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
