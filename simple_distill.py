@@ -120,7 +120,10 @@ def reading(what, way_out=""):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        raise UserError(f"{what}: {one_line(e)}{way_out}") from e
+        reason = one_line(e)
+        if "trust_remote_code" in str(e):   # at the end of a long message, which would be cut
+            reason = "it brings code of its own, which runs only with --trust_remote_code true"
+        raise UserError(f"{what}: {reason}{way_out}") from e
 
 
 def refuse_foreign(path, is_ours, way_out="choose another folder, or move it away"):
@@ -451,15 +454,18 @@ def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     """
     q = target.probs                                             # [C, K], as all that is listed
     listed_logp = z.gather(-1, target.ids) - total.log()
-    listed_p = listed_logp.exp()
-    rest_p = (1 - listed_p.sum(-1)).clamp_min(1e-7)
+    # 1 - sum of the listed would cancel: below 1e-7 nothing of the rest would be left
+    listed_p = p.gather(-1, target.ids)
+    unlisted_p = p.scatter_(-1, target.ids, 0.0)                 # [C, V]
+    rest_p = unlisted_p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
     kl = -(q * listed_logp).sum(-1) - target.entropy
     kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
-    # d KL / d u = keep * p, and on listed entries (1 - keep) * p - q besides. Method sample:
-    # rest 0, keep 1, and ids that repeat add nothing but their q.
+    # d KL / d u = p - q on listed entries, keep * p on the others. Method sample: rest 0, keep 1,
+    # and ids that repeat add up their q.
     keep = (1 - target.rest / rest_p)[:, None]
-    listed_grad = kl_weight * ((1 - keep) * listed_p - q)
-    grad = p.mul_(kl_weight * keep + p_weight_from_ce).scatter_add_(-1, target.ids, listed_grad)
+    grad = unlisted_p.mul_(kl_weight * keep + p_weight_from_ce)
+    grad.scatter_(-1, target.ids, (kl_weight + p_weight_from_ce) * listed_p)
+    grad.scatter_add_(-1, target.ids, -kl_weight * q)
     return kl, grad
 
 
@@ -640,13 +646,14 @@ class FusedDistillation(torch.autograd.Function):
 
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature,
-                      divergence="forward", denominator=None, chunk=None):
+                      divergence="forward", denominator=None, chunk=None, vocabulary=None):
     """-> loss, ce, kl: loss = alpha * ce + (1 - alpha) * kl, kl with its T^2, each / denominator.
 
     student_hidden [N, D]. student_head: Head or nn.Linear. labels [N], -100 is not counted: where
     they lie on the host, dropping those positions does not make the GPU wait. teacher:
     (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. denominator: by
-    default the tokens counted here. chunk: tokens projected to the vocabulary at once.
+    default the tokens counted here. chunk: tokens projected to the vocabulary at once. vocabulary:
+    from this id on both heads are padding, which is cut.
     """
     student = as_head(student_head)
     if not torch.is_grad_enabled():   # needs_input_grad does not know of no_grad
@@ -662,12 +669,15 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
         student_hidden = student_hidden[counted]
         teacher = select_tokens(teacher, counted)
     labels = labels.to(student_hidden.device, non_blocking=True)
+    vocab = len(student.weight)
+    if vocabulary is not None:
+        vocab = min(vocab, vocabulary)
     if teacher is not None and not isinstance(teacher, SparseTarget):
         teacher_hidden, teacher_head = teacher
         teacher_head = as_head(teacher_head)
-        vocab = min(len(student.weight), len(teacher_head.weight))
-        student = cut_vocabulary(student, vocab)
+        vocab = min(vocab, len(teacher_head.weight))
         teacher = (teacher_hidden, cut_vocabulary(teacher_head, vocab))
+    student = cut_vocabulary(student, vocab)
     if alpha >= 1:
         teacher = None
     if chunk is None:
@@ -681,6 +691,8 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 
 def cut_vocabulary(head, vocab):
     """Padded tails are cut, nothing is zero-padded."""
+    if len(head.weight) == vocab:   # a slice would cost its backward a copy
+        return head
     bias = None if head.bias is None else head.bias[:vocab]
     return head._replace(weight=head.weight[:vocab], bias=bias)
 
@@ -1124,12 +1136,13 @@ class Batch:
 def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
     masking: a position counts where its next token is a target, not where it is one itself."""
-    if not rows:   # nothing left for this rank, which takes part all the same
+    is_stand_in = not rows
+    if is_stand_in:   # nothing left for this rank, which takes part all the same: padding alone
         rows = [{"input_ids": [0, 0], "targets": [False, False]}]
     width = max(len(row["input_ids"]) for row in rows)
     input_ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
     labels_BT = torch.full((len(rows), width), -100)
-    real = []
+    is_real_BT = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         next_ids = ids[1:]
@@ -1138,12 +1151,13 @@ def collate(rows):
             next_ids = torch.where(next_is_target, next_ids, -100)
         input_ids_BT[i, :len(ids)] = ids
         labels_BT[i, :len(next_ids)] = next_ids   # the last position has no next token
-        real.append(i * width + torch.arange(len(ids)))
+        is_real_BT[i, :len(ids)] = not is_stand_in
     labels = labels_BT.flatten()
     positions = (labels != -100).nonzero()[:, 0]
     return Batch(
         input_ids=to_device(input_ids_BT), positions=to_device(positions),
-        labels=pin(labels[positions]), real=to_device(torch.cat(real)),
+        labels=pin(labels[positions]),
+        real=to_device(is_real_BT.flatten().nonzero()[:, 0]),
         sparse=collate_sparse(rows))
 
 
@@ -1273,21 +1287,31 @@ def compute_dtype(cfg):
     return torch.float32
 
 
-# ---- reading
+# ---- reading: whatever is wrong with a model's config, shapes or weights becomes one `error:`
+
+# above these the meta model alone would be made for hours
+LARGEST_SIZES = {"num_hidden_layers": 10_000, "hidden_size": 10**6, "vocab_size": 10**8}
+# lists in a config that hold one item a layer
+ONE_A_LAYER = (
+    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size",
+    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers",
+    "num_attention_heads_per_layer", "num_key_value_heads_per_layer")
 
 
 def model_config(name, cfg, role):
     """Of a decoder-only model. role: what messages call it, student or teacher."""
-    try:
+    where = where_it_was_sought(name)
+    with reading(f"{role} {name!r}: no model config could be read {where}"):
         with node_first():
             config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    except Exception as e:
-        where = where_it_was_sought(name)
-        raise UserError(f"{role} {name!r}: no model config could be read {where}: {one_line(e)}"
-                        ) from e
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping
-    has_own_code = hasattr(config, "auto_map")
-    if getattr(config, "is_encoder_decoder", False) or not (is_causal or has_own_code):
+        is_decoder_only = not getattr(config, "is_encoder_decoder", False) and (
+            type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map"))
+        shape = config.get_text_config()
+        for size, most in LARGEST_SIZES.items():
+            value = getattr(shape, size)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{size} is {value!r}")
+    if not is_decoder_only:
         raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only "
                         "language model")
     return config
@@ -1306,14 +1330,12 @@ def read_model(name, config, cfg, role, dtype, kept_layers=None):
     """A whole model on the host, memory-mapped until it is cast; a config alone (.json) makes
     random weights. kept_layers: the decoder layers that stay, by number."""
     options = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-    try:
+    with reading(f"{role} {name!r} could not be loaded"):
         if name.endswith(".json"):
             torch.manual_seed(cfg.seed)
             return AutoModelForCausalLM.from_config(config, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, **options)
-    except Exception as e:
-        raise UserError(f"{role} {name!r} could not be loaded: {one_line(e)}") from e
     if info["missing_keys"]:   # transformers would fill them with random numbers
         raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among "
                         "them; is it whole?")
@@ -1347,12 +1369,14 @@ def cut_layers(teacher_config, student, teacher):
     count = int(wanted)
     kept_layers = [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
     values = teacher_config.to_dict()
-    for key, value in values.items():
-        if isinstance(value, list) and len(value) == depth:   # such as layer_types
+    for key in ONE_A_LAYER:
+        value = values.get(key)
+        if isinstance(value, list) and len(value) == depth:
             values[key] = [value[i] for i in kept_layers]
     depth_key = teacher_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values[depth_key] = count
-    return type(teacher_config).from_dict(values), kept_layers
+    with reading(f"{student} cannot be cut from {teacher!r}"):
+        return type(teacher_config).from_dict(values), kept_layers
 
 
 # ---- student and teacher, sharded
@@ -1376,7 +1400,7 @@ def load_student(cfg):
     build_stitches = None
     if cfg.blockwise:   # optional: blockwise
         build_stitches = stitching(cfg, config)
-    root = empty_root(config, torch.float32, cfg, build_stitches)
+    root = empty_root(name, config, cfg, role, torch.float32, build_stitches)
     root.train()
     root.requires_grad_()
     if cfg.gradient_checkpointing:
@@ -1391,35 +1415,78 @@ def load_student(cfg):
     drop_layers = cfg.fsdp in ("full_shard", "hybrid_shard")
     shard(root, plan_mesh(cfg.fsdp), compute_dtype(cfg), drop_layers, cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
+    fix_rope(root.model, cfg.seq_len)
     return root
 
 
-def load_teacher(cfg):
+def load_teacher(cfg, role="teacher"):
     """Frozen, its weights in the type that it computes in."""
-    config = model_config(cfg.teacher, cfg, "teacher")
+    config = model_config(cfg.teacher, cfg, role)
     dtype = compute_dtype(cfg)
     if dtype == torch.float16 and config.dtype != torch.float16:
         dtype = torch.float32   # models trained in bf16 overflow in fp16
-    root = empty_root(config, dtype, cfg)
+    root = empty_root(cfg.teacher, config, cfg, role, dtype)
     root.eval()
     root.requires_grad_(False)
     if cfg.compile:
         compile_layers(root.model)
     source = None
     if RANK == 0:
-        source = ShardedRoot(read_model(cfg.teacher, config, cfg, "teacher", dtype))
+        source = ShardedRoot(read_model(cfg.teacher, config, cfg, role, dtype))
     if cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
         shard(root, (WORLD,), dtype, drop_layers=True, cpu_offload=cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
+    fix_rope(root.model, cfg.seq_len)
     return root
 
 
-def empty_root(config, dtype, cfg, build_stitches=None):
-    """Shapes without memory."""
-    with torch.device("meta"):
+def empty_root(name, config, cfg, role, dtype, build_stitches=None):
+    """Shapes without memory; refused where they cannot hold seq_len positions."""
+    with reading(f"{role} {name!r}: its config makes no model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
+        positions = position_limit(model)
+        for parameter, tensor in model.named_parameters():
+            if not tensor.numel():   # some size in the config is 0
+                raise ValueError(f"{parameter} would be of shape {list(tensor.shape)}")
+    if cfg.seq_len > positions:
+        raise UserError(f"{role} {name!r} ({type(model).__name__}) has {positions} positions, "
+                        f"seq_len is {cfg.seq_len}; use --seq_len {positions} or less")
+    with torch.device("meta"):
         return ShardedRoot(model, build_stitches)
+
+
+def position_limit(model):
+    """How many positions a model keeps in a table, learned or fixed: it has no more of them.
+    Infinite where they are computed, as by RoPE and ALiBi."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        is_positions = "pos" in name or "wpe" in name
+        # OPT's table begins with two rows of no use
+        if is_positions and tensor.ndim == 2 and tensor.shape[0] in (limit, limit + 2):
+            return limit
+    return math.inf
+
+
+def fix_rope(model, seq_len):
+    """Some models change their rotary frequencies with the longest row of a batch (dynamic,
+    longrope): what a row gives would depend on what it is padded to. From here on theirs are those
+    of seq_len, whatever the batch."""
+    positions_1T = torch.arange(seq_len, device=DEVICE)[None]
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)   # a string, or {type of layer: string}
+        if isinstance(kinds, str) and depends_on_length(kinds):
+            module(positions_1T.float(), positions_1T)
+            module.rope_type = "default"
+        elif isinstance(kinds, dict) and any(map(depends_on_length, kinds.values())):
+            for layer_type in kinds:
+                module(positions_1T.float(), positions_1T, layer_type)
+            module.rope_type = dict.fromkeys(kinds, "default")
+
+
+def depends_on_length(rope_type):
+    return rope_type == "longrope" or "dynamic" in rope_type
 
 
 def recompute_activations(model):
@@ -1436,6 +1503,12 @@ def recompute_activations(model):
 
 
 def compile_layers(model):
+    # a layer that recomputes and has nothing below it to train is refused by this pass (torch 2.13)
+    if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
+        torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
+    # by default after 8 kinds of layer, input and mode the next ones run eagerly: sliding and full
+    # attention of student and teacher, training and not, are as many
+    torch._dynamo.config.recompile_limit = 64
     for layer in layers_of(model)[1]:
         layer.compile()
 
@@ -1593,23 +1666,43 @@ def head_error(model, ids_1T):
     return error, allowed
 
 
+def look_ahead(model, ids_1T):
+    """Runs inside a root: how far the states of earlier tokens move with the last one, in units of
+    how far its own does."""
+    other_1T = ids_1T.clone()
+    other_1T[0, -1] = ids_1T[0, 0]
+    moved_TD = (hidden_states(model, other_1T) - hidden_states(model, ids_1T))[0].abs().float()
+    return moved_TD[:-1].max() / moved_TD[-1].max().clamp_min(1e-6)
+
+
+def vocabulary_of(tokenizer):
+    """How many ids it has: what a head has beyond them is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_head(root, role, name, tokenizer):
-    """Refuse a model whose vocabulary is too small, or whose logits head_of does not reproduce."""
+    """Refuse a model whose vocabulary is too small, that sees later tokens, or whose logits head_of
+    does not reproduce."""
     rows = root.model.config.get_text_config().vocab_size
-    biggest = max(tokenizer.get_vocab().values())
+    biggest = vocabulary_of(tokenizer) - 1
     if biggest >= rows:
         raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; "
                         "they do not match")
     ids_1T = torch.arange(8, device=DEVICE)[None] % rows
     was_training = root.training
     root.eval()
-    with torch.no_grad():
+    # its first forward: here a config shows that makes a model, but none that runs
+    with torch.no_grad(), reading(f"{role} {name!r} does not run"):
         error, allowed = root(head_error, ids_1T)
+        seen = root(look_ahead, ids_1T)
     root.train(was_training)
     root.release()
     if not error.isfinite():
         raise UserError(f"{role} {name!r} computes logits that are not finite: damaged, or "
                         "--dtype fp32?")
+    if seen > allowed:
+        raise UserError(f"{role} {name!r} ({type(root.model).__name__}) is no causal language "
+                        "model: its states change with later tokens")
     if error > allowed:
         raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head "
                         f"miss its own logits by {error:.2g} of their spread; teach its scaling to "
@@ -2107,12 +2200,15 @@ def start_run(cfg):
             return None
     tokenizer, rows, eval_rows, student, teacher = load(cfg)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    # Student and teacher are compared over the ids that the tokenizer has, and then CE is of the
+    # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
+    vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
     return Run(
         cfg=cfg, result_knobs=knobs, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows,
         student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
         global_batch=global_batch, checkpoints=checkpoints, started=started, free_memory=free,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
-                                  divergence=cfg.divergence),
+                                  divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
 
@@ -2397,6 +2493,8 @@ def continue_text(root, tokenizer, ids_1T, new=48, seed=None):
     """-> seconds, the text that follows: greedy, or sampled with a seed."""
     torch.manual_seed(seed or 0)
     root.eval()
+    # the last token is never looked up
+    new = min(new, position_limit(root.model) + 1 - ids_1T.shape[1])
     # the whole length, so that ranks stay in step and speeds can be compared
     root.model.generation_config.eos_token_id = None
     options = dict(max_new_tokens=new, do_sample=seed is not None, pad_token_id=0)
@@ -2433,7 +2531,8 @@ def finish(run):
 
 def score_teacher(run):
     """The teacher by itself on the held-out rows: its cross-entropy to their labels."""
-    alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0, divergence="forward")
+    alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
+                              vocabulary=vocabulary_of(run.tokenizer))
     return evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size)
 
 
@@ -2478,9 +2577,10 @@ def closing_words(run):
 # ---- what a run says before it begins
 
 MEMORY_ADVICE = (
-    "in this order: --gradient_checkpointing true, a smaller --batch_size with more "
-    "--gradient_accumulation_steps, a smaller --seq_len, --fsdp full_shard on more devices, "
-    "--cpu_offload")
+    "in this order: --gradient_checkpointing true, a smaller --batch_size, a smaller --seq_len, "
+    "--fsdp full_shard on more devices, --cpu_offload. More --gradient_accumulation_steps make up "
+    "for a smaller --batch_size; on several devices they cost 4 bytes a parameter, for gradients "
+    "that are whole until the last of them")
 
 
 def describe_run(run):
@@ -2533,6 +2633,11 @@ def estimate_memory(run):
     # over how many devices weights, gradients and optimiser state are spread
     share = {"no_shard": 1, "hybrid_shard": LOCAL_WORLD}.get(cfg.fsdp, WORLD)
 
+    # whole on every device until the last micro-step, which reduces them to shards
+    gradients = 4 * trained
+    if run.micro_steps == 1:
+        gradients /= share
+
     gathered = student * itemsize   # in the compute type
     if cfg.fsdp in ("full_shard", "hybrid_shard"):   # a layer, the next one, and the root
         gathered = min(gathered, heads * itemsize + 2 * gathered // shape.num_hidden_layers)
@@ -2546,7 +2651,7 @@ def estimate_memory(run):
         activations = layer * shape.num_hidden_layers
     return {
         "weights": 4 * student / share,   # fp32, as gradients and both moments of AdamW
-        "gradients": 4 * trained / share,
+        "gradients": gradients,
         "optimiser": 8 * trained / share,
         "gathered": gathered,
         "activations": activations,
@@ -2864,7 +2969,7 @@ def name_digest(source):
 
 def describe_cache(cfg, tokenizer, splits, dtype):
     """The manifest of an empty cache. splits: the rows of each; those of train may be a stream."""
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_of(tokenizer)
     if cfg.cache_method == "topk":
         check_top_k(cfg)
         size = min(cfg.cache_top_k, vocabulary)
@@ -3498,9 +3603,7 @@ def read_any_manifest(cache_dir):
 def read_tokenizer(cfg, manifest):
     """As it was when the cache was filled; code in it runs only where this run allows it."""
     folder = os.path.join(cfg.cache_dir, "tokenizer")
-    what = f"cache tokenizer {folder!r} is damaged or edited"
-    if not cfg.trust_remote_code:
-        what += " (or has code, which only --trust_remote_code true runs)"
+    what = f"cache tokenizer {folder!r} is damaged, edited or not allowed"
     # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
     with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
@@ -3577,7 +3680,7 @@ def train_blockwise(cfg):
                 break
             if stage.end == blocks_end:
                 measure_blocks(run)
-                if cfg.initialize_head_from_teacher:
+                if cfg.initialize_head_from_teacher and head_may_change(run):
                     initialize_head(run.student, run.teacher)
             evaluate_and_save(run, stage)
     if not run.stopped:
@@ -3624,6 +3727,7 @@ def block_stages(run):
             stages.append(stage_of_block(run, pairs, parts, block, first_step))
     if cfg.train_lm_head:
         stages.append(stage_of_head(run, parts, first_step=stages[-1].end))
+    multiply_rates(stages, multipliers_of_student(run))
     distillation = distillation_stage(run, first_step=stages[-1].end)
     if distillation.steps:
         stages.append(distillation)
@@ -3707,10 +3811,38 @@ def stage_of_head(run, parts, first_step):
     return Stage(
         name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
         loss_fn=functools.partial(distil_loss, alpha=alpha, divergence=divergence,
-                                  temperature=cfg.logit_loss_temperature),
+                                  temperature=cfg.logit_loss_temperature,
+                                  vocabulary=vocabulary_of(run.tokenizer)),
         get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
         rates={p: cfg.lm_head_lr for p in parts["head"]}, weight_decay=cfg.lm_head_wd,
         max_grad_norm=cfg.lm_head_max_grad_norm)
+
+
+def multipliers_of_student(run):
+    """{parameter: learning-rate multiplier}, 0: frozen. Stitches are no part of the student."""
+    return learning_rates(
+        run.student.model.named_parameters(remove_duplicate=False),
+        parse_multipliers(run.cfg.lr_multipliers), run.cfg.default_lr_multiplier,
+        learning_rate=1.0)
+
+
+def multiply_rates(stages, multipliers):
+    """What is frozen is frozen in every phase; a stitch has the rate of its block."""
+    for stage in stages:
+        stage.rates = {p: rate * multipliers.get(p, 1.0) for p, rate in stage.rates.items()}
+        if not any(stage.rates.values()):
+            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
+                            "would train; leave something of it free, or for the head "
+                            "--train_lm_head false")
+
+
+def head_may_change(run):
+    multipliers = multipliers_of_student(run)
+    if all(multipliers[p] for p in parameters_by_part(run.student)["head"]):
+        return True
+    print0("blockwise: lr_multipliers freeze the student's norm or head, which stay as they are in "
+           "place of the teacher's")
+    return False
 
 
 def one_of(values, block):
@@ -4744,10 +4876,10 @@ def is_checkpoint(name):
     return os.path.exists(os.path.join(name, "state.json"))
 
 
-def load_model(cfg, name):
+def load_model(cfg, name, label):
     """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
     if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name))
+        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
     found = find_checkpoints(name, cfg.output_dir)
     root = load_student(config_of_run(cfg, name, found[0][1]))
     load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
@@ -4799,7 +4931,7 @@ def rows_for(other, tokenizer, rows, name, teacher_name):
 
 
 @torch.no_grad()
-def score(root, reference, rows, batch_size, temperature):
+def score(root, reference, rows, batch_size, temperature, vocabulary):
     """One pass over the rows of all ranks. -> sums a sequence [rows, 5]: tokens, -log p, top-1
     right, top-1 the reference's, KL to it (with its T^2); and sums a bin of confidence [BINS, 3]:
     tokens, hits, confidence."""
@@ -4809,7 +4941,8 @@ def score(root, reference, rows, batch_size, temperature):
         batch = collate([rows[i] for i in mine])
         hidden_ND, head = root(counted_hidden, batch)
         reference_ND, reference_head = reference(counted_hidden, batch)
-        vocab = min(len(head.weight), len(reference_head.weight))   # padded tails are cut
+        # padded tails are cut: what the tokenizer does not know, and what the other has not
+        vocab = min(vocabulary, len(head.weight), len(reference_head.weight))
         width = batch.input_ids.shape[1]
         row_N = torch.tensor(mine, dtype=torch.long)[(batch.positions // width).cpu()]
         chunk = max(1, LOGITS_BUDGET // (24 * vocab))   # six fp32 [C, V] at a time
@@ -5201,13 +5334,14 @@ def report(cfg):
     teacher = None
     for label, name in names.items():
         allocated = torch.cuda.memory_allocated()
-        root = load_model(cfg, name)
+        root = load_model(cfg, name, label)
         teacher = teacher or root   # which comes first, and stays
         model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
         check_head(root, label, name, model_tokenizer)
         rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
         reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-        sums, bins = score(root, reference, rows_here, cfg.batch_size, cfg.temperature)
+        sums, bins = score(root, reference, rows_here, cfg.batch_size, cfg.temperature,
+                           vocabulary_of(model_tokenizer))
         tables[label] = sums.numpy()
         layers = []
         if reference is not root:

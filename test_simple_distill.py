@@ -1318,6 +1318,34 @@ def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(k, t
     assert off(with_gradients(losses, inputs.hidden, inputs.head), want) < 2e-6
 
 
+@pytest.mark.parametrize("gap", [20.0, 40.0, 60.0])
+def test_losses_a_student_without_unlisted_mass_is_still_pulled_to_it(gap):
+    """The teacher leaves 5 % to what it does not list, where the student has exp(-gap) of its
+    mass: its gradient there is -0.05, however little that mass is."""
+    logits = torch.zeros(1, 6, dtype=torch.float64)
+    logits[0, :2] = gap
+    logits += torch.linspace(0, 0.5, 6)
+    logits.requires_grad_()
+    ids = torch.tensor([[0, 1]])
+    q = torch.tensor([[0.6, 0.35]])
+    rest = torch.tensor([0.05])
+
+    z = logits - logits.logsumexp(-1, keepdim=True)
+    rest_logp = z[:, 2:].logsumexp(-1)
+    kl = -(q * z[:, :2]).sum(-1) - rest * rest_logp
+    want, = torch.autograd.grad(kl.sum(), logits)
+
+    hidden = torch.ones(1, 1, requires_grad=True)
+    head = sd.Head(logits.detach().T.float().requires_grad_())
+    target = sd.SparseTarget(ids, q, rest, torch.zeros(1))
+    loss, *_ = sd.distillation_loss(hidden, head, torch.zeros(1, dtype=torch.long), target,
+                                    alpha=0.0, temperature=1.0)
+    grad, = torch.autograd.grad(loss, head.weight)
+    assert loss.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert grad[2:].sum().item() == pytest.approx(-0.05, rel=1e-4)
+    assert torch.allclose(grad[:, 0].double(), want[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -1862,6 +1890,52 @@ def test_models_padded_vocabulary_trains_as_the_unpadded_one(tmp_path, teacher, 
     assert distance(cut, expected) < 1e-6
 
 
+def test_models_padding_on_both_sides_is_no_vocabulary(tmp_path, teacher, student, text):
+    """Both are cut to the ids that the tokenizer has, online and from a cache."""
+    pairs = {
+        "even": dict(teacher=teacher, student=student),
+        "odd": dict(teacher=padded(tmp_path / "teacher", teacher, 96),
+                    student=padded(tmp_path / "student", student, 128))}
+    fields = dict(dataset=text, alpha=0.3, max_steps=2, eval_samples=8)
+    runs = []
+    for name, pair in pairs.items():
+        distil(tmp_path / name, **pair, **fields)
+        runs.append(tmp_path / name)
+    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
+        assert column(runs[1], key) == pytest.approx(column(runs[0], key), rel=1e-5), key
+
+
+def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
+        tmp_path, teacher, student, text):
+    cache = str(tmp_path / "cache")
+    odd = padded(tmp_path / "student", student, 128)
+    cli(*flags(mode="cache", teacher=padded(tmp_path / "teacher", teacher, 96), dataset=text,
+               seq_len=32, cache_dir=cache, dtype="fp32", eval_samples=8))
+    losses = []
+    for i, name in enumerate((student, odd)):
+        distil(tmp_path / str(i), student=name, cache_dir=cache, alpha=0.3, max_steps=2)
+        losses.append(column(tmp_path / str(i), "train/loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_models_labels_alone_are_transformers_own_loss_over_the_whole_head(
+        tmp_path, student, text):
+    odd = padded(tmp_path / "student", student, 128)
+    distil(tmp_path / "out", student=odd, dataset=text, alpha=1.0, max_steps=1, eval_samples=8,
+           learning_rate=STILL)
+    with sd.process_group():
+        _, rows = sd.load_data(config.Config(dataset=text, seq_len=32, eval_samples=8),
+                               tiny_tokenizer())
+    model = load(odd)
+    total = 0
+    tokens = 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert column(tmp_path / "out", "eval/ce_loss")[0] == pytest.approx(total / tokens, rel=1e-5)
+
+
 def test_models_tokenizer_larger_than_the_model_is_refused(tmp_path, out, text):
     small = tiny_model(tmp_path / "small", vocab=200)
     distil(out, rc=2, student=small, dataset=text, alpha=1.0, max_steps=1)
@@ -2083,6 +2157,191 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, teacher, student,
                compile=on)
     losses = column(tmp_path / "on", "train/loss")
     assert losses == pytest.approx(column(tmp_path / "off", "train/loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("cls, rope", [
+    ("LlamaConfig", dict(rope_type="dynamic", factor=4.0, rope_theta=1e4)),
+    ("Phi3Config", dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8,
+                        long_factor=[4.0] * 8, original_max_position_embeddings=16)),
+])
+def test_models_rope_that_depends_on_length_does_not_depend_on_the_padding(tmp_path, cls, rope):
+    """A row of 24 gives the same alone as in a batch of 48, of a model made for 16."""
+    path = tiny_model(tmp_path / "model", cls=cls, rope_parameters=rope,
+                      max_position_embeddings=64 if cls == "Phi3Config" else 16)
+    cfg = config.Config(student=path, teacher=path, seq_len=48, gradient_checkpointing=False)
+    short = torch.arange(24)[None]
+    wide = F.pad(short, (0, 24))
+    with sd.process_group(), torch.no_grad():
+        for root in (sd.load_student(cfg), sd.load_teacher(cfg)):
+            whole = [root(sd.hidden_states, ids)[:, :24] for ids in (short, wide, short)]
+            torch.testing.assert_close(whole[0], whole[1])
+            torch.testing.assert_close(whole[0], whole[2])
+            # what transformers gives for rows of seq_len
+            model = load(path).base_model
+            torch.testing.assert_close(model(wide).last_hidden_state[:, :24], whole[0])
+
+
+def test_models_layers_n_cuts_only_lists_of_one_a_layer(tmp_path):
+    """Mamba2's time_step_limit has two items, as it has layers."""
+    shape = transformers.Mamba2Config(
+        vocab_size=263, hidden_size=16, num_hidden_layers=2, head_dim=8, num_heads=4, n_groups=1,
+        state_size=4)
+    cut, kept = sd.cut_layers(shape, "layers:1", "x")
+    assert cut.num_hidden_layers == 1 and kept == [0]
+    assert tuple(cut.time_step_limit) == tuple(shape.time_step_limit)
+    smol = transformers.SmolLM3Config(num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
+    cut, kept = sd.cut_layers(smol, "layers:2", "x")
+    assert kept == [0, 3]
+    assert cut.no_rope_layers == [1, 0] and len(cut.layer_types) == 2
+
+
+@pytest.mark.parametrize("cls", ["GPT2Config", "OPTConfig", "CTRLConfig"])
+def test_models_fewer_positions_than_seq_len_are_refused_before_weights(tmp_path, out, text, cls):
+    fields = dict(max_position_embeddings=32)
+    if cls == "OPTConfig":
+        fields |= dict(ffn_dim=64, word_embed_proj_dim=32)
+    path = tiny_model(tmp_path / "model", cls=cls, **fields)
+    shutil.move(f"{path}/model.safetensors", tmp_path / "aside")
+    run = dict(student=path, dataset=text, alpha=1.0, max_steps=1, eval_samples=2)
+    err = distil(out, rc=2, **run, seq_len=33).err
+    assert "has 32 positions, seq_len is 33" in err and path in err
+    shutil.move(tmp_path / "aside", f"{path}/model.safetensors")
+    assert "sample: " in distil(out, **run, seq_len=32).out   # which ends with the positions
+
+
+def test_models_rope_may_go_beyond_its_positions(tmp_path, out, text):
+    path = tiny_model(tmp_path / "model", max_position_embeddings=16)
+    distil(out, student=path, dataset=text, alpha=1.0, max_steps=1, eval_samples=2)
+
+
+@pytest.mark.parametrize("cls, fields", [
+    ("XLNetConfig", dict(d_inner=64, n_head=2, d_head=16)),
+    ("Gemma3TextConfig", dict(head_dim=16, intermediate_size=64, num_key_value_heads=2,
+                              use_bidirectional_attention=True)),
+    ("BertConfig", dict(intermediate_size=64)),
+])
+def test_models_that_see_later_tokens_are_refused_by_name(tmp_path, cls, fields):
+    shape = dict(vocab_size=263, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    path = str(tmp_path / "shape.json")
+    getattr(transformers, cls)(**shape, **fields).to_json_file(path)
+    cfg = config.Config(student=path, teacher=path, gradient_checkpointing=False)
+    with sd.process_group(), pytest.raises(config.UserError) as caught:
+        sd.load_checked_student(cfg, tiny_tokenizer())
+    assert re.search(f"{path}.*{cls[:4]}.*no causal .* later tokens", str(caught.value))
+
+
+# fields of config.json -> an error, whatever it is that fails
+ODD_CONFIGS = [
+    {name: value}
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads",
+                 "intermediate_size")
+    for value in (0, -1, 10**12, "many", None, [2], 1.5)
+] + [
+    dict(num_hidden_layers=10**7), dict(model_type=[]), dict(model_type=None),
+    dict(model_type="bert2"), dict(hidden_act="none of ours"), dict(rms_norm_eps="small"),
+    dict(rope_parameters={"rope_type": "spiral"}), dict(rope_parameters=3), dict(dtype="float9"),
+    dict(num_key_value_heads=0), dict(num_key_value_heads=7), dict(head_dim=-4),
+    dict(max_position_embeddings="all"), dict(quantization_config={"quant_method": "mine"}),
+    dict(tie_word_embeddings="x", num_hidden_layers={}), dict(layer_types=["mine"]),
+]
+
+
+def test_models_whatever_a_config_holds_is_an_error_or_runs(tmp_path):
+    """Student with weights, and as a config alone; nothing but UserError comes out."""
+    path = Path(tiny_model(tmp_path / "model"))
+    good = json.loads((path / "config.json").read_text())
+    refused = 0
+    with sd.process_group():
+        for odd in ODD_CONFIGS:
+            text = json.dumps(good | odd)
+            (path / "config.json").write_text(text)
+            (tmp_path / "shape.json").write_text(text)
+            for name in (path, tmp_path / "shape.json"):
+                cfg = config.Config(student=str(name), teacher=str(path),
+                                    gradient_checkpointing=False)
+                try:
+                    sd.load_checked_student(cfg, tiny_tokenizer())
+                except config.UserError as e:
+                    assert str(name) in str(e), (odd, e)
+                    refused += 1
+    assert refused > len(ODD_CONFIGS)
+
+
+def test_models_whatever_is_wrong_with_the_files_is_an_error(tmp_path):
+    whole = Path(tiny_model(tmp_path / "whole"))
+    content = (whole / "model.safetensors").read_bytes()
+    other = weights(tiny_model(tmp_path / "other", hidden=48))
+    save_file(other, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    damages = {
+        "config.json": [b"", b"[]", b"3", b"null", b"{", bytes(9), b"\xff\xfe{}"],
+        "model.safetensors": [b"", bytes(9), content[:-9], content[:99], b"\xff" * 99,
+                              (tmp_path / "other.safetensors").read_bytes()],
+        "generation_config.json": [b"[]", b"{"],
+    }
+    names = ["a\0b", "x" * 5000, str(whole / "config.json" / "under"), "/dev/null", "~nobody/x"]
+    for file, bodies in damages.items():
+        for body in bodies:
+            folder = tmp_path / f"damaged{len(names)}"
+            shutil.copytree(whole, folder)
+            (folder / file).write_bytes(body)
+            names.append(str(folder))
+    folder = tmp_path / "folder"   # in place of a file
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    names.append(str(folder))
+    with sd.process_group():
+        for name in names:
+            cfg = config.Config(student=name, gradient_checkpointing=False)
+            try:
+                sd.load_checked_student(cfg, tiny_tokenizer())
+            except config.UserError as e:
+                assert len(str(e)) < 6000
+            else:
+                assert os.path.exists(f"{name}/generation_config.json"), name
+
+
+def test_models_code_of_a_model_runs_only_with_the_flag(tmp_path, out, text, monkeypatch):
+    """It is not asked for: the flag decides, and the error names it."""
+    path = tiny_model(tmp_path / "odd")
+    ran = tmp_path / "ran"
+    Path(path, "modeling_odd.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nimport transformers\n\n"
+        "class OddConfig(transformers.LlamaConfig):\n    model_type = 'odd'\n\n"
+        "class Odd(transformers.LlamaForCausalLM):\n    config_class = OddConfig\n")
+    edit_config(model_type="odd", auto_map={
+        "AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.Odd"},
+    )(Path(path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    run = dict(student=path, dataset=text, tokenizer=path, alpha=1.0, max_steps=1, eval_samples=2)
+    err = distil(out, rc=2, **run).err
+    assert "--trust_remote_code true" in err and path in err
+    assert not ran.exists()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("case", [
+    dict(lr_multipliers=["embed=0", r"layers\.0\.=0"], max_steps=1),
+    dict(blockwise=True, block_input="teacher", num_epochs=0),   # optional: blockwise
+], ids=["frozen", "fed_by_teacher"])
+def test_models_compile_with_recompute_where_nothing_below_a_layer_is_trained(
+        tmp_path, text, case):
+    path = tiny_model(tmp_path / "model", hidden=16)
+    distil(tmp_path / "out", teacher=path, student=path, dataset=text, batch_size=64,
+           eval_samples=1, compile=True, gradient_checkpointing=True, **case)
+
+
+@pytest.mark.campaign
+def test_models_compile_shares_code_among_more_than_8_kinds_of_layer(tmp_path, text):
+    """Sliding and full attention, student and teacher, training and not: none falls back to eager
+    code."""
+    path = tiny_model(tmp_path / "model", cls="Gemma3TextConfig", head_dim=16, sliding_window=16,
+                      layer_types=["sliding_attention", "full_attention"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        distil(tmp_path / "out", teacher=path, student=path, dataset=text, compile=True,
+               gradient_checkpointing=True, max_steps=2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2717,6 +2976,22 @@ def test_train_wandb_offline(out, student, text):
     shown, _ = process.communicate(timeout=300)
     assert process.returncode == 0, shown
     assert list(Path(out, "wandb").glob("offline-run-*"))
+
+
+def test_train_memory_counts_whole_gradients_under_accumulation(student, monkeypatch):
+    """Of sharded ranks each holds all gradients between micro-steps: 4 bytes a parameter."""
+    with sd.process_group():
+        root = sd.load_student(config.Config(student=student, teacher=student))
+    parameters = root.model.num_parameters()
+    stage = types.SimpleNamespace(rates=dict.fromkeys(root.parameters(), 1e-3))
+    monkeypatch.setattr(sd, "WORLD", 4)
+    sizes = {}
+    for micro_steps in (1, 8):
+        run = types.SimpleNamespace(
+            cfg=config.Config(), student=root, teacher=None, stages=[stage], batch_size=2,
+            micro_steps=micro_steps)
+        sizes[micro_steps] = sd.estimate_memory(run)["gradients"] / parameters
+    assert sizes == {1: 1.0, 8: 4.0}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4353,6 +4628,52 @@ def test_blockwise_two_ranks_bf16_and_accumulation(block, tmp_path):
     assert all_below(after, before)
 
 
+def test_blockwise_an_empty_share_counts_nothing(block, tmp_path):
+    """5 sequences as 8 x 1, as 1 x 8 and on two ranks: some micro-batches, and a rank of the held
+    out rows, have none."""
+    rows = talk(5)
+    fields = dict(teacher=block.teacher, student=block.student, epochs_per_block=1,
+                  lm_head_epochs=1, distill_loss_type="mse",
+                  dataset=write_splits(tmp_path / "data", rows, rows[:1]))
+    whole = tmp_path / "whole"
+    single = tmp_path / "single"
+    ranks = tmp_path / "ranks"
+    distil_blocks(block, whole, **fields, batch_size=8)
+    distil_blocks(block, single, **fields, batch_size=1, gradient_accumulation_steps=8)
+    words = {**PLAIN, **BLOCKWISE, **fields, "batch_size": 1, "gradient_accumulation_steps": 4}
+    shown = Fork(tmp_path / "log.txt", *flags(**words, output_dir=ranks), ranks=2).wait()
+    assert "done in" in shown, shown
+    for key in ("train/loss", "block/0/loss", "block/2/loss", "eval/loss"):
+        expected = pytest.approx(column(whole, key), rel=2e-5)
+        assert column(single, key) == expected, key
+        assert column(ranks, key) == expected, key
+
+
+def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
+    """Frozen stays frozen, what is multiplied moves so much further, stitches have their block's
+    rate."""
+    shown = distil_blocks(
+        block, out, epochs_per_block=0.1, lm_head_epochs=0.1, max_grad_norm_per_block=0,
+        lr_multipliers=["embed=0", r"layers\.0\.=2", r"layers\.1\.=0", "model.norm=0"]).out
+    before = weights(block.student)
+    before["lm_head.weight"] = before["model.embed_tokens.weight"]   # untied from here on
+    after = final_weights(out)
+    rates = {}
+    for name, x in after.items():   # AdamW's first step is the rate, in the direction of the sign
+        change = (x - before[name]).abs().max().item() / 3e-3
+        rates[re.sub(r"\.(self_attn|mlp|input|post).*", "", name)] = round(change, 1)
+    assert rates == {
+        "model.embed_tokens.weight": 0, "model.layers.0": 2, "model.layers.1": 0,
+        "model.layers.2": 1, "model.norm.weight": 0, "lm_head.weight": 1}
+    assert "freeze the student's norm or head" in shown
+
+
+def test_blockwise_a_phase_without_anything_to_train_is_refused(block, out):
+    err = distil_blocks(block, out, rc=2, lr_multipliers=["lm_head=0", "model.norm=0"]).err
+    assert "'head'" in err and "--train_lm_head false" in err
+    assert not os.path.exists(out)
+
+
 # ---- what it costs
 
 
@@ -5459,6 +5780,17 @@ def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report):
         assert figures["perplexity_95"] == pytest.approx(around, rel=1e-5)
 
 
+def test_eval_padding_is_no_vocabulary(eval_folder, full_report):
+    """Nor where it is the teacher that is padded, and its reference is itself."""
+    fields = report_fields(eval_folder, "padded_teacher", "padded", **QUICK)
+    cli(*flags(**{**fields, "teacher": eval_folder / "padded"}))
+    found = json.loads((eval_folder / "padded_teacher/report.json").read_text())["models"]
+    expected = full_report["models"]["padded"]
+    for label in ("teacher", "student"):
+        for key in ("perplexity", "ece"):
+            assert found[label][key] == pytest.approx(expected[key], rel=1e-5), (label, key)
+
+
 def test_eval_temperature_is_that_of_training(eval_folder, full_report):
     """KL at the temperature, times its square; perplexity is without it."""
     report = run_report(eval_folder, "hot", "run/final", temperature=2, **QUICK)
@@ -5743,7 +6075,7 @@ def test_eval_a_damaged_model_or_log_is_named(eval_folder, tmp_path):
     content = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(content[:len(content) // 2])
     fields = report_fields(eval_folder, tmp_path / "out", "run/final", compare=model, **QUICK)
-    assert str(model) in cli(*flags(**fields), rc=2).err
+    assert f"error: model '{model}' could not be loaded" in cli(*flags(**fields), rc=2).err
 
     (model / "model.safetensors").write_bytes(content)
     for line in ("{not json}", '{"train/loss": 1.5}', '{"train/loss": [1.5], "train/step": 1}',
