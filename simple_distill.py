@@ -3042,7 +3042,7 @@ def weight_files(folder):
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
         if paths:
             return paths
-    raise UserError(f"teacher {folder!r} has neither *.safetensors nor pytorch_model*.bin")
+    return []   # the hub may keep converted weights elsewhere; there the revision tells
 
 
 def content_digest(manifest):
@@ -3654,7 +3654,7 @@ def explain_bad_disk(folder):
         yield
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished "
-                        "chunks stay; make room or mend it, and the same command goes on")
+                        "chunks stay; make room or mend it, and the same command goes on") from e
 
 
 # --------------------------------------------------------------------------------------------------

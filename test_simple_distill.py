@@ -3840,10 +3840,12 @@ def test_cache_touches_nothing_of_others(full_cache, teacher, cache_text, tmp_pa
     named_alike = Path(shutil.copytree(teacher, tmp_path / "alike"))
     os.remove(named_alike / "config.json")
     shutil.move(named_alike / "model.safetensors", named_alike / "train-00000000.safetensors")
+    a_tokenizer = tmp_path / "a_tokenizer"
+    tiny_tokenizer(roll=1).save_pretrained(a_tokenizer / "tokenizer")
     before = contents(tmp_path)
     for folder, name in (
         (model, "config.json"), (tmp_path / "x/../link/", "config.json"),
-        (named_alike, "train-00000000.safetensors"),
+        (named_alike, "train-00000000.safetensors"), (a_tokenizer, "tokenizer"),
     ):
         for force in (False, True):
             refused = fill_cache(teacher, cache_text, folder, rc=2, force_regenerate=force)
