@@ -6015,7 +6015,9 @@ def test_eval_refusals(eval_folder):
 CODE_IN_MODEL = """
 import os
 open(os.environ["MODEL_CODE_RAN"], "w").close()
-from transformers import LlamaConfig as Config
+from transformers import LlamaConfig
+class Config(LlamaConfig):   # transformers marks the class, for all that this process saves
+    model_type = "unheard_of"
 """
 
 
