@@ -2644,6 +2644,8 @@ def estimate_memory(run):
     tokens = run.batch_size * cfg.seq_len
     width = shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * width
+    if isinstance(inner, list):   # one a layer
+        inner = max(inner)
     layer = tokens * (10 * width + 3 * inner) * itemsize   # activations of one layer
     if cfg.gradient_checkpointing:
         activations = tokens * width * itemsize * shape.num_hidden_layers + layer
@@ -4931,17 +4933,17 @@ def rows_for(other, tokenizer, rows, name, teacher_name):
 
 
 @torch.no_grad()
-def score(root, reference, rows, batch_size, temperature, vocabulary):
-    """One pass over the rows of all ranks. -> sums a sequence [rows, 5]: tokens, -log p, top-1
-    right, top-1 the reference's, KL to it (with its T^2); and sums a bin of confidence [BINS, 3]:
-    tokens, hits, confidence."""
+def score(root, reference, rows, vocabulary, batch_size, temperature):
+    """One pass over the rows of all ranks, over the ids below vocabulary. -> sums a sequence
+    [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with its T^2); and sums
+    a bin of confidence [BINS, 3]: tokens, hits, confidence."""
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)
     bins = torch.zeros(BINS, 3, dtype=torch.float64)
     for mine in rows_of_this_rank(rows, batch_size):
         batch = collate([rows[i] for i in mine])
         hidden_ND, head = root(counted_hidden, batch)
         reference_ND, reference_head = reference(counted_hidden, batch)
-        # padded tails are cut: what the tokenizer does not know, and what the other has not
+        # padded tails are cut
         vocab = min(vocabulary, len(head.weight), len(reference_head.weight))
         width = batch.input_ids.shape[1]
         row_N = torch.tensor(mine, dtype=torch.long)[(batch.positions // width).cpu()]
@@ -5340,8 +5342,9 @@ def report(cfg):
         check_head(root, label, name, model_tokenizer)
         rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
         reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-        sums, bins = score(root, reference, rows_here, cfg.batch_size, cfg.temperature,
-                           vocabulary_of(model_tokenizer))
+        vocabulary = vocabulary_of(tokenizer if same else model_tokenizer)   # of rows_here
+        sums, bins = score(
+            root, reference, rows_here, vocabulary, cfg.batch_size, cfg.temperature)
         tables[label] = sums.numpy()
         layers = []
         if reference is not root:
