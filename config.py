@@ -157,7 +157,7 @@ class Config:
     eval_split: str = knob("validation", "held-out split; unset and absent: a slice of train")
     text_column: str = knob("text", "column of plain text (conversations have their own)")
     max_samples: int | None = knob(None, "use the first so many raw rows; unset: all", at_least=1)
-    eval_samples: int = knob(256, "held-out sequences to evaluate on", at_least=1)
+    eval_samples: int = knob(256, "sequences to evaluate on, the first of eval_split", at_least=1)
     seq_len: int = knob(
         512, "tokens a sequence; longer conversations are cut, text is packed into blocks of this",
         at_least=2, demo=128)

@@ -60,6 +60,7 @@ from typing import Any, NamedTuple, Optional
 from config import (
     Config,
     UserError,
+    convert,   # optional: eval
     demo_knobs,   # optional: demo
     knobs_in,   # optional: cache
     one_line,
@@ -124,7 +125,7 @@ def printable(text):
 
 
 @contextlib.contextmanager
-def reading(what):
+def reading(what, way_out=""):
     """What goes wrong while a thing of the user's is read is the user's to mend: one `error:` line
     that names it. The whole traceback goes along (see explain). Our own computation does not
     belong inside: what goes wrong there is a bug, and shows itself as one."""
@@ -136,7 +137,7 @@ def reading(what):
         reason = one_line(e)
         if "trust_remote_code" in str(e):   # at the end of a long message, which would be cut
             reason = "it brings code of its own, which runs only with --trust_remote_code true"
-        raise UserError(f"{what}: {reason}") from e
+        raise UserError(f"{what}: {reason}{way_out}") from e
 
 
 def refuse_foreign(path, is_ours, way_out="choose another folder, or move it away"):
@@ -858,8 +859,9 @@ def load_tokenizer(cfg, *candidates):
 
 
 def may_have_tokenizer(name):
-    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet."""
-    if name.startswith("layers:") or name.endswith(".json"):
+    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet.
+    demo: no name was given, see run_demo."""
+    if name == "demo" or name.startswith("layers:") or name.endswith(".json"):
         return False
     if os.path.isdir(name):
         return bool(glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
@@ -897,8 +899,10 @@ def load_data(cfg, tokenizer):
     """-> (train rows, eval rows), which can be indexed. A row is {"input_ids": [...], "targets":
     which of them are, or None where all are}."""
     if tokenizer is None:
-        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a "
-                        "tokenizer; use --tokenizer")
+        asked = f"student {cfg.student!r}"
+        if cfg.teacher != "demo":   # the default: none was named
+            asked += f" and teacher {cfg.teacher!r}"
+        raise UserError(f"no tokenizer comes with {asked}; use --tokenizer")
     if cfg.streaming:   # optional: streaming
         return load_stream(cfg, tokenizer)
     with node_first():
@@ -933,7 +937,7 @@ def load_splits(cfg):
     if eval_raw is not None:
         return train_raw, eval_raw
     if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
-        return train_raw, train_raw   # asked for by its name: all of it is judged
+        return train_raw, train_raw   # asked for by its name: nothing is held out of it
     if len(train_raw) == 1:
         return train_raw, None
     with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
@@ -1206,6 +1210,21 @@ def names_in(code):
         return []
     inner = [name for constant in code.co_consts for name in names_in(constant)]
     return [*code.co_names, *inner]
+
+
+def rows_digest(rows):
+    """16 characters that differ when any token row does, wherever the rows came from; None of a
+    stream, whose rows nobody has seen."""
+    if not isinstance(rows, datasets.Dataset):
+        return None
+    content = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(1000):
+        for name in ("input_ids", "targets"):
+            lists = table[name].combine_chunks()
+            # as numbers: a bitmap is padded with bits of the rows that follow
+            content.update(lists.value_lengths().fill_null(-1).to_numpy())
+            content.update(lists.flatten().cast("int32").to_numpy())
+    return content.hexdigest()[:16]
 
 
 def rows_digest(rows):
@@ -1833,20 +1852,20 @@ def load_student(cfg):
     return root
 
 
-def load_teacher(cfg):
+def load_teacher(cfg, role="teacher"):
     """Frozen, its weights in the type that it computes in."""
-    config = model_config(cfg.teacher, cfg, "teacher")
+    config = model_config(cfg.teacher, cfg, role)
     dtype = compute_dtype(cfg)
     if dtype == torch.float16 and config.dtype != torch.float16:
         dtype = torch.float32   # models trained in bf16 overflow in fp16
-    root = empty_root(cfg.teacher, config, cfg, "teacher", dtype)
+    root = empty_root(cfg.teacher, config, cfg, role, dtype)
     root.eval()
     root.requires_grad_(False)
     if cfg.compile:
         compile_layers(root.model)
     source = None
     if RANK == 0:
-        source = ShardedRoot(read_model(cfg.teacher, config, cfg, "teacher", dtype))
+        source = ShardedRoot(read_model(cfg.teacher, config, cfg, role, dtype))
     if cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
         shard(root, (WORLD,), dtype, drop_layers=True, cpu_offload=cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
@@ -3520,12 +3539,23 @@ def resolve_demo(cfg):
         files["tokenizer"] = cfg.tokenizer or os.path.join(folder, "tokenizer")
     if cfg.teacher == "demo" and needs_teacher:
         files["teacher"] = os.path.join(folder, "teacher", "final")
+    say_what_is_the_demos(cfg, files)
     made_here = [path for path in files.values() if path.startswith(folder)]
     if made_here and not make_demo(cfg, folder, with_teacher="teacher" in files):
         return None
     resolved = dataclasses.replace(cfg, **files)
     resolved.given = cfg.given
     return resolved
+
+
+def say_what_is_the_demos(cfg, files):
+    """Where some was named, and the demo stands in for the rest: not what everybody expects."""
+    roles = ("teacher", "student", "dataset")
+    if not uses_cache(cfg) and not any(role in cfg.given for role in roles):
+        return   # the demo itself
+    for role in roles:
+        if role in files and role not in cfg.given:
+            print0(f"no --{role} given: it is the demo's, {files[role]}")
 
 
 def demo_folder(cfg):
@@ -3594,20 +3624,23 @@ def name_digest(source):
 # token itself, so that training needs neither teacher nor dataset. Any number of workers fill a
 # cache in mode cache; open_cache hands on rows like those of load_data, with their SparseTarget.
 #
-#     manifest.json                all that shapes the content; once the cache is full, its size too
 #     config.json                  the config that began it: the same command again is --config this
 #     tokenizer/
+#     manifest.json                all that shapes the content; once the cache is full, its size too
 #     claims                       a locked byte for each chunk that somebody is at work on
 #     train-00000000.safetensors   a chunk: a fixed range of sequences
 #     eval-00000000.safetensors
+#
+# What is read is what was written, or is refused with the command that makes it again: a manifest
+# has a checksum, a chunk those of its rows and its table, and the mark of its cache and its place.
 
 
 # ---- what the manifest says
 
 
-def describe_cache(cfg, tokenizer, rows, dtype):
-    """The manifest of an empty cache. rows: of train, or a stream."""
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+def describe_cache(cfg, tokenizer, splits, dtype):
+    """The manifest of an empty cache. splits: the rows of each; those of train may be a stream."""
+    vocabulary = vocabulary_of(tokenizer)
     if cfg.cache_method == "topk":
         check_top_k(cfg)
         size = min(cfg.cache_top_k, vocabulary)
@@ -3617,12 +3650,10 @@ def describe_cache(cfg, tokenizer, rows, dtype):
         size = cfg.cache_samples
         code_bits = (size - 1).bit_length()
         extra_bits = 12
-    if isinstance(rows, datasets.IterableDataset):
-        row_count = None
-        first_rows = list(itertools.islice(rows, 64))
-    else:
-        row_count = len(rows)
-        first_rows = [rows[i] for i in range(0, row_count, math.ceil(row_count / 64))]
+    raw_rows = []
+    if isinstance(splits["train"], datasets.IterableDataset):   # nobody has seen all of a stream
+        raw_rows = list(itertools.islice(splits["train"], 64))
+    rows_of_splits = [rows_digest(splits["train"]), rows_digest(splits["eval"])]
     revision, weights = identify_weights(cfg.teacher)
     return dict(
         teacher=cfg.teacher,
@@ -3630,9 +3661,9 @@ def describe_cache(cfg, tokenizer, rows, dtype):
         weights=weights,
         dtype=dtype,
         vocabulary=vocabulary,
-        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
+        tokenizer=tokenizer_digest(tokenizer),
         dataset=cfg.dataset,
-        dataset_fingerprint=digest(row_count, first_rows),
+        dataset_fingerprint=digest(rows_of_splits, raw_rows),
         eval_samples=cfg.eval_samples,
         seq_len=cfg.seq_len,
         temperature=cfg.temperature,
@@ -3647,29 +3678,47 @@ def describe_cache(cfg, tokenizer, rows, dtype):
 
 def check_top_k(cfg):
     """Ids of the model's padding are no tokens, but to ask for that many is no mistake."""
-    teacher_config = transformers.AutoConfig.from_pretrained(
-        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
-    entries = teacher_config.get_text_config().vocab_size
+    entries = model_config(cfg.teacher, cfg, "teacher").get_text_config().vocab_size
     if cfg.cache_top_k > entries:
         raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
                         "tokens; lower it")
 
 
+def tokenizer_digest(tokenizer):
+    return digest(tokenizer.get_vocab(), tokenizer.chat_template)
+
+
 def identify_weights(teacher):
     """-> revision (None: a directory), fingerprint of the weights: about 16,384 bytes of each file,
     since to hash all of a 70B model takes minutes."""
-    folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
+    revision = None
+    if os.path.isfile(teacher):   # a config alone: random weights
+        paths = [teacher]
+    else:
+        folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
+        paths = weight_files(folder)
+        if not os.path.exists(teacher):
+            revision = os.path.basename(folder)
     checksums = []
-    for path in tensor_files(folder):
+    for path in paths:
         content = np.memmap(path, np.uint8, "r")
         every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
         checksums.append(zlib.crc32(content[::every].tobytes()))
-    revision = None if os.path.exists(teacher) else os.path.basename(folder)
     return revision, digest(checksums)
 
 
-def tensor_files(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+def weight_files(folder):
+    """As transformers chooses them."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+        if paths:
+            return paths
+    return []   # the hub may keep converted weights elsewhere; there the revision tells
+
+
+def content_digest(manifest):
+    """Of what decides the content of a cache, which chunks bear; not of what it came out to."""
+    return digest({name: manifest[name] for name in manifest if name not in FOUND_WHEN_FULL})
 
 
 # ---- what a row looks like on disk
@@ -3773,6 +3822,7 @@ def unpack(data, *fields):
 def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
     of ranks; the same command goes on where it was stopped."""
+    refuse_foreign_folder(cfg.cache_dir)
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     teacher = load_checked_teacher(cfg, tokenizer)
@@ -3782,7 +3832,7 @@ def fill_cache(cfg):
     if isinstance(rows, datasets.Dataset):
         sequences = len(rows) + len(eval_rows)
     with explain_bad_disk(cfg.cache_dir), stop_signals() as stop_requests:
-        manifest = begin_cache(cfg, tokenizer, rows)
+        manifest = begin_cache(cfg, tokenizer, splits)
         all_sum(0)   # nobody goes on before there is a cache
         probe = [eval_rows[i] for i in range(min(len(eval_rows), manifest["group"]))]
         packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
@@ -3791,7 +3841,7 @@ def fill_cache(cfg):
             while True:
                 paths = []
                 chunks = missing_chunks(
-                    cfg.cache_dir, splits, manifest["chunk"], make_encoder(cfg, tokenizer), paths)
+                    cfg.cache_dir, splits, manifest, make_encoder(cfg, tokenizer), paths)
                 forwards = write_chunks(chunks, get_teacher_targets, manifest)
                 stopped = write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar)
                 missing, = all_sum(sum(not os.path.exists(path) for path in paths))
@@ -3804,25 +3854,71 @@ def fill_cache(cfg):
             finish_cache(cfg, manifest, paths)
 
 
-def begin_cache(cfg, tokenizer, rows):
+def refuse_foreign_folder(cache_dir):
+    """A folder that holds something else under our names, such as a model's, is not touched."""
+    config = os.path.join(cache_dir, "config.json")   # what a cache begins with
+    refuse_foreign(config, is_cache_config)
+    names = [os.path.join(cache_dir, name) for name in ("tokenizer", "manifest.json")]
+    for path in [*names, *chunks_in(cache_dir)]:
+        refuse_foreign(path, lambda _: os.path.exists(config))
+
+
+def is_cache_config(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)["mode"] == "cache"
+
+
+def chunks_in(cache_dir):
+    """Paths of what is named like a chunk."""
+    paths = []
+    for split in ("eval", "train"):
+        name = f"{split}-" + 8 * "[0-9]" + ".safetensors"
+        paths += sorted(glob.glob(os.path.join(glob.escape(cache_dir), name)))
+    return paths
+
+
+def is_chunk(path):
+    """Of any cache."""
+    with safetensors.safe_open(path, "numpy") as file:
+        return "chunk" in file.metadata()
+
+
+def begin_cache(cfg, tokenizer, splits):
     """-> the manifest. A new cache is begun; one that is there must be of the same content."""
-    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
-    manifest = describe_cache(cfg, tokenizer, rows, str(compute_dtype(cfg)))
+    manifest = describe_cache(cfg, tokenizer, splits, str(compute_dtype(cfg)))
     os.makedirs(cfg.cache_dir, exist_ok=True)
+    refuse_foreign_folder(cfg.cache_dir)   # new/../model leads to model only where new is
+    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
     if os.path.exists(manifest_path) and not cfg.force_regenerate:
-        with open(manifest_path, encoding="utf-8") as f:
-            old = json.load(f)
+        old = read_any_manifest(cfg.cache_dir)
         old = {name: old.get(name) for name in manifest}   # less what finish_cache added
         refuse_changes(old, manifest, cfg.cache_dir, "empty it: --force_regenerate")
     elif RANK == 0:
         if cfg.force_regenerate:
-            for path in tensor_files(cfg.cache_dir):
-                os.remove(path)
-        tokenizer.save_pretrained(os.path.join(cfg.cache_dir, "tokenizer"))
+            empty_cache(cfg.cache_dir)
         write_json(dataclasses.replace(cfg, force_regenerate=False),
                    os.path.join(cfg.cache_dir, "config.json"))
-        write_json(manifest, manifest_path)   # last: from here on there is a cache
+        folder = os.path.join(cfg.cache_dir, "tokenizer")
+        # what the tokenizer of a cache before may have had, and this one has not
+        remove_files(folder, ["chat_template.jinja", "added_tokens.json",
+                              "special_tokens_map.json"])
+        tokenizer.save_pretrained(folder)
+        write_manifest(manifest, cfg.cache_dir)   # last: from here on there is a cache
     return manifest
+
+
+def empty_cache(cache_dir):
+    """Of its chunks; of no other file, whatever its name."""
+    paths = chunks_in(cache_dir)
+    for path in paths:
+        refuse_foreign(path, is_chunk)
+    for path in paths:
+        os.remove(path)
+
+
+def write_manifest(manifest, cache_dir):
+    checked = manifest | {"checksum": digest(manifest)}
+    write_json(checked, os.path.join(cache_dir, "manifest.json"))
 
 
 def plan_cache(cfg, packed, sequences):
@@ -3833,7 +3929,7 @@ def plan_cache(cfg, packed, sequences):
     total = None
     if sequences is not None:
         total = int(counts.tokens / counts.rows * sequences)
-    written = sum(os.path.getsize(path) for path in tensor_files(cfg.cache_dir))
+    written = sum(os.path.getsize(path) for path in chunks_in(cfg.cache_dir))
     need = max(0, (total or 0) * bytes_per_token - written) / 1e9
     free = shutil.disk_usage(cfg.cache_dir).free / 1e9
     to_write = f"{need:.3f} GB to write" if total else "a stream has no length"
@@ -3875,13 +3971,15 @@ def write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar):
             return False
 
 
-def missing_chunks(cache_dir, splits, chunk_size, encode_columns, paths):
+def missing_chunks(cache_dir, splits, manifest, encode_columns, paths):
     """Claim the chunks that are not there and that no living worker has, one after the other
     -> (path, rows, number of the first row), ...; the paths of all chunks are added to paths.
 
     A stream is cut into blocks of raw rows, each packed on its own, so that nobody has to tokenise
     what another worker does. Numbers only have to be the same for every worker: those of train
     begin at 2^60, and those of a stream's blocks, which hold any number of rows, 2^32 apart."""
+    chunk_size = manifest["chunk"]
+    content = content_digest(manifest)
     with open(os.path.join(cache_dir, "claims"), "a") as claims:
         for split_number, (split, rows) in enumerate(splits.items()):
             split_start = split_number << 60
@@ -3890,7 +3988,10 @@ def missing_chunks(cache_dir, splits, chunk_size, encode_columns, paths):
             for chunk, block in enumerate(blocks):
                 path = os.path.join(cache_dir, f"{split}-{chunk:08d}.safetensors")
                 paths.append(path)
-                if not claim(claims, split_start + chunk) or os.path.exists(path):
+                if not claim(claims, split_start + chunk):
+                    continue
+                if os.path.exists(path):
+                    read_chunk(path, content)   # refused where it is another
                     continue
                 first = split_start + chunk * chunk_size
                 if stored:
@@ -3919,25 +4020,33 @@ def write_chunks(chunks, get_teacher_targets, manifest):
             group = rows[start:start + manifest["group"]]
             packed += pack_teacher(get_teacher_targets, group, first + start, manifest)
             yield sum(len(row["input_ids"]) for row in group)
-        write_chunk(path, packed)
+        write_chunk(path, packed, content_digest(manifest))
 
 
-def write_chunk(path, packed):
+def write_chunk(path, packed, content):
     """A chunk appears whole or not at all. Safetensors: mapped into memory, sliced, no code in it.
 
     rows     the bytes of all rows, end to end
-    table    a line a row: where it ends in rows, then its RowCounts; the metadata has its checksum
+    table    a line a row: where it ends in rows, then its RowCounts
+    metadata which chunk of which cache this is, and the checksum of the table
     """
     filler = b"-"   # line 0: all there is of a chunk without rows, and where the first row begins
     packed = [(filler, RowCounts(0, 0, 0, 0, 0, zlib.crc32(filler))), *packed]
     ends = np.cumsum([len(data) for data, _ in packed])
     table = np.column_stack([ends, [counts for _, counts in packed]])
-    content = b"".join(data for data, _ in packed)
-    tensors = {"rows": np.frombuffer(content, np.uint8), "table": table}
+    row_bytes = b"".join(data for data, _ in packed)
+    tensors = {"rows": np.frombuffer(row_bytes, np.uint8), "table": table}
+    # one value: safetensors writes several in any order
+    metadata = {"chunk": f"{chunk_mark(path, content)} {zlib.crc32(table)}"}
     with open(path + ".tmp", "wb") as f:
-        f.write(safetensors.numpy.save(tensors, {"crc": str(zlib.crc32(table))}))
+        f.write(safetensors.numpy.save(tensors, metadata))
     sync(f.name)
     os.replace(f.name, path)
+
+
+def chunk_mark(path, content):
+    """Its split and number, as it is named, and the content_digest of its cache."""
+    return f"{os.path.basename(path).removesuffix('.safetensors')} of cache {content}"
 
 
 @torch.no_grad()
@@ -4021,11 +4130,15 @@ def topk_entries(logp_CV, size):
     return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
 
 
+FOUND_WHEN_FULL = ("rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
+
+
 def finish_cache(cfg, manifest, paths):
     """Read back the tables of all workers' chunks; with their sums the manifest is complete."""
     chunk_counts = []
+    content = content_digest(manifest)
     for path in paths:
-        table, _ = read_chunk(path)
+        table, _ = read_chunk(path, content)
         chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
     counts = sum_counts(chunk_counts)
     rows_per_chunk = {"train": [], "eval": []}
@@ -4037,7 +4150,7 @@ def finish_cache(cfg, manifest, paths):
     complete = manifest | dict(
         rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
         mass_kept=mass_kept, chunks=rows_per_chunk)
-    write_json(complete, os.path.join(cfg.cache_dir, "manifest.json"))
+    write_manifest(complete, cfg.cache_dir)
     print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
            f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
 
@@ -4072,7 +4185,7 @@ def open_cache(cfg):
     manifest = read_manifest(cfg.cache_dir)
     refuse_other_targets(cfg, manifest)
     refuse_other_data(cfg)
-    tokenizer = AutoTokenizer.from_pretrained(os.path.join(cfg.cache_dir, "tokenizer"))
+    tokenizer = read_tokenizer(cfg, manifest)
     student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
     compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
                        f"{cfg.cache_dir}: {manifest['teacher']}")
@@ -4094,6 +4207,7 @@ class CacheRows:
     def __init__(self, cache_dir, split, manifest, at_most=math.inf):
         self.prefix = os.path.join(cache_dir, split)
         self.manifest = manifest
+        self.content = content_digest(manifest)
         self.starts = np.cumsum([0, *manifest["chunks"][split]])   # of chunks; the last: the end
         self.length = int(min(self.starts[-1], at_most))
 
@@ -4103,48 +4217,77 @@ class CacheRows:
     def __getitem__(self, i):
         chunk = int(np.searchsorted(self.starts, i, "right")) - 1
         line = i - int(self.starts[chunk]) + 1   # of its table, which begins with the filler
-        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", line)
+        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", self.content, line)
         counts = RowCounts(*table[line, 1:])
         return unpack_row(
             data, int(counts.tokens), int(counts.targets), int(counts.entries), self.manifest)
 
 
-def read_chunk(path, line=0):
+def read_chunk(path, content, line=0):
     """-> its table, the bytes of the row of that line (0: the filler); both as they were written.
-    Mapped anew each time, 50 us: nothing has to be kept."""
-    try:
-        with safetensors.safe_open(path, "numpy") as chunk:
-            table = chunk.get_tensor("table")
+    content: content_digest of the cache. Mapped anew each time, 50 us: nothing has to be kept."""
+    cache_dir = os.path.dirname(path)
+    with reading(f"cache chunk {path!r} is damaged or another", again(cache_dir, path)):
+        with safetensors.safe_open(path, "numpy") as file:
+            mark, _, table_checksum = file.metadata()["chunk"].rpartition(" ")
+            if mark != chunk_mark(path, content):
+                raise ValueError(f"it is {mark}, not {chunk_mark(path, content)}")
+            table = file.get_tensor("table")
             start = int(table[line - 1, 0]) if line > 0 else 0
-            data = chunk.get_slice("rows")[start:int(table[line, 0])].tobytes()
-            table_checksum = int(chunk.metadata()["crc"])
-            if zlib.crc32(table) != table_checksum or zlib.crc32(data) != table[line, -1]:
+            data = file.get_slice("rows")[start:int(table[line, 0])].tobytes()
+            if zlib.crc32(table) != int(table_checksum) or zlib.crc32(data) != table[line, -1]:
                 raise ValueError("wrong checksum")
-            return table, data
-    except Exception as e:   # safetensors, numpy: damage takes many forms
-        config = os.path.join(os.path.dirname(path), "config.json")
-        again = (f"rm {shlex.quote(path)}; "
-                 f"python simple_distill.py --config {shlex.quote(config)}")
-        raise UserError(f"cache chunk {path!r} is damaged ({one_line(e, 80)}); to make it, and "
-                        f"only it, again: {again}")
+    return table, data
+
+
+def again(cache_dir, path):
+    """The command that mends a file of a cache: of the cache as it lies here, whatever folder its
+    config names, since it may be a copy."""
+    config = os.path.join(cache_dir, "config.json")
+    return (f"; to make it, and only it, again: rm {shlex.quote(path)}; python simple_distill.py "
+            f"--config {shlex.quote(config)} --cache_dir {shlex.quote(cache_dir)}")
 
 
 def read_manifest(cache_dir):
     """Of a full cache."""
-    manifest = read_cache_json(cache_dir, "manifest.json")
-    if "chunks" not in manifest or "bits" not in manifest:
-        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); mode "
-                        "cache begins or finishes it")
+    if not os.path.exists(os.path.join(cache_dir, "manifest.json")):
+        raise UserError(f"{cache_dir!r} holds no cache; mode cache begins one")
+    manifest = read_any_manifest(cache_dir)
+    if "chunks" not in manifest:
+        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); the "
+                        "same mode cache command finishes it")
     return manifest
 
 
-def read_cache_json(cache_dir, name):
-    try:
-        with open(os.path.join(cache_dir, name), encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{cache_dir!r} holds no finished cache ({one_line(e)}); mode cache begins "
-                        "or finishes it")
+def read_any_manifest(cache_dir):
+    """Of a cache that was begun, at least. Its values are as they were written, all of them."""
+    path = os.path.join(cache_dir, "manifest.json")
+    with reading(f"cache manifest {path!r} is damaged or edited", again(cache_dir, path)):
+        with open(path, encoding="utf-8") as f:
+            manifest = json.load(f)
+        checksum = manifest.pop("checksum")
+        if checksum != digest(manifest):
+            raise ValueError("wrong checksum")
+    return manifest
+
+
+def read_tokenizer(cfg, manifest):
+    """As it was when the cache was filled; code in it runs only where this run allows it."""
+    folder = os.path.join(cfg.cache_dir, "tokenizer")
+    what = f"cache tokenizer {folder!r} is damaged, edited or not allowed"
+    # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
+    with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
+            raise ValueError("its vocabulary or chat template is another")
+    return tokenizer
+
+
+def read_cache_config(cache_dir):
+    path = os.path.join(cache_dir, "config.json")
+    with reading(f"cache config {path!r} is damaged", "; choose another --cache_dir"):
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
 
 
 # ---- refusals
@@ -4171,7 +4314,7 @@ def refuse_other_data(cfg):
         # a config.json names every knob: one that has its default decides nothing
         if name in cfg.given and getattr(cfg, name) != getattr(Config, name):
             here[name] = getattr(cfg, name)
-    decided = read_cache_json(cfg.cache_dir, "config.json")
+    decided = read_cache_config(cfg.cache_dir)
     there = {name: decided.get(name) for name in here}
     refuse_changes(there, here, cfg.cache_dir, "leave it out")
 
@@ -4182,7 +4325,7 @@ def explain_bad_disk(folder):
         yield
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished "
-                        "chunks stay; make room or mend it, and the same command goes on")
+                        "chunks stay; make room or mend it, and the same command goes on") from e
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5376,6 +5519,15 @@ LEGEND = (
 )
 
 
+REPORT_MARK = "Written by simple_distill --mode eval"   # stands in each file of a report
+REPORT_FILES = ("report.json", "report.md", "report.png")
+
+
+def is_report(path):
+    with open(path, "rb") as f:
+        return REPORT_MARK.encode() in f.read()
+
+
 def name_models(cfg):
     """-> {label: what it is loaded from}: the teacher, the student, and each of --compare under
     the name of its folder."""
@@ -5395,19 +5547,33 @@ def is_checkpoint(name):
     return os.path.exists(os.path.join(name, "state.json"))
 
 
-def load_model(cfg, name):
+def load_model(cfg, name, label):
     """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
     if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name))
+        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
     path, state = find_checkpoint(name, cfg.output_dir)
-    knobs = dict(state["config"])
-    if knobs.get("cache"):   # optional: cache
-        knobs["cache_dir"] = knobs["cache"]   # a digest, no path: enough to need no teacher
-    knobs.pop("cache", None)
-    knobs["dtype"] = cfg.dtype
-    root = load_student(Config(**knobs))
+    root = load_student(config_of_run(cfg, name, state))
     load_checkpoint(path, tensors_of(root, {}, {}))
     return root.eval()
+
+
+def config_of_run(cfg, name, state):
+    """The Config of the run that checkpoint `name` is of. A file does not decide what is allowed:
+    whether code of strangers runs is for this run to say."""
+    with reading(f"checkpoint {name!r}: its state.json tells no run of this version"):
+        stored = dict(state["config"])
+        if stored.get("cache"):   # optional: cache
+            stored["cache_dir"] = stored["cache"]   # a digest, no path: enough to need no teacher
+        stored.pop("cache", None)
+        knobs = {}
+        for knob, value in stored.items():
+            if value is not None:
+                knobs[knob] = convert(knob, value)
+        knobs |= dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+        try:
+            return Config(**knobs)
+        except UserError as e:   # names the knob, but not whose it is
+            raise ValueError(e) from e
 
 
 def retokenize(rows, tokenizer, other):
@@ -5587,7 +5753,7 @@ def compute_metrics(models, tables, sizes, seed):
     of each, what they are of the teacher's, its curves, and the student's lead over it."""
     for label, figures in models.items():
         figures.update(measure_quality(tables[label], figures["bins"], sizes, seed))
-        figures["curves"] = collect_curves(label, figures)
+        figures["curves"] |= collect_curves(figures)
         if not figures.pop("same_tokenizer"):   # these need one vocabulary
             figures["agreement"] = None
             figures["kl"] = None
@@ -5626,10 +5792,10 @@ def judge_difference(bits, sizes, seed):
     return dict(difference=difference, interval=[low, high], verdict=verdict)
 
 
-def collect_curves(label, figures):
-    """-> {name: [(x, y), ...]} for the picture."""
+def collect_curves(figures):
+    """-> {name: [(x, y), ...]} for the picture, beside the losses."""
     layers = figures["layers"]
-    curves = {} if label == "teacher" else read_losses(figures["name"])
+    curves = {}
     curves["MSE / variance"] = [(layer["student"], layer["share"]) for layer in layers]
     curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
     curves["reliability"] = [
@@ -5645,15 +5811,16 @@ def read_losses(name):
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
         return {}
-    with open(paths[0], encoding="utf-8") as f:
-        # Not read_jsonl, which mends the file: the run may be writing its last line.
-        entries = [json.loads(line) for line in f if line.endswith("}\n")]
     losses = {}
-    for entry in entries:
-        for key, value in entry.items():
-            if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                step = entry[key.split("/")[0] + "/step"]
-                losses.setdefault(key, []).append((step, value))
+    with reading(f"model {name!r}: {paths[0]!r} beside it is damaged"):
+        with open(paths[0], encoding="utf-8") as f:
+            # Not read_jsonl, which mends the file: the run may be writing its last line.
+            entries = [json.loads(line) for line in f if line.endswith("}\n")]
+        for entry in entries:
+            for key, value in entry.items():
+                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                    step = entry[key.split("/")[0] + "/step"]
+                    losses.setdefault(key, []).append((int(step), float(value)))
     return losses
 
 
@@ -5708,7 +5875,7 @@ def draw_report(path, models):
     for panel in (training, layers, quality, reliability):
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Software": REPORT_MARK})
 
 
 def show_number(x):
@@ -5784,10 +5951,10 @@ def write_report(folder, setting, models, prompts):
         summary += ["![training, layers, quality against size, reliability](report.png)", ""]
     except ImportError:
         summary += ["No report.png: pip install matplotlib", ""]
-    everything = dict(setting=setting, models=models, prompts=prompts)
+    everything = dict(about=REPORT_MARK, setting=setting, models=models, prompts=prompts)
     write_json(everything, os.path.join(folder, "report.json"))
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join([*summary, *detail_lines(models, prompts)]))
+        f.write("\n".join([*summary, *detail_lines(models, prompts), REPORT_MARK + ".", ""]))
     return "\n".join(["", *summary])
 
 
@@ -5813,10 +5980,15 @@ def counted_bytes(rows, tokenizer):
 def report(cfg):
     """What was lost, what was gained, was the teacher worth it? -> report.md, report.json and
     report.png in output_dir."""
+    for file in REPORT_FILES:
+        refuse_foreign(os.path.join(cfg.output_dir, file), is_report)
     names = name_models(cfg)
+    losses = {"teacher": {}}
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
             model_config(name, cfg, label)
+        if label != "teacher":
+            losses[label] = read_losses(name)
     tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
@@ -5833,7 +6005,7 @@ def report(cfg):
     teacher = None
     for label, name in names.items():
         allocated = torch.cuda.memory_allocated()
-        root = load_model(cfg, name)
+        root = load_model(cfg, name, label)
         teacher = teacher or root   # which comes first, and stays
         model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
         check_head(root, label, name, model_tokenizer)
@@ -5852,7 +6024,8 @@ def report(cfg):
         trial = try_out(root, model_tokenizer, prefill_ids, prompts, cfg.seed, allocated)
         models[label] = dict(
             name=name, same_tokenizer=same, parameters=parameters,
-            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(), **trial,
+            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
+            curves=losses[label], **trial,
         )
         del root   # before the next one is read
 

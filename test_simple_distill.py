@@ -747,8 +747,7 @@ def output_is_a_file(folder):
 
 def begun_cache(folder):   # optional: cache
     (folder / "c").mkdir()
-    for name in ("manifest.json", "config.json"):
-        (folder / "c" / name).write_text("{}")
+    sd.write_manifest({}, folder / "c")
     return dict(cache_dir=folder / "c")
 
 
@@ -3902,6 +3901,25 @@ def config_json_says_it_again(folder):
             config.Config(**config.result_knobs(cfg))
 
 
+def test_demo_is_not_named_where_nobody_typed_it(tmp_path, text):
+    """Labels only, with a student that brings no tokenizer: there is no teacher that could."""
+    shape = tmp_path / "shape.json"
+    shape.write_text(tiny_config().to_json_string())
+    refused = distil(tmp_path / "out", rc=2, student=shape, dataset=text, alpha=1).err
+    assert f"no tokenizer comes with student '{shape}'; use --tokenizer" in refused
+    assert "demo" not in refused.replace(str(tmp_path), "")
+
+
+def test_demo_says_for_what_it_stands_in(capsys):
+    """Where one model was named and the other left out; the demo itself says nothing of it."""
+    files = dict(teacher="/demo/teacher", student="/demo/student", dataset="/demo/corpus")
+    sd.say_what_is_the_demos(config.parse_config([]), files)
+    assert capsys.readouterr().out == ""
+    cfg = config.parse_config(["--student", "s", "--dataset", "d"])
+    sd.say_what_is_the_demos(cfg, {"teacher": "/demo/teacher"})
+    assert capsys.readouterr().out == "no --teacher given: it is the demo's, /demo/teacher\n"
+
+
 def run_the_demo(out, home, *words):
     """What a newcomer types, in a fresh process with a home of its own -> what it shows."""
     env = {"HF_HOME": str(home), "OMP_NUM_THREADS": str(os.cpu_count())}
@@ -4491,6 +4509,233 @@ def test_cache_memory_is_constant(teacher, tmp_path, fields):
             check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         peaks.append(int(process.stdout.split()[-1]))
     assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+# ---- whose it is, and what of it is damaged
+
+
+def cache_of(source, path, manifest=None):
+    """A copy of a cache; manifest: what its manifest.json holds instead, as text."""
+    shutil.copytree(source, path)
+    if manifest is not None:
+        (path / "manifest.json").write_text(manifest)
+    return path
+
+
+@pytest.fixture(scope="session")
+def full_cache(tmp_path_factory, teacher, cache_text):
+    """Not to be changed: see cache_of."""
+    cache = tmp_path_factory.mktemp("cache") / "full"
+    fill_cache(teacher, cache_text, cache)
+    return cache
+
+
+def mend(message):
+    """Does what the message says."""
+    remove, command = re.search("again: (.*)", message)[1].split("; ")
+    os.remove(shlex.split(remove)[1])
+    assert sd.main(shlex.split(command)[2:]) == 0   # less `python simple_distill.py`
+
+
+def test_cache_a_foreign_chunk_is_refused(full_cache, teacher, student, cache_text, tmp_path):
+    """Of another temperature, one twice, two swapped, train in place of eval: by who reads it, and
+    by mode cache, which would take it for its own; the command that is named mends it."""
+    warm = tmp_path / "warm"
+    fill_cache(teacher, cache_text, warm, temperature=2)
+    chunks = chunk_files(full_cache)
+    first, second, *_ = [name for name in chunks if name.startswith("train")]
+    cases = {
+        "temperature": {second: chunk_files(warm)[second]},
+        "twice": {second: chunks[first]},
+        "swapped": {first: chunks[second], second: chunks[first]},
+        "eval": {"eval-00000000.safetensors": chunks[first]},
+    }
+    for case, files in cases.items():
+        cache = cache_of(full_cache, tmp_path / case)
+        for name, content in files.items():
+            (cache / name).write_bytes(content)
+        rows, eval_rows, *_ = sd.open_cache(parse_cache_run(student, cache))
+        read = eval_rows if case == "eval" else rows
+        with pytest.raises(sd.UserError, match="it is .* of cache .*, not .* of cache .*again: rm"):
+            read[0 if case in ("eval", "swapped") else 16]
+        for _ in files:   # mode cache names them one after the other
+            refused = fill_cache(teacher, cache_text, cache, rc=2).err
+            mend_by_hand = re.search("again: rm ([^;]*);", refused)[1]
+            assert os.path.basename(mend_by_hand) in files
+            os.remove(mend_by_hand)
+        fill_cache(teacher, cache_text, cache)
+        assert chunk_files(cache) == chunks
+
+
+def test_cache_knows_every_row_and_every_kind_of_weights(full_cache, teacher, cache_text, tmp_path):
+    """One letter of one row in the middle; one weight of a teacher that has only .bin files."""
+    cache = cache_of(full_cache, tmp_path / "cache")
+    for i in (50, 51, 52):
+        rows = cache_rows(100)
+        rows[i]["text"] = rows[i]["text"][:-1] + "Q"
+        edited = write_jsonl(tmp_path / f"{i}.jsonl", rows)
+        refused = fill_cache(teacher, edited, cache, rc=2).err
+        assert "dataset_fingerprint" in refused
+
+    digests = set()
+    for seed in (0, 1):
+        folder = tmp_path / f"bin{seed}"
+        path = tiny_model(folder, seed=seed)
+        torch.save(weights(path), folder / "pytorch_model.bin")
+        os.remove(folder / "model.safetensors")
+        digests.add(sd.identify_weights(path))
+    assert len(digests) == 2
+
+
+CODE_IN_TOKENIZER = """
+import os
+open(os.environ["TOKENIZER_CODE_RAN"], "w").close()
+from transformers import PreTrainedTokenizerFast
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_cache_runs_no_code_of_a_tokenizer_unless_allowed(full_cache, student, tmp_path,
+                                                          monkeypatch):
+    """Nothing prompts; the flag of this run decides."""
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("TOKENIZER_CODE_RAN", str(ran))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it prompts"))
+    cache = cache_of(full_cache, tmp_path / "cache")
+    settings = cache / "tokenizer/tokenizer_config.json"
+    values = json.loads(settings.read_text())
+    values |= dict(auto_map={"AutoTokenizer": [None, "code.Tokenizer"]},
+                   tokenizer_class="Tokenizer")
+    settings.write_text(json.dumps(values))
+    (cache / "tokenizer/code.py").write_text(CODE_IN_TOKENIZER)
+    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
+    assert "--trust_remote_code" in refused.err
+    assert not ran.exists()
+    sd.open_cache(sd.parse_config(flags(
+        student=student, cache_dir=cache, seq_len=32, trust_remote_code=True)))
+    assert ran.exists()
+
+
+def contents(folder):
+    """{path: bytes} of all files below."""
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_cache_touches_nothing_of_others(full_cache, teacher, cache_text, tmp_path):
+    """A model's directory, also by another spelling, and one whose weights are named like a chunk;
+    --force_regenerate deletes chunks, and no other file."""
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))
+    os.symlink(model, tmp_path / "link")
+    named_alike = Path(shutil.copytree(teacher, tmp_path / "alike"))
+    os.remove(named_alike / "config.json")
+    shutil.move(named_alike / "model.safetensors", named_alike / "train-00000000.safetensors")
+    a_tokenizer = tmp_path / "a_tokenizer"
+    tiny_tokenizer(roll=1).save_pretrained(a_tokenizer / "tokenizer")
+    before = contents(tmp_path)
+    for folder, name in (
+        (model, "config.json"), (tmp_path / "x/../link/", "config.json"),
+        (named_alike, "train-00000000.safetensors"), (a_tokenizer, "tokenizer"),
+    ):
+        for force in (False, True):
+            refused = fill_cache(teacher, cache_text, folder, rc=2, force_regenerate=force)
+            assert f"{name}' was not written by simple_distill" in refused.err
+    assert contents(tmp_path) == before
+
+    cache = cache_of(full_cache, tmp_path / "cache")
+    foreign = cache / "train-00000099.safetensors"
+    shutil.copy(model / "model.safetensors", foreign)
+    before = contents(cache)
+    refused = fill_cache(teacher, cache_text, cache, rc=2, temperature=2, force_regenerate=True)
+    assert "train-00000099.safetensors' was not written by simple_distill" in refused.err
+    assert contents(cache) == before
+    kept = [cache / "model.safetensors", cache / "tokenizer/thesis.txt"]
+    shutil.move(foreign, kept[0])
+    kept[1].write_text("mine")
+    fill_cache(teacher, cache_text, cache, temperature=2, force_regenerate=True)
+    assert all(path.exists() for path in kept)
+    assert read_manifest(cache)["temperature"] == 2
+
+
+def damaged_manifests(text):
+    """-> what may become of one, as text."""
+    yield ""
+    yield text[:len(text) // 2]
+    yield "[]"
+    yield "{}"
+    manifest = json.loads(text)
+    for name, value in manifest.items():
+        left_out = {key: manifest[key] for key in manifest if key != name}
+        yield json.dumps(left_out)
+        for other in (None, "x", -1, [], {}, [value]):
+            if other != value:
+                yield json.dumps({**manifest, name: other})
+
+
+def test_cache_a_damaged_manifest_or_tokenizer_is_one_error(full_cache, student, tmp_path):
+    cache = cache_of(full_cache, tmp_path / "cache")
+    cfg = parse_cache_run(student, cache)
+    sd.take_from_cache(cfg)
+    manifest = cache / "manifest.json"
+    text = manifest.read_text()
+    for damaged in damaged_manifests(text):
+        manifest.write_text(damaged)
+        for read in (sd.take_from_cache, sd.open_cache):
+            with pytest.raises(sd.UserError, match="manifest.json' is damaged.*again: rm"):
+                read(cfg)
+    manifest.write_text(text)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = cache / "tokenizer" / name
+        whole = path.read_text()
+        for damaged in ("", whole[:len(whole) // 2], "[]", "{}", whole.replace('"a"', '"§"')):
+            if damaged == whole:
+                continue
+            path.write_text(damaged)
+            if damaged == "{}" and name == "tokenizer_config.json":
+                continue   # says nothing that the other file does not
+            with pytest.raises(sd.UserError, match="tokenizer' is damaged.*again: rm"):
+                sd.open_cache(cfg)
+        path.write_text(whole)
+    cfg.given |= {"dataset"}
+    cfg.dataset = "other"
+    for damaged in ("", "[1]", '{"a"'):
+        (cache / "config.json").write_text(damaged)
+        with pytest.raises(sd.UserError, match="config.json' is damaged"):
+            sd.open_cache(cfg)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json"])
+def test_cache_the_repair_of_a_copy_acts_on_the_copy(full_cache, student, tmp_path, name):
+    cache = cache_of(full_cache, tmp_path / "a copy")
+    whole = contents(cache)
+    original = contents(full_cache)
+    (cache / name).write_text('{"half":')
+    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
+    mend(refused.err)
+    del whole[f"{cache}/config.json"]   # it now names the copy
+    assert {path: contents(cache)[path] for path in whole} == whole
+    assert contents(full_cache) == original
+    train_from_cache(student, cache, tmp_path / "out")
+
+
+def test_cache_damage_that_one_rank_meets_is_said(full_cache, student, tmp_path):
+    """A row that rank 1 alone reads."""
+    cache = cache_of(full_cache, tmp_path / "cache")
+    rows = sd.open_cache(parse_cache_run(student, cache))[0]
+    of_rank_1 = int(sd.shuffled(len(rows), 0, 0)[1])
+    chunk = of_rank_1 // 16
+    path = cache / f"train-{chunk:08d}.safetensors"
+    line = of_rank_1 % 16 + 1
+    table, data = sd.read_chunk(str(path), rows.content, line)
+    content = path.read_bytes()
+    assert content.count(data) == 1
+    path.write_bytes(content.replace(data, bytes([data[0] ^ 1]) + data[1:]))
+    words = flags(**PLAIN, student=student, cache_dir=cache, alpha=0.3, max_steps=6, batch_size=4,
+                  output_dir=tmp_path / "out")
+    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    assert shown.count("error: ") == 1
+    assert re.search(f"error: cache chunk '{path}' is damaged.*again: rm {path}; python", shown)
+    assert "Traceback" not in shown
 
 
 # ---- what it costs
@@ -6327,6 +6572,17 @@ def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report):
         assert figures["perplexity_95"] == pytest.approx(around, rel=1e-5)
 
 
+def test_eval_padding_is_no_vocabulary(eval_folder, full_report):
+    """Nor where it is the teacher that is padded, and its reference is itself."""
+    fields = report_fields(eval_folder, "padded_teacher", "padded", **QUICK)
+    cli(*flags(**{**fields, "teacher": eval_folder / "padded"}))
+    found = json.loads((eval_folder / "padded_teacher/report.json").read_text())["models"]
+    expected = full_report["models"]["padded"]
+    for label in ("teacher", "student"):
+        for key in ("perplexity", "ece"):
+            assert found[label][key] == pytest.approx(expected[key], rel=1e-5), (label, key)
+
+
 def test_eval_temperature_is_that_of_training(eval_folder, full_report):
     """KL at the temperature, times its square; perplexity is without it."""
     report = run_report(eval_folder, "hot", "run/final", temperature=2, **QUICK)
@@ -6544,6 +6800,92 @@ def test_eval_refusals(eval_folder):
     for student in ("nowhere", "data.jsonl"):
         fields = report_fields(eval_folder, "refused", student)
         assert cli(*flags(**fields), rc=2).err.startswith("error: student ")
+
+
+CODE_IN_MODEL = """
+import os
+open(os.environ["MODEL_CODE_RAN"], "w").close()
+from transformers import LlamaConfig
+class Config(LlamaConfig):   # transformers marks the class, for all that this process saves
+    model_type = "unheard_of"
+"""
+
+
+def test_eval_runs_no_code_that_only_a_state_json_allows(eval_folder, tmp_path, monkeypatch):
+    """The flag of this run decides, whatever the checkpoint's run was given."""
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("MODEL_CODE_RAN", str(ran))
+    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    settings = json.loads((model / "config.json").read_text())
+    settings |= dict(model_type="unheard_of", auto_map={"AutoConfig": "code.Config"})
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "code.py").write_text(CODE_IN_MODEL)
+    checkpoint_ = Path(shutil.copytree(
+        eval_folder / "run/checkpoints/step-00000012", tmp_path / "step-00000012"))
+    state = json.loads((checkpoint_ / "state.json").read_text())
+    state["config"] |= dict(student=str(model), trust_remote_code=True)
+    (checkpoint_ / "state.json").write_text(json.dumps(state))
+    fields = report_fields(eval_folder, "unheard", checkpoint_, **QUICK)
+    assert str(model) in cli(*flags(**fields), rc=2).err
+    assert not ran.exists()
+    with contextlib.suppress(Exception):   # what the code is worth is not the point
+        cli(*flags(**fields, trust_remote_code=True))
+    assert ran.exists()
+
+
+def test_eval_a_state_json_of_odd_knobs_is_one_error(eval_folder):
+    found = json.loads(
+        (eval_folder / "run/checkpoints/step-00000012/state.json").read_text())
+    cfg = config.Config(mode="eval", teacher="t", student="s", dataset="d")
+    assert sd.config_of_run(cfg, "x", found).student == str(eval_folder / "student")
+    for odd in (
+        {"unheard_of": 1}, {"temperature": "warm"}, {"temperature": -1}, {"student": ["s"]},
+        {"max_samples": "many"}, {"compile": "perhaps"}, {"divergence": 3},
+        {"lr_multipliers": {"a": 1}},
+    ):
+        with pytest.raises(sd.UserError, match="checkpoint 'x': its state.json"):
+            sd.config_of_run(cfg, "x", {"config": found["config"] | odd})
+    for state in ({}, {"config": None}, {"config": [1]}, {"config": "x"}):
+        with pytest.raises(sd.UserError, match="checkpoint 'x': its state.json"):
+            sd.config_of_run(cfg, "x", state)
+
+
+def test_eval_replaces_no_report_of_others(eval_folder, tmp_path):
+    """Before anything is loaded; its own it writes again."""
+    for name in ("report.json", "report.md", "report.png"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("# my report on simple_distill: the report")
+        fields = report_fields(eval_folder, folder, "nowhere", **QUICK)
+        refused = cli(*flags(**fields), rc=2)
+        assert f"{name}' was not written by simple_distill" in refused.err
+        assert (folder / name).read_text() == "# my report on simple_distill: the report"
+    for _ in range(2):
+        run_report(eval_folder, tmp_path / "mine", "run/final", **QUICK)
+
+
+def test_eval_a_damaged_model_or_log_is_named(eval_folder, tmp_path):
+    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:len(content) // 2])
+    fields = report_fields(eval_folder, tmp_path / "out", "run/final", compare=model, **QUICK)
+    assert f"error: model '{model}' could not be loaded" in cli(*flags(**fields), rc=2).err
+
+    (model / "model.safetensors").write_bytes(content)
+    for line in ("{not json}", '{"train/loss": 1.5}', '{"train/loss": [1.5], "train/step": 1}',
+                 '{"train/loss": 1.5, "train/step": "x"}'):
+        (tmp_path / "log.jsonl").write_text(line + "\n")
+        refused = cli(*flags(**fields), rc=2).err
+        assert re.search(f"error: model '{model}': '.*log.jsonl' beside it is damaged", refused)
+
+
+def test_eval_of_a_split_by_name_is_of_its_first_eval_samples(eval_folder):
+    """Also of train: eval_samples of it, as --help says, and no more."""
+    report = run_report(eval_folder, "train", "run/final", eval_split="train", eval_samples=5,
+                        **QUICK)
+    assert report["setting"]["sequences"] == 5
+    shown = " ".join(cli("--help").out.split())
+    assert "sequences to evaluate on, the first of eval_split" in shown
 
 
 def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
