@@ -20,12 +20,14 @@ vocabulary, K kept teacher entries a token.
 """
 import ast   # optional: generate
 import asyncio   # optional: generate
+import base64   # optional: generate
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
 import email.utils   # optional: generate
+import errno   # optional: generate
 import fcntl
 import functools
 import glob
@@ -44,9 +46,12 @@ import shutil
 import signal
 import sys
 import sysconfig   # optional: demo generate
+import tempfile   # optional: generate
 import textwrap   # optional: generate
 import time
 import traceback
+import urllib.parse   # optional: generate
+import urllib.request   # optional: generate
 import warnings   # optional: generate
 import zlib   # optional: cache generate
 from concurrent.futures import ThreadPoolExecutor
@@ -57,11 +62,13 @@ from config import (
     Config,
     UserError,
     demo_knobs,   # optional: demo
+    does_something,   # optional: generate
     knobs_in,   # optional: cache
     one_line,
     parse_config,
     parse_multipliers,
     parse_or_exit,
+    public_url,   # optional: generate
     result_knobs,
 )
 
@@ -3862,6 +3869,7 @@ class Job:
     worst_usd: float         # the most that one try can cost
     billed_tries: int = 0    # tries that the provider may send a bill for
     held_usd: float = 0.0    # what is set aside for these tries and the next one
+    held_bytes: int = 0      # room on the disk that is kept for its row
 
 
 @dataclass
@@ -3870,6 +3878,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: Optional[int] = None       # None: the provider did not say
     completion_tokens: Optional[int] = None
+    other_parts: list = field(default_factory=list)   # kinds of what it says that is no text
 
 
 def parse_categories(items):
@@ -3951,31 +3960,57 @@ def compose_prompts(categories, seed):
                     "lower num_examples or its weight")
 
 
+def join_parts(content):
+    """A turn's content, text or [{"type": "text", "text": ...}, ...] -> its text, and the kinds of
+    the parts that are none. What a model thought is not what it said, and is passed over."""
+    if content is None or isinstance(content, str):
+        return content or "", []
+    if not isinstance(content, list):
+        raise TypeError(f"content {content!r} is no text")
+    texts = []
+    others = []
+    for part in content:
+        kind = part.get("type", "text")
+        if kind in ("text", "output_text"):
+            texts.append(part["text"])
+        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
+            others.append(str(kind))
+    return "".join(texts), others
+
+
 def parse_prompt_row(row):
     """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    for message in messages:
-        if not isinstance(message["content"], str):
-            raise TypeError(f"content {message['content']!r} is no text")
-    return row.get("category", "own"), messages
+    messages = []
+    for turn in turns:
+        text, others = join_parts(turn["content"])
+        if others or turn["content"] is None or not isinstance(turn["role"], str):
+            raise TypeError(f"{turn!r} has no role, or content that is no text")
+        messages.append({"role": turn["role"], "content": text})
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("it ends with a reply")
+    category = row.get("category", "own")
+    if not isinstance(category, str):
+        raise TypeError(f"category {category!r} is no text")
+    return category, messages
 
 
 def read_prompts(path):
     """Yields (category, messages) of the user's own prompts: lines of a .txt, or .jsonl rows."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for line in f:
-                if not line.strip():
+    with reading(f"prompts_file {path!r} cannot be read"):
+        lines = open(path, "rb")
+    with lines:
+        for number, line in enumerate(lines, 1):
+            with reading(f"prompts_file {path!r}, line {number}, is no UTF-8 text, or no row "
+                         'like {"prompt": TEXT} or {"messages": [...]}'):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if "\0" in text:
+                    raise ValueError("it holds a null byte")
+                if not text:
                     continue
-                row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
-                category, messages = parse_prompt_row(row)
-                if messages[-1]["role"] == "assistant":
-                    raise UserError(f"prompts_file {path} has a row that ends with a reply")
-                yield category, messages
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"prompts_file {path}: {one_line(e)}; "
-                        'a row is {"prompt": TEXT} or {"messages": [...]}') from e
+                row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
+                prompt = parse_prompt_row(row)
+            yield prompt
 
 
 def usd(cfg, prompt_tokens, completion_tokens):
@@ -4129,6 +4164,8 @@ def grade_reply(job, reply):
     prompt = job.messages[-1]["content"]
     flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
     reasons = [name for name, found in flaws.items() if found]
+    if reply.other_parts:
+        reasons.insert(0, f"not text: {', '.join(reply.other_parts)}")
     if reasons:
         row["reason"] = reasons[0]
     return row
@@ -4148,15 +4185,94 @@ def read_replies(train_path, rejected_path):
     return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
 
 
-def read_past(train_path, rejected_path, summary_path):
-    """Earlier runs -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent in all"""
-    rows = read_replies(train_path, rejected_path)
+class Paths(NamedTuple):
+    folder: str
+    train: str
+    rejected: str
+    summary: str
+    config: str
+
+
+def paths_in(folder):
+    names = ("train.jsonl", "rejected.jsonl", "summary.json", "config.json")
+    return Paths(folder, *[os.path.join(folder, name) for name in names])
+
+
+def is_config(path):
+    """Whether a run of ours has written it."""
+    with open(path, encoding="utf-8") as f:
+        return {"mode", "output_dir", "seed"} <= set(json.load(f))
+
+
+def is_summary(path):
+    with open(path, encoding="utf-8") as f:
+        summary = json.load(f)
+    spent = summary["spent_usd"]
+    settings = summary.get("settings", {})   # there were none before they were compared
+    return type(spent) in (int, float) and 0 <= spent < math.inf and isinstance(settings, dict)
+
+
+def check_row(row):
+    """Raises where it has another form than grade_reply and record_reply give it."""
+    forms = {"messages": list, "prompt_id": str, "usage": dict, "cost": (int, float)}
+    for name, form in forms.items():
+        if not isinstance(row[name], form):
+            raise TypeError(f"{name} is {row[name]!r}")
+    if not 0 <= row["cost"] < math.inf:
+        raise ValueError(f"cost is {row['cost']}")
+    for message in row["messages"]:
+        if not isinstance(message["content"], str):
+            raise TypeError(f"content {message['content']!r} is no text")
+    if row["finish_reason"] is None and "reason" not in row:
+        raise ValueError("there is no reply, and no reason why")
+
+
+def refuse_foreign_rows(path):
+    """Before read_jsonl, which mends the end of the file."""
+    if not os.path.lexists(path):
+        return
+    with reading(f"{path!r} cannot be read"), open(path, "rb") as f:
+        *whole, last = f.read().split(b"\n")
+    for number, line in enumerate([*whole, last], 1):
+        begins_a_row = b'{"messages": ['.startswith(line[:14])   # also where it is empty
+        try:
+            if line.strip() and not (number > len(whole) and begins_a_row and not is_json(line)):
+                check_row(json.loads(line))
+        except Exception as e:
+            problem = one_line(e, 100)
+            break
+    else:
+        return
+    raise UserError(f"{path!r}, line {number}, is no row of mode generate ({problem}); nothing was "
+                    "changed: choose another --output_dir, or move that file away")
+
+
+def is_json(line):
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def read_past(paths, settings):
+    """Earlier runs in this folder -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent
+    in all. Refuses what is not ours, and what was written with other settings."""
+    refuse_foreign_rows(paths.train)
+    refuse_foreign_rows(paths.rejected)
+    refuse_foreign(paths.summary, is_summary)
+    refuse_foreign(paths.config, is_config)
+    rows = read_replies(paths.train, paths.rejected)
     cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
     answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
     spent = sum(cost.values())
-    if os.path.exists(summary_path):
-        with open(summary_path, encoding="utf-8") as f:
-            spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+    if os.path.exists(paths.summary):
+        with open(paths.summary, encoding="utf-8") as f:
+            summary = json.load(f)
+        spent = max(spent, summary["spent_usd"])   # with what a kill left in flight
+        if rows and "settings" in summary:
+            refuse_changes(summary["settings"], settings, paths.folder,
+                           way_out="choose another --output_dir")
     return cost, answered, spent
 
 
@@ -4225,28 +4341,36 @@ def drop_duplicates(train_path, rejected_path, order):
     write_rows(train_path, [row for row in rows if "reason" not in row])
     fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
     filters = find_flaws("", "", "stop")   # for their names
-    names = ["kept", *filters, "exact duplicate", "near duplicate", "failed"]
+    names = ["kept", "not text", *filters, "exact duplicate", "near duplicate", "failed"]
     return {name: fates[name] for name in names}
 
 
 # Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
 
 
+MAX_SILENCE = 120     # seconds that a server may turn everything away before a request is given up
+MAX_COUNT = 10**7     # tokens: a server that says more than this of a reply says nothing
+
+
 @dataclass
 class Ledger:
     """What this run may spend, has spent and has seen, and why it should stop."""
     cfg: Config
-    train_path: str
-    rejected_path: str
-    summary_path: str
+    paths: Paths
+    settings: dict        # what decides the rows of this folder
     past_cost: dict       # prompt_id -> USD of its row of an earlier run
     spent: float          # USD of all runs, with what is set aside for requests in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
+    disk_room: Any           # a file of nothing: its bytes are kept for the rows in flight
+    held_bytes: int = 0      # so many, for so many requests
     tokens: int = 0          # of this run
     answered: bool = False   # the teacher has answered once in this run
     out_of_money: bool = False
     stop_error: Optional[UserError] = None
+    first_failure: Optional[str] = None
+    refused_since: Optional[float] = None   # the first refusal after the last answer
+    trouble: str = "none"                   # the last refusal
     # of the last requests, whether each failed
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=50))
 
@@ -4264,33 +4388,73 @@ class Ledger:
             return "stopped by a signal"
         if self.out_of_money:
             return "max_cost is reached"
+        if self.first_failure:
+            return "all is asked; the same command asks again what failed"
         return "all is answered"
 
+    def write_summary(self, spent, **more):
+        write_json({"spent_usd": spent, "settings": self.settings, **more}, self.paths.summary)
+
     def reserve(self, job):
-        """Set the worst case of one more try aside -> whether max_cost allows it.
+        """Set the worst case of one more try aside -> whether max_cost and the disk allow it.
 
         It is spent before the try leaves, on disk too: the cap holds over kills and restarts.
         """
         needed = (job.billed_tries + 1) * job.worst_usd
-        missing = needed - job.held_usd
-        if missing <= 0:   # no prices, or the try before was refused and cost nothing
-            return True
-        if self.spent + missing > (self.cfg.max_cost or math.inf):
+        # none: no prices, or the try before was refused and cost nothing
+        missing = max(0, needed - job.held_usd)
+        if missing and self.spent + missing > (self.cfg.max_cost or math.inf):
+            return False
+        try:
+            self.hold_room(job)
+            if missing:
+                self.write_summary(self.spent + missing)
+        except OSError as e:
+            self.stop_without_room(e)
             return False
         self.spent += missing
-        job.held_usd = needed
-        write_json({"spent_usd": self.spent}, self.summary_path)
+        job.held_usd += missing
         return True
+
+    def hold_room(self, job):
+        """Keep room on the disk for the row of a request before it leaves: what is paid for can be
+        written. A token is about 4 bytes; this is for 16."""
+        if job.held_bytes:
+            return
+        size = 4096 + 2 * job.max_prompt_tokens + 16 * self.cfg.max_tokens
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]   # of one file: ulimit -f
+        rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
+        if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        os.posix_fallocate(self.disk_room.fileno(), 0, self.held_bytes + size)
+        self.held_bytes += size
+        job.held_bytes = size
+
+    def stop_without_room(self, e):
+        self.stop(f"{self.paths.folder!r} has no room for another reply ({e.strerror}); make room, "
+                  "and the same command goes on")
+
+    def write_row(self, path, row):
+        """A full disk gets back what was held for this row, and for those that are written."""
+        size = file_size(path)
+        try:
+            append_jsonl(path, row)
+        except OSError as e:
+            self.stop_without_room(e)
+            os.truncate(path, size)   # half a row
+            self.disk_room.truncate(self.held_bytes)
+            append_jsonl(path, row)
 
     def record_reply(self, job, reply):
         """Replace what was set aside by what it cost, write the row, stop where too many fail."""
         usage = (reply.prompt_tokens, reply.completion_tokens)
-        if all(isinstance(count, int) and count >= 0 for count in usage):
+        if None not in usage:
             cost = (job.billed_tries - 1) * job.worst_usd + usd(self.cfg, *usage)
             self.tokens += sum(usage)
         else:
             cost = job.billed_tries * job.worst_usd   # nobody said: the worst case
         self.spent = self.spent + cost - job.held_usd
+        self.held_bytes -= job.held_bytes
         failed = reply.text is None
         if failed and self.stopping():
             return   # no row: a later run asks again
@@ -4299,8 +4463,16 @@ class Ledger:
         row["model"] = self.cfg.api_model or self.cfg.teacher
         # with what it cost when it failed: only the last row of a prompt counts
         row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
-        append_jsonl(self.rejected_path if "reason" in row else self.train_path, row)
-        self.answered = self.answered or not failed
+        try:
+            self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row)
+        except OSError as e:   # longer than what was held
+            self.stop_without_room(e)
+            return
+        if failed:
+            self.first_failure = self.first_failure or reply.finish_reason
+        else:
+            self.answered = True
+            self.refused_since = None
         # what failed in an earlier run may always fail; it must not stop each later run
         self.recent.append(failed and job.prompt_id not in self.past_cost)
         if sum(self.recent) > 10:
@@ -4313,15 +4485,46 @@ class Ledger:
         self.bar.update()
 
 
+def file_size(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def api_key(cfg):
     return os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"
 
 
-def hide_key(cfg, text):
-    """Some servers repeat the key in their errors."""
-    key = api_key(cfg)
-    text = str(text or "")
-    return text.replace(key, "***") if len(key) > 7 else text   # a short one is a word: EMPTY
+def find_secrets(cfg):
+    """The key, and what the URLs of servers and proxies say before their @, in each of its forms;
+    the longest first."""
+    secrets = []
+    if len(api_key(cfg)) > 7:   # a short one is a word: EMPTY
+        secrets.append(api_key(cfg))
+    base = cfg.api_base or os.environ.get(f"{cfg.provider.upper()}_BASE_URL", "")
+    for url in (base, *urllib.request.getproxies().values()):
+        login = url.rpartition("@")[0].rpartition("://")[2]
+        password = login.partition(":")[2] or login
+        plain = urllib.parse.unquote(login)
+        basic = base64.b64encode(plain.encode()).decode()   # as it travels
+        secrets += [login, password, plain, urllib.parse.unquote(password), basic]
+    return sorted({secret for secret in secrets if len(secret) > 3}, key=len, reverse=True)
+
+
+def hide_secrets(cfg, thing):
+    """A text, or what a server's JSON became, without them: some servers repeat what they are
+    sent, in errors and anywhere in a reply."""
+    secrets = find_secrets(cfg)
+
+    def hide(thing):
+        if isinstance(thing, str):
+            for secret in secrets:
+                thing = thing.replace(secret, "***")
+        elif isinstance(thing, list):
+            thing = [hide(item) for item in thing]
+        elif isinstance(thing, dict):
+            thing = {name: hide(value) for name, value in thing.items()}
+        return thing
+
+    return hide(thing)
 
 
 def request_body(cfg, messages):
@@ -4341,19 +4544,27 @@ def request_body(cfg, messages):
     return body
 
 
+def token_count(usage, name):
+    """-> what a server says of tokens; None where that is no count"""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 <= count <= MAX_COUNT else None
+
+
 def read_response(cfg, response):
     """The JSON of an answer -> Reply; raises where it has another form."""
-    usage = response.get("usage") or {}
+    response = hide_secrets(cfg, response)
+    usage = response.get("usage")
     if cfg.provider == "openai":
         choice = response["choices"][0]
-        text = choice["message"]["content"]
-        finish_reason = choice["finish_reason"]
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        content = choice["message"].get("content")
+        finish_reason = choice.get("finish_reason")
+        counts = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
     else:
-        text = "".join(block.get("text", "") for block in response["content"])
-        finish_reason = response["stop_reason"]
-        counts = usage.get("input_tokens"), usage.get("output_tokens")
-    return Reply(hide_key(cfg, text), hide_key(cfg, finish_reason), *counts)
+        content = response["content"]
+        finish_reason = response.get("stop_reason")
+        counts = token_count(usage, "input_tokens"), token_count(usage, "output_tokens")
+    text, others = join_parts(content)
+    return Reply(text, str(finish_reason or ""), *counts, others)
 
 
 def http_status(error):
@@ -4379,7 +4590,7 @@ def retry_after(error):
         return float(headers.get("retry-after-ms")) / 1000
     with contextlib.suppress(ValueError, TypeError):
         return float(headers.get("retry-after"))
-    with contextlib.suppress(ValueError, TypeError):   # a date
+    with contextlib.suppress(ValueError, TypeError, OverflowError):   # a date
         moment = email.utils.parsedate_to_datetime(headers.get("retry-after"))
         return moment.timestamp() - time.time()
     return 0.0
@@ -4389,7 +4600,7 @@ def give_up(ledger, sdk, error):
     """An error that stays -> Reply; it stops the run where no other request would fare better."""
     cfg = ledger.cfg
     status = http_status(error)
-    message = hide_key(cfg, one_line(error, 9999))[:300]
+    message = hide_secrets(cfg, one_line(error, 9999))[:300]
     # an earlier run has left rows: then it is the prompt that is not accepted
     is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
     never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
@@ -4422,22 +4633,61 @@ async def ask_api(ledger, client, job):
         # requests that a busy server turned away come back at the same moment.
         backoff = min(0.5 * 2**retry, 8) * random.uniform(0.75, 1)
         seconds = max(backoff, retry_after(error))
+        now = time.monotonic()
+        ledger.refused_since = ledger.refused_since or now
+        ledger.trouble = hide_secrets(cfg, one_line(error))
+        silence = now + seconds - ledger.refused_since   # by the next try, if nobody is answered
         patience = 20 if ledger.answered else 2
-        if retry >= patience or seconds > 120 or not may_pass(sdk, error):
+        if retry >= patience or silence > MAX_SILENCE or not may_pass(sdk, error):
             return give_up(ledger, sdk, error)
-        await asyncio.sleep(seconds)
+        while time.monotonic() < now + seconds and not ledger.stopping():
+            await asyncio.sleep(min(0.2, seconds))
+
+
+def make_client(cfg):
+    """The provider's own client. It reads the environment too: proxies, certificates."""
+    sdk = importlib.import_module(cfg.provider)
+    make = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
+    try:
+        with reading(f"provider {cfg.provider}: no client with this api_base, and the proxies and "
+                     "certificates of the environment"):
+            return make(api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+                        max_retries=0)   # ask_api tries again, because it knows about money
+    except UserError as e:   # without its traceback, which may show a password
+        raise UserError(hide_secrets(cfg, str(e))) from None
+
+
+class Patience:
+    """A word when nothing comes for 10 s, 20 s, 40 s, ..., and when a stop is heard."""
+
+    def __init__(self):
+        self.since = time.monotonic()   # of the last answer
+        self.next_word = 10             # seconds after it
+        self.stop_said = False
+
+    def answered(self):
+        self.since = time.monotonic()
+        self.next_word = 10
+
+    def speak(self, ledger, in_flight):
+        seconds = time.monotonic() - self.since
+        if ledger.stopping() and not self.stop_said:
+            self.stop_said = True
+            print0(f"stopping; {in_flight} requests in flight may be paid for and are awaited, at "
+                   f"most {2 * ledger.cfg.request_timeout:g} s; a second signal stops at once")
+        if seconds > self.next_word:
+            self.next_word *= 2
+            print0(f"no answer for {seconds:.0f} s, {in_flight} requests in flight; the last "
+                   f"refusal: {ledger.trouble}")
 
 
 async def ask_all_api(ledger, jobs):
     """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
     cfg = ledger.cfg
-    sdk = importlib.import_module(cfg.provider)
-    make_client = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
-    client = make_client(api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-                         max_retries=0)   # ask_api tries again, because it knows about money
+    patience = Patience()
     waiting = collections.deque(jobs)
     in_flight = {}   # task -> job
-    async with client:
+    async with make_client(cfg) as client:
         while True:
             width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
             while waiting and len(in_flight) < width and not ledger.stopping():
@@ -4448,9 +4698,12 @@ async def ask_all_api(ledger, jobs):
             if not in_flight:
                 break
             # even when stopping: what is in flight is paid for
-            done, _ = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                in_flight, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 ledger.record_reply(in_flight.pop(task), task.result())
+                patience.answered()
+            patience.speak(ledger, len(in_flight))
     ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
 
 
@@ -4508,10 +4761,13 @@ def ask_all_local(ledger, jobs):
 
 def finish_files(ledger, order):
     """Duplicates go, the summary is written -> the table of what became of each prompt."""
-    fates = drop_duplicates(ledger.train_path, ledger.rejected_path, order)
-    summary = {"spent_usd": ledger.spent, "tokens_this_time": ledger.tokens,
-               "ended": ledger.ended(), **fates}
-    write_json(summary, ledger.summary_path)
+    paths = ledger.paths
+    fates = drop_duplicates(paths.train, paths.rejected, order)
+    if ledger.first_failure and not fates["kept"]:
+        ledger.stop(f"nothing was kept, {fates['failed']} prompts failed, the first: "
+                    f"{ledger.first_failure.removeprefix('failed: ')}; see {paths.rejected!r}")
+    ledger.write_summary(ledger.spent, tokens_this_time=ledger.tokens, ended=ledger.ended(),
+                         **fates)
     total = max(1, sum(fates.values()))
     lines = [f"  {name:20}{count:8,}{count / total:8.1%}" for name, count in fates.items()]
     last = f"{ledger.tokens:,} tokens"
@@ -4519,35 +4775,48 @@ def finish_files(ledger, order):
         last += f", {ledger.spent:.4f} USD"
     last += f"; {ledger.ended()}"
     if fates["kept"]:
-        last += f"; --dataset {ledger.train_path} trains on it"
+        last += f"; --dataset {paths.train} trains on it"
     else:
-        last += f"; nothing was kept, see {ledger.rejected_path}"
+        last += f"; nothing was kept, see {paths.rejected}"
     return "\n".join([*lines, last])
+
+
+def row_settings(cfg):
+    """What decides the rows. Where the server stands does not: it may move."""
+    return {name: value for name, value in result_knobs(cfg).items() if does_something(cfg, name)}
 
 
 def generate(cfg):
     """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
-    train_path = os.path.join(cfg.output_dir, "train.jsonl")
-    rejected_path = os.path.join(cfg.output_dir, "rejected.jsonl")
-    summary_path = os.path.join(cfg.output_dir, "summary.json")
+    paths = paths_in(cfg.output_dir)
+    settings = row_settings(cfg)
     jobs = all_prompts(cfg)
-    past_cost, answered, spent = read_past(train_path, rejected_path, summary_path)
+    past_cost, answered, spent = read_past(paths, settings)
     todo = [job for job in jobs.values() if job.prompt_id not in answered]
-    write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
     prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
     worst_usd = sum(job.worst_usd for job in todo)
     print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
            f"{len(todo) * cfg.max_tokens:,} come back, for {worst_usd:.2f} USD at these prices")
 
     bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
-    with stop_signals() as stop_requests, bar:
-        ledger = Ledger(cfg, train_path, rejected_path, summary_path, past_cost, spent,
-                        stop_requests, bar)
+    with reading(f"cannot write into {cfg.output_dir!r}"):
+        # without a name: a kill leaves nothing of it
+        disk_room = tempfile.TemporaryFile(dir=cfg.output_dir)
+    with disk_room, stop_signals() as stop_requests, bar:
+        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar, disk_room)
+        with reading(f"cannot write into {cfg.output_dir!r}"):
+            shown = dataclasses.asdict(cfg)
+            shown["api_base"] = cfg.api_base and public_url(cfg.api_base)
+            write_json(shown, paths.config)
+            ledger.write_summary(spent)
         if cfg.provider == "local":
             ask_all_local(ledger, todo)
         else:
             asyncio.run(ask_all_api(ledger, todo))
-    print0(finish_files(ledger, list(jobs)))
+    try:   # the room that was held is free again
+        print0(finish_files(ledger, list(jobs)))
+    except OSError as e:   # all rows are there, in the order of their arrival, copies among them
+        ledger.stop_without_room(e)
     if ledger.stop_error:
         raise ledger.stop_error
 
