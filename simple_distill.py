@@ -4671,7 +4671,7 @@ class Patience:
 
     def speak(self, ledger, in_flight):
         seconds = time.monotonic() - self.since
-        if ledger.stopping() and not self.stop_said:
+        if in_flight and ledger.stopping() and not self.stop_said:
             self.stop_said = True
             print0(f"stopping; {in_flight} requests in flight may be paid for and are awaited, at "
                    f"most {2 * ledger.cfg.request_timeout:g} s; a second signal stops at once")
