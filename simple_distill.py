@@ -3878,7 +3878,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: Optional[int] = None       # None: the provider did not say
     completion_tokens: Optional[int] = None
-    other_parts: list = field(default_factory=list)   # kinds of what it says that is no text
+    other_parts: str = ""   # kinds of what it says that is no text
 
 
 def parse_categories(items):
@@ -4165,24 +4165,13 @@ def grade_reply(job, reply):
     flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
     reasons = [name for name, found in flaws.items() if found]
     if reply.other_parts:
-        reasons.insert(0, f"not text: {', '.join(reply.other_parts)}")
+        reasons.insert(0, f"not text: {reply.other_parts}")
     if reasons:
         row["reason"] = reasons[0]
     return row
 
 
 # Files: train.jsonl and rejected.jsonl grow a row at a time; duplicates are found at the end.
-
-
-def read_replies(train_path, rejected_path):
-    """-> {prompt_id: row}. Where a kill or a failure left two rows, a reply counts more than a
-    failure, and a copy in rejected more than the one in train."""
-    def precedence(row):
-        answered = row.get("finish_reason", "") is not None
-        return answered, "reason" in row
-
-    rows = read_jsonl(rejected_path) + read_jsonl(train_path)
-    return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
 
 
 class Paths(NamedTuple):
@@ -4196,6 +4185,17 @@ class Paths(NamedTuple):
 def paths_in(folder):
     names = ("train.jsonl", "rejected.jsonl", "summary.json", "config.json")
     return Paths(folder, *[os.path.join(folder, name) for name in names])
+
+
+def read_replies(train_path, rejected_path):
+    """-> {prompt_id: row}. Where a kill or a failure left two rows, a reply counts more than a
+    failure, and a copy in rejected more than the one in train."""
+    def precedence(row):
+        answered = row.get("finish_reason", "") is not None
+        return answered, "reason" in row
+
+    rows = read_jsonl(rejected_path) + read_jsonl(train_path)
+    return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
 
 
 def is_config(path):
@@ -4227,32 +4227,33 @@ def check_row(row):
         raise ValueError("there is no reply, and no reason why")
 
 
+def is_half_row(line):
+    """Whether it is what a kill leaves at the end of a file of ours."""
+    start = b'{"messages": ['
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return start.startswith(line[:len(start)])
+    return False
+
+
 def refuse_foreign_rows(path):
     """Before read_jsonl, which mends the end of the file."""
     if not os.path.lexists(path):
         return
     with reading(f"{path!r} cannot be read"), open(path, "rb") as f:
-        *whole, last = f.read().split(b"\n")
-    for number, line in enumerate([*whole, last], 1):
-        begins_a_row = b'{"messages": ['.startswith(line[:14])   # also where it is empty
+        lines = f.read().split(b"\n")
+    if is_half_row(lines[-1]):   # or nothing
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         try:
-            if line.strip() and not (number > len(whole) and begins_a_row and not is_json(line)):
+            if line.strip():
                 check_row(json.loads(line))
         except Exception as e:
-            problem = one_line(e, 100)
-            break
-    else:
-        return
-    raise UserError(f"{path!r}, line {number}, is no row of mode generate ({problem}); nothing was "
-                    "changed: choose another --output_dir, or move that file away")
-
-
-def is_json(line):
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+            raise UserError(
+                f"{path!r}, line {number}, is no row of mode generate ({one_line(e, 100)}); "
+                "nothing was changed: choose another --output_dir, or move that file away"
+            ) from None   # with a cause, error.log would be written beside it
 
 
 def read_past(paths, settings):
@@ -4277,9 +4278,14 @@ def read_past(paths, settings):
 
 
 def write_rows(path, rows):
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(f.name, path)
+    aside = path + ".tmp"
+    try:
+        with open(aside, "w", encoding="utf-8", errors="replace") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(aside, path)
+    except OSError:   # a full disk needs its room back
+        os.remove(aside)
+        raise
 
 
 def words_and_signs(text):
@@ -4347,7 +4353,6 @@ def drop_duplicates(train_path, rejected_path, order):
 
 # Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
 
-
 MAX_SILENCE = 120     # seconds that a server may turn everything away before a request is given up
 MAX_COUNT = 10**7     # tokens: a server that says more than this of a reply says nothing
 
@@ -4413,7 +4418,7 @@ class Ledger:
             self.stop_without_room(e)
             return False
         self.spent += missing
-        job.held_usd += missing
+        job.held_usd = max(job.held_usd, needed)
         return True
 
     def hold_room(self, job):
@@ -4421,12 +4426,16 @@ class Ledger:
         written. A token is about 4 bytes; this is for 16."""
         if job.held_bytes:
             return
-        size = 4096 + 2 * job.max_prompt_tokens + 16 * self.cfg.max_tokens
+        size = 4096 + 2 * job.max_prompt_tokens + min(16 * self.cfg.max_tokens, 2**24)
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]   # of one file: ulimit -f
         rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
         if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        os.posix_fallocate(self.disk_room.fileno(), 0, self.held_bytes + size)
+        try:
+            os.posix_fallocate(self.disk_room.fileno(), 0, self.held_bytes + size)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise   # anything else: a file system on which nothing can be kept
         self.held_bytes += size
         job.held_bytes = size
 
@@ -4435,15 +4444,19 @@ class Ledger:
                   "and the same command goes on")
 
     def write_row(self, path, row):
-        """A full disk gets back what was held for this row, and for those that are written."""
+        """-> whether it is written. A full disk gets back what was held for this row, and for those
+        that are written already."""
         size = file_size(path)
-        try:
-            append_jsonl(path, row)
-        except OSError as e:
-            self.stop_without_room(e)
-            os.truncate(path, size)   # half a row
-            self.disk_room.truncate(self.held_bytes)
-            append_jsonl(path, row)
+        for _ in range(2):
+            try:
+                append_jsonl(path, row)
+                return True
+            except OSError as e:
+                self.stop_without_room(e)
+                self.disk_room.truncate(self.held_bytes)
+                if file_size(path) > size:
+                    os.truncate(path, size)   # half a row
+        return False
 
     def record_reply(self, job, reply):
         """Replace what was set aside by what it cost, write the row, stop where too many fail."""
@@ -4463,11 +4476,8 @@ class Ledger:
         row["model"] = self.cfg.api_model or self.cfg.teacher
         # with what it cost when it failed: only the last row of a prompt counts
         row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
-        try:
-            self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row)
-        except OSError as e:   # longer than what was held
-            self.stop_without_room(e)
-            return
+        if not self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row):
+            return   # it is longer than what was held
         if failed:
             self.first_failure = self.first_failure or reply.finish_reason
         else:
@@ -4496,35 +4506,25 @@ def api_key(cfg):
 def find_secrets(cfg):
     """The key, and what the URLs of servers and proxies say before their @, in each of its forms;
     the longest first."""
-    secrets = []
-    if len(api_key(cfg)) > 7:   # a short one is a word: EMPTY
-        secrets.append(api_key(cfg))
-    base = cfg.api_base or os.environ.get(f"{cfg.provider.upper()}_BASE_URL", "")
+    provider = cfg.provider.upper()
+    secrets = {os.environ.get(f"{provider}_API_KEY", "").strip()}
+    base = cfg.api_base or os.environ.get(f"{provider}_BASE_URL", "")
     for url in (base, *urllib.request.getproxies().values()):
         login = url.rpartition("@")[0].rpartition("://")[2]
         password = login.partition(":")[2] or login
         plain = urllib.parse.unquote(login)
         basic = base64.b64encode(plain.encode()).decode()   # as it travels
-        secrets += [login, password, plain, urllib.parse.unquote(password), basic]
-    return sorted({secret for secret in secrets if len(secret) > 3}, key=len, reverse=True)
+        secrets |= {login, password, plain, urllib.parse.unquote(password), basic}
+    return sorted(secrets, key=len, reverse=True)
 
 
-def hide_secrets(cfg, thing):
-    """A text, or what a server's JSON became, without them: some servers repeat what they are
-    sent, in errors and anywhere in a reply."""
-    secrets = find_secrets(cfg)
-
-    def hide(thing):
-        if isinstance(thing, str):
-            for secret in secrets:
-                thing = thing.replace(secret, "***")
-        elif isinstance(thing, list):
-            thing = [hide(item) for item in thing]
-        elif isinstance(thing, dict):
-            thing = {name: hide(value) for name, value in thing.items()}
-        return thing
-
-    return hide(thing)
+def hide_secrets(cfg, text, shortest=4):
+    """Some servers repeat what they are sent, in errors and in replies. There a short one is a
+    word: a reply that says `pass` does not give a password away."""
+    for secret in find_secrets(cfg):
+        if len(secret) >= shortest:
+            text = text.replace(secret, "***")
+    return text
 
 
 def request_body(cfg, messages):
@@ -4552,7 +4552,6 @@ def token_count(usage, name):
 
 def read_response(cfg, response):
     """The JSON of an answer -> Reply; raises where it has another form."""
-    response = hide_secrets(cfg, response)
     usage = response.get("usage")
     if cfg.provider == "openai":
         choice = response["choices"][0]
@@ -4564,7 +4563,10 @@ def read_response(cfg, response):
         finish_reason = response.get("stop_reason")
         counts = token_count(usage, "input_tokens"), token_count(usage, "output_tokens")
     text, others = join_parts(content)
-    return Reply(text, str(finish_reason or ""), *counts, others)
+    # all of an answer that is kept
+    strings = text, str(finish_reason or ""), ", ".join(others)
+    text, finish_reason, other_parts = [hide_secrets(cfg, string, 8) for string in strings]
+    return Reply(text, finish_reason, *counts, other_parts)
 
 
 def http_status(error):
@@ -4657,7 +4659,7 @@ def make_client(cfg):
         raise UserError(hide_secrets(cfg, str(e))) from None
 
 
-class Patience:
+class Heartbeat:
     """A word when nothing comes for 10 s, 20 s, 40 s, ..., and when a stop is heard."""
 
     def __init__(self):
@@ -4684,7 +4686,7 @@ class Patience:
 async def ask_all_api(ledger, jobs):
     """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
     cfg = ledger.cfg
-    patience = Patience()
+    heartbeat = Heartbeat()
     waiting = collections.deque(jobs)
     in_flight = {}   # task -> job
     async with make_client(cfg) as client:
@@ -4702,8 +4704,8 @@ async def ask_all_api(ledger, jobs):
                 in_flight, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 ledger.record_reply(in_flight.pop(task), task.result())
-                patience.answered()
-            patience.speak(ledger, len(in_flight))
+                heartbeat.answered()
+            heartbeat.speak(ledger, len(in_flight))
     ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
 
 

@@ -10,6 +10,7 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 import argparse
 import ast
 import atexit
+import base64   # optional: generate
 import collections   # optional: generate
 import contextlib
 import ctypes
@@ -5081,29 +5082,34 @@ def test_generate_secrets(tmp_path, monkeypatch):
     key = "sk-test-0123456789abcdef"
     monkeypatch.setenv("OPENAI_API_KEY", key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTP_PROXY", "http://someone:pass@127.0.0.1:1")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxyuser:proxy%21word@127.0.0.1:1")
-    secrets = [key, "hunter2", "proxy%21word", "proxy!word", "c29tZW9uZTpodW50ZXIy"]
+    password = "hunter2hunter2"
+    basic = base64.b64encode(f"someone:{password}".encode()).decode()
+    secrets = [key, password, "proxy%21word", "proxy!word", basic]
 
     def repeat(prompt, attempt):
         number = number_of(prompt)
         if number == 0:
-            text = " ".join([*secrets, *random_words(0).split()])
+            text = " ".join([*secrets, "pass", *random_words(0).split()])
+            parts = [{"text": key[:9]}, {"text": key[9:] + text}]
             return {
                 "id": key, "model": key, "usage": {"prompt_tokens": key, key: [key]},
-                "choices": [{"message": {"content": text}, "finish_reason": key}]}
-        return {"choices": [f"\x1b[31m{key} hunter2"]} if number == 1 else 400
+                "choices": [{"message": {"content": parts}, "finish_reason": key}]}
+        return {"choices": [f"\x1b[31m{key} {password}"]} if number == 1 else 400
 
     with ApiServer(repeat) as server:
-        base = f"http://someone:hunter2@127.0.0.1:{server.server_port}/v1"
+        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
         result = run_generate(generate_fields(tmp_path, server, 9, api_base=base))
-        assert server.seen[0][1] == "c29tZW9uZTpodW50ZXIy"   # it still is what the server gets
+        assert server.seen[0][1] == basic   # it still is what the server gets
     check_no_secret(secrets, tmp_path, result)
-    assert summary_of(tmp_path)["kept"] == 1
+    kept, _ = kept_and_rejected(tmp_path)
+    assert kept[0]["messages"][1]["content"].startswith("****** *** *** *** *** pass ")
     assert json.loads((tmp_path / "out/config.json").read_text())["api_base"].startswith(
         "http://***@127.0.0.1")
 
     with ApiServer(lambda prompt, attempt: 401) as server:
-        base = f"http://someone:hunter2@127.0.0.1:{server.server_port}/v1"
+        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
         fields = generate_fields(tmp_path / "refused", server, 9, api_base=base)
         check_no_secret(secrets, tmp_path / "refused", run_generate(fields, rc=2))
     for base in (
@@ -5121,7 +5127,8 @@ def test_generate_secrets(tmp_path, monkeypatch):
     ):
         fields = generate_fields(tmp_path / "form", server, 1, api_base=base)
         check_one_error("api_base", fields)
-        check_no_secret([*secrets, "ter2"], tmp_path / "form", run_generate(fields, rc=2))
+        result = run_generate(fields, rc=2)
+        check_no_secret([*secrets, "hunter2", "ter2"], tmp_path / "form", result)
 
     fields = generate_fields(tmp_path / "proxy", server, 1)
     monkeypatch.setenv("ALL_PROXY", "socks9://proxyuser:proxy%21word@127.0.0.1:1")
@@ -5211,6 +5218,7 @@ def test_generate_full_disk(tmp_path):
             check_one_error("no room", fields)
             assert 20 < server.billed.total() < 30
             assert len(all_rows(tmp_path)) == server.billed.total()
+            assert not list(tmp_path.glob("out/*.jsonl.tmp"))
             (tmp_path / "filler").unlink()
             server.reply = random_words
             run_generate(fields)
@@ -5263,11 +5271,11 @@ def test_generate_waits(tmp_path, monkeypatch, capsys):
     assert "stopped by a signal" in shown
     assert len(all_rows(tmp_path / "signal")) == 1
 
-    patience = sd.Patience()
-    patience.since -= 11
+    heartbeat = sd.Heartbeat()
+    heartbeat.since -= 11
     ledger = types.SimpleNamespace(stopping=lambda: False, trouble="503 \x1b[2J")
     for _ in range(5):
-        patience.speak(ledger, 8)
+        heartbeat.speak(ledger, 8)
     shown = capsys.readouterr().out
     assert shown.count("no answer for 11 s, 8 requests in flight") == 1
     assert "\x1b" not in shown
