@@ -4263,7 +4263,8 @@ def read_past(paths, settings):
     refuse_foreign_rows(paths.rejected)
     refuse_foreign(paths.summary, is_summary)
     refuse_foreign(paths.config, is_config)
-    rows = read_replies(paths.train, paths.rejected)
+    with reading(f"the rows in {paths.folder!r} cannot be read and mended"):
+        rows = read_replies(paths.train, paths.rejected)
     cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
     answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
     spent = sum(cost.values())
@@ -4653,8 +4654,11 @@ def make_client(cfg):
     try:
         with reading(f"provider {cfg.provider}: no client with this api_base, and the proxies and "
                      "certificates of the environment"):
-            return make(api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-                        max_retries=0)   # ask_api tries again, because it knows about money
+            return make(
+                api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+                max_retries=0,   # ask_api tries again, because it knows about money
+                # of its own making, it has a destructor that fails where its making failed
+                http_client=sdk.DefaultAsyncHttpxClient())
     except UserError as e:   # without its traceback, which may show a password
         raise UserError(hide_secrets(cfg, str(e))) from None
 
