@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import types
+import urllib.parse   # optional: generate
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -27,7 +28,7 @@ class UserError(Exception):
     """Anything the user can mend: shown as one `error:` line without a traceback, exit code 2."""
 
     def __str__(self):   # it names what strangers wrote: control characters as their escapes
-        text = super().__str__()
+        text = re.sub(r"://\S*@", "://***@", super().__str__())   # user and password of a URL
         if len(text) > 2000:   # a value of thousands of characters
             text = f"{text[:1000]} ... {text[-600:]}"
         return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -285,18 +286,22 @@ class Config:
     provider: Literal["openai", "anthropic", "local"] = knob(
         "openai", "who answers: an API, or --teacher's model here")
     num_examples: int | None = knob(
-        None, "prompts to ask; unset: 100, or all of prompts_file", at_least=1)
+        None, "prompts to ask; unset: 100, or all of prompts_file", at_least=1,
+        changes_result=False)
     categories: list[str] = knob([], "task categories, name or name=weight; unset: all eight alike")
     prompts_file: str | None = knob(
-        None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)")
+        None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)",
+        changes_result=False)   # they stand in the rows, and a file may grow
     max_tokens: int = knob(1024, "longest reply in tokens", at_least=1)
     api_temperature: float | None = knob(
         None, "sampling temperature of the replies; unset: the model's own", at_least=0, at_most=2)
-    concurrency: int = knob(8, "requests in flight (provider local: prompts a batch)", at_least=1)
+    concurrency: int = knob(
+        8, "requests in flight (provider local: prompts a batch)", at_least=1,
+        changes_result=False)   # local draws hang on the batch, but memory may ask for another
 
     section("api", "who is asked, and for how much", "generate",
-            needs=("provider", "openai", "anthropic"))
-    api_model: str | None = knob(None, "model name at the provider")
+            needs=("provider", "openai", "anthropic"), changes_result=False)
+    api_model: str | None = knob(None, "model name at the provider", changes_result=True)
     api_base: str | None = knob(None, "URL of an OpenAI- or Anthropic-compatible server")
     max_cost: float | None = knob(
         None, "USD that are never exceeded, requests in flight included; needs prices", above=0)
@@ -487,8 +492,30 @@ def check_api(cfg):
     if not importlib.util.find_spec(cfg.provider):
         raise UserError(f"provider {cfg.provider} needs its SDK: pip install {cfg.provider}")
     key = f"{cfg.provider.upper()}_API_KEY"
-    if not cfg.api_base and not os.environ.get(key):
+    value = os.environ.get(key, "").strip()
+    if not cfg.api_base and not value:
         raise UserError(f"provider {cfg.provider}: set {key} in the environment")
+    if not (value.isascii() and value.isprintable()):
+        raise UserError(f"{key} holds what no key does: a line end, or letters beyond ASCII")
+    if cfg.api_base and not is_server(cfg.api_base):
+        raise UserError(f"api_base {public_url(cfg.api_base)!r} is no URL like "
+                        f"http://localhost:8000/v1, without a query; a key belongs into {key}")
+
+
+def is_server(url):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_host = bool(parts.hostname) and parts.port != 0   # port raises where it is no number
+    except ValueError:
+        return False
+    plain = url.isprintable() and not re.search(r"[\s?#]", url)
+    return plain and has_host and parts.scheme in ("http", "https")
+
+
+def public_url(url):
+    """A URL less what may be secret: user and password, and what a query says."""
+    url = re.sub(r"(?s)^(\w+://)?.*@", r"\1***@", url)
+    return re.sub(r"(?s)[?#].*", "?***", url)
 
 
 # ----- optional: eval

@@ -20,12 +20,14 @@ vocabulary, K kept teacher entries a token.
 """
 import ast   # optional: generate
 import asyncio   # optional: generate
+import base64   # optional: generate
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
 import email.utils   # optional: generate
+import errno   # optional: generate
 import fcntl
 import functools
 import glob
@@ -51,6 +53,8 @@ import textwrap   # optional: generate
 import threading
 import time
 import traceback
+import urllib.parse   # optional: generate
+import urllib.request   # optional: generate
 import warnings   # optional: generate
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -62,11 +66,13 @@ from config import (
     UserError,
     convert,   # optional: eval
     demo_knobs,   # optional: demo
+    does_something,   # optional: generate
     knobs_in,   # optional: cache
     one_line,
     parse_config,
     parse_multipliers,
     parse_or_exit,
+    public_url,   # optional: generate
     result_knobs,
 )
 
@@ -1210,21 +1216,6 @@ def names_in(code):
         return []
     inner = [name for constant in code.co_consts for name in names_in(constant)]
     return [*code.co_names, *inner]
-
-
-def rows_digest(rows):
-    """16 characters that differ when any token row does, wherever the rows came from; None of a
-    stream, whose rows nobody has seen."""
-    if not isinstance(rows, datasets.Dataset):
-        return None
-    content = hashlib.sha256()
-    for table in rows.with_format("arrow").iter(1000):
-        for name in ("input_ids", "targets"):
-            lists = table[name].combine_chunks()
-            # as numbers: a bitmap is padded with bits of the rows that follow
-            content.update(lists.value_lengths().fill_null(-1).to_numpy())
-            content.update(lists.flatten().cast("int32").to_numpy())
-    return content.hexdigest()[:16]
 
 
 def rows_digest(rows):
@@ -4810,6 +4801,7 @@ class Job:
     worst_usd: float         # the most that one try can cost
     billed_tries: int = 0    # tries that the provider may send a bill for
     held_usd: float = 0.0    # what is set aside for these tries and the next one
+    held_bytes: int = 0      # room on the disk that is kept for its row
 
 
 @dataclass
@@ -4818,6 +4810,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: Optional[int] = None       # None: the provider did not say
     completion_tokens: Optional[int] = None
+    other_parts: str = ""   # kinds of what it says that is no text
 
 
 def parse_categories(items):
@@ -4899,31 +4892,57 @@ def compose_prompts(categories, seed):
                     "lower num_examples or its weight")
 
 
+def join_parts(content):
+    """A turn's content, text or [{"type": "text", "text": ...}, ...] -> its text, and the kinds of
+    the parts that are none. What a model thought is not what it said, and is passed over."""
+    if content is None or isinstance(content, str):
+        return content or "", []
+    if not isinstance(content, list):
+        raise TypeError(f"content {content!r} is no text")
+    texts = []
+    others = []
+    for part in content:
+        kind = part.get("type", "text")
+        if kind in ("text", "output_text"):
+            texts.append(part["text"])
+        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
+            others.append(str(kind))
+    return "".join(texts), others
+
+
 def parse_prompt_row(row):
     """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-    for message in messages:
-        if not isinstance(message["content"], str):
-            raise TypeError(f"content {message['content']!r} is no text")
-    return row.get("category", "own"), messages
+    messages = []
+    for turn in turns:
+        text, others = join_parts(turn["content"])
+        if others or turn["content"] is None or not isinstance(turn["role"], str):
+            raise TypeError(f"{turn!r} has no role, or content that is no text")
+        messages.append({"role": turn["role"], "content": text})
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("it ends with a reply")
+    category = row.get("category", "own")
+    if not isinstance(category, str):
+        raise TypeError(f"category {category!r} is no text")
+    return category, messages
 
 
 def read_prompts(path):
     """Yields (category, messages) of the user's own prompts: lines of a .txt, or .jsonl rows."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for line in f:
-                if not line.strip():
+    with reading(f"prompts_file {path!r} cannot be read"):
+        lines = open(path, "rb")
+    with lines:
+        for number, line in enumerate(lines, 1):
+            with reading(f"prompts_file {path!r}, line {number}, is no UTF-8 text, or no row "
+                         'like {"prompt": TEXT} or {"messages": [...]}'):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if "\0" in text:
+                    raise ValueError("it holds a null byte")
+                if not text:
                     continue
-                row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.strip()}
-                category, messages = parse_prompt_row(row)
-                if messages[-1]["role"] == "assistant":
-                    raise UserError(f"prompts_file {path} has a row that ends with a reply")
-                yield category, messages
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"prompts_file {path}: {one_line(e)}; "
-                        'a row is {"prompt": TEXT} or {"messages": [...]}') from e
+                row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
+                prompt = parse_prompt_row(row)
+            yield prompt
 
 
 def usd(cfg, prompt_tokens, completion_tokens):
@@ -5077,12 +5096,27 @@ def grade_reply(job, reply):
     prompt = job.messages[-1]["content"]
     flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
     reasons = [name for name, found in flaws.items() if found]
+    if reply.other_parts:
+        reasons.insert(0, f"not text: {reply.other_parts}")
     if reasons:
         row["reason"] = reasons[0]
     return row
 
 
 # Files: train.jsonl and rejected.jsonl grow a row at a time; duplicates are found at the end.
+
+
+class Paths(NamedTuple):
+    folder: str
+    train: str
+    rejected: str
+    summary: str
+    config: str
+
+
+def paths_in(folder):
+    names = ("train.jsonl", "rejected.jsonl", "summary.json", "config.json")
+    return Paths(folder, *[os.path.join(folder, name) for name in names])
 
 
 def read_replies(train_path, rejected_path):
@@ -5096,22 +5130,95 @@ def read_replies(train_path, rejected_path):
     return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
 
 
-def read_past(train_path, rejected_path, summary_path):
-    """Earlier runs -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent in all"""
-    rows = read_replies(train_path, rejected_path)
+def is_config(path):
+    """Whether a run of ours has written it."""
+    with open(path, encoding="utf-8") as f:
+        return {"mode", "output_dir", "seed"} <= set(json.load(f))
+
+
+def is_summary(path):
+    with open(path, encoding="utf-8") as f:
+        summary = json.load(f)
+    spent = summary["spent_usd"]
+    settings = summary.get("settings", {})   # there were none before they were compared
+    return type(spent) in (int, float) and 0 <= spent < math.inf and isinstance(settings, dict)
+
+
+def check_row(row):
+    """Raises where it has another form than grade_reply and record_reply give it."""
+    forms = {"messages": list, "prompt_id": str, "usage": dict, "cost": (int, float)}
+    for name, form in forms.items():
+        if not isinstance(row[name], form):
+            raise TypeError(f"{name} is {row[name]!r}")
+    if not 0 <= row["cost"] < math.inf:
+        raise ValueError(f"cost is {row['cost']}")
+    for message in row["messages"]:
+        if not isinstance(message["content"], str):
+            raise TypeError(f"content {message['content']!r} is no text")
+    if row["finish_reason"] is None and "reason" not in row:
+        raise ValueError("there is no reply, and no reason why")
+
+
+def is_half_row(line):
+    """Whether it is what a kill leaves at the end of a file of ours."""
+    start = b'{"messages": ['
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return start.startswith(line[:len(start)])
+    return False
+
+
+def refuse_foreign_rows(path):
+    """Before read_jsonl, which mends the end of the file."""
+    if not os.path.lexists(path):
+        return
+    with reading(f"{path!r} cannot be read"), open(path, "rb") as f:
+        lines = f.read().split(b"\n")
+    if is_half_row(lines[-1]):   # or nothing
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                check_row(json.loads(line))
+        except Exception as e:
+            raise UserError(
+                f"{path!r}, line {number}, is no row of mode generate ({one_line(e, 100)}); "
+                "nothing was changed: choose another --output_dir, or move that file away"
+            ) from None   # with a cause, error.log would be written beside it
+
+
+def read_past(paths, settings):
+    """Earlier runs in this folder -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent
+    in all. Refuses what is not ours, and what was written with other settings."""
+    refuse_foreign_rows(paths.train)
+    refuse_foreign_rows(paths.rejected)
+    refuse_foreign(paths.summary, is_summary)
+    refuse_foreign(paths.config, is_config)
+    with reading(f"the rows in {paths.folder!r} cannot be read and mended"):
+        rows = read_replies(paths.train, paths.rejected)
     cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
     answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
     spent = sum(cost.values())
-    if os.path.exists(summary_path):
-        with open(summary_path, encoding="utf-8") as f:
-            spent = max(spent, json.load(f)["spent_usd"])   # with what a kill left in flight
+    if os.path.exists(paths.summary):
+        with open(paths.summary, encoding="utf-8") as f:
+            summary = json.load(f)
+        spent = max(spent, summary["spent_usd"])   # with what a kill left in flight
+        if rows and "settings" in summary:
+            refuse_changes(summary["settings"], settings, paths.folder,
+                           way_out="choose another --output_dir")
     return cost, answered, spent
 
 
 def write_rows(path, rows):
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(f.name, path)
+    aside = path + ".tmp"
+    try:
+        with open(aside, "w", encoding="utf-8", errors="replace") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(aside, path)
+    except OSError:   # a full disk needs its room back
+        os.remove(aside)
+        raise
 
 
 def words_and_signs(text):
@@ -5173,28 +5280,35 @@ def drop_duplicates(train_path, rejected_path, order):
     write_rows(train_path, [row for row in rows if "reason" not in row])
     fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
     filters = find_flaws("", "", "stop")   # for their names
-    names = ["kept", *filters, "exact duplicate", "near duplicate", "failed"]
+    names = ["kept", "not text", *filters, "exact duplicate", "near duplicate", "failed"]
     return {name: fates[name] for name in names}
 
 
 # Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
+
+MAX_SILENCE = 120     # seconds that a server may turn everything away before a request is given up
+MAX_COUNT = 10**7     # tokens: a server that says more than this of a reply says nothing
 
 
 @dataclass
 class Ledger:
     """What this run may spend, has spent and has seen, and why it should stop."""
     cfg: Config
-    train_path: str
-    rejected_path: str
-    summary_path: str
+    paths: Paths
+    settings: dict        # what decides the rows of this folder
     past_cost: dict       # prompt_id -> USD of its row of an earlier run
     spent: float          # USD of all runs, with what is set aside for requests in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
+    disk_room: Any           # a file of nothing: its bytes are kept for the rows in flight
+    held_bytes: int = 0      # so many, for so many requests
     tokens: int = 0          # of this run
     answered: bool = False   # the teacher has answered once in this run
     out_of_money: bool = False
     stop_error: Optional[UserError] = None
+    first_failure: Optional[str] = None
+    refused_since: Optional[float] = None   # the first refusal after the last answer
+    trouble: str = "none"                   # the last refusal
     # of the last requests, whether each failed
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=50))
 
@@ -5212,33 +5326,81 @@ class Ledger:
             return "stopped by a signal"
         if self.out_of_money:
             return "max_cost is reached"
+        if self.first_failure:
+            return "all is asked; the same command asks again what failed"
         return "all is answered"
 
+    def write_summary(self, spent, **more):
+        write_json({"spent_usd": spent, "settings": self.settings, **more}, self.paths.summary)
+
     def reserve(self, job):
-        """Set the worst case of one more try aside -> whether max_cost allows it.
+        """Set the worst case of one more try aside -> whether max_cost and the disk allow it.
 
         It is spent before the try leaves, on disk too: the cap holds over kills and restarts.
         """
         needed = (job.billed_tries + 1) * job.worst_usd
-        missing = needed - job.held_usd
-        if missing <= 0:   # no prices, or the try before was refused and cost nothing
-            return True
-        if self.spent + missing > (self.cfg.max_cost or math.inf):
+        # none: no prices, or the try before was refused and cost nothing
+        missing = max(0, needed - job.held_usd)
+        if missing and self.spent + missing > (self.cfg.max_cost or math.inf):
+            return False
+        try:
+            self.hold_room(job)
+            if missing:
+                self.write_summary(self.spent + missing)
+        except OSError as e:
+            self.stop_without_room(e)
             return False
         self.spent += missing
-        job.held_usd = needed
-        write_json({"spent_usd": self.spent}, self.summary_path)
+        job.held_usd = max(job.held_usd, needed)
         return True
+
+    def hold_room(self, job):
+        """Keep room on the disk for the row of a request before it leaves: what is paid for can be
+        written. A token is about 4 bytes; this is for 16."""
+        if job.held_bytes:
+            return
+        size = 4096 + 2 * job.max_prompt_tokens + min(16 * self.cfg.max_tokens, 2**24)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]   # of one file: ulimit -f
+        rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
+        if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        try:
+            os.posix_fallocate(self.disk_room.fileno(), 0, self.held_bytes + size)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise   # anything else: a file system on which nothing can be kept
+        self.held_bytes += size
+        job.held_bytes = size
+
+    def stop_without_room(self, e):
+        self.stop(f"{self.paths.folder!r} has no room for another reply ({e.strerror}); make room, "
+                  "and the same command goes on")
+
+    def write_row(self, path, row):
+        """-> whether it is written. A full disk gets back what was held for this row, and for those
+        that are written already."""
+        size = file_size(path)
+        for _ in range(2):
+            try:
+                append_jsonl(path, row)
+                return True
+            except OSError as e:
+                self.stop_without_room(e)
+                self.disk_room.truncate(self.held_bytes)
+                if file_size(path) > size:
+                    os.truncate(path, size)   # half a row
+        return False
 
     def record_reply(self, job, reply):
         """Replace what was set aside by what it cost, write the row, stop where too many fail."""
         usage = (reply.prompt_tokens, reply.completion_tokens)
-        if all(isinstance(count, int) and count >= 0 for count in usage):
+        if None not in usage:
             cost = (job.billed_tries - 1) * job.worst_usd + usd(self.cfg, *usage)
             self.tokens += sum(usage)
         else:
             cost = job.billed_tries * job.worst_usd   # nobody said: the worst case
         self.spent = self.spent + cost - job.held_usd
+        self.held_bytes -= job.held_bytes
         failed = reply.text is None
         if failed and self.stopping():
             return   # no row: a later run asks again
@@ -5247,8 +5409,13 @@ class Ledger:
         row["model"] = self.cfg.api_model or self.cfg.teacher
         # with what it cost when it failed: only the last row of a prompt counts
         row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
-        append_jsonl(self.rejected_path if "reason" in row else self.train_path, row)
-        self.answered = self.answered or not failed
+        if not self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row):
+            return   # it is longer than what was held
+        if failed:
+            self.first_failure = self.first_failure or reply.finish_reason
+        else:
+            self.answered = True
+            self.refused_since = None
         # what failed in an earlier run may always fail; it must not stop each later run
         self.recent.append(failed and job.prompt_id not in self.past_cost)
         if sum(self.recent) > 10:
@@ -5261,15 +5428,36 @@ class Ledger:
         self.bar.update()
 
 
+def file_size(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def api_key(cfg):
     return os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"
 
 
-def hide_key(cfg, text):
-    """Some servers repeat the key in their errors."""
-    key = api_key(cfg)
-    text = str(text or "")
-    return text.replace(key, "***") if len(key) > 7 else text   # a short one is a word: EMPTY
+def find_secrets(cfg):
+    """The key, and what the URLs of servers and proxies say before their @, in each of its forms;
+    the longest first."""
+    provider = cfg.provider.upper()
+    secrets = {os.environ.get(f"{provider}_API_KEY", "").strip()}
+    base = cfg.api_base or os.environ.get(f"{provider}_BASE_URL", "")
+    for url in (base, *urllib.request.getproxies().values()):
+        login = url.rpartition("@")[0].rpartition("://")[2]
+        password = login.partition(":")[2] or login
+        plain = urllib.parse.unquote(login)
+        basic = base64.b64encode(plain.encode()).decode()   # as it travels
+        secrets |= {login, password, plain, urllib.parse.unquote(password), basic}
+    return sorted(secrets, key=len, reverse=True)
+
+
+def hide_secrets(cfg, text, shortest=4):
+    """Some servers repeat what they are sent, in errors and in replies. There a short one is a
+    word: a reply that says `pass` does not give a password away."""
+    for secret in find_secrets(cfg):
+        if len(secret) >= shortest:
+            text = text.replace(secret, "***")
+    return text
 
 
 def request_body(cfg, messages):
@@ -5289,19 +5477,29 @@ def request_body(cfg, messages):
     return body
 
 
+def token_count(usage, name):
+    """-> what a server says of tokens; None where that is no count"""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 <= count <= MAX_COUNT else None
+
+
 def read_response(cfg, response):
     """The JSON of an answer -> Reply; raises where it has another form."""
-    usage = response.get("usage") or {}
+    usage = response.get("usage")
     if cfg.provider == "openai":
         choice = response["choices"][0]
-        text = choice["message"]["content"]
-        finish_reason = choice["finish_reason"]
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        content = choice["message"].get("content")
+        finish_reason = choice.get("finish_reason")
+        counts = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
     else:
-        text = "".join(block.get("text", "") for block in response["content"])
-        finish_reason = response["stop_reason"]
-        counts = usage.get("input_tokens"), usage.get("output_tokens")
-    return Reply(hide_key(cfg, text), hide_key(cfg, finish_reason), *counts)
+        content = response["content"]
+        finish_reason = response.get("stop_reason")
+        counts = token_count(usage, "input_tokens"), token_count(usage, "output_tokens")
+    text, others = join_parts(content)
+    # all of an answer that is kept
+    strings = text, str(finish_reason or ""), ", ".join(others)
+    text, finish_reason, other_parts = [hide_secrets(cfg, string, 8) for string in strings]
+    return Reply(text, finish_reason, *counts, other_parts)
 
 
 def http_status(error):
@@ -5327,7 +5525,7 @@ def retry_after(error):
         return float(headers.get("retry-after-ms")) / 1000
     with contextlib.suppress(ValueError, TypeError):
         return float(headers.get("retry-after"))
-    with contextlib.suppress(ValueError, TypeError):   # a date
+    with contextlib.suppress(ValueError, TypeError, OverflowError):   # a date
         moment = email.utils.parsedate_to_datetime(headers.get("retry-after"))
         return moment.timestamp() - time.time()
     return 0.0
@@ -5337,7 +5535,7 @@ def give_up(ledger, sdk, error):
     """An error that stays -> Reply; it stops the run where no other request would fare better."""
     cfg = ledger.cfg
     status = http_status(error)
-    message = hide_key(cfg, one_line(error, 9999))[:300]
+    message = hide_secrets(cfg, one_line(error, 9999))[:300]
     # an earlier run has left rows: then it is the prompt that is not accepted
     is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
     never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
@@ -5370,22 +5568,64 @@ async def ask_api(ledger, client, job):
         # requests that a busy server turned away come back at the same moment.
         backoff = min(0.5 * 2**retry, 8) * random.uniform(0.75, 1)
         seconds = max(backoff, retry_after(error))
+        now = time.monotonic()
+        ledger.refused_since = ledger.refused_since or now
+        ledger.trouble = hide_secrets(cfg, one_line(error))
+        silence = now + seconds - ledger.refused_since   # by the next try, if nobody is answered
         patience = 20 if ledger.answered else 2
-        if retry >= patience or seconds > 120 or not may_pass(sdk, error):
+        if retry >= patience or silence > MAX_SILENCE or not may_pass(sdk, error):
             return give_up(ledger, sdk, error)
-        await asyncio.sleep(seconds)
+        while time.monotonic() < now + seconds and not ledger.stopping():
+            await asyncio.sleep(min(0.2, seconds))
+
+
+def make_client(cfg):
+    """The provider's own client. It reads the environment too: proxies, certificates."""
+    sdk = importlib.import_module(cfg.provider)
+    make = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
+    try:
+        with reading(f"provider {cfg.provider}: no client with this api_base, and the proxies and "
+                     "certificates of the environment"):
+            return make(
+                api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+                max_retries=0,   # ask_api tries again, because it knows about money
+                # of its own making, it has a destructor that fails where its making failed
+                http_client=sdk.DefaultAsyncHttpxClient())
+    except UserError as e:   # without its traceback, which may show a password
+        raise UserError(hide_secrets(cfg, str(e))) from None
+
+
+class Heartbeat:
+    """A word when nothing comes for 10 s, 20 s, 40 s, ..., and when a stop is heard."""
+
+    def __init__(self):
+        self.since = time.monotonic()   # of the last answer
+        self.next_word = 10             # seconds after it
+        self.stop_said = False
+
+    def answered(self):
+        self.since = time.monotonic()
+        self.next_word = 10
+
+    def speak(self, ledger, in_flight):
+        seconds = time.monotonic() - self.since
+        if in_flight and ledger.stopping() and not self.stop_said:
+            self.stop_said = True
+            print0(f"stopping; {in_flight} requests in flight may be paid for and are awaited, at "
+                   f"most {2 * ledger.cfg.request_timeout:g} s; a second signal stops at once")
+        if seconds > self.next_word:
+            self.next_word *= 2
+            print0(f"no answer for {seconds:.0f} s, {in_flight} requests in flight; the last "
+                   f"refusal: {ledger.trouble}")
 
 
 async def ask_all_api(ledger, jobs):
     """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
     cfg = ledger.cfg
-    sdk = importlib.import_module(cfg.provider)
-    make_client = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
-    client = make_client(api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-                         max_retries=0)   # ask_api tries again, because it knows about money
+    heartbeat = Heartbeat()
     waiting = collections.deque(jobs)
     in_flight = {}   # task -> job
-    async with client:
+    async with make_client(cfg) as client:
         while True:
             width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
             while waiting and len(in_flight) < width and not ledger.stopping():
@@ -5396,9 +5636,12 @@ async def ask_all_api(ledger, jobs):
             if not in_flight:
                 break
             # even when stopping: what is in flight is paid for
-            done, _ = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                in_flight, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 ledger.record_reply(in_flight.pop(task), task.result())
+                heartbeat.answered()
+            heartbeat.speak(ledger, len(in_flight))
     ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
 
 
@@ -5456,10 +5699,13 @@ def ask_all_local(ledger, jobs):
 
 def finish_files(ledger, order):
     """Duplicates go, the summary is written -> the table of what became of each prompt."""
-    fates = drop_duplicates(ledger.train_path, ledger.rejected_path, order)
-    summary = {"spent_usd": ledger.spent, "tokens_this_time": ledger.tokens,
-               "ended": ledger.ended(), **fates}
-    write_json(summary, ledger.summary_path)
+    paths = ledger.paths
+    fates = drop_duplicates(paths.train, paths.rejected, order)
+    if ledger.first_failure and not fates["kept"]:
+        ledger.stop(f"nothing was kept, {fates['failed']} prompts failed, the first: "
+                    f"{ledger.first_failure.removeprefix('failed: ')}; see {paths.rejected!r}")
+    ledger.write_summary(ledger.spent, tokens_this_time=ledger.tokens, ended=ledger.ended(),
+                         **fates)
     total = max(1, sum(fates.values()))
     lines = [f"  {name:20}{count:8,}{count / total:8.1%}" for name, count in fates.items()]
     last = f"{ledger.tokens:,} tokens"
@@ -5467,35 +5713,48 @@ def finish_files(ledger, order):
         last += f", {ledger.spent:.4f} USD"
     last += f"; {ledger.ended()}"
     if fates["kept"]:
-        last += f"; --dataset {ledger.train_path} trains on it"
+        last += f"; --dataset {paths.train} trains on it"
     else:
-        last += f"; nothing was kept, see {ledger.rejected_path}"
+        last += f"; nothing was kept, see {paths.rejected}"
     return "\n".join([*lines, last])
+
+
+def row_settings(cfg):
+    """What decides the rows. Where the server stands does not: it may move."""
+    return {name: value for name, value in result_knobs(cfg).items() if does_something(cfg, name)}
 
 
 def generate(cfg):
     """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
-    train_path = os.path.join(cfg.output_dir, "train.jsonl")
-    rejected_path = os.path.join(cfg.output_dir, "rejected.jsonl")
-    summary_path = os.path.join(cfg.output_dir, "summary.json")
+    paths = paths_in(cfg.output_dir)
+    settings = row_settings(cfg)
     jobs = all_prompts(cfg)
-    past_cost, answered, spent = read_past(train_path, rejected_path, summary_path)
+    past_cost, answered, spent = read_past(paths, settings)
     todo = [job for job in jobs.values() if job.prompt_id not in answered]
-    write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
     prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
     worst_usd = sum(job.worst_usd for job in todo)
     print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
            f"{len(todo) * cfg.max_tokens:,} come back, for {worst_usd:.2f} USD at these prices")
 
     bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
-    with stop_signals() as stop_requests, bar:
-        ledger = Ledger(cfg, train_path, rejected_path, summary_path, past_cost, spent,
-                        stop_requests, bar)
+    with reading(f"cannot write into {cfg.output_dir!r}"):
+        # without a name: a kill leaves nothing of it
+        disk_room = tempfile.TemporaryFile(dir=cfg.output_dir)
+    with disk_room, stop_signals() as stop_requests, bar:
+        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar, disk_room)
+        with reading(f"cannot write into {cfg.output_dir!r}"):
+            shown = dataclasses.asdict(cfg)
+            shown["api_base"] = cfg.api_base and public_url(cfg.api_base)
+            write_json(shown, paths.config)
+            ledger.write_summary(spent)
         if cfg.provider == "local":
             ask_all_local(ledger, todo)
         else:
             asyncio.run(ask_all_api(ledger, todo))
-    print0(finish_files(ledger, list(jobs)))
+    try:   # the room that was held is free again
+        print0(finish_files(ledger, list(jobs)))
+    except OSError as e:   # all rows are there, in the order of their arrival, copies among them
+        ledger.stop_without_room(e)
     if ledger.stop_error:
         raise ledger.stop_error
 

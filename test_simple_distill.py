@@ -10,11 +10,13 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 import argparse
 import ast
 import atexit
+import base64   # optional: generate
 import collections
 import contextlib
 import ctypes
 import fcntl
 import functools
+import gc   # optional: generate
 import hashlib
 import http.server   # optional: generate
 import io
@@ -5540,7 +5542,8 @@ class ApiServer(http.server.ThreadingHTTPServer):
     """OpenAI and Anthropic on loopback, while it is entered.
 
     fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what is said otherwise. delay,
+    an error; (status, seconds): with Retry-After; a name: see ApiHandler and FAULTY_TEXTS; a dict:
+    what the answer says in place of its own keys. reply(prompt): what is said otherwise. delay,
     jitter: seconds before an answer, always and at most on top. runner: a thread or a process."""
     daemon_threads = True
     request_queue_size = 200
@@ -5594,6 +5597,9 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self.send_error_status(fault, key)
             return
+        if isinstance(fault, tuple):
+            self.send(fault[0], b"{}", header=("retry-after", str(fault[1])))
+            return
         with server.lock:   # from here on a provider sends a bill, whatever becomes of the reply
             server.billed[prompt] += 1
         if fault == "hang":
@@ -5608,6 +5614,8 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         data = self.reply_data(text, cut_off=fault == "length")
         if fault == "no usage":
             del data["usage"]
+        if isinstance(fault, dict):
+            data.update(fault)
         pause = 0.02 if fault == "slow" else 0
         self.send(200, json.dumps(data).encode(), pause)
 
@@ -5616,7 +5624,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             return prompt
         if fault == "key":
             return key + random_words(prompt)
-        if fault in FAULTY_TEXTS:
+        if isinstance(fault, str) and fault in FAULTY_TEXTS:
             return FAULTY_TEXTS[fault]
         return self.server.reply(prompt)
 
@@ -6378,6 +6386,320 @@ def test_generate_then_train(tmp_path, student):
     cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
                eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
     assert (tmp_path / "run/final/model.safetensors").exists()
+
+# ---- what an independent reading broke
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def our_row(**more):
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me, a row."}]
+    row = dict(messages=messages, category="own", prompt_id="0123", finish_reason="stop",
+               usage={}, model="m", cost=0)
+    return {**row, **more}
+
+
+# (file, what stands in it, what the error names)
+FOREIGN_FILES = [
+    ("train.jsonl", '{"text": "mine"}', "line 1"),                         # no newline at its end
+    ("train.jsonl", '{"text": "mine"}\n{"text": "half a l', "line 1"),
+    ("train.jsonl", "only a note", "line 1"),
+    ("rejected.jsonl", json.dumps({"messages": our_row()["messages"]}), "prompt_id"),
+    ("train.jsonl", json.dumps(our_row()) + "\n" + json.dumps(our_row(cost="much")), "line 2"),
+    ("train.jsonl", json.dumps(our_row()) + '\n[]\n{"messages": [{"ro', "line 2"),
+    ("summary.json", "", "summary.json"),
+    ("summary.json", '["mine"]', "summary.json"),
+    ("summary.json", '{"spent_usd": "a lot"}', "summary.json"),
+    ("config.json", '{"model_type": "llama"}', "config.json"),
+]
+
+
+def test_generate_leaves_foreign_files_alone(tmp_path):
+    """Whose rows these are is known before their last line is mended, and before anything else is
+    written; nobody is asked."""
+    with ApiServer() as server:
+        for i, (name, text, named) in enumerate(FOREIGN_FILES):
+            fields = generate_fields(tmp_path / str(i), server, 2)
+            out = tmp_path / str(i) / "out"
+            out.mkdir()
+            (out / name).write_text(text)
+            before = contents_of(out)
+            check_one_error(name, fields)
+            check_one_error(named, fields)
+            assert contents_of(out) == before, name
+        assert not server.tries
+
+        fields = generate_fields(tmp_path / "ours", server, 2)
+        run_generate(fields)
+        with open(tmp_path / "ours/out/train.jsonl", "a") as f:
+            f.write('{"messages": [{"role": "us')   # what a kill leaves is ours, and goes
+        run_generate(fields)
+        assert len(all_rows(tmp_path / "ours")) == 2
+        assert server.tries.total() == 2
+
+
+def test_generate_other_settings(tmp_path):
+    """What decides the rows is the same for all of a folder; where the server stands, how many are
+    asked and how much may be spent is not of that kind."""
+    with ApiServer() as server:
+        run_generate(generate_fields(tmp_path, server, 2))
+    before = contents_of(tmp_path / "out")
+    with ApiServer() as server:   # at another port
+        fields = generate_fields(tmp_path, server, 3)
+        for name, value, there in (
+            ("api_model", "other", "api_model 'm' there, 'other' here"),
+            ("seed", 7, "seed 0 there, 7 here"),
+            ("api_temperature", 0.5, "api_temperature None there, 0.5 here"),
+            ("max_tokens", 301, "max_tokens 300 there, 301 here"),
+        ):
+            error = run_generate({**fields, name: value}, rc=2).err
+            assert there in error
+            assert "--output_dir" in error
+        assert contents_of(tmp_path / "out") == before
+        assert not server.tries
+        run_generate({**fields, "concurrency": 2, "price_in": 1, "price_out": 1, "max_cost": 1})
+        assert server.tries.total() == 1
+    assert len(all_rows(tmp_path)) == 3
+
+
+def test_generate_secrets(tmp_path, monkeypatch):
+    """Keys, and passwords in URLs, of proxies too, stand in no file and in no error, wherever in a
+    reply or an error a server repeats them; no escape sequence reaches the terminal."""
+    key = "sk-test-0123456789abcdef"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTP_PROXY", "http://someone:pass@127.0.0.1:1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxyuser:proxy%21word@127.0.0.1:1")
+    password = "hunter2hunter2"
+    basic = base64.b64encode(f"someone:{password}".encode()).decode()
+    secrets = [key, password, "proxy%21word", "proxy!word", basic]
+
+    def repeat(prompt, attempt):
+        number = number_of(prompt)
+        if number == 0:
+            text = " ".join([*secrets, "pass", *random_words(0).split()])
+            parts = [{"text": key[:9]}, {"text": key[9:] + text}]
+            return {
+                "id": key, "model": key, "usage": {"prompt_tokens": key, key: [key]},
+                "choices": [{"message": {"content": parts}, "finish_reason": key}]}
+        return {"choices": [f"\x1b[31m{key} {password}"]} if number == 1 else 400
+
+    with ApiServer(repeat) as server:
+        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
+        result = run_generate(generate_fields(tmp_path, server, 9, api_base=base))
+        assert server.seen[0][1] == basic   # it still is what the server gets
+    check_no_secret(secrets, tmp_path, result)
+    kept, _ = kept_and_rejected(tmp_path)
+    assert kept[0]["messages"][1]["content"].startswith("****** *** *** *** *** pass ")
+    assert json.loads((tmp_path / "out/config.json").read_text())["api_base"].startswith(
+        "http://***@127.0.0.1")
+
+    with ApiServer(lambda prompt, attempt: 401) as server:
+        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
+        fields = generate_fields(tmp_path / "refused", server, 9, api_base=base)
+        check_no_secret(secrets, tmp_path / "refused", run_generate(fields, rc=2))
+    for base in (
+        "http://someone:hunter2@127.0.0.1:port/v1",
+        "http://someone:hun/ter2@127.0.0.1/v1",
+        "ftp://someone:hunter2@127.0.0.1/v1",
+        "someone:hunter2@127.0.0.1:80/v1",
+        "http://127.0.0.1/v1?key=hunter2",
+        "http://127.0.0.1/v1#hunter2",
+        "http://[::1/v1",
+        "http:///v1",
+        "http://127.0.0.1:99999999/v1",
+        "http://a\nb/v1",
+        "nonsense",
+    ):
+        fields = generate_fields(tmp_path / "form", server, 1, api_base=base)
+        check_one_error("api_base", fields)
+        result = run_generate(fields, rc=2)
+        check_no_secret([*secrets, "hunter2", "ter2"], tmp_path / "form", result)
+
+    fields = generate_fields(tmp_path / "proxy", server, 1)
+    monkeypatch.setenv("ALL_PROXY", "socks9://proxyuser:proxy%21word@127.0.0.1:1")
+    left_over = []
+    monkeypatch.setattr(sys, "unraisablehook", left_over.append)
+    check_one_error("proxies", fields, provider="anthropic")
+    gc.collect()
+    assert left_over == []   # no traceback of a client that was never whole
+    check_no_secret(secrets, tmp_path / "proxy", run_generate(fields, rc=2))
+
+
+def check_no_secret(secrets, folder, result):
+    shown = result.out + result.err
+    assert "\x1b[31m" not in shown
+    for path in (folder / "out").glob("*"):
+        shown += path.read_text()
+    assert [secret for secret in secrets if secret in shown] == []
+
+
+def test_generate_reply_in_parts(tmp_path):
+    """Parts of text are one text, thoughts are no part of it, other parts are named."""
+    words = random_words("parts")
+
+    def say(*parts):
+        return {"choices": [{"finish_reason": "stop", "message": {"content": list(parts)}}]}
+
+    def text(words):
+        return {"type": "text", "text": words}
+
+    answers = [
+        say(text(words[:9]), text(words[9:])),
+        say({"type": "thinking", "thinking": "Hm."}, text(random_words("answer"))),
+        say(text(random_words("image")), {"type": "image_url", "image_url": {"url": "x"}}),
+        say(text(3)),
+    ]
+    with ApiServer(faults_by_number(dict(enumerate(answers)))) as server:
+        run_generate(generate_fields(tmp_path, server, 4))
+    kept, rejected = kept_and_rejected(tmp_path)
+    assert [row["messages"][1]["content"] for row in kept] == [words, random_words("answer")]
+    assert rejected[0]["reason"] == "not text: image_url"
+    assert rejected[1]["reason"].startswith("failed: ")
+    assert summary_of(tmp_path)["not text"] == 1
+
+
+def test_generate_absurd_usage(tmp_path):
+    """A reply that says nonsense of its tokens was paid for: it is kept, at the worst price."""
+    nonsense = [
+        "300", ["a"], 7, {"prompt_tokens": -1, "completion_tokens": 5},
+        {"prompt_tokens": 10**30, "completion_tokens": 5},
+        {"prompt_tokens": 10, "completion_tokens": True},
+        {"prompt_tokens": "10", "completion_tokens": 5}, None]
+    faults = {number: {"usage": usage} for number, usage in enumerate(nonsense)}
+    with ApiServer(faults_by_number(faults)) as server:
+        run_generate(generate_fields(tmp_path, server, 9, price_in=1, price_out=10, max_cost=1))
+        assert set(server.tries.values()) == {1}
+    kept, _ = kept_and_rejected(tmp_path)
+    assert len(kept) == 9
+    for row in kept[:-1]:
+        assert None in row["usage"].values()
+        assert row["cost"] > 300 * 10 / 1e6
+    assert kept[-1]["cost"] == pytest.approx(0.0021)
+
+
+def test_generate_all_fail(tmp_path):
+    """Where nothing is kept because requests failed, that is an error which says why."""
+    with ApiServer(lambda prompt, attempt: {"choices": []}) as server:
+        check_one_error("IndexError", generate_fields(tmp_path, server, 5))
+    assert summary_of(tmp_path)["failed"] == 5
+    assert "all is answered" not in summary_of(tmp_path)["ended"]
+
+
+def test_generate_full_disk(tmp_path):
+    """Somebody fills the disk while requests are in flight: what is paid for finds the room that
+    was kept for it, and no reply is paid for twice."""
+    tmp_path = tmp_path / "disk"
+    tmp_path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a small disk here")
+
+    def reply(prompt):
+        if number_of(prompt) == 20:
+            with contextlib.suppress(OSError), open(tmp_path / "filler", "wb", 0) as f:
+                while True:
+                    f.write(b"x" * 1024)
+        return random_words(prompt, 400)
+
+    try:
+        with ApiServer(reply=reply, delay=0.02) as server:
+            fields = generate_fields(tmp_path, server, 30, concurrency=4)
+            check_one_error("no room", fields)
+            assert 20 < server.billed.total() < 30
+            assert len(all_rows(tmp_path)) == server.billed.total()
+            assert not list(tmp_path.glob("out/*.jsonl.tmp"))
+            (tmp_path / "filler").unlink()
+            server.reply = random_words
+            run_generate(fields)
+            assert set(server.billed.values()) == {1}
+        assert len(all_rows(tmp_path)) == 30
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_generate_file_limit(tmp_path):
+    """The same where no file may be longer than this."""
+    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
+        fields = generate_fields(tmp_path, server, 30, concurrency=4)
+        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
+        assert "no room" in shown, shown
+        assert "Traceback" not in shown, shown
+        assert 0 < len(all_rows(tmp_path)) == server.billed.total() < 30
+        run_generate(fields)
+        assert set(server.billed.values()) == {1}
+    assert len(all_rows(tmp_path)) == 30
+
+
+def test_generate_waits(tmp_path, monkeypatch, capsys):
+    """A server that turns everything away is given up, SIGTERM ends a wait that it asked for, and
+    who waits is told."""
+    monkeypatch.setattr(sd, "MAX_SILENCE", 1)
+
+    def closed(prompt, attempt):
+        return 503 if number_of(prompt) > 0 else None
+
+    with ApiServer(closed) as server:
+        run_generate(generate_fields(tmp_path / "closed", server, 3))
+        assert server.tries.total() < 12
+    _, rejected = kept_and_rejected(tmp_path / "closed")
+    assert ["503" in row["reason"] for row in rejected] == [True, True]
+
+    monkeypatch.setattr(sd, "MAX_SILENCE", 120)
+
+    def signal_us(prompt, attempt):
+        if number_of(prompt) == 0:
+            return None
+        os.kill(os.getpid(), signal.SIGTERM)
+        return (503, 59)
+
+    start = time.monotonic()
+    with ApiServer(signal_us) as server:
+        fields = generate_fields(tmp_path / "signal", server, 3, concurrency=1)
+        shown = run_generate(fields).out
+    assert time.monotonic() - start < 30   # not the 59 s that the server wants
+    assert "stopped by a signal" in shown
+    assert len(all_rows(tmp_path / "signal")) == 1
+
+    heartbeat = sd.Heartbeat()
+    heartbeat.since -= 11
+    ledger = types.SimpleNamespace(stopping=lambda: False, trouble="503 \x1b[2J")
+    for _ in range(5):
+        heartbeat.speak(ledger, 8)
+    shown = capsys.readouterr().out
+    assert shown.count("no answer for 11 s, 8 requests in flight") == 1
+    assert "\x1b" not in shown
+
+
+BAD_PROMPT_LINES = [
+    b'{"prompt": 3}', b'{"prompt": null}', b'{"prompt": ["a"]}', b"[]", b"7", b"nonsense",
+    b'{"question": 1}', b'{"messages": "hi"}', b'{"messages": [{"role": "user"}]}',
+    b'{"messages": [{"role": 3, "content": "x"}]}', b'{"prompt": "x", "category": {"a": 1}}',
+    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+    b'{"messages": [{"role": "assistant", "content": "x"}]}',
+    b'{"prompt": "\xff\xfe"}', b'{"prompt": "a\0"}', b'{"n": ' + b"9" * 5000 + b"}", b"[" * 99999]
+
+
+def test_generate_prompt_lines(tmp_path):
+    """What is wrong with a prompts file is one line, with the number of its line."""
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 1, num_examples=None,
+                                 prompts_file=tmp_path / "p.jsonl")
+    for line in BAD_PROMPT_LINES:
+        (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "ok"}\r\n\n' + line + b"\n")
+        check_one_error("p.jsonl', line 3,", fields)
+    (tmp_path / "p.txt").write_text("What?\n", encoding="utf-16")
+    check_one_error("p.txt', line 1,", fields, prompts_file=tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_text("What?\n", encoding="utf-16-le")
+    check_one_error("p.txt', line 1,", fields, prompts_file=tmp_path / "p.txt")
+    check_one_error("prompts_file", fields, prompts_file=tmp_path)
+    check_one_error("prompts_file", fields, prompts_file="a\0b")
+
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]
+    _, messages = sd.parse_prompt_row({"messages": [{"role": "user", "content": parts}]})
+    assert messages == [{"role": "user", "content": "Who are you?"}]
 
 
 # --------------------------------------------------------------------------------------------------
