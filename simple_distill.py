@@ -1803,6 +1803,34 @@ def cut_layers(teacher_config, student, teacher):
         return type(teacher_config).from_dict(values), kept_layers
 
 
+def identify_weights(name):
+    """-> revision (None: a directory), fingerprint of the weights: about 16,384 bytes of each file,
+    since to hash all of a 70B model takes minutes."""
+    revision = None
+    if os.path.isfile(name):   # a config alone: random weights
+        paths = [name]
+    else:
+        folder = os.path.dirname(transformers.utils.cached_file(name, "config.json"))
+        paths = weight_files(folder)
+        if not os.path.exists(name):
+            revision = os.path.basename(folder)
+    checksums = []
+    for path in paths:
+        content = np.memmap(path, np.uint8, "r")
+        every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
+        checksums.append(zlib.crc32(content[::every].tobytes()))
+    return revision, digest(checksums)
+
+
+def weight_files(folder):
+    """As transformers chooses them."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+        if paths:
+            return paths
+    return []   # the hub may keep converted weights elsewhere; there the revision tells
+
+
 # ---- student and teacher, sharded
 
 
@@ -2663,7 +2691,8 @@ class Run:
     the student's weights and the optimiser's moments; save() and resume() are each other's mirror.
     """
     cfg: Config
-    result_knobs: dict         # everything that decides the result; compared at a resume
+    result_knobs: dict         # all knobs that decide the result; compared at a resume ...
+    inputs: dict               # ... as is what the files that they name held
     tokenizer: Any
     rows: Any                  # token rows to train on, or a stream of raw rows
     eval_rows: Any
@@ -2785,6 +2814,9 @@ def start_run(cfg):
                    + os.path.join(cfg.output_dir, "final"))
             return None
     tokenizer, rows, eval_rows, student, teacher = load(cfg)
+    inputs = from_rank0(identify_inputs(cfg, rows, eval_rows, teacher) if RANK == 0 else None)
+    if state is not None:
+        refuse_changes(state["inputs"], inputs, checkpoint[0])
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
     broken_weights = count_not_finite(student)
     if broken_weights:
@@ -2793,14 +2825,24 @@ def start_run(cfg):
     # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
     vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
     return Run(
-        cfg=cfg, result_knobs=knobs, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows,
-        student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
+        cfg=cfg, result_knobs=knobs, inputs=inputs, tokenizer=tokenizer, rows=rows,
+        eval_rows=eval_rows, student=student, teacher=teacher, batch_size=batch_size,
+        micro_steps=micro_steps,
         global_batch=global_batch, checkpoint=checkpoint, started=started, free_memory=free,
         broken_weights=broken_weights,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
+
+
+def identify_inputs(cfg, rows, eval_rows, teacher):
+    """Digests of what a resume has to find unchanged, wherever it lies by then."""
+    weights = None
+    if teacher is not None:
+        _, weights = identify_weights(cfg.teacher)
+    return {"teacher's weights": weights, "rows to train on": rows_digest(rows),
+            "rows held out": rows_digest(eval_rows)}
 
 
 def refuse_other_run(cfg, knobs):
@@ -3043,7 +3085,8 @@ def save(run):
          "tokens": run.tokens, "best": run.best_loss, "before": run.first_scores,
          "notes": run.notes, "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
          "global_batch": run.global_batch, "wandb": run.wandb.id,
-         "length": [cfg.max_steps, cfg.num_epochs], "config": run.result_knobs},
+         "length": [cfg.max_steps, cfg.num_epochs], "config": run.result_knobs,
+         "inputs": run.inputs},
         cfg.keep_checkpoints)
 
 
@@ -3677,34 +3720,6 @@ def check_top_k(cfg):
 
 def tokenizer_digest(tokenizer):
     return digest(tokenizer.get_vocab(), tokenizer.chat_template)
-
-
-def identify_weights(teacher):
-    """-> revision (None: a directory), fingerprint of the weights: about 16,384 bytes of each file,
-    since to hash all of a 70B model takes minutes."""
-    revision = None
-    if os.path.isfile(teacher):   # a config alone: random weights
-        paths = [teacher]
-    else:
-        folder = os.path.dirname(transformers.utils.cached_file(teacher, "config.json"))
-        paths = weight_files(folder)
-        if not os.path.exists(teacher):
-            revision = os.path.basename(folder)
-    checksums = []
-    for path in paths:
-        content = np.memmap(path, np.uint8, "r")
-        every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
-        checksums.append(zlib.crc32(content[::every].tobytes()))
-    return revision, digest(checksums)
-
-
-def weight_files(folder):
-    """As transformers chooses them."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
-        if paths:
-            return paths
-    return []   # the hub may keep converted weights elsewhere; there the revision tells
 
 
 def content_digest(manifest):

@@ -3214,6 +3214,33 @@ def digests_below(folder):
     return found
 
 
+def test_checkpoints_other_files_under_the_same_names_are_refused(tmp_path, teacher, student):
+    """A teacher trained on, a dataset that grew or was halved: none goes on silently."""
+    other_teacher = shutil.copytree(teacher, tmp_path / "teacher")
+    rows = [{"text": prose(12, i)} for i in range(30)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    out = tmp_path / "out"
+    fields = dict(teacher=other_teacher, student=student, dataset=data)
+    distil(out, **fields, max_steps=2)
+    before = digests_below(out)
+
+    def double(tensors):
+        tensors["model.norm.weight"] *= 2
+
+    kept = digests_below(other_teacher)
+    edit_weights(other_teacher, double)
+    assert "teacher's weights" in distil(out, rc=2, **fields, max_steps=3).err
+    shutil.rmtree(other_teacher)
+    shutil.copytree(teacher, other_teacher)
+    assert digests_below(other_teacher) == kept
+    for changed in (rows[:15], rows + rows[:1]):
+        write_jsonl(data, changed)
+        assert "rows to train on" in distil(out, rc=2, **fields, max_steps=3).err
+    assert digests_below(out) == before
+    write_jsonl(data, rows)
+    distil(out, **fields, max_steps=3, num_proc=2)   # which has no say in what the rows are
+
+
 def test_checkpoints_somebody_elses_files_are_refused_and_kept(tmp_path, student, text):
     fields = dict(student=student, dataset=text, alpha=1.0, max_steps=1)
     model = shutil.copytree(student, tmp_path / "model")
