@@ -1093,7 +1093,7 @@ def tokenize(cfg, raw, tokenizer, split):
     fingerprint = fingerprint_rows(raw, tokenizer, cfg.text_column, cfg.seq_len)
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
     os.makedirs(folder, exist_ok=True)
-    dropped_path = os.path.join(folder, f"{fingerprint}.dropped.jsonl")
+    dropped_path = os.path.join(folder, f"{fingerprint}.dropped")
     batches = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
     workers = min(cfg.num_proc or 1, len(batches))
     # a tokenizer's own threads do not survive the fork of a worker
@@ -1107,11 +1107,7 @@ def tokenize(cfg, raw, tokenizer, split):
             batched=True, batch_size=1, remove_columns=["start"],
             num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
             cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=TOKEN_FEATURES)
-        # a batch that was begun twice stands there twice
-        by_batch = {entry["start"]: entry["dropped"] for entry in read_jsonl(dropped_path)}
-    dropped = {}
-    for start in sorted(by_batch):
-        add_dropped(dropped, start, by_batch[start])
+        dropped = read_dropped(dropped_path)
     reasons = in_words(dropped, lambda i: place_of(cfg.dataset, source_row(raw, i)))
     if len(rows) == 0:
         raise UserError(f"dataset {cfg.dataset!r}, {split}: none of {len(raw)} rows has a target "
@@ -1132,8 +1128,20 @@ def encode_batch(batch, raw, dataset, encode_here, dropped_path):
     warn_of_long_rows(rows)
     columns, dropped = encode_here(
         rows, lambda i: place_of(dataset, source_row(raw, start + i)))
-    append_jsonl(dropped_path, {"start": start, "dropped": dropped})
+    if dropped:   # each process has a file of its own, or their lines would mix
+        append_jsonl(f"{dropped_path}-{os.getpid()}.jsonl", {"start": start, "dropped": dropped})
     return columns
+
+
+def read_dropped(path):
+    """What encode_batch wrote, in whatever processes -> {why: [how many, which first]}"""
+    by_start = {}   # a batch that was begun twice stands there twice
+    for file in glob.glob(f"{glob.escape(path)}-*.jsonl"):
+        by_start |= {entry["start"]: entry["dropped"] for entry in read_jsonl(file)}
+    dropped = {}
+    for start in sorted(by_start):
+        add_dropped(dropped, start, by_start[start])
+    return dropped
 
 
 def add_dropped(dropped, start, some):
@@ -1270,7 +1278,8 @@ def encode_rows(rows, place, tokenizer, text_column, seq_len):
         if conversation:
             conversations[i] = conversation
         elif isinstance(row.get(text_column), str):
-            texts.append(row[text_column])
+            if row[text_column]:   # else it is read as well, and says nothing
+                texts.append(row[text_column])
         else:
             dropped.append((i, "no text and no conversation"))
     columns = encode_texts(texts, tokenizer, seq_len)

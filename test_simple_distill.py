@@ -2253,7 +2253,8 @@ def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(tmp_
 def test_data_texts_beside_conversations_are_kept():
     tokenizer = tiny_tokenizer(CHATML)
     names = ("text", "messages", "id")
-    columns = {name: [row.get(name) for row in MIXED] for name in names}
+    rows = [{"text": ""}, *MIXED]   # an empty text, as wikitext has many, is no document
+    columns = {name: [row.get(name) for row in rows] for name in names}
     rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64))
     texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
     assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
