@@ -1876,7 +1876,8 @@ def load_student(cfg):
     drop_layers = cfg.fsdp in ("full_shard", "hybrid_shard")
     shard(root, plan_mesh(cfg.fsdp), compute_dtype(cfg), drop_layers, cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
-    fix_rope(root.model, cfg.seq_len)
+    with reading(f"{role} {name!r} does not run"):
+        fix_rope(root.model, cfg.seq_len)
     return root
 
 
@@ -1897,7 +1898,8 @@ def load_teacher(cfg, role="teacher"):
     if cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
         shard(root, (WORLD,), dtype, drop_layers=True, cpu_offload=cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
-    fix_rope(root.model, cfg.seq_len)
+    with reading(f"teacher {cfg.teacher!r} does not run"):
+        fix_rope(root.model, cfg.seq_len)
     return root
 
 
@@ -1923,9 +1925,9 @@ def position_limit(model):
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        is_positions = "pos" in name or "wpe" in name
-        # OPT's table begins with two rows of no use
-        if is_positions and tensor.ndim == 2 and tensor.shape[0] in (limit, limit + 2):
+        is_table = any(word in name for word in ("position", "pos_e", "wpe"))
+        # OPT's begins with two rows of no use
+        if is_table and tensor.ndim == 2 and tensor.shape[0] in (limit, limit + 2):
             return limit
     return math.inf
 

@@ -2749,6 +2749,9 @@ ODD_CONFIGS = [
                  "intermediate_size")
     for value in (0, -1, 10**12, "many", None, [2], 1.5)
 ] + [
+    dict(rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[1.0] * 3,
+        original_max_position_embeddings=16)),
     dict(num_hidden_layers=10**7), dict(model_type=[]), dict(model_type=None),
     dict(model_type="bert2"), dict(hidden_act="none of ours"), dict(rms_norm_eps="small"),
     dict(rope_parameters={"rope_type": "spiral"}), dict(rope_parameters=3), dict(dtype="float9"),
