@@ -36,8 +36,9 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random   # optional: generate
-import re   # optional: blockwise generate
+import re
 import resource
 import shlex   # optional: cache
 import shutil
@@ -45,10 +46,11 @@ import signal
 import sys
 import sysconfig   # optional: demo generate
 import textwrap   # optional: generate
+import threading
 import time
 import traceback
 import warnings   # optional: generate
-import zlib   # optional: cache generate
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -71,7 +73,7 @@ if __name__ == "__main__":   # --help and a typo are answered before the slow im
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
-import huggingface_hub   # optional: demo
+import huggingface_hub
 import numpy as np
 import safetensors.numpy   # optional: cache
 import torch
@@ -89,10 +91,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_sc
 # --------------------------------------------------------------------------------------------------
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
 
-RANK = int(os.environ.get("RANK", 0))               # torchrun sets all four
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # on this node
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+
+def launcher_number(name, default):
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        print(f"error: {name} is {text!r} in the environment, not a number; torchrun and launch.sh "
+              "set it", file=sys.stderr)
+        sys.exit(2)
+    return int(text)
+
+
+RANK = launcher_number("RANK", 0)               # torchrun sets all four
+WORLD = launcher_number("WORLD_SIZE", 1)
+LOCAL_RANK = launcher_number("LOCAL_RANK", 0)   # on this node
+LOCAL_WORLD = launcher_number("LOCAL_WORLD_SIZE", WORLD)
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
@@ -164,18 +176,35 @@ def process_group():
     if "RANK" not in os.environ:   # not under torchrun: alone, without opening a port
         options = dict(store=dist.HashStore(), rank=0, world_size=1)
     backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
-    patience = datetime.timedelta(days=1)   # ranks wait while another downloads or tokenises
-    dist.init_process_group(backend, timeout=patience, **options)
+    with reading(f"rank {RANK} of {WORLD} cannot join the others (RANK, WORLD_SIZE, MASTER_ADDR "
+                 "and MASTER_PORT are the launcher's)"):
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **options)
+    # from here on ranks wait while another downloads or tokenises
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
+    over = threading.Event()
+    if WORLD > 1:
+        threading.Thread(target=leave_after_failure, args=[over], daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         if WORLD == 1 or not some_rank_failed():   # tearing down NCCL waits for those that are gone
             dist.destroy_process_group()
+
+
+def leave_after_failure(over):
+    """A thread: where another rank has failed, this one may wait for it in a collective on a GPU,
+    which nothing interrupts. It gets half a minute to end by itself."""
+    while not over.wait(5):
+        if some_rank_failed() and not over.wait(30):
+            os._exit(2)
 
 
 def fail_first():
     """Whether this rank is the first to fail. It speaks for all: what breaks on the others from
     here on is their connection to it."""
+    if not dist.is_initialized():
+        return LOCAL_RANK == 0
     return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
 
 
@@ -221,6 +250,35 @@ def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+# ---- the hub
+
+
+def check_hub(names):
+    """One short look whether the hub answers, before libraries ask it for each file and try again
+    for minutes. Where it does not, they take what they have kept."""
+    if not any(map(is_hub_name, names)) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    problem = None
+    if RANK == 0:
+        try:
+            huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        except Exception as e:
+            problem = one_line(e)
+    problem = from_rank0(problem)
+    if problem:
+        print0(f"the hub {huggingface_hub.constants.ENDPOINT} cannot be reached ({problem}): only "
+               "what is on this machine is used")
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def is_hub_name(name):
+    """name or owner/name, no path that is there, and none of our own words."""
+    if not name or name == "demo" or os.path.exists(name):
+        return False
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.endswith(".json")
 
 
 # ---- files
@@ -297,33 +355,76 @@ def lock(folder, wait=False):
             try:
                 os.makedirs(folder, exist_ok=True)
                 handle = os.open(folder, os.O_RDONLY)
+                NOT_FOR_CHILDREN.add(handle)
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.access(folder, os.W_OK):
                     problem = f"{folder!r} is not writable"
             except BlockingIOError:
                 problem = f"another run is at work in {folder!r}"
-            except OSError as e:
-                problem = f"cannot use {folder!r} as a directory ({e.strerror})"
+            except (OSError, ValueError) as e:   # ValueError: a null byte in the path
+                problem = f"cannot use {folder!r} as a directory ({one_line(e)})"
         problem = from_rank0(problem)
         if problem:
             raise UserError(f"{problem}; choose another --output_dir")
+        check_shared(folder)
         yield
     finally:
         if handle is not None:
+            NOT_FOR_CHILDREN.discard(handle)
             os.close(handle)
             if made and not os.listdir(folder):
                 os.rmdir(folder)
 
 
+def check_shared(folder):
+    """Every rank must see what rank 0 writes: a node with a disk of its own under this name would
+    write checkpoints that lack a part."""
+    probe = os.path.join(folder, f".probe-{from_rank0(os.getpid())}-{from_rank0(time.time_ns())}")
+    problem = None
+    if RANK == 0:
+        try:
+            with open(probe, "w"):
+                pass
+        except OSError as e:
+            problem = f"{folder!r} cannot be written ({e.strerror})"
+    problem = from_rank0(problem)
+    if problem is None:
+        blind = all_sum(not os.path.exists(probe))[0]
+        if RANK == 0:
+            os.remove(probe)
+        if blind:
+            problem = (f"{blind:.0f} of {WORLD} ranks do not see what rank 0 writes in {folder!r}: "
+                       "it has to lie on a disk that all nodes share")
+    if problem:
+        raise UserError(problem)
+
+
+# What a forked child (a worker that tokenises) must not keep: a lock would outlive its run.
+NOT_FOR_CHILDREN = set()
+
+
+def begin_child():
+    """A child ends with its parent, also where that is killed."""
+    for handle in NOT_FOR_CHILDREN:
+        os.close(handle)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:   # Linux
+        set_parent_death_signal = 1
+        prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=begin_child)
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM or one Ctrl-C: finish the step, save, exit 0. A second one stops at once. Yields
-    stop_requests: the times at which a stop was asked for, empty so far."""
+    """SIGTERM, one Ctrl-C, or a terminal that closes: finish the step, save, exit 0. A second one
+    stops at once. Yields stop_requests: the times at which a stop was asked for, empty so far."""
     stop_requests = []
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
     def request_stop(number, frame):
-        if stop_requests:
+        if stop_requests and number != signal.SIGHUP:   # a closing terminal may send two
             # torchrun repeats what the terminal has sent to everybody already
             repeated = under_torchrun and time.time() - stop_requests[-1] < 2
             if not repeated:
@@ -331,12 +432,43 @@ def stop_signals():
         stop_requests.append(time.time())
 
     handlers_before = {number: signal.signal(number, request_stop)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield stop_requests
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def lasting_output():
+    with contextlib.redirect_stdout(LastingOutput(sys.stdout)):
+        with contextlib.redirect_stderr(LastingOutput(sys.stderr)):
+            yield
+
+
+class LastingOutput:
+    """stdout or stderr, whose reader may go away (`| head`, a closed terminal) or whose disk may
+    fill: what nobody can read any more is dropped, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.unless_gone(self.stream.write, text)
+
+    def flush(self):
+        self.unless_gone(self.stream.flush)
+
+    def unless_gone(self, do, *args):
+        try:
+            return do(*args)
+        except (OSError, ValueError):   # ValueError: closed
+            with contextlib.suppress(OSError, ValueError):   # Python flushes once more at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1583,26 +1715,76 @@ def full_tensor(tensor):
     return tensor.to(DEVICE)
 
 
-def save_model(root, tokenizer, path, dtype):
-    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole."""
+FINAL_MARK = ".simple_distill.json"   # in final/: which files of it are ours, and of which step
+
+
+def save_model(root, tokenizer, path, dtype, mark):
+    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole -> None, or
+    what went wrong, on every rank."""
     full = {}
     kept_on = "cpu" if RANK == 0 else "meta"   # the other ranks drop each tensor at once
     for name, tensor in [*root.model.named_parameters(), *root.model.named_buffers()]:
         kept_as = dtype if tensor.is_floating_point() else tensor.dtype
         full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
-    if RANK > 0:
-        return
+    problem = None
+    if RANK == 0:
+        aside = path + ".tmp"
+        remove_saved(aside)   # what a killed run left
+        try:
+            os.mkdir(aside)
+            write_json({"files": []}, os.path.join(aside, FINAL_MARK))
+            model = with_tensors(root.model, full)
+            model.to(dtype).save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            write_json(mark | {"files": os.listdir(aside)}, os.path.join(aside, FINAL_MARK))
+            remove_saved(path)
+            os.rename(aside, path)
+        except Exception as e:   # a full disk comes as SafetensorError, or as others
+            problem = one_line(e)
+            remove_saved(aside)
+    return from_rank0(problem)
+
+
+def with_tensors(model, full):
+    """A model of the same kind and config on these tensors, without initialising any."""
     with torch.device("meta"):
-        model = type(root.model)(root.model.config)
-    model.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
-    model.tie_weights()
-    model.generation_config = root.model.generation_config
-    aside = path + ".tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.to(dtype).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(aside, path)
+        copy = type(model)(model.config)
+    copy.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    return copy
+
+
+def remove_saved(path):
+    """A model that save_model wrote, or began to write; nothing else."""
+    if not os.path.exists(os.path.join(path, FINAL_MARK)):
+        return
+    files = read_final_mark(path).get("files")
+    others = set(os.listdir(path)) - {FINAL_MARK, *files}
+    if files and others:
+        raise FileExistsError(f"{path} holds {sorted(others)[0]}, which is not ours")
+    shutil.rmtree(path)
+
+
+def read_final_mark(path):
+    """{} where there is none."""
+    try:
+        with open(os.path.join(path, FINAL_MARK), encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+@torch.no_grad()
+def count_not_finite(root):
+    """Of all weights, those that are infinite or not a number."""
+    here = [local_tensor(p).isfinite().logical_not().sum() for p in root.parameters()]
+    return int(all_sum(int(torch.stack(here).sum()))[0])
+
+
+def local_tensor(tensor):
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- what a model says of a batch: functions that run inside a root
@@ -1893,31 +2075,35 @@ def tensors_of(root, moments, scale_state):
 
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """-> None, or what went wrong, on every rank. Written aside, synced, renamed; nothing old is
-    deleted before the new one stands. keep: how many stay."""
+    """-> what went wrong (or None), the checkpoint's digest, on every rank. Written aside, synced,
+    renamed; nothing old is deleted before the new one stands. keep: how many stay."""
     aside = os.path.join(folder, f"tmp-{step:08d}")
     problem = None
     if RANK == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_checkpoint(aside)
     all_sum(0)   # nobody writes before that is done
     try:
         dcp.save(tensors, checkpoint_id=aside)   # syncs each file
+        files = from_rank0(sorted(os.listdir(aside)))
+        state = json.loads(json.dumps(state | {"files": checksums(aside, files)}))
+        state["digest"] = digest(state)   # of what a reader will see
         if RANK == 0:
             write_state(aside, state)
             final = os.path.join(folder, f"step-{step:08d}")
-            shutil.rmtree(final, ignore_errors=True)
+            remove_checkpoint(final)
             os.rename(aside, final)
             sync(folder)
             for old in checkpoints_in(folder)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_checkpoint(old)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = one_line(unwrapped(e), 300)
     problem = from_rank0(problem)
     if problem:
-        shutil.rmtree(aside, ignore_errors=True)
+        if RANK == 0:
+            remove_checkpoint(aside)
         print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older "
                "ones stay")
-    return problem
+    return problem, state.get("digest")
 
 
 def unwrapped(error):
@@ -1928,67 +2114,127 @@ def unwrapped(error):
 
 
 def write_state(folder, state):
-    """state.json beside the tensors: with the size of each file, by which a checkpoint that the
-    disk has lost a part of is known."""
-    sizes = {}
-    for file in sorted(os.listdir(folder)):
-        sizes[file] = os.path.getsize(os.path.join(folder, file))
+    """state.json beside the tensors: with a checksum of each file, and one of itself, by which a
+    checkpoint is known that the disk has lost or changed a part of."""
     path = os.path.join(folder, "state.json")
     with open(path, "w", encoding="utf-8") as f:
-        json.dump(state | {"files": sizes}, f, indent=1)
+        json.dump(state, f, indent=1)
     sync(path, folder)
+
+
+def checksums(folder, files):
+    """{file: CRC-32, None where it cannot be read}. Each rank reads its share."""
+    mine = {file: checksum(os.path.join(folder, file)) for file in files[RANK::WORLD]}
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, mine)
+    return {file: crc for share in shares for file, crc in share.items()}
+
+
+def checksum(path):
+    crc = 0
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(2**24):
+                crc = zlib.crc32(block, crc)
+    except OSError:
+        return None
+    return crc
 
 
 def checkpoints_in(folder):
     """Paths, the newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-????????")), reverse=True)
+    paths = glob.glob(os.path.join(glob.escape(folder), "step-" + 8 * "[0-9]"))
+    return sorted(paths, reverse=True)
 
 
-def find_checkpoints(resume, output_dir):
-    """-> [(path, state), ...] to continue from, the best first. resume: auto, never or a path."""
+def is_checkpoint_file(name):
+    return name.endswith(".distcp") or name in (".metadata", ".metadata.tmp", "state.json")
+
+
+def remove_checkpoint(folder):
+    """File by file, and only what a checkpoint is made of."""
+    if os.path.isdir(folder):
+        remove_files(folder, [name for name in os.listdir(folder) if is_checkpoint_file(name)])
+
+
+def find_checkpoint(resume, output_dir):
+    """-> (path, state) of the newest checkpoint that is whole, or None. resume: auto, never or a
+    path. What is damaged is named and passed over."""
     if resume == "never":
-        return []
+        return None
     if resume == "auto":
         paths = checkpoints_in(os.path.join(output_dir, "checkpoints"))
     else:
         paths = [resume.rstrip("/")]
     paths = from_rank0(paths)   # on a shared disk others may not see yet what rank 0 sees
-    found = read_states(paths) if RANK == 0 else []
-    found = from_rank0(found)
-    if paths and not found:
-        raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
-    return found
-
-
-def read_states(paths):
-    """Checkpoints -> [(path, state), ...] of those with all files there, of full size. The others
-    are named."""
-    found = []
     for path in paths:
-        try:
-            with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-                state = json.load(f)
-            for file, size in state["files"].items():
-                if os.path.getsize(os.path.join(path, file)) != size:
-                    raise OSError(f"{file} is truncated")
-            found.append((path, state))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            print0(f"checkpoint {path} is not readable ({one_line(e)}), passed over")
-    return found
+        state, problem = from_rank0(read_state(path) if RANK == 0 else None)
+        if state is not None:
+            there = checksums(path, list(state["files"]))
+            damaged = [file for file, crc in state["files"].items() if there[file] != crc]
+            if not damaged:
+                return path, state
+            problem = f"{damaged[0]} is not what was written"
+        print0(f"checkpoint {path} is not readable ({problem}), passed over")
+    if paths:
+        raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
+    return None
 
 
-def load_checkpoint(found, tensors_at):
-    """Load the first of the found checkpoints that can be read, in place -> its state. tensors_at:
-    step -> where to load to, as tensors_of names it."""
-    for path, state in found:
-        tensors = tensors_at(state["step"])
-        try:
-            dcp.load(tensors, checkpoint_id=path)
-            print0(f"resumes from {path}")
-            return state
-        except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
-            print0(f"checkpoint {path} is not readable ({one_line(unwrapped(e))}), passed over")
-    raise UserError(f"{found[0][0]!r} is no readable checkpoint; start over with --resume never")
+def read_state(path):
+    """-> the state.json of a checkpoint (or None), what is wrong with it (or None)."""
+    try:
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+            state = json.load(f)
+        written = state.pop("digest")
+        if digest(state) != written or not isinstance(state["files"], dict):
+            raise ValueError("state.json is not what was written")
+        return state | {"digest": written}, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        return None, one_line(e)
+
+
+def load_checkpoint(path, tensors):
+    """In place, where `tensors` says, named as by tensors_of."""
+    try:
+        dcp.load(tensors, storage_reader=TensorReader(path))
+    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
+        raise UserError(f"{path!r} is no checkpoint of this run: {one_line(unwrapped(e))}") from e
+    print0(f"resumes from {path}")
+
+
+class TensorReader(dcp.FileSystemReader):
+    """dcp's reader, but a stranger's checkpoint cannot run code: dcp unpickles whatever .metadata
+    names."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        with open(os.path.join(path, ".metadata"), "rb") as f:
+            self.metadata = MetadataUnpickler(f).load()
+
+    def read_metadata(self, *args, **kwargs):
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that describe tensors, and no other. Not BytesStorageMetadata: what is
+    stored so is unpickled too."""
+    HARMLESS = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "bool"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.HARMLESS.get(module, ()):
+            raise ValueError(f".metadata names {module}.{name}, which a checkpoint does not need")
+        return super().find_class(module, name)
 
 
 def refuse_changes(there, here, where,
@@ -2022,15 +2268,58 @@ def plan_batch(cfg, state, world):
     return size, micro_steps, global_batch
 
 
+def check_output(output_dir):
+    """Before anything is written: what stands under our names has to be ours."""
+    def has_our_knobs(path):
+        with open(path, encoding="utf-8") as f:
+            return {"student", "alpha", "output_dir"} <= json.load(f).keys()
+
+    def is_our_log(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            first = f.readline()
+        return not first.endswith("\n") or step_of(json.loads(first)) is not None
+
+    def is_our_final(path):
+        return set(os.listdir(path)) <= {FINAL_MARK, *read_final_mark(path).get("files", [])}
+
+    def is_our_checkpoint(path):
+        return all(is_checkpoint_file(name) for name in os.listdir(path))
+
+    refuse_foreign(os.path.join(output_dir, "config.json"), has_our_knobs)
+    refuse_foreign(os.path.join(output_dir, "log.jsonl"), is_our_log)
+    refuse_foreign(os.path.join(output_dir, "final"), is_our_final)
+    for path in checkpoints_in(os.path.join(output_dir, "checkpoints")):
+        refuse_foreign(path, is_our_checkpoint)
+
+
 def prepare_output(cfg, step):
-    """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come."""
-    checkpoints = os.path.join(cfg.output_dir, "checkpoints")
+    """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come, no
+    checkpoint of them either. final/ stays until the next one is whole: it may be the student."""
+    folder = os.path.join(cfg.output_dir, "checkpoints")
+    os.makedirs(folder, exist_ok=True)
+    newer = [path for path in checkpoints_in(folder) if int(path[-8:]) > step]
     if cfg.resume == "never":
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        shutil.rmtree(os.path.join(cfg.output_dir, "final"), ignore_errors=True)
-    os.makedirs(checkpoints, exist_ok=True)
+        for name in ("step", "tmp", "aside"):
+            for path in glob.glob(os.path.join(glob.escape(folder), f"{name}-????????*")):
+                remove_checkpoint(path)
+    elif newer:
+        set_aside(newer)
     write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
     cut_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
+
+
+def set_aside(checkpoints):
+    """They are of steps that are about to be trained again, or damaged: never to be continued from
+    by themselves, and not ours to delete."""
+    for path in checkpoints:
+        folder, name = os.path.split(path)
+        aside = os.path.join(folder, name.replace("step", "aside"))
+        taken = itertools.count(2)
+        while os.path.exists(aside):
+            aside = os.path.join(folder, f"{name.replace('step', 'aside')}-{next(taken)}")
+        os.rename(path, aside)
+    names = ", ".join(os.path.basename(path) for path in checkpoints)
+    print0(f"set aside as aside-... in {os.path.dirname(checkpoints[0])}: {names}")
 
 
 def cut_log(path, step):
@@ -2045,7 +2334,7 @@ def cut_log(path, step):
 
 def step_of(row):
     """Of a line of the log: its train/step, eval/step or block/step."""
-    return next(value for key, value in row.items() if key.endswith("/step"))
+    return next((value for key, value in row.items() if key.endswith("/step")), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2091,11 +2380,12 @@ class Run:
     batch_size: int            # sequences a rank and micro-step
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
-    checkpoints: list          # [(path, state), ...] to continue from, the best first
+    checkpoint: Optional[tuple]   # (path, state) to continue from
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
     get_teacher_targets: Any   # ... and what it takes from the teacher
     started: float             # seconds since the epoch
     free_memory: int           # bytes on this device before anything was loaded
+    broken_weights: int        # not finite from the beginning, as unused rows sometimes are
 
     stages: list = field(default_factory=list)
     stage: Optional[Stage] = None   # whose optimiser this is
@@ -2107,7 +2397,9 @@ class Run:
     stop_requests: list = field(default_factory=list)   # filled by a signal
     stopped: bool = False
     saved_step: Optional[int] = None
+    saved_digest: Optional[str] = None      # of the newest checkpoint
     save_problem: Optional[str] = None      # why the last checkpoint could not be saved
+    log_problem: Optional[str] = None       # why nothing can be logged any more
     last_scores: Optional[dict] = None      # of the newest evaluation
     window_start: float = 0.0               # since when the tokens below are counted, for the speed
     window_tokens: float = 0.0
@@ -2190,10 +2482,12 @@ def start_run(cfg):
     knobs = result_knobs(cfg)
     if cfg.cache_dir:   # optional: cache
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
-    checkpoints = find_checkpoints(cfg.resume, cfg.output_dir)
-    state = checkpoints[0][1] if checkpoints else None
-    if state is not None:
-        refuse_changes(state["config"], knobs, checkpoints[0][0])
+    checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
+    state = None
+    if checkpoint is not None:
+        path, state = checkpoint
+        refuse_changes(state["config"], knobs, path)
+        refuse_other_run(cfg, knobs)
         if is_finished(cfg, state):
             print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see "
                    + os.path.join(cfg.output_dir, "final"))
@@ -2203,20 +2497,34 @@ def start_run(cfg):
     # Student and teacher are compared over the ids that the tokenizer has, and then CE is of the
     # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
     vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
+    broken_weights = count_not_finite(student)
+    if broken_weights:
+        print0(f"WARNING: {broken_weights} weights of student {cfg.student!r} are not finite")
     return Run(
         cfg=cfg, result_knobs=knobs, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows,
         student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
-        global_batch=global_batch, checkpoints=checkpoints, started=started, free_memory=free,
+        global_batch=global_batch, checkpoint=checkpoint, started=started, free_memory=free,
+        broken_weights=broken_weights,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
 
 
+def refuse_other_run(cfg, knobs):
+    """--resume PATH may lead from elsewhere into this output_dir; the run in it stays one run."""
+    for path in checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")):
+        state, _ = read_state(path)
+        if state is not None:
+            refuse_changes(state["config"], knobs, path, "choose another --output_dir")
+
+
 def is_finished(cfg, state):
+    """final/ has to be of this very checkpoint, not of a shorter run before it."""
     same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
-    has_final = os.path.isdir(os.path.join(cfg.output_dir, "final"))
-    return same_length and state["step"] >= state["steps"] and has_final
+    final = read_final_mark(os.path.join(cfg.output_dir, "final"))
+    return (same_length and state["step"] >= state["steps"]
+            and final.get("checkpoint") == state["digest"])
 
 
 def free_memory():
@@ -2249,15 +2557,21 @@ def begin(run, stages):
     """From here on the run may write: resume, clear what is left of it, open log, batches, bar."""
     cfg = run.cfg
     run.stages = stages
+    if run.checkpoint and run.checkpoint[1]["step"] > run.steps:
+        path, state = run.checkpoint
+        raise UserError(
+            f"{path!r} is of step {state['step']}, this run would end at {run.steps}. Raise "
+            "--max_steps or --num_epochs, or start over with --resume never")
     print0(describe_run(run))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
         wandb_id = None
-        if run.checkpoints:
+        if run.checkpoint:
             wandb_id = resume(run)   # which starts the stage that it is in
         else:
             start_stage(run, stages[0])
         if RANK == 0:
-            prepare_output(cfg, run.step)
+            with reading(f"output folder {cfg.output_dir!r} cannot be written"):
+                prepare_output(cfg, run.step)
         all_sum(0)   # nobody goes on before that is done
         run.wandb = start_wandb(cfg, wandb_id)
         stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
@@ -2359,9 +2673,15 @@ def stop_after_bad_steps(run):
     # .item() makes a GPU wait: there only every tenth step looks
     if (run.step % 10 == 0 or not CUDA) and run.scale_state["streak"].item() >= 10:
         save(run)
+        kept = "its checkpoint could not be saved"
+        if run.save_problem is None:
+            kept = "its checkpoint holds the last good weights"
+            if count_not_finite(run.student) > run.broken_weights:
+                kept = "weights of the student are not finite themselves"
         raise UserError(
-            f"loss or gradient was not finite for 10 steps in a row, up to step {run.step}; its "
-            "checkpoint holds the last good weights. Lower --learning_rate, or try --dtype fp32")
+            f"loss or gradient was not finite for 10 steps in a row, up to step {run.step}; "
+            f"{kept}. Start over with --resume never and --learning_rate "
+            f"{run.cfg.learning_rate / 4:g}, or with --dtype fp32")
 
 
 def log_step(run, stage, sums, grad_norm, rate):
@@ -2383,11 +2703,18 @@ def log_step(run, stage, sums, grad_norm, rate):
 
 
 def log(run, entry):
-    """To log.jsonl, as strict JSON (no NaN), and to wandb."""
-    if RANK == 0:
-        finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
+    """To log.jsonl, as strict JSON (no NaN), and to wandb. A full disk never costs the run."""
+    if RANK > 0:
+        return
+    finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
+    try:
         append_jsonl(os.path.join(run.cfg.output_dir, "log.jsonl"), finite)
-        run.wandb.log(entry, step=run.step)
+        run.log_problem = None
+    except OSError as e:
+        if run.log_problem is None:
+            print0(f"WARNING: log.jsonl cannot be written ({one_line(e)}); the run goes on")
+        run.log_problem = one_line(e)
+    run.wandb.log(entry, step=run.step)
 
 
 def evaluate_and_save(run, stage):
@@ -2417,7 +2744,7 @@ def save(run):
     """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
     cfg = run.cfg
     run.saved_step = run.step
-    run.save_problem = save_checkpoint(
+    run.save_problem, run.saved_digest = save_checkpoint(
         os.path.join(cfg.output_dir, "checkpoints"), run.step,
         tensors_of(run.student, run.optimizer.state, run.scale_state),
         {"step": run.step, "steps": run.steps, "epoch": run.epoch, "position": run.position,
@@ -2429,10 +2756,12 @@ def save(run):
 
 
 def resume(run):
-    """Load the newest checkpoint that can be read -> the id of its wandb run."""
-    state = load_checkpoint(run.checkpoints, functools.partial(start_stage_at, run))
+    """Load the checkpoint to continue from -> the id of its wandb run."""
+    path, state = run.checkpoint
+    load_checkpoint(path, start_stage_at(run, state["step"]))
     run.step = state["step"]
     run.saved_step = state["step"]
+    run.saved_digest = state["digest"]
     run.tokens = state["tokens"]
     run.position = state["position"]
     run.best_loss = state["best"]
@@ -2517,6 +2846,10 @@ def finish(run):
     if run.stopped:
         saved = "" if run.save_problem else ", saved; the same command continues"
         print0(f"stopped at step {run.step} of {run.steps}{saved}")
+    elif count_not_finite(run.student) > run.broken_weights:
+        raise UserError(
+            f"at step {run.step} weights of the student are not finite: no final/ is written. "
+            "Start over with --resume never and a lower --learning_rate, or with --dtype fp32")
     elif run.save_problem is None:
         run.last_scores = run.last_scores or scores(run)
         teacher_scores = score_teacher(run) if run.teacher is not None else None
@@ -2538,13 +2871,9 @@ def score_teacher(run):
 
 def save_final(run):
     """-> None, or what went wrong, on every rank."""
-    problem = None
     final = os.path.join(run.cfg.output_dir, "final")
-    try:
-        save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg))
-    except OSError as e:
-        problem = one_line(e)
-    return from_rank0(problem)
+    mark = {"step": run.step, "checkpoint": run.saved_digest}
+    return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg), mark)
 
 
 def closing_table(run, teacher_scores):
@@ -2696,7 +3025,7 @@ def start_wandb(cfg, run_id):
         return wandb.init(
             project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
             resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
-            settings=wandb.Settings(console="off", silent=True))
+            settings=wandb.Settings(console="off", silent=True, init_timeout=20))
     except Exception as e:
         print0(f"wandb: going on without it ({one_line(e)})")
         return NoWandb(run_id)
@@ -2963,7 +3292,7 @@ def name_digest(source):
 #     eval-00000000.safetensors
 #
 # What is read is what was written, or is refused with the command that makes it again: a manifest
-# has a checksum, a chunk those of its rows and its table, and the mark of its cache and its place.
+# has its digest, a chunk checksums of its rows and its table, and a mark of its cache and place.
 
 
 # ---- what the manifest says
@@ -3030,12 +3359,12 @@ def identify_weights(teacher):
         paths = weight_files(folder)
         if not os.path.exists(teacher):
             revision = os.path.basename(folder)
-    checksums = []
+    sampled = []
     for path in paths:
         content = np.memmap(path, np.uint8, "r")
         every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
-        checksums.append(zlib.crc32(content[::every].tobytes()))
-    return revision, digest(checksums)
+        sampled.append(zlib.crc32(content[::every].tobytes()))
+    return revision, digest(sampled)
 
 
 def weight_files(folder):
@@ -3248,8 +3577,8 @@ def empty_cache(cache_dir):
 
 
 def write_manifest(manifest, cache_dir):
-    checked = manifest | {"checksum": digest(manifest)}
-    write_json(checked, os.path.join(cache_dir, "manifest.json"))
+    marked = manifest | {"digest": digest(manifest)}   # by which a change is known
+    write_json(marked, os.path.join(cache_dir, "manifest.json"))
 
 
 def plan_cache(cfg, packed, sequences):
@@ -3596,9 +3925,9 @@ def read_any_manifest(cache_dir):
     with reading(f"cache manifest {path!r} is damaged or edited", again(cache_dir, path)):
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
-        checksum = manifest.pop("checksum")
-        if checksum != digest(manifest):
-            raise ValueError("wrong checksum")
+        written = manifest.pop("digest")
+        if digest(manifest) != written:
+            raise ValueError("it is not what was written")
     return manifest
 
 
@@ -4882,9 +5211,9 @@ def load_model(cfg, name, label):
     """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
     if not is_checkpoint(name):
         return load_teacher(dataclasses.replace(cfg, teacher=name), label)
-    found = find_checkpoints(name, cfg.output_dir)
-    root = load_student(config_of_run(cfg, name, found[0][1]))
-    load_checkpoint(found, lambda step: tensors_of(root, {}, {}))
+    path, state = find_checkpoint(name, cfg.output_dir)
+    root = load_student(config_of_run(cfg, name, state))
+    load_checkpoint(path, tensors_of(root, {}, {}))
     return root.eval()
 
 
@@ -5389,27 +5718,40 @@ def main(argv=None):
 
 def run_config(cfg):
     """Run what cfg asks for -> 0: done, or saved after a signal; 2: something the user can mend."""
+    with lasting_output():
+        try:
+            with process_group():
+                return run_in_group(cfg)
+        except UserError as e:   # there is no group
+            return explain(e, cfg)
+
+
+def run_in_group(cfg):
     for library in (transformers, datasets):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     run_mode = choose_mode(cfg)
-    with process_group():
-        try:
-            with contextlib.ExitStack() as stack:
-                if cfg.mode != "cache":   # of which any number may be at work
-                    stack.enter_context(lock(cfg.output_dir))
-                run_mode(cfg)
-        except UserError as e:
-            return explain(e, cfg)
-        except torch.OutOfMemoryError as e:
-            return explain(UserError(
-                f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
-        except KeyboardInterrupt:   # the second one
-            return 130
-        except Exception:
-            if WORLD > 1 and some_rank_failed():
-                return 2   # which has said why; what broke here is the connection to it
-            raise
+    try:
+        with contextlib.ExitStack() as stack:
+            if cfg.mode != "cache":   # of which any number may be at work
+                stack.enter_context(lock(cfg.output_dir))
+            if cfg.mode == "train":
+                check_output(cfg.output_dir)
+            names = [cfg.teacher, cfg.student, cfg.tokenizer, cfg.dataset]
+            names += cfg.compare   # optional: eval
+            check_hub(names)
+            run_mode(cfg)
+    except UserError as e:
+        return explain(e, cfg)
+    except torch.OutOfMemoryError as e:
+        return explain(UserError(
+            f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
+    except KeyboardInterrupt:   # the second one
+        return 130
+    except Exception:
+        if WORLD > 1 and some_rank_failed():
+            return 2   # it has said why; what broke here is the connection to it
+        raise
     return 0
 
 

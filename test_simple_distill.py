@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing   # optional: generate
 import os
+import pickle
 import pty
 import random
 import re
@@ -1048,6 +1049,116 @@ def test_runtime_one_run_a_directory(out, student, text):
         assert "another run" in distil(out, rc=2, **fields, max_steps=2).err
     finally:
         os.close(handle)
+
+
+def test_runtime_control_characters_never_reach_the_terminal(capsys):
+    sd.print0("name\x1b[31m\n")
+    assert capsys.readouterr().out == "name\\x1b[31m\n\n"
+    assert str(config.UserError("a\x1b]0;b\x07")) == "a\\x1b]0;b\\x07"
+
+
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": \n')
+    out = tmp_path / "out"
+    out.mkdir()
+    fields = dict(student=student, alpha=1.0, dataset=bad, max_steps=1)
+    assert "Traceback" not in distil(out, rc=2, **fields).err
+    assert "Traceback" in (out / "error.log").read_text()
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        words = flags(**{**PLAIN, **fields}, output_dir=tmp_path / "other", debug=True)
+        assert sd.main(words_of(words)) == 2
+    assert err.getvalue().startswith("error: ") and "Traceback" in err.getvalue()
+
+
+TWO_DISKS = """
+import os, sys
+rank = int(os.environ["RANK"])
+os.makedirs(f"node{rank}", exist_ok=True)
+os.chdir(f"node{rank}")   # each rank has an `out` of its own
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
+from config import UserError
+with sd.process_group():
+    try:
+        with sd.lock("out"):
+            print("went on")
+    except UserError as e:
+        print(e)
+"""
+
+
+def run_ranks(source, folder, *args, ranks=2):
+    """A script in one process a rank -> what each printed."""
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, **rank_environment(rank, ranks, port), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", source, str(HERE), *map(str, args)], cwd=folder, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return [process.communicate(timeout=120)[0] for process in processes]
+
+
+def test_runtime_a_node_with_a_disk_of_its_own_is_refused(tmp_path):
+    for shown in run_ranks(TWO_DISKS, tmp_path):
+        assert "1 of 2 ranks do not see what rank 0 writes in 'out'" in shown, shown
+        assert "went on" not in shown
+
+
+def test_runtime_a_child_keeps_no_lock_and_ends_with_its_parent(tmp_path):
+    """As a worker that tokenises: its parent is killed, and the folder is free at once."""
+    source = f"""
+import os, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import simple_distill as sd
+with sd.process_group(), sd.lock({str(tmp_path / "out")!r}):
+    child = os.fork()
+    if child == 0:
+        time.sleep(1000)
+    print(child, flush=True)
+    time.sleep(1000)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert is_alive(child)
+    parent.kill()
+    parent.wait()
+    end = time.time() + 5
+    while is_alive(child) and time.time() < end:
+        time.sleep(0.02)
+    assert not is_alive(child)
+    with sd.process_group(), sd.lock(tmp_path / "out"):
+        pass
+
+
+def test_runtime_a_hub_that_is_not_there_is_asked_once(monkeypatch, capsys):
+    """For a name of the hub only; from then on libraries take what is on this machine."""
+    hub = sd.huggingface_hub.constants
+    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with sd.process_group():
+        sd.check_hub(["demo", "layers:4", "/some/path", "shape.json", None, str(HERE)])
+        assert not hub.HF_HUB_OFFLINE
+        sd.check_hub(["demo", "owner/name"])
+    assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    assert "only what is on this machine is used" in capsys.readouterr().out
+
+
+def test_runtime_output_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)   # as `| head` does
+    full = open("/dev/full", "w")
+    with open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        monkeypatch.setattr(sys, "stderr", full)
+        with sd.lasting_output():
+            for _ in range(3):
+                print("x" * 100_000, flush=True)
+                print("y" * 100_000, file=sys.stderr, flush=True)
+    full.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2573,6 +2684,188 @@ def test_checkpoints_a_full_tmpfs(tmp_path, teacher, student, text):
         subprocess.run(["umount", disk], check=True)
 
 
+def flip(path, at=0.5):
+    """One bit of a file."""
+    content = bytearray(Path(path).read_bytes())
+    content[int(at * len(content))] ^= 1
+    Path(path).write_bytes(content)
+
+
+def test_checkpoints_a_flipped_bit_in_any_file_makes_it_fall_back(tmp_path, student, text):
+    """Also where the file can still be read: a digit of state.json, a weight."""
+    out = tmp_path / "out"
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=4, save_steps=2)
+    newest = out / "checkpoints" / "step-00000004"
+    files = sorted(os.listdir(newest))
+    assert len(files) == 3
+    with sd.process_group():
+        assert sd.find_checkpoint("auto", str(out))[0] == str(newest)
+        for file in files:
+            for at in (0.1, 0.5, 0.9):
+                flip(newest / file, at)
+                assert sd.find_checkpoint("auto", str(out))[0].endswith("step-00000002"), file
+                flip(newest / file, at)
+        assert sd.find_checkpoint("auto", str(out))[0] == str(newest)
+
+
+def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, student, text):
+    """With one to keep, the step after a resume must not push out the good one."""
+    out = tmp_path / "out"
+    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
+    distil(out, **fields, max_steps=6)
+    flip(next((out / "checkpoints" / "step-00000006").glob("*.distcp")))
+    shown = distil(out, **fields, max_steps=7, keep_checkpoints=1).out
+    assert "passed over" in shown and "resumes from" in shown and "set aside" in shown
+    assert sorted(os.listdir(out / "checkpoints")) == ["aside-00000006", "step-00000007"]
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def replant(folder, change):
+    """Change a checkpoint's .metadata, with checksums that fit: as a stranger would."""
+    path = Path(folder, ".metadata")
+    metadata = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(metadata)))
+    state = json.loads(Path(folder, "state.json").read_text())
+    del state["digest"]
+    state["files"][".metadata"] = sd.checksum(path)
+    state["digest"] = sd.digest(state)
+    Path(folder, "state.json").write_text(json.dumps(state))
+
+
+def test_checkpoints_run_no_code(tmp_path, student, text):
+    """A pickle in .metadata, and bytes in place of a tensor, which dcp unpickles when it loads."""
+    victim = tmp_path / "victim"
+
+    def payload(metadata):
+        return Payload(victim)
+
+    def bytes_for_a_tensor(metadata):
+        name = next(iter(metadata.state_dict_metadata))
+        metadata.state_dict_metadata[name] = dcp.metadata.BytesStorageMetadata()
+        return metadata
+
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    for i, change in enumerate([payload, bytes_for_a_tensor]):
+        out = tmp_path / f"out{i}"
+        distil(out, **fields, max_steps=2)
+        replant(out / "checkpoints" / "step-00000002", change)
+        shown = distil(out, rc=2, **fields, max_steps=3)
+        assert "which a checkpoint does not need" in shown.err
+        assert not victim.exists()
+
+
+def test_checkpoints_a_stale_final_is_not_called_done(tmp_path, student, text):
+    """Of a shorter run, or of one before: the longer one writes its own."""
+    out = tmp_path / "out"
+    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
+    distil(out, **fields, max_steps=2)
+    shutil.copytree(out / "final", tmp_path / "stale")
+    distil(out, **fields, max_steps=4)
+    shutil.rmtree(out / "final")
+    shutil.copytree(tmp_path / "stale", out / "final")   # as if killed after the last checkpoint
+    shown = distil(out, **fields, max_steps=4).out
+    assert "finished" not in shown
+    distil(tmp_path / "whole", **fields, max_steps=4)
+    assert same(final_weights(out), final_weights(tmp_path / "whole"))
+    assert "finished" in distil(out, **fields, max_steps=4).out
+
+
+def test_checkpoints_resume_from_an_older_one_sets_the_newer_aside(tmp_path, student, text):
+    out = tmp_path / "out"
+    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
+    distil(out, **fields, max_steps=6)
+    old = checkpoint(out, 6)
+    older = f"{out}/checkpoints/step-00000002"
+    shown = distil(out, **fields, max_steps=4, resume=older).out
+    assert "set aside" in shown and "step-00000004, step-00000006" in shown.replace(
+        "step-00000006, step-00000004", "step-00000004, step-00000006")
+    kept = sorted(os.listdir(out / "checkpoints"))
+    assert kept == ["aside-00000004", "aside-00000006", "step-00000002", "step-00000004"]
+    os.rename(out / "checkpoints" / "aside-00000006", out / "checkpoints" / "step-00000006")
+    assert same(checkpoint(out, 6), old)
+
+
+def test_checkpoints_resume_by_path_into_another_run_is_refused(tmp_path, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=2)
+    one = tmp_path / "one"
+    other = tmp_path / "other"
+    distil(one, **fields)
+    distil(other, **fields, seed=7)
+    before = digests_below(other)
+    path = one / "checkpoints" / "step-00000002"
+    refused = distil(other, rc=2, **{**fields, "max_steps": 4}, resume=path)
+    assert "seed 7 there, 0 here" in refused.err
+    assert digests_below(other) == before
+
+
+def digests_below(folder):
+    """{path: digest of its content} of all files; error.log left out."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name != "error.log":
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def test_checkpoints_somebody_elses_files_are_refused_and_kept(tmp_path, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=1)
+    model = shutil.copytree(student, tmp_path / "model")
+    shutil.rmtree(model / "final", ignore_errors=True)
+    thesis = tmp_path / "thesis"
+    (thesis / "final").mkdir(parents=True)
+    (thesis / "final" / "thesis.txt").write_text("years")
+    notes = tmp_path / "notes"
+    (notes / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (notes / "checkpoints" / "step-00000001" / "weights.pt").write_text("theirs")
+    mine = tmp_path / "mine"
+    distil(mine, **fields)
+    (mine / "final" / "thesis.txt").write_text("years")
+    spelled = tmp_path / "thesis" / ".." / "model"
+    for out, named in [(model, "config.json"), (spelled, "config.json"), (thesis, "final"),
+                       (notes, "step-00000001"), (mine, "final")]:
+        for resume in ("auto", "never"):
+            before = digests_below(out)
+            refused = distil(out, rc=2, **fields, seed=3, resume=resume)
+            assert named in refused.err and "not written by simple_distill" in refused.err
+            assert digests_below(out) == before
+
+
+def test_checkpoints_a_run_keeps_the_final_that_is_its_student(tmp_path, student, text):
+    """Until its own is whole: killed before that, it can be started again."""
+    out = tmp_path / "out"
+    fields = dict(dataset=text, alpha=1.0, resume="never")
+    distil(out, **fields, student=student, max_steps=1)
+    before = digests_below(out / "final")
+    endless = {**PLAIN, **fields, "student": out / "final", "output_dir": out,
+               "max_steps": 100_000, "save_steps": 1}
+    run = Fork(tmp_path / "log.txt", *flags(**endless))
+    end = time.time() + 60
+    while not list((out / "checkpoints").glob("step-*[2-9]")):
+        assert run.running() and time.time() < end, Path(run.log).read_text()
+        time.sleep(0.02)
+    run.signal(signal.SIGKILL).wait()
+    assert digests_below(out / "final") == before
+
+
+def test_checkpoints_fewer_steps_than_the_checkpoint_has_change_nothing(tmp_path, student, text):
+    out = tmp_path / "out"
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    distil(out, **fields, max_steps=4)
+    before = digests_below(out)
+    refused = distil(out, rc=2, **fields, max_steps=2)
+    assert "step 4" in refused.err and "end at 2" in refused.err
+    assert digests_below(out) == before
+
+
 # --------------------------------------------------------------------------------------------------
 # Train: the command line against an independent reference; what a run leaves behind.
 
@@ -2761,6 +3054,48 @@ def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, tea
     assert not same(before, after)
     for name, x in after.items():
         assert "embed" in name or x.isfinite().all(), name
+
+
+def test_train_weights_that_are_not_finite_are_never_final(tmp_path, out, student, text):
+    """Fewer than ten steps: nothing else would notice."""
+    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=4, learning_rate=1e38,
+                  max_grad_norm=0)
+    shown = distil(out, rc=2, **fields)
+    assert "not finite" in shown.err and "no final/" in shown.err
+    assert not os.path.exists(f"{out}/final")
+    assert "last good weights" not in shown.err
+
+
+def test_train_the_advice_after_bad_steps_is_a_command_that_works(tmp_path, out, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0, max_grad_norm=0)
+    err = distil(out, rc=2, **fields, max_steps=20, learning_rate=1e38).err
+    assert "10 steps in a row" in err and "not finite themselves" in err
+    advice = re.search(r"(--resume never) and (--learning_rate \S+),", err)
+    rate = float(advice[2].split()[1])
+    assert rate < 1e38
+    distil(out, **fields, max_steps=2, resume="never", learning_rate=1e-3)
+
+
+def test_train_a_log_that_cannot_be_written_costs_no_step(tmp_path, out, student, text,
+                                                          monkeypatch):
+    """The disk fills at step 3, and has room again at 5."""
+    path = Path(out, "log.jsonl")
+    seed_step = sd.seed_step
+
+    def fill_disk(seed, step):
+        if step == 2:
+            path.rename(path.with_suffix(".kept"))
+            path.symlink_to("/dev/full")
+        if step == 4:
+            path.unlink()
+            path.with_suffix(".kept").rename(path)
+        seed_step(seed, step)
+
+    monkeypatch.setattr(sd, "seed_step", fill_disk)
+    shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=6).out
+    assert shown.count("log.jsonl cannot be written") == 1
+    assert column(out, "train/step") == [1, 2, 5, 6]
+    assert os.path.isdir(f"{out}/final")
 
 
 def break_norm(tensors):
@@ -6036,7 +6371,8 @@ def test_eval_runs_no_code_that_only_a_state_json_allows(eval_folder, tmp_path, 
         eval_folder / "run/checkpoints/step-00000012", tmp_path / "step-00000012"))
     state = json.loads((checkpoint_ / "state.json").read_text())
     state["config"] |= dict(student=str(model), trust_remote_code=True)
-    (checkpoint_ / "state.json").write_text(json.dumps(state))
+    state.pop("digest")
+    (checkpoint_ / "state.json").write_text(json.dumps(state | {"digest": sd.digest(state)}))
     fields = report_fields(eval_folder, "unheard", checkpoint_, **QUICK)
     assert str(model) in cli(*flags(**fields), rc=2).err
     assert not ran.exists()
@@ -6384,6 +6720,47 @@ def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
+
+
+@pytest.mark.parametrize("name, value", [
+    ("NPROC", "0"), ("NPROC", "abc"), ("MASTER_PORT", "x"), ("NODE_RANK", "1"),
+])
+def test_runs_launcher_names_a_wrong_number(name, value):
+    shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
+                           env={**os.environ, name: value})
+    assert shown.returncode == 2
+    assert shown.stderr.startswith(f"error: {name} is ") and value in shown.stderr
+
+
+def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
+    env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
+    process = subprocess.Popen(
+        [HERE / "launch.sh", "--output_dir", tmp_path / "out"], env={**os.environ, **env},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    assert "waits for the others" in process.stdout.readline()
+    end = time.time() + 60
+    while not pids_of(f"node-rank 0 .*{tmp_path}") and time.time() < end:
+        time.sleep(0.05)
+    time.sleep(1)
+    start = time.time()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert time.time() - start < 3
+    assert not pids_of(str(tmp_path))
+
+
+def test_runs_a_closed_terminal_saves(tmp_path, student, text):
+    """SIGHUP, and nobody reads what it says."""
+    out = tmp_path / "run"
+    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "output_dir": out,
+              "max_steps": 100_000}
+    process = spawn(*flags(**fields))
+    wait_for_log(out, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    stopped = log(out, "train")[-1]["train/step"]
+    assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
 
 
 # ---- a week of runs, one after the other, as a user types them
