@@ -3321,7 +3321,7 @@ def describe_cache(cfg, tokenizer, splits, dtype):
         weights=weights,
         dtype=dtype,
         vocabulary=vocabulary,
-        tokenizer=tokenizer_digest(tokenizer),
+        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
         dataset=cfg.dataset,
         dataset_fingerprint=digest(rows_of_splits, raw_rows),
         eval_samples=cfg.eval_samples,
@@ -3342,10 +3342,6 @@ def check_top_k(cfg):
     if cfg.cache_top_k > entries:
         raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
                         "tokens; lower it")
-
-
-def tokenizer_digest(tokenizer):
-    return digest(tokenizer.get_vocab(), tokenizer.chat_template)
 
 
 def identify_weights(teacher):
@@ -3790,7 +3786,8 @@ def topk_entries(logp_CV, size):
     return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
 
 
-FOUND_WHEN_FULL = ("rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
+FOUND_WHEN_FULL = (
+    "rows", "tokens", "bytes_per_token", "mass_kept", "chunks", "tokenizer_files")
 
 
 def finish_cache(cfg, manifest, paths):
@@ -3809,10 +3806,16 @@ def finish_cache(cfg, manifest, paths):
     mass_kept = counts.mass / counts.targets
     complete = manifest | dict(
         rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
-        mass_kept=mass_kept, chunks=rows_per_chunk)
+        mass_kept=mass_kept, chunks=rows_per_chunk, tokenizer_files=tokenizer_checksums(cfg))
     write_manifest(complete, cfg.cache_dir)
     print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
            f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
+
+
+def tokenizer_checksums(cfg):
+    """{file: CRC-32} of what is kept of the tokenizer."""
+    folder = os.path.join(cfg.cache_dir, "tokenizer")
+    return {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
 
 # ---- reading
@@ -3937,10 +3940,10 @@ def read_tokenizer(cfg, manifest):
     what = f"cache tokenizer {folder!r} is damaged, edited or not allowed"
     # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
     with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-        if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
-            raise ValueError("its vocabulary or chat template is another")
-    return tokenizer
+        for name, crc in manifest["tokenizer_files"].items():
+            if checksum(os.path.join(folder, name)) != crc:
+                raise ValueError(f"{name} is not what was written")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
 
 
 def read_cache_config(cache_dir):
