@@ -3677,7 +3677,7 @@ def name_digest(source):
 #     eval-00000000.safetensors
 #
 # What is read is what was written, or is refused with the command that makes it again: a manifest
-# has a checksum, a chunk those of its rows and its table, and the mark of its cache and its place.
+# has its digest, a chunk checksums of its rows and its table, and a mark of its cache and place.
 
 
 # ---- what the manifest says
@@ -3706,7 +3706,7 @@ def describe_cache(cfg, tokenizer, splits, dtype):
         weights=weights,
         dtype=dtype,
         vocabulary=vocabulary,
-        tokenizer=tokenizer_digest(tokenizer),
+        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
         dataset=cfg.dataset,
         dataset_fingerprint=digest(rows_of_splits, raw_rows),
         eval_samples=cfg.eval_samples,
@@ -3727,10 +3727,6 @@ def check_top_k(cfg):
     if cfg.cache_top_k > entries:
         raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
                         "tokens; lower it")
-
-
-def tokenizer_digest(tokenizer):
-    return digest(tokenizer.get_vocab(), tokenizer.chat_template)
 
 
 def content_digest(manifest):
@@ -3934,8 +3930,8 @@ def empty_cache(cache_dir):
 
 
 def write_manifest(manifest, cache_dir):
-    checked = manifest | {"checksum": digest(manifest)}
-    write_json(checked, os.path.join(cache_dir, "manifest.json"))
+    marked = manifest | {"digest": digest(manifest)}   # by which a change is known
+    write_json(marked, os.path.join(cache_dir, "manifest.json"))
 
 
 def plan_cache(cfg, packed, sequences):
@@ -4147,7 +4143,8 @@ def topk_entries(logp_CV, size):
     return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
 
 
-FOUND_WHEN_FULL = ("rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
+FOUND_WHEN_FULL = (
+    "rows", "tokens", "bytes_per_token", "mass_kept", "chunks", "tokenizer_files")
 
 
 def finish_cache(cfg, manifest, paths):
@@ -4166,10 +4163,16 @@ def finish_cache(cfg, manifest, paths):
     mass_kept = counts.mass / counts.targets
     complete = manifest | dict(
         rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
-        mass_kept=mass_kept, chunks=rows_per_chunk)
+        mass_kept=mass_kept, chunks=rows_per_chunk, tokenizer_files=tokenizer_checksums(cfg))
     write_manifest(complete, cfg.cache_dir)
     print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
            f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
+
+
+def tokenizer_checksums(cfg):
+    """{file: CRC-32} of what is kept of the tokenizer."""
+    folder = os.path.join(cfg.cache_dir, "tokenizer")
+    return {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
 
 # ---- reading
@@ -4282,9 +4285,9 @@ def read_any_manifest(cache_dir):
     with reading(f"cache manifest {path!r} is damaged or edited", again(cache_dir, path)):
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
-        checksum = manifest.pop("checksum")
-        if checksum != digest(manifest):
-            raise ValueError("wrong checksum")
+        written = manifest.pop("digest")
+        if digest(manifest) != written:
+            raise ValueError("it is not what was written")
     return manifest
 
 
@@ -4294,10 +4297,10 @@ def read_tokenizer(cfg, manifest):
     what = f"cache tokenizer {folder!r} is damaged, edited or not allowed"
     # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
     with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-        if tokenizer_digest(tokenizer) != manifest["tokenizer"]:
-            raise ValueError("its vocabulary or chat template is another")
-    return tokenizer
+        for name, crc in manifest["tokenizer_files"].items():
+            if checksum(os.path.join(folder, name)) != crc:
+                raise ValueError(f"{name} is not what was written")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
 
 
 def read_cache_config(cache_dir):
