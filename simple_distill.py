@@ -5329,6 +5329,7 @@ class Ledger:
     spent: float          # USD of all runs, with what is set aside for requests in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
+    secrets: list            # which no file and no error may show
     disk_room: Any           # a file of nothing: its bytes are kept for the rows in flight
     held_bytes: int = 0      # so many, for so many requests
     tokens: int = 0          # of this run
@@ -5393,8 +5394,10 @@ class Ledger:
         rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
         if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        handle = self.disk_room.fileno()
         try:
-            os.posix_fallocate(self.disk_room.fileno(), 0, self.held_bytes + size)
+            if os.fstat(handle).st_size < self.held_bytes + size:
+                os.posix_fallocate(handle, 0, self.held_bytes + size)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise   # anything else: a file system on which nothing can be kept
@@ -5480,10 +5483,10 @@ def find_secrets(cfg):
     return sorted(secrets, key=len, reverse=True)
 
 
-def hide_secrets(cfg, text, shortest=4):
+def hide_secrets(secrets, text, shortest=4):
     """Some servers repeat what they are sent, in errors and in replies. There a short one is a
     word: a reply that says `pass` does not give a password away."""
-    for secret in find_secrets(cfg):
+    for secret in secrets:
         if len(secret) >= shortest:
             text = text.replace(secret, "***")
     return text
@@ -5512,7 +5515,7 @@ def token_count(usage, name):
     return count if type(count) is int and 0 <= count <= MAX_COUNT else None
 
 
-def read_response(cfg, response):
+def read_response(cfg, response, secrets):
     """The JSON of an answer -> Reply; raises where it has another form."""
     usage = response.get("usage")
     if cfg.provider == "openai":
@@ -5527,7 +5530,7 @@ def read_response(cfg, response):
     text, others = join_parts(content)
     # all of an answer that is kept
     strings = text, str(finish_reason or ""), ", ".join(others)
-    text, finish_reason, other_parts = [hide_secrets(cfg, string, 8) for string in strings]
+    text, finish_reason, other_parts = [hide_secrets(secrets, string, 8) for string in strings]
     return Reply(text, finish_reason, *counts, other_parts)
 
 
@@ -5564,7 +5567,7 @@ def give_up(ledger, sdk, error):
     """An error that stays -> Reply; it stops the run where no other request would fare better."""
     cfg = ledger.cfg
     status = http_status(error)
-    message = hide_secrets(cfg, one_line(error, 9999))[:300]
+    message = hide_secrets(ledger.secrets, one_line(error, 9999))[:300]
     # an earlier run has left rows: then it is the prompt that is not accepted
     is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
     never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
@@ -5588,7 +5591,7 @@ async def ask_api(ledger, client, job):
             request = client.post(path, body=body, cast_to=object)
             # the SDK's time-out is one of each read: a server that trickles never meets it
             response = await asyncio.wait_for(request, 2 * cfg.request_timeout)
-            return read_response(cfg, response)
+            return read_response(cfg, response, ledger.secrets)
         except Exception as e:   # the SDK's own, or an answer of another form
             error = e
         if http_status(error) >= 400:   # refused: free, and what is set aside serves the next try
@@ -5599,7 +5602,7 @@ async def ask_api(ledger, client, job):
         seconds = max(backoff, retry_after(error))
         now = time.monotonic()
         ledger.refused_since = ledger.refused_since or now
-        ledger.trouble = hide_secrets(cfg, one_line(error))
+        ledger.trouble = hide_secrets(ledger.secrets, one_line(error))
         silence = now + seconds - ledger.refused_since   # by the next try, if nobody is answered
         patience = 20 if ledger.answered else 2
         if retry >= patience or silence > MAX_SILENCE or not may_pass(sdk, error):
@@ -5608,7 +5611,7 @@ async def ask_api(ledger, client, job):
             await asyncio.sleep(min(0.2, seconds))
 
 
-def make_client(cfg):
+def make_client(cfg, secrets):
     """The provider's own client. It reads the environment too: proxies, certificates."""
     sdk = importlib.import_module(cfg.provider)
     make = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
@@ -5621,7 +5624,7 @@ def make_client(cfg):
                 # of its own making, it has a destructor that fails where its making failed
                 http_client=sdk.DefaultAsyncHttpxClient())
     except UserError as e:   # without its traceback, which may show a password
-        raise UserError(hide_secrets(cfg, str(e))) from None
+        raise UserError(hide_secrets(secrets, str(e))) from None
 
 
 class Heartbeat:
@@ -5654,7 +5657,7 @@ async def ask_all_api(ledger, jobs):
     heartbeat = Heartbeat()
     waiting = collections.deque(jobs)
     in_flight = {}   # task -> job
-    async with make_client(cfg) as client:
+    async with make_client(cfg, ledger.secrets) as client:
         while True:
             width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
             while waiting and len(in_flight) < width and not ledger.stopping():
@@ -5770,7 +5773,8 @@ def generate(cfg):
         # without a name: a kill leaves nothing of it
         disk_room = tempfile.TemporaryFile(dir=cfg.output_dir)
     with disk_room, stop_signals() as stop_requests, bar:
-        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar, disk_room)
+        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar,
+                        find_secrets(cfg), disk_room)
         with reading(f"cannot write into {cfg.output_dir!r}"):
             shown = dataclasses.asdict(cfg)
             shown["api_base"] = cfg.api_base and public_url(cfg.api_base)
