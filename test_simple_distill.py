@@ -3856,12 +3856,11 @@ def test_streaming_a_bad_row_deep_in_a_stream_is_an_error_that_names_it(tmp_path
     tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
     for path, words in bad_streams(tmp_path):
         cfg = config.Config(dataset=path, streaming=True, max_steps=99, eval_samples=1, seq_len=64)
-        with contextlib.redirect_stdout(io.StringIO()):
-            with sd.process_group():
+        with pytest.raises(config.UserError, match=words):
+            with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
                 stream, _ = sd.load_data(cfg, tokenizer)
-            encode_here = sd.make_row_encoder(cfg, tokenizer)
-            batches = sd.streamed_batches(stream, path, encode_here, 0, 20, 8, None)
-            with pytest.raises(config.UserError, match=words):
+                encode_here = sd.make_row_encoder(cfg, tokenizer)
+                batches = sd.streamed_batches(stream, path, encode_here, 0, 20, 8, None)
                 for _ in range(60):   # more than an epoch
                     next(batches)
 
