@@ -3731,7 +3731,7 @@ def check_top_k(cfg):
 
 def content_digest(manifest):
     """Of what decides the content of a cache, which chunks bear; not of what it came out to."""
-    return digest({name: manifest[name] for name in manifest if name not in FOUND_WHEN_FULL})
+    return digest({name: manifest[name] for name in manifest if name not in NO_CONTENT})
 
 
 # ---- what a row looks like on disk
@@ -3916,7 +3916,8 @@ def begin_cache(cfg, tokenizer, splits):
         remove_files(folder, ["chat_template.jinja", "added_tokens.json",
                               "special_tokens_map.json"])
         tokenizer.save_pretrained(folder)
-        write_manifest(manifest, cfg.cache_dir)   # last: from here on there is a cache
+        begun = manifest | {"tokenizer_files": tokenizer_checksums(folder)}
+        write_manifest(begun, cfg.cache_dir)   # last: from here on there is a cache
     return manifest
 
 
@@ -3927,6 +3928,11 @@ def empty_cache(cache_dir):
         refuse_foreign(path, is_chunk)
     for path in paths:
         os.remove(path)
+
+
+def tokenizer_checksums(folder):
+    """{file: CRC-32} of what is kept of the tokenizer."""
+    return {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
 
 def write_manifest(manifest, cache_dir):
@@ -4143,8 +4149,7 @@ def topk_entries(logp_CV, size):
     return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
 
 
-FOUND_WHEN_FULL = (
-    "rows", "tokens", "bytes_per_token", "mass_kept", "chunks", "tokenizer_files")
+NO_CONTENT = ("tokenizer_files", "rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
 
 
 def finish_cache(cfg, manifest, paths):
@@ -4161,18 +4166,12 @@ def finish_cache(cfg, manifest, paths):
         rows_per_chunk[split].append(int(in_chunk.rows))
     bytes_per_token = sum(os.path.getsize(path) for path in paths) / counts.tokens
     mass_kept = counts.mass / counts.targets
-    complete = manifest | dict(
+    complete = read_any_manifest(cfg.cache_dir) | dict(
         rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
-        mass_kept=mass_kept, chunks=rows_per_chunk, tokenizer_files=tokenizer_checksums(cfg))
+        mass_kept=mass_kept, chunks=rows_per_chunk)
     write_manifest(complete, cfg.cache_dir)
     print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
            f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
-
-
-def tokenizer_checksums(cfg):
-    """{file: CRC-32} of what is kept of the tokenizer."""
-    folder = os.path.join(cfg.cache_dir, "tokenizer")
-    return {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
 
 # ---- reading

@@ -4739,11 +4739,14 @@ def test_cache_a_damaged_manifest_or_tokenizer_is_one_error(full_cache, student,
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json"])
-def test_cache_the_repair_of_a_copy_acts_on_the_copy(full_cache, student, tmp_path, name):
+def test_cache_the_repair_of_a_copy_acts_on_the_copy(full_cache, teacher, student, cache_text,
+                                                     tmp_path, name):
     cache = cache_of(full_cache, tmp_path / "a copy")
     whole = contents(cache)
     original = contents(full_cache)
     (cache / name).write_text('{"half":')
+    if name != "manifest.json":   # to fill it once more does not make the damage right
+        fill_cache(teacher, cache_text, cache)
     refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
     mend(refused.err)
     del whole[f"{cache}/config.json"]   # it now names the copy
