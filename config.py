@@ -327,6 +327,16 @@ class Config:
         check_blockwise(self)   # optional: blockwise
         check_generate(self)    # optional: generate
 
+    @classmethod   # optional: eval
+    def from_json(cls, values):   # optional: eval
+        """From what asdict and json made of a Config."""
+        return cls(**{name: convert(name, value) for name, value in values.items()
+                      if value is not None})
+
+    def public(self):   # optional: generate
+        """As a dict, less the passwords that a URL may hold."""
+        return dataclasses.asdict(self) | {"api_base": self.api_base and public_url(self.api_base)}
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 

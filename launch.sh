@@ -43,7 +43,7 @@ except ChildFailedError as e:
 setsid python -c "$torchrun" --nproc-per-node "$NPROC" "${where[@]}" "$(dirname "$0")/simple_distill.py" "$@" &
 runner=$!
 forward() {   # to the workers; where there are none yet (a second node is waited for), torchrun itself ends
-    pkill "-$1" -P "$runner" && return
+    pkill "-$1" -P "$runner" && return 0   # a bare return would give back what the signal broke off
     kill -TERM "$runner" 2>/dev/null || return 0
     sleep 1; kill -KILL "$runner" 2>/dev/null || true
 }

@@ -64,15 +64,12 @@ from typing import Any, NamedTuple, Optional
 from config import (
     Config,
     UserError,
-    convert,   # optional: eval
     demo_knobs,   # optional: demo
-    does_something,   # optional: generate
-    knobs_in,   # optional: cache
+    knobs_in,   # optional: cache generate
     one_line,
     parse_config,
     parse_multipliers,
     parse_or_exit,
-    public_url,   # optional: generate
     result_knobs,
 )
 
@@ -854,14 +851,11 @@ def load_tokenizer(cfg, *candidates):
     if not names:
         return None
     name = names[0]
-    try:
+    missing = name.startswith(("/", ".", "~")) and not os.path.exists(name)
+    problem = ": no such path" if missing else " that can be read"
+    with reading(f"{name!r} has no tokenizer{problem}",
+                 "; is the name right? --tokenizer names another"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    except Exception as e:
-        why = one_line(e)
-        if name.startswith(("/", ".", "~")) and not os.path.exists(name):
-            why = "no such path"
-        raise UserError(f"{name!r} has no tokenizer that can be read ({why}); is the name right? "
-                        "--tokenizer names another") from e
 
 
 def may_have_tokenizer(name):
@@ -1208,7 +1202,7 @@ def code_of(function):
     while found:
         name = found.pop()
         thing = inspect.unwrap(globals().get(name))
-        if name in code:
+        if name in code or name.startswith("__"):   # __name__ depends on how the file is run
             continue
         if getattr(thing, "__module__", None) == __name__:
             code[name] = inspect.getsource(thing)
@@ -2603,7 +2597,8 @@ def check_output(output_dir):
     """Before anything is written: what stands under our names has to be ours."""
     def has_our_knobs(path):
         with open(path, encoding="utf-8") as f:
-            return {"student", "alpha", "output_dir"} <= json.load(f).keys()
+            knobs = json.load(f)
+        return {"student", "alpha", "output_dir"} <= knobs.keys() and knobs["mode"] != "cache"
 
     def is_our_log(path):
         with open(path, encoding="utf-8", errors="replace") as f:
@@ -5750,15 +5745,12 @@ def finish_files(ledger, order):
     return "\n".join([*lines, last])
 
 
-def row_settings(cfg):
-    """What decides the rows. Where the server stands does not: it may move."""
-    return {name: value for name, value in result_knobs(cfg).items() if does_something(cfg, name)}
-
-
 def generate(cfg):
     """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
     paths = paths_in(cfg.output_dir)
-    settings = row_settings(cfg)
+    # what decides the rows; not where the server stands: it may move
+    deciding = {*knobs_in("generate"), *knobs_in("api"), "seed", "teacher", "tokenizer", "dtype"}
+    settings = {name: value for name, value in result_knobs(cfg).items() if name in deciding}
     jobs = all_prompts(cfg)
     past_cost, answered, spent = read_past(paths, settings)
     todo = [job for job in jobs.values() if job.prompt_id not in answered]
@@ -5775,9 +5767,7 @@ def generate(cfg):
         ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar,
                         find_secrets(cfg), disk_room)
         with reading(f"cannot write into {cfg.output_dir!r}"):
-            shown = dataclasses.asdict(cfg)
-            shown["api_base"] = cfg.api_base and public_url(cfg.api_base)
-            write_json(shown, paths.config)
+            write_json(cfg.public(), paths.config)
             ledger.write_summary(spent)
         if cfg.provider == "local":
             ask_all_local(ledger, todo)
@@ -5856,13 +5846,10 @@ def config_of_run(cfg, name, state):
         if stored.get("cache"):   # optional: cache
             stored["cache_dir"] = stored["cache"]   # a digest, no path: enough to need no teacher
         stored.pop("cache", None)
-        knobs = {}
-        for knob, value in stored.items():
-            if value is not None:
-                knobs[knob] = convert(knob, value)
-        knobs |= dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+        stored |= dict(dtype=cfg.dtype, seq_len=cfg.seq_len,
+                       trust_remote_code=cfg.trust_remote_code)
         try:
-            return Config(**knobs)
+            return Config.from_json(stored)
         except UserError as e:   # names the knob, but not whose it is
             raise ValueError(e) from e
 

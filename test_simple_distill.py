@@ -7642,23 +7642,24 @@ def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monk
         dict(PLAIN, student=student, resume=from_victim, **fields),
         dict(config=yaml_file),
     ]
-    of_text = dict(dataset=text)
     if hasattr(sd, "train_blockwise"):   # optional: blockwise
-        commands.append(dict(student=student, teacher=evil, blockwise=True, **of_text))
+        commands.append(dict(student=student, teacher=evil, blockwise=True, dataset=text))
     if hasattr(sd, "fill_cache"):   # optional: cache
-        commands.append(dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c", **of_text))
+        commands.append(dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c", dataset=text))
     if hasattr(sd, "generate"):   # optional: generate
         commands.append(dict(mode="generate", provider="local", teacher=evil, num_examples=1))
     if hasattr(sd, "report"):   # optional: eval
-        judged = dict(mode="eval", eval_samples=2, tokenizer=student, **of_text)
+        judged = dict(mode="eval", eval_samples=2, tokenizer=student, dataset=text)
         commands.append({**judged, "student": evil})
         commands.append({**judged, "student": student, "compare": [evil]})
         commands.append({**judged, "student": step})
         commands.append({**judged, "student": from_victim})
     for i, command in enumerate(commands):
         result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert len(result.err.strip().splitlines()) <= 2, result.err
+        assert result.err.count("error: ") == 1, result.err
         assert not os.listdir(marks), (command, result)
+        if evil in command.values() or command.get("compare"):
+            assert "--trust_remote_code" in result.err, result.err
 
 
 def test_runs_a_caches_tokenizer_runs_no_code(tmp_path, student, text):   # optional: cache
