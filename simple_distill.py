@@ -999,6 +999,8 @@ def load_file(path, kind, split, streaming):
         raise UserError(f"dataset file {path!r} {problem}")
     if os.path.getsize(path) == 0:
         raise UserError(f"dataset file {path!r} is empty")
+    if kind == "json" and holds_no_object(path):   # a file of nulls kills the process in pyarrow
+        raise UserError(f"dataset file {path!r} holds no object with columns")
     if split != "train":   # a file has no other
         return None
     options = {}
@@ -1007,6 +1009,11 @@ def load_file(path, kind, split, streaming):
     return datasets.load_dataset(   # which takes a name for a pattern
         kind, data_files={"train": glob.escape(path)}, split="train", streaming=streaming,
         **options)
+
+
+def holds_no_object(path):
+    with open(path, "rb") as f:
+        return not any(b"{" in block for block in iter(functools.partial(f.read, 2**20), b""))
 
 
 def load_saved(folder, split, streaming):
