@@ -1110,6 +1110,25 @@ def test_runtime_a_node_with_a_disk_of_its_own_is_refused(tmp_path):
         assert "went on" not in shown
 
 
+STUCK = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
+with sd.process_group():
+    if sd.RANK == 0:
+        sd.fail_first()
+        os._exit(2)   # as explain() and the end of the file do
+    time.sleep(1000)   # as in a collective on a GPU, which nothing interrupts
+"""
+
+
+@pytest.mark.campaign
+def test_runtime_a_rank_that_is_stuck_when_another_fails_ends(tmp_path):
+    start = time.time()
+    run_ranks(STUCK, tmp_path)
+    assert time.time() - start < 90
+
+
 def test_runtime_a_child_keeps_no_lock_and_ends_with_its_parent(tmp_path):
     """As a worker that tokenises: its parent is killed, and the folder is free at once."""
     source = f"""
@@ -3179,6 +3198,23 @@ def test_checkpoints_a_stale_final_is_not_called_done(tmp_path, student, text):
     distil(tmp_path / "whole", **fields, max_steps=4)
     assert same(final_weights(out), final_weights(tmp_path / "whole"))
     assert "finished" in distil(out, **fields, max_steps=4).out
+
+
+def test_checkpoints_a_final_that_could_not_be_written_is_written_by_the_next_run(tmp_path, student,
+                                                                                  text):
+    out = tmp_path / "out"
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    distil(out, **fields, max_steps=1)
+    stale = digests_below(out / "final")
+    blocked = out / "final.tmp"
+    blocked.write_text("in the way")
+    shown = distil(out, rc=2, **fields, max_steps=2)
+    assert "could not be saved" in shown.err and "final.tmp" in shown.err
+    assert digests_below(out / "final") == stale
+    blocked.unlink()
+    assert "finished" not in distil(out, **fields, max_steps=2).out
+    assert "finished" in distil(out, **fields, max_steps=2).out
+    assert digests_below(out / "final") != stale
 
 
 def test_checkpoints_resume_from_an_older_one_sets_the_newer_aside(tmp_path, student, text):
