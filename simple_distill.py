@@ -185,7 +185,9 @@ def process_group():
                  "and MASTER_PORT are the launcher's)"):
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **options)
     # from here on ranks wait while another downloads or tokenises
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
+    # (set_timeout is its name since torch 2.14)
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
+    set_timeout(datetime.timedelta(days=1))
     over = threading.Event()
     if WORLD > 1:
         threading.Thread(target=leave_after_failure, args=[over], daemon=True).start()
