@@ -249,7 +249,9 @@ class Config:
         False, "match hidden states block by block, then the head, then distil as usual", needs=())
     block_input: Literal["student", "teacher"] = knob(
         "student", "what feeds block i: its own stream or the teacher's")
-    distill_loss_type: Literal["mse", "cosine", "kl_div"] = knob("mse", "between hidden states")
+    distill_loss_type: Literal["relative", "mse", "cosine", "kl_div"] = knob(
+        "relative", "between hidden states s, t of a token; relative: |s - t|^2 / |t|^2, so that "
+        "few huge states (sinks) do not outweigh the rest")
     distill_loss_temperature: float = knob(
         1.0, "of kl_div over the hidden dimension", above=0, needs=("distill_loss_type", "kl_div"))
     use_stitching_layers: bool = knob(True, "a linear map from student to teacher width a block")

@@ -4365,7 +4365,7 @@ def train_blockwise(cfg):
     stages = block_stages(run)
     blocks_end = max(stage.end for stage in stages if stage.mean_over == "real")
     with begin(run, stages):
-        if "block_errors" not in run.notes:
+        if "block_figures" not in run.notes:
             measure_blocks(run)
         for stage in stages:
             if run.step >= stage.end:   # done before a resume
@@ -4594,22 +4594,27 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
         return temperature ** 2 * terms.sum(-1)
     if kind == "mse":
         return (student_ND.float() - teacher_ND.float()).square().mean(-1)
+    if kind == "relative":   # |s - t|^2 / |t|^2: a sink, 100 times as large, weighs as any token
+        missed_N = (student_ND.float() - teacher_ND.float()).square().mean(-1)
+        size_N = teacher_ND.float().square().mean(-1)
+        # a state of zeros (padding_idx) has no size: it counts nothing
+        return (missed_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
     # 1 - cos, as half the squared distance of unit vectors
     student_ND = nn.functional.normalize(student_ND.float(), dim=-1)
     teacher_ND = nn.functional.normalize(teacher_ND.float(), dim=-1)
     return (student_ND - teacher_ND).square().sum(-1) / 2
 
 
-def make_block_loss(cfg, student, teacher, pairs):
-    """-> loss_fn and get_teacher_targets of a Stage that trains the blocks in pairs. loss_fn hands
-    on the error of each block after loss, ce and kl (which are 0)."""
+def make_block_states(cfg, student, teacher, pairs):
+    """-> block_states and get_teacher_targets: block_states gives {block of the student: (its
+    states, stitched to the teacher's width, the teacher's)}, [N, D] each, without padding."""
     fed_by_teacher = cfg.block_input == "teacher"
 
     def get_teacher_targets(batch):
         with torch.no_grad():
             return teacher(around_blocks, batch, pairs.values(), {})
 
-    def loss_fn(model, batch, teacher_states, denominator):
+    def block_states(model, batch, teacher_states):
         dtype = model.get_input_embeddings().weight.dtype
 
         def stitch(name, hidden):
@@ -4626,11 +4631,25 @@ def make_block_loss(cfg, student, teacher, pairs):
             for i, j in pairs.items():
                 inputs[i] = stitch(f"down{i}", teacher_states[j][0])
         student_states = around_blocks(model, batch, pairs, inputs)
-        errors = []
+        states = {}
         for i, j in pairs.items():
-            error_N = hidden_error(
-                stitch(f"up{i}", real(student_states[i][1])), real(teacher_states[j][1]),
-                cfg.distill_loss_type, cfg.distill_loss_temperature)
+            stitched_ND = stitch(f"up{i}", real(student_states[i][1]))
+            states[i] = stitched_ND, real(teacher_states[j][1])
+        return states
+
+    return block_states, get_teacher_targets
+
+
+def make_block_loss(cfg, student, teacher, pairs):
+    """-> loss_fn and get_teacher_targets of a Stage that trains the blocks in pairs. loss_fn hands
+    on the error of each block after loss, ce and kl (which are 0)."""
+    block_states, get_teacher_targets = make_block_states(cfg, student, teacher, pairs)
+
+    def loss_fn(model, batch, teacher_states, denominator):
+        errors = []
+        for student_ND, teacher_ND in block_states(model, batch, teacher_states).values():
+            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
+                                   cfg.distill_loss_temperature)
             errors.append(error_N.sum() / denominator)
         ce, kl = errors[0].new_zeros(2)
         return sum(errors), ce, kl, *errors
@@ -4638,31 +4657,104 @@ def make_block_loss(cfg, student, teacher, pairs):
     return loss_fn, get_teacher_targets
 
 
+# ---- how near the blocks are
+
+
+ORDINARY = 3   # times the median |t| of its batch: a state above that is a sink's
+
+
 def measure_blocks(run):
-    """The held-out error of every block, now: kept in run.notes, logged and shown."""
-    pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
-    loss_fn, get_teacher_targets = make_block_loss(run.cfg, run.student, run.teacher, pairs)
-    _, _, _, *errors = mean_over_rows(run.student, loss_fn, get_teacher_targets, run.eval_rows,
-                                      run.batch_size, "real")
-    run.notes.setdefault("block_errors", []).append(errors)
+    """How far every block is on held-out rows, now: kept in run.notes, logged and shown."""
+    figures = judge_blocks(run)
+    run.notes.setdefault("block_figures", []).append(figures)
     print0(block_table(run))
-    entry = {f"block/{i}/loss": error for i, error in enumerate(errors)}
+    entry = {}
+    for i, of_block in enumerate(figures):
+        entry |= {f"block/{i}/{name}": value for name, value in of_block.items()}
     log(run, entry | {"block/step": run.step})
+
+
+@torch.no_grad()
+def judge_blocks(run):
+    """-> a dict a block: loss, the mean error of a token; median, that of the median token;
+    explained, the share of the teacher's variance that the student has at ordinary positions."""
+    cfg = run.cfg
+    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
+    block_states, get_teacher_targets = make_block_states(cfg, run.student, run.teacher, pairs)
+
+    def judge(model, batch, teacher_states):
+        states = block_states(model, batch, teacher_states)
+        errors = {}
+        for i, (student_ND, teacher_ND) in states.items():
+            errors[i] = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
+                                     cfg.distill_loss_temperature)
+        sums = [sums_of_ordinary(*states[i]) for i in pairs]
+        return errors, torch.stack(sums).cpu()
+
+    was_training = run.student.training
+    run.student.eval()
+    ordinary_sums = 0
+    my_errors = {i: [] for i in pairs}
+    totals = [0.0] * len(pairs)
+    for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
+        batch = collate([run.eval_rows[k] for k in mine])
+        errors, sums = run.student(judge, batch, get_teacher_targets(batch))
+        ordinary_sums += sums
+        for n, i in enumerate(pairs):
+            my_errors[i].append(errors[i].cpu())
+            totals[n] += errors[i].sum().item()
+    run.student.train(was_training)
+    run.student.release()
+    dist.all_reduce(ordinary_sums)
+    totals = all_sum(*totals)
+
+    figures = []
+    for n, i in enumerate(pairs):
+        of_ranks = [None] * WORLD
+        dist.all_gather_object(of_ranks, torch.cat(my_errors[i]))
+        error_N = torch.cat(of_ranks)
+        figures.append(dict(
+            loss=totals[n] / len(error_N), median=error_N.median().item(),
+            explained=share_explained(ordinary_sums[n])))
+    return figures
+
+
+def sums_of_ordinary(student_ND, teacher_ND):
+    """Over the ordinary positions of a batch -> [3 + D] in fp64: how many they are, the sums of
+    |s - t|^2 and |t|^2, and that of t."""
+    size_N = teacher_ND.float().norm(dim=-1)
+    is_ordinary_N = size_N <= ORDINARY * size_N.median()
+    teacher_ND = teacher_ND[is_ordinary_N].double()
+    missed_ND = student_ND[is_ordinary_N].double() - teacher_ND
+    scalars = [is_ordinary_N.sum(), missed_ND.square().sum(), teacher_ND.square().sum()]
+    return torch.cat([torch.stack(scalars), teacher_ND.sum(0)])
+
+
+def share_explained(sums):
+    """1 - sum |s - t|^2 / sum |t - mean|^2; below 0 where the mean of t would be nearer."""
+    count, missed, squares, *total = sums.tolist()
+    variance = squares - sum(x * x for x in total) / count
+    return 1 - missed / variance if variance > 0 else 0.0
 
 
 def block_table(run):
     """The errors that were measured: once before and, after the blocks, once more."""
     pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
-    measured = run.notes["block_errors"]
-    title = f"held-out {run.cfg.distill_loss_type}"
-    lines = [f"\n{'block':<8}{'teacher block':<15}{title:>18}"]
+    measured = run.notes["block_figures"]
+    columns = f"{run.cfg.distill_loss_type:>12}{'median token':>14}{'explained':>11}"
+    lines = [f"\n{'held out':<22}{'before':>12}", f"{'block':<7}{'teacher block':<15}{columns}"]
     if len(measured) > 1:
-        lines[0] += f"{'after':>14}"
+        lines[0] += f"{'after':>37}"
+        lines[1] += columns
     for i, j in pairs.items():
-        line = f"{i:<8}{j:<15}{measured[0][i]:>18.4g}"
-        for errors in measured[1:]:
-            line += f"{errors[i]:>14.4g}"
+        line = f"{i:<7}{j:<15}"
+        for figures in measured:
+            of_block = figures[i]
+            line += (f"{of_block['loss']:>12.4g}{of_block['median']:>14.4g}"
+                     f"{of_block['explained']:>11.1%}")
         lines.append(line)
+    lines.append("explained: of the variance of the teacher's states t, where |t| is at most "
+                 f"{ORDINARY} times its median")
     return "\n".join(lines)
 
 
@@ -5977,7 +6069,9 @@ def layer_errors(root, teacher, batch):
 
 
 def compare_states(x_ND, y_NE):
-    """MSE from x to y (other width: after the best linear map), MSE / variance of y, linear CKA."""
+    """MSE from x to y (other width: after the best linear map), MSE / variance of y, both of which
+    a few huge states decide; |x - y|^2 / |y|^2 of the median token, which they do not; linear CKA.
+    """
     tokens, width = x_ND.shape
     xc = x_ND - x_ND.mean(0)
     yc = y_NE - y_NE.mean(0)
@@ -5993,7 +6087,9 @@ def compare_states(x_ND, y_NE):
         missed = (yc - fitted) * math.sqrt(tokens / max(tokens - width - 1, 1))
     mse = missed.square().mean().item()
     cka = (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
-    return dict(mse=mse, share=mse / yc.square().mean().item(), cka=cka)
+    size_N = y_NE.square().sum(-1).clamp_min(1e-30)
+    median = (missed.square().sum(-1) / size_N).median().item()
+    return dict(mse=mse, share=mse / yc.square().mean().item(), median=median, cka=cka)
 
 
 def try_out(root, tokenizer, input_ids_BT, prompts, seed, allocated):
@@ -6083,7 +6179,7 @@ def collect_curves(figures):
     """-> {name: [(x, y), ...]} for the picture, beside the losses."""
     layers = figures["layers"]
     curves = {}
-    curves["MSE / variance"] = [(layer["student"], layer["share"]) for layer in layers]
+    curves["median token"] = [(layer["student"], layer["median"]) for layer in layers]
     curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
     curves["reliability"] = [
         (confidence / count, hits / count) for count, hits, confidence in figures["bins"] if count
@@ -6129,7 +6225,7 @@ def draw_report(path, models):
             (training, "train/ce_loss", "-"),
             (training, "train/kl_loss", ":"),
             (training, "eval/ce_loss", marker),
-            (layers, "MSE / variance", marker + "-"),
+            (layers, "median token", marker + "-"),
             (layers, "CKA", marker + ":"),
             (reliability, "reliability", marker + "-"),
         ):
@@ -6145,7 +6241,8 @@ def draw_report(path, models):
 
     training.set(title="Training", xlabel="step", ylabel="nats a token")
     layers.set(
-        title="Layers against the teacher's", xlabel="student layer", ylabel="MSE / variance; CKA"
+        title="Layers against the teacher's", xlabel="student layer",
+        ylabel="relative error of the median token; CKA",
     )
     layers.xaxis.get_major_locator().set_params(integer=True)
     quality.set(
@@ -6220,7 +6317,7 @@ def detail_lines(models, prompts):
     for label, figures in models.items():
         rows = [[show_number(x) for x in layer.values()] for layer in figures["layers"]]
         if rows:
-            header = ["layer", "teacher's", "MSE", "MSE / variance", "CKA"]
+            header = ["layer", "teacher's", "MSE", "MSE / variance", "median token", "CKA"]
             lines += [f"## Layers of {label}", *markdown_table(header, rows)]
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]

@@ -4975,6 +4975,9 @@ def layer_states(model, ids, fed=None):
 def reference_loss(kind, student_ND, teacher_ND, temperature):
     if kind == "mse":
         return F.mse_loss(student_ND, teacher_ND)
+    if kind == "relative":
+        missed_N = (student_ND - teacher_ND).square().sum(-1)
+        return (missed_N / teacher_ND.square().sum(-1)).mean()
     if kind == "cosine":
         return (1 - F.cosine_similarity(student_ND, teacher_ND, dim=-1)).mean()
     logp = F.log_softmax(student_ND / temperature, -1)
@@ -5063,6 +5066,8 @@ def reference_block_losses(block, out, i, begin, end, *, how, kind, temperature)
 
 
 @pytest.mark.parametrize("kind, how", [
+    ("relative", "frozen"),
+    ("relative", "teacher"),
     ("mse", "frozen"),
     ("mse", "free"),
     ("mse", "teacher"),
@@ -5104,6 +5109,7 @@ def test_blockwise_losses_match_a_plain_reference(block, out, kind, how):
 
 
 @pytest.mark.parametrize("kind, source", [
+    ("relative", "teacher"),
     ("mse", "teacher"),
     ("cosine", "student"),
     ("kl_div", "student"),
@@ -5120,6 +5126,74 @@ def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source
     for entry in measured:
         assert [entry[f"block/{i}/loss"] for i in range(5)] == [0, 0, 0, 0, 0]
     assert same(final_weights(out), weights(block.teacher))
+
+
+def test_blockwise_a_sink_weighs_as_any_token():
+    """Both states of a token a thousand times as large: the same error; where the teacher's state
+    is zero there is none."""
+    student = torch.randn(6, 8)
+    teacher = torch.randn(6, 8)
+    plain = sd.hidden_error(student, teacher, "relative", 1.0)
+    times = torch.tensor([1000, 1, 1, 1, 1, 0.01])[:, None]
+    scaled = sd.hidden_error(student * times, teacher * times, "relative", 1.0)
+    torch.testing.assert_close(scaled, plain)
+    teacher[2] = 0
+    student.requires_grad_()
+    error = sd.hidden_error(student, teacher, "relative", 1.0)
+    error.sum().backward()
+    assert (error == 0).tolist() == [False, False, True, False, False, False]
+    assert student.grad.isfinite().all() and not student.grad[2].any()
+
+
+def test_blockwise_figures_show_the_ordinary_token(block, out, tmp_path):
+    """Every question begins with Z, whose state is 300 times as large in the teacher: the table and
+    the log show what a direct computation without it does."""
+    def begin_with_z(rows):
+        return [row | {"prompt": "Z" + row["prompt"]} for row in rows]
+
+    held_out = begin_with_z(talk(6, seed=50))
+    data = write_splits(tmp_path / "data", begin_with_z(talk(20)), held_out)
+    shutil.copytree(block.teacher, tmp_path / "teacher")
+    z = tiny_tokenizer().encode("Z")[0]
+
+    def make_sink(tensors):
+        tensors["model.embed_tokens.weight"][z] *= 300
+
+    edit_weights(tmp_path / "teacher", make_sink)
+    shown = distil_blocks(block, out, teacher=tmp_path / "teacher", dataset=data, save_steps=0,
+                          epochs_per_block=1, train_lm_head=False, lm_head_lr=None,
+                          initialize_head_from_teacher=False).out
+    student, stitches = student_at(block, out, 15)
+    teacher = load(tmp_path / "teacher")
+    tokenizer = tiny_tokenizer()
+    rows = encode(held_out, tokenizer, seq_len=32)
+    errors = {i: [] for i in range(3)}
+    wanted = {i: [] for i in range(3)}
+    missed = {i: [] for i in range(3)}
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            _, student_outputs = layer_states(student, ids)
+            _, teacher_outputs = layer_states(teacher, ids)
+            for i in range(3):
+                x = stitches[f"up{i}"](student_outputs[i])[0]
+                y = teacher_outputs[teacher_block(i)][0]
+                errors[i].append((x - y).square().sum(-1) / y.square().sum(-1))
+                ordinary = ids[0] != z
+                wanted[i].append(y[ordinary])
+                missed[i].append((x - y)[ordinary])
+    after = log(out, "block")[-1]
+    for i in range(3):
+        error = torch.cat(errors[i])
+        states = torch.cat(wanted[i])
+        variance = (states - states.mean(0)).square().sum()
+        explained = 1 - torch.cat(missed[i]).square().sum() / variance
+        assert after[f"block/{i}/loss"] == pytest.approx(error.mean().item(), rel=1e-4)
+        assert after[f"block/{i}/median"] == pytest.approx(error.median().item(), rel=1e-4)
+        assert after[f"block/{i}/explained"] == pytest.approx(explained.item(), rel=1e-3)
+    line = next(line for line in shown.splitlines()[::-1] if re.match(r"2 +4 ", line))
+    assert line.split()[-2:] == [f"{after['block/2/median']:.4g}",
+                                 f"{after['block/2/explained']:.1%}"]
 
 
 def test_blockwise_only_its_own_parameters_move(block, out):
@@ -7018,6 +7092,10 @@ def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
             y = teacher_states[teacher_number - 1]
             assert layer["cka"] == pytest.approx(linear_cka(x, y), rel=1e-4)
             assert layer["mse"] == pytest.approx(state_mse(x, y), rel=1e-4)
+            if x.shape == y.shape:
+                size = y.square().sum(-1).clamp_min(1e-30)   # EOS, in the first place
+                relative = (x - y).square().sum(-1) / size
+                assert layer["median"] == pytest.approx(relative.median().item(), rel=1e-3)
 
 
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
@@ -8105,7 +8183,8 @@ REFERENCE = os.environ.get("REFERENCE", "e9529ff")   # before the house was rebu
 
 TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
 CHAT_RUN = dict(teacher="teacher", student="student", dataset="chat", max_steps=3, eval_samples=8)
-BLOCKS = dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2)
+BLOCKS = dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2,
+              distill_loss_type="mse")   # relative came later
 FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
     "forward": [(1, TEXT_RUN)],
     "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
@@ -8181,7 +8260,7 @@ def digest_of(folder):
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if name == "out/log.jsonl":
-            digests[name] = quiet_log(folder / "out")
+            digests[name] = log_of_then(folder / "out")
         elif name == "out/report.json":
             digests[name] = timeless_report(json.loads(path.read_text()))
         elif path.suffix == ".jsonl":
@@ -8194,12 +8273,22 @@ def digest_of(folder):
     return digests
 
 
+def log_of_then(out):
+    """Without what the reference did not log."""
+    later = re.compile(r"block/\d+/(median|explained)")
+    return [{k: v for k, v in entry.items() if not later.fullmatch(k)} for entry in quiet_log(out)]
+
+
 def timeless_report(report):
-    """Without speeds, memory and paths."""
+    """Without speeds, memory and paths, and what the reference did not measure."""
     passing = {"prefill", "generation", "memory", "name", "ratio"}
     models_ = {}
     for label, figures in report["models"].items():
         models_[label] = {k: v for k, v in figures.items() if k not in passing}
+        for layer in models_[label]["layers"]:
+            layer.pop("median", None)
+        for name in ("MSE / variance", "median token"):   # which of them is drawn
+            models_[label]["curves"].pop(name, None)
     return models_
 
 
