@@ -1305,17 +1305,35 @@ def rows_from_columns(columns):
 
 
 def encode_texts(texts, tokenizer, seq_len):
-    """Joined with EOS and cut into blocks of seq_len; the last block of a call may be shorter."""
+    """Joined with EOS and cut into blocks of seq_len; the last block of a call may be shorter. A
+    BOS begins each block, not each text: so it is predicted nowhere."""
     eos = tokenizer.eos_token_id
+    bos = bos_of(tokenizer)
     encoded = patiently(tokenizer, texts, verbose=False)["input_ids"] if texts else []
     joined = []
     for ids in encoded:
+        if bos is not None:   # the tokenizer's, and what stands written out in a text
+            ids = [i for i in ids[1:] if i != bos or i == eos]
         joined += ids
         if eos is not None and ids[-1:] != [eos]:
             joined.append(eos)
-    # - 1: a last block of one token would predict nothing
-    blocks = [joined[i:i + seq_len] for i in range(0, len(joined) - 1, seq_len)]
+    begin = [] if bos is None else [bos]
+    room = seq_len - len(begin)
+    blocks = []
+    for i in range(0, len(joined), room):
+        block = begin + joined[i:i + room]
+        if len(block) > 1:   # one token would predict nothing
+            blocks.append(block)
     return {"input_ids": blocks, "targets": [None] * len(blocks)}
+
+
+def bos_of(tokenizer):
+    """The id that this tokenizer puts before every text; None where it puts none. A model that
+    learned with it (Gemma, Llama) is lost without."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    return None
 
 
 def patiently(tokenizer, texts, **options):
@@ -3704,7 +3722,10 @@ def describe_cache(cfg, tokenizer, splits, dtype):
         raw_rows = list(itertools.islice(splits["train"], 64))
     rows_of_splits = [rows_digest(splits["train"]), rows_digest(splits["eval"])]
     revision, weights = identify_weights(cfg.teacher)
-    return dict(
+    begin = {}
+    if bos_of(tokenizer) is not None:   # caches of tokenizers without one have no such entry
+        begin["bos"] = bos_of(tokenizer)
+    return begin | dict(
         teacher=cfg.teacher,
         revision=revision,
         weights=weights,
@@ -4209,6 +4230,10 @@ def open_cache(cfg):
     refuse_other_targets(cfg, manifest)
     refuse_other_data(cfg)
     tokenizer = read_tokenizer(cfg, manifest)
+    if manifest.get("bos") != bos_of(tokenizer):
+        raise UserError(f"cache_dir {cfg.cache_dir!r} was filled by a version whose blocks "
+                        "of text do not begin with the tokenizer's BOS; its mode cache command "
+                        "with --force_regenerate fills it again")
     student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
     compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
                        f"{cfg.cache_dir}: {manifest['teacher']}")
@@ -5956,19 +5981,29 @@ def config_of_run(cfg, name, state):
 
 
 def retokenize(rows, tokenizer, other):
-    """The counted text of each row under another tokenizer: the same bytes, after EOS in place of
-    the first token, which is never counted."""
+    """The counted text of each row under another tokenizer: the same bytes, after its BOS, or EOS
+    where it has none, in place of the first token, which is never counted."""
     if rows[0]["targets"] is not None:
         raise UserError("models with different tokenizers are compared on plain text; here prompts "
                         "are masked")
     eos = tokenizer.eos_token or "\0"
     other_eos = other.eos_token or ""
+    begin = bos_of(other)
+    if begin is None:
+        begin = other.eos_token_id or 0
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other_eos)
         ids = other(text, add_special_tokens=False, verbose=False)["input_ids"]
-        retokenized.append({"input_ids": [other.eos_token_id or 0, *ids]})
+        retokenized.append({"input_ids": [begin, *ids]})
     return retokenized
+
+
+def prompts_for(other, tokenizer, prompts):
+    """Prompts of plain text, each after the other tokenizer's BOS instead of this one's."""
+    bos = "" if bos_of(tokenizer) is None else tokenizer.bos_token
+    other_bos = "" if bos_of(other) is None else other.bos_token
+    return [other_bos + prompt.removeprefix(bos) for prompt in prompts]
 
 
 def rows_for(other, tokenizer, rows, name, teacher_name):
@@ -6405,7 +6440,8 @@ def report(cfg):
         numbers = range(cfg.batch_size)   # there may be fewer rows
         prefill_ids = collate([rows_here[i % len(rows_here)] for i in numbers]).input_ids
         parameters = root.model.num_parameters()
-        trial = try_out(root, model_tokenizer, prefill_ids, prompts, cfg.seed, allocated)
+        own_prompts = prompts if same else prompts_for(model_tokenizer, tokenizer, prompts)
+        trial = try_out(root, model_tokenizer, prefill_ids, own_prompts, cfg.seed, allocated)
         models[label] = dict(
             name=name, same_tokenizer=same, parameters=parameters,
             disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),

@@ -35,6 +35,7 @@ import shlex
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -1957,6 +1958,46 @@ def test_data_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
     assert decoded(held_out)[0] == "held out text he"
 
 
+def llama_tokenizer(**fields):
+    """One letter a token, a "▁" for each blank and before the text."""
+    tokens = ["<unk>", "<s>", "</s>", *string.ascii_letters, ".", ",", "▁"]
+    return transformers.LlamaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+def test_data_blocks_of_text_begin_with_the_tokenizers_bos(tmp_path, kind):
+    """As part of seq_len, and nowhere else, though a text has it written out: no label is one."""
+    tokenizer = tiny_tokenizer(bos=True) if kind == "gemma" else llama_tokenizer(add_bos_token=True)
+    bos = tokenizer.bos_token_id
+    assert tokenizer("one")["input_ids"][0] == bos
+    docs = [prose(5 + i, i) for i in range(6)] + [tokenizer.bos_token + "one two"]
+    path = write_splits(tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out"}])
+    train, held_out = rows_of(path, tokenizer, seq_len=16)
+    stream = []
+    for doc in docs:
+        ids = tokenizer(doc, add_special_tokens=False)["input_ids"]
+        stream += [i for i in ids if i != bos] + [tokenizer.eos_token_id]
+    assert ids_of(train) == [[bos, *stream[i:i + 15]] for i in range(0, len(stream), 15)]
+    for row in train + held_out:
+        assert row["targets"] is None
+        assert row["input_ids"][0] == bos
+        assert bos not in sd.collate([row]).labels
+        assert len(sd.collate([row]).labels) == len(row["input_ids"]) - 1
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("gpt", "d5359dc494097716"),
+    ("llama", "da49177e39b83bc4"),
+])
+def test_data_blocks_without_bos_are_those_of_old(tmp_path, kind, expected):
+    """Of tokenizers that add none, also where one has the token; by the digest of the version
+    before."""
+    tokenizer = tiny_tokenizer() if kind == "gpt" else llama_tokenizer(add_bos_token=False)
+    rows = encode([{"text": prose(5 + i, i)} for i in range(6)], tokenizer, seq_len=16)
+    assert sd.rows_digest(datasets.Dataset.from_list(rows, features=sd.TOKEN_FEATURES)) == expected
+
+
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
     docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
     rows = [{"text": doc} for doc in docs]
@@ -3849,12 +3890,14 @@ def test_streaming_a_stream_holds_rows_out_and_needs_max_steps(tmp_path, out, st
     distil(out, **fields, eval_samples=10, max_steps=2)
 
 
-def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, student):
+@pytest.mark.parametrize("bos", [False, True])
+def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, bos):
     """Unshuffled, the sequences of a stream are those of the table, also across the windows it is
     read in."""
+    student = tiny_model(tmp_path / "student", tokenizer=tiny_tokenizer(bos=bos))
     docs = [{"text": prose(5 + i % 7, i)} for i in range(30)]
     path = write_splits(tmp_path / "d", docs, docs[:1])
-    every_row = len(rows_of(path, seq_len=32)[0])
+    every_row = len(rows_of(path, tiny_tokenizer(bos=bos), seq_len=32)[0])
     fields = dict(student=student, dataset=path, alpha=1.0, batch_size=every_row, max_steps=1,
                   learning_rate=STILL)
     table = tmp_path / "table"
@@ -4127,6 +4170,31 @@ def train_from_cache(student, cache_dir, out, rc=0, **fields):
     """Six steps; with cache_dir None, a teacher and a dataset: the same run without a cache."""
     run = dict(student=student, cache_dir=cache_dir, alpha=0.3, max_steps=6, batch_size=8)
     return distil(out, rc, **{**run, **fields})
+
+
+def test_cache_of_blocks_without_the_tokenizers_bos_is_refused(tmp_path, text):
+    """A cache has them, one of a version before is neither filled on nor trained from; where the
+    tokenizer has no BOS, the manifest is that of old."""
+    cache = tmp_path / "cache"
+    model = tiny_model(tmp_path / "model", tokenizer=tiny_tokenizer(bos=True))
+    fill_cache(model, text, cache)
+    train_from_cache(model, cache, tmp_path / "out")
+    manifest = sd.read_manifest(str(cache))
+    rows = sd.CacheRows(str(cache), "train", manifest)
+    for i in range(len(rows)):
+        assert rows[i]["input_ids"][0] == manifest["bos"] == 1
+    del manifest["bos"]
+    sd.write_manifest(manifest, str(cache))
+    refused = train_from_cache(model, cache, tmp_path / "late", 2).err
+    assert "BOS" in refused and "--force_regenerate" in refused
+    refused = fill_cache(model, text, cache, 2).err
+    assert "bos" in refused and "--force_regenerate" in refused
+    fill_cache(model, text, cache, force_regenerate=True)
+    train_from_cache(model, cache, tmp_path / "again")
+
+    plain = tiny_model(tmp_path / "plain")
+    fill_cache(plain, text, tmp_path / "plain_cache")
+    assert "bos" not in sd.read_manifest(str(tmp_path / "plain_cache"))
 
 
 def parse_cache_run(student, cache_dir):
@@ -7096,6 +7164,43 @@ def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
                 size = y.square().sum(-1).clamp_min(1e-30)   # EOS, in the first place
                 relative = (x - y).square().sum(-1) / size
                 assert layer["median"] == pytest.approx(relative.median().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("teacher_bos, compared_bos", [(True, False), (False, True)])
+def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, teacher_bos, compared_bos):
+    """Two models of one vocabulary, of which one learned with BOS: each is judged on the same text
+    after what it knows, and continues prompts after it."""
+    def eos_or_bos(bos):
+        return 1 if bos else 0
+
+    teacher = tiny_model(tmp_path / "teacher", tokenizer=tiny_tokenizer(bos=teacher_bos), seed=1)
+    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(bos=compared_bos), seed=2)
+    data = write_splits(tmp_path / "data", [{"text": "x"}], [{"text": prose(60, 3)}])
+    fields = dict(mode="eval", teacher=teacher, student=other, dataset=data, seq_len=32,
+                  batch_size=4, dtype="fp32", output_dir=tmp_path / "out")
+    cli(*flags(**fields))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    ids = tiny_tokenizer()(prose(60, 3))["input_ids"] + [0]
+    if teacher_bos:
+        texts = [ids[i:i + 31] for i in range(0, len(ids), 31)]
+        teacher_rows = [[1, *text] for text in texts]
+    else:
+        teacher_rows = [ids[i:i + 32] for i in range(0, len(ids), 32)]
+        texts = [row[1:] for row in teacher_rows]
+    other_rows = [[eos_or_bos(compared_bos), *text] for text in texts]
+    for label, path, rows in (("teacher", teacher, teacher_rows), ("student", other, other_rows)):
+        nll = []
+        for row in rows:
+            logp = log_probabilities(load(path), row)
+            nll.append(-logp.gather(1, torch.tensor(row[1:])[:, None]))
+        expected = torch.cat(nll).mean().exp().item()
+        assert report["models"][label]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    tokenizers_ = [transformers.AutoTokenizer.from_pretrained(path) for path in (teacher, other)]
+    prompts = sd.prompts_for(tokenizers_[1], tokenizers_[0], report["prompts"])
+    for prompt, own in zip(report["prompts"], prompts, strict=True):
+        assert prompt.startswith("<|begin|>") == teacher_bos
+        assert own.startswith("<|begin|>") == compared_bos
+        assert own.removeprefix("<|begin|>") == prompt.removeprefix("<|begin|>")
 
 
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
