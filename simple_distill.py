@@ -483,7 +483,7 @@ class LastingOutput:
 # Hands on distillation_loss, Head and SparseTarget. Change the objective in chunk_terms: it takes
 # the logits of a chunk and hands on two losses a token and the gradient of the logits.
 
-# bytes of both heads' outputs at once; the fp32 terms come on top; more is hardly faster
+# bytes of both heads' outputs at once; the fp32 terms come on top; see logits_budget
 LOGITS_BUDGET = 512 * 2**20
 COMPILED_VOCAB = 16384   # from this size on the compiler's 10 seconds are worth it
 
@@ -662,7 +662,11 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
 
     if ce_grad is not None:
         grad.add_(ce_grad)
-    grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
+    if torch.compiler.is_compiling():   # a scatter would force a [C, V] in fp32 and three kernels
+        is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
+        grad = torch.where(is_label_CV, grad - alpha, grad)
+    else:
+        grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
     if student_scaling != (1.0, None):
         grad = grad * slope
     return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
@@ -715,33 +719,57 @@ def select_tokens(teacher, where):
     return hidden_ND[where], head
 
 
+def logits_budget(device):
+    """On a GPU up to four times as much: every chunk passes the head's whole gradient through
+    memory once. A share of the card, not of what is free: another number of tokens in a chunk
+    rounds otherwise, and a resumed run is to be the same."""
+    if device.type != "cuda":
+        return LOGITS_BUDGET   # more is hardly faster
+    share = torch.cuda.get_device_properties(device).total_memory // 40
+    return min(max(share, LOGITS_BUDGET), 4 * LOGITS_BUDGET)
+
+
+def add_product(total, a, b, first):
+    """total += a @ b, summed in the type of total; the first overwrites it, unread."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=float(not first))
+    elif total.device.type == "cuda":   # 16-bit factors, fp32 sums, no temporary between
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=float(not first), out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
 class FusedDistillation(torch.autograd.Function):
     """Sums over tokens of loss, ce and kl, their gradients formed chunk by chunk.
 
-    All matmuls, forward and backward, happen in forward; backward only scales.
+    All matmuls, forward and backward, happen in forward; backward only scales. From id `vocab` on
+    the head is padding: not used, gradient 0.
     """
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, student_scaling, alpha,
-                temperature, divergence, chunk):
+                temperature, divergence, chunk, vocab):
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
         grad_weight = None
-        # addmm_ wants one dtype for all; its first chunk overwrites, so nothing is zeroed before
-        add_in_place = exact == hidden_ND.dtype and len(hidden_ND) > 0
-        if need_weight and add_in_place:
+        if need_weight:
             grad_weight = torch.empty_like(weight_VD, dtype=exact)
-        elif need_weight:
-            grad_weight = torch.zeros_like(weight_VD, dtype=exact)
+            unwritten = vocab if len(hidden_ND) else 0
+            grad_weight[unwritten:] = 0
+        weight_VD = weight_VD[:vocab]
+        if bias_V is not None:
+            bias_V = bias_V[:vocab]
 
         dense_teacher = teacher is not None and not isinstance(teacher, SparseTarget)
         teacher_scaling = (1.0, None)
         if dense_teacher:
             teacher_scaling = (teacher[1].scale, teacher[1].softcap)
         kernel = chunk_kernel(
-            len(weight_VD) >= COMPILED_VOCAB, alpha=alpha, temperature=temperature,
+            vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature,
             divergence=divergence, student_scaling=student_scaling,
             teacher_scaling=teacher_scaling)
         ce = hidden_ND.new_zeros((), dtype=torch.float64)
@@ -759,13 +787,11 @@ class FusedDistillation(torch.autograd.Function):
             ce = ce + ce_C.sum(dtype=torch.float64)
             kl = kl + kl_C.sum(dtype=torch.float64)
             if need_bias:
-                grad_bias += grad_CV.sum(0, dtype=exact)
+                grad_bias[:vocab] += grad_CV.sum(0, dtype=exact)
             if need_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
-            if need_weight and add_in_place:
-                grad_weight.addmm_(grad_CV.T, h_CD, beta=float(start > 0))
-            elif need_weight:
-                grad_weight += grad_CV.T @ h_CD
+            if need_weight:
+                add_product(grad_weight[:vocab], grad_CV.T, h_CD, first=start == 0)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden_ND.dtype
         ce = ce.to(exact)
@@ -781,7 +807,7 @@ class FusedDistillation(torch.autograd.Function):
                 into = torch.empty_like(grad, dtype=ctx.dtype)
                 grad = torch.mul(grad, grad_loss, out=into)
             scaled.append(grad)
-        return (*scaled, *[None] * 7)   # forward's other arguments have none
+        return (*scaled, *[None] * 8)   # forward's other arguments have none
 
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature,
@@ -815,25 +841,18 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
         teacher_hidden, teacher_head = teacher
         teacher_head = as_head(teacher_head)
         vocab = min(vocab, len(teacher_head.weight))
-        teacher = (teacher_hidden, cut_vocabulary(teacher_head, vocab))
-    student = cut_vocabulary(student, vocab)
+        bias = None if teacher_head.bias is None else teacher_head.bias[:vocab]
+        teacher = (teacher_hidden,
+                   teacher_head._replace(weight=teacher_head.weight[:vocab], bias=bias))
     if alpha >= 1:
         teacher = None
     if chunk is None:
         bytes_a_token = 2 * max(student_hidden.element_size(), 2) * len(student.weight)
-        chunk = max(1, LOGITS_BUDGET // bytes_a_token)
+        chunk = max(1, logits_budget(student_hidden.device) // bytes_a_token)
     loss, ce, kl = FusedDistillation.apply(
         student_hidden, student.weight, student.bias, labels, teacher,
-        (student.scale, student.softcap), alpha, temperature, divergence, chunk)
+        (student.scale, student.softcap), alpha, temperature, divergence, chunk, vocab)
     return loss / denominator, ce / denominator, kl / denominator
-
-
-def cut_vocabulary(head, vocab):
-    """Padded tails are cut, nothing is zero-padded."""
-    if len(head.weight) == vocab:   # a slice would cost its backward a copy
-        return head
-    bias = None if head.bias is None else head.bias[:vocab]
-    return head._replace(weight=head.weight[:vocab], bias=bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1894,7 +1913,7 @@ def load_student(cfg):
         model = read_model(name, source_config, cfg, role, torch.float32, kept_layers)
         source = ShardedRoot(model, build_stitches)
     # full: gathered layers are dropped after the forward and gathered anew in the backward
-    drop_layers = cfg.fsdp in ("full_shard", "hybrid_shard")
+    drop_layers = cfg.fsdp in REDUCE_EACH
     shard(root, plan_mesh(cfg.fsdp), compute_dtype(cfg), drop_layers, cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
     with reading(f"{role} {name!r} does not run"):
@@ -1995,6 +2014,11 @@ def compile_layers(model):
     torch._dynamo.config.recompile_limit = 64
     for layer in layers_of(model)[1]:
         layer.compile()
+
+
+# These keep nothing whole between micro-steps: each one's gradients are reduced to shards at once.
+# The others add them up where they are and reduce them once a step: less traffic, more memory.
+REDUCE_EACH = ("full_shard", "hybrid_shard")
 
 
 def plan_mesh(fsdp):
@@ -3003,7 +3027,8 @@ def train_stage(run, stage):
         rate = run.set_rates(run.step - stage.first_step)
         sums = torch.zeros(3, device=DEVICE)   # loss, ce, kl of this rank
         for i, batch in enumerate(micro):
-            student.set_requires_gradient_sync(i == len(micro) - 1)
+            student.set_requires_gradient_sync(
+                cfg.fsdp in REDUCE_EACH or i == len(micro) - 1)
             targets = stage.get_teacher_targets(batch)
             loss, ce, kl, *_ = student(stage.loss_fn, batch, targets, max(tokens, 1))
             # FSDP averages over ranks, the loss is a mean over the tokens of all of them: times
@@ -3276,8 +3301,8 @@ def closing_words(run):
 MEMORY_ADVICE = (
     "in this order: --gradient_checkpointing true, a smaller --batch_size, a smaller --seq_len, "
     "--fsdp full_shard on more devices, --cpu_offload. More --gradient_accumulation_steps make up "
-    "for a smaller --batch_size; on several devices they cost 4 bytes a parameter, for gradients "
-    "that are whole until the last of them")
+    "for a smaller --batch_size; under shard_grad_op on several devices they cost 4 bytes a "
+    "parameter, for gradients that are whole until the last of them")
 
 
 def describe_run(run):
@@ -3330,10 +3355,9 @@ def estimate_memory(run):
     # over how many devices weights, gradients and optimiser state are spread
     share = {"no_shard": 1, "hybrid_shard": LOCAL_WORLD}.get(cfg.fsdp, WORLD)
 
-    # whole on every device until the last micro-step, which reduces them to shards
-    gradients = 4 * trained
-    if run.micro_steps == 1:
-        gradients /= share
+    gradients = 4 * trained / share
+    if run.micro_steps > 1 and cfg.fsdp not in REDUCE_EACH:   # whole until the last micro-step
+        gradients = 4 * trained
 
     gathered = student * itemsize   # in the compute type
     if cfg.fsdp in ("full_shard", "hybrid_shard"):   # a layer, the next one, and the root

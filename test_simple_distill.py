@@ -3822,19 +3822,20 @@ def test_train_wandb_offline(out, student, text):
 
 
 def test_train_memory_counts_whole_gradients_under_accumulation(student, monkeypatch):
-    """Of sharded ranks each holds all gradients between micro-steps: 4 bytes a parameter."""
+    """Under shard_grad_op each rank holds all gradients between micro-steps, 4 bytes a parameter;
+    full_shard reduces them after each."""
     with sd.process_group():
         root = sd.load_student(config.Config(student=student, teacher=student))
     parameters = root.model.num_parameters()
     stage = types.SimpleNamespace(rates=dict.fromkeys(root.parameters(), 1e-3))
     monkeypatch.setattr(sd, "WORLD", 4)
     sizes = {}
-    for micro_steps in (1, 8):
+    for fsdp, micro_steps in [("full_shard", 8), ("shard_grad_op", 1), ("shard_grad_op", 8)]:
         run = types.SimpleNamespace(
-            cfg=config.Config(), student=root, teacher=None, stages=[stage], batch_size=2,
+            cfg=config.Config(fsdp=fsdp), student=root, teacher=None, stages=[stage], batch_size=2,
             micro_steps=micro_steps)
-        sizes[micro_steps] = sd.estimate_memory(run)["gradients"] / parameters
-    assert sizes == {1: 1.0, 8: 4.0}
+        sizes[fsdp, micro_steps] = sd.estimate_memory(run)["gradients"] / parameters
+    assert sizes == {("full_shard", 8): 1.0, ("shard_grad_op", 1): 1.0, ("shard_grad_op", 8): 4.0}
 
 
 # --------------------------------------------------------------------------------------------------
