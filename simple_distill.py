@@ -173,6 +173,10 @@ def remove_files(folder, names):
 def process_group():
     """gloo beside NCCL: counts and flags travel between hosts without making the GPU wait."""
     if CUDA:
+        gpus = torch.cuda.device_count()
+        if LOCAL_WORLD > gpus:
+            raise UserError(f"{LOCAL_WORLD} processes on this node, which shows {gpus} GPUs: use "
+                            f"NPROC={gpus} ./launch.sh, or CUDA_VISIBLE_DEVICES= for its CPUs")
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")   # TF32
     else:

@@ -1105,6 +1105,16 @@ def run_ranks(source, folder, *args, ranks=2):
     return [process.communicate(timeout=120)[0] for process in processes]
 
 
+def test_runtime_more_processes_than_gpus_are_refused(monkeypatch):
+    """NCCL would say "invalid device ordinal", or hang, a rank."""
+    monkeypatch.setattr(sd, "CUDA", True)
+    monkeypatch.setattr(sd, "LOCAL_WORLD", 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(config.UserError, match="8 processes .* 2 GPUs: use NPROC=2"):
+        with sd.process_group():
+            pass
+
+
 def test_runtime_a_node_with_a_disk_of_its_own_is_refused(tmp_path):
     for shown in run_ranks(TWO_DISKS, tmp_path):
         assert "1 of 2 ranks do not see what rank 0 writes in 'out'" in shown, shown
