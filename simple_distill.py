@@ -4659,8 +4659,9 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
 
 
 def make_block_states(cfg, student, teacher, pairs):
-    """-> block_states and get_teacher_targets: block_states gives {block of the student: (its
-    states, stitched to the teacher's width, the teacher's)}, [N, D] each, without padding."""
+    """-> block_states and get_teacher_targets: block_states yields, for one block after the other,
+    the student's states, stitched to the teacher's width, and the teacher's: [N, D] each, without
+    padding."""
     fed_by_teacher = cfg.block_input == "teacher"
 
     def get_teacher_targets(batch):
@@ -4684,11 +4685,8 @@ def make_block_states(cfg, student, teacher, pairs):
             for i, j in pairs.items():
                 inputs[i] = stitch(f"down{i}", teacher_states[j][0])
         student_states = around_blocks(model, batch, pairs, inputs)
-        states = {}
         for i, j in pairs.items():
-            stitched_ND = stitch(f"up{i}", real(student_states[i][1]))
-            states[i] = stitched_ND, real(teacher_states[j][1])
-        return states
+            yield stitch(f"up{i}", real(student_states[i][1])), real(teacher_states[j][1])
 
     return block_states, get_teacher_targets
 
@@ -4700,7 +4698,7 @@ def make_block_loss(cfg, student, teacher, pairs):
 
     def loss_fn(model, batch, teacher_states, denominator):
         errors = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states).values():
+        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
             error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
                                    cfg.distill_loss_temperature)
             errors.append(error_N.sum() / denominator)
@@ -4736,39 +4734,40 @@ def judge_blocks(run):
     block_states, get_teacher_targets = make_block_states(cfg, run.student, run.teacher, pairs)
 
     def judge(model, batch, teacher_states):
-        states = block_states(model, batch, teacher_states)
-        errors = {}
-        for i, (student_ND, teacher_ND) in states.items():
-            errors[i] = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                     cfg.distill_loss_temperature)
-        sums = [sums_of_ordinary(*states[i]) for i in pairs]
+        errors = []
+        sums = []
+        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
+            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
+                                   cfg.distill_loss_temperature)
+            errors.append(error_N.cpu())
+            sums.append(sums_of_ordinary(student_ND, teacher_ND))
         return errors, torch.stack(sums).cpu()
 
     was_training = run.student.training
     run.student.eval()
     ordinary_sums = 0
-    my_errors = {i: [] for i in pairs}
+    my_errors = [[] for _ in pairs]
     totals = [0.0] * len(pairs)
     for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
         batch = collate([run.eval_rows[k] for k in mine])
         errors, sums = run.student(judge, batch, get_teacher_targets(batch))
         ordinary_sums += sums
-        for n, i in enumerate(pairs):
-            my_errors[i].append(errors[i].cpu())
-            totals[n] += errors[i].sum().item()
+        for i, error_N in enumerate(errors):
+            my_errors[i].append(error_N)
+            totals[i] += error_N.sum().item()
     run.student.train(was_training)
     run.student.release()
     dist.all_reduce(ordinary_sums)
     totals = all_sum(*totals)
 
     figures = []
-    for n, i in enumerate(pairs):
+    for i in pairs:
         of_ranks = [None] * WORLD
         dist.all_gather_object(of_ranks, torch.cat(my_errors[i]))
         error_N = torch.cat(of_ranks)
         figures.append(dict(
-            loss=totals[n] / len(error_N), median=error_N.median().item(),
-            explained=share_explained(ordinary_sums[n])))
+            loss=totals[i] / len(error_N), median=error_N.median().item(),
+            explained=share_explained(ordinary_sums[i])))
     return figures
 
 
