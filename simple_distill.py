@@ -487,7 +487,7 @@ class LastingOutput:
 # Hands on distillation_loss, Head and SparseTarget. Change the objective in chunk_terms: it takes
 # the logits of a chunk and hands on two losses a token and the gradient of the logits.
 
-# bytes of both heads' outputs at once; the fp32 terms come on top; see logits_budget
+# bytes of both heads' outputs at once; the fp32 terms come on top; see chunk_size
 LOGITS_BUDGET = 512 * 2**20
 COMPILED_VOCAB = 16384   # from this size on the compiler's 10 seconds are worth it
 
@@ -723,14 +723,16 @@ def select_tokens(teacher, where):
     return hidden_ND[where], head
 
 
-def logits_budget(device):
-    """On a GPU up to four times as much: every chunk passes the head's whole gradient through
-    memory once. A share of the card, not of what is free: another number of tokens in a chunk
-    rounds otherwise, and a resumed run is to be the same."""
-    if device.type != "cuda":
-        return LOGITS_BUDGET   # more is hardly faster
-    share = torch.cuda.get_device_properties(device).total_memory // 40
-    return min(max(share, LOGITS_BUDGET), 4 * LOGITS_BUDGET)
+def chunk_size(device, itemsize, vocab):
+    """How many tokens are projected to the vocabulary at once. On a GPU, where the loss is
+    compiled, up to four times as many: every chunk passes the head's whole gradient through memory
+    once. A share of the card, not of what is free: another chunk rounds otherwise, and a resumed
+    run is to be the same."""
+    budget = LOGITS_BUDGET
+    if device.type == "cuda" and vocab >= COMPILED_VOCAB:
+        share = torch.cuda.get_device_properties(device).total_memory // 40
+        budget = min(max(share, budget), 4 * budget)
+    return max(1, budget // (2 * max(itemsize, 2) * vocab))
 
 
 def add_product(total, a, b, first):
@@ -851,8 +853,8 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     if alpha >= 1:
         teacher = None
     if chunk is None:
-        bytes_a_token = 2 * max(student_hidden.element_size(), 2) * len(student.weight)
-        chunk = max(1, logits_budget(student_hidden.device) // bytes_a_token)
+        chunk = chunk_size(
+            student_hidden.device, student_hidden.element_size(), len(student.weight))
     loss, ce, kl = FusedDistillation.apply(
         student_hidden, student.weight, student.bias, labels, teacher,
         (student.scale, student.softcap), alpha, temperature, divergence, chunk, vocab)
@@ -3344,47 +3346,93 @@ def describe_teacher(run):
 
 
 def estimate_memory(run):
-    """-> {part: bytes a device}, rough: what a run will allocate at its peak."""
+    """-> {part: bytes a device} at the fuller of two moments: while the loss is formed, and where
+    the backward ends with the gradients of the student's root. (Within 10 % of a simulated H100.)
+    """
     cfg = run.cfg
     itemsize = compute_dtype(cfg).itemsize
     shape = run.student.model.config.get_text_config()
-    heads = shape.vocab_size * shape.hidden_size
-    student = run.student.model.num_parameters()
-    teacher = 0
-    if run.teacher is not None:
-        teacher = run.teacher.model.num_parameters()
-        teacher_shape = run.teacher.model.config.get_text_config()
-        heads += teacher_shape.vocab_size * teacher_shape.hidden_size
-    trained = max(trained_parameters(stage) for stage in run.stages)
+    student, student_root, layer = sizes(run.student)
     # over how many devices weights, gradients and optimiser state are spread
     share = {"no_shard": 1, "hybrid_shard": LOCAL_WORLD}.get(cfg.fsdp, WORLD)
+    trained = max(trained_parameters(stage) for stage in run.stages)
+    parts = {
+        "weights": 4 * student / share,   # fp32, as gradients and both moments of AdamW
+        "optimiser": 8 * trained / share,
+        "teacher": 0.0,
+    }
+    # roots stay gathered in the compute type, under some --fsdp the layers too
+    gathered = student_root * itemsize
+    dropped = cfg.fsdp in REDUCE_EACH
+    if not dropped:
+        gathered = student * itemsize
+    if run.teacher is not None:
+        teacher, teacher_root, _ = sizes(run.teacher)
+        teacher_itemsize = next(run.teacher.parameters()).element_size()
+        spread = cfg.shard_teacher and WORLD > 1
+        parts["teacher"] = teacher * teacher_itemsize / (WORLD if spread else 1)
+        if spread or cfg.cpu_offload:
+            gathered += teacher_root * teacher_itemsize
+    if cfg.cpu_offload and CUDA:   # in host memory
+        parts = dict.fromkeys(parts, 0.0)
 
+    one_layer, kept = activations_of(run, itemsize)
+    head = shape.vocab_size * shape.hidden_size
+    loss = loss_memory(run, shape.vocab_size, itemsize) + 4 * head
     gradients = 4 * trained / share
-    if run.micro_steps > 1 and cfg.fsdp not in REDUCE_EACH:   # whole until the last micro-step
-        gradients = 4 * trained
+    before = gradients if run.micro_steps > 1 else 0.0   # of the micro-steps that went before
+    if run.micro_steps > 1 and not dropped:   # whole until the last micro-step
+        gradients = before = 4 * trained
+    in_loss = parts | {
+        "gradients": before, "gathered": gathered, "activations": kept, "loss": loss}
+    # the head's gradient: fp32 out of the loss, in the compute type, and to be reduced
+    in_backward = parts | {
+        "gradients": gradients, "gathered": gathered + 2 * layer * itemsize * dropped,
+        "activations": kept if cfg.gradient_checkpointing else one_layer,
+        "loss": (4 + 3 * itemsize) * head}
+    return max(in_loss, in_backward, key=lambda moment: sum(moment.values()))
 
-    gathered = student * itemsize   # in the compute type
-    if cfg.fsdp in ("full_shard", "hybrid_shard"):   # a layer, the next one, and the root
-        gathered = min(gathered, heads * itemsize + 2 * gathered // shape.num_hidden_layers)
-    tokens = run.batch_size * cfg.seq_len
+
+def sizes(root):
+    """-> parameters of a model, those outside its layers, those of one layer."""
+    whole = root.model.num_parameters()
+    layers = layers_of(root.model)[1]
+    inside = sum(p.numel() for p in layers.parameters())
+    return whole, whole - inside, inside // len(layers)
+
+
+def activations_of(run, itemsize):
+    """-> bytes that the backward of one layer needs, and that all keep until their backward."""
+    shape = run.student.model.config.get_text_config()
+    tokens = run.batch_size * run.cfg.seq_len
     width = shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * width
     if isinstance(inner, list):   # one a layer
         inner = max(inner)
-    layer = tokens * (10 * width + 3 * inner) * itemsize   # activations of one layer
-    if cfg.gradient_checkpointing:
-        activations = tokens * width * itemsize * shape.num_hidden_layers + layer
-    else:
-        activations = layer * shape.num_hidden_layers
-    return {
-        "weights": 4 * student / share,   # fp32, as gradients and both moments of AdamW
-        "gradients": gradients,
-        "optimiser": 8 * trained / share,
-        "gathered": gathered,
-        "activations": activations,
-        "teacher": teacher * itemsize / (WORLD if cfg.shard_teacher else 1),
-        "loss": min(2 * LOGITS_BUDGET, 16 * tokens * shape.vocab_size) + 4 * heads,
-    }
+    # queries, keys and values, where the config says how wide they are
+    heads = getattr(shape, "num_attention_heads", None)
+    kv_heads = getattr(shape, "num_key_value_heads", None)
+    attention = 10 * width
+    if isinstance(heads, int) and isinstance(kv_heads or heads, int):
+        head_width = getattr(shape, "head_dim", None) or width // heads
+        attention = head_width * (4 * heads + 6 * (kv_heads or heads))
+    one_layer = tokens * (8 * width + 4 * inner + attention) * itemsize
+    if run.cfg.gradient_checkpointing:
+        return one_layer, tokens * width * itemsize * shape.num_hidden_layers
+    return one_layer, one_layer * shape.num_hidden_layers
+
+
+def loss_memory(run, vocab, itemsize):
+    """Bytes of a chunk of logits, and of what is formed from them."""
+    tokens = run.batch_size * run.cfg.seq_len
+    compiled = vocab >= COMPILED_VOCAB
+    chunk = min(tokens, chunk_size(DEVICE, itemsize, vocab))
+    a_logit = itemsize * (2 if run.teacher is None else 3)   # student's, its gradient, teacher's
+    if run.cfg.divergence != "forward":
+        a_logit += 4 if compiled else 14
+    if not compiled:
+        a_logit += 22
+    return chunk * vocab * a_logit
 
 
 def trained_parameters(stage):
