@@ -124,6 +124,45 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
+# ---- what takes a while
+
+
+class LateBar(tqdm):
+    """A bar that nobody sees, nor what clears it, before its delay is set to 0: see progress."""
+
+    def display(self, *args, **kwargs):
+        return self.delay or super().display(*args, **kwargs)
+
+    def clear(self, *args, **kwargs):
+        return self.delay or super().clear(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def progress(what, total=None, unit="it"):
+    """Around whatever may take longer than two seconds: from then on rank 0 shows what it is, with
+    a bar where the total is known, else with the time. Yields the bar, to update()."""
+    words = None if total else "{desc} ... {elapsed}"
+    done = threading.Event()
+    with LateBar(desc=what, total=total, unit=unit, bar_format=words, disable=RANK > 0,
+                 delay=math.inf, leave=False, dynamic_ncols=True, mininterval=0.5) as bar:
+        thread = threading.Thread(target=show_late, args=[bar, done], daemon=True)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            done.set()
+            thread.join()
+
+
+def show_late(bar, done):
+    """A thread: the work may not come to update the bar for minutes."""
+    seconds = 2.0
+    while RANK == 0 and not done.wait(seconds):
+        bar.delay = 0
+        bar.refresh()
+        seconds = 5.0
+
+
 # ---- what the user brings, and what is whose
 
 
@@ -274,7 +313,9 @@ def check_hub(names):
     problem = None
     if RANK == 0:
         try:
-            huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+            with progress(f"asking the hub {huggingface_hub.constants.ENDPOINT}"):
+                session = huggingface_hub.utils.get_session()
+                session.head(huggingface_hub.constants.ENDPOINT, timeout=10)
         except Exception as e:
             problem = one_line(e)
     problem = from_rank0(problem)
@@ -367,7 +408,11 @@ def lock(folder, wait=False):
                 os.makedirs(folder, exist_ok=True)
                 handle = os.open(folder, os.O_RDONLY)
                 NOT_FOR_CHILDREN.add(handle)
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if wait:
+                    with progress(f"waiting for another run in {folder}"):
+                        fcntl.flock(handle, fcntl.LOCK_EX)
+                else:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.access(folder, os.W_OK):
                     problem = f"{folder!r} is not writable"
             except BlockingIOError:
@@ -418,6 +463,7 @@ def begin_child():
     """A child ends with its parent, also where that is killed."""
     for handle in NOT_FOR_CHILDREN:
         os.close(handle)
+    tqdm.set_lock(threading.RLock())   # a thread that shows progress may have held the parent's
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:   # Linux
         set_parent_death_signal = 1
@@ -932,7 +978,7 @@ def load_data(cfg, tokenizer):
         raise UserError(f"no tokenizer comes with {asked}; use --tokenizer")
     if cfg.streaming:   # optional: streaming
         return load_stream(cfg, tokenizer)
-    with node_first():
+    with progress(f"reading dataset {cfg.dataset}"), node_first():
         train_raw, eval_raw = load_splits(cfg)
     if cfg.mode == "eval" and eval_raw is not None:   # optional: eval
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
@@ -1127,11 +1173,15 @@ def tokenize(cfg, raw, tokenizer, split):
     # a tokenizer's own threads do not survive the fork of a worker
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers <= 1 else "false"
     bad_row = f"dataset {cfg.dataset!r}, {split}: a row cannot be turned into tokens"
-    with reading_rows(cfg.dataset, bad_row), node_first():
+    # only a process that works alone can say how far it is
+    total = len(raw) if workers <= 1 else None
+    showing = progress(f"tokenising {split}", total, unit="row")
+    with reading_rows(cfg.dataset, bad_row), showing as bar, node_first():
         rows = batches.map(
             functools.partial(
                 encode_batch, raw=raw, dataset=cfg.dataset, dropped_path=dropped_path,
-                encode_here=make_row_encoder(cfg, tokenizer)),
+                encode_here=make_row_encoder(cfg, tokenizer),
+                update=bar.update if total else None),
             batched=True, batch_size=1, remove_columns=["start"],
             num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
             cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=TOKEN_FEATURES)
@@ -1149,8 +1199,8 @@ TOKEN_FEATURES = datasets.Features(input_ids=datasets.List(datasets.Value("int32
                                    targets=datasets.List(datasets.Value("bool")))
 
 
-def encode_batch(batch, raw, dataset, encode_here, dropped_path):
-    """The rows of raw from one start on -> token rows, as columns."""
+def encode_batch(batch, raw, dataset, encode_here, dropped_path, update):
+    """The rows of raw from one start on -> token rows, as columns. update: told how many."""
     start, = batch["start"]
     rows = rows_from_columns(raw[start:start + ROWS_AT_ONCE])
     warn_of_long_rows(rows)
@@ -1158,6 +1208,8 @@ def encode_batch(batch, raw, dataset, encode_here, dropped_path):
         rows, lambda i: place_of(dataset, source_row(raw, start + i)))
     if dropped:   # each process has a file of its own, or their lines would mix
         append_jsonl(f"{dropped_path}-{os.getpid()}.jsonl", {"start": start, "dropped": dropped})
+    if update is not None:
+        update(len(rows))
     return columns
 
 
@@ -2839,14 +2891,16 @@ def load_everything(cfg):
 
 
 def load_checked_student(cfg, tokenizer):
-    student = load_student(cfg)
-    check_head(student, "student", cfg.student, tokenizer)
+    with progress(f"reading student {cfg.student}"):
+        student = load_student(cfg)
+        check_head(student, "student", cfg.student, tokenizer)
     return student
 
 
 def load_checked_teacher(cfg, tokenizer):
-    teacher = load_teacher(cfg)
-    check_head(teacher, "teacher", cfg.teacher, tokenizer)
+    with progress(f"reading teacher {cfg.teacher}"):
+        teacher = load_teacher(cfg)
+        check_head(teacher, "teacher", cfg.teacher, tokenizer)
     teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
     if teacher_tokenizer is not None:
         compare_tokenizers(
@@ -2866,7 +2920,8 @@ def start_run(cfg):
     knobs = result_knobs(cfg)
     if cfg.cache_dir:   # optional: cache
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
-    checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
+    with progress("looking for a checkpoint, and whether it is whole"):
+        checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
     state = None
     if checkpoint is not None:
         path, state = checkpoint
@@ -2877,7 +2932,8 @@ def start_run(cfg):
                    + os.path.join(cfg.output_dir, "final"))
             return None
     tokenizer, rows, eval_rows, student, teacher = load(cfg)
-    inputs = from_rank0(identify_inputs(cfg, rows, eval_rows, teacher) if RANK == 0 else None)
+    with progress("taking checksums of teacher and rows"):
+        inputs = from_rank0(identify_inputs(cfg, rows, eval_rows, teacher) if RANK == 0 else None)
     if state is not None:
         refuse_changes(state["inputs"], inputs, checkpoint[0])
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
@@ -2973,7 +3029,7 @@ def begin(run, stages):
         run.wandb = start_wandb(cfg, wandb_id)
         stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
         if run.first_scores is None:
-            run.first_scores = scores(run)
+            run.first_scores = scores(run, rows_before_training(run))
         run.batches = prefetch(my_micro_batches(run))
         stack.enter_context(contextlib.closing(run.batches))
         run.bar = stack.enter_context(tqdm(
@@ -3142,22 +3198,25 @@ def save(run):
     """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
     cfg = run.cfg
     run.saved_step = run.step
-    run.save_problem, run.saved_digest = save_checkpoint(
-        os.path.join(cfg.output_dir, "checkpoints"), run.step,
-        tensors_of(run.student, run.optimizer.state, run.scale_state),
-        {"step": run.step, "steps": run.steps, "epoch": run.epoch, "position": run.position,
-         "tokens": run.tokens, "best": run.best_loss, "before": run.first_scores,
-         "notes": run.notes, "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
-         "global_batch": run.global_batch, "wandb": run.wandb.id,
-         "length": [cfg.max_steps, cfg.num_epochs], "config": run.result_knobs,
-         "inputs": run.inputs},
-        cfg.keep_checkpoints)
+    state = {
+        "step": run.step, "steps": run.steps, "epoch": run.epoch, "position": run.position,
+        "tokens": run.tokens, "best": run.best_loss, "before": run.first_scores,
+        "notes": run.notes, "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
+        "global_batch": run.global_batch, "wandb": run.wandb.id,
+        "length": [cfg.max_steps, cfg.num_epochs], "config": run.result_knobs,
+        "inputs": run.inputs}
+    with progress(f"writing checkpoint {run.step}"):
+        run.save_problem, run.saved_digest = save_checkpoint(
+            os.path.join(cfg.output_dir, "checkpoints"), run.step,
+            tensors_of(run.student, run.optimizer.state, run.scale_state), state,
+            cfg.keep_checkpoints)
 
 
 def resume(run):
     """Load the checkpoint to continue from -> the id of its wandb run."""
     path, state = run.checkpoint
-    load_checkpoint(path, start_stage_at(run, state["step"]))
+    with progress(f"reading {path}"):
+        load_checkpoint(path, start_stage_at(run, state["step"]))
     run.step = state["step"]
     run.saved_step = state["step"]
     run.saved_digest = state["digest"]
@@ -3178,17 +3237,26 @@ def stop(run):
 # ---- evaluating
 
 
-def scores(run):
+def scores(run, rows=None):
     """The student on the held-out rows."""
-    return evaluate(run.student, run.loss_fn, run.get_teacher_targets, run.eval_rows,
-                    run.batch_size)
+    if rows is None:
+        rows = run.eval_rows
+    return evaluate(run.student, run.loss_fn, run.get_teacher_targets, rows, run.batch_size)
 
 
-def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size):
+def rows_before_training(run):
+    """A few of the held-out rows, evenly spaced: training is to start at once, and what these say
+    of the student before it is only where it comes from."""
+    held_out = len(run.eval_rows)
+    count = min(4 * run.global_batch, held_out)
+    return [run.eval_rows[i * held_out // count] for i in range(count)]
+
+
+def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what="evaluating the student"):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows. Every token
     counts once, whatever the number of ranks."""
     loss, ce, kl, *_ = mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size,
-                                      "labels")
+                                      "labels", what)
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
@@ -3199,17 +3267,19 @@ def rows_of_this_rank(rows, batch_size):
 
 
 @torch.no_grad()
-def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_over):
-    """What loss_fn returns, as means over the labels or the real tokens of rows."""
+def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_over, what):
+    """What loss_fn returns, as means over the labels or the real tokens of rows. what: in words."""
     was_training = root.training
     root.eval()
     sums = 0
     tokens = 0
-    for mine in rows_of_this_rank(rows, batch_size):
-        batch = collate([rows[i] for i in mine])
-        values = root(loss_fn, batch, get_teacher_targets(batch), 1.0)
-        sums += torch.stack(values).double()
-        tokens += len(getattr(batch, mean_over))
+    with progress(what, len(rows), unit="seq") as bar:
+        for mine in rows_of_this_rank(rows, batch_size):
+            batch = collate([rows[i] for i in mine])
+            values = root(loss_fn, batch, get_teacher_targets(batch), 1.0)
+            sums += torch.stack(values).double()
+            tokens += len(getattr(batch, mean_over))
+            bar.update(WORLD * len(mine))
     root.train(was_training)
     root.release()
     *sums, tokens = all_sum(*sums.tolist(), tokens)
@@ -3265,25 +3335,32 @@ def score_teacher(run):
     """The teacher by itself on the held-out rows: its cross-entropy to their labels."""
     alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
                               vocabulary=vocabulary_of(run.tokenizer))
-    return evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size)
+    return evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size,
+                    "evaluating the teacher")
 
 
 def save_final(run):
     """-> None, or what went wrong, on every rank."""
     final = os.path.join(run.cfg.output_dir, "final")
     mark = {"step": run.step, "checkpoint": run.saved_digest}
-    return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg), mark)
+    with progress(f"writing {final}"):
+        return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg), mark)
 
 
 def closing_table(run, teacher_scores):
     size = run.student.model.num_parameters()
-    lines = [("student before", run.first_scores, size), ("student after", run.last_scores, size)]
+    before = "student before"
+    seen = len(rows_before_training(run))
+    if seen < len(run.eval_rows):
+        before += f" ({seen} of {len(run.eval_rows)})"
+    lines = [(before, run.first_scores, size), ("student after", run.last_scores, size)]
     if teacher_scores is not None:
         lines.insert(0, ("teacher", teacher_scores, run.teacher.model.num_parameters()))
-    text = [f"\n{'held out':<15}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"]
+    width = len(before) + 1
+    text = [f"\n{'held out':<{width}}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"]
     for name, values, parameters in lines:
         kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
-        text.append(f"{name:<15}{values['perplexity']:>12.2f}{kl:>15}{parameters:>15,}")
+        text.append(f"{name:<{width}}{values['perplexity']:>12.2f}{kl:>15}{parameters:>15,}")
     return "\n".join(text)
 
 
@@ -3291,7 +3368,8 @@ def closing_words(run):
     """A sample of what the student writes, the time and the memory."""
     ids = run.eval_rows[0]["input_ids"][:32]
     ids_1T = torch.as_tensor(ids, dtype=torch.long, device=DEVICE)[None]
-    _, continuation = continue_text(run.student, run.tokenizer, ids_1T)
+    with progress("the student writes a sample"):
+        _, continuation = continue_text(run.student, run.tokenizer, ids_1T)
     if CUDA:
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -3390,7 +3468,10 @@ def estimate_memory(run):
         "gradients": gradients, "gathered": gathered + 2 * layer * itemsize * dropped,
         "activations": kept if cfg.gradient_checkpointing else one_layer,
         "loss": (4 + 3 * itemsize) * head}
-    return max(in_loss, in_backward, key=lambda moment: sum(moment.values()))
+    parts = max(in_loss, in_backward, key=lambda moment: sum(moment.values()))
+    if not CUDA:
+        add_host_memory(parts, shape.vocab_size >= COMPILED_VOCAB)
+    return parts
 
 
 def sizes(root):
@@ -3433,6 +3514,13 @@ def loss_memory(run, vocab, itemsize):
     if not compiled:
         a_logit += 22
     return chunk * vocab * a_logit
+
+
+def add_host_memory(parts, compiled):
+    """What a CPU needs besides, measured: the libraries, with the compiler, and the gaps of a heap
+    that gives nothing back (see keep_freed_memory)."""
+    parts["process"] = 0.6e9 if compiled else 0.45e9
+    parts["gaps"] = 0.2 * sum(parts.values())
 
 
 def trained_parameters(stage):
@@ -3489,7 +3577,7 @@ def logged_in(wandb):
 
 def load_stream(cfg, tokenizer):
     """-> (train stream of raw rows, eval rows)."""
-    with node_first():
+    with progress(f"reading dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     return stream, take_first(eval_rows, cfg.eval_samples)
@@ -3714,7 +3802,8 @@ def make_demo(cfg, folder, with_teacher):
     stopped it: the next run goes on where this one was."""
     with lock(folder, wait=True):
         if RANK == 0:
-            write_demo_files(folder)
+            with progress("demo: writing its text and a tokenizer"):
+                write_demo_files(folder)
         all_sum(0)   # nobody goes on before that is done
         final = os.path.join(folder, "teacher", "final")
         if not with_teacher or os.path.exists(final):
@@ -3949,7 +4038,8 @@ def fill_cache(cfg):
         manifest = begin_cache(cfg, tokenizer, splits)
         all_sum(0)   # nobody goes on before there is a cache
         probe = [eval_rows[i] for i in range(min(len(eval_rows), manifest["group"]))]
-        packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
+        with progress("judging the size of the cache by a few sequences"):
+            packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
         total, done = plan_cache(cfg, packed, sequences)
         with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
             while True:
@@ -4257,9 +4347,11 @@ def finish_cache(cfg, manifest, paths):
     """Read back the tables of all workers' chunks; with their sums the manifest is complete."""
     chunk_counts = []
     content = content_digest(manifest)
-    for path in paths:
-        table, _ = read_chunk(path, content)
-        chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
+    with progress("reading the cache back", len(paths), unit="chunk") as bar:
+        for path in paths:
+            table, _ = read_chunk(path, content)
+            chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
+            bar.update()
     counts = sum_counts(chunk_counts)
     rows_per_chunk = {"train": [], "eval": []}
     for path, in_chunk in zip(paths, chunk_counts):
@@ -4796,13 +4888,15 @@ def judge_blocks(run):
     ordinary_sums = 0
     my_errors = [[] for _ in pairs]
     totals = [0.0] * len(pairs)
-    for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
-        batch = collate([run.eval_rows[k] for k in mine])
-        errors, sums = run.student(judge, batch, get_teacher_targets(batch))
-        ordinary_sums += sums
-        for i, error_N in enumerate(errors):
-            my_errors[i].append(error_N)
-            totals[i] += error_N.sum().item()
+    with progress("measuring the blocks", len(run.eval_rows), unit="seq") as bar:
+        for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
+            batch = collate([run.eval_rows[k] for k in mine])
+            errors, sums = run.student(judge, batch, get_teacher_targets(batch))
+            ordinary_sums += sums
+            for i, error_N in enumerate(errors):
+                my_errors[i].append(error_N)
+                totals[i] += error_N.sum().item()
+            bar.update(WORLD * len(mine))
     run.student.train(was_training)
     run.student.release()
     dist.all_reduce(ordinary_sums)
@@ -5877,7 +5971,8 @@ def load_local_teacher(cfg):
     if tokenizer is None:
         raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
     teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    teacher = read_model(cfg.teacher, teacher_config, cfg, "teacher", compute_dtype(cfg))
+    with progress(f"reading teacher {cfg.teacher}"):
+        teacher = read_model(cfg.teacher, teacher_config, cfg, "teacher", compute_dtype(cfg))
     tokenizer.padding_side = "left"   # a reply continues its prompt
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not tokenizer.chat_template:
@@ -5886,7 +5981,28 @@ def load_local_teacher(cfg):
     return tokenizer, teacher.to(DEVICE)
 
 
-def generate_replies(cfg, tokenizer, teacher, jobs):
+class ReplyProgress:
+    """What generate() calls a streamer: it hears of each token of a batch, which may take minutes,
+    and shows beside the bar how many there are."""
+
+    def __init__(self, bar, max_tokens):
+        self.bar = bar
+        self.max_tokens = max_tokens
+        self.tokens = -1   # the first that it hears of is the prompt
+        self.shown = time.monotonic()
+
+    def put(self, _):
+        self.tokens += 1
+        if time.monotonic() - self.shown > 0.5:
+            self.shown = time.monotonic()
+            self.bar.set_postfix_str(
+                f"this batch: token {self.tokens:,} of at most {self.max_tokens:,}")
+
+    def end(self):
+        pass
+
+
+def generate_replies(cfg, tokenizer, teacher, jobs, bar):
     """-> [Reply] of one batch; the same after a resume, if the batch is the same."""
     inputs = tokenizer.apply_chat_template(
         [job.messages for job in jobs], add_generation_prompt=True, padding=True,
@@ -5896,7 +6012,8 @@ def generate_replies(cfg, tokenizer, teacher, jobs):
         sampling["do_sample"] = cfg.api_temperature > 0
         sampling["temperature"] = cfg.api_temperature or 1.0
     torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)
-    ids_BT = teacher.generate(**inputs, max_new_tokens=cfg.max_tokens, **sampling)
+    ids_BT = teacher.generate(**inputs, max_new_tokens=cfg.max_tokens,
+                              streamer=ReplyProgress(bar, cfg.max_tokens), **sampling)
     replies_BT = ids_BT[:, inputs["input_ids"].shape[1]:]
 
     replies = []
@@ -5919,7 +6036,7 @@ def ask_all_local(ledger, jobs):
         if ledger.stopping():
             break
         batch = list(group)
-        replies = generate_replies(cfg, tokenizer, teacher, batch)
+        replies = generate_replies(cfg, tokenizer, teacher, batch, ledger.bar)
         for job, reply in zip(batch, replies, strict=True):
             ledger.record_reply(job, reply)
 
@@ -5943,7 +6060,12 @@ def finish_files(ledger, order):
         last += f"; --dataset {paths.train} trains on it"
     else:
         last += f"; nothing was kept, see {paths.rejected}"
-    return "\n".join([*lines, last])
+    lines.append(last)
+    if fates["cut off"] > 0.1 * total:
+        max_tokens = ledger.cfg.max_tokens
+        lines.append(f"{fates['cut off'] / total:.0%} of the replies did not end within max_tokens "
+                     f"{max_tokens}: --max_tokens {4 * max_tokens}, in another --output_dir")
+    return "\n".join(lines)
 
 
 def generate(cfg):
@@ -5957,8 +6079,11 @@ def generate(cfg):
     todo = [job for job in jobs.values() if job.prompt_id not in answered]
     prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
     worst_usd = sum(job.worst_usd for job in todo)
-    print0(f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
-           f"{len(todo) * cfg.max_tokens:,} come back, for {worst_usd:.2f} USD at these prices")
+    plan = (f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
+            f"{len(todo) * cfg.max_tokens:,} come back")
+    if cfg.price_in is not None:
+        plan += f", for {worst_usd:.2f} USD at these prices"
+    print0(plan)
 
     bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
     with reading(f"cannot write into {cfg.output_dir!r}"):
@@ -6091,7 +6216,7 @@ def rows_for(other, tokenizer, rows, name, teacher_name):
 
 
 @torch.no_grad()
-def score(root, reference, rows, vocabulary, batch_size, temperature):
+def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
     """One pass over the rows of all ranks, over the ids below vocabulary. -> sums a sequence
     [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with its T^2); and sums
     a bin of confidence [BINS, 3]: tokens, hits, confidence."""
@@ -6115,6 +6240,7 @@ def score(root, reference, rows, vocabulary, batch_size, temperature):
                 temperature,
             )
             add_terms(terms, row_N[part], sums, bins)
+        bar.update(WORLD * len(mine))
     dist.all_reduce(sums)
     dist.all_reduce(bins)
     root.release()
@@ -6499,24 +6625,28 @@ def report(cfg):
     teacher = None
     for label, name in names.items():
         allocated = torch.cuda.memory_allocated()
-        root = load_model(cfg, name, label)
-        teacher = teacher or root   # which comes first, and stays
-        model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
-        check_head(root, label, name, model_tokenizer)
+        with progress(f"reading {label} {name}"):
+            root = load_model(cfg, name, label)
+            teacher = teacher or root   # which comes first, and stays
+            model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
+            check_head(root, label, name, model_tokenizer)
         rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
         reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
         vocabulary = vocabulary_of(tokenizer if same else model_tokenizer)   # of rows_here
-        sums, bins = score(
-            root, reference, rows_here, vocabulary, cfg.batch_size, cfg.temperature)
+        with progress(f"evaluating {label}", len(rows_here), unit="seq") as bar:
+            sums, bins = score(root, reference, rows_here, vocabulary, cfg.batch_size,
+                               cfg.temperature, bar)
         tables[label] = sums.numpy()
         layers = []
         if reference is not root:
-            layers = layer_errors(root, teacher, probe_batch)
+            with progress(f"comparing the layers of {label}"):
+                layers = layer_errors(root, teacher, probe_batch)
         numbers = range(cfg.batch_size)   # there may be fewer rows
         prefill_ids = collate([rows_here[i % len(rows_here)] for i in numbers]).input_ids
         parameters = root.model.num_parameters()
         own_prompts = prompts if same else prompts_for(model_tokenizer, tokenizer, prompts)
-        trial = try_out(root, model_tokenizer, prefill_ids, own_prompts, cfg.seed, allocated)
+        with progress(f"{label} writes, by the clock"):
+            trial = try_out(root, model_tokenizer, prefill_ids, own_prompts, cfg.seed, allocated)
         models[label] = dict(
             name=name, same_tokenizer=same, parameters=parameters,
             disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
@@ -6531,10 +6661,12 @@ def report(cfg):
             device=DEVICE.type, dtype=str(dtype).removeprefix("torch."),
             temperature=cfg.temperature, prefill=list(prefill_ids.shape),
         )
-        compute_metrics(models, tables, np.array(sizes), cfg.seed)
-        if not cfg.generate_comparisons:
-            prompts = []
-        print0(write_report(cfg.output_dir, setting, models, prompts))
+        with progress("writing the report"):
+            compute_metrics(models, tables, np.array(sizes), cfg.seed)
+            if not cfg.generate_comparisons:
+                prompts = []
+            summary = write_report(cfg.output_dir, setting, models, prompts)
+        print0(summary)
 
 
 # --------------------------------------------------------------------------------------------------

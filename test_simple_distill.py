@@ -1180,6 +1180,24 @@ def test_runtime_a_hub_that_is_not_there_is_asked_once(monkeypatch, capsys):
     assert "only what is on this machine is used" in capsys.readouterr().out
 
 
+def test_runtime_what_takes_a_while_says_so_and_what_does_not_is_silent(capsys):
+    """Also where nothing else is written meanwhile, and where something is."""
+    with sd.progress("a moment", 7):
+        print("a word")
+        sd.print0("another")
+    assert capsys.readouterr() == ("a word\nanother\n", "")
+    for total, shown in ((None, "a while ... 00:"), (7, "a while:  43%")):
+        seen = ""
+        with sd.progress("a while", total) as bar:
+            bar.update(3)
+            end = time.time() + 60
+            while shown not in seen and time.time() < end:
+                time.sleep(0.05)
+                seen += capsys.readouterr().err
+        assert shown in seen
+        assert capsys.readouterr().err.endswith(" \r")   # it is cleared
+
+
 def test_runtime_output_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)   # as `| head` does
@@ -3720,6 +3738,25 @@ def test_train_closing_table_and_sample(out, teacher, student, text):
     assert "sample" in shown
 
 
+def test_train_the_first_evaluation_is_short_and_says_of_how_much(out, tmp_path, student):
+    """Of a few held-out rows, evenly spaced, also after a resume; the last one is of all."""
+    rows = talk(11)
+    fields = dict(student=with_chatml(tmp_path, student)[0], seq_len=256, batch_size=1,
+                  dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=1.0,
+                  learning_rate=STILL)
+    spaced = chatml_rows([rows[i] for i in (0, 2, 5, 8)])
+    expected = []
+    for some in (spaced, chatml_rows(rows)):
+        ce = model_losses(load(student), load(student), some, 1.0, 1.0)[1]
+        expected.append(f"{math.exp(ce.item()):.2f}")
+    for max_steps in (1, 2):
+        shown = distil(out, max_steps=max_steps, **fields).out
+        before, = re.findall(r"student before \(4 of 11\) +(\S+)", shown)
+        after, = re.findall(r"student after +(\S+)", shown)
+        assert [before, after] == expected
+    assert "student before  " in distil(f"{out}-4", max_steps=1, eval_samples=4, **fields).out
+
+
 # ---- Weights & Biases
 
 
@@ -3846,6 +3883,16 @@ def test_train_memory_counts_whole_gradients_under_accumulation(student, monkeyp
             micro_steps=micro_steps)
         sizes[fsdp, micro_steps] = sd.estimate_memory(run)["gradients"] / parameters
     assert sizes == {("full_shard", 8): 1.0, ("shard_grad_op", 8): 4.0}
+
+
+def test_train_memory_on_a_cpu_is_about_what_was_estimated(tmp_path, teacher, student, text):
+    """Of models as small as these nearly all is the process itself."""
+    words = flags(**PLAIN, output_dir=tmp_path / "out", teacher=teacher, student=student,
+                  dataset=text, max_steps=2)
+    shown = Fork(tmp_path / "log.txt", *words).wait()
+    estimated = float(re.search(r"estimated: (\S+) GB", shown)[1])
+    measured = float(re.search(r"at most (\S+) GB of memory", shown)[1])
+    assert 0.7 < measured / estimated < 1.4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6595,6 +6642,27 @@ def test_generate_local(tmp_path, teacher):
     error = run_generate(fields, rc=2).err
     assert "train.jsonl" in error
     assert "line 1" in error
+
+
+def test_generate_says_what_to_raise_and_no_price_where_there_is_none(tmp_path, teacher):
+    """Replies that are cut off are rejected: where many are, a line says what would mend it."""
+    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=4,
+                  max_tokens=2, output_dir=tmp_path / "out")
+    shown = run_generate(fields).out
+    assert "USD" not in shown
+    cut = sum(row.get("reason") == "cut off" for row in all_rows(tmp_path))
+    assert cut > 1
+    assert f"{cut / 4:.0%} of the replies did not end within max_tokens 2: --max_tokens 8" in shown
+
+
+def test_generate_local_moves_within_a_batch(tmp_path, teacher, monkeypatch):
+    """Beside the bar stands how many tokens the replies of this batch have."""
+    clock = itertools.count()   # a second passes each time that somebody looks
+    monkeypatch.setattr(sd.time, "monotonic", lambda: float(next(clock)))
+    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=2,
+                  max_tokens=30, output_dir=tmp_path / "out")
+    shown = run_generate(fields).err
+    assert "this batch: token 1 of at most 30" in shown
 
 
 def test_generate_is_one_process(tmp_path, monkeypatch):
