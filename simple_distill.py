@@ -2152,9 +2152,9 @@ def full_tensor(tensor):
 FINAL_MARK = ".simple_distill.json"   # in final/: which files of it are ours, and of which step
 
 
-def save_model(root, tokenizer, path, dtype, mark):
+def save_model(root, tokenizer, path, dtype, card, mark):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole -> None, or
-    what went wrong, on every rank."""
+    what went wrong, on every rank. card: its README.md."""
     full = {}
     kept_on = "cpu" if RANK == 0 else "meta"   # the other ranks drop each tensor at once
     for name, tensor in [*root.model.named_parameters(), *root.model.named_buffers()]:
@@ -2170,6 +2170,8 @@ def save_model(root, tokenizer, path, dtype, mark):
             model = with_tensors(root.model, full)
             model.to(dtype).save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
+                f.write(card)
             write_json(mark | {"files": os.listdir(aside)}, os.path.join(aside, FINAL_MARK))
             remove_saved(path)
             os.rename(aside, path)
@@ -3322,8 +3324,9 @@ def finish(run):
     elif run.save_problem is None:
         run.last_scores = run.last_scores or scores(run)
         teacher_scores = score_teacher(run) if run.teacher is not None else None
-        run.save_problem = save_final(run)
-        print0(closing_table(run, teacher_scores))
+        table = closing_table(run, teacher_scores)
+        run.save_problem = save_final(run, table)
+        print0(table)
         print0(closing_words(run))
     if run.save_problem is not None:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
@@ -3339,12 +3342,125 @@ def score_teacher(run):
                     "evaluating the teacher")
 
 
-def save_final(run):
+def save_final(run, table):
     """-> None, or what went wrong, on every rank."""
     final = os.path.join(run.cfg.output_dir, "final")
     mark = {"step": run.step, "checkpoint": run.saved_digest}
     with progress(f"writing {final}"):
-        return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg), mark)
+        return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg),
+                          model_card(run, table), mark)
+
+
+MODEL_CARD = """\
+---
+{front_matter}
+license:   # fill in, for example apache-2.0
+---
+
+# {title}
+
+| | |
+|---|---|
+{facts}
+
+On what was held out ({held_out} sequences):
+
+```
+{table}
+```
+
+How to load it, from the hub or from a folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("NAME"{load_option})
+tokenizer = AutoTokenizer.from_pretrained("NAME"{load_option})
+```
+"""
+
+
+def model_card(run, table):
+    """README.md of final/, as transformers writes them. Only the license is left to fill in."""
+    cfg = run.cfg
+    teacher, dataset = sources_of(cfg)
+    size = f"{run.student.model.num_parameters():,} parameters"
+    tags = ["simple_distill"]
+    title = f"{size}, trained on labels alone"
+    base_models = []
+    if teacher is not None:
+        tags.append("distillation")
+        title = f"{name_for_strangers(teacher)}, distilled into {size}"
+        base_models.append(name_for_strangers(teacher))
+    if cfg.student.startswith("layers:"):
+        base_models = [name_for_strangers(cfg.teacher)]
+    elif not cfg.student.endswith(".json"):
+        base_models.append(name_for_strangers(cfg.student))
+    front_matter = huggingface_hub.ModelCardData(
+        base_model=base_models or None, datasets=[dataset] if is_hub_name(dataset) else None,
+        library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    facts = []
+    for name, fact in card_facts(run, teacher, dataset).items():
+        facts.append(f"| {name} | {printable(fact).replace('|', '/')} |")
+    brings_code = hasattr(run.student.model.config, "auto_map")
+    return MODEL_CARD.format(
+        front_matter=front_matter.to_yaml(), title=printable(title), facts="\n".join(facts),
+        held_out=len(run.eval_rows), table=table.strip("\n"),
+        load_option=", trust_remote_code=True" if brings_code else "")
+
+
+def sources_of(cfg):
+    """-> teacher (None: labels only) and dataset, as they were named"""
+    if cfg.cache_dir:   # optional: cache
+        manifest = read_manifest(cfg.cache_dir)
+        return manifest["teacher"], manifest["dataset"]
+    return cfg.teacher if cfg.alpha < 1 else None, cfg.dataset
+
+
+def card_facts(run, teacher, dataset):
+    """-> {row of the model card: what it says}"""
+    cfg = run.cfg
+    student = run.student.model
+    begun_from = name_for_strangers(cfg.student)
+    if cfg.student.startswith("layers:"):
+        count = cfg.student.removeprefix("layers:")
+        begun_from = f"{count} layers of {name_for_strangers(cfg.teacher)}"
+    elif cfg.student.endswith(".json"):
+        begun_from = "random weights"
+
+    targets = "none, labels only"
+    objective = "cross-entropy to the labels"
+    if teacher is not None:
+        targets = name_for_strangers(teacher)
+        kl = {"forward": "KL(teacher, student)", "reverse": "KL(student, teacher)",
+              "jsd": "JSD(teacher, student)"}[cfg.divergence]
+        objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x {kl}, "
+                     f"T {cfg.temperature:g}")
+        if cfg.cache_dir:   # optional: cache
+            targets += f", {describe_targets(cfg)}"
+        if cfg.blockwise:   # optional: blockwise
+            objective = f"hidden states by blocks and the head first, then {objective}"
+
+    data = name_for_strangers(dataset)
+    if cfg.dataset_config:
+        data += f" ({cfg.dataset_config})"
+    stages = ", ".join(f"{stage.name} {stage.steps}" for stage in run.stages)
+    return {
+        "teacher": targets,
+        "student": f"{type(student).__name__}, {student.num_parameters():,} parameters, "
+                   f"begun from {begun_from}",
+        "data": f"{data}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence",
+        "objective": objective,
+        "steps": f"{stages}; {run.global_batch} sequences a step, {run.tokens:,} tokens learnt "
+                 f"from; peak learning rate {cfg.learning_rate:g}, seed {cfg.seed}",
+    }
+
+
+def name_for_strangers(name):
+    """A hub name, or the last part of a path: where it lay is nobody's business."""
+    if is_hub_name(name):
+        return name
+    return os.path.basename(os.path.abspath(name).removesuffix("/final"))
 
 
 def closing_table(run, teacher_scores):
@@ -3733,6 +3849,8 @@ def run_demo(run_mode, cfg):
         return False
     done = run_mode(resolved)
     if done and is_whole_demo(cfg):   # optional: eval
+        if has_demo_knobs(cfg):
+            return answer_demo(resolved)
         report_demo(resolved)
     return done
 
@@ -3742,10 +3860,49 @@ def is_whole_demo(cfg):   # optional: eval
     return cfg.mode == "train" and names == {"demo"} and cfg.alpha < 1 and not uses_cache(cfg)
 
 
-def report_demo(cfg):   # optional: eval
+def has_demo_knobs(cfg):   # optional: eval
+    """Whether all that decides the result is as the demo has it; any seed will do."""
+    demo = Config(**demo_knobs(), seed=cfg.seed)
+    lengths = ("max_steps", "batch_size", "gradient_accumulation_steps")
+    same_length = all(getattr(cfg, name) == getattr(demo, name) for name in lengths)
+    return same_length and result_knobs(cfg) == result_knobs(demo)
+
+
+def answer_demo(cfg):   # optional: eval
+    """Was the teacher worth it? A student of the same start, data and steps learns from the labels
+    alone, the report compares both, and one line says how that came out. -> False when a signal
+    stopped it: the next run goes on where this one was."""
+    control = os.path.join(cfg.output_dir, "labels-only")
+    control_cfg = dataclasses.replace(cfg, alpha=1.0, output_dir=control, use_wandb=False)
+    if cfg.resume != "never":
+        control_cfg.resume = "auto"   # --resume PATH is a checkpoint of the other student
+    print0(f"\ndemo: and now the same student on labels alone, in {control}")
+    with lock(control):
+        check_output(control)
+        if not train(control_cfg):
+            return False
+    report_demo(cfg, compare=[os.path.join(control, "final")])
+    if RANK == 0:
+        with open(os.path.join(cfg.output_dir, "report.json"), encoding="utf-8") as f:
+            models = json.load(f)["models"]
+        print0(did_teacher_pay(models["student"], models["labels-only"], cfg.max_steps))
+    return True
+
+
+def did_teacher_pay(student, control, steps):   # optional: eval
+    """From the report's figures of both."""
+    verdict = control["student_against_it"]
+    low, high = verdict["interval"]
+    answer = {"better": "The teacher paid", "worse": "The teacher did not pay"}.get(
+        verdict["verdict"], "Whether the teacher paid, this run cannot tell")
+    return (f"{answer}: held-out perplexity {student['perplexity']:.2f}, on labels alone "
+            f"{control['perplexity']:.2f} after the same {steps} steps; "
+            f"{verdict['difference']:+.4f} bits a byte (95 %: {low:+.4f} to {high:+.4f})")
+
+
+def report_demo(cfg, compare=()):   # optional: eval
     final = os.path.join(cfg.output_dir, "final")
-    if not os.path.exists(os.path.join(cfg.output_dir, "report.md")):
-        report(dataclasses.replace(cfg, mode="eval", student=final))
+    report(dataclasses.replace(cfg, mode="eval", student=final, compare=list(compare)))
 
 
 def uses_cache(cfg):
@@ -4389,6 +4546,14 @@ def describe_cache_use(cfg):
         values = " and ".join(f"{name} {getattr(cfg, name)}" for name in taken)
         words += f", which sets {values}"
     return words
+
+
+def describe_targets(cfg):
+    """What a model card says of them."""
+    manifest = read_manifest(cfg.cache_dir)
+    if manifest["method"] == "topk":
+        return f"kept as its {manifest['size']} likeliest tokens"
+    return f"kept as {manifest['size']} draws a token"
 
 
 def open_cache(cfg):

@@ -3757,6 +3757,57 @@ def test_train_the_first_evaluation_is_short_and_says_of_how_much(out, tmp_path,
     assert "student before  " in distil(f"{out}-4", max_steps=1, eval_samples=4, **fields).out
 
 
+def read_card(out):
+    import huggingface_hub
+    return huggingface_hub.ModelCard.load(os.path.join(out, "final", "README.md"))
+
+
+def test_train_final_has_a_model_card(out, teacher, student, text):
+    """It says what the run was, with the table that it printed and no path of ours, and is a file
+    of final/ like the others."""
+    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=2, batch_size=3,
+                   alpha=0.25, temperature=2.0, divergence="reverse").out
+    card = read_card(out)
+    about = card.data.to_dict()
+    assert about["base_model"] == [Path(teacher).name, Path(student).name]
+    assert about["library_name"] == "transformers" and about["pipeline_tag"] == "text-generation"
+    assert "distillation" in about["tags"]
+    assert "datasets" not in about   # a file of ours is no dataset of the hub
+    written = Path(out, "final", "README.md").read_text()
+    assert "\nlicense:   # fill in" in written and not about.get("license")
+    table = shown[shown.index("held out   "):shown.index("\n\nsample")]
+    assert table in card.text
+    for fact in (
+        f"| teacher | {Path(teacher).name} |",
+        f"{count_parameters(student):,} parameters, begun from {Path(student).name} |",
+        f"| data | {Path(text).name}, split train, at most 32 tokens a sequence |",
+        "0.25 x cross-entropy + 0.75 x T^2 x KL(student, teacher), T 2 |",
+        "| steps | distil 2; 3 sequences a step",
+    ):
+        assert fact in card.text, card.text
+    for path in (teacher, text, out):
+        assert str(Path(path).parent) not in written
+    assert "README.md" in json.loads(Path(out, "final", sd.FINAL_MARK).read_text())["files"]
+    assert load(f"{out}/final").num_parameters() == count_parameters(student)
+
+
+def test_train_model_card_names_hub_models_and_no_folders(tmp_path):
+    assert sd.name_for_strangers("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    (tmp_path / "my run" / "final").mkdir(parents=True)
+    assert sd.name_for_strangers(str(tmp_path / "my run" / "final")) == "my run"
+    assert sd.name_for_strangers(str(tmp_path / "my run") + "/") == "my run"
+
+
+def test_train_model_card_of_labels_only_names_no_teacher(out, teacher, text):
+    distil(out, teacher=teacher, student="layers:1", dataset=text, max_steps=1, alpha=1)
+    card = read_card(out)
+    assert card.data.base_model == [Path(teacher).name]
+    assert "| teacher | none, labels only |" in card.text
+    assert f"begun from 1 layers of {Path(teacher).name} |" in card.text
+    assert "| objective | cross-entropy to the labels |" in card.text
+    assert "distillation" not in card.data.tags
+
+
 # ---- Weights & Biases
 
 
@@ -4089,6 +4140,67 @@ def test_demo_says_for_what_it_stands_in(capsys):
     assert capsys.readouterr().out == "no --teacher given: it is the demo's, /demo/teacher\n"
 
 
+@pytest.mark.parametrize("words, answered", [
+    ([], True),
+    (["--seed", "3", "--save_steps", "7", "--output_dir", "o"], True),
+    (["--max_steps", "2"], False),
+    (["--alpha", "0.1"], False),
+    (["--batch_size", "4"], False),
+    (["--blockwise"], False),   # optional: blockwise
+], ids=str)
+def test_demo_only_the_demo_itself_is_answered(words, answered):   # optional: eval
+    cfg = config.parse_config(words)
+    assert sd.is_whole_demo(cfg)
+    assert sd.has_demo_knobs(cfg) == answered
+
+
+def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
+        tmp_path, teacher, student, text):
+    """The control is the run with --alpha 1, and what is done is not trained again."""
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 4,
+              "eval_steps": 2, "seed": 5}
+    out = str(tmp_path / "out")
+    control = f"{out}/labels-only"
+    distil(out, **fields)
+    distil(tmp_path / "alone", **fields, alpha=1)
+    cfg = config.Config(**fields, output_dir=out, use_wandb=False)
+    answers = []
+    for _ in range(2):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), sd.process_group():
+            assert sd.answer_demo(cfg)
+        answers.append(shown.getvalue())
+    assert same(final_weights(control), final_weights(tmp_path / "alone"))
+    assert quiet_log(control) == quiet_log(tmp_path / "alone")
+    assert "done in" in answers[0]
+    assert "done in" not in answers[1] and "finished at step 4" in answers[1]
+    models = json.loads(Path(out, "report.json").read_text())["models"]
+    assert list(models) == ["teacher", "student", "labels-only"]
+    with_teacher, alone = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
+    line = answers[0].strip().splitlines()[-1]
+    assert line == answers[1].strip().splitlines()[-1]
+    low, high = models["labels-only"]["student_against_it"]["interval"]
+    for figure in (f"perplexity {with_teacher:.2f}, on labels alone {alone:.2f} ",
+                   "after the same 4 steps", f"95 %: {low:+.4f} to {high:+.4f}"):
+        assert figure in line, line
+
+
+def test_demo_says_truthfully_whether_the_teacher_paid():   # optional: eval
+    """Two students' bits a byte on 50 sequences, judged as mode eval does."""
+    rng = np.random.default_rng(0)
+    sizes = np.full(50, 100.0)
+    for lead, says in ((-20, "The teacher paid:"), (20, "The teacher did not pay:"),
+                       (0, "Whether the teacher paid, this run cannot tell:")):
+        bits = rng.normal(lead, 5, 50)
+        bits += lead - bits.mean()
+        verdict = sd.judge_difference(bits, sizes, seed=0)
+        line = sd.did_teacher_pay(
+            {"perplexity": 40.0}, {"perplexity": 50.0, "student_against_it": verdict}, 500)
+        assert line.startswith(says)
+        assert f" {lead / 100:+.4f} bits a byte" in line
+        assert "\n" not in line
+
+
 def run_the_demo(out, home, *words):
     """What a newcomer types, in a fresh process with a home of its own -> what it shows."""
     env = {"HF_HOME": str(home), "OMP_NUM_THREADS": str(os.cpu_count())}
@@ -4112,13 +4224,18 @@ def test_demo_from_nothing_to_a_better_student(out, tmp_path):
     a second demo finds files and teacher of the first."""
     shown = run_the_demo(out, tmp_path / "home")
     assert "first the teacher" in shown
+    assert shown.strip().splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
     knobs = json.loads(Path(out, "config.json").read_text())
     for name in ("teacher", "student", "dataset"):
         assert knobs[name].startswith(str(tmp_path / "home"))
     assert not os.path.exists(f"{out}/demo")
-    assert os.path.exists(f"{out}/report.md")   # optional: eval
+    assert os.path.exists(f"{out}/report.png")   # optional: eval
+    again = run_the_demo(out, tmp_path / "home")   # optional: eval
+    assert "done in" not in again   # optional: eval
+    assert again.splitlines()[-1] == shown.splitlines()[-1]   # optional: eval
     short = run_the_demo(f"{out}-again", tmp_path / "home", "--max_steps", 2)
     assert "first the teacher" not in short
+    assert "The teacher paid" not in short   # optional: eval
     run_the_demo(f"{out}-labels", tmp_path / "home", "--alpha", 1)
     assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
     draws_point_the_right_way(out)   # optional: cache
@@ -4494,6 +4611,18 @@ def test_cache_has_decided_the_data(teacher, student, cache_text, tmp_path):
     again = tmp_path / "again"
     cli("--config", out / "config.json", "--output_dir", again)
     assert column(again, "train/loss") == column(out, "train/loss")
+
+
+def test_cache_stands_in_the_model_card(teacher, student, cache_text, tmp_path):
+    """Whose targets they are, and what is kept of them."""
+    cache = tmp_path / "cache"
+    out = tmp_path / "out"
+    fill_cache(teacher, cache_text, cache, cache_method="topk", cache_top_k=7)
+    train_from_cache(student, cache, out)
+    card = read_card(out)
+    assert f"| teacher | {Path(teacher).name}, kept as its 7 likeliest tokens |" in card.text
+    assert f"| data | {Path(cache_text).name}, split train" in card.text
+    assert str(tmp_path) not in card.content
 
 
 def test_cache_sets_what_is_not_typed(teacher, student, cache_text, tmp_path):
