@@ -3624,7 +3624,9 @@ def loss_memory(run, vocab, itemsize):
     tokens = run.batch_size * run.cfg.seq_len
     compiled = vocab >= COMPILED_VOCAB
     chunk = min(tokens, chunk_size(DEVICE, itemsize, vocab))
-    a_logit = itemsize * (2 if run.teacher is None else 3)   # student's, its gradient, teacher's
+    a_logit = 2 * itemsize   # the student's logit and its gradient
+    if run.teacher is not None:
+        a_logit += next(run.teacher.parameters()).element_size()
     if run.cfg.divergence != "forward":
         a_logit += 4 if compiled else 14
     if not compiled:
