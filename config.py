@@ -119,6 +119,9 @@ class Config:
     resume: str = knob(
         "auto", "auto: newest checkpoint of output_dir; never: start over; or a checkpoint path",
         read_by="train", changes_result=False)
+    dry_run: bool = knob(
+        False, "everything up to the first step; time one, print plan, memory, hours, an example",
+        read_by="train", changes_result=False)
     debug: bool = knob(
         False, "show the whole traceback of what could not be read, not in output_dir/error.log",
         changes_result=False)

@@ -2874,6 +2874,8 @@ def train(cfg):
     if run is None:
         return True
     stage = distillation_stage(run)
+    if cfg.dry_run:
+        return rehearse(run, [stage])
     with begin(run, [stage]):
         if train_stage(run, stage):
             evaluate_and_save(run, stage)
@@ -3075,7 +3077,6 @@ def train_stage(run, stage):
     """Train what is left of a stage -> True at its end, False when a signal stopped it. What is due
     after its last step is the caller's: something may have to be done before it is saved."""
     cfg = run.cfg
-    student = run.student
     fp16 = compute_dtype(cfg) == torch.float16
     if run.stage is not stage:   # begin() or a resume may have started it
         start_stage(run, stage)
@@ -3089,17 +3090,7 @@ def train_stage(run, stage):
         run.position = position
         seed_step(cfg.seed, run.step)
         rate = run.set_rates(run.step - stage.first_step)
-        sums = torch.zeros(3, device=DEVICE)   # loss, ce, kl of this rank
-        for i, batch in enumerate(micro):
-            student.set_requires_gradient_sync(
-                cfg.fsdp in REDUCE_EACH or i == len(micro) - 1)
-            targets = stage.get_teacher_targets(batch)
-            loss, ce, kl, *_ = student(stage.loss_fn, batch, targets, max(tokens, 1))
-            # FSDP averages over ranks, the loss is a mean over the tokens of all of them: times
-            # WORLD. A loss that is not finite takes its gradient along: 0 * nan is nan.
-            weight = WORLD * run.scale_state["scale"] * (1 + 0 * loss.detach())
-            (loss * weight).backward()
-            sums += torch.stack([loss.detach(), ce, kl])
+        sums = add_gradients(run, stage, micro, tokens)
         grad_norm = torch.zeros(())
         if tokens:
             grad_norm = optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state, fp16,
@@ -3118,6 +3109,24 @@ def train_stage(run, stage):
         if run.step < stage.end:
             evaluate_and_save(run, stage)
     return True
+
+
+def add_gradients(run, stage, micro, tokens):
+    """Forward and backward of a step's micro-batches, `tokens` of them on all ranks -> loss, ce and
+    kl of this rank."""
+    student = run.student
+    sums = torch.zeros(3, device=DEVICE)
+    for i, batch in enumerate(micro):
+        student.set_requires_gradient_sync(
+            run.cfg.fsdp in REDUCE_EACH or i == len(micro) - 1)
+        targets = stage.get_teacher_targets(batch)
+        loss, ce, kl, *_ = student(stage.loss_fn, batch, targets, max(tokens, 1))
+        # FSDP averages over ranks, the loss is a mean over the tokens of all of them: times
+        # WORLD. A loss that is not finite takes its gradient along: 0 * nan is nan.
+        weight = WORLD * run.scale_state["scale"] * (1 + 0 * loss.detach())
+        (loss * weight).backward()
+        sums += torch.stack([loss.detach(), ce, kl])
+    return sums
 
 
 def seed_step(seed, step):
@@ -3486,17 +3495,64 @@ def closing_words(run):
     ids_1T = torch.as_tensor(ids, dtype=torch.long, device=DEVICE)[None]
     with progress("the student writes a sample"):
         _, continuation = continue_text(run.student, run.tokenizer, ids_1T)
-    if CUDA:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.time() - run.started
     return (f"\nsample: {run.tokenizer.decode(ids_1T[0])!r}\n     -> {continuation!r}\n\n"
-            f"done in {seconds:.0f} s, at most {peak / 1e9:.2f} GB of memory: "
+            f"done in {seconds:.0f} s, {describe_peak()}: "
             + os.path.join(run.cfg.output_dir, "final"))
 
 
 # ---- what a run says before it begins
+
+
+def rehearse(run, stages):
+    """--dry_run: the plan, one example as the model meets it, and what a step takes. Nothing is
+    written -> False, since nothing is done."""
+    run.stages = stages
+    stage = stages[0]
+    print0(describe_run(run))
+    start_stage(run, stage)
+    batches = my_micro_batches(run)
+    for number in range(2):   # the first warms up, and compiles
+        micro, _ = next(batches)
+        if number == 0:
+            print0("an example, its targets in [[ ]]: " + show_targets(micro[0], run.tokenizer))
+        tokens, = all_sum(sum(len(getattr(batch, stage.mean_over)) for batch in micro))
+        start = time.time()
+        with progress("one step" if number else "a first step, which warms up"):
+            sums = add_gradients(run, stage, micro, tokens)
+            optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state,
+                           compute_dtype(run.cfg) == torch.float16, stage.clipped_alone)
+            sums.tolist()   # waits for the GPU
+        run.optimizer.zero_grad()
+        seconds = time.time() - start
+    done = run.checkpoint[1]["step"] if run.checkpoint else 0
+    left = run.steps - done
+    of = "" if len(stages) == 1 else f" of stage {stage.name}"
+    print0(f"a step{of} takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s): {left} steps "
+           f"about {left * seconds / 3600:.2f} hours, without evaluations; {describe_peak()}. "
+           "--dry_run: nothing was written")
+    return False
+
+
+def show_targets(batch, tokenizer):
+    """The first row of a batch as text; what the student learns to say stands in [[ ]]."""
+    width = batch.input_ids.shape[1]
+    # a position counts where its next token is a target
+    targets = {position + 1 for position in batch.positions.tolist() if position < width - 1}
+    shown = []
+    ids = batch.input_ids[0].tolist()
+    for is_target, group in itertools.groupby(range(width), key=lambda i: i in targets):
+        text = tokenizer.decode([ids[i] for i in group])
+        shown.append(f"[[{text}]]" if is_target else text)
+    return repr("".join(shown))
+
+
+def describe_peak():
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"at most {peak / 1e9:.2f} GB of memory"
 
 MEMORY_ADVICE = (
     "in this order: --gradient_checkpointing true, a smaller --batch_size, a smaller --seq_len, "
@@ -4724,6 +4780,8 @@ def train_blockwise(cfg):
         return True
     stages = block_stages(run)
     blocks_end = max(stage.end for stage in stages if stage.mean_over == "real")
+    if cfg.dry_run:
+        return rehearse(run, stages)
     with begin(run, stages):
         if "block_figures" not in run.notes:
             measure_blocks(run)

@@ -3919,6 +3919,28 @@ def test_train_wandb_offline(out, student, text):
     assert list(Path(out, "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.parametrize("blockwise", [
+    False,
+    True,   # optional: blockwise
+])
+def test_train_dry_run_says_what_a_run_would_and_leaves_nothing(
+        out, tmp_path, teacher, student, blockwise):
+    """The targets of a conversation are the assistant's words and its end, nothing else."""
+    tokenized = with_chatml(tmp_path, student)[0]
+    fields = dict(teacher=teacher, student=tokenized, dataset=write_splits(
+        tmp_path / "data", talk(8), talk(4)), seq_len=128, batch_size=2, max_steps=7, dry_run=True)
+    if blockwise:
+        fields |= dict(blockwise=True, max_steps=None, num_epochs=1.0)
+    shown = distil(out, tokenizer=tokenized, **fields).out
+    assert "memory a device, estimated" in shown
+    assert re.search(r"a step\S* ?.* takes \S+ s .* steps about \S+ hours", shown), shown
+    example, = re.findall(r"its targets in \[\[ \]\]: (.*)", shown)
+    targets = re.findall(r"\[\[(.*?)\]\]", example)
+    assert targets and "user" not in "".join(targets), example
+    assert "perplexity" not in shown
+    assert not os.path.exists(out)
+
+
 def test_train_memory_counts_whole_gradients_under_accumulation(student, monkeypatch):
     """Under shard_grad_op each rank holds all gradients between micro-steps, 4 bytes a parameter;
     full_shard reduces them after each."""
