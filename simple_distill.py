@@ -3441,8 +3441,8 @@ def card_facts(run, teacher, dataset):
     objective = "cross-entropy to the labels"
     if teacher is not None:
         targets = name_for_strangers(teacher)
-        kl = {"forward": "KL(teacher, student)", "reverse": "KL(student, teacher)",
-              "jsd": "JSD(teacher, student)"}[cfg.divergence]
+        kl = {"forward": "KL(teacher, student)", "reverse": "KL(student, teacher)"}.get(
+            cfg.divergence, f"{cfg.divergence.upper()}(teacher, student)")
         objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x {kl}, "
                      f"T {cfg.temperature:g}")
         if cfg.cache_dir:   # optional: cache
