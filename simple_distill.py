@@ -3914,8 +3914,10 @@ def run_demo(run_mode, cfg):
 
 
 def is_whole_demo(cfg):   # optional: eval
+    if cfg.mode != "train" or cfg.dry_run:   # a finished run is "done" on a dry run too
+        return False
     names = {cfg.teacher, cfg.student, cfg.dataset}
-    return cfg.mode == "train" and names == {"demo"} and cfg.alpha < 1 and not uses_cache(cfg)
+    return names == {"demo"} and cfg.alpha < 1 and not uses_cache(cfg)
 
 
 def has_demo_knobs(cfg):   # optional: eval

@@ -4174,6 +4174,7 @@ def test_demo_only_the_demo_itself_is_answered(words, answered):   # optional: e
     cfg = config.parse_config(words)
     assert sd.is_whole_demo(cfg)
     assert sd.has_demo_knobs(cfg) == answered
+    assert not sd.is_whole_demo(config.parse_config([*words, "--dry_run"]))
 
 
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
