@@ -3554,6 +3554,7 @@ def describe_peak():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return f"at most {peak / 1e9:.2f} GB of memory"
 
+
 MEMORY_ADVICE = (
     "in this order: --gradient_checkpointing true, a smaller --batch_size, a smaller --seq_len, "
     "--fsdp full_shard on more devices, --cpu_offload. More --gradient_accumulation_steps make up "
