@@ -270,7 +270,8 @@ class Config:
         [1e-3], "learning rate, one value or one a block", above=0, demo_blockwise=[4e-3])
     wd_per_block: list[float] = knob([0.0], "weight decay, one value or one a block", at_least=0)
     max_grad_norm_per_block: list[float] = knob(
-        [1.0], "gradient clipping, one value or one a block; 0: none", at_least=0)
+        [0.05], "gradient clipping, one value or one a block; 0: none. The default shortens nearly "
+        "every gradient: late steps, with their small errors, count as early ones", at_least=0)
     initialize_head_from_teacher: bool = knob(
         True, "start from the teacher's head, projected through the last stitch")
     train_lm_head: bool = knob(True, "train norm and head on the teacher's logits after the blocks")

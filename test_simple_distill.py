@@ -5174,7 +5174,7 @@ def best_seconds(work, times=9):
 
 
 BLOCKWISE = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3,
-                 wd_per_block=0)
+                 wd_per_block=0, max_grad_norm_per_block=1.0)
 
 
 class BlockPair(NamedTuple):
@@ -8521,7 +8521,7 @@ REFERENCE = os.environ.get("REFERENCE", "e9529ff")   # before the house was rebu
 TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
 CHAT_RUN = dict(teacher="teacher", student="student", dataset="chat", max_steps=3, eval_samples=8)
 BLOCKS = dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2,
-              distill_loss_type="mse")   # relative came later
+              distill_loss_type="mse", max_grad_norm_per_block=1.0)   # as defaults once were
 FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
     "forward": [(1, TEXT_RUN)],
     "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
