@@ -5095,8 +5095,9 @@ def test_cache_damage_that_one_rank_meets_is_said(full_cache, student, tmp_path)
 
 def bench_cache():
     """Tables: entries a second on one core, bytes a token, and a training step from the cache
-    beside one on labels only."""
+    beside one on labels only, with the allocator as a run sets it."""
     torch.set_num_threads(1)
+    sd.keep_freed_memory()
     print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
           f"{'fp16+int32':>11} {'pack M/s':>9} {'unpack M/s':>11}")
     for vocab in (32000, 151936):
