@@ -220,7 +220,11 @@ class Config:
         "micro-step, the others once a step: less traffic, 4 bytes a parameter more",
         read_by="train")
     shard_teacher: bool = knob(True, "spread the teacher too (else a whole copy a device)")
-    cpu_offload: bool = knob(False, "keep weights and optimiser state in host memory between uses")
+    cpu_offload: bool = knob(
+        False, "keep weights and optimiser state in host memory between uses",
+        read_by="train cache generate eval",
+        needs=("provider", "local"),   # optional: generate
+    )
 
     section("logging", "Weights & Biases, beside log.jsonl", "train", changes_result=False)
     use_wandb: bool = knob(True, "log to Weights & Biases when it is installed and logged in")

@@ -90,7 +90,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    get_scheduler,
+    masking_utils,
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,20 +232,34 @@ def process_group():
     backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
     with reading(f"rank {RANK} of {WORLD} cannot join the others (RANK, WORLD_SIZE, MASTER_ADDR "
                  "and MASTER_PORT are the launcher's)"):
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **options)
-    # from here on ranks wait while another downloads or tokenises
-    # (set_timeout is its name since torch 2.14)
-    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
-    set_timeout(datetime.timedelta(days=1))
+        # for all to come, and of a collective on GPUs. There ranks are seconds apart, minutes while
+        # they compile: whoever waits longer waits for a rank that is gone.
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=15), **options)
+    wait_patiently_on_the_host()
     over = threading.Event()
     if WORLD > 1:
         threading.Thread(target=leave_after_failure, args=[over], daemon=True).start()
     try:
         yield
+        if WORLD > 1 and not some_rank_failed():
+            # the store goes with its host: nobody leaves before all are done, or one has failed
+            with contextlib.suppress(RuntimeError):
+                all_sum(0)
+    except BaseException:
+        fail_first()   # a bug, but the others are not to wait for this rank
+        raise
     finally:
-        over.set()
         if WORLD == 1 or not some_rank_failed():   # tearing down NCCL waits for those that are gone
             dist.destroy_process_group()
+        over.set()
+
+
+def wait_patiently_on_the_host():
+    """There, before each long stretch of GPU work, ranks wait for one that downloads, tokenises
+    or reads a model: that may take hours. One that has failed has closed its connection, which
+    gloo finds at once."""
+    host = dist.group.WORLD._get_backend(torch.device("cpu"))
+    host._set_default_timeout(datetime.timedelta(minutes=24 * 60))
 
 
 def leave_after_failure(over):
@@ -255,7 +275,10 @@ def fail_first():
     here on is their connection to it."""
     if not dist.is_initialized():
         return LOCAL_RANK == 0
-    return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:   # the store itself went with its host
+        return False
 
 
 def some_rank_failed():
@@ -734,7 +757,7 @@ class ChunkKernel:
 
     def __call__(self, student_CV, labels_C, target):
         if self.compiled is None:
-            return self.eager(student_CV, labels_C, target)
+            return self.run_eagerly(student_CV, labels_C, target)
         inputs = [student_CV, labels_C]
         if isinstance(target, SparseTarget):
             inputs.extend(target)
@@ -750,7 +773,23 @@ class ChunkKernel:
             print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs "
                    "eagerly")
             self.compiled = None
+            return self.run_eagerly(student_CV, labels_C, target)
+
+    def run_eagerly(self, student_CV, labels_C, target):
+        """No more tokens at once than fit the smaller budget: a chunk made for compiled code would
+        hold 14 GB of [C, V] terms on a large GPU. The gradient takes the logits' place."""
+        tokens = len(student_CV)
+        at_once = tokens_within(LOGITS_BUDGET, student_CV.element_size(), student_CV.shape[1])
+        if tokens <= at_once:
             return self.eager(student_CV, labels_C, target)
+        losses = []
+        for start in range(0, tokens, at_once):
+            part = slice(start, start + at_once)
+            ce, kl, student_CV[part] = self.eager(
+                student_CV[part], labels_C[part], select_tokens(target, part))
+            losses.append(torch.stack([ce, kl]))
+        ce, kl = torch.cat(losses, 1)
+        return ce, kl, student_CV
 
 
 @functools.cache
@@ -760,13 +799,19 @@ def chunk_kernel(worth_compiling, **options):
 
 
 def select_tokens(teacher, where):
-    """The same tokens of (hidden states, head), of a SparseTarget or of None."""
+    """The same tokens of (hidden states, head), of logits, of a SparseTarget or of None."""
     if teacher is None:
         return None
     if isinstance(teacher, SparseTarget):
         return SparseTarget(*(tensor[where] for tensor in teacher))
+    if isinstance(teacher, torch.Tensor):
+        return teacher[where]
     hidden_ND, head = teacher
     return hidden_ND[where], head
+
+
+def tokens_within(budget, itemsize, vocab):
+    return max(1, budget // (2 * max(itemsize, 2) * vocab))
 
 
 def chunk_size(device, itemsize, vocab):
@@ -778,7 +823,7 @@ def chunk_size(device, itemsize, vocab):
     if device.type == "cuda" and vocab >= COMPILED_VOCAB:
         share = torch.cuda.get_device_properties(device).total_memory // 40
         budget = min(max(share, budget), 4 * budget)
-    return max(1, budget // (2 * max(itemsize, 2) * vocab))
+    return tokens_within(budget, itemsize, vocab)
 
 
 def add_product(total, a, b, first):
@@ -1974,6 +2019,7 @@ def load_student(cfg):
     drop_layers = cfg.fsdp in REDUCE_EACH
     shard(root, plan_mesh(cfg.fsdp), compute_dtype(cfg), drop_layers, cfg.cpu_offload)
     load_weights(root, source, cfg.cpu_offload)
+    settle_types(root)
     with reading(f"{role} {name!r} does not run"):
         fix_rope(root.model, cfg.seq_len)
     return root
@@ -2104,9 +2150,19 @@ def shard(root, mesh_shape, dtype, drop_layers, cpu_offload):
 
 
 @torch.no_grad()
+def settle_types(root):
+    """At its first forward FSDP notes once for all in which type a unit reduces gradients: that of
+    the parameters which can be trained by then. A block that is frozen at that moment, and trained
+    later, would have none. So an empty forward comes first, while all of them can be."""
+    root(lambda model: None)
+    root.release()
+
+
+@torch.no_grad()
 def load_weights(root, source, cpu_offload):
     """The tensors of rank 0's source into everybody's shards, one at a time: no other rank ever
     holds a whole model. source is None on the other ranks."""
+    all_sum(0)   # rank 0 may have read for an hour, which no GPU waits for
     root.to_empty(device="cpu" if cpu_offload else DEVICE)
     for buffer in root.buffers():   # FSDP's offloading leaves them where they are
         buffer.data = buffer.data.to(DEVICE)
@@ -2226,9 +2282,40 @@ def local_tensor(tensor):
 # ---- what a model says of a batch: functions that run inside a root
 
 
+@contextlib.contextmanager
+def known_documents(position_ids_BT=None):
+    """Around a forward without attention mask and cache. There transformers looks at the positions,
+    its own or ours, whether a row holds several documents: a number that the host needs at once, so
+    that it waits for the GPU twice a micro-step. We know the answer. Without position_ids a row is
+    one document; with them (they restart at each) the attention stays inside of documents."""
+    own = getattr(masking_utils, "find_packed_sequence_indices", None)
+
+    def number_documents(positions_BT):
+        """-> [B, T], for each token the number of its document; None: one a row."""
+        if position_ids_BT is not None:
+            before_B1 = positions_BT[:, :1] - 1
+            steps_BT = torch.diff(positions_BT, prepend=before_B1, dim=-1)
+            return (steps_BT != 1).cumsum(-1)
+        # positions that a model counts are one row for all; what it makes of each row's tokens
+        # (code of its own) has to be looked at
+        if len(positions_BT) > 1 and positions_BT.stride(0) > 0:
+            return own(positions_BT)
+        return None
+
+    if own is None:   # another version asks in another way: it may wait, the answer is its own
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = number_documents
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
 def hidden_states(model, input_ids_BT):
     """-> [B, T, D] after the final norm, without the head."""
-    return model.base_model(input_ids=input_ids_BT, use_cache=False)[0]
+    with known_documents():
+        return model.base_model(input_ids=input_ids_BT, use_cache=False)[0]
 
 
 def counted_hidden(model, batch):
@@ -6199,14 +6286,21 @@ def load_local_teacher(cfg):
     if tokenizer is None:
         raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
     teacher_config = model_config(cfg.teacher, cfg, "teacher")
+    dtype = compute_dtype(cfg)
     with progress(f"reading teacher {cfg.teacher}"):
-        teacher = read_model(cfg.teacher, teacher_config, cfg, "teacher", compute_dtype(cfg))
+        model = read_model(cfg.teacher, teacher_config, cfg, "teacher", dtype)
     tokenizer.padding_side = "left"   # a reply continues its prompt
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not tokenizer.chat_template:
         tokenizer.chat_template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-    teacher.generation_config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, teacher.to(DEVICE)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    teacher = ShardedRoot(model).eval()
+    teacher.requires_grad_(False)
+    if cfg.cpu_offload:   # a layer at a time comes to the device, where ids and cache are
+        shard(teacher, (WORLD,), dtype, drop_layers=True, cpu_offload=True)
+    else:
+        teacher.to(DEVICE)
+    return tokenizer, teacher
 
 
 class ReplyProgress:
@@ -6240,8 +6334,9 @@ def generate_replies(cfg, tokenizer, teacher, jobs, bar):
         sampling["do_sample"] = cfg.api_temperature > 0
         sampling["temperature"] = cfg.api_temperature or 1.0
     torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)
-    ids_BT = teacher.generate(**inputs, max_new_tokens=cfg.max_tokens,
-                              streamer=ReplyProgress(bar, cfg.max_tokens), **sampling)
+    streamer = ReplyProgress(bar, cfg.max_tokens)
+    ids_BT = teacher(lambda model: model.generate(
+        **inputs, max_new_tokens=cfg.max_tokens, streamer=streamer, **sampling))
     replies_BT = ids_BT[:, inputs["input_ids"].shape[1]:]
 
     replies = []
@@ -6511,7 +6606,8 @@ def add_terms(terms_C6, row_C, sums, bins):
 
 def layer_outputs(model, input_ids_BT):
     """Runs inside a root: [B, T, D] after each layer."""
-    outputs = model.base_model(input_ids_BT, use_cache=False, output_hidden_states=True)
+    with known_documents():
+        outputs = model.base_model(input_ids_BT, use_cache=False, output_hidden_states=True)
     return outputs.hidden_states[1:]   # the first is of the embeddings
 
 
@@ -6942,6 +7038,7 @@ def run_in_group(cfg):
         return explain(UserError(
             f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
     except KeyboardInterrupt:   # the second one
+        fail_first()
         return 130
     except Exception:
         if WORLD > 1 and some_rank_failed():
@@ -6983,8 +7080,14 @@ def explain(error, cfg):
 
 
 if __name__ == "__main__":
-    code = run_config(CONFIG)
-    if code == 2 and WORLD > 1:   # an orderly end would wait for ranks that are gone
+    try:
+        code = run_config(CONFIG)
+    except Exception:
+        if WORLD == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and WORLD > 1:   # an orderly end would wait for ranks that are gone
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

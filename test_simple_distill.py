@@ -66,6 +66,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
@@ -1126,18 +1127,73 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import simple_distill as sd
 with sd.process_group():
-    if sd.RANK == 0:
-        sd.fail_first()
-        os._exit(2)   # as explain() and the end of the file do
+    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
+        {failure}
     time.sleep(1000)   # as in a collective on a GPU, which nothing interrupts
 """
 
 
 @pytest.mark.campaign
-def test_runtime_a_rank_that_is_stuck_when_another_fails_ends(tmp_path):
+@pytest.mark.parametrize("failure", [
+    "sd.fail_first(); os._exit(2)",   # as explain() and the end of the file do
+    "raise ZeroDivisionError",        # a bug
+])
+def test_runtime_a_rank_that_is_stuck_when_another_fails_ends(tmp_path, failure):
     start = time.time()
-    run_ranks(STUCK, tmp_path)
+    run_ranks(STUCK.format(failure=failure), tmp_path)
     assert time.time() - start < 90
+
+
+TOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
+with sd.process_group():
+    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
+        raise ZeroDivisionError
+    while not sd.some_rank_failed():
+        time.sleep(0.1)
+    print("was told")
+"""
+
+
+def test_runtime_a_bug_on_one_rank_is_told_to_the_others(tmp_path):
+    """They would wait for it in their next collective; and its own end waits for nobody."""
+    told, failed = run_ranks(TOLD, tmp_path)
+    assert "ZeroDivisionError" in failed
+    assert "was told" in told
+
+
+LATE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
+with sd.process_group():
+    if sd.RANK == 1:
+        time.sleep(3)
+        print("failed" if sd.some_rank_failed() else "all is well")
+"""
+
+
+def test_runtime_rank_0_does_not_leave_with_the_store_before_all_are_done(tmp_path):
+    assert "all is well" in run_ranks(LATE, tmp_path)[1]
+
+
+def test_runtime_only_the_host_waits_for_a_day(monkeypatch):
+    """A collective on GPUs, where a rank is gone, ends after minutes: its time-out is the group's
+    first."""
+    timeouts = []
+    init = torch.distributed.init_process_group
+
+    def noting(backend, timeout, **options):
+        timeouts.append(timeout)
+        init(backend, timeout=timeout, **options)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", noting)
+    with sd.process_group():
+        host = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        timeouts.append(host.options._timeout)
+    assert [timeout.total_seconds() / 60 for timeout in timeouts] == [15, 24 * 60]
 
 
 def test_runtime_a_child_keeps_no_lock_and_ends_with_its_parent(tmp_path):
@@ -1537,6 +1593,42 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
     deviations = re.findall(r"^off (\S+)", done.stdout, re.MULTILINE)
     assert len(deviations) == 2
     assert all(float(deviation) < 2e-6 for deviation in deviations)
+
+
+class LargestNew(TorchDispatchMode):
+    """The most numbers that an operation has given in a tensor of its own."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        if isinstance(given, torch.Tensor) and given._base is None:
+            self.numel = max(self.numel, given.numel())
+        return given
+
+
+@pytest.mark.parametrize("target", ["logits", "sparse", "none"])
+def test_losses_where_no_compiler_works_a_large_chunk_is_taken_in_parts(monkeypatch, target):
+    """On a GPU chunks are made for compiled code, which holds no fp32 [C, V]; eager code does."""
+    torch.manual_seed(0)
+    tokens, vocab, at_once = 23, 97, 5
+    logits = torch.randn(tokens, vocab, dtype=torch.bfloat16)
+    labels = torch.randint(vocab, (tokens,))
+    teacher = None
+    if target == "logits":
+        teacher = torch.randn(tokens, vocab, dtype=torch.bfloat16)
+    elif target == "sparse":
+        probs, ids = torch.randn(tokens, vocab).softmax(-1).topk(3)
+        teacher = sd.SparseTarget(ids, probs, 1 - probs.sum(-1), torch.rand(tokens))
+    kernel = sd.ChunkKernel(
+        False, alpha=0.3, temperature=2.0, divergence="forward", student_scaling=(1.0, None),
+        teacher_scaling=(1.0, None))
+    whole = kernel(logits.clone(), labels, teacher)
+    monkeypatch.setattr(sd, "LOGITS_BUDGET", at_once * 2 * 2 * vocab)
+    with LargestNew() as largest:
+        parts = kernel(logits, labels, teacher)
+    for got, want in zip(parts, whole, strict=True):
+        assert torch.equal(got, want)
+    assert largest.numel == at_once * vocab
 
 
 def test_losses_an_evaluation_forms_no_gradient(monkeypatch):
@@ -2713,6 +2805,20 @@ def test_models_checkpointing_does_not_recompute_what_is_frozen(student):
     assert calls == [0, 1, 1]
 
 
+def test_models_what_begins_frozen_reduces_in_fp32_when_it_is_trained(student):
+    """As block after block does in bf16, without any forward before the first one is frozen."""
+    cfg = config.Config(student=student, teacher=student, dtype="bf16")
+    with sd.process_group():
+        root = sd.load_student(cfg)
+        layers = sd.layers_of(root.model)[1]
+        for trained in (0, 1):
+            root.requires_grad_(False)
+            layers[trained].requires_grad_(True)
+            root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
+            gradients = [sd.local_tensor(p.grad) for p in layers[trained].parameters()]
+            assert {g.dtype for g in gradients} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_models_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, student, text,
                                                                    dtype):
@@ -2779,6 +2885,79 @@ def test_models_rope_that_depends_on_length_does_not_depend_on_the_padding(tmp_p
             # what transformers gives for rows of seq_len
             model = load(path).base_model
             torch.testing.assert_close(model(wide).last_hidden_state[:, :12], whole[0])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: a number of a tensor that Python asks for."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+DENSE = {name: MODELS[name] for name in ("llama", "qwen3", "gemma2")}
+DENSE["gpt2"] = MODELS["gpt2"] | dict(pad_token_id=None)   # it looks for padding, to warn of it
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_models_a_micro_step_does_not_wait_for_the_gpu(tmp_path, name):
+    """transformers looks into position_ids for packed documents, in Python, once a model."""
+    path = tiny_model(tmp_path / "model", **DENSE[name])
+    cfg = config.Config(student=path, teacher=path, gradient_checkpointing=True)
+    rows = [{"input_ids": list(range(9))}, {"input_ids": list(range(20, 26))}]
+    with sd.process_group():
+        student = sd.load_student(cfg)
+        get_teacher_targets = sd.teacher_targets(sd.load_teacher(cfg))
+        batch = sd.collate(rows)
+        with Waits() as waits:
+            loss, *_ = student(functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0),
+                               batch, get_teacher_targets(batch), 13)
+            loss.backward()
+    assert waits.count == 0
+    assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_models_known_documents_keep_attention_inside_of_each(tmp_path, name):
+    """Two documents in a row and one in the next give what each gives alone, and nothing waits."""
+    model = load(tiny_model(tmp_path / "model", **DENSE[name])).base_model.eval()
+    documents = [torch.arange(10, 15), torch.arange(30, 37), torch.arange(60, 72)]
+    ids = torch.stack([torch.cat(documents[:2]), documents[2]])
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
+    with torch.no_grad():
+        apart = [model(document[None], use_cache=False)[0][0] for document in documents]
+        with sd.known_documents(positions), Waits() as waits:
+            packed = model(ids, position_ids=positions, use_cache=False)[0]
+    torch.testing.assert_close(packed[0], torch.cat(apart[:2]))
+    torch.testing.assert_close(packed[1], apart[2])
+    assert waits.count == 0
+
+
+def test_models_positions_of_a_models_own_are_looked_at(tmp_path):
+    """Where a model makes them of each row's tokens (here they restart at token 7) nobody knows."""
+    model = load(tiny_model(tmp_path / "model")).base_model.eval()
+
+    def restart_at_7(module, args, kwargs):
+        positions = [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]]
+        kwargs["position_ids"] = torch.tensor(positions)
+        return args, kwargs
+
+    model.register_forward_pre_hook(restart_at_7, with_kwargs=True)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 7, 4, 5, 6]])
+    own = transformers.masking_utils.find_packed_sequence_indices
+    with torch.no_grad():
+        expected = model(ids, use_cache=False)[0]
+        with sd.known_documents():
+            got = model(ids, use_cache=False)[0]
+    assert torch.equal(got, expected)
+    assert transformers.masking_utils.find_packed_sequence_indices is own
+
+
+def test_models_another_transformers_may_ask_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.delattr(transformers.masking_utils, "find_packed_sequence_indices")
+    with sd.known_documents():
+        assert not hasattr(transformers.masking_utils, "find_packed_sequence_indices")
 
 
 def test_models_layers_n_cuts_only_lists_of_one_a_layer(tmp_path):
@@ -6817,6 +6996,18 @@ def test_generate_local_moves_within_a_batch(tmp_path, teacher, monkeypatch):
                   max_tokens=30, output_dir=tmp_path / "out")
     shown = run_generate(fields).err
     assert "this batch: token 1 of at most 30" in shown
+
+
+def test_generate_local_with_weights_on_the_host(tmp_path, teacher):
+    """--cpu_offload gathers a layer at a time; the replies are the same."""
+    texts = []
+    for offload in (False, True):
+        folder = tmp_path / str(offload)
+        run_generate(dict(mode="generate", provider="local", teacher=teacher, num_examples=3,
+                          max_tokens=8, output_dir=folder / "out", cpu_offload=offload))
+        texts.append([row["messages"] for row in all_rows(folder)])
+    assert len(texts[0]) == 3
+    assert texts[0] == texts[1]
 
 
 def test_generate_is_one_process(tmp_path, monkeypatch):
