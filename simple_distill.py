@@ -1020,7 +1020,8 @@ def load_data(cfg, tokenizer):
         asked = f"student {cfg.student!r}"
         if cfg.teacher != "demo":   # the default: none was named
             asked += f" and teacher {cfg.teacher!r}"
-        raise UserError(f"no tokenizer comes with {asked}; use --tokenizer")
+        way_out = "use --tokenizer" + model_inside(cfg.student) + model_inside(cfg.teacher)
+        raise UserError(f"no tokenizer comes with {asked}; {way_out}")
     if cfg.streaming:   # optional: streaming
         return load_stream(cfg, tokenizer)
     with progress(f"reading dataset {cfg.dataset}"), node_first():
@@ -1897,9 +1898,15 @@ def where_it_was_sought(name):
     if name.endswith(".json"):
         return "as a file"
     if os.path.isdir(name):
-        return "in that directory"
+        return "in that directory" + model_inside(name)
     return ("as a local directory (there is none) or on the hub (no network, no access, or "
             "HF_HUB_OFFLINE is set)")
+
+
+def model_inside(name):
+    """What to say of a run's folder that was named in the place of its model."""
+    inside = os.path.join(name or "", "final")
+    return f" (a model is in {inside!r})" if os.path.isfile(f"{inside}/config.json") else ""
 
 
 def read_model(name, config, cfg, role, dtype, kept_layers=None):

@@ -58,7 +58,11 @@ if "HF_DATASETS_CACHE" not in os.environ:
 
 import datasets
 import numpy as np
-import pytest
+
+try:
+    import pytest
+except ImportError:   # it is not among the requirements of a run
+    sys.exit("error: the tests, --fork and --bench need pytest: pip install pytest")
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
@@ -2972,6 +2976,17 @@ def test_models_layers_n_cuts_only_lists_of_one_a_layer(tmp_path):
     cut, kept = sd.cut_layers(smol, "layers:2", "x")
     assert kept == [0, 3]
     assert cut.no_rope_layers == [1, 0] and len(cut.layer_types) == 2
+
+
+def test_models_the_folder_of_a_run_in_place_of_its_model_says_where_it_is(
+        out, tmp_path, teacher, student, text):
+    """Mistaken easily: --teacher out for --teacher out/final."""
+    shutil.copytree(teacher, tmp_path / "run/final")
+    inside = repr(str(tmp_path / "run/final"))
+    for fields in (dict(teacher=tmp_path / "run", student="layers:1"),
+                   dict(teacher=tmp_path / "run", student=student)):
+        shown = cli(*flags(**fields, dataset=text, output_dir=out), rc=2).err
+        assert shown.startswith("error: ") and f"(a model is in {inside})" in shown
 
 
 @pytest.mark.parametrize("cls", ["GPT2Config", "OPTConfig", "CTRLConfig"])
