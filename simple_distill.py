@@ -3220,6 +3220,7 @@ def add_gradients(run, stage, micro, tokens):
         weight = WORLD * run.scale_state["scale"] * (1 + 0 * loss.detach())
         (loss * weight).backward()
         sums += torch.stack([loss.detach(), ce, kl])
+        del loss, targets   # its graph holds the head's gradient in fp32
     return sums
 
 

@@ -44,6 +44,7 @@ import time
 import traceback
 import types
 import warnings
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
@@ -4161,6 +4165,245 @@ def test_train_memory_on_a_cpu_is_about_what_was_estimated(tmp_path, teacher, st
     estimated = float(re.search(r"estimated: (\S+) GB", shown)[1])
     measured = float(re.search(r"at most (\S+) GB of memory", shown)[1])
     assert 0.7 < measured / estimated < 1.4
+
+
+# ---- a step on GPUs that exist in name only
+
+# Enough of a CUDA device, for a torch without it, that autograd carries fake tensors of one.
+GPU_IN_NAME = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/FakeGuardImpl.h>
+
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>)
+
+struct Hooks final : at::CUDAHooksInterface {
+  Hooks(at::CUDAHooksArgs) {}
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 8; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+namespace at { C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks) }
+"""
+
+
+class DoneAtOnce:
+    """A stream or an event of that device."""
+    device = torch.device("cuda", 0)
+
+    def __init__(self, *_, **__):
+        pass
+
+    def is_capturing(self):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *_, **__: self
+
+
+def pretend_cuda(monkeypatch):
+    """One of the 8 GPUs of a node, as torch.cuda and simple_distill see it."""
+    card = types.SimpleNamespace(total_memory=85_000_000_000, major=9, minor=0)
+    current = DoneAtOnce()
+    answers = dict(
+        is_available=True, device_count=8, is_initialized=True, current_device=0,
+        is_bf16_supported=True, get_device_capability=(9, 0), get_device_properties=card,
+        current_stream=current, stream=contextlib.nullcontext(), set_device=None, _lazy_init=None,
+        manual_seed_all=None, is_current_stream_capturing=False)
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(torch.cuda, "Stream", DoneAtOnce)
+    monkeypatch.setattr(torch.cuda, "Event", DoneAtOnce)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
+    monkeypatch.setattr(sd, "CUDA", True)
+    monkeypatch.setattr(sd, "DEVICE", torch.device("cuda", 0))
+
+
+def fake_flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """What scaled_dot_product_attention runs on a real GPU, and only without a mask."""
+    assert attn_mask is None and is_causal
+    options.pop("enable_gqa", None)
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, dropout_p, True, False, **options)[0]
+
+
+def fake_compile(function):
+    """As the code that inductor writes for chunk_terms: nothing [C, V] but the gradient."""
+    def run(student_CV, labels_C, target):
+        ce, kl = student_CV.new_empty(2, len(labels_C), dtype=torch.float32)
+        return ce, kl, torch.empty_like(student_CV)
+    return run
+
+
+def stand_in(monkeypatch):
+    """For what fake tensors, which hold no numbers, cannot do."""
+    mesh = sd.init_device_mesh
+    nonzero = torch.Tensor.nonzero
+
+    def real_mesh(*args, **options):
+        with unset_fake_temporarily():
+            return mesh(*args, **options)
+
+    def all_of_them(tensor):   # labels, all of which are counted
+        if not isinstance(tensor, FakeTensor):
+            return nonzero(tensor)
+        return torch.arange(len(tensor), device=tensor.device)[:, None]
+
+    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
+    monkeypatch.setattr(sd, "init_device_mesh", real_mesh)
+    monkeypatch.setattr(sd, "all_sum", lambda *values: list(values))
+    monkeypatch.setattr(torch.Tensor, "nonzero", all_of_them)
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fake_flash)
+    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)
+
+
+class GpuInName(TorchDispatchMode):
+    """Bytes of all storages on the device, the most of them, collectives, waits of the host."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.sizes = {}
+        self.now = 0
+        self.begin_step()
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, size):   # so FSDP frees and gathers
+            resize(storage, size)
+            if id(storage) in self.sizes:
+                self.hold(id(storage), size)
+
+        monkeypatch.setattr(torch.UntypedStorage, "resize_", resize_)
+
+    def begin_step(self):
+        self.peak = self.now
+        self.calls = collections.Counter(wait=0)
+
+    def hold(self, key, size):
+        self.now += size - self.sizes.get(key, 0)
+        self.sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def release(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def see(self, tensor):
+        storage = sd.local_tensor(tensor).untyped_storage()
+        key = id(storage)
+        if tensor.device.type == "cuda" and key not in self.sizes:
+            self.hold(key, storage.nbytes())
+            weakref.finalize(storage, self.release, key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        kwargs = kwargs or {}
+        if function is aten._local_scalar_dense.default and args[0].device.type == "cuda":
+            self.calls["wait"] += 1   # .item(), or an `if` on a tensor
+            return 1
+        result = function(*args, **kwargs)
+        if function is aten._to_copy.default and args[0].device != result.device:
+            self.calls["wait"] += not kwargs.get("non_blocking", False)
+        if function.namespace == "c10d":
+            self.calls[function.overloadpacket.__name__] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return result
+
+
+def simulated_run(cfg):
+    """A Run of student and teacher as start_run would make it."""
+    student = sd.load_student(cfg)
+    teacher = sd.load_teacher(cfg)
+    batch_size, micro_steps, global_batch = sd.plan_batch(cfg, None, sd.WORLD)
+    run = sd.Run(
+        cfg=cfg, result_knobs={}, inputs={}, tokenizer=None, rows=range(10**6), eval_rows=[],
+        student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
+        global_batch=global_batch, checkpoint=None, started=0.0, free_memory=0, broken_weights=0,
+        loss_fn=functools.partial(sd.distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
+                                  divergence=cfg.divergence, vocabulary=151669),
+        get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
+    run.stages = [sd.distillation_stage(run)]
+    sd.start_stage(run, run.stages[0])
+    return run
+
+
+SIMULATION = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1])   # before torch looks what there is
+import test_simple_distill
+test_simple_distill.simulate(sys.argv[2])
+"""
+
+
+def simulate(folder):
+    """In a process of its own: two steps -> figures of the second, in figures.json."""
+    monkeypatch = pytest.MonkeyPatch()
+    pretend_cuda(monkeypatch)
+    stand_in(monkeypatch)
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=sd.RANK, world_size=sd.WORLD)
+    cfg = config.parse_config(flags(
+        student=f"{folder}/student.json", teacher=f"{folder}/teacher.json", dataset=folder,
+        max_steps=2, gradient_accumulation_steps=2, use_wandb=False))
+    gpu = GpuInName(monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=True), gpu:
+        run = simulated_run(cfg)
+        tokens = run.batch_size * (cfg.seq_len - 1)
+        batch = sd.Batch(
+            input_ids=torch.zeros(run.batch_size, cfg.seq_len, dtype=torch.long, device="cuda"),
+            positions=torch.zeros(tokens, dtype=torch.long, device="cuda"),
+            labels=torch.zeros(tokens, dtype=torch.long), real=None)
+        for _ in range(2):
+            gpu.begin_step()
+            run.set_rates(0)
+            sd.add_gradients(run, run.stages[0], [batch] * run.micro_steps, 1000)
+            norm = sd.optimizer_step(run.optimizer, cfg.max_grad_norm, run.scale_state, False)
+            run.optimizer.zero_grad()
+        assert norm.device.type == "cuda" and norm.dtype == torch.float32
+    figures = dict(gpu.calls, peak=gpu.peak, estimated=sum(sd.estimate_memory(run).values()))
+    Path(folder, "figures.json").write_text(json.dumps(figures))
+
+
+@pytest.mark.campaign
+def test_train_a_step_on_eight_gpus_that_exist_in_name_only(tmp_path):
+    """0.6B <- 4B under full_shard with fake tensors: whatever is on the wrong device or of the
+    wrong type raises. FSDP gathers and reduces as often as it should, nothing waits for the GPU,
+    and the peak is the estimate's."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "gpu.cpp").write_text(GPU_IN_NAME)
+    torch_folder = os.path.dirname(torch.__file__)
+    library = str(tmp_path / "gpu.so")
+    subprocess.run(
+        [compiler, "-std=c++20", "-shared", "-fPIC", tmp_path / "gpu.cpp", "-o", library,
+         f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include",
+         f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-lc10", "-ltorch_cpu"],
+        check=True)
+    layers = {}
+    for name, hidden, inner, heads, depth in [("student", 1024, 3072, 16, 28),
+                                              ("teacher", 2560, 9728, 32, 36)]:
+        layers[name] = depth
+        transformers.Qwen3Config(
+            vocab_size=151936, hidden_size=hidden, intermediate_size=inner, head_dim=128,
+            num_attention_heads=heads, num_key_value_heads=8, num_hidden_layers=depth,
+            tie_word_embeddings=True).to_json_file(tmp_path / f"{name}.json")
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    done = subprocess.run(
+        [sys.executable, "-c", SIMULATION, library, str(tmp_path)], cwd=HERE, env=env,
+        capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    # a micro-step: student's root, its layers forward and backward, the teacher's layers
+    gathers = 1 + 2 * layers["student"] + layers["teacher"]
+    assert figures["wait"] == 0
+    assert figures["_allgather_base_"] == 2 * gathers
+    assert figures["_reduce_scatter_base_"] == 2 * (1 + layers["student"])
+    assert figures["peak"] == pytest.approx(figures["estimated"], rel=0.1)
 
 
 # --------------------------------------------------------------------------------------------------
