@@ -165,6 +165,9 @@ class Config:
     seq_len: int = knob(
         512, "tokens a sequence; longer conversations are cut, text is packed into blocks of this",
         at_least=2, demo=128)
+    packing: Literal["auto", "rows", "blocks", "documents"] = knob(
+        "auto", "what shares a row: one document; blocks cut from joined text; or whole documents "
+        "that do not see each other. auto: blocks of text, conversations one a row")
     num_proc: int | None = knob(
         None, "processes that tokenise; unset: one", at_least=1, changes_result=False)
 

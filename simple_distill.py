@@ -21,6 +21,7 @@ vocabulary, K kept teacher entries a token.
 import ast   # optional: generate
 import asyncio   # optional: generate
 import base64   # optional: generate
+import bisect
 import collections
 import contextlib
 import ctypes
@@ -1015,7 +1016,8 @@ def tokens_by_id(tokenizer):
 
 def load_data(cfg, tokenizer):
     """-> (train rows, eval rows), which can be indexed. A row is {"input_ids": [...], "targets":
-    which of them are, or None where all are}."""
+    which of them are, or None where all are}; one that holds several documents (packing documents)
+    has "starts" too: where each begins."""
     if tokenizer is None:
         asked = f"student {cfg.student!r}"
         if cfg.teacher != "demo":   # the default: none was named
@@ -1039,6 +1041,8 @@ def load_data(cfg, tokenizer):
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
+    if RANK == 0:
+        print0(describe_rows(train_rows, cfg.batch_size, cfg.seed))
     return train_rows, take_first(eval_rows, cfg.eval_samples)
 
 
@@ -1210,7 +1214,14 @@ ROWS_AT_ONCE = 1000   # texts among them are packed together, however many proce
 def tokenize(cfg, raw, tokenizer, split):
     """-> a memory-mapped dataset of token rows, kept in the datasets cache: the same rows are not
     tokenised twice. Beside it stands what was dropped."""
-    fingerprint = fingerprint_rows(raw, tokenizer, cfg.text_column, cfg.seq_len)
+    if split == "eval" and cfg.packing == "documents":
+        # a held-out document stands alone: the figures are those of packing rows, the intervals of
+        # mode eval over documents
+        cfg = dataclasses.replace(cfg, packing="rows")
+    features = TOKEN_FEATURES
+    if cfg.packing == "documents":
+        features = PACKED_FEATURES
+    fingerprint = fingerprint_rows(raw, tokenizer, cfg.text_column, cfg.seq_len, cfg.packing)
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
     os.makedirs(folder, exist_ok=True)
     dropped_path = os.path.join(folder, f"{fingerprint}.dropped")
@@ -1230,7 +1241,7 @@ def tokenize(cfg, raw, tokenizer, split):
                 update=bar.update if total else None),
             batched=True, batch_size=1, remove_columns=["start"],
             num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
-            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=TOKEN_FEATURES)
+            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=features)
         dropped = read_dropped(dropped_path)
     reasons = in_words(dropped, lambda i: place_of(cfg.dataset, source_row(raw, i)))
     if len(rows) == 0:
@@ -1243,6 +1254,7 @@ def tokenize(cfg, raw, tokenizer, split):
 
 TOKEN_FEATURES = datasets.Features(input_ids=datasets.List(datasets.Value("int32")),
                                    targets=datasets.List(datasets.Value("bool")))
+PACKED_FEATURES = datasets.Features(**TOKEN_FEATURES, starts=datasets.List(datasets.Value("int32")))
 
 
 def encode_batch(batch, raw, dataset, encode_here, dropped_path, update):
@@ -1311,7 +1323,7 @@ def warn_of_long_rows(rows):
         print0(f"a row of {longest:,} characters; a tokenizer takes a second or more for a million")
 
 
-def fingerprint_rows(raw, tokenizer, text_column, seq_len):
+def fingerprint_rows(raw, tokenizer, text_column, seq_len, packing):
     """Of all that shapes token rows: the tokenizer as it would be saved, and the code. A fork that
     edits `encode_rows`, or anything it calls, gets what it wrote and not what an older version left
     in the cache."""
@@ -1324,7 +1336,7 @@ def fingerprint_rows(raw, tokenizer, text_column, seq_len):
                     name = os.path.relpath(path, folder)
                     saved[name] = hashlib.sha256(file.read()).hexdigest()
     return digest(raw._fingerprint, str(raw.features), saved, code_of(encode_rows),
-                  ROWS_AT_ONCE, text_column, seq_len)
+                  ROWS_AT_ONCE, text_column, seq_len, packing)
 
 
 def code_of(function):
@@ -1358,8 +1370,9 @@ def rows_digest(rows):
     if not isinstance(rows, datasets.Dataset):
         return None
     content = hashlib.sha256()
+    columns = [name for name in PACKED_FEATURES if name in rows.column_names]
     for table in rows.with_format("arrow").iter(1000):
-        for name in ("input_ids", "targets"):
+        for name in columns:
             lists = table[name].combine_chunks()
             # as numbers: a bitmap is padded with bits of the rows that follow
             content.update(lists.value_lengths().fill_null(-1).to_numpy())
@@ -1367,31 +1380,73 @@ def rows_digest(rows):
     return content.hexdigest()[:16]
 
 
+def describe_rows(rows, batch_size, seed):
+    """How much there is to train on, and how much of a batch is padding."""
+    lengths = []     # of the rows
+    documents = []   # of each document in rows of several
+    targets = 0
+    for table in rows.with_format("arrow").iter(1000):
+        row_lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
+        lengths.append(row_lengths)
+        targets += count_targets(table["targets"].combine_chunks(), row_lengths)
+        if "starts" in rows.column_names:
+            for starts, length in zip(table["starts"].to_pylist(), row_lengths.tolist()):
+                documents.append(np.diff([*starts, length]))
+    lengths = np.concatenate(lengths)
+    share = share_of_padding(lengths, batch_size, seed)
+    padding = f"{share:.1%} of {batch_size} rows together is padding"
+    what = f"{len(lengths):,} rows"
+    if documents:
+        documents = np.concatenate(documents)
+        share = share_of_padding(documents, batch_size, seed)
+        padding += f", with one document a row {share:.1%}"
+        what = f"{len(documents):,} documents in {what}"
+    return f"train: {what}, {lengths.sum():,} tokens, {targets:,} targets; {padding}"
+
+
+def count_targets(lists, row_lengths):
+    """Of token rows, as lists of arrow. The first token of a row is predicted from nothing."""
+    is_target = lists.flatten().to_numpy(zero_copy_only=False)
+    lengths = lists.value_lengths().fill_null(0).to_numpy()   # null: all are targets
+    firsts = np.cumsum(lengths) - lengths
+    counted = is_target.sum() - is_target[firsts[lengths > 0]].sum()
+    return int(counted) + int((row_lengths[lengths == 0] - 1).sum())
+
+
+def share_of_padding(lengths, batch_size, seed):
+    """Of rows of these lengths in batches of an epoch, each as wide as its longest."""
+    lengths = lengths[shuffled(len(lengths), seed, 0).numpy()]
+    widths = [batch.max() * len(batch)
+              for batch in np.split(lengths, range(batch_size, len(lengths), batch_size))]
+    return 1 - lengths.sum() / np.sum(widths)
+
+
 def make_encoder(cfg, tokenizer):
     """-> a function of the columns alone."""
-    return functools.partial(
-        encode, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+    return functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column,
+                             seq_len=cfg.seq_len, packing=cfg.packing)
 
 
-def encode(columns, tokenizer, text_column, seq_len):
+def encode(columns, tokenizer, text_column, seq_len, packing):
     """Raw rows -> token rows, both as columns: {"input_ids": [...], "targets": [...]}."""
     rows = rows_from_columns(columns)
 
     def place(i):
         return f"a row that begins {str(rows[i])[:80]!r}"
 
-    columns, _ = encode_rows(rows, place, tokenizer, text_column, seq_len)
+    columns, _ = encode_rows(rows, place, tokenizer, text_column, seq_len, packing)
     return columns
 
 
 def make_row_encoder(cfg, tokenizer):
-    return functools.partial(
-        encode_rows, tokenizer=tokenizer, text_column=cfg.text_column, seq_len=cfg.seq_len)
+    return functools.partial(encode_rows, tokenizer=tokenizer, text_column=cfg.text_column,
+                             seq_len=cfg.seq_len, packing=cfg.packing)
 
 
-def encode_rows(rows, place, tokenizer, text_column, seq_len):
+def encode_rows(rows, place, tokenizer, text_column, seq_len, packing):
     """Raw rows -> token rows as columns, and [(i, why)] of those that were dropped. First come the
-    conversations, one a row, then blocks of the texts. place(i): in words, where row i is."""
+    conversations, one a row, then the texts, joined in blocks or each in rows of its own; packing
+    documents puts them together. place(i): in words, where row i is."""
     conversations = {}
     texts = []
     dropped = []
@@ -1408,7 +1463,10 @@ def encode_rows(rows, place, tokenizer, text_column, seq_len):
                 texts.append(row[text_column])
         else:
             dropped.append((i, "no text and no conversation"))
-    columns = encode_texts(texts, tokenizer, seq_len)
+    if packing == "blocks" and conversations:
+        raise UserError(f"{place(min(conversations))}: a conversation; blocks are of plain text: "
+                        "use --packing rows or documents")
+    columns = encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     talks = encode_conversations(conversations, tokenizer, seq_len, place)
     kept = {"input_ids": [], "targets": []}
     for i, (ids, targets) in talks.items():
@@ -1418,6 +1476,8 @@ def encode_rows(rows, place, tokenizer, text_column, seq_len):
         else:
             dropped.append((i, f"no target within seq_len {seq_len}"))
     columns = {name: kept[name] + columns[name] for name in kept}
+    if packing == "documents":
+        columns = pack_documents(rows_from_columns(columns), seq_len)
     return columns, sorted(dropped)
 
 
@@ -1427,27 +1487,70 @@ def rows_from_columns(columns):
     return [dict(zip(columns, values, strict=True)) for values in rows]
 
 
-def encode_texts(texts, tokenizer, seq_len):
-    """Joined with EOS and cut into blocks of seq_len; the last block of a call may be shorter. A
-    BOS begins each block, not each text: so it is predicted nowhere."""
+def encode_texts(texts, tokenizer, seq_len, join):
+    """Each ends with EOS. Joined, or each by itself, they are cut into blocks of seq_len; the last
+    block may be shorter. A BOS begins each block, not each text: so it is predicted nowhere. Where
+    there is none, the blocks of a long text begin with the last token of the one before, or their
+    first would be predicted nowhere."""
     eos = tokenizer.eos_token_id
     bos = bos_of(tokenizer)
     encoded = patiently(tokenizer, texts, verbose=False)["input_ids"] if texts else []
-    joined = []
+    documents = []
     for ids in encoded:
         if bos is not None:   # the tokenizer's, and what stands written out in a text
             ids = [i for i in ids[1:] if i != bos or i == eos]
-        joined += ids
         if eos is not None and ids[-1:] != [eos]:
-            joined.append(eos)
+            ids = [*ids, eos]
+        documents.append(ids)
+    if join:
+        documents = [list(itertools.chain(*documents))]
     begin = [] if bos is None else [bos]
     room = seq_len - len(begin)
+    overlap = 0 if begin or join else 1
     blocks = []
-    for i in range(0, len(joined), room):
-        block = begin + joined[i:i + room]
-        if len(block) > 1:   # one token would predict nothing
-            blocks.append(block)
+    for ids in documents:
+        for i in range(0, len(ids) - overlap, room - overlap):
+            block = begin + ids[i:i + room]
+            if len(block) > 1:   # one token would predict nothing
+                blocks.append(block)
     return {"input_ids": blocks, "targets": [None] * len(blocks)}
+
+
+def pack_documents(documents, seq_len):
+    """Token rows of a document each -> rows of several, as columns. `starts`: where in its row each
+    begins. The first token of a document is no target: it would be predicted from another."""
+    packed = {"input_ids": [], "targets": [], "starts": []}
+    lengths = [len(document["input_ids"]) for document in documents]
+    for members in fit_into_rows(lengths, seq_len):
+        ids = []
+        targets = []
+        starts = []
+        for i in members:
+            starts.append(len(ids))
+            ids += documents[i]["input_ids"]
+            is_target = documents[i]["targets"] or [True] * lengths[i]   # None: all
+            targets += [False, *is_target[1:]]
+        packed["input_ids"].append(ids)
+        packed["targets"].append(targets)
+        packed["starts"].append(starts)
+    return packed
+
+
+def fit_into_rows(lengths, seq_len):
+    """-> the numbers of the documents in each row: the longest first, each where it leaves the
+    least room. Rows, and what is in them, stand in the order of the documents."""
+    rows = []
+    free = []   # (room left, row), in rising order
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(free, (lengths[i], 0))
+        if place < len(free):
+            room, row = free.pop(place)
+        else:
+            room, row = seq_len, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(free, (room - lengths[i], row))
+    return sorted(sorted(row) for row in rows)
 
 
 def bos_of(tokenizer):
@@ -1703,6 +1806,9 @@ class Batch:
     labels: torch.Tensor      # [N] their next tokens, on the host
     real: torch.Tensor        # those of all tokens but padding: where block-wise compares states
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
+    # [B, T] where rows hold several documents: they restart at each, which keeps attention within
+    # it (see hidden_states). None: 0, 1, 2, ...
+    position_ids: Any = None
 
 
 def collate(rows):
@@ -1724,13 +1830,24 @@ def collate(rows):
         input_ids_BT[i, :len(ids)] = ids
         labels_BT[i, :len(next_ids)] = next_ids   # the last position has no next token
         is_real_BT[i, :len(ids)] = not is_stand_in
+    position_ids = None
+    if any("starts" in row for row in rows):
+        position_ids = to_device(torch.stack([positions_in(row, width) for row in rows]))
     labels = labels_BT.flatten()
     positions = (labels != -100).nonzero()[:, 0]
     return Batch(
         input_ids=to_device(input_ids_BT), positions=to_device(positions),
         labels=pin(labels[positions]),
         real=to_device(is_real_BT.flatten().nonzero()[:, 0]),
-        sparse=collate_sparse(rows))
+        sparse=collate_sparse(rows), position_ids=position_ids)
+
+
+def positions_in(row, width):
+    """-> [width]: each token's position in its document; padding is one more document."""
+    starts = [*row.get("starts", [0]), len(row["input_ids"])]
+    begin = torch.zeros(width + 1, dtype=torch.long)
+    begin[starts] = torch.as_tensor(starts)
+    return (torch.arange(width + 1) - begin.cummax(0)[0])[:width]
 
 
 def collate_sparse(rows):
@@ -2294,7 +2411,11 @@ def known_documents(position_ids_BT=None):
     """Around a forward without attention mask and cache. There transformers looks at the positions,
     its own or ours, whether a row holds several documents: a number that the host needs at once, so
     that it waits for the GPU twice a micro-step. We know the answer. Without position_ids a row is
-    one document; with them (they restart at each) the attention stays inside of documents."""
+    one document; with them (they restart at each) the attention stays inside of documents.
+    -> what a model is called with besides."""
+    positions = {}
+    if position_ids_BT is not None:
+        positions["position_ids"] = position_ids_BT
     own = getattr(masking_utils, "find_packed_sequence_indices", None)
 
     def number_documents(positions_BT):
@@ -2310,24 +2431,24 @@ def known_documents(position_ids_BT=None):
         return None
 
     if own is None:   # another version asks in another way: it may wait, the answer is its own
-        yield
+        yield positions
         return
     masking_utils.find_packed_sequence_indices = number_documents
     try:
-        yield
+        yield positions
     finally:
         masking_utils.find_packed_sequence_indices = own
 
 
-def hidden_states(model, input_ids_BT):
+def hidden_states(model, input_ids_BT, position_ids_BT=None):
     """-> [B, T, D] after the final norm, without the head."""
-    with known_documents():
-        return model.base_model(input_ids=input_ids_BT, use_cache=False)[0]
+    with known_documents(position_ids_BT) as positions:
+        return model.base_model(input_ids=input_ids_BT, use_cache=False, **positions)[0]
 
 
 def counted_hidden(model, batch):
     """-> hidden states of the counted tokens [N, D], and the head to apply to them by chunks."""
-    hidden_BTD = hidden_states(model, batch.input_ids)
+    hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
     return hidden_BTD.flatten(0, 1)[batch.positions], head_of(model)
 
 
@@ -2419,6 +2540,42 @@ def check_head(root, role, name, tokenizer):
         raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head "
                         f"miss its own logits by {error:.2g} of their spread; teach its scaling to "
                         "head_of() in simple_distill.py")
+
+
+def packing_error(model, ids_N):
+    """Runs inside a root: how far the states of documents that share rows are from those of each
+    alone, in their standard deviations, and how far rounding may bring them."""
+    width = len(ids_N) // 2
+    rows = []
+    for ids_T, starts in ((ids_N[:width], [0, 3]), (ids_N[width:], [0, 2, 6])):
+        rows.append({"input_ids": ids_T, "starts": starts})
+    position_ids_2T = torch.stack([positions_in(row, width) for row in rows]).to(DEVICE)
+    ids_2T = torch.as_tensor(ids_N, device=DEVICE).view(2, width)
+    packed_2TD = hidden_states(model, ids_2T, position_ids_2T).float()
+    errors = []
+    for i, row in enumerate(rows):
+        for start, end in itertools.pairwise([*row["starts"], width]):
+            alone_TD = hidden_states(model, ids_2T[i:i + 1, start:end])[0].float()
+            errors.append((packed_2TD[i, start:end] - alone_TD).abs().max())
+    allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+    return torch.stack(errors).max() / packed_2TD.std().clamp_min(1e-6), allowed
+
+
+def check_packing(root, role, name):
+    """Refuse a model that lets a document see the one before it: by a state that runs on from token
+    to token, by attention of its own kind, or by positions that it counts itself."""
+    rows = root.model.config.get_text_config().vocab_size
+    was_training = root.training
+    root.eval()
+    what = f"{role} {name!r} ({type(root.model).__name__})"
+    way_out = "use --packing rows, or blocks for plain text"
+    with torch.no_grad(), reading(f"{what} does not run with documents packed", f"; {way_out}"):
+        error, allowed = root(packing_error, [i % rows for i in range(16)])
+    root.train(was_training)
+    root.release()
+    if not error <= allowed:
+        raise UserError(f"{what} lets packed documents see each other: their states are off by "
+                        f"{error:.2g} of their spread; {way_out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2719,6 +2876,8 @@ def read_state(path):
         written = state.pop("digest")
         if digest(state) != written or not isinstance(state["files"], dict):
             raise ValueError("state.json is not what was written")
+        # of a run from before there was the knob
+        state["config"] = {"packing": Config.packing} | state["config"]
         return state | {"digest": written}, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return None, one_line(e)
@@ -2992,6 +3151,8 @@ def load_checked_student(cfg, tokenizer):
     with progress(f"reading student {cfg.student}"):
         student = load_student(cfg)
         check_head(student, "student", cfg.student, tokenizer)
+        if cfg.packing == "documents":
+            check_packing(student, "student", cfg.student)
     return student
 
 
@@ -2999,6 +3160,8 @@ def load_checked_teacher(cfg, tokenizer):
     with progress(f"reading teacher {cfg.teacher}"):
         teacher = load_teacher(cfg)
         check_head(teacher, "teacher", cfg.teacher, tokenizer)
+        if cfg.packing == "documents":
+            check_packing(teacher, "teacher", cfg.teacher)
     teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
     if teacher_tokenizer is not None:
         compare_tokenizers(
@@ -3553,7 +3716,8 @@ def card_facts(run, teacher, dataset):
         "teacher": targets,
         "student": f"{type(student).__name__}, {student.num_parameters():,} parameters, "
                    f"begun from {begun_from}",
-        "data": f"{data}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence",
+        "data": f"{data}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence"
+                + (", whole documents packed" if cfg.packing == "documents" else ""),
         "objective": objective,
         "steps": f"{stages}; {run.global_batch} sequences a step, {run.tokens:,} tokens learnt "
                  f"from; peak learning rate {cfg.learning_rate:g}, seed {cfg.seed}",
@@ -3630,14 +3794,21 @@ def rehearse(run, stages):
 
 
 def show_targets(batch, tokenizer):
-    """The first row of a batch as text; what the student learns to say stands in [[ ]]."""
+    """The first row of a batch as text; what the student learns to say stands in [[ ]], between
+    documents ||."""
     width = batch.input_ids.shape[1]
     # a position counts where its next token is a target
     targets = {position + 1 for position in batch.positions.tolist() if position < width - 1}
+    begins = set()
+    if batch.position_ids is not None:
+        begins = set((batch.position_ids[0] == 0).nonzero()[1:, 0].tolist())
     shown = []
     ids = batch.input_ids[0].tolist()
-    for is_target, group in itertools.groupby(range(width), key=lambda i: i in targets):
+    parts = itertools.groupby(range(width), key=lambda i: (i in targets, i in begins))
+    for (is_target, is_first), group in parts:
         text = tokenizer.decode([ids[i] for i in group])
+        if is_first:
+            shown.append(" || ")
         shown.append(f"[[{text}]]" if is_target else text)
     return repr("".join(shown))
 
@@ -4203,6 +4374,8 @@ def describe_cache(cfg, tokenizer, splits, dtype):
     begin = {}
     if bos_of(tokenizer) is not None:   # caches of tokenizers without one have no such entry
         begin["bos"] = bos_of(tokenizer)
+    if cfg.packing != Config.packing:   # nor have caches from before there was the knob
+        begin["packing"] = cfg.packing
     return begin | dict(
         teacher=cfg.teacher,
         revision=revision,
@@ -4242,6 +4415,7 @@ def content_digest(manifest):
 # A row is three fields of numbers of fixed width, end to end, without a gap:
 #
 #     text      a token: its id and, in the lowest bit, whether it is a target     id_bits + 1
+#               (packing documents: below that another, whether a document begins with it)
 #     entries   an id that the teacher lists and, above it, a code               id_bits + code_bits
 #     extra     a target: what else is kept of it                                      extra_bits
 #
@@ -4265,25 +4439,42 @@ class RowCounts(NamedTuple):
     checksum: int   # of the row's bytes
 
 
-def pack_row(ids, is_target, entries, extra, bits):
-    id_bits, code_bits, extra_bits = bits
-    return pack((ids << 1 | is_target, id_bits + 1), (entries, id_bits + code_bits),
-                (extra, extra_bits))
+def holds_starts(manifest):
+    """Whether each token has a bit for whether a document begins with it."""
+    return manifest.get("packing") == "documents"
+
+
+def pack_row(ids, is_target, starts, entries, extra, manifest):
+    id_bits, code_bits, extra_bits = manifest["bits"]
+    text = ids << 1 | is_target
+    text_bits = id_bits + 1
+    if holds_starts(manifest):
+        text <<= 1
+        text[starts] |= 1
+        text_bits += 1
+    return pack((text, text_bits), (entries, id_bits + code_bits), (extra, extra_bits))
 
 
 def unpack_row(data, tokens, targets, entries, manifest):
     """Bytes, and how many numbers they hold -> a row like those of load_data, with its SparseTarget
     in arrays: manifest["size"] ids a target."""
     id_bits, code_bits, extra_bits = manifest["bits"]
+    text_bits = id_bits + 1 + holds_starts(manifest)
     text, listed, extra = unpack(
-        data, (tokens, id_bits + 1), (entries, id_bits + code_bits), (targets, extra_bits))
+        data, (tokens, text_bits), (entries, id_bits + code_bits), (targets, extra_bits))
     ids = listed & ((1 << id_bits) - 1)
     codes = listed >> id_bits
     if manifest["method"] == "sample":
         sparse = decode_samples(ids, codes, extra, manifest["size"])
     else:
         sparse = decode_topk(ids, codes, manifest["size"])
-    return {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": sparse}
+    row = {}
+    if holds_starts(manifest):
+        starts = np.flatnonzero(text % 2)
+        if len(starts):   # rows that are held out have none
+            row["starts"] = starts
+        text >>= 1
+    return row | {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": sparse}
 
 
 def decode_samples(ids, codes, extra, size):
@@ -4350,7 +4541,10 @@ def fill_cache(cfg):
     with explain_bad_disk(cfg.cache_dir), stop_signals() as stop_requests:
         manifest = begin_cache(cfg, tokenizer, splits)
         all_sum(0)   # nobody goes on before there is a cache
-        probe = [eval_rows[i] for i in range(min(len(eval_rows), manifest["group"]))]
+        probed = eval_rows
+        if sequences and holds_starts(manifest):   # whose rows are longer than those held out
+            probed = rows
+        probe = [probed[i] for i in range(min(len(probed), manifest["group"]))]
         with progress("judging the size of the cache by a few sequences"):
             packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
         total, done = plan_cache(cfg, packed, sequences)
@@ -4587,7 +4781,7 @@ def pack_teacher(get_teacher_targets, rows, first, manifest):
         row_hidden_ND, hidden_ND = hidden_ND.tensor_split([targets])
         uniform_NS = draw_uniform(targets, manifest["size"], manifest["seed"], number)
         entries, extra, mass = teacher_entries(row_hidden_ND, head, uniform_NS, manifest)
-        data = pack_row(ids, is_target, entries, extra, manifest["bits"])
+        data = pack_row(ids, is_target, row.get("starts", []), entries, extra, manifest)
         counts = RowCounts(1, len(ids), targets, len(entries), mass, zlib.crc32(data))
         packed.append((data, counts))
     return packed
@@ -4682,12 +4876,12 @@ def finish_cache(cfg, manifest, paths):
 
 # ---- reading
 
-TAKEN_FROM_CACHE = ("seq_len", "temperature")
+TAKEN_FROM_CACHE = ("seq_len", "temperature", "packing")
 
 
 def take_from_cache(cfg):
     """-> cfg of a training run with the cache's value of what was not typed."""
-    manifest = read_manifest(cfg.cache_dir)
+    manifest = {"packing": Config.packing} | read_manifest(cfg.cache_dir)
     taken = {name: manifest[name] for name in TAKEN_FROM_CACHE if name not in cfg.given}
     resolved = dataclasses.replace(cfg, **taken)
     resolved.given = cfg.given   # is no field, which replace would carry over
@@ -4698,6 +4892,8 @@ def describe_cache_use(cfg):
     """What the plan of a training run says of its teacher."""
     words = f"teacher: cache {cfg.cache_dir}"
     taken = [name for name in TAKEN_FROM_CACHE if name not in cfg.given]
+    if "packing" in taken and cfg.packing == Config.packing:
+        taken.remove("packing")
     if taken:
         values = " and ".join(f"{name} {getattr(cfg, name)}" for name in taken)
         words += f", which sets {values}"
@@ -4832,18 +5028,20 @@ def read_cache_config(cache_dir):
 
 def refuse_other_targets(cfg, manifest):
     """What is stored was computed by one teacher, at one temperature, on rows of one length."""
-    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, teacher=cfg.teacher)
+    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, packing=cfg.packing,
+                teacher=cfg.teacher)
     same_path = os.path.realpath(cfg.teacher) == os.path.realpath(manifest["teacher"])
     if cfg.teacher == "demo" or same_path:   # demo: the default, none was named
         here["teacher"] = manifest["teacher"]
+    manifest = {"packing": Config.packing} | manifest   # which names it where it is another
     there = {name: manifest[name] for name in here}
     refuse_changes(there, here, cfg.cache_dir, "fill another --cache_dir")
 
 
 def refuse_other_data(cfg):
     """The cache is the dataset: what it has decided may be left out or said again."""
-    # seq_len is compared above; the others do not decide what the rows hold
-    passed_over = ("seq_len", "eval_samples", "shuffle_buffer", "num_proc")
+    # the first two are compared above; the others do not decide what the rows hold
+    passed_over = ("seq_len", "packing", "eval_samples", "shuffle_buffer", "num_proc")
     here = {}
     for name in knobs_in("data"):
         if name in passed_over:
@@ -5096,7 +5294,7 @@ def around_blocks(model, batch, blocks, other_inputs):
     # an entry in __dict__ hides the registered layers for the time of one forward
     attributes = vars(model.get_submodule(parent_path))
     attributes[name] = recorded
-    hidden_states(model, batch.input_ids)
+    hidden_states(model, batch.input_ids, batch.position_ids)
     del attributes[name]
     return {i: recorded[i].recorded for i in blocks}
 
@@ -6612,18 +6810,19 @@ def add_terms(terms_C6, row_C, sums, bins):
     bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
 
 
-def layer_outputs(model, input_ids_BT):
+def layer_outputs(model, batch):
     """Runs inside a root: [B, T, D] after each layer."""
-    with known_documents():
-        outputs = model.base_model(input_ids_BT, use_cache=False, output_hidden_states=True)
+    with known_documents(batch.position_ids) as positions:
+        outputs = model.base_model(
+            batch.input_ids, use_cache=False, output_hidden_states=True, **positions)
     return outputs.hidden_states[1:]   # the first is of the embeddings
 
 
 @torch.no_grad()
 def layer_errors(root, teacher, batch):
     """How far each layer of a student is from the layer of the teacher at the same depth."""
-    states = root(layer_outputs, batch.input_ids)
-    teacher_states = teacher(layer_outputs, batch.input_ids)
+    states = root(layer_outputs, batch)
+    teacher_states = teacher(layer_outputs, batch)
     errors = []
     for i in range(len(states)):
         # The same layers as block-wise mode matches, but a student may be the deeper one here.

@@ -1753,9 +1753,9 @@ def target_runs(row, tokenizer):
     return runs
 
 
-def encode(rows, tokenizer, seq_len=512):
+def encode(rows, tokenizer, seq_len=512, packing="auto"):
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return sd.rows_from_columns(sd.encode(columns, tokenizer, "text", seq_len))
+    return sd.rows_from_columns(sd.encode(columns, tokenizer, "text", seq_len, packing))
 
 
 def user(content):
@@ -2193,6 +2193,138 @@ def test_data_text_column_and_unknown_columns(tmp_path, out, student):
     distil(out, **fields, text_column="body")
 
 
+# ---- packing
+
+
+def documents_of(rows):
+    """-> {(ids, which are targets) of a document: how often}, of rows that hold one or several."""
+    documents = collections.Counter()
+    for row in rows:
+        ids = list(map(int, row["input_ids"]))
+        targets = [True] * len(ids)   # None: all are
+        if row["targets"] is not None:
+            targets = list(map(bool, row["targets"]))
+        starts = list(map(int, row.get("starts", [0])))
+        for start, end in itertools.pairwise([*starts, len(ids)]):
+            # the first is no target whatever it says: nothing comes before it
+            documents[tuple(ids[start:end]), tuple(targets[start + 1:end])] += 1
+    return documents
+
+
+def padding_by_hand(lengths, batch_size, seed=0):
+    """Of an epoch, batch after batch."""
+    order = sd.shuffled(len(lengths), seed, 0).tolist()
+    places = 0
+    for i in range(0, len(order), batch_size):
+        batch = [lengths[k] for k in order[i:i + batch_size]]
+        places += max(batch) * len(batch)
+    return 1 - sum(lengths) / places
+
+
+@pytest.mark.parametrize("kind", ["talk", "text", "text after bos"])
+def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path, kind):
+    """Those of packing rows, several a row; an epoch counts each of their targets once, and no
+    label crosses from one into the next."""
+    tokenizer = tiny_tokenizer(CHATML, bos=kind == "text after bos")
+    rows = talk(150) if kind == "talk" else [{"text": prose(1 + i % 40, i)} for i in range(150)]
+    path = write_splits(tmp_path / "d", rows, rows[:9])
+    apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
+    packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
+    assert documents_of(packed) == documents_of(apart)
+    assert len(apart) >= len(rows)
+    if kind != "talk":   # a long text goes on in another document: all of its tokens are predicted
+        predicted = [i for row in apart for i in row["input_ids"][1:]]
+        expected = []
+        for row in rows:
+            ids = tokenizer.encode(row["text"] + "<|endoftext|>", add_special_tokens=False)
+            expected += ids if tokenizer("a")["input_ids"][0] == 1 else ids[1:]
+        assert predicted == expected
+    assert len(packed) < len(apart) / 1.3
+    assert max(len(row["input_ids"]) for row in packed) <= 128
+    for row in packed:
+        assert row["starts"][0] == 0
+        assert not any(row["targets"][start] for start in row["starts"])
+    # held-out documents stand alone: what is measured on them does not depend on the packing
+    assert ids_of(packed_held_out) == ids_of(held_out)
+    assert not any("starts" in row for row in packed_held_out)
+
+    labels = {}
+    for name, rows_here in (("apart", apart), ("packed", packed)):
+        batches = sd.indexed_batches(rows_here, 0, 4, 0)
+        counted = collections.Counter()
+        for numbers, _ in itertools.islice(batches, math.ceil(len(rows_here) / 4)):
+            batch = sd.collate([rows_here[i] for i in numbers])
+            before = batch.input_ids.flatten()[batch.positions].tolist()
+            counted.update(zip(before, batch.labels.tolist(), strict=True))
+        labels[name] = counted
+    assert labels["packed"] == labels["apart"]
+
+
+def test_data_documents_begin_at_position_0_and_so_does_padding():
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
+         "starts": [0, 2]},
+        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0, 1]},
+    ]
+    batch = sd.collate(rows)
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
+    assert batch.labels.tolist() == [6, 8, 9, 3]
+    assert sd.collate([{**row, "starts": [0]} for row in rows]).position_ids.tolist() == [
+        [0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
+    assert sd.collate([{"input_ids": [5, 6], "targets": None}]).position_ids is None
+
+
+def test_data_as_few_rows_as_the_documents_need():
+    pick = random.Random(0)
+    for _ in range(50):
+        lengths = [pick.randint(2, 64) for _ in range(pick.randint(1, 200))]
+        rows = sd.fit_into_rows(lengths, 64)
+        assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
+        # what is proven of it: 11/9 of the best, and a little
+        assert len(rows) <= 11 / 9 * math.ceil(sum(lengths) / 64) + 1 + len(lengths) / 12
+    assert sd.fit_into_rows([3, 5, 2, 6], 8) == [[0, 1], [2, 3]]
+
+
+def test_data_totals_and_padding_are_said(tmp_path, student, out):
+    rows = talk(30)
+    path = write_splits(tmp_path / "d", rows, rows[:2])
+    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=128, batch_size=4)
+    apart, _ = rows_of(path, seq_len=128)
+    packed, _ = rows_of(path, seq_len=128, packing="documents")
+    lengths = [len(row["input_ids"]) for row in apart]
+    tokens = sum(lengths)
+    targets = sum(sum(row["targets"][1:]) for row in apart)
+    share = padding_by_hand(lengths, 4)
+    totals = f"{tokens:,} tokens, {targets:,} targets"
+    shown = distil(f"{out}-rows", **fields).out
+    assert f"train: 30 rows, {totals}; {share:.1%} of 4 rows together is padding\n" in shown
+    packed_share = padding_by_hand([len(row["input_ids"]) for row in packed], 4)
+    assert packed_share < share / 2
+    share = padding_by_hand([len(ids) for ids, _ in documents_of(packed).elements()], 4)
+    shown = distil(f"{out}-documents", **fields, packing="documents").out
+    assert (f"train: 30 documents in {len(packed)} rows, {totals}; {packed_share:.1%} of 4 rows "
+            f"together is padding, with one document a row {share:.1%}\n") in shown
+    text = write_splits(tmp_path / "text", [{"text": "abcdef"}] * 8, [TEXT_ROW])
+    shown = distil(f"{out}-text", **{**fields, "dataset": text, "seq_len": 16}).out
+    assert "train: 4 rows, 56 tokens, 52 targets; 12.5% of 4 rows" in shown
+
+
+def test_data_blocks_are_of_text_alone(tmp_path, out, student, chat):
+    err = distil(out, rc=2, student=student, dataset=chat, alpha=1.0, packing="blocks").err
+    assert "row 1: a conversation; blocks are of plain text: use --packing rows or" in err
+    text = [{"text": prose(5 + i, i)} for i in range(9)]
+    assert encode(text, tiny_tokenizer(), 16, "blocks") == encode(text, tiny_tokenizer(), 16)
+
+
+def test_data_a_dry_run_shows_where_documents_begin(tmp_path, out, student):
+    rows = [{"prompt": "a", "response": "bc"}, {"prompt": "d", "response": "ef"}]
+    path = write_splits(tmp_path / "d", rows, rows[:1])
+    shown = distil(out, student=student, dataset=path, alpha=1.0, packing="documents", dry_run=True)
+    first = "'a\\n[[bc<|endoftext|>]] || d\\n[[ef<|endoftext|>]]'"
+    assert first in shown.out, shown.out
+
+
 # ---- splits
 
 
@@ -2284,7 +2416,7 @@ def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, othe
     path = write_jsonl(tmp_path / "data.jsonl", [first, other, other])
     table = datasets.load_dataset(
         "json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-    encoded = sd.encode(table[:], tiny_tokenizer(), "text", 99)
+    encoded = sd.encode(table[:], tiny_tokenizer(), "text", 99, "auto")
     splits_of(dataset=path)   # does not refuse it
     assert len(encoded["input_ids"]) == sequences
 
@@ -2352,10 +2484,11 @@ def test_data_everything_that_encode_depends_on_is_in_the_fingerprint(tmp_path, 
     raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
 
     def fingerprint(tokenizer):
-        return sd.fingerprint_rows(raw, tokenizer, "text", 64)
+        return sd.fingerprint_rows(raw, tokenizer, "text", 64, "rows")
 
     seen = [fingerprint(tiny_tokenizer())]
     assert fingerprint(tiny_tokenizer()) == seen[0]
+    assert sd.fingerprint_rows(raw, tiny_tokenizer(), "text", 64, "documents") != seen[0]
 
     def is_new(tokenizer=None):
         seen.append(fingerprint(tokenizer or tiny_tokenizer()))
@@ -2443,7 +2576,7 @@ def test_data_texts_beside_conversations_are_kept():
     names = ("text", "messages", "id")
     rows = [{"text": ""}, *MIXED]   # an empty text, as wikitext has many, is no document
     columns = {name: [row.get(name) for row in rows] for name in names}
-    rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64))
+    rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64, "auto"))
     texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
     assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
     talks = [target_runs(row, tokenizer) for row in rows if row["targets"] is not None]
@@ -2555,7 +2688,7 @@ def test_data_a_signal_is_heard_while_a_long_text_is_encoded():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(Alarm):
-            sd.encode_texts(["word " * 300_000], tiny_tokenizer(), 64)
+            sd.encode_texts(["word " * 300_000], tiny_tokenizer(), 64, join=True)
         at_work, = set(threading.enumerate()) - threads
         assert at_work.daemon   # nobody waits for it at the end
         at_work.join()
@@ -3026,6 +3159,72 @@ def test_models_that_see_later_tokens_are_refused_by_name(tmp_path, cls, fields)
     with sd.process_group(), pytest.raises(config.UserError) as caught:
         sd.load_checked_student(cfg, tiny_tokenizer())
     assert re.search(f"{path}.*{cls[:4]}.*no causal .* later tokens", str(caught.value))
+
+
+PACKED_FAMILIES = {
+    "llama": {},
+    "qwen3": dict(cls="Qwen3Config", head_dim=8),
+    "gemma 2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0,
+                    query_pre_attn_scalar=8, sliding_window=8),
+    "gemma 3": dict(cls="Gemma3TextConfig", head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+                    layer_types=["sliding_attention", "full_attention"]),
+    "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+    "mixtral": dict(cls="MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2,
+                      moe_intermediate_size=16, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("family, recompute, ranks", [
+    *[(family, False, 1) for family in PACKED_FAMILIES],
+    *[(family, True, 1) for family in ("llama", "gemma 3", "gpt2")],
+    ("llama", False, 2),
+    ("qwen3 moe", True, 2),
+])
+def test_models_packed_documents_are_as_each_alone(tmp_path, out, family, recompute, ranks):
+    """Loss, KL and gradients of a step; documents longer than a sliding window."""
+    shape = dict(PACKED_FAMILIES[family], layers=2, hidden=16, tokenizer=tiny_tokenizer(CHATML))
+    teacher = tiny_model(tmp_path / "teacher", seed=1, **shape)
+    student = tiny_model(tmp_path / "student", seed=2, **shape)
+    rows = talk(9)
+    data = write_splits(tmp_path / "d", rows, rows[:3])
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": data, "alpha": 0.4,
+              "temperature": 2.0, "packing": "documents", "seq_len": 256, "batch_size": 8 // ranks,
+              "learning_rate": STILL, "max_steps": 1, "save_steps": 1, "max_grad_norm": 0,
+              "gradient_checkpointing": recompute, "output_dir": out}
+    shown = Fork(f"{out}.txt", *flags(**fields), ranks=ranks).wait()
+    assert "train: 9 documents in 3 rows" in shown, shown
+    student_model = load(student)
+    want = model_losses(student_model, load(teacher), chatml_rows(rows), 0.4, 2.0)
+    logged = [column(out, f"train/{name}")[0] for name in ("loss", "ce_loss", "kl_loss")]
+    assert logged == pytest.approx([x.item() for x in want], rel=1e-5)
+    want[0].backward()
+    grads = {name: p.grad for name, p in student_model.named_parameters()}
+    found = {}
+    for key, tensor in gradients(out).items():
+        name, = [name for name in grads if name in key]
+        found[name] = tensor
+    assert distance(found, grads) < 1e-5
+    held_out = model_losses(load(student), None, chatml_rows(rows[:3]), 1.0)[1].item()
+    assert column(out, "eval/ce_loss")[-1] == pytest.approx(held_out, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [
+    dict(cls="MambaConfig", state_size=4),   # a state that runs on
+    dict(cls="BloomConfig"),                 # distances in place of positions
+    dict(cls="OPTConfig", ffn_dim=32),       # positions that it counts itself
+    dict(cls="Qwen3NextConfig", head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8,
+         linear_num_key_heads=2, linear_num_value_heads=2, num_experts=2, num_experts_per_tok=1,
+         moe_intermediate_size=16, shared_expert_intermediate_size=16,
+         layer_types=["linear_attention", "full_attention"]),
+])
+def test_models_that_let_documents_see_each_other_are_refused(tmp_path, out, chat, shape):
+    path = tiny_model(tmp_path / "model", hidden=16, **shape)
+    fields = dict(student=path, dataset=chat, alpha=1.0, max_steps=1)
+    err = distil(out, rc=2, packing="documents", **fields).err
+    assert path in err and "see each other" in err and "--packing rows" in err, err
+    assert load(path).__class__.__name__ in err
+    distil(out, **fields)
 
 
 # fields of config.json -> an error, whatever it is that fails
@@ -4532,6 +4731,25 @@ def test_streaming_a_resume_finds_the_same_rows_also_of_a_position_without_row_n
                 rows for rows, _ in whole[first:first + 5]]
 
 
+def test_streaming_documents_are_packed_within_a_window(tmp_path):
+    rows = talk(60)
+    path = write_splits(tmp_path / "d", rows, rows[:4])
+    apart, held_out = rows_of(path, seq_len=128)
+    fields = dict(dataset=path, streaming=True, max_steps=9, seq_len=128, packing="documents")
+    cfg = config.Config(**fields)
+    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+        stream, eval_rows = sd.load_data(cfg, tiny_tokenizer())
+    assert ids_of(eval_rows) == ids_of(held_out)
+    encode_here = sd.make_row_encoder(cfg, tiny_tokenizer())
+    seen = []
+    for batch, position in sd.streamed_batches(stream, path, encode_here, 0, 20, 1, None):
+        if position["epoch"]:
+            break
+        seen += batch
+    assert documents_of(seen) == documents_of(apart)
+    assert len(seen) < len(apart) / 1.3
+
+
 # --------------------------------------------------------------------------------------------------
 # Optional: demo: from nothing to a better student.
 
@@ -4988,6 +5206,51 @@ def test_cache_topk_of_everything_trains_like_online(teacher, student, cache_tex
     moved = distance(weights(student), final_weights(online))
     apart = distance(final_weights(cached), final_weights(online))
     assert apart < 0.05 * moved, (apart, moved)
+
+
+def test_cache_of_packed_documents_trains_like_online(teacher, student, tmp_path):
+    """It knows where each begins. The packing of a cache is its own: another is refused."""
+    rows = talk(60)
+    data = write_splits(tmp_path / "d", rows, rows[:8])
+    packed = dict(seq_len=128, packing="documents")
+    cache = tmp_path / "cache"
+    cached = tmp_path / "cached"
+    online = tmp_path / "online"
+    shown = fill_cache(teacher, data, cache, cache_method="topk",
+                       cache_top_k=len(tiny_tokenizer()), **packed).out
+    manifest = sd.read_manifest(str(cache))
+    assert manifest["packing"] == "documents"
+    projected = re.search(r"([\d.]+) GB to write", shown)[1]
+    written = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
+    assert float(projected) == pytest.approx(written / 1e9, rel=0.2, abs=6e-4)
+    kept = sd.CacheRows(str(cache), "train", manifest)
+    there, held_out = rows_of(data, **packed)
+    for i, row in enumerate(there):
+        for name in ("input_ids", "targets", "starts"):
+            assert (kept[i][name] == row[name]).all(), name
+    assert "starts" not in sd.CacheRows(str(cache), "eval", manifest)[0]
+
+    shown = train_from_cache(student, cache, cached, seq_len=None).out
+    assert "which sets seq_len 128 and temperature 1.0 and packing documents" in shown
+    assert ", whole documents packed |" in read_card(cached).text
+    train_from_cache(student, None, online, teacher=teacher, dataset=data, **packed)
+    for entry, expected in zip(log(cached), log(online), strict=True):
+        kind = "train" if "train/loss" in entry else "eval"
+        assert abs(entry[f"{kind}/kl_loss"] - expected[f"{kind}/kl_loss"]) < 1e-3
+        assert abs(entry[f"{kind}/ce_loss"] - expected[f"{kind}/ce_loss"]) < 5e-3
+    moved = distance(weights(student), final_weights(online))
+    assert distance(final_weights(cached), final_weights(online)) < 0.05 * moved
+
+    refused = train_from_cache(student, cache, tmp_path / "out", 2, seq_len=128, packing="rows")
+    assert "packing 'documents' there, 'rows' here" in refused.err
+    refused = fill_cache(teacher, data, cache, 2, seq_len=128, packing="rows", cache_method="topk",
+                         cache_top_k=len(tiny_tokenizer()))
+    assert "packing 'documents' there, 'rows' here" in refused.err
+    other = tmp_path / "other"
+    fill_cache(teacher, data, other, seq_len=128)
+    assert "packing" not in read_manifest(other)   # as those of before
+    refused = train_from_cache(student, other, tmp_path / "out", 2, **packed)
+    assert "packing 'auto' there, 'documents' here" in refused.err
 
 
 def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
@@ -5976,6 +6239,20 @@ def all_below(after, before, part=1.0):
     return all(b < part * a for a, b in zip(before, after, strict=True))
 
 
+def test_blockwise_packed_documents_are_as_each_alone(block, tmp_path):
+    """The first step of each phase, of the same tokens."""
+    losses = {}
+    for packing in ("rows", "documents"):
+        out = tmp_path / packing
+        distil_blocks(block, out, packing=packing, seq_len=128, batch_size=20, lr_per_block=STILL,
+                      lm_head_lr=STILL, learning_rate=STILL, max_steps=1, num_epochs=None)
+        losses[packing] = column(out, "train/loss")
+        held_out = block_errors(out, 3)[0]
+        losses[packing] += held_out
+    assert losses["documents"] == pytest.approx(losses["rows"], rel=1e-5)
+    assert len(losses["rows"]) == 3 + 1 + 1 + 3
+
+
 def test_blockwise_errors_fall_and_beat_the_head_alone(block, tmp_path):
     """At unequal width; the head alone gets as many steps as blocks and head together."""
     whole = str(tmp_path / "whole")
@@ -6185,6 +6462,9 @@ def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     fields = dict(student=student, trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
     refused = distil_blocks(block, out, 2, **fields, gradient_checkpointing=True)
     assert "--gradient_checkpointing false" in refused.err
+    refused = distil_blocks(block, out, 2, **fields, packing="documents")
+    assert f"{student!r} (MixForCausalLM) does not run with documents packed" in refused.err
+    assert "use --packing rows" in refused.err
     distil_blocks(block, out, **fields)
     before, after = block_errors(out, 2)
     assert all_below(after, before)
@@ -8166,6 +8446,7 @@ KILLED = {   # what the run is besides plain; ranks: how many processes
     "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
     "dropout": dict(student="dropout"),
     "2 ranks": dict(ranks=2, batch_size=2),
+    "documents": dict(packing="documents", seq_len=128),
 }
 
 
@@ -8242,10 +8523,11 @@ def test_runs_twelve_kills_and_as_many_flipped_bits(tmp_path, teacher, student, 
     killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=2, damage=True)
 
 
-def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text):
+@pytest.mark.parametrize("packing", [{}, dict(packing="documents", seq_len=128)])
+def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
     fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3,
-              "save_steps": 2}
+              "save_steps": 2, **packing}
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
     Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=straight), ranks=2).wait()
@@ -8258,7 +8540,7 @@ def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text):
     for loss, moved_loss in losses:
         assert abs(loss - moved_loss) < 1e-5 * abs(loss)
     refused = distil(moved, teacher=teacher, student=student, dataset=text, batch_size=5,
-                     max_steps=8, rc=2)
+                     max_steps=8, rc=2, **packing)
     assert "6 sequences a step" in refused.err
 
 
