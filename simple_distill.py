@@ -1390,8 +1390,7 @@ def describe_rows(rows, batch_size, seed):
         lengths.append(row_lengths)
         targets += count_targets(table["targets"].combine_chunks(), row_lengths)
         if "starts" in rows.column_names:
-            for starts, length in zip(table["starts"].to_pylist(), row_lengths.tolist()):
-                documents.append(np.diff([*starts, length]))
+            documents.append(document_lengths(table["starts"].combine_chunks(), row_lengths))
     lengths = np.concatenate(lengths)
     share = share_of_padding(lengths, batch_size, seed)
     padding = f"{share:.1%} of {batch_size} rows together is padding"
@@ -1413,12 +1412,19 @@ def count_targets(lists, row_lengths):
     return int(counted) + int((row_lengths[lengths == 0] - 1).sum())
 
 
+def document_lengths(lists, row_lengths):
+    """lists: where documents begin in each row, as lists of arrow."""
+    row_ends = np.cumsum(row_lengths)
+    row_begins = np.repeat(row_ends - row_lengths, lists.value_lengths().to_numpy())
+    return np.diff(row_begins + lists.flatten().to_numpy(), append=row_ends[-1])
+
+
 def share_of_padding(lengths, batch_size, seed):
     """Of rows of these lengths in batches of an epoch, each as wide as its longest."""
     lengths = lengths[shuffled(len(lengths), seed, 0).numpy()]
-    widths = [batch.max() * len(batch)
-              for batch in np.split(lengths, range(batch_size, len(lengths), batch_size))]
-    return 1 - lengths.sum() / np.sum(widths)
+    begins = np.arange(0, len(lengths), batch_size)
+    rows_in_batch = np.diff(begins, append=len(lengths))
+    return 1 - lengths.sum() / (np.maximum.reduceat(lengths, begins) * rows_in_batch).sum()
 
 
 def make_encoder(cfg, tokenizer):
@@ -2542,40 +2548,43 @@ def check_head(root, role, name, tokenizer):
                         "head_of() in simple_distill.py")
 
 
-def packing_error(model, ids_N):
+def packing_error(model, packed, alone):
     """Runs inside a root: how far the states of documents that share rows are from those of each
-    alone, in their standard deviations, and how far rounding may bring them."""
-    width = len(ids_N) // 2
-    rows = []
-    for ids_T, starts in ((ids_N[:width], [0, 3]), (ids_N[width:], [0, 2, 6])):
-        rows.append({"input_ids": ids_T, "starts": starts})
-    position_ids_2T = torch.stack([positions_in(row, width) for row in rows]).to(DEVICE)
-    ids_2T = torch.as_tensor(ids_N, device=DEVICE).view(2, width)
-    packed_2TD = hidden_states(model, ids_2T, position_ids_2T).float()
-    errors = []
-    for i, row in enumerate(rows):
-        for start, end in itertools.pairwise([*row["starts"], width]):
-            alone_TD = hidden_states(model, ids_2T[i:i + 1, start:end])[0].float()
-            errors.append((packed_2TD[i, start:end] - alone_TD).abs().max())
-    allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
-    return torch.stack(errors).max() / packed_2TD.std().clamp_min(1e-6), allowed
+    alone, as a part of these, at the token where that is most; and how far rounding may bring them.
+    Two batches of the same tokens in the same order."""
+    states = []
+    for batch in (packed, alone):
+        hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
+        states.append(hidden_BTD.flatten(0, 1)[batch.real])
+    packed_ND, alone_ND = states
+    missed_N = (packed_ND - alone_ND).float().norm(dim=-1)
+    error = (missed_N / alone_ND.float().norm(dim=-1).clamp_min(1e-6)).max()
+    allowed = 1e-3 if packed_ND.dtype == torch.float32 else 0.1
+    return error, allowed
 
 
 def check_packing(root, role, name):
     """Refuse a model that lets a document see the one before it: by a state that runs on from token
     to token, by attention of its own kind, or by positions that it counts itself."""
-    rows = root.model.config.get_text_config().vocab_size
+    vocab = root.model.config.get_text_config().vocab_size
+    lengths = [3, 5, 2, 4, 1]
+    documents = []
+    for i, length in enumerate(lengths):
+        ids = [(sum(lengths[:i]) + k) % vocab for k in range(length)]
+        documents.append({"input_ids": ids, "targets": [True] * length})
+    rows = rows_from_columns(pack_documents(documents[:2], 8))
+    rows += rows_from_columns(pack_documents(documents[2:], 8))   # shorter: with padding
     was_training = root.training
     root.eval()
     what = f"{role} {name!r} ({type(root.model).__name__})"
     way_out = "use --packing rows, or blocks for plain text"
     with torch.no_grad(), reading(f"{what} does not run with documents packed", f"; {way_out}"):
-        error, allowed = root(packing_error, [i % rows for i in range(16)])
+        error, allowed = root(packing_error, collate(rows), collate(documents))
     root.train(was_training)
     root.release()
     if not error <= allowed:
-        raise UserError(f"{what} lets packed documents see each other: their states are off by "
-                        f"{error:.2g} of their spread; {way_out}")
+        raise UserError(f"{what} lets packed documents see each other: states are off by "
+                        f"{error:.2g} of their size; {way_out}")
 
 
 # --------------------------------------------------------------------------------------------------
