@@ -2885,7 +2885,7 @@ def read_state(path):
         written = state.pop("digest")
         if digest(state) != written or not isinstance(state["files"], dict):
             raise ValueError("state.json is not what was written")
-        # of a run from before there was the knob
+        # a run from before there was the knob
         state["config"] = {"packing": Config.packing} | state["config"]
         return state | {"digest": written}, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -4406,6 +4406,11 @@ def describe_cache(cfg, tokenizer, splits, dtype):
         bits=[(vocabulary - 1).bit_length(), code_bits, extra_bits])   # see below
 
 
+def with_packing(manifest):
+    """A manifest names it only where it is not the default."""
+    return {"packing": Config.packing} | manifest
+
+
 def check_top_k(cfg):
     """Ids of the model's padding are no tokens, but to ask for that many is no mistake."""
     entries = model_config(cfg.teacher, cfg, "teacher").get_text_config().vocab_size
@@ -4610,9 +4615,10 @@ def begin_cache(cfg, tokenizer, splits):
     refuse_foreign_folder(cfg.cache_dir)   # new/../model leads to model only where new is
     manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
     if os.path.exists(manifest_path) and not cfg.force_regenerate:
-        old = read_any_manifest(cfg.cache_dir)
-        old = {name: old.get(name) for name in manifest}   # less what finish_cache added
-        refuse_changes(old, manifest, cfg.cache_dir, "empty it: --force_regenerate")
+        here = with_packing(manifest)
+        old = with_packing(read_any_manifest(cfg.cache_dir))
+        old = {name: old.get(name) for name in here}   # less what finish_cache added
+        refuse_changes(old, here, cfg.cache_dir, "empty it: --force_regenerate")
     elif RANK == 0:
         if cfg.force_regenerate:
             empty_cache(cfg.cache_dir)
@@ -4890,7 +4896,7 @@ TAKEN_FROM_CACHE = ("seq_len", "temperature", "packing")
 
 def take_from_cache(cfg):
     """-> cfg of a training run with the cache's value of what was not typed."""
-    manifest = {"packing": Config.packing} | read_manifest(cfg.cache_dir)
+    manifest = with_packing(read_manifest(cfg.cache_dir))
     taken = {name: manifest[name] for name in TAKEN_FROM_CACHE if name not in cfg.given}
     resolved = dataclasses.replace(cfg, **taken)
     resolved.given = cfg.given   # is no field, which replace would carry over
@@ -5042,8 +5048,7 @@ def refuse_other_targets(cfg, manifest):
     same_path = os.path.realpath(cfg.teacher) == os.path.realpath(manifest["teacher"])
     if cfg.teacher == "demo" or same_path:   # demo: the default, none was named
         here["teacher"] = manifest["teacher"]
-    manifest = {"packing": Config.packing} | manifest   # which names it where it is another
-    there = {name: manifest[name] for name in here}
+    there = {name: with_packing(manifest)[name] for name in here}
     refuse_changes(there, here, cfg.cache_dir, "fill another --cache_dir")
 
 

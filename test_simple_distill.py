@@ -5243,9 +5243,10 @@ def test_cache_of_packed_documents_trains_like_online(teacher, student, tmp_path
 
     refused = train_from_cache(student, cache, tmp_path / "out", 2, seq_len=128, packing="rows")
     assert "packing 'documents' there, 'rows' here" in refused.err
-    refused = fill_cache(teacher, data, cache, 2, seq_len=128, packing="rows", cache_method="topk",
-                         cache_top_k=len(tiny_tokenizer()))
-    assert "packing 'documents' there, 'rows' here" in refused.err
+    for packing in ("rows", "auto"):
+        refused = fill_cache(teacher, data, cache, 2, seq_len=128, packing=packing,
+                             cache_method="topk", cache_top_k=len(tiny_tokenizer()))
+        assert f"packing 'documents' there, '{packing}' here" in refused.err
     other = tmp_path / "other"
     fill_cache(teacher, data, other, seq_len=128)
     assert "packing" not in read_manifest(other)   # as those of before
@@ -10027,11 +10028,54 @@ def bench_step():
                 print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
 
 
+def bench_documents(batch_size=8, seq_len=512, batches=3):
+    """Conversations as long as GSM8K's are under SmolLM2's tokenizer (217 tokens, 126 of them
+    targets), one a row and packed."""
+    pick = random.Random(0)
+    documents = []
+    for _ in range(1000):
+        length = min(seq_len, round(pick.lognormvariate(5.3, 0.4)))
+        targets = [k > 0.42 * length for k in range(length)]
+        documents.append({"input_ids": [7] * length, "targets": targets})
+    packed = sd.rows_from_columns(sd.pack_documents(documents, seq_len))
+    student_shape = step_shapes()[0]
+    if not ON_GPU:   # a head that weighs no more than in larger models
+        student_shape |= dict(vocab_size=4096, hidden_size=256, num_hidden_layers=8)
+    with tempfile.TemporaryDirectory() as folder, sd.process_group():
+        transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
+        steps = {}
+        targets = {}
+        for name, rows in (("one a row", documents), ("packed", packed)):
+            steps[name] = []
+            targets[name] = 0
+            order = sd.shuffled(len(rows), 0, 0).tolist()
+            for i in range(batches):
+                numbers = order[i * batch_size:(i + 1) * batch_size]
+                batch = sd.collate([rows[k] for k in numbers])
+                steps[name].append(our_step(folder, batch, alpha=1.0))
+                targets[name] += len(batch.labels)
+        found = interleaved({name: functools.partial(each_in_turn, steps[name]) for name in steps},
+                            rounds=3)
+    print(f"\nlabels only, conversations in {batch_size} rows of {seq_len}")
+    speeds = {name: targets[name] / seconds for name, seconds in found.items()}
+    for name, rows in (("one a row", documents), ("packed", packed)):
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        padding = sd.share_of_padding(lengths, batch_size, 0)
+        ratio = speeds[name] / speeds["one a row"]
+        print(f"  {name:<20}{padding:>8.1%} padding{speeds[name]:>12,.0f} targets/s{ratio:>8.2f} x")
+
+
+def each_in_turn(steps):
+    for step in steps:
+        step()
+
+
 BENCHES = {
     "memory": bench_memory,
     "loss": bench_loss,
     "loss, V 151,936": functools.partial(bench_loss, 151936),
     "step": bench_step,
+    "documents": bench_documents,
     "cache": bench_cache,   # optional: cache
     "block": bench_block,   # optional: blockwise
 }
