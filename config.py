@@ -100,6 +100,11 @@ def scheduler_with_a_shape(cfg):
         return "an --lr_scheduler but constant"
 
 
+def student_that_writes(cfg):   # optional: on_policy
+    if cfg.mode == "train" and cfg.on_policy == 0:
+        return "--on_policy above 0"
+
+
 # ----- the knobs
 
 @dataclass
@@ -178,7 +183,9 @@ class Config:
         1.0, "softens both distributions of the KL term, which is scaled by its square",
         above=0, read_by="train cache eval")
     divergence: Literal["forward", "reverse", "jsd"] = knob(
-        "forward", "KL(teacher||student), the reverse, or JSD")
+        "forward", "KL(teacher||student), the reverse, or JSD",
+        read_by="train eval",   # optional: on_policy
+    )
 
     # these may differ on resume as long as the sequences a step do not: the trainer compares those
     section("steps", "how long, and how much at a time", "train", changes_result=False)
@@ -296,6 +303,19 @@ class Config:
         1.0, "weight of the teacher term in the head phase; the rest: ce",
         at_least=0, at_most=1, needs=("logit_loss_type", "kl_div", "mse"))
 
+    # ----- optional: on_policy
+    section("on_policy", "texts that the student writes and the teacher corrects", "train eval",
+            needs=student_that_writes)
+    on_policy: float = knob(
+        0.0, "share of the optimiser steps whose texts the student writes", at_least=0, at_most=1,
+        read_by="train", needs=())
+    max_new_tokens: int = knob(
+        256, "longest text that it writes; prompt and text are at most seq_len", at_least=1)
+    on_policy_temperature: float = knob(1.0, "at which it writes", above=0)
+    on_policy_prompt: int | None = knob(
+        None, "tokens of plain text that it goes on from; unset: a quarter of seq_len. In a "
+        "conversation all before the last turn of the assistant", at_least=1)
+
     # ----- optional: generate
     section("generate", "a dataset that a teacher writes", "generate")
     provider: Literal["openai", "anthropic", "local"] = knob(
@@ -340,6 +360,7 @@ class Config:
         check_models(self)
         check_optimiser(self)
         check_blockwise(self)   # optional: blockwise
+        check_on_policy(self)   # optional: on_policy
         check_generate(self)    # optional: generate
 
     @classmethod   # optional: eval
@@ -489,6 +510,27 @@ def check_blockwise(cfg):
     if cfg.block_input == "teacher" and several:
         raise UserError("block_input teacher trains all blocks at once; one value for "
                         "epochs_per_block and wd_per_block each")
+
+
+# ----- optional: on_policy
+
+def check_on_policy(cfg):
+    if cfg.on_policy_prompt is not None and cfg.on_policy_prompt >= cfg.seq_len:
+        raise UserError(f"on_policy_prompt {cfg.on_policy_prompt} leaves no room in seq_len "
+                        f"{cfg.seq_len}; lower it")
+    if cfg.mode != "train" or not cfg.on_policy:
+        return
+    what = f"on_policy {cfg.on_policy:g}"
+    if cfg.alpha == 1:
+        raise UserError(f"{what} learns from what a teacher says of the student's own texts, alpha "
+                        "1 never loads one; choose alpha below 1")
+    if cfg.cache_dir:   # optional: cache
+        raise UserError(f"{what} needs the teacher itself: cache_dir {cfg.cache_dir!r} holds "
+                        "nothing about texts that are yet to be written; drop one")
+    no_steps = cfg.max_steps == 0 or cfg.max_steps is None and cfg.num_epochs == 0
+    if no_steps:   # which only block-wise training may have
+        raise UserError(f"{what} is of the phase after the blocks, which has no step here; raise "
+                        "--max_steps or --num_epochs, or drop --on_policy")
 
 
 # ----- optional: generate

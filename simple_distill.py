@@ -6,6 +6,7 @@
     python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C   # the teacher once
     python simple_distill.py --student S --cache_dir C                        # ... then from disk
     python simple_distill.py --teacher T --student S --dataset D --blockwise  # block by block
+    python simple_distill.py --teacher T --student S --dataset D --on_policy 0.5   # own texts too
     python simple_distill.py --mode generate --api_model M             # a dataset from an API
     python simple_distill.py --mode eval --student out/final --teacher T --dataset D --compare OTHER
     ./launch.sh ...                                           # the same on many devices
@@ -13,7 +14,7 @@
 First the core, which every fork needs: Runtime, Losses, Data, Models and FSDP, Optimiser,
 Checkpoints, Train. Whoever wants to understand or change plain distillation can stop there. Then
 the optional chapters, each of which can be deleted (README, "Changing it"): streaming, demo, cache,
-blockwise, generate, eval. The knobs are config.py's.
+blockwise, on_policy, generate, eval. The knobs are config.py's.
 
 Shapes, as suffixes: B sequences, T positions, N counted tokens, C those of a chunk, D width, V
 vocabulary, K kept teacher entries a token.
@@ -1812,6 +1813,7 @@ class Batch:
     labels: torch.Tensor      # [N] their next tokens, on the host
     real: torch.Tensor        # those of all tokens but padding: where block-wise compares states
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
+    by_student: bool = False  # whether it wrote them: no labels then   # optional: on_policy
     # [B, T] where rows hold several documents: they restart at each, which keeps attention within
     # it (see hidden_states). None: 0, 1, 2, ...
     position_ids: Any = None
@@ -2189,8 +2191,19 @@ def empty_root(name, config, cfg, role, dtype, build_stitches=None):
     if cfg.seq_len > positions:
         raise UserError(f"{role} {name!r} ({type(model).__name__}) has {positions} positions, "
                         f"seq_len is {cfg.seq_len}; use --seq_len {positions} or less")
+    if model.can_generate():   # else its config's alone would stand in final/
+        with reading(f"{role} {name!r}: its generation_config.json"), node_first():
+            model.generation_config.eos_token_id = read_ends(name, config)
     with torch.device("meta"):
         return ShardedRoot(model, build_stitches)
+
+
+def read_ends(name, config):
+    """Ids that end a text: of generation_config.json, else of the model's config."""
+    if not name.endswith(".json"):   # which is a config alone
+        with contextlib.suppress(OSError):   # there is none
+            return transformers.GenerationConfig.from_pretrained(name).eos_token_id
+    return config.get_text_config().eos_token_id
 
 
 def position_limit(model):
@@ -2274,6 +2287,7 @@ def shard(root, mesh_shape, dtype, drop_layers, cpu_offload):
         mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     if cpu_offload and CUDA:
         options["offload_policy"] = CPUOffloadPolicy()
+    root.drop_layers = drop_layers   # optional: on_policy
     for layer in layers_of(root.model)[1]:
         fully_shard(layer, reshard_after_forward=drop_layers, **options)
     fully_shard(root, reshard_after_forward=False, **options)
@@ -3206,6 +3220,8 @@ def start_run(cfg):
         inputs = from_rank0(identify_inputs(cfg, rows, eval_rows, teacher) if RANK == 0 else None)
     if state is not None:
         refuse_changes(state["inputs"], inputs, checkpoint[0])
+    if cfg.on_policy:   # optional: on_policy
+        check_writer(cfg, student, teacher, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
     broken_weights = count_not_finite(student)
     if broken_weights:
@@ -3266,8 +3282,11 @@ def distillation_stage(run, first_step=0):
     rates = learning_rates(
         run.student.model.named_parameters(remove_duplicate=False),
         parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate)
+    loss_fn = run.loss_fn
+    if cfg.on_policy:   # optional: on_policy
+        loss_fn = functools.partial(loss_by_writer, run.loss_fn)
     return Stage(
-        name="distil", first_step=first_step, steps=steps, loss_fn=run.loss_fn,
+        name="distil", first_step=first_step, steps=steps, loss_fn=loss_fn,
         get_teacher_targets=run.get_teacher_targets, rates=rates,
         weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
 
@@ -3302,6 +3321,8 @@ def begin(run, stages):
             run.first_scores = scores(run, rows_before_training(run))
         run.batches = prefetch(my_micro_batches(run))
         stack.enter_context(contextlib.closing(run.batches))
+        if cfg.on_policy:   # optional: on_policy
+            run.batches = batches_by_student(run, run.batches)
         run.bar = stack.enter_context(tqdm(
             total=run.steps, initial=run.step, disable=RANK > 0, dynamic_ncols=True,
             mininterval=0.5))
@@ -3423,10 +3444,13 @@ def log_step(run, stage, sums, grad_norm, rate):
     run.window_start = now
     run.window_tokens = 0.0
     skipped = int(run.scale_state["skipped"].item())
-    log(run, {
+    entry = {
         "train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
         "train/grad_norm": grad_norm.item(), "train/epoch": run.epoch, "train/step": run.step,
-        "train/tokens_per_second": speed, "train/skipped_steps": skipped})
+        "train/tokens_per_second": speed, "train/skipped_steps": skipped}
+    if run.cfg.on_policy:   # optional: on_policy
+        entry |= take_rollout_figures(run)
+    log(run, entry)
     shown = (f"{stage.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
              f"{speed:,.0f} tok/s")
     if skipped:
@@ -3572,6 +3596,7 @@ def continue_text(root, tokenizer, ids_1T, new=48, seed=None):
     # the last token is never looked up
     new = min(new, position_limit(root.model) + 1 - ids_1T.shape[1])
     # the whole length, so that ranks stay in step and speeds can be compared
+    ends = root.model.generation_config.eos_token_id
     root.model.generation_config.eos_token_id = None
     options = dict(max_new_tokens=new, do_sample=seed is not None, pad_token_id=0)
     start = time.time()
@@ -3579,6 +3604,7 @@ def continue_text(root, tokenizer, ids_1T, new=48, seed=None):
         ids_1T, attention_mask=torch.ones_like(ids_1T), **options))
     new_ids = ids[0, ids_1T.shape[1]:].tolist()   # waits for the GPU
     seconds = time.time() - start
+    root.model.generation_config.eos_token_id = ends
     root.release()
     if tokenizer.eos_token_id in new_ids:
         new_ids = new_ids[:new_ids.index(tokenizer.eos_token_id)]
@@ -3714,6 +3740,9 @@ def card_facts(run, teacher, dataset):
                      f"T {cfg.temperature:g}")
         if cfg.cache_dir:   # optional: cache
             targets += f", {describe_targets(cfg)}"
+        if cfg.on_policy:   # optional: on_policy
+            objective += (f"; a share of {cfg.on_policy:g} of the steps on texts that the student "
+                          f"wrote (on_policy), there T^2 x {kl} alone")
         if cfg.blockwise:   # optional: blockwise
             objective = f"hidden states by blocks and the head first, then {objective}"
 
@@ -3784,22 +3813,30 @@ def rehearse(run, stages):
         micro, _ = next(batches)
         if number == 0:
             print0("an example, its targets in [[ ]]: " + show_targets(micro[0], run.tokenizer))
-        tokens, = all_sum(sum(len(getattr(batch, stage.mean_over)) for batch in micro))
-        start = time.time()
         with progress("one step" if number else "a first step, which warms up"):
-            sums = add_gradients(run, stage, micro, tokens)
-            optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state,
-                           compute_dtype(run.cfg) == torch.float16, stage.clipped_alone)
-            sums.tolist()   # waits for the GPU
-        run.optimizer.zero_grad()
-        seconds = time.time() - start
+            tokens, seconds = time_step(run, stage, micro)
     done = run.checkpoint[1]["step"] if run.checkpoint else 0
     left = run.steps - done
     of = "" if len(stages) == 1 else f" of stage {stage.name}"
+    average = seconds
+    if run.cfg.on_policy:   # optional: on_policy
+        average = rehearse_writing(run, stage, micro, seconds)
     print0(f"a step{of} takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s): {left} steps "
-           f"about {left * seconds / 3600:.2f} hours, without evaluations; {describe_peak()}. "
+           f"about {left * average / 3600:.2f} hours, without evaluations; {describe_peak()}. "
            "--dry_run: nothing was written")
     return False
+
+
+def time_step(run, stage, micro):
+    """-> target tokens of a step that is made and comes to nothing, its seconds."""
+    tokens, = all_sum(sum(len(getattr(batch, stage.mean_over)) for batch in micro))
+    start = time.time()
+    sums = add_gradients(run, stage, micro, max(tokens, 1))
+    optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state,
+                   compute_dtype(run.cfg) == torch.float16, stage.clipped_alone)
+    sums.tolist()   # waits for the GPU
+    run.optimizer.zero_grad()
+    return tokens, time.time() - start
 
 
 def show_targets(batch, tokenizer):
@@ -3916,7 +3953,10 @@ def estimate_memory(run):
         "gradients": gradients, "gathered": gathered + 2 * layer * itemsize * dropped,
         "activations": kept if cfg.gradient_checkpointing else one_layer,
         "loss": (4 + 3 * itemsize) * head}
-    parts = max(in_loss, in_backward, key=lambda moment: sum(moment.values()))
+    moments = [in_loss, in_backward]
+    if cfg.on_policy:   # optional: on_policy
+        moments.append(parts | memory_of_writing(run, itemsize))
+    parts = max(moments, key=lambda moment: sum(moment.values()))
     if not CUDA:
         add_host_memory(parts, shape.vocab_size >= COMPILED_VOCAB)
     return parts
@@ -5595,6 +5635,326 @@ def initialize_head(student, teacher):
 
 
 # --------------------------------------------------------------------------------------------------
+# Optional: on_policy: in some of the steps the student writes the texts itself, after prompts out
+# of that step's rows, and the teacher corrects them token by token: T^2 * divergence alone, since
+# its own words are no labels. Hands on batches_by_student, which stands between batches and loop.
+
+
+def batches_by_student(run, batches):
+    """The same endless batches, but a share of on_policy of them holds what the student writes
+    after their prompts. It writes when the loop asks for the batch: by the weights that it has
+    then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
+    for micro, position in batches:
+        is_last_stage = run.stage is run.stages[-1]
+        if is_last_stage and is_on_policy(run.cfg.on_policy, run.cfg.seed, run.step):
+            micro = write_batches(run, micro)
+        yield micro, position
+
+
+def is_on_policy(share, seed, step):
+    """A draw that depends on seed and step alone."""
+    return int(digest("on policy", seed, step), 16) < share * 16**16
+
+
+def write_batches(run, micro):
+    """This rank's micro-batches of a step -> the same with the student's texts. What there was to
+    see is added to run.notes, so that a resumed run logs the same."""
+    start = time.time()
+    rows = [rows_of(batch) for batch in micro]
+    prompts = [prompt_of(ids, is_target, prompt_tokens(run.cfg))
+               for some in rows for ids, is_target in some]
+    seeds = [seed_of_text(run.cfg.seed, run.step, RANK + WORLD * i) for i in range(len(prompts))]
+    with progress("the student writes"):
+        texts, cut = write(run.student, run.tokenizer, prompts, seeds, run.cfg.max_new_tokens,
+                           run.cfg.on_policy_temperature, run.cfg.seq_len)
+    written = iter(as_rows(prompts, texts))
+    micro = [collate(list(itertools.islice(written, len(some)))) for some in rows]
+    for batch in micro:
+        batch.by_student = True
+    figures = all_sum(len(texts), sum(map(len, texts)), cut)   # of all ranks, once all are done
+    figures.append(time.time() - start)
+    before = run.notes.get("rollouts", [0, 0, 0, 0])
+    run.notes["rollouts"] = [a + b for a, b in zip(before, figures, strict=True)]
+    return micro
+
+
+def take_rollout_figures(run):
+    """Of what was written since the last line of the log; nothing where nothing was."""
+    texts, tokens, cut, seconds = run.notes.pop("rollouts", [0, 0, 0, 0])
+    if not texts:
+        return {}
+    return {"train/rollout_length": tokens / texts, "train/rollout_cut": cut / texts,
+            "train/rollout_tokens_per_second": tokens / seconds}
+
+
+def loss_by_writer(loss_fn, model, batch, targets, denominator):
+    """distil_loss, less its label term where the student wrote the batch."""
+    if batch.by_student:
+        loss_fn = functools.partial(loss_fn, alpha=0.0)
+    return loss_fn(model, batch, targets, denominator)
+
+
+# ---- prompts
+
+
+def rows_of(batch):
+    """-> [(ids, which of them are targets)] of a Batch, less its padding."""
+    rows, width = batch.input_ids.shape
+    lengths = torch.bincount(batch.real.cpu() // width, minlength=rows).tolist()
+    is_target = torch.zeros(rows * width, dtype=torch.bool)
+    is_target[batch.positions.cpu() + 1] = True   # a position counts where its next token is one
+    is_target_BT = is_target.view(rows, width).tolist()
+    ids_BT = batch.input_ids.tolist()
+    return [(ids_BT[i][:length], is_target_BT[i][:length])
+            for i, length in enumerate(lengths) if length]
+
+
+def prompt_of(ids, is_target, prompt_tokens):
+    """The first tokens of plain text; of a conversation all before its last run of targets."""
+    begin = max(i for i, counted in enumerate(is_target) if counted)
+    while begin > 1 and is_target[begin - 1]:
+        begin -= 1
+    if begin == 1:   # all of it are targets: the first token never is
+        return ids[:min(prompt_tokens, len(ids) - 1)]
+    return ids[:begin]
+
+
+def prompt_tokens(cfg):
+    return cfg.on_policy_prompt or max(1, cfg.seq_len // 4)
+
+
+def seed_of_text(seed, step, number):
+    """number: of the sequence in the global batch, whatever rank writes it."""
+    return int(digest("text", seed, step, number), 16)
+
+
+def as_rows(prompts, texts):
+    """Token rows of which the texts are the targets."""
+    return [{"input_ids": prompt + text,
+             "targets": [False] * len(prompt) + [True] * len(text)}
+            for prompt, text in zip(prompts, texts, strict=True)]
+
+
+# ---- writing
+
+
+@torch.no_grad()
+def write(root, tokenizer, prompts, seeds, max_new_tokens, temperature, seq_len):
+    """-> [ids that the model writes after each prompt, with the end mark], how many of them have
+    none. A row stays within seq_len. Each rank comes with its own prompts, maybe none: all weights
+    are gathered once, so that nothing inside waits for another rank (no synced_gpus)."""
+    ends = end_ids(root.model, tokenizer)
+    rooms = [min(max_new_tokens, seq_len - len(prompt)) for prompt in prompts]
+    was_training = root.training
+    root.eval()   # no dropout; and layers that recompute would drop the KV cache
+    written = []
+    with gathered(root), torch.compiler.set_stance("force_eager"):   # lengths change all the time
+        if prompts:
+            ids_BT, mask_BT = pad_left(prompts)
+            draw = make_draw(seeds, temperature, vocabulary_of(tokenizer))
+            written = root(generate_ids, ids_BT, mask_BT, max(rooms), ends, draw).tolist()
+    root.train(was_training)
+    texts = [cut_text(ids, room, ends) for ids, room in zip(written, rooms, strict=True)]
+    return texts, sum(text[-1] not in ends for text in texts)
+
+
+def pad_left(prompts):
+    """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
+    width = max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, prompt in enumerate(prompts):
+        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
+        mask_BT[i, width - len(prompt):] = 1
+    return to_device(ids_BT), to_device(mask_BT)
+
+
+def make_draw(seeds, temperature, vocabulary):
+    """-> a logits processor after which the likeliest id is a draw from softmax(logits /
+    temperature): the argmax of logits / temperature + Gumbel noise is one. Every row has noise of
+    its own: what it says does not depend on the rows beside it, nor on how many ranks there are."""
+    generators = [torch.Generator(DEVICE).manual_seed(seed) for seed in seeds]
+
+    def draw(_, logits_BV):
+        logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
+        noise_BV = torch.empty_like(logits_BV)
+        for noise_V, generator in zip(noise_BV, generators, strict=True):
+            noise_V.exponential_(generator=generator)
+        return logits_BV.div_(temperature).sub_(noise_BV.log_())   # -log of it is Gumbel's
+    return draw
+
+
+def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
+    """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
+    # positions of a table end; the last token is never looked up
+    new = min(new, position_limit(model) + 1 - ids_BT.shape[1])
+    usual = model.generation_config
+    model.generation_config = transformers.GenerationConfig()   # no top_k or penalty of its own
+    try:
+        ids = model.generate(
+            ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, use_cache=True,
+            eos_token_id=sorted(ends) or None, pad_token_id=0, synced_gpus=False,
+            logits_processor=[draw])
+    finally:
+        model.generation_config = usual
+    return ids[:, ids_BT.shape[1]:]
+
+
+def cut_text(ids, room, ends):
+    """Up to the first end mark, which belongs to it."""
+    ids = ids[:room]
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[:i + 1]
+    return ids
+
+
+@contextlib.contextmanager
+def gathered(root):
+    """All parameters gathered once, for as long as this lasts, and not at each token again."""
+    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for unit in units:   # the root comes first
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(root.drop_layers and unit is not root, recurse=False)
+        root.release()
+
+
+# ---- mode eval: what training on policy moves
+
+OWN_TEXTS = 64   # of so many held-out rows, evenly spaced
+
+
+def score_own_texts(cfg, root, teacher, tokenizer, rows):
+    """-> the mean divergence a token from the teacher on what a model writes after held-out
+    prompts. teacher None: they have no vocabulary in common."""
+    if teacher is None:
+        return None
+    if teacher is root:
+        return 0.0
+    count = min(OWN_TEXTS, len(rows))
+    numbers = [i * len(rows) // count for i in range(count)]
+    shares = [None] * WORLD
+    mine = []
+    with progress("writing after held-out prompts", count, unit="text") as bar:
+        for some in rows_of_this_rank(numbers, cfg.batch_size):
+            prompts = []
+            for i in some:
+                (ids, is_target), = rows_of(collate([rows[numbers[i]]]))
+                prompts.append(prompt_of(ids, is_target, prompt_tokens(cfg)))
+            seeds = [seed_of_text(cfg.seed, "held out", i) for i in some]
+            texts, _ = write(root, tokenizer, prompts, seeds, cfg.max_new_tokens,
+                             cfg.on_policy_temperature, cfg.seq_len)
+            mine += as_rows(prompts, texts)
+            bar.update(WORLD * len(some))
+    dist.all_gather_object(shares, mine)
+    written = [row for share in shares for row in share]
+    loss_fn = functools.partial(
+        distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
+        vocabulary=vocabulary_of(tokenizer))
+    divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), written,
+                                    cfg.batch_size, "labels", "evaluating own texts")
+    return divergence
+
+
+# ---- where texts end
+
+
+def end_ids(model, tokenizer):
+    """Of generation config and tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    return (ends | {tokenizer.eos_token_id}) - {None}
+
+
+def check_writer(cfg, student, teacher, tokenizer):
+    """Refuse a student that would not write what it believes; and a pair that does not end its
+    texts alike: the student would learn ends at which it does not stop, and its texts would grow
+    from step to step."""
+    ids_1T = torch.arange(8, device=DEVICE)[None] % vocabulary_of(tokenizer)
+    student.eval()
+    with torch.no_grad(), reading(f"student {cfg.student!r} cannot write"):
+        error, allowed = student(writing_error, ids_1T)
+    student.train()
+    student.release()
+    if not error <= allowed:
+        raise UserError(
+            f"student {cfg.student!r} ({type(student.model).__name__}) writes something else beside"
+            f" a longer prompt, with a KV cache, than alone: its logits are off by {error:.2g} of "
+            "their spread; on_policy needs another student")
+    teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
+    ends = end_ids(student.model, tokenizer)
+    teacher_ends = end_ids(teacher.model, teacher_tokenizer or tokenizer)
+    if ends != teacher_ends:
+        raise UserError(
+            f"on_policy: student {cfg.student!r} ends its texts with {name_ids(ends, tokenizer)}, "
+            f"teacher {cfg.teacher!r} with {name_ids(teacher_ends, tokenizer)}. Give both the same "
+            "eos_token_id in generation_config.json (a config .json: in it) and the same eos_token "
+            "in the tokenizer")
+
+
+def writing_error(model, ids_1T):
+    """Runs inside a root: how far the logits that a text is drawn from, after a prompt beside a
+    longer one, are from those of the same ids alone, in their standard deviations, and how far
+    rounding may bring them."""
+    prompts = [ids_1T[0, :3].tolist(), ids_1T[0].tolist()]
+    drawn_from = []
+
+    def keep(_, logits_BV):
+        drawn_from.append(logits_BV.clone())
+        return logits_BV
+
+    new = generate_ids(model, *pad_left(prompts), 3, set(), keep)
+    alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
+    alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
+    error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
+    return error, 1e-3 if alone.dtype == torch.float32 else 0.5
+
+
+def name_ids(ids, tokenizer):
+    return ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in sorted(ids)) or "none"
+
+
+# ---- what it takes
+
+
+def memory_of_writing(run, itemsize):
+    """{part: bytes a device} while the student writes, beside what is always held."""
+    shape = run.student.model.config.get_text_config()
+    rows = run.batch_size * run.micro_steps
+    heads = getattr(shape, "num_attention_heads", None) or 1
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    cache = 2 * kv_heads * head_width * shape.num_hidden_layers * run.cfg.seq_len
+    return {"gathered": sizes(run.student)[0] * itemsize, "KV cache": rows * cache * itemsize,
+            "logits": rows * shape.vocab_size * (itemsize + 12)}
+
+
+def rehearse_writing(run, stage, micro, seconds):
+    """--dry_run: time a step whose texts the student writes -> seconds of a step on average."""
+    if stage is not run.stages[-1]:
+        return seconds
+    for number in range(2):   # the first warms up
+        start = time.time()
+        written = write_batches(run, micro)
+        if number == 0:
+            print0("an example that the student wrote: "
+                   + show_targets(written[0], run.tokenizer))
+        writing = time.time() - start
+        _, learning = time_step(run, stage, written)
+    figures = take_rollout_figures(run)
+    share = run.cfg.on_policy
+    print0(f"a step on policy takes {writing + learning:.2f} s, {writing:.2f} of them to write "
+           f"({figures['train/rollout_tokens_per_second']:,.0f} tokens/s, "
+           f"{figures['train/rollout_length']:.0f} a text)")
+    return (1 - share) * seconds + share * (writing + learning)
+
+
+# --------------------------------------------------------------------------------------------------
 # Optional: generate: a model behind an API, or one of our own, answers prompts; filters judge the
 # replies. Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1
 # trains on. Prompts and filters stand first: they are made to be edited.
@@ -6658,7 +7018,9 @@ BINS = 15   # of confidence, for the calibration error and the reliability curve
 NEW_TOKENS = 48   # of a continuation
 METRICS = dict(   # as the table names them, in its order
     perplexity="perplexity", bits="bits a byte", accuracy="top-1 accuracy",
-    agreement="top-1 as the teacher", kl="KL to the teacher", ece="calibration error",
+    agreement="top-1 as the teacher", kl="KL to the teacher",
+    own="divergence on own texts",   # optional: on_policy
+    ece="calibration error",
     parameters="parameters", disk="bytes on disk",
     prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes",
 )
@@ -7197,6 +7559,8 @@ def report(cfg):
             disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
             curves=losses[label], **trial,
         )
+        models[label]["own"] = score_own_texts(   # optional: on_policy
+            cfg, root, teacher if same else None, tokenizer, rows)
         del root   # before the next one is read
 
     if RANK == 0:
