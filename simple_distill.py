@@ -7569,6 +7569,7 @@ def report(cfg):
             dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
             device=DEVICE.type, dtype=str(dtype).removeprefix("torch."),
             temperature=cfg.temperature, prefill=list(prefill_ids.shape),
+            own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
         )
         with progress("writing the report"):
             compute_metrics(models, tables, np.array(sizes), cfg.seed)

@@ -626,6 +626,7 @@ IDLE = {
     "cache_samples": 20,             # optional: cache
     "force_regenerate": True,        # optional: cache
     "lm_head_lr": 0.5,               # optional: blockwise
+    "on_policy_temperature": 0.5,    # optional: on_policy
     "max_tokens": 20,                # optional: generate
     "api_model": "some-model",       # optional: generate
     "generate_comparisons": False,   # optional: eval
@@ -850,6 +851,19 @@ BAD_INPUT = {
     "k above the vocabulary": (   # optional: cache
         dict(**FILL_TOPK, cache_top_k=264), "cache_top_k 264 263"),
     "draws 0": (dict(**FILL, cache_samples=0), "cache_samples"),   # optional: cache
+    "no teacher to correct": (   # optional: on_policy
+        dict(on_policy=1, alpha=1), "on_policy alpha"),
+    **{   # optional: on_policy
+        "student from a cache": (   # optional: cache
+            dict(cache_dir="c", on_policy=0.5), "on_policy 0.5 cache_dir 'c'"),
+        "student after the blocks": (   # optional: blockwise
+            dict(blockwise=True, on_policy=1, num_epochs=0), "on_policy --num_epochs"),
+    },
+    "a prompt of all": (   # optional: on_policy
+        dict(on_policy=1, on_policy_prompt=32), "on_policy_prompt 32 seq_len 32"),
+    "more than all steps": (dict(on_policy=1.5), "on_policy between"),   # optional: on_policy
+    "texts that nobody writes": (   # optional: on_policy
+        dict(max_new_tokens=9), "max_new_tokens --on_policy"),
     "a mode's unread field": (dict(api_model="x"), "api_model train"),   # optional: generate
     "stream without steps": (dict(streaming=True), "max_steps"),   # optional: streaming
 
@@ -6656,6 +6670,362 @@ def bench_block(layers=8, width=256, tokens=1024):
 
 
 # --------------------------------------------------------------------------------------------------
+# Optional: on_policy: the student writes, the teacher corrects.
+
+WRITING = dict(on_policy=1, max_new_tokens=6, on_policy_prompt=5)
+GREEDY = 1e-4   # a temperature at which nothing is left to chance
+
+
+def greedy_text(model, prompt, new, ends=(0,)):
+    """What a model writes, from whole forwards of one row: no padding, no cache."""
+    ids = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor(ids)[None], use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt):]
+
+
+def coded_texts(prompts, texts):
+    """-> (ids, labels already shifted) as for model_losses: what was written counts alone."""
+    coded = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor(prompt + text)
+        labels = torch.cat([ids[1:], torch.tensor([-100])])
+        labels[:len(prompt) - 1] = -100
+        coded.append((ids, labels))
+    return coded
+
+
+def biased(path, bias, **fields):
+    """A tiny model whose head has a bias: {token: value}, 0 for all others."""
+    tiny_model(path, cls="PhiConfig", resid_pdrop=0.0, embd_pdrop=0.0, **fields)
+
+    def set_bias(tensors):
+        tensors["lm_head.bias"].zero_()
+        for token, value in bias.items():
+            tensors["lm_head.bias"][token] = value
+
+    edit_weights(path, set_bias)
+    return str(path)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_on_policy_a_step_is_the_divergence_on_the_students_texts(
+        tmp_path, out, teacher, student, text, divergence):
+    """Loss and gradients against float64 on full logits, the texts written by hand; whatever alpha
+    is, labels count for nothing."""
+    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, max_steps=1,
+           on_policy_temperature=GREEDY, divergence=divergence, temperature=2.0, alpha=0.3,
+           max_grad_norm=0, learning_rate=STILL, batch_size=4, gradient_accumulation_steps=2)
+    rows, _ = rows_of(text, seq_len=32)
+    numbers, _ = next(sd.indexed_batches(rows, 0, 8, 0))
+    prompts = [ids[:5] for ids in ids_of([rows[i] for i in numbers])]
+    model = load(student)
+    coded = coded_texts(prompts, [greedy_text(model, prompt, 6) for prompt in prompts])
+    _, ce, kl = model_losses(model.double(), load(teacher).double(), coded, 0.0, 2.0, divergence)
+    kl.backward()
+    logged = logged_losses(log(out, "train")[0])
+    assert logged == pytest.approx([kl.item(), ce.item(), kl.item()], rel=1e-6)
+    expected = {f"exp_avg.model.{name}": p.grad for name, p in model.named_parameters()}
+    assert distance(gradients(out), expected) < 1e-6
+
+
+def test_on_policy_the_student_writes_as_it_is_at_that_step(tmp_path, out, text):
+    """A first step makes it sure of one letter: the texts of the second consist of it. Written any
+    earlier, they would be the most unlikely."""
+    q = tiny_tokenizer().encode("q")[0]
+    teacher = biased(tmp_path / "teacher", {q: 100}, seed=1)
+    student = biased(tmp_path / "student", {}, seed=2)
+    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, max_steps=2,
+           learning_rate=30, default_lr_multiplier=0, lr_multipliers=["lm_head.bias=1"])
+    first, second = column(out, "train/ce_loss")
+    assert first > 2
+    assert second < 1e-3
+
+
+def test_on_policy_what_is_written_is_drawn_from_the_softmax(tmp_path, student):
+    """2,000 first tokens after one prompt, beside longer prompts; at two temperatures; padding of
+    the vocabulary is never drawn."""
+    wide = padded(tmp_path / "wide", student, 9)
+    tokenizer = tiny_tokenizer()
+    vocab = len(tokenizer)
+    prompts = [[40, 50, 60], [70, 80, 90, 100, 110]] * 2000
+    for temperature in (1.0, 2.0):
+        with sd.process_group():
+            root = sd.load_student(config.Config(student=wide, teacher=wide))
+            texts, cut = sd.write(root, tokenizer, prompts, list(range(4000)), 1, temperature, 32)
+            assert root.training
+        assert cut == 4000 - sum(first == 0 for first, in texts)
+        for i in range(2):
+            counts = torch.bincount(torch.tensor(texts[i::2])[:, 0], minlength=vocab).double()
+            logits = load(student)(torch.tensor(prompts[i])[None]).logits[0, -1].double()
+            expected = 2000 * (logits / temperature).softmax(-1).detach()
+            assert len(counts) == vocab
+            common = expected > 5
+            squares = ((counts - expected).square() / expected)[common].sum()
+            freedom = int(common.sum())
+            assert freedom > 20
+            assert squares < freedom + 4 * math.sqrt(2 * freedom), (temperature, i)
+            rare = counts[~common].sum() - expected[~common].sum()
+            assert abs(rare) < 4 * math.sqrt(expected[~common].sum())
+
+
+def test_on_policy_a_text_does_not_depend_on_the_rows_beside_it(student):
+    tokenizer = tiny_tokenizer()
+    prompts = [list(range(40, 40 + n)) for n in (3, 9, 5, 12, 7)]
+    with sd.process_group():
+        root = sd.load_student(config.Config(student=student, teacher=student))
+        together, _ = sd.write(root, tokenizer, prompts, [0, 1, 2, 3, 4], 12, 1.0, 64)
+        for i in (0, 3, 4):
+            alone, _ = sd.write(root, tokenizer, prompts[i:i + 1], [i], 12, 1.0, 64)
+            assert alone == [together[i]]
+        assert sd.write(root, tokenizer, prompts, [9, 8, 7, 6, 5], 12, 1.0, 64)[0] != together
+
+
+def test_on_policy_prompts_and_padding_never_count(tmp_path):
+    """A conversation is continued where the assistant's last turn begins, plain text after its
+    first tokens; the end mark is learnt, what follows it is not."""
+    tokenizer = tiny_tokenizer(CHATML)
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    rows = [*encode([{"messages": turns}], tokenizer), *encode([{"text": prose(9)}], tokenizer)]
+    prompts = []
+    for (ids, is_target), row in zip(sd.rows_of(sd.collate(rows)), rows, strict=True):
+        assert ids == list(row["input_ids"])
+        prompts.append(sd.prompt_of(ids, is_target, 7))
+    shown = tokenizer.decode(prompts[0])
+    assert shown.endswith("b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert prompts[1] == list(rows[1]["input_ids"][:7])
+    assert sd.prompt_of([5, 6, 0], [False, True, True], 7) == [5, 6]   # shorter than a prompt
+
+    texts = [sd.cut_text([70, 3, 0, 0], 9, {3}), sd.cut_text([71, 72, 73, 3], 3, {3})]
+    assert texts == [[70, 3], [71, 72, 73]]
+    batch = sd.collate(sd.as_rows(prompts, texts))
+    assert batch.labels.tolist() == [70, 3, 71, 72, 73]
+    counted = batch.input_ids.flatten()[batch.positions].tolist()
+    assert counted == [prompts[0][-1], 70, prompts[1][-1], 71, 72]
+
+
+def test_on_policy_texts_stay_within_seq_len_and_the_log_says_how_long_they_are(
+        out, teacher, student, text):
+    distil(out, teacher=teacher, student=student, dataset=text, on_policy=1, max_steps=2,
+           log_steps=2, on_policy_prompt=30, max_new_tokens=6)
+    entry, = log(out, "train")
+    rollouts = {"train/rollout_length", "train/rollout_cut", "train/rollout_tokens_per_second"}
+    assert entry.keys() == TRAIN_KEYS | rollouts
+    assert 1 < entry["train/rollout_length"] < 3   # rows that are shorter themselves have room
+    assert entry["train/rollout_cut"] > 0.5
+    assert entry["train/rollout_tokens_per_second"] > 0
+
+
+def test_on_policy_steps_alternate_by_a_seeded_draw(tmp_path, teacher, student, chat):
+    """The others are as ever; the end marks that the student writes end its texts."""
+    drawn = [sd.is_on_policy(0.5, 3, step) for step in range(400)]
+    assert 160 < sum(drawn) < 240
+    assert drawn != [sd.is_on_policy(0.5, 4, step) for step in range(400)]
+    assert all(sd.is_on_policy(1.0, 3, step) for step in range(400))
+    out = tmp_path / "mixed"
+    distil(out, teacher=teacher, student=student, dataset=chat, seq_len=128, on_policy=0.5, seed=3,
+           max_new_tokens=4, max_steps=8, learning_rate=STILL)
+    assert ["train/rollout_cut" in entry for entry in log(out, "train")] == drawn[:8]
+    plain = tmp_path / "plain"
+    distil(plain, teacher=teacher, student=student, dataset=chat, seq_len=128, seed=3, max_steps=8,
+           learning_rate=STILL)
+    for entry, usual, is_written in zip(log(out, "train"), log(plain, "train"), drawn):
+        if is_written:
+            assert entry["train/loss"] == entry["train/kl_loss"]
+        else:
+            assert logged_losses(entry) == logged_losses(usual)
+
+
+def test_on_policy_dropout_and_recomputing_are_off_while_it_writes(tmp_path, teacher, text):
+    student = tiny_model(tmp_path / "dropout", **DROPOUT, seed=3)
+    for recompute in (False, True):
+        with sd.process_group():
+            cfg = config.Config(student=student, teacher=student, seq_len=64,
+                                gradient_checkpointing=recompute)
+            root = sd.load_student(cfg)
+            prompt = list(range(40, 50))
+            texts, _ = sd.write(root, tiny_tokenizer(), [prompt], [0], 9, GREEDY, 64)
+            assert texts == [greedy_text(load(student).eval(), prompt, 9)]
+            assert root.training and root.model.training
+
+
+@pytest.mark.parametrize("change, ends", [
+    (dict(generation=[3, 0]), "3 '<|im_end|>' 0 '<|endoftext|>'"),
+    (dict(tokenizer="<|im_end|>"), "3 '<|im_end|>'"),
+])
+def test_on_policy_a_pair_that_ends_its_texts_differently_is_refused(
+        tmp_path, out, teacher, student, text, change, ends):
+    """With both values; a pair that has the same list is none."""
+    for role, source in (("teacher", teacher), ("student", student)):
+        shutil.copytree(source, tmp_path / role)
+    fields = dict(teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=text,
+                  max_steps=1, **WRITING)
+    for role in ("teacher", "student"):
+        if "generation" in change:
+            path = tmp_path / role / "generation_config.json"
+            path.write_text(json.dumps(
+                json.loads(path.read_text()) | {"eos_token_id": change["generation"]}))
+        else:
+            tokenizer = tiny_tokenizer()
+            tokenizer.eos_token = change["tokenizer"]
+            tokenizer.save_pretrained(tmp_path / role)
+        if role == "teacher":
+            err = distil(out, **fields, rc=2).err
+            assert f"student '{tmp_path}/student' ends its texts with 0 '<|endoftext|>'," in err
+            assert all(word in err for word in ends.split()), err
+            assert not os.path.exists(out)
+    distil(out, **fields)
+    kept = json.loads(Path(out, "final", "generation_config.json").read_text())["eos_token_id"]
+    assert kept == change.get("generation", 0)
+
+
+def test_on_policy_a_student_that_takes_padding_for_text_is_refused(   # optional: blockwise
+        tmp_path, out, teacher, text, monkeypatch):
+    """A class of one's own that looks at no mask and keeps no cache."""
+    (tmp_path / "mixlib.py").write_text(CUSTOM_STUDENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    import mixlib
+    student = str(tmp_path / "mix")
+    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(student)
+    tiny_tokenizer().save_pretrained(student)
+    err = distil(out, teacher=teacher, student=student, dataset=text, trust_remote_code=True,
+                 **WRITING, max_steps=1, rc=2).err
+    assert "MixForCausalLM" in err and "on_policy needs another student" in err
+
+
+def test_on_policy_two_ranks_write_what_one_writes(tmp_path, teacher, student, chat):
+    """And end with the same weights; a rank without a row of its own takes part."""
+    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=128, on_policy=0.7,
+                  max_new_tokens=20, max_steps=6, max_samples=7, gradient_checkpointing=True)
+    one = tmp_path / "one"
+    distil(one, **fields, batch_size=6)
+    assert {0, 1} < {round(cut) for cut in column(one, "train/rollout_cut")} | {0, 1, 2}
+    for fsdp in ("full_shard", "shard_grad_op"):
+        two = tmp_path / fsdp
+        words = flags(**{**PLAIN, **fields, "fsdp": fsdp, "output_dir": two, "batch_size": 3})
+        shown = Fork(tmp_path / f"{fsdp}.txt", *words, ranks=2).wait()
+        assert_close(two, one, shown)
+        for key in ("train/rollout_length", "train/rollout_cut"):
+            assert column(two, key) == column(one, key)
+
+
+def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, text):
+    """Half of the first tokens are the end: of one text a rank, each often ends long before the
+    other's."""
+    ended = math.log(263)
+    teacher = biased(tmp_path / "teacher", {0: ended}, seed=1, initializer_range=0.02)
+    student = biased(tmp_path / "student", {0: ended}, seed=2, initializer_range=0.02)
+    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "on_policy": 1,
+              "max_new_tokens": 24, "max_steps": 12, "batch_size": 1}
+    shown = Fork(tmp_path / "log.txt", *flags(**fields, output_dir=tmp_path / "out"),
+                 ranks=2).wait()
+    assert "done in" in shown, shown
+    lengths = column(tmp_path / "out", "train/rollout_length")
+    assert min(lengths) == 1 and max(lengths) > 2, lengths
+    assert len({length % 1 for length in lengths}) == 2   # an odd sum: they were not as long
+
+
+def test_on_policy_comes_after_the_blocks(out, teacher, text):   # optional: blockwise
+    student = tiny_model(f"{out}-student", hidden=16, seed=2, tie_word_embeddings=False)
+    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, blockwise=True,
+           epochs_per_block=0.2, lm_head_epochs=0.2, max_steps=2)
+    written = ["train/rollout_cut" in entry for entry in log(out, "train")]
+    assert written == [False] * (len(written) - 2) + [True, True] and len(written) > 4
+
+
+def test_on_policy_of_a_stream(tmp_path, teacher, student, chat):   # optional: streaming
+    """The same prompts as of rows that are read at once, in another order."""
+    out = tmp_path / "out"
+    distil(out, teacher=teacher, student=student, dataset=chat, seq_len=128, **WRITING,
+           streaming=True, max_steps=2)
+    assert len(column(out, "train/rollout_length")) == 2
+
+
+def test_on_policy_dry_run_shows_what_the_student_writes(out, teacher, student, text):
+    shown = distil(out, teacher=teacher, student=student, dataset=text, on_policy=0.5,
+                   max_new_tokens=6, on_policy_prompt=5, max_steps=2, dry_run=True).out
+    example, = re.findall(r"an example that the student wrote: (.*)", shown)
+    assert len(re.findall(r"\[\[.+\]\]", example)) == 1
+    assert re.search(r"a step on policy takes \S+ s, \S+ of them to write", shown), shown
+    assert not os.path.exists(out)
+
+
+def test_on_policy_stands_in_the_model_card(out, teacher, student, text):
+    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, max_steps=1,
+           divergence="reverse")
+    card = Path(out, "final", "README.md").read_text()
+    assert "that the student wrote (on_policy), there T^2 x KL(student, teacher) alone" in card
+
+
+def test_on_policy_eval_scores_the_students_own_texts(   # optional: eval
+        tmp_path, teacher, student, text):
+    """Against whole forwards of what it writes by hand; seeded."""
+    fields = dict(mode="eval", teacher=teacher, student=student, dataset=text, seq_len=32,
+                  dtype="fp32", max_new_tokens=6, on_policy_prompt=5, temperature=2.0)
+
+    def own(name, **more):
+        cli(*flags(**fields, **more, output_dir=tmp_path / name))
+        models_ = json.loads((tmp_path / name / "report.json").read_text())["models"]
+        assert models_["teacher"]["own"] == 0
+        return models_["student"]["own"]
+
+    _, held_out = rows_of(text, seq_len=32)
+    prompts = [ids[:5] for ids in ids_of(held_out)]
+    model = load(student)
+    coded = coded_texts(prompts, [greedy_text(model, prompt, 6) for prompt in prompts])
+    for divergence in ("forward", "reverse"):
+        _, _, kl = model_losses(model, load(teacher), coded, 0.0, 2.0, divergence)
+        found = own(divergence, on_policy_temperature=GREEDY, divergence=divergence)
+        assert found == pytest.approx(kl.item(), rel=1e-5)
+    assert own("a") == own("b") != own("c", seed=1)
+
+
+# ---- what it costs
+
+
+def bench_on_policy():
+    """Writing against transformers' own generate, same model and prompts; and what share of a step
+    it is."""
+    student_shape, teacher_shape, sequences, tokens = step_shapes()
+    vocab = student_shape["vocab_size"]
+    new = tokens // 2
+    tokenizer = types.SimpleNamespace(eos_token_id=None, get_vocab=lambda: {"last": vocab - 1})
+    rows = torch.randint(0, vocab, (sequences, tokens)).tolist()
+    prompts = [row[:tokens // 4] for row in rows]
+    texts = [row[tokens // 4:tokens // 4 + new] for row in rows]
+    with tempfile.TemporaryDirectory() as folder, sd.process_group():
+        transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
+        transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
+        cfg = sd.Config(student=f"{folder}/student/config.json", alpha=1.0, use_wandb=False)
+        root = sd.load_student(cfg)
+        model = AutoModelForCausalLM.from_config(
+            root.model.config, dtype=sd.compute_dtype(cfg)).to(sd.DEVICE).eval()
+        ids_BT = torch.tensor(prompts, device=sd.DEVICE)
+
+        def plain():
+            model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new,
+                           do_sample=True, top_k=0, pad_token_id=0)
+
+        def ours():
+            sd.write(root, tokenizer, prompts, list(range(sequences)), new, 1.0, tokens)
+
+        batch = sd.collate(sd.as_rows(prompts, texts))
+        found = interleaved({
+            "plain generate": plain, "ours": ours,
+            "a step on the texts": our_step(folder, batch, alpha=0.0)}, rounds=5)
+    print(f"\nwriting {sequences} x {new} tokens after {tokens // 4}, V {vocab:,}")
+    for name in ("plain generate", "ours"):
+        speed = sequences * new / found[name]
+        print(f"  {name:<20}{speed:>12,.0f} tokens/s"
+              f"{found['plain generate'] / found[name]:>8.2f} x plain")
+    share = found["ours"] / (found["ours"] + found["a step on the texts"])
+    print(f"  writing is {share:.0%} of a step on policy")
+
+
+# --------------------------------------------------------------------------------------------------
 # Optional: generate: against the real SDKs and a server of our own that misbehaves.
 
 
@@ -8448,6 +8818,7 @@ KILLED = {   # what the run is besides plain; ranks: how many processes
     "dropout": dict(student="dropout"),
     "2 ranks": dict(ranks=2, batch_size=2),
     "documents": dict(packing="documents", seq_len=128),
+    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
 }
 
 
@@ -9351,7 +9722,7 @@ def log_of_then(out):
 
 def timeless_report(report):
     """Without speeds, memory and paths, and what the reference did not measure."""
-    passing = {"prefill", "generation", "memory", "name", "ratio"}
+    passing = {"prefill", "generation", "memory", "name", "ratio", "own"}
     models_ = {}
     for label, figures in report["models"].items():
         models_[label] = {k: v for k, v in figures.items() if k not in passing}
@@ -9386,7 +9757,7 @@ def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_pac
 # `# optional: NAME` with what is indented under them, its knobs, its tests, its README section. A
 # line that is marked with several names goes when all of them go.
 
-OPTIONAL = ("streaming", "demo", "cache", "blockwise", "generate", "eval")
+OPTIONAL = ("streaming", "demo", "cache", "blockwise", "on_policy", "generate", "eval")
 PACKAGE = ("simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
            "requirements.txt", "README.md", ".ci/run", ".gitignore", ".pytest.ini", ".ruff.toml")
 BANNER = re.compile(r"(\s*)# -----")
@@ -10078,6 +10449,7 @@ BENCHES = {
     "documents": bench_documents,
     "cache": bench_cache,   # optional: cache
     "block": bench_block,   # optional: blockwise
+    "on_policy": bench_on_policy,   # optional: on_policy
 }
 
 
