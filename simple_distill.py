@@ -2287,7 +2287,6 @@ def shard(root, mesh_shape, dtype, drop_layers, cpu_offload):
         mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     if cpu_offload and CUDA:
         options["offload_policy"] = CPUOffloadPolicy()
-    root.drop_layers = drop_layers   # optional: on_policy
     for layer in layers_of(root.model)[1]:
         fully_shard(layer, reshard_after_forward=drop_layers, **options)
     fully_shard(root, reshard_after_forward=False, **options)
@@ -5665,8 +5664,9 @@ def write_batches(run, micro):
                for some in rows for ids, is_target in some]
     seeds = [seed_of_text(run.cfg.seed, run.step, RANK + WORLD * i) for i in range(len(prompts))]
     with progress("the student writes"):
-        texts, cut = write(run.student, run.tokenizer, prompts, seeds, run.cfg.max_new_tokens,
-                           run.cfg.on_policy_temperature, run.cfg.seq_len)
+        texts, cut = write_texts(
+            run.student, run.tokenizer, prompts, seeds, run.cfg.max_new_tokens,
+            run.cfg.on_policy_temperature, run.cfg.seq_len)
     written = iter(as_rows(prompts, texts))
     micro = [collate(list(itertools.islice(written, len(some)))) for some in rows]
     for batch in micro:
@@ -5739,7 +5739,7 @@ def as_rows(prompts, texts):
 
 
 @torch.no_grad()
-def write(root, tokenizer, prompts, seeds, max_new_tokens, temperature, seq_len):
+def write_texts(root, tokenizer, prompts, seeds, max_new_tokens, temperature, seq_len):
     """-> [ids that the model writes after each prompt, with the end mark], how many of them have
     none. A row stays within seq_len. Each rank comes with its own prompts, maybe none: all weights
     are gathered once, so that nothing inside waits for another rank (no synced_gpus)."""
@@ -5751,7 +5751,7 @@ def write(root, tokenizer, prompts, seeds, max_new_tokens, temperature, seq_len)
     with gathered(root), torch.compiler.set_stance("force_eager"):   # lengths change all the time
         if prompts:
             ids_BT, mask_BT = pad_left(prompts)
-            draw = make_draw(seeds, temperature, vocabulary_of(tokenizer))
+            draw = make_draw(seeds, temperature, vocabulary_of(tokenizer), max_new_tokens)
             written = root(generate_ids, ids_BT, mask_BT, max(rooms), ends, draw).tolist()
     root.train(was_training)
     texts = [cut_text(ids, room, ends) for ids, room in zip(written, rooms, strict=True)]
@@ -5769,18 +5769,20 @@ def pad_left(prompts):
     return to_device(ids_BT), to_device(mask_BT)
 
 
-def make_draw(seeds, temperature, vocabulary):
-    """-> a logits processor after which the likeliest id is a draw from softmax(logits /
-    temperature): the argmax of logits / temperature + Gumbel noise is one. Every row has noise of
-    its own: what it says does not depend on the rows beside it, nor on how many ranks there are."""
-    generators = [torch.Generator(DEVICE).manual_seed(seed) for seed in seeds]
+def make_draw(seeds, temperature, vocabulary, new):
+    """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
+    one at which the sum of probabilities passes a number from (0, 1]. Every row has numbers of its
+    own: what it says depends neither on the rows beside it nor on how many ranks there are."""
+    numbers_BN = torch.stack([
+        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    numbers = iter(to_device(numbers_BN).unbind(1))
 
     def draw(_, logits_BV):
         logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
-        noise_BV = torch.empty_like(logits_BV)
-        for noise_V, generator in zip(noise_BV, generators, strict=True):
-            noise_V.exponential_(generator=generator)
-        return logits_BV.div_(temperature).sub_(noise_BV.log_())   # -log of it is Gumbel's
+        sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
+        passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
+        ids_B1 = torch.searchsorted(sums_BV, passed_B1)
+        return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
     return draw
 
 
@@ -5811,16 +5813,21 @@ def cut_text(ids, room, ends):
 
 @contextlib.contextmanager
 def gathered(root):
-    """All parameters gathered once, for as long as this lasts, and not at each token again."""
+    """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
+    gather and drop each layer at each token, are off: they do nothing else."""
     units = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    hooks = []
     for unit in units:   # the root comes first
         unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
+        hooks.append((unit._forward_pre_hooks, unit._forward_hooks))
+        unit._forward_pre_hooks = collections.OrderedDict()
+        unit._forward_hooks = collections.OrderedDict()
     try:
         yield
     finally:
-        for unit in units:
-            unit.set_reshard_after_forward(root.drop_layers and unit is not root, recurse=False)
+        for unit, (before, after) in zip(units, hooks, strict=True):
+            unit._forward_pre_hooks = before
+            unit._forward_hooks = after
         root.release()
 
 
@@ -5847,8 +5854,8 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):
                 (ids, is_target), = rows_of(collate([rows[numbers[i]]]))
                 prompts.append(prompt_of(ids, is_target, prompt_tokens(cfg)))
             seeds = [seed_of_text(cfg.seed, "held out", i) for i in some]
-            texts, _ = write(root, tokenizer, prompts, seeds, cfg.max_new_tokens,
-                             cfg.on_policy_temperature, cfg.seq_len)
+            texts, _ = write_texts(root, tokenizer, prompts, seeds, cfg.max_new_tokens,
+                                   cfg.on_policy_temperature, cfg.seq_len)
             mine += as_rows(prompts, texts)
             bar.update(WORLD * len(some))
     dist.all_gather_object(shares, mine)

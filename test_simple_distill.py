@@ -6755,7 +6755,8 @@ def test_on_policy_what_is_written_is_drawn_from_the_softmax(tmp_path, student):
     for temperature in (1.0, 2.0):
         with sd.process_group():
             root = sd.load_student(config.Config(student=wide, teacher=wide))
-            texts, cut = sd.write(root, tokenizer, prompts, list(range(4000)), 1, temperature, 32)
+            texts, cut = sd.write_texts(
+                root, tokenizer, prompts, list(range(4000)), 1, temperature, 32)
             assert root.training
         assert cut == 4000 - sum(first == 0 for first, in texts)
         for i in range(2):
@@ -6777,11 +6778,11 @@ def test_on_policy_a_text_does_not_depend_on_the_rows_beside_it(student):
     prompts = [list(range(40, 40 + n)) for n in (3, 9, 5, 12, 7)]
     with sd.process_group():
         root = sd.load_student(config.Config(student=student, teacher=student))
-        together, _ = sd.write(root, tokenizer, prompts, [0, 1, 2, 3, 4], 12, 1.0, 64)
+        together, _ = sd.write_texts(root, tokenizer, prompts, [0, 1, 2, 3, 4], 12, 1.0, 64)
         for i in (0, 3, 4):
-            alone, _ = sd.write(root, tokenizer, prompts[i:i + 1], [i], 12, 1.0, 64)
+            alone, _ = sd.write_texts(root, tokenizer, prompts[i:i + 1], [i], 12, 1.0, 64)
             assert alone == [together[i]]
-        assert sd.write(root, tokenizer, prompts, [9, 8, 7, 6, 5], 12, 1.0, 64)[0] != together
+        assert sd.write_texts(root, tokenizer, prompts, [9, 8, 7, 6, 5], 12, 1.0, 64)[0] != together
 
 
 def test_on_policy_prompts_and_padding_never_count(tmp_path):
@@ -6847,7 +6848,7 @@ def test_on_policy_dropout_and_recomputing_are_off_while_it_writes(tmp_path, tea
                                 gradient_checkpointing=recompute)
             root = sd.load_student(cfg)
             prompt = list(range(40, 50))
-            texts, _ = sd.write(root, tiny_tokenizer(), [prompt], [0], 9, GREEDY, 64)
+            texts, _ = sd.write_texts(root, tiny_tokenizer(), [prompt], [0], 9, GREEDY, 64)
             assert texts == [greedy_text(load(student).eval(), prompt, 9)]
             assert root.training and root.model.training
 
@@ -7010,7 +7011,7 @@ def bench_on_policy():
                            do_sample=True, top_k=0, pad_token_id=0)
 
         def ours():
-            sd.write(root, tokenizer, prompts, list(range(sequences)), new, 1.0, tokens)
+            sd.write_texts(root, tokenizer, prompts, list(range(sequences)), new, 1.0, tokens)
 
         batch = sd.collate(sd.as_rows(prompts, texts))
         found = interleaved({
