@@ -2898,8 +2898,8 @@ def read_state(path):
         written = state.pop("digest")
         if digest(state) != written or not isinstance(state["files"], dict):
             raise ValueError("state.json is not what was written")
-        # a run from before there was the knob
-        state["config"] = {"packing": Config.packing} | state["config"]
+        # a run from before there was some knob had it at its default
+        state["config"] = result_knobs(Config()) | state["config"]
         return state | {"digest": written}, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return None, one_line(e)
