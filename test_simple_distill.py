@@ -859,6 +859,8 @@ BAD_INPUT = {
         "student after the blocks": (   # optional: blockwise
             dict(blockwise=True, on_policy=1, num_epochs=0), "on_policy --num_epochs"),
     },
+    "prompts side by side": (   # optional: on_policy
+        dict(on_policy=1, packing="documents"), "on_policy --packing rows"),
     "a prompt of all": (   # optional: on_policy
         dict(on_policy=1, on_policy_prompt=32), "on_policy_prompt 32 seq_len 32"),
     "more than all steps": (dict(on_policy=1.5), "on_policy between"),   # optional: on_policy
@@ -6945,6 +6947,13 @@ def test_on_policy_comes_after_the_blocks(out, teacher, text):   # optional: blo
            epochs_per_block=0.2, lm_head_epochs=0.2, max_steps=2)
     written = ["train/rollout_cut" in entry for entry in log(out, "train")]
     assert written == [False] * (len(written) - 2) + [True, True] and len(written) > 4
+
+
+def test_on_policy_every_document_is_a_prompt(out, teacher, student, text):
+    """Of packing rows; some are shorter than the prompt."""
+    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, packing="rows",
+           max_steps=1)
+    assert 1 <= column(out, "train/rollout_length")[0] <= 6
 
 
 def test_on_policy_of_a_stream(tmp_path, teacher, student, chat):   # optional: streaming
