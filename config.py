@@ -528,8 +528,8 @@ def check_on_policy(cfg):
         raise UserError(f"{what} needs the teacher itself: cache_dir {cfg.cache_dir!r} holds "
                         "nothing about texts that are yet to be written; drop one")
     if cfg.packing == "documents":
-        raise UserError(f"{what} takes one prompt out of a row, packing documents puts several into "
-                        "one; use --packing rows, where each document is a prompt of its own")
+        raise UserError(f"{what} takes one prompt out of a row, packing documents puts several in "
+                        "it; use --packing rows, where each document is a prompt of its own")
     no_steps = cfg.max_steps == 0 or cfg.max_steps is None and cfg.num_epochs == 0
     if no_steps:   # which only block-wise training may have
         raise UserError(f"{what} is of the phase after the blocks, which has no step here; raise "
