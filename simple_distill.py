@@ -1042,7 +1042,7 @@ def load_data(cfg, tokenizer):
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
-    if RANK == 0:
+    if RANK == 0:   # it reads all rows once: not on every rank
         print0(describe_rows(train_rows, cfg.batch_size, cfg.seed))
     return train_rows, take_first(eval_rows, cfg.eval_samples)
 
