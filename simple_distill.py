@@ -93,6 +93,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -2435,6 +2436,8 @@ def known_documents(position_ids_BT=None):
     positions = {}
     if position_ids_BT is not None:
         positions["position_ids"] = position_ids_BT
+        if DEVICE.type == "cpu":   # for good: layers that recompute come here from the backward too
+            AttentionInterface.register("sdpa", attend_by_document)
     own = getattr(masking_utils, "find_packed_sequence_indices", None)
 
     def number_documents(positions_BT):
@@ -2457,6 +2460,33 @@ def known_documents(position_ids_BT=None):
         yield positions
     finally:
         masking_utils.find_packed_sequence_indices = own
+
+
+attend_by_row = AttentionInterface()["sdpa"]
+
+
+def attend_by_document(layer, query_BHTK, key_BHTK, value_BHTK, mask_B1TT, **options):
+    """What attend_by_row gives, on a CPU in less time: over a row of several documents it computes
+    mostly what the mask then hides. A document begins where a token may not see the one before."""
+    rows, _, length, _ = query_BHTK.shape
+    one_mask_a_row = (
+        mask_B1TT is not None and mask_B1TT.dtype == torch.bool
+        and mask_B1TT.shape == (rows, 1, length, length)
+        and options.get("position_bias") is None and not torch.compiler.is_compiling())
+    if not one_mask_a_row:
+        return attend_by_row(layer, query_BHTK, key_BHTK, value_BHTK, mask_B1TT, **options)
+    sees_before_BT = mask_B1TT[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
+    attended = []
+    for row in range(rows):
+        begins = 1 + torch.nonzero(~sees_before_BT[row])[:, 0]
+        documents = []
+        for begin, end in itertools.pairwise([0, *begins.tolist(), length]):
+            own = slice(row, row + 1), slice(None), slice(begin, end)
+            states, _ = attend_by_row(layer, query_BHTK[own], key_BHTK[own], value_BHTK[own],
+                                      mask_B1TT[own][..., begin:end], **options)
+            documents.append(states)
+        attended.append(torch.cat(documents, dim=1))
+    return torch.cat(attended), None
 
 
 def hidden_states(model, input_ids_BT, position_ids_BT=None):
