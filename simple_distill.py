@@ -3251,6 +3251,7 @@ def start_run(cfg):
         refuse_changes(state["inputs"], inputs, checkpoint[0])
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
+        warn_of_another_end(eval_rows, cfg.seq_len, student, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
     broken_weights = count_not_finite(student)
     if broken_weights:
@@ -5932,6 +5933,20 @@ def check_writer(cfg, student, teacher, tokenizer):
             f"teacher {cfg.teacher!r} with {name_ids(teacher_ends, tokenizer)}. Give both the same "
             "eos_token_id in generation_config.json (a config .json: in it) and the same eos_token "
             "in the tokenizer")
+
+
+def warn_of_another_end(rows, seq_len, student, tokenizer):
+    """Conversations whose end mark ends nothing: the student would write on after it."""
+    ends = end_ids(student.model, tokenizer)
+    last = set()   # of the targets of a whole conversation
+    for row in rows:
+        (ids, is_target), = rows_of(collate([row]))
+        if len(ids) < seq_len and not all(is_target[1:]):
+            last.add([token for token, counted in zip(ids, is_target) if counted][-1])
+    if len(last) == 1 and not last & ends:   # else they have no end mark of their own
+        print0(f"WARNING: conversations end with {name_ids(last, tokenizer)}, the student's texts "
+               f"with {name_ids(ends, tokenizer)}: it will write on after the former. Add it to "
+               "eos_token_id in generation_config.json, of the teacher too")
 
 
 def writing_error(model, ids_1T):

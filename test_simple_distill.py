@@ -6929,6 +6929,21 @@ def test_on_policy_a_pair_that_ends_its_texts_differently_is_refused(
     assert kept == change.get("generation", 0)
 
 
+def test_on_policy_an_end_mark_that_ends_nothing_is_told(tmp_path, out, teacher, student, chat):
+    fields = dict(dataset=chat, seq_len=256, max_steps=1, **WRITING)
+    for role, source in (("teacher", teacher), ("student", student)):
+        shutil.copytree(source, tmp_path / role)
+        tiny_tokenizer(CHATML).save_pretrained(tmp_path / role)
+        fields[role] = tmp_path / role
+    told = ("WARNING: conversations end with 3 '<|im_end|>', the student's texts with "
+            "0 '<|endoftext|>': it will write on")
+    assert told in distil(f"{out}-told", **fields).out
+    for role in ("teacher", "student"):
+        path = tmp_path / role / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, 0]}))
+    assert "WARNING" not in distil(out, **fields).out
+
+
 def test_on_policy_a_student_that_takes_padding_for_text_is_refused(   # optional: blockwise
         tmp_path, out, teacher, text, monkeypatch):
     """A class of one's own that looks at no mask and keeps no cache."""
