@@ -2436,7 +2436,8 @@ def known_documents(position_ids_BT=None):
     positions = {}
     if position_ids_BT is not None:
         positions["position_ids"] = position_ids_BT
-        if DEVICE.type == "cpu":   # for good: layers that recompute come here from the backward too
+        # it stays: layers that recompute look it up in the backward, after this
+        if DEVICE.type == "cpu":
             AttentionInterface.register("sdpa", attend_by_document)
     own = getattr(masking_utils, "find_packed_sequence_indices", None)
 
@@ -2462,31 +2463,46 @@ def known_documents(position_ids_BT=None):
         masking_utils.find_packed_sequence_indices = own
 
 
-attend_by_row = AttentionInterface()["sdpa"]
+transformers_sdpa = AttentionInterface()["sdpa"]
 
 
-def attend_by_document(layer, query_BHTK, key_BHTK, value_BHTK, mask_B1TT, **options):
-    """What attend_by_row gives, on a CPU in less time: over a row of several documents it computes
-    mostly what the mask then hides. A document begins where a token may not see the one before."""
-    rows, _, length, _ = query_BHTK.shape
+def attend_by_document(module, query, key, value, attention_mask, **options):
+    """What transformers_sdpa gives, on a CPU in less time: over a row of several documents it
+    computes mostly what the mask then hides. The row is cut wherever the mask (True: seen) lets
+    nothing through between what is before and after, so that any mask is kept. Names as the models
+    call it; query, key, value [B, heads, T, width]."""
+    rows, _, length, _ = query.shape
     one_mask_a_row = (
-        mask_B1TT is not None and mask_B1TT.dtype == torch.bool
-        and mask_B1TT.shape == (rows, 1, length, length)
+        attention_mask is not None and attention_mask.dtype == torch.bool
+        and attention_mask.shape == (rows, 1, length, length)
         and options.get("position_bias") is None and not torch.compiler.is_compiling())
     if not one_mask_a_row:
-        return attend_by_row(layer, query_BHTK, key_BHTK, value_BHTK, mask_B1TT, **options)
-    sees_before_BT = mask_B1TT[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
+        return transformers_sdpa(module, query, key, value, attention_mask, **options)
+    cuts_BT = parts_begin(attention_mask[:, 0])
     attended = []
     for row in range(rows):
-        begins = 1 + torch.nonzero(~sees_before_BT[row])[:, 0]
-        documents = []
-        for begin, end in itertools.pairwise([0, *begins.tolist(), length]):
+        parts = []
+        begins = torch.nonzero(cuts_BT[row])[:, 0].tolist()
+        for begin, end in itertools.pairwise([*begins, length]):
             own = slice(row, row + 1), slice(None), slice(begin, end)
-            states, _ = attend_by_row(layer, query_BHTK[own], key_BHTK[own], value_BHTK[own],
-                                      mask_B1TT[own][..., begin:end], **options)
-            documents.append(states)
-        attended.append(torch.cat(documents, dim=1))
+            mask = attention_mask[own][..., begin:end]
+            states, _ = transformers_sdpa(module, query[own], key[own], value[own], mask, **options)
+            parts.append(states)
+        attended.append(torch.cat(parts, dim=1))
     return torch.cat(attended), None
+
+
+def parts_begin(sees_BTT):
+    """sees_BTT: [row, query, key] -> [B, T], True where no query from here on sees a key before,
+    and none before sees a key from here on."""
+    here_T = torch.arange(sees_BTT.shape[-1], device=sees_BTT.device)
+    sees_BTT = sees_BTT | torch.eye(len(here_T), dtype=torch.bool, device=sees_BTT.device)
+    first_seen_BT = sees_BTT.int().argmax(-1)
+    last_seen_BT = here_T[-1] - sees_BTT.flip(-1).int().argmax(-1)
+    first_from_here_BT = first_seen_BT.flip(-1).cummin(-1).values.flip(-1)
+    last_before_BT = last_seen_BT.cummax(-1).values.roll(1, -1)
+    last_before_BT[:, 0] = -1
+    return (first_from_here_BT >= here_T) & (last_before_BT < here_T)
 
 
 def hidden_states(model, input_ids_BT, position_ids_BT=None):
@@ -5776,17 +5792,36 @@ def write_texts(root, tokenizer, prompts, seeds, max_new_tokens, temperature, se
     are gathered once, so that nothing inside waits for another rank (no synced_gpus)."""
     ends = end_ids(root.model, tokenizer)
     rooms = [min(max_new_tokens, seq_len - len(prompt)) for prompt in prompts]
+    draw_of = functools.partial(
+        make_draw, temperature=temperature, vocabulary=vocabulary_of(tokenizer), new=max_new_tokens)
     was_training = root.training
     root.eval()   # no dropout; and layers that recompute would drop the KV cache
-    written = []
+    written = [None] * len(prompts)
     with gathered(root), torch.compiler.set_stance("force_eager"):   # lengths change all the time
-        if prompts:
-            ids_BT, mask_BT = pad_left(prompts)
-            draw = make_draw(seeds, temperature, vocabulary_of(tokenizer), max_new_tokens)
-            written = root(generate_ids, ids_BT, mask_BT, max(rooms), ends, draw).tolist()
+        for group in side_by_side(prompts, rooms, position_limit(root.model)):
+            ids_BT, mask_BT = pad_left([prompts[i] for i in group])
+            draw = draw_of([seeds[i] for i in group])
+            most = max(rooms[i] for i in group)
+            ids = root(generate_ids, ids_BT, mask_BT, most, ends, draw).tolist()
+            for i, text in zip(group, ids, strict=True):
+                written[i] = text
     root.train(was_training)
     texts = [cut_text(ids, room, ends) for ids, room in zip(written, rooms, strict=True)]
     return texts, sum(text[-1] not in ends for text in texts)
+
+
+def side_by_side(prompts, rooms, limit):
+    """-> lists of numbers of prompts to write after at once: all, but where positions stand in a
+    table, a long prompt must not come to its end while a short one has room left."""
+    groups = [[]]
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        group = [*groups[-1], i]
+        longest = len(prompts[group[0]])
+        if longest + max(rooms[k] for k in group) <= limit + 1:   # the last token is not looked up
+            groups[-1] = group
+        else:
+            groups.append([i])
+    return [sorted(group) for group in groups if group]
 
 
 def pad_left(prompts):
@@ -5819,8 +5854,6 @@ def make_draw(seeds, temperature, vocabulary, new):
 
 def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
     """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
-    # positions of a table end; the last token is never looked up
-    new = min(new, position_limit(model) + 1 - ids_BT.shape[1])
     usual = model.generation_config
     model.generation_config = transformers.GenerationConfig()   # no top_k or penalty of its own
     try:
@@ -5845,7 +5878,7 @@ def cut_text(ids, room, ends):
 @contextlib.contextmanager
 def gathered(root):
     """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
-    gather and drop each layer at each token, are off: they do nothing else."""
+    gather and drop each layer at each token, are off: without gradients they do nothing else."""
     units = [module for module in root.modules() if isinstance(module, FSDPModule)]
     hooks = []
     for unit in units:   # the root comes first

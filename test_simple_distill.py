@@ -3107,7 +3107,7 @@ def test_models_attention_of_packed_rows_is_a_document_at_a_time(tmp_path, famil
         return attend(query, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    transformers.AttentionInterface.register("sdpa", sd.attend_by_row)
+    transformers.AttentionInterface.register("sdpa", sd.transformers_sdpa)
     with torch.no_grad():
         by_row = model.base_model(ids, position_ids=positions, use_cache=False)[0]
         assert seen == 2 * [(2, 32)]
@@ -3121,8 +3121,57 @@ def test_models_attention_of_packed_rows_is_a_document_at_a_time(tmp_path, famil
     options = dict(attention_mask=mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0,
                    do_sample=False, output_logits=True, return_dict_in_generate=True)
     after = model.generate(ids[:, :5], **options).logits
-    transformers.AttentionInterface.register("sdpa", sd.attend_by_row)
+    transformers.AttentionInterface.register("sdpa", sd.transformers_sdpa)
     torch.testing.assert_close(after, model.generate(ids[:, :5], **options).logits)
+
+
+def test_models_any_mask_is_kept_when_a_row_is_cut():
+    """Also one in which a token does not see the one before, but others."""
+    torch.manual_seed(0)
+    T = 12
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    number = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3])
+    documents = causal & (number[:, None] == number)
+    two_ways = number[:, None] == number
+    window = documents & ~causal.tril(-2)
+    strided = causal & ((torch.arange(T)[:, None] - torch.arange(T)) % 2 == 0)
+    first_seen_by_all = documents.clone()
+    first_seen_by_all[:, 0] = True
+    without_pairs = torch.eye(T, dtype=torch.bool)
+    without_pairs[9, 4] = True
+    masks = [causal, documents, two_ways, window, strided, first_seen_by_all, without_pairs]
+    parts = [1, 4, 4, 4, 1, 1, 7]
+    query, key, value = torch.randn(3, len(masks), 2, T, 4)
+    masks_B1TT = torch.stack(masks)[:, None]
+    begins = sd.parts_begin(masks_B1TT[:, 0])
+    assert begins.sum(-1).tolist() == parts
+    assert begins[1].nonzero()[:, 0].tolist() == [0, 3, 5, 10]
+    layer = nn.Module()
+    whole, _ = sd.transformers_sdpa(layer, query, key, value, masks_B1TT)
+    cut, _ = sd.attend_by_document(layer, query, key, value, attention_mask=masks_B1TT)
+    torch.testing.assert_close(cut, whole)
+
+
+def test_models_that_choose_what_they_see_are_not_disturbed(tmp_path):
+    """DeepSeek-V3.2's attention sees the 4 keys that it finds best, maybe not the one before."""
+    torch.manual_seed(0)
+    shape = transformers.AutoConfig.for_model(
+        "deepseek_v32", vocab_size=263, hidden_size=32, intermediate_size=64,
+        moe_intermediate_size=16, num_hidden_layers=2, mlp_layer_types=["dense", "dense"],
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2, index_topk=4, index_head_dim=16, index_n_heads=2,
+        max_position_embeddings=64, eos_token_id=0, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(shape).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.2)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        transformers.AttentionInterface.register("sdpa", sd.transformers_sdpa)
+        expected = model(ids, use_cache=False).logits
+        transformers.AttentionInterface.register("sdpa", sd.attend_by_document)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
 
 
 def test_models_positions_of_a_models_own_are_looked_at(tmp_path):
@@ -6819,6 +6868,25 @@ def test_on_policy_a_text_does_not_depend_on_the_rows_beside_it(student):
             alone, _ = sd.write_texts(root, tokenizer, prompts[i:i + 1], [i], 12, 1.0, 64)
             assert alone == [together[i]]
         assert sd.write_texts(root, tokenizer, prompts, [9, 8, 7, 6, 5], 12, 1.0, 64)[0] != together
+
+
+def test_on_policy_a_short_prompt_is_not_cut_by_a_long_one_beside_it(tmp_path):
+    """Where positions stand in a table, which ends for the long one first."""
+    prompts = [[10, 11, 12], list(range(20, 80)), [30] * 40, [13, 14]]
+    assert sd.side_by_side(prompts, [30, 4, 24, 30], math.inf) == [[0, 1, 2, 3]]
+    assert sd.side_by_side(prompts, [30, 4, 24, 30], 64) == [[1], [2], [0, 3]]
+    assert sd.side_by_side(prompts, [5, 4, 5, 5], 64) == [[0, 1, 2, 3]]
+    assert sd.side_by_side([], [], 64) == []
+    name = tiny_model(tmp_path / "gpt2", cls="GPT2Config", max_position_embeddings=64)
+    tokenizer = tiny_tokenizer()
+    cfg = config.Config(student=name, teacher=name, seq_len=64, gradient_checkpointing=False)
+    with sd.process_group():
+        root = sd.load_checked_student(cfg, tokenizer)
+        together, _ = sd.write_texts(root, tokenizer, prompts, [0, 1, 2, 3], 30, 1.0, 64)
+        for i in range(4):
+            alone, _ = sd.write_texts(root, tokenizer, prompts[i:i + 1], [i], 30, 1.0, 64)
+            assert alone == together[i:i + 1]
+    assert max(map(len, together)) > 24
 
 
 def test_on_policy_prompts_and_padding_never_count(tmp_path):
