@@ -2493,16 +2493,13 @@ def attend_by_document(module, query, key, value, attention_mask, **options):
 
 
 def parts_begin(sees_BTT):
-    """sees_BTT: [row, query, key] -> [B, T], True where no query from here on sees a key before,
-    and none before sees a key from here on."""
+    """sees_BTT: [row, query, key] -> [B, T], True where nothing from here on sees or is seen by
+    anything before."""
     here_T = torch.arange(sees_BTT.shape[-1], device=sees_BTT.device)
-    sees_BTT = sees_BTT | torch.eye(len(here_T), dtype=torch.bool, device=sees_BTT.device)
-    first_seen_BT = sees_BTT.int().argmax(-1)
-    last_seen_BT = here_T[-1] - sees_BTT.flip(-1).int().argmax(-1)
-    first_from_here_BT = first_seen_BT.flip(-1).cummin(-1).values.flip(-1)
-    last_before_BT = last_seen_BT.cummax(-1).values.roll(1, -1)
-    last_before_BT[:, 0] = -1
-    return (first_from_here_BT >= here_T) & (last_before_BT < here_T)
+    linked_BTT = sees_BTT | sees_BTT.mT | (here_T[:, None] == here_T)
+    first_linked_BT = linked_BTT.int().argmax(-1)
+    first_of_all_from_here_BT = first_linked_BT.flip(-1).cummin(-1).values.flip(-1)
+    return first_of_all_from_here_BT == here_T
 
 
 def hidden_states(model, input_ids_BT, position_ids_BT=None):

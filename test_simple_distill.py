@@ -3139,20 +3139,21 @@ def test_models_any_mask_is_kept_when_a_row_is_cut():
     first_seen_by_all[:, 0] = True
     without_pairs = torch.eye(T, dtype=torch.bool)
     without_pairs[9, 4] = True
-    masks = [causal, documents, two_ways, window, strided, first_seen_by_all, without_pairs]
-    parts = [1, 4, 4, 4, 1, 1, 7]
+    masks = [causal, causal.T, documents, two_ways, window, strided, first_seen_by_all,
+             without_pairs]
+    parts = [1, 1, 4, 4, 4, 1, 1, 7]
     query, key, value = torch.randn(3, len(masks), 2, T, 4)
     masks_B1TT = torch.stack(masks)[:, None]
     begins = sd.parts_begin(masks_B1TT[:, 0])
     assert begins.sum(-1).tolist() == parts
-    assert begins[1].nonzero()[:, 0].tolist() == [0, 3, 5, 10]
+    assert begins[2].nonzero()[:, 0].tolist() == [0, 3, 5, 10]
     layer = nn.Module()
     whole, _ = sd.transformers_sdpa(layer, query, key, value, masks_B1TT)
     cut, _ = sd.attend_by_document(layer, query, key, value, attention_mask=masks_B1TT)
     torch.testing.assert_close(cut, whole)
 
 
-def test_models_that_choose_what_they_see_are_not_disturbed(tmp_path):
+def test_models_that_choose_what_they_see_are_not_disturbed():
     """DeepSeek-V3.2's attention sees the 4 keys that it finds best, maybe not the one before."""
     torch.manual_seed(0)
     shape = transformers.AutoConfig.for_model(
