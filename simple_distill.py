@@ -345,8 +345,9 @@ def stop_signals():
 
 # --------------------------------------------------------------------------------------------------
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot.
-# Hands on distillation_loss, Head and SparseTarget. Change the objective in chunk_terms: it takes
-# the logits of a chunk and hands on two losses a token and the gradient of the logits.
+# Hands on distillation_loss, Head, DenseTarget and SparseTarget. Change the objective in
+# chunk_terms: it takes the logits of a chunk and hands on two losses a token and the gradient of
+# the logits.
 
 # bytes of both heads' outputs at once; the fp32 terms come on top; see chunk_size
 LOGITS_BUDGET = 512 * 2**20
@@ -361,6 +362,12 @@ class Head(NamedTuple):
     softcap: Optional[float] = None        # Gemma
 
 
+class DenseTarget(NamedTuple):
+    """A teacher that is here: its head is applied to a chunk of tokens at a time."""
+    hidden: torch.Tensor   # [N, Dt]
+    head: Head
+
+
 class SparseTarget(NamedTuple):
     """A teacher from the cache: some tokens with their probabilities, all others as one bucket."""
     ids: torch.Tensor       # [N, K] distinct in a row; repeated where rest is 0: their probs add up
@@ -369,19 +376,29 @@ class SparseTarget(NamedTuple):
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
 
 
+def tokens_of(target, where):
+    """The same tokens of a DenseTarget, of a SparseTarget or of None."""
+    if target is None:
+        return None
+    if isinstance(target, DenseTarget):
+        return DenseTarget(target.hidden[where], target.head)
+    return SparseTarget(*[tensor[where] for tensor in target])
+
+
 def as_head(head):
-    """Head or nn.Linear, with or without scale and softcap -> Head."""
-    scale = getattr(head, "scale", None)
+    """nn.Linear, or what else has its attributes -> Head."""
     return Head(
-        weight=head.weight, bias=getattr(head, "bias", None), scale=float(scale or 1.0),
-        softcap=getattr(head, "softcap", None))
+        head.weight, head.bias, getattr(head, "scale", 1.0), getattr(head, "softcap", None))
+
+
+def raw_logits(hidden, head, vocabulary=None):
+    """-> [.., V] of the first ids, before scale and softcap."""
+    bias = None if head.bias is None else head.bias[:vocabulary]
+    return nn.functional.linear(hidden, head.weight[:vocabulary], bias)
 
 
 def scale_and_softcap(raw, scale, softcap):
-    """-> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw.
-
-    raw: what a head's matmul and bias give.
-    """
+    """-> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
@@ -419,34 +436,30 @@ def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_c
     kl = (weighted / teacher_total + shift)[:, 0]
     # gradient: (p_weight_from_ce + kl_weight) * p - kl_weight * q
     q = exp_y.div_(teacher_total)
-    if p_weight_from_ce + kl_weight == 1:   # always so at T 1
-        grad = p.sub_(q, alpha=kl_weight)
-    elif p_weight_from_ce == 0:             # always so at other T; exactly 0 where p equals q
-        grad = p.sub_(q).mul_(kl_weight)
-    else:                                   # for a fork that weighs otherwise
-        grad = p.mul_(p_weight_from_ce + kl_weight).sub_(q, alpha=kl_weight)
-    return kl, grad
+    if p_weight_from_ce == 0:   # always so where T is not 1; exactly 0 where p equals q
+        return kl, p.sub_(q).mul_(kl_weight)
+    if p_weight_from_ce + kl_weight != 1:   # never so, but in a fork that weighs otherwise
+        p.mul_(p_weight_from_ce + kl_weight)
+    return kl, p.sub_(q, alpha=kl_weight)
 
 
-def reverse_kl_terms(p, log_q_over_p, p_weight_from_ce, kl_weight):
-    """KL(p || q) = sum of p * log(p / q)."""
-    pull = -log_q_over_p   # log(p / q)
-    kl = torch.linalg.vecdot(p, pull)
-    # gradient: p * (kl_weight * (log(p / q) - KL) + p_weight_from_ce)
-    grad = p.mul_(pull.sub_(kl[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
-    return kl, grad
+def pulled_terms(p, pull, p_weight_from_ce, kl_weight):
+    """Of a divergence with the derivative pull [C, V] by p, but for a constant a token: the sum of
+    p * pull [C], and the gradient through the softmax."""
+    mean = torch.linalg.vecdot(p, pull)
+    # gradient: p * (kl_weight * (pull - mean) + p_weight_from_ce)
+    grad = p.mul_(pull.sub_(mean[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
+    return mean, grad
 
 
-def jsd_terms(p, log_q_over_p, q, p_weight_from_ce, kl_weight):
+def jsd_terms(p, log_q_over_p, q, *weights):
     """(KL(p || m) + KL(q || m)) / 2 with their middle m = (p + q) / 2."""
     # r = log(q / p):  -log(p / m) = log((1 + exp(r)) / 2) = max(r, 0) + log(1 + expm1(-|r|) / 2)
     pull = log_q_over_p.clamp_min(0) + (torch.expm1(-log_q_over_p.abs()) / 2).log1p_()
     pull = pull.mul_(-0.5)                             # log(p / m) / 2
     teacher_pull = log_q_over_p.mul_(0.5).add_(pull)   # log(q / m) / 2
     teacher_part = torch.linalg.vecdot(q, teacher_pull)
-    student_part = torch.linalg.vecdot(p, pull)
-    # gradient: p * (kl_weight * (log(p / m) / 2 - student_part) + p_weight_from_ce)
-    grad = p.mul_(pull.sub_(student_part[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
+    student_part, grad = pulled_terms(p, pull, *weights)
     return student_part + teacher_part, grad
 
 
@@ -456,29 +469,21 @@ def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     KL = -sum of q * log(p) - rest * log(rest_p) - entropy, with sums over the listed entries and
     rest_p = 1 - sum of p.
     """
-    q = target.probs                                             # [C, K], as all that is listed
-    listed_logp = z.gather(-1, target.ids) - total.log()
+    ids, q, rest, entropy = target   # [C, K], as all that is listed; [C, K], [C], [C]
+    listed_logp = z.gather(-1, ids) - total.log()
     # 1 - sum of the listed would cancel: below 1e-7 nothing of the rest would be left
-    listed_p = p.gather(-1, target.ids)
-    unlisted_p = p.scatter_(-1, target.ids, 0.0)                 # [C, V]
+    listed_p = p.gather(-1, ids)
+    unlisted_p = p.scatter_(-1, ids, 0.0)   # [C, V]
     rest_p = unlisted_p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    kl = -(q * listed_logp).sum(-1) - target.entropy
-    kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
+    kl = -(q * listed_logp).sum(-1) - entropy
+    kl = kl - torch.where(rest > 0, rest * rest_p.log(), 0.0)
     # d KL / d u = p - q on listed entries, keep * p on the others. Method sample: rest 0, keep 1,
     # and ids that repeat add up their q.
-    keep = (1 - target.rest / rest_p)[:, None]
+    keep = (1 - rest / rest_p)[:, None]
     grad = unlisted_p.mul_(kl_weight * keep + p_weight_from_ce)
-    grad.scatter_(-1, target.ids, (kl_weight + p_weight_from_ce) * listed_p)
-    grad.scatter_add_(-1, target.ids, -kl_weight * q)
+    grad.scatter_(-1, ids, (kl_weight + p_weight_from_ce) * listed_p)
+    grad.scatter_add_(-1, ids, -kl_weight * q)
     return kl, grad
-
-
-def logit_mse_terms(p, error, p_weight_from_ce, kl_weight):
-    """In KL's place the mean square of error [C, V], student minus teacher logits. T is 1."""
-    mse = error.square().mean(-1)
-    # gradient: p_weight_from_ce * p + kl_weight * 2 * error / V
-    grad = p.mul_(p_weight_from_ce).add_(error, alpha=2 * kl_weight / error.shape[-1])
-    return mse, grad
 
 
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_scaling,
@@ -506,9 +511,11 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         grad = p.mul_(p_weight_from_ce)
     elif isinstance(target, SparseTarget):
         kl, grad = sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight)
-    elif divergence == "mse":   # a choice of the block-wise head phase
+    elif divergence == "mse":   # optional: blockwise
+        # in KL's place the mean square of the difference between the logits; T is 1
         error = logits - scale_and_softcap(target, *teacher_scaling)[0]
-        kl, grad = logit_mse_terms(p, error, p_weight_from_ce, kl_weight)
+        kl = error.square().mean(-1)
+        grad = p.mul_(p_weight_from_ce).add_(error, alpha=2 * kl_weight / error.shape[-1])
     else:
         y, exp_y, teacher_total = exponentials(
             scale_and_softcap(target, *teacher_scaling)[0], temperature)
@@ -518,7 +525,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
             kl, grad = forward_kl_terms(
                 p, exp_y, teacher_total, difference, shift, p_weight_from_ce, kl_weight)
         elif divergence == "reverse":
-            kl, grad = reverse_kl_terms(p, difference.add_(shift), p_weight_from_ce, kl_weight)
+            # KL(p || q) = sum of p * log(p / q)
+            log_p_over_q = difference.add_(shift).neg_()
+            kl, grad = pulled_terms(p, log_p_over_q, p_weight_from_ce, kl_weight)
         elif divergence == "jsd":
             kl, grad = jsd_terms(
                 p, difference.add_(shift), exp_y.div_(teacher_total), p_weight_from_ce, kl_weight)
@@ -537,19 +546,17 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
 
 
-class ChunkKernel:
-    """chunk_terms with its options fixed, compiled where that pays and can be done.
+@functools.cache   # so that nothing is compiled twice
+def chunk_kernel(worth_compiling, **options):
+    """chunk_terms with its options fixed, compiled where that pays and can be done: it takes about
+    10 s once, and a C++ compiler on CPU, Triton on CUDA."""
+    eager = functools.partial(chunk_terms, **options)
+    if not worth_compiling:
+        return eager
+    compiled = torch.compile(eager)
 
-    It takes about 10 s once, and a C++ compiler on CPU, Triton on CUDA.
-    """
-
-    def __init__(self, worth_compiling, **options):
-        self.eager = functools.partial(chunk_terms, **options)
-        self.compiled = torch.compile(self.eager) if worth_compiling else None
-
-    def __call__(self, student_CV, labels_C, target):
-        if self.compiled is None:
-            return self.run_eagerly(student_CV, labels_C, target)
+    def run(student_CV, labels_C, target):
+        nonlocal compiled
         inputs = [student_CV, labels_C]
         if isinstance(target, SparseTarget):
             inputs.extend(target)
@@ -558,52 +565,20 @@ class ChunkKernel:
         for tensor in inputs:   # one compilation for any number of tokens
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return self.compiled(student_CV, labels_C, target)
+            return compiled(student_CV, labels_C, target)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs "
-                   "eagerly")
-            self.compiled = None
-            return self.run_eagerly(student_CV, labels_C, target)
+                   "eagerly, slower and with more memory")
+            compiled = eager
+            return eager(student_CV, labels_C, target)
 
-    def run_eagerly(self, student_CV, labels_C, target):
-        """No more tokens at once than fit the smaller budget: a chunk made for compiled code would
-        hold 14 GB of [C, V] terms on a large GPU. The gradient takes the logits' place."""
-        tokens = len(student_CV)
-        at_once = tokens_within(LOGITS_BUDGET, student_CV.element_size(), student_CV.shape[1])
-        if tokens <= at_once:
-            return self.eager(student_CV, labels_C, target)
-        losses = []
-        for start in range(0, tokens, at_once):
-            part = slice(start, start + at_once)
-            ce, kl, student_CV[part] = self.eager(
-                student_CV[part], labels_C[part], select_tokens(target, part))
-            losses.append(torch.stack([ce, kl]))
-        ce, kl = torch.cat(losses, 1)
-        return ce, kl, student_CV
-
-
-@functools.cache
-def chunk_kernel(worth_compiling, **options):
-    """One ChunkKernel for each set of options, so that nothing is compiled twice."""
-    return ChunkKernel(worth_compiling, **options)
-
-
-def select_tokens(teacher, where):
-    """The same tokens of (hidden states, head), of logits, of a SparseTarget or of None."""
-    if teacher is None:
-        return None
-    if isinstance(teacher, SparseTarget):
-        return SparseTarget(*(tensor[where] for tensor in teacher))
-    if isinstance(teacher, torch.Tensor):
-        return teacher[where]
-    hidden_ND, head = teacher
-    return hidden_ND[where], head
+    return run
 
 
 def tokens_within(budget, itemsize, vocab):
-    return max(1, budget // (2 * max(itemsize, 2) * vocab))
+    return max(1, budget // (2 * itemsize * vocab))
 
 
 def chunk_size(device, itemsize, vocab):
@@ -618,14 +593,12 @@ def chunk_size(device, itemsize, vocab):
     return tokens_within(budget, itemsize, vocab)
 
 
-def add_product(total, a, b, first):
-    """total += a @ b, summed in the type of total; the first overwrites it, unread."""
+def add_product(total, a, b):
+    """total += a @ b, summed in the type of total."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=float(not first))
+        total.addmm_(a, b)
     elif total.device.type == "cuda":   # 16-bit factors, fp32 sums, no temporary between
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=float(not first), out=total)
-    elif first:
-        total.copy_(a @ b)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 
@@ -638,49 +611,33 @@ class FusedDistillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, student_scaling, alpha,
-                temperature, divergence, chunk, vocab):
-        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, kernel, alpha, chunk, vocab,
+                training):
+        # what needs a gradient is said whether or not gradients are on
+        need_hidden, need_weight, need_bias = [
+            training and needed for needed in ctx.needs_input_grad[:3]]
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
-        grad_weight = None
-        if need_weight:
-            grad_weight = torch.empty_like(weight_VD, dtype=exact)
-            unwritten = vocab if len(hidden_ND) else 0
-            grad_weight[unwritten:] = 0
-        weight_VD = weight_VD[:vocab]
-        if bias_V is not None:
-            bias_V = bias_V[:vocab]
-
-        dense_teacher = teacher is not None and not isinstance(teacher, SparseTarget)
-        teacher_scaling = (1.0, None)
-        if dense_teacher:
-            teacher_scaling = (teacher[1].scale, teacher[1].softcap)
-        kernel = chunk_kernel(
-            vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature,
-            divergence=divergence, student_scaling=student_scaling,
-            teacher_scaling=teacher_scaling)
-        ce = hidden_ND.new_zeros((), dtype=torch.float64)
-        kl = hidden_ND.new_zeros((), dtype=torch.float64)
+        student = Head(weight_VD, bias_V)
+        ce = kl = hidden_ND.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             h_CD = hidden_ND[part]
-            target = select_tokens(teacher, part)
-            if dense_teacher:
-                teacher_h_CD, head = target
-                target = nn.functional.linear(teacher_h_CD, head.weight, head.bias)
-            ce_C, kl_C, grad_CV = kernel(
-                nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
+            target = tokens_of(teacher, part)
+            if isinstance(target, DenseTarget):
+                target = raw_logits(*target, vocab)
+            ce_C, kl_C, grad_CV = kernel(raw_logits(h_CD, student, vocab), labels_N[part], target)
             del target   # [C, V]: its memory is wanted below
             ce = ce + ce_C.sum(dtype=torch.float64)
             kl = kl + kl_C.sum(dtype=torch.float64)
             if need_bias:
                 grad_bias[:vocab] += grad_CV.sum(0, dtype=exact)
             if need_hidden:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
+                torch.mm(grad_CV, weight_VD[:vocab], out=grad_hidden[part])
             if need_weight:
-                add_product(grad_weight[:vocab], grad_CV.T, h_CD, first=start == 0)
+                add_product(grad_weight[:vocab], grad_CV.T, h_CD)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden_ND.dtype
         ce = ce.to(exact)
@@ -696,7 +653,7 @@ class FusedDistillation(torch.autograd.Function):
                 into = torch.empty_like(grad, dtype=ctx.dtype)
                 grad = torch.mul(grad, grad_loss, out=into)
             scaled.append(grad)
-        return (*scaled, *[None] * 8)   # forward's other arguments have none
+        return (*scaled, *[None] * 7)   # forward's other arguments have none
 
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature,
@@ -704,43 +661,39 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     """-> loss, ce, kl: loss = alpha * ce + (1 - alpha) * kl, kl with its T^2, each / denominator.
 
     student_hidden [N, D]. student_head: Head or nn.Linear. labels [N], -100 is not counted: where
-    they lie on the host, dropping those positions does not make the GPU wait. teacher:
-    (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. denominator: by
-    default the tokens counted here. chunk: tokens projected to the vocabulary at once. vocabulary:
-    from this id on both heads are padding, which is cut.
+    they lie on the host, dropping those positions does not make the GPU wait. teacher: DenseTarget
+    or a plain (hidden [N, Dt], head), SparseTarget, or None at alpha 1. denominator: by default
+    the tokens counted here. chunk: tokens projected to the vocabulary at once. vocabulary: from
+    this id on both heads are padding, which is cut.
     """
+    device = student_hidden.device
     student = as_head(student_head)
-    if not torch.is_grad_enabled():   # needs_input_grad does not know of no_grad
-        student_hidden = student_hidden.detach()
-        bias = None if student.bias is None else student.bias.detach()
-        student = student._replace(weight=student.weight.detach(), bias=bias)
+    vocab = len(student.weight[:vocabulary])
+    teacher_scaling = (1.0, None)
+    if teacher is not None and not isinstance(teacher, SparseTarget):
+        hidden, head = teacher
+        head = as_head(head)
+        teacher = DenseTarget(hidden, head)
+        teacher_scaling = (head.scale, head.softcap)
+        vocab = len(head.weight[:vocab])
+    if alpha >= 1:
+        teacher = None
     counted = (labels != -100).nonzero()[:, 0]
     if denominator is None:
         denominator = max(len(counted), 1)
     if len(counted) < len(labels):   # collate has dropped them already, others may not
         labels = labels[counted]
-        counted = counted.to(student_hidden.device)
+        counted = counted.to(device)
         student_hidden = student_hidden[counted]
-        teacher = select_tokens(teacher, counted)
-    labels = labels.to(student_hidden.device, non_blocking=True)
-    vocab = len(student.weight)
-    if vocabulary is not None:
-        vocab = min(vocab, vocabulary)
-    if teacher is not None and not isinstance(teacher, SparseTarget):
-        teacher_hidden, teacher_head = teacher
-        teacher_head = as_head(teacher_head)
-        vocab = min(vocab, len(teacher_head.weight))
-        bias = None if teacher_head.bias is None else teacher_head.bias[:vocab]
-        teacher = (teacher_hidden,
-                   teacher_head._replace(weight=teacher_head.weight[:vocab], bias=bias))
-    if alpha >= 1:
-        teacher = None
+        teacher = tokens_of(teacher, counted)
     if chunk is None:
-        chunk = chunk_size(
-            student_hidden.device, student_hidden.element_size(), len(student.weight))
+        chunk = chunk_size(device, student_hidden.element_size(), len(student.weight))
+    kernel = chunk_kernel(
+        vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature, divergence=divergence,
+        student_scaling=(student.scale, student.softcap), teacher_scaling=teacher_scaling)
     loss, ce, kl = FusedDistillation.apply(
-        student_hidden, student.weight, student.bias, labels, teacher,
-        (student.scale, student.softcap), alpha, temperature, divergence, chunk, vocab)
+        student_hidden, student.weight, student.bias, labels.to(device, non_blocking=True),
+        teacher, kernel, alpha, chunk, vocab, torch.is_grad_enabled())
     return loss / denominator, ce / denominator, kl / denominator
 
 
