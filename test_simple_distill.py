@@ -9173,16 +9173,22 @@ def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text
          HERE / "launch.sh", *words_of(words)],
         stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
     os.close(other_end)
-    reader = threading.Thread(target=read_terminal, args=(terminal, process, 120), daemon=True)
-    reader.start()
+
+    def read_on():
+        if select.select([terminal], [], [], 0.05)[0]:
+            with contextlib.suppress(OSError):   # nobody is there to write any more
+                os.read(terminal, 65536)
+
     while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
         assert process.poll() is None
-        time.sleep(0.05)
+        read_on()
     if closes:
         os.close(terminal)
+        process.wait(timeout=120)
     else:
         os.write(terminal, b"\x03")
-    process.wait(timeout=120)
+    while process.poll() is None:
+        read_on()
     assert (tmp_path / "code").read_text() == "0\n"
     stopped = log(out, "train")[-1]["train/step"]
     assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
