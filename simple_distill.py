@@ -571,10 +571,6 @@ def chunk_kernel(worth_compiling, **options):
     return run
 
 
-def tokens_within(budget, itemsize, vocab):
-    return max(1, budget // (2 * itemsize * vocab))
-
-
 def chunk_size(device, itemsize, vocab):
     """How many tokens are projected to the vocabulary at once. On a GPU, where the loss is
     compiled, up to four times as many: every chunk passes the head's whole gradient through memory
@@ -584,7 +580,7 @@ def chunk_size(device, itemsize, vocab):
     if device.type == "cuda" and vocab >= COMPILED_VOCAB:
         share = torch.cuda.get_device_properties(device).total_memory // 40
         budget = min(max(share, budget), 4 * budget)
-    return tokens_within(budget, itemsize, vocab)
+    return max(1, budget // (2 * itemsize * vocab))
 
 
 def add_product(total, a, b):
