@@ -9029,12 +9029,16 @@ def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
     assert not pids_of(str(tmp_path))
 
 
-# The leader of a session, which outlives its terminal -> how the launcher ended.
+# As a shell: it hears that its terminal was closed, tells its jobs, and here sees how they end.
 SESSION = """
-import signal, subprocess, sys
+import os, signal, subprocess, sys
 
-for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, lambda *_: None)
+def hang_up(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    os.killpg(0, number)
+
+signal.signal(signal.SIGHUP, hang_up)
+signal.signal(signal.SIGINT, lambda *_: None)
 process = subprocess.Popen(sys.argv[2:])
 with open(sys.argv[1], "w") as f:
     print(process.wait(), file=f)
