@@ -8949,7 +8949,7 @@ def test_runs_launcher_with_two_processes_and_sigterm(tmp_path, alone):
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 0, shown
-    assert "saved; the same command continues" in shown
+    assert "stopped at step" in shown
     assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
 
 
