@@ -1912,9 +1912,9 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    options = json.loads(cfg.lr_scheduler_kwargs or "{}")
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    with phase(f"making the schedule {cfg.lr_scheduler} ({options})"):
+    with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
+        options = json.loads(cfg.lr_scheduler_kwargs or "{}")
         schedule = get_scheduler(
             cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
         return schedule.lr_lambdas[0]
