@@ -6000,7 +6000,7 @@ def distil_blocks(block, out, rc=0, **fields):
     return distil(out, rc, **{**BLOCKWISE, **run, **fields})
 
 
-def rows_of(data, student):
+def splits_of(data, student):
     """-> train and eval rows, as the trainer has them (tested elsewhere)."""
     with sd.process_group():
         return sd.load_data(config.Config(dataset=data, seq_len=32),
@@ -6131,7 +6131,7 @@ def test_blockwise_trains_as_plain_models_do(block, out, fields):
     cfg = run.cfg
     distil_blocks(block, out, gradient_checkpointing=True, **fields,
                   **(head_fields if cfg.train_lm_head else {}))
-    rows, _ = rows_of(block.data, block.student)
+    rows, _ = splits_of(block.data, block.student)
     losses = []
 
     def take_steps(count, learners, loss_of):
@@ -6187,7 +6187,7 @@ def test_blockwise_a_state_of_zeros_counts_nothing():
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
     """Every row begins with a token whose state is 300 times as large in the teacher: what is
     explained is of the others. All rows in one batch, as the mean is a batch's."""
-    _, rows = rows_of(block.data, block.student)
+    _, rows = splits_of(block.data, block.student)
     batch = sd.collate(list(rows))
     sink = rows[0]["input_ids"][0]
     ordinary = batch.input_ids.flatten()[batch.real] != sink
@@ -6304,6 +6304,7 @@ def test_blockwise_refusals_name_numbers(block, out):
         (dict(use_stitching_layers=False), "student width 16 and teacher width 32"),
         (dict(student=block.teacher, teacher=block.student), "has 5 layers, the teacher only 3"),
         (dict(lr_per_block=[1e-3, 1e-4]), "lr_per_block has 2 values"),
+        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]), "one value"),
         (dict(lr_multipliers=["lm_head=0", "model.norm=0"]), "--train_lm_head false"),
     ]:
         assert message in distil_blocks(block, out, 2, **fields).err
