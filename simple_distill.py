@@ -4128,7 +4128,7 @@ def stage_of_head(run, head, first_step):
     loss_fn = functools.partial(
         distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
         divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
-        vocabulary=vocabulary_of(run.tokenizer))
+        vocabulary=run.vocabulary)
     return Stage(
         name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
         loss_fn=loss_fn, get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
