@@ -839,6 +839,11 @@ def hold_out_rows(raw, eval_samples):
     return raw.select(kept), held_out
 
 
+def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
+    """The layer of a teacher that stands as deep in it as layer i of a student in that."""
+    return round((i + 1) * teacher_depth / depth) - 1
+
+
 def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
