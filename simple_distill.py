@@ -4147,8 +4147,7 @@ def block_errors(run, pairs, model, batch, teacher_states):
 
 
 def hidden_error(student_ND, teacher_ND, kind, temperature):
-    """In fp32 -> [N]. The gradient is exactly 0 where both agree: Adam makes whole steps of noise.
-    """
+    """-> [N]. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
     if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
         logp = torch.log_softmax(student_ND / temperature, -1)
         logq = torch.log_softmax(teacher_ND / temperature, -1)

@@ -6045,7 +6045,7 @@ def test_blockwise_trains_as_plain_models_do(block, out, fields):
     ("relative", "teacher"), ("mse", "teacher"), ("cosine", "student"), ("kl_div", "student")])
 def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source):
     distil_blocks(block, out, student=block.teacher, distill_loss_type=kind, block_input=source,
-                  epochs_per_block=0.4, lm_head_epochs=0.4)
+                  use_stitching_layers=kind != "mse", epochs_per_block=0.4, lm_head_epochs=0.4)
     assert set(column(out, "train/loss")) == {0.0}
     for i in range(5):
         assert column(out, f"block/{i}/loss") == [0, 0]
@@ -6111,6 +6111,9 @@ def test_blockwise_head_begins_as_the_teachers_on_stitched_states(
         gain += torch.rand(32)
         student_gain += torch.rand(width)
     before = head.weight.clone()
+    # what the last one added would be lost
+    no_bias = [stitch.bias is None for stitch in run.student.stitches.values()]
+    assert no_bias == [False, width == 16]
     with sd.process_group():
         sd.initialize_head(run, {head.weight: 1.0, student_gain: 0.0})
         assert torch.equal(head.weight, before)
