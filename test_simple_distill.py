@@ -5880,7 +5880,7 @@ def distil_blocks(block, out, rc=0, **fields):
     return distil(out, rc, **{**BLOCKWISE, **run, **fields})
 
 
-def splits_of(data, student):
+def rows_of_trainer(data, student):
     """-> train and eval rows, as the trainer has them (tested elsewhere)."""
     with sd.process_group():
         return sd.load_data(config.Config(dataset=data, seq_len=32),
@@ -6011,7 +6011,7 @@ def test_blockwise_trains_as_plain_models_do(block, out, fields):
     cfg = run.cfg
     distil_blocks(block, out, gradient_checkpointing=True, **fields,
                   **(head_fields if cfg.train_lm_head else {}))
-    rows, _ = splits_of(block.data, block.student)
+    rows, _ = rows_of_trainer(block.data, block.student)
     losses = []
 
     def take_steps(count, learners, loss_of):
@@ -6067,7 +6067,7 @@ def test_blockwise_a_state_of_zeros_counts_nothing():
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
     """Every row begins with a token whose state is 300 times as large in the teacher: what is
     explained is of the others. All rows in one batch, as the mean is a batch's."""
-    _, rows = splits_of(block.data, block.student)
+    _, rows = rows_of_trainer(block.data, block.student)
     batch = sd.collate(list(rows))
     sink = rows[0]["input_ids"][0]
     ordinary = batch.input_ids.flatten()[batch.real] != sink
