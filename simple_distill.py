@@ -826,6 +826,11 @@ def hold_out_rows(raw, eval_samples):
     return raw.select(kept), held_out
 
 
+def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
+    """The layer of a teacher that stands as deep in it as layer i of a student in that."""
+    return round((i + 1) * teacher_depth / depth) - 1
+
+
 def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
@@ -3895,38 +3900,37 @@ def explain_bad_disk(folder):
 
 def train_blockwise(cfg):
     """Block by block, then the head, then as usual -> True when done, False when stopped."""
+    # start_run has run the student by then, while all of it could be trained: FSDP notes at the
+    # first forward, once for all, in which type a unit reduces gradients
     run = start_run(cfg)
     if run is None:
         return True
-    stages = block_stages(run)
-    blocks_end = max(stage.end for stage in stages if stage.mean_over == "real")
+    parts = parameters_by_part(run)
+    stages = block_stages(run, parts)
+    last_block = [stage for stage in stages if stage.mean_over == "real"][-1]
     if cfg.dry_run:
         return rehearse(run, stages)
     with begin(run, stages):
-        if "block_figures" not in run.notes:
+        if "block_figures" not in run.progress.notes:
             measure_blocks(run)
         for stage in stages:
-            if run.step >= stage.end:   # done before a resume
+            if run.progress.step >= stage.end:   # done before a resume
                 continue
             if not train_stage(run, stage):
                 break
-            if stage.end == blocks_end:
+            if stage is last_block:
                 measure_blocks(run)
-                if cfg.initialize_head_from_teacher and head_may_change(run):
-                    initialize_head(run.student, run.teacher)
+                if cfg.initialize_head_from_teacher:
+                    initialize_head(run, parts["head"])
             evaluate_and_save(run, stage)
-    if not run.stopped:
-        print0(block_table(run))
     return finish(run)
 
 
 # ---- which block learns from which, and when
 
 
-def match_blocks(cfg, student_config, teacher_config):
+def match_blocks(cfg, student_shape, teacher_shape):
     """-> {block of the student: block of the teacher}, refused where they cannot be matched."""
-    student_shape = student_config.get_text_config()
-    teacher_shape = teacher_config.get_text_config()
     depth = student_shape.num_hidden_layers
     teacher_depth = teacher_shape.num_hidden_layers
     if depth > teacher_depth:
@@ -3940,150 +3944,113 @@ def match_blocks(cfg, student_config, teacher_config):
         if count not in (1, depth):
             raise UserError(f"{name} has {count} values; give one, or one for each of the "
                             f"student's {depth} blocks")
-    return {i: round((i + 1) * teacher_depth / depth) - 1 for i in range(depth)}
+    return {i: teacher_layer(i, depth, teacher_depth) for i in range(depth)}
 
 
-def block_stages(run):
+def parameters_by_part(run):
+    """-> {block number, "head" or "embeddings": {parameter: multiplier of its rate, 0: frozen}}. A
+    block's stitches belong to it, the final norm to the head, a tied head to the embeddings."""
+    model = run.student.model
+    multipliers = learning_rates(
+        model.named_parameters(remove_duplicate=False), parse_multipliers(run.cfg.lr_multipliers),
+        run.cfg.default_lr_multiplier, learning_rate=1.0)
+    path, _ = layers_of(model)
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    head.discard(model.get_input_embeddings().weight)
+    parts = collections.defaultdict(dict)
+    for name, p in run.student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        if block:
+            part = int(block[1])
+        else:
+            part = "head" if p in head else "embeddings"
+        parts[part][p] = multipliers.get(p, 1.0)   # a stitch has the rate of its block
+    return parts
+
+
+def block_stages(run, parts):
     """-> [Stage, ...]: one a block, or one for all of them (block_input teacher), then norm and
     head, then plain distillation."""
-    cfg = run.cfg
-    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
-    check_head_is_free(cfg, run.student.model)
-    parts = parameters_by_part(run.student)
-    if cfg.block_input == "teacher":
-        stages = [stage_of_all_blocks(run, pairs, parts)]
-    else:
-        stages = []
-        for block in pairs:
-            first_step = stages[-1].end if stages else 0
-            stages.append(stage_of_block(run, pairs, parts, block, first_step))
-    if cfg.train_lm_head:
-        stages.append(stage_of_head(run, parts, first_step=stages[-1].end))
-    multiply_rates(stages, multipliers_of_student(run))
+    pairs = run.student.pairs
+    groups = [{i: j} for i, j in pairs.items()]
+    if run.cfg.block_input == "teacher":
+        groups = [pairs]
+    stages = []
+    first_step = 0
+    for group in groups:
+        stages.append(stage_of_blocks(run, parts, group, first_step))
+        first_step = stages[-1].end
+    if run.cfg.train_lm_head:
+        stages.append(stage_of_head(run, parts["head"], first_step))
+    for stage in stages:
+        if not any(stage.rates.values()):
+            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
+                            "would train; leave something of it free, or for the head "
+                            "--train_lm_head false")
     distillation = distillation_stage(run, first_step=stages[-1].end)
     if distillation.steps:
         stages.append(distillation)
     return stages
 
 
-def parameters_by_part(student):
-    """-> {block number, "head" or "embeddings": [parameters]}. A block's stitches belong to it, the
-    final norm to the head, a head that is tied to the embeddings to them."""
-    model = student.model
-    path, _ = layers_of(model)
-    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head.discard(model.get_input_embeddings().weight)
-    parts = collections.defaultdict(list)
-    for name, p in student.named_parameters():
-        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        if block:
-            parts[int(block[1])].append(p)
-        elif p in head:
-            parts["head"].append(p)
-        else:
-            parts["embeddings"].append(p)
-    return parts
-
-
-def check_head_is_free(cfg, model):
-    """A head that is to be trained must not be the embeddings: the blocks build on those."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if tied and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(model).__name__} ties its head whatever its config says: "
-                        "--train_lm_head false --initialize_head_from_teacher false")
-
-
-def stage_of_block(run, pairs, parts, block, first_step):
-    """A block alone on the student's own stream; the first one also learns the embeddings, and with
-    freeze_previous_blocks false each also goes on with what stands before it."""
+def stage_of_blocks(run, parts, pairs, first_step):
+    """A block on the student's own stream; the first one also learns the embeddings, and with
+    freeze_previous_blocks false each goes on with what stands before it. Or all blocks at once,
+    each fed by the teacher: none sees another, each is clipped alone."""
     cfg = run.cfg
-    trained = [block]
-    if block == 0 or not cfg.freeze_previous_blocks:
-        trained += ["embeddings", *range(block)]
-    rate = one_of(cfg.lr_per_block, block)
-    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher,
-                                                   {block: pairs[block]})
-    return Stage(
-        name=f"block {block}", first_step=first_step,
-        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, block)), loss_fn=loss_fn,
-        get_teacher_targets=get_teacher_targets,
-        rates={p: rate for part in trained for p in parts[part]},
-        weight_decay=one_of(cfg.wd_per_block, block),
-        max_grad_norm=one_of(cfg.max_grad_norm_per_block, block), mean_over="real")
-
-
-def stage_of_all_blocks(run, pairs, parts):
-    """All blocks at once, each fed by the teacher: none sees another, each is clipped alone."""
-    cfg = run.cfg
+    fed_by_teacher = cfg.block_input == "teacher"
     rates = {}
     clipped_alone = []
-    for block in pairs:
-        rate = one_of(cfg.lr_per_block, block)
-        rates |= {p: rate for p in parts[block]}
-        max_norm = one_of(cfg.max_grad_norm_per_block, block)
-        if max_norm:
-            clipped_alone.append((parts[block], max_norm))
-    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher, pairs)
+    for i in pairs:
+        trained = [i]
+        if not fed_by_teacher and (i == 0 or not cfg.freeze_previous_blocks):
+            trained += ["embeddings", *range(i)]
+        rate = one_of(cfg.lr_per_block, i)
+        rates |= {p: rate * times for part in trained for p, times in parts[part].items()}
+        max_norm = one_of(cfg.max_grad_norm_per_block, i)
+        if fed_by_teacher and max_norm:
+            clipped_alone.append((parts[i], max_norm))
     return Stage(
-        name="blocks", first_step=0, steps=steps_of_epochs(run, cfg.epochs_per_block[0]),
-        loss_fn=loss_fn, get_teacher_targets=get_teacher_targets, rates=rates,
-        weight_decay=cfg.wd_per_block[0], max_grad_norm=0, clipped_alone=clipped_alone,
+        name="blocks" if fed_by_teacher else f"block {i}", first_step=first_step,
+        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, i)),
+        loss_fn=functools.partial(block_loss, run, pairs),
+        get_teacher_targets=functools.partial(run.teacher, around_blocks, pairs.values(), {}),
+        rates=rates, weight_decay=one_of(cfg.wd_per_block, i),
+        max_grad_norm=0 if fed_by_teacher else max_norm, clipped_alone=clipped_alone,
         mean_over="real")
 
 
-def stage_of_head(run, parts, first_step):
+def stage_of_head(run, head, first_step):
     """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
     cfg = run.cfg
-    alpha = 1 - cfg.logit_loss_weight
-    divergence = cfg.logit_loss_type
-    if cfg.logit_loss_type == "ce":
-        alpha = 1.0
-    if cfg.logit_loss_type == "kl_div":
-        divergence = "forward"
+    alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+    loss_fn = functools.partial(
+        distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
+        divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
+        vocabulary=run.vocabulary)
     return Stage(
         name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
-        loss_fn=functools.partial(distil_loss, alpha=alpha, divergence=divergence,
-                                  temperature=cfg.logit_loss_temperature,
-                                  vocabulary=vocabulary_of(run.tokenizer)),
-        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
-        rates={p: cfg.lm_head_lr for p in parts["head"]}, weight_decay=cfg.lm_head_wd,
-        max_grad_norm=cfg.lm_head_max_grad_norm)
-
-
-def multipliers_of_student(run):
-    """{parameter: learning-rate multiplier}, 0: frozen. Stitches are no part of the student."""
-    return learning_rates(
-        run.student.model.named_parameters(remove_duplicate=False),
-        parse_multipliers(run.cfg.lr_multipliers), run.cfg.default_lr_multiplier,
-        learning_rate=1.0)
-
-
-def multiply_rates(stages, multipliers):
-    """What is frozen is frozen in every phase; a stitch has the rate of its block."""
-    for stage in stages:
-        stage.rates = {p: rate * multipliers.get(p, 1.0) for p, rate in stage.rates.items()}
-        if not any(stage.rates.values()):
-            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
-                            "would train; leave something of it free, or for the head "
-                            "--train_lm_head false")
-
-
-def head_may_change(run):
-    multipliers = multipliers_of_student(run)
-    if all(multipliers[p] for p in parameters_by_part(run.student)["head"]):
-        return True
-    print0("blockwise: lr_multipliers freeze the student's norm or head, which stay as they are in "
-           "place of the teacher's")
-    return False
+        loss_fn=loss_fn, get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        rates={p: cfg.lm_head_lr * multiplier for p, multiplier in head.items()},
+        weight_decay=cfg.lm_head_wd, max_grad_norm=cfg.lm_head_max_grad_norm)
 
 
 def one_of(values, block):
     """One value for all blocks, or one a block."""
-    return values[block] if len(values) > 1 else values[0]
+    return values[block % len(values)]
 
 
 def steps_of_epochs(run, epochs):
     return max(1, math.ceil(epochs * run.steps_per_epoch))
+
+
+def clip_blocks(clipped_alone, scale_state):
+    """[(parameters, max norm), ...]: gradients of scale * loss, each group's by itself, without
+    asking the GPU."""
+    for parameters, max_norm in clipped_alone:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale_state["scale"]
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 # ---- hidden states at both ends of a block
@@ -4107,14 +4074,13 @@ class RecordedLayer:
         return output
 
 
-def around_blocks(model, batch, blocks, other_inputs):
+def around_blocks(model, blocks, other_inputs, batch):
     """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each.
     other_inputs: {block: hidden states that it is fed}. Layers after the last block do not run."""
     path, layers = layers_of(model)
     parent_path, _, name = path.rpartition(".")
-    recorded = []
-    for i, layer in enumerate(layers[:max(blocks) + 1]):
-        recorded.append(RecordedLayer(layer, other_inputs.get(i)))
+    recorded = [RecordedLayer(layer, other_inputs.get(i))
+                for i, layer in enumerate(layers[:max(blocks) + 1])]
     # an entry in __dict__ hides the registered layers for the time of one forward
     attributes = vars(model.get_submodule(parent_path))
     attributes[name] = recorded
@@ -4123,74 +4089,51 @@ def around_blocks(model, batch, blocks, other_inputs):
     return {i: recorded[i].recorded for i in blocks}
 
 
+def block_errors(run, pairs, model, batch, teacher_states):
+    """Runs inside the student: yields, for one block after the other, the error [N], the student's
+    states, stitched to the teacher's width, and the teacher's, [N, D] each, without padding."""
+    cfg = run.cfg
+    stitches = run.student.stitches
+    dtype = model.get_input_embeddings().weight.dtype
+    inputs = {}
+    if cfg.block_input == "teacher":
+        for i, j in pairs.items():
+            inputs[i] = stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+    student_states = around_blocks(model, pairs, inputs, batch)
+    for i, j in pairs.items():
+        student_ND = student_states[i][1].flatten(0, 1)[batch.real].to(dtype)
+        student_ND = stitches[f"up{i}"](student_ND).float()
+        teacher_ND = teacher_states[j][1].flatten(0, 1)[batch.real].float()
+        error_N = hidden_error(
+            student_ND, teacher_ND, cfg.distill_loss_type, cfg.distill_loss_temperature)
+        yield error_N, student_ND, teacher_ND
+
+
 def hidden_error(student_ND, teacher_ND, kind, temperature):
     """-> [N]. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
     if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
-        logp = torch.log_softmax(student_ND.float() / temperature, -1)
-        logq = torch.log_softmax(teacher_ND.float() / temperature, -1)
+        logp = torch.log_softmax(student_ND / temperature, -1)
+        logq = torch.log_softmax(teacher_ND / temperature, -1)
         terms = logq.exp() * (logq - logp) - logq.exp() + logp.exp()
         return temperature ** 2 * terms.sum(-1)
-    if kind == "mse":
-        return (student_ND.float() - teacher_ND.float()).square().mean(-1)
+    if kind == "cosine":   # 1 - cos, as half the squared distance of unit vectors
+        student_ND = nn.functional.normalize(student_ND)
+        teacher_ND = nn.functional.normalize(teacher_ND)
+        return (student_ND - teacher_ND).square().sum(-1) / 2
+    error_N = (student_ND - teacher_ND).square().mean(-1)
     if kind == "relative":   # |s - t|^2 / |t|^2: a sink, 100 times as large, weighs as any token
-        missed_N = (student_ND.float() - teacher_ND.float()).square().mean(-1)
-        size_N = teacher_ND.float().square().mean(-1)
+        size_N = teacher_ND.square().mean(-1)
         # a state of zeros (padding_idx) has no size: it counts nothing
-        return (missed_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
-    # 1 - cos, as half the squared distance of unit vectors
-    student_ND = nn.functional.normalize(student_ND.float(), dim=-1)
-    teacher_ND = nn.functional.normalize(teacher_ND.float(), dim=-1)
-    return (student_ND - teacher_ND).square().sum(-1) / 2
+        error_N = (error_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
+    return error_N
 
 
-def make_block_states(cfg, student, teacher, pairs):
-    """-> block_states and get_teacher_targets: block_states yields, for one block after the other,
-    the student's states, stitched to the teacher's width, and the teacher's: [N, D] each, without
-    padding."""
-    fed_by_teacher = cfg.block_input == "teacher"
-
-    def get_teacher_targets(batch):
-        with torch.no_grad():
-            return teacher(around_blocks, batch, pairs.values(), {})
-
-    def block_states(model, batch, teacher_states):
-        dtype = model.get_input_embeddings().weight.dtype
-
-        def stitch(name, hidden):
-            hidden = hidden.to(dtype)
-            if name in student.stitches:
-                hidden = student.stitches[name](hidden)
-            return hidden
-
-        def real(hidden_BTD):   # without padding
-            return hidden_BTD.flatten(0, 1)[batch.real]
-
-        inputs = {}
-        if fed_by_teacher:
-            for i, j in pairs.items():
-                inputs[i] = stitch(f"down{i}", teacher_states[j][0])
-        student_states = around_blocks(model, batch, pairs, inputs)
-        for i, j in pairs.items():
-            yield stitch(f"up{i}", real(student_states[i][1])), real(teacher_states[j][1])
-
-    return block_states, get_teacher_targets
-
-
-def make_block_loss(cfg, student, teacher, pairs):
-    """-> loss_fn and get_teacher_targets of a Stage that trains the blocks in pairs. loss_fn hands
-    on the error of each block after loss, ce and kl (which are 0)."""
-    block_states, get_teacher_targets = make_block_states(cfg, student, teacher, pairs)
-
-    def loss_fn(model, batch, teacher_states, denominator):
-        errors = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
-            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                   cfg.distill_loss_temperature)
-            errors.append(error_N.sum() / denominator)
-        ce, kl = errors[0].new_zeros(2)
-        return sum(errors), ce, kl, *errors
-
-    return loss_fn, get_teacher_targets
+def block_loss(run, pairs, model, batch, teacher_states, denominator):
+    """-> the sum of the blocks' mean errors; ce and kl, which are 0."""
+    loss = 0
+    for error_N, _, _ in block_errors(run, pairs, model, batch, teacher_states):
+        loss = loss + error_N.sum() / denominator
+    return loss, *loss.new_zeros(2)
 
 
 # ---- how near the blocks are
@@ -4200,154 +4143,98 @@ ORDINARY = 3   # times the median |t| of its batch: a state above that is a sink
 
 
 def measure_blocks(run):
-    """How far every block is on held-out rows, now: kept in run.notes, logged and shown."""
-    figures = judge_blocks(run)
-    run.notes.setdefault("block_figures", []).append(figures)
+    """How far every block is on held-out rows, now: kept in the run's notes, logged and shown.
+    loss: the mean error of a token. explained: the share of the teacher's variance that the student
+    has, below 0 where the mean of t would be nearer."""
+    blocks = run.student.pairs.values()
+    means = mean_over_rows(
+        run.student, functools.partial(sums_of_blocks, run),
+        functools.partial(run.teacher, around_blocks, blocks, {}), run.eval_rows, run.batch_size,
+        "real", "measuring the blocks")
+    figures = {"block/step": run.progress.step}
+    for i, (error, missed, variance) in enumerate(np.reshape(means, (-1, 3)).tolist()):
+        figures[f"block/{i}/loss"] = error
+        figures[f"block/{i}/explained"] = 1 - missed / max(variance, 1e-30)
+    run.progress.notes.setdefault("block_figures", []).append(figures)
     print0(block_table(run))
-    entry = {}
-    for i, of_block in enumerate(figures):
-        entry |= {f"block/{i}/{name}": value for name, value in of_block.items()}
-    log(run, entry | {"block/step": run.step})
+    log(run, figures)
 
 
-@torch.no_grad()
-def judge_blocks(run):
-    """-> a dict a block: loss, the mean error of a token; median, that of the median token;
-    explained, the share of the teacher's variance that the student has at ordinary positions."""
-    cfg = run.cfg
-    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
-    block_states, get_teacher_targets = make_block_states(cfg, run.student, run.teacher, pairs)
-
-    def judge(model, batch, teacher_states):
-        errors = []
-        sums = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
-            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                   cfg.distill_loss_temperature)
-            errors.append(error_N.cpu())
-            sums.append(sums_of_ordinary(student_ND, teacher_ND))
-        return errors, torch.stack(sums).cpu()
-
-    was_training = run.student.training
-    run.student.eval()
-    ordinary_sums = 0
-    my_errors = [[] for _ in pairs]
-    totals = [0.0] * len(pairs)
-    with progress("measuring the blocks", len(run.eval_rows), unit="seq") as bar:
-        for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
-            batch = collate([run.eval_rows[k] for k in mine])
-            errors, sums = run.student(judge, batch, get_teacher_targets(batch))
-            ordinary_sums += sums
-            for i, error_N in enumerate(errors):
-                my_errors[i].append(error_N)
-                totals[i] += error_N.sum().item()
-            bar.update(WORLD * len(mine))
-    run.student.train(was_training)
-    run.student.release()
-    dist.all_reduce(ordinary_sums)
-    totals = all_sum(*totals)
-
-    figures = []
-    for i in pairs:
-        of_ranks = [None] * WORLD
-        dist.all_gather_object(of_ranks, torch.cat(my_errors[i]))
-        error_N = torch.cat(of_ranks)
-        figures.append(dict(
-            loss=totals[i] / len(error_N), median=error_N.median().item(),
-            explained=share_explained(ordinary_sums[i])))
-    return figures
-
-
-def sums_of_ordinary(student_ND, teacher_ND):
-    """Over the ordinary positions of a batch -> [3 + D] in fp64: how many they are, the sums of
-    |s - t|^2 and |t|^2, and that of t."""
-    size_N = teacher_ND.float().norm(dim=-1)
-    is_ordinary_N = size_N <= ORDINARY * size_N.median()
-    teacher_ND = teacher_ND[is_ordinary_N].double()
-    missed_ND = student_ND[is_ordinary_N].double() - teacher_ND
-    scalars = [is_ordinary_N.sum(), missed_ND.square().sum(), teacher_ND.square().sum()]
-    return torch.cat([torch.stack(scalars), teacher_ND.sum(0)])
-
-
-def share_explained(sums):
-    """1 - sum |s - t|^2 / sum |t - mean|^2; below 0 where the mean of t would be nearer."""
-    count, missed, squares, *total = sums.tolist()
-    variance = squares - sum(x * x for x in total) / count
-    return 1 - missed / variance if variance > 0 else 0.0
+def sums_of_blocks(run, model, batch, teacher_states, _):
+    """Runs inside the student: -> for each block the sum of its errors, and over the ordinary
+    positions those of |s - t|^2 and |t - mean|^2 (mean: of this batch). 0 of a batch of nothing."""
+    sums = []
+    for error_N, student_ND, teacher_ND in block_errors(
+            run, run.student.pairs, model, batch, teacher_states):
+        size_N = teacher_ND.norm(dim=-1)
+        ordinary_N = size_N <= ORDINARY * size_N.median()
+        student_ND = student_ND[ordinary_N].double()
+        teacher_ND = teacher_ND[ordinary_N].double()
+        missed_ND = student_ND - teacher_ND
+        spread_ND = teacher_ND - teacher_ND.mean(0)
+        sums += [error_N.sum().double(), missed_ND.square().sum(), spread_ND.square().sum()]
+    return sums
 
 
 def block_table(run):
     """The errors that were measured: once before and, after the blocks, once more."""
-    pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
-    measured = run.notes["block_figures"]
-    columns = f"{run.cfg.distill_loss_type:>12}{'median token':>14}{'explained':>11}"
-    lines = [f"\n{'held out':<22}{'before':>12}", f"{'block':<7}{'teacher block':<15}{columns}"]
-    if len(measured) > 1:
-        lines[0] += f"{'after':>37}"
-        lines[1] += columns
-    for i, j in pairs.items():
-        line = f"{i:<7}{j:<15}"
-        for figures in measured:
-            of_block = figures[i]
-            line += (f"{of_block['loss']:>12.4g}{of_block['median']:>14.4g}"
-                     f"{of_block['explained']:>11.1%}")
-        lines.append(line)
-    lines.append("explained: of the variance of the teacher's states t, where |t| is at most "
-                 f"{ORDINARY} times its median")
-    return "\n".join(lines)
+    header = ["block", "teacher block"]
+    rows = [[str(i), str(j)] for i, j in run.student.pairs.items()]
+    for when, figures in zip(("before", "after"), run.progress.notes["block_figures"]):
+        header += [f"{run.cfg.distill_loss_type} {when}", f"explained {when}"]
+        for i, row in enumerate(rows):
+            row += [f"{figures[f'block/{i}/loss']:.4g}", f"{figures[f'block/{i}/explained']:.1%}"]
+    return (f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
+            f"|t| is at most {ORDINARY} times its median")
 
 
 # ---- stitches, and the head
 
 
 def stitching(cfg, config):
-    teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    untie_head(cfg, config)
-
-    def build(model):
-        return make_stitches(cfg, config, teacher_config,
-                             model.get_output_embeddings().bias is not None)
-    return build
-
-
-def untie_head(cfg, student_config):
-    """A head that is to be trained is untied from the embeddings, which the blocks build on."""
-    shape = student_config.get_text_config()
+    """-> the function that makes a root of the student. A head that is to be trained is untied in
+    its config from the embeddings, which the blocks build on."""
+    shape = config.get_text_config()
     learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
-    if getattr(shape, "tie_word_embeddings", False) and learns_head:
-        student_config.tie_word_embeddings = False
+    if learns_head and getattr(shape, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
         shape.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks "
                "build on")
+    teacher_config = AutoConfig.from_pretrained(
+        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
+    return functools.partial(StitchedRoot, cfg=cfg, shape=shape,
+                             teacher_shape=teacher_config.get_text_config())
 
 
-def make_stitches(cfg, student_config, teacher_config, head_has_bias):
-    """-> the linear maps between the widths: up<i> from block i of the student to the teacher's
-    width, down<i> (block_input teacher) the other way."""
-    made = nn.ModuleDict()
-    if not cfg.use_stitching_layers:
-        return made
-    pairs = match_blocks(cfg, student_config, teacher_config)
-    width = student_config.get_text_config().hidden_size
-    teacher_width = teacher_config.get_text_config().hidden_size
-    # the last stitch is folded into the head: where that has no bias, a stitch's would not fit
-    folded = (width != teacher_width and cfg.initialize_head_from_teacher and not head_has_bias)
-    torch.manual_seed(cfg.seed)
-    for i in pairs:
-        last = i + 1 == len(pairs)
-        bias = cfg.stitching_layer_bias and not (folded and last)
-        made[f"up{i}"] = nn.Linear(width, teacher_width, bias)
-    if cfg.block_input == "teacher":
-        for i in pairs:
-            made[f"down{i}"] = nn.Linear(teacher_width, width, cfg.stitching_layer_bias)
-    for p in made.parameters():
-        if p.ndim == 1:
-            nn.init.zeros_(p)
-        elif width == teacher_width:
-            nn.init.eye_(p)
-        else:
-            nn.init.xavier_uniform_(p)
-    return made
+class StitchedRoot(ShardedRoot):
+    """The student beside the linear maps between the widths: up<i> from its block i to the
+    teacher's width, down<i> (block_input teacher) the other way. A checkpoint keeps them, final/
+    does not. pairs: {block of the student: block of the teacher}."""
+
+    def __init__(self, model, cfg, shape, teacher_shape):
+        super().__init__(model)
+        self.pairs = match_blocks(cfg, shape, teacher_shape)
+        self.stitches = nn.ModuleDict()
+        width = shape.hidden_size
+        teacher_width = teacher_shape.hidden_size
+        stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
+        # the last one becomes a part of the head, which mostly has no place for a bias
+        folded = width != teacher_width and cfg.initialize_head_from_teacher
+        torch.manual_seed(cfg.seed)
+        for i in self.pairs:
+            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(self.pairs))
+            self.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
+        if cfg.block_input == "teacher":
+            for i in self.pairs:
+                self.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
+        for p in self.stitches.parameters():
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            elif width == teacher_width:
+                nn.init.eye_(p)
+            else:
+                nn.init.xavier_uniform_(p)
 
 
 def final_norm(model):
@@ -4362,45 +4249,40 @@ def final_norm(model):
     return norm
 
 
-def head_and_norm(model):
-    """Runs inside a root -> the head's weight [V, D], bias [V] or None and scale; what the final
-    norm multiplies by and adds [D]. That shows on states of size 1, whatever its weight means
-    (Gemma's is off by one)."""
+def head_and_gain(model):
+    """Runs inside a root -> the head, and what the final norm multiplies by [D]. That shows on
+    states of size 1, whatever its weight means (Gemma's is off by one)."""
     head = head_of(model)
     norm = final_norm(model)
     probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
-    plus = norm(probe).float()
-    minus = norm(-probe).float()
-    gain = (plus - minus) / 2 * probe
-    shift = (plus + minus) / 2
-    return head.weight.float(), head.bias, head.scale, gain, shift
+    return head, (norm(probe).float() - norm(-probe).float()) / 2 * probe
 
 
 @torch.no_grad()
-def initialize_head(student, teacher):
-    """The teacher's norm and head at equal width. Else what they make of stitched states, folded
-    into the student's: weight * gain * stitch as the weight, the shifts as the bias."""
-    weight, bias, scale, gain, shift = teacher(head_and_norm)
-    _, _, student_scale, student_gain, student_shift = student(head_and_norm)
+def initialize_head(run, multipliers):
+    """The teacher's norm and head at equal width. Else the head is weight * gain * stitch, on top
+    of a norm that undoes the stitch's scale. What a LayerNorm adds is left to the head phase."""
+    student = run.student
+    output = student.model.get_output_embeddings()
+    if output.weight not in multipliers or not all(multipliers.values()):
+        print0("blockwise: the student's norm or head is frozen or, whatever the config says, tied "
+               "to the embeddings: both stay as they are in place of the teacher's")
+        return
+    head, gain = run.teacher(head_and_gain)
+    student_head, student_gain = student(head_and_gain)
     student.release()
-    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    weight = head.weight.float()
+    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.float()
     if len(gain) != len(student_gain):
-        last = len(layers_of(student.model)[1]) - 1
-        stitch = student.stitches[f"up{last}"]
-        stitch_weight = full_tensor(stitch.weight)
-        if stitch.bias is not None:
-            shift = shift + gain * full_tensor(stitch.bias)
-        bias = bias + weight @ shift
-        weight = weight * gain @ stitch_weight
-        shift = student_shift
-        gain = len(gain) ** 0.5 / stitch_weight.norm()   # the norm undoes the stitch's scale
-    head = student.model.get_output_embeddings()
-    for p, new in zip(head.parameters(), (weight, bias)):
+        stitch = full_tensor(student.stitches[f"up{max(student.pairs)}"].weight)
+        weight = weight * gain @ stitch
+        gain = len(gain) ** 0.5 / stitch.norm()
+    scale = head.scale / student_head.scale
+    for p, new in zip(output.parameters(), (weight, bias)):
         padded_tail = full_tensor(p)[len(new):]
-        copy_from_rank0(p, torch.cat([new[:len(p)] * (scale / student_scale), padded_tail]))
-    # norms are moved by the difference, since what their weight means is not known
-    for p, change in zip(final_norm(student.model).parameters(),
-                         (gain - student_gain, shift - student_shift)):
+        copy_from_rank0(p, torch.cat([new[:len(p)] * scale, padded_tail]))
+    # the norm's weight is moved by the difference, since what it means is not known
+    for p, change in zip(final_norm(student.model).parameters(), [gain - student_gain]):
         copy_from_rank0(p, full_tensor(p) + change)
 
 

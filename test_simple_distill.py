@@ -5738,18 +5738,12 @@ def best_seconds(work, times=9):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: blockwise: hidden states, stitches, heads, against plain models with hooks.
+# Optional: blockwise: hidden states, stitches, heads, against plain models run layer by layer.
 
 
 BLOCKWISE = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3,
                  wd_per_block=0, max_grad_norm_per_block=1.0)
-
-
-class BlockPair(NamedTuple):
-    """Paths."""
-    teacher: str
-    student: str
-    data: str
+NO_HEAD = dict(train_lm_head=False, lm_head_lr=None, initialize_head_from_teacher=False)
 
 
 @pytest.fixture(scope="session")
@@ -5757,16 +5751,14 @@ def block(tmp_path_factory):
     """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps
     of 4 an epoch."""
     folder = tmp_path_factory.mktemp("block")
-    return BlockPair(
+    return types.SimpleNamespace(
         teacher=tiny_model(folder / "teacher", hidden=32, layers=5, seed=1),
         student=tiny_model(folder / "student", hidden=16, layers=3, seed=2,
                            tie_word_embeddings=True),
         data=write_splits(folder / "data", talk(20), talk(6, seed=50)))
 
 
-def teacher_block(i):
-    """The block of the teacher that the student's block i learns from."""
-    return round((i + 1) * 5 / 3) - 1
+TEACHER_BLOCK = (1, 2, 4)   # which the student's block i learns from
 
 
 def distil_blocks(block, out, rc=0, **fields):
@@ -5774,49 +5766,51 @@ def distil_blocks(block, out, rc=0, **fields):
     return distil(out, rc, **{**BLOCKWISE, **run, **fields})
 
 
-def rows_of_steps(block, first, last):
-    """The rows of steps first + 1 ... last, as the trainer deals them (tested elsewhere)."""
-    cfg = config.Config(dataset=block.data, seq_len=32)
+def rows_of_trainer(data, student):
+    """-> train and eval rows, as the trainer has them (tested elsewhere)."""
     with sd.process_group():
-        rows, _ = sd.load_data(cfg, transformers.AutoTokenizer.from_pretrained(block.student))
-    batches = sd.indexed_batches(rows, 0, 4, first)
-    for numbers, _ in itertools.islice(batches, last - first):
-        yield [rows[i] for i in numbers]
+        return sd.load_data(config.Config(dataset=data, seq_len=32),
+                            transformers.AutoTokenizer.from_pretrained(student))
 
 
-def pad_rows(rows):
-    """-> ids and the mask of real tokens, [B, T] each."""
-    sequences = [torch.as_tensor(row["input_ids"]) for row in rows]
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+def plain_run(student, teacher, **fields):
+    """-> what a run works with at its start, of plain models: stitches beside the student."""
+    cfg = config.Config(student=str(student), teacher=str(teacher), blockwise=True, **fields)
+    model = load(student)
+    make_root = sd.stitching(cfg, model.config)
+    if not model.config.tie_word_embeddings:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    return types.SimpleNamespace(cfg=cfg, student=make_root(model), steps_per_epoch=1,
+                                 teacher=sd.ShardedRoot(load(teacher).requires_grad_(False)))
 
 
-def layer_states(model, ids, fed=None):
-    """Hooks on every layer of a plain model -> its inputs, its outputs, {layer: [B, T, D]} each.
-    fed: {layer: what it is given in place of the output of the one before}."""
-    fed = fed or {}
-    inputs = {}
-    outputs = {}
-
-    def keep_input(i, module, args, kwargs):
-        hidden, *others = args
-        inputs[i] = fed.get(i, hidden)
-        return (inputs[i], *others), kwargs
-
-    def keep_output(i, module, args, result):
-        outputs[i] = result[0] if isinstance(result, tuple) else result
-
-    hooks = []
+def layer_states(model, ids, fed):
+    """A plain Llama -> what goes into each layer and what comes out, [B, T, D] each. fed: {layer:
+    what it is given in place of the output of the one before}."""
+    hidden = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    inputs = []
+    outputs = []
     for i, layer in enumerate(model.model.layers):
-        before = functools.partial(keep_input, i)
-        after = functools.partial(keep_output, i)
-        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(after))
-    model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+        inputs.append(fed.get(i, hidden))
+        hidden = layer(inputs[i], position_embeddings=rotary)
+        outputs.append(hidden)
     return inputs, outputs
+
+
+def states_of_blocks(run, batch):
+    """-> (the student's states at the end of its block, stitched, the teacher's), a block each."""
+    def real(hidden_BTD):
+        return hidden_BTD.flatten(0, 1)[batch.real]
+
+    stitches = run.student.stitches
+    teacher_inputs, teacher_outputs = layer_states(run.teacher.model, batch.input_ids, {})
+    fed = {}
+    if run.cfg.block_input == "teacher":
+        fed = {i: stitches[f"down{i}"](teacher_inputs[j]) for i, j in enumerate(TEACHER_BLOCK)}
+    _, outputs = layer_states(run.student.model, batch.input_ids, fed)
+    return [(stitches[f"up{i}"](real(outputs[i])), real(teacher_outputs[j]))
+            for i, j in enumerate(TEACHER_BLOCK)]
 
 
 def reference_loss(kind, student_ND, teacher_ND, temperature):
@@ -5832,278 +5826,213 @@ def reference_loss(kind, student_ND, teacher_ND, temperature):
     return temperature ** 2 * F.kl_div(logp, q, reduction="batchmean")
 
 
-def student_at(block, out, step):
-    """Student and stitches, as plain modules, with the weights of a checkpoint."""
-    tensors = checkpoint(out, step)
-    student = load(block.student)
-    student.lm_head.weight = nn.Parameter(student.lm_head.weight.clone())   # untied
-    prefix = "model.model."
-    in_student = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                  if name.startswith(prefix)}
-    missing = student.load_state_dict(in_student, strict=False).missing_keys
-    assert missing in ([], ["lm_head.weight"])   # a head that stays tied
-    prefix = "model.stitches."
-    in_stitches = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                   if name.startswith(prefix)}
-    stitches = nn.ModuleDict()
-    for name, tensor in in_stitches.items():
-        if name.endswith(".weight"):
-            stitch = name.removesuffix(".weight")
-            width_out, width_in = tensor.shape
-            has_bias = f"{stitch}.bias" in in_stitches
-            stitches[stitch] = nn.Linear(width_in, width_out, bias=has_bias)
-    stitches.load_state_dict(in_stitches)
-    return student, stitches
+def loss_of_blocks(run, blocks, batch):
+    cfg = run.cfg
+    pairs = states_of_blocks(run, batch)
+    return sum(reference_loss(cfg.distill_loss_type, *pairs[i], cfg.distill_loss_temperature)
+               for i in blocks)
 
 
-def slow_case(*values):
-    return pytest.param(*values, marks=pytest.mark.campaign)
+def loss_of_head(run, batch):
+    kind = run.cfg.logit_loss_type
+    weight = run.cfg.logit_loss_weight
+    logits, teacher_logits = [
+        root.model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        for root in (run.student, run.teacher)]
+    ce = F.cross_entropy(logits, batch.labels)
+    if kind == "ce":
+        return ce
+    return weight * reference_loss(kind, logits, teacher_logits, 1.0) + (1 - weight) * ce
 
 
-def parameters_of_block(student, stitches, i, how):
-    """What learns while block i does -> {name in a checkpoint, without "model.": parameter}."""
-    trained = {}
-    for name, p in student.named_parameters():
-        before_it = "layers." in name or "embed" in name
-        if f"layers.{i}." in name or (how == "free" and before_it):
-            trained[f"model.{name}"] = p
-    for name, p in stitches.named_parameters():
-        if name.startswith((f"up{i}.", f"down{i}.")):
-            trained[f"stitches.{name}"] = p
-    return trained
+def learner(modules, lr, decay, max_norm):
+    """-> a function: a step of AdamW on their parameters, which are clipped together. Norms and
+    biases do not decay."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW([
+        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=decay),
+        dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0)], lr=lr)
 
-
-def restore_moments(optimizer, trained, tensors):
-    """AdamW's state, from the tensors of a checkpoint."""
-    for name, p in trained.items():
-        optimizer.state[p] = {
-            "step": tensors[f"step.{name}"],
-            "exp_avg": tensors[f"exp_avg.{name}"],
-            "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-        }
-
-
-def reference_block_losses(block, out, i, begin, end, *, how, kind, temperature):
-    """Block i trained on plain models from the checkpoint of step begin on -> losses [steps]."""
-    j = teacher_block(i)
-    teacher = load(block.teacher)
-    student, stitches = student_at(block, out, begin)
-    trained = parameters_of_block(student, stitches, i, how)
-    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3, weight_decay=0)
-    if how == "teacher":   # its first step lies before the first checkpoint
-        restore_moments(optimizer, trained, checkpoint(out, begin))
-    losses = []
-    for rows in rows_of_steps(block, begin, end):
-        ids, real = pad_rows(rows)
-        with torch.no_grad():
-            teacher_inputs, teacher_outputs = layer_states(teacher, ids)
-        fed = {}
-        if how == "teacher":
-            fed[i] = stitches[f"down{i}"](teacher_inputs[j])
-        _, student_outputs = layer_states(student, ids, fed)
-        loss = reference_loss(kind, stitches[f"up{i}"](student_outputs[i][real]),
-                              teacher_outputs[j][real], temperature)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in trained.values())
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+    def step():
+        nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
         optimizer.step()
-    return torch.tensor(losses)
+
+    return step
 
 
-@pytest.mark.parametrize("kind, how", [
-    ("relative", "frozen"),
-    ("relative", "teacher"),
-    ("mse", "frozen"),
-    ("mse", "free"),
-    ("mse", "teacher"),
-    ("cosine", "frozen"),
-    ("kl_div", "frozen"),
-    ("kl_div", "teacher"),
-    slow_case("cosine", "free"),
-    slow_case("cosine", "teacher"),
-    slow_case("kl_div", "free"),
-])
-def test_blockwise_losses_match_a_plain_reference(block, out, kind, how):
-    """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain
-    models with hooks."""
-    temperature = 1.5 if kind == "kl_div" else 1.0
-    if how == "teacher":
-        epochs = [2.0]
-        blocks = [0, 1, 2]
-        begin = 1   # the first checkpoint there is
-        end = 10
-    else:
-        epochs = [0.1, 0.1, 2.0]
-        blocks = [2]
-        begin = 2   # a step for block 0, a step for block 1
-        end = 12
-    distil_blocks(
-        block, out, distill_loss_type=kind, distill_loss_temperature=temperature,
-        epochs_per_block=epochs, train_lm_head=False, lm_head_lr=None, save_steps=1,
-        keep_checkpoints=20, block_input="teacher" if how == "teacher" else "student",
-        freeze_previous_blocks=how != "free", initialize_head_from_teacher=False,
-        gradient_checkpointing=True)
-    total = torch.zeros(end - begin)
-    for i in blocks:
-        total += reference_block_losses(
-            block, out, i, begin, end, how=how, kind=kind, temperature=temperature)
-    logged = {entry["train/step"]: entry["train/loss"] for entry in log(out, "train")}
-    losses = torch.tensor([logged[step] for step in range(begin + 1, end + 1)])
-    torch.testing.assert_close(total, losses, rtol=1e-5, atol=1e-6)
-    assert abs(total[0] - total[-1]) > 1e-4   # something was learned
+def learner_of_block(run, i):
+    cfg = run.cfg
+    body = run.student.model.model
+    stitches = run.student.stitches
+    modules = [body.layers[i], stitches[f"up{i}"]]
+    if cfg.block_input == "teacher":
+        modules.append(stitches[f"down{i}"])
+    elif i == 0 or not cfg.freeze_previous_blocks:
+        modules += [body.embed_tokens, *body.layers[:i]]
+    return learner(modules, cfg.lr_per_block[i], cfg.wd_per_block[i % len(cfg.wd_per_block)],
+                   cfg.max_grad_norm_per_block[i])
+
+
+# a value a block
+ONE_BY_ONE = dict(epochs_per_block=[0.4, 0.5, 0.8], wd_per_block=[0.3, 0.0, 0.1])
+AT_ONCE = dict(block_input="teacher", epochs_per_block=[0.8], wd_per_block=[0.3])
+
+
+@pytest.mark.parametrize("fields", [
+    dict(**ONE_BY_ONE, logit_loss_weight=0.3),
+    dict(**AT_ONCE),
+    dict(**ONE_BY_ONE, distill_loss_type="mse", freeze_previous_blocks=False,
+         logit_loss_type="mse", logit_loss_weight=0.5),
+    dict(**AT_ONCE, distill_loss_type="mse", **NO_HEAD),
+    dict(**ONE_BY_ONE, distill_loss_type="cosine", logit_loss_type="ce"),
+    dict(**ONE_BY_ONE, distill_loss_type="kl_div", distill_loss_temperature=1.5, **NO_HEAD),
+    dict(**AT_ONCE, distill_loss_type="kl_div", logit_loss_type="mse"),
+], ids=str)
+def test_blockwise_trains_as_plain_models_do(block, out, fields):
+    """Every step of every phase: what is trained, how far, on which loss; the rest stands still."""
+    fields = dict(lr_per_block=[1e-3, 3e-3, 2e-3], max_grad_norm_per_block=[0.0, 0.5, 0.1],
+                  initialize_head_from_teacher=False) | fields
+    head_fields = dict(lm_head_epochs=0.4, lm_head_wd=0.1, lm_head_max_grad_norm=0.2)
+    run = plain_run(block.student, block.teacher, **fields)
+    cfg = run.cfg
+    distil_blocks(block, out, gradient_checkpointing=True, **fields,
+                  **(head_fields if cfg.train_lm_head else {}))
+    rows, _ = rows_of_trainer(block.data, block.student)
+    losses = []
+
+    def take_steps(count, learners, loss_of):
+        for _ in range(count):
+            numbers = sd.batch_of_step(len(rows), 0, 4, len(losses))
+            loss = loss_of(sd.collate([rows[i] for i in numbers]))
+            losses.append(loss.item())
+            run.student.zero_grad()
+            loss.backward()
+            for step in learners:
+                step()
+
+    phases = {(0,): 2, (1,): 3, (2,): 4}   # blocks: steps
+    if cfg.block_input == "teacher":
+        phases = {(0, 1, 2): 4}
+    for blocks, steps in phases.items():
+        take_steps(steps, [learner_of_block(run, i) for i in blocks],
+                   functools.partial(loss_of_blocks, run, blocks))
+    model = run.student.model
+    expected = dict(model.state_dict())
+    if cfg.train_lm_head:
+        step = learner([model.lm_head, model.model.norm], 3e-3, 0.1, 0.2)
+        take_steps(2, [step], functools.partial(loss_of_head, run))
+    else:   # it stays tied
+        del expected["lm_head.weight"]
+    assert column(out, "train/loss") == pytest.approx(losses, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(final_weights(out), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, source", [
-    ("relative", "teacher"),
-    ("mse", "teacher"),
-    ("cosine", "student"),
-    ("kl_div", "student"),
-    slow_case("mse", "student"),
-    slow_case("cosine", "teacher"),
-    slow_case("kl_div", "teacher"),
-])
+    ("relative", "teacher"), ("mse", "teacher"), ("cosine", "student"), ("kl_div", "student")])
 def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source):
     distil_blocks(block, out, student=block.teacher, distill_loss_type=kind, block_input=source,
-                  epochs_per_block=0.4, lm_head_epochs=0.4)
+                  use_stitching_layers=kind != "mse", epochs_per_block=0.4, lm_head_epochs=0.4)
     assert set(column(out, "train/loss")) == {0.0}
-    measured = log(out, "block")
-    assert len(measured) == 2
-    for entry in measured:
-        assert [entry[f"block/{i}/loss"] for i in range(5)] == [0, 0, 0, 0, 0]
+    for i in range(5):
+        assert column(out, f"block/{i}/loss") == [0, 0]
+        assert column(out, f"block/{i}/explained") == [1, 1]
     assert same(final_weights(out), weights(block.teacher))
 
 
-def test_blockwise_a_sink_weighs_as_any_token():
-    """Both states of a token a thousand times as large: the same error; where the teacher's state
-    is zero there is none."""
-    student = torch.randn(6, 8)
+def test_blockwise_a_state_of_zeros_counts_nothing():
+    """Of the teacher, which has no size to be relative to."""
+    student = torch.randn(6, 8, requires_grad=True)
     teacher = torch.randn(6, 8)
-    plain = sd.hidden_error(student, teacher, "relative", 1.0)
-    times = torch.tensor([1000, 1, 1, 1, 1, 0.01])[:, None]
-    scaled = sd.hidden_error(student * times, teacher * times, "relative", 1.0)
-    torch.testing.assert_close(scaled, plain)
     teacher[2] = 0
-    student.requires_grad_()
     error = sd.hidden_error(student, teacher, "relative", 1.0)
     error.sum().backward()
     assert (error == 0).tolist() == [False, False, True, False, False, False]
     assert student.grad.isfinite().all() and not student.grad[2].any()
 
 
-def test_blockwise_figures_show_the_ordinary_token(block, out, tmp_path):
-    """Every question begins with Z, whose state is 300 times as large in the teacher: the table and
-    the log show what a direct computation without it does."""
-    def begin_with_z(rows):
-        return [row | {"prompt": "Z" + row["prompt"]} for row in rows]
-
-    held_out = begin_with_z(talk(6, seed=50))
-    data = write_splits(tmp_path / "data", begin_with_z(talk(20)), held_out)
-    shutil.copytree(block.teacher, tmp_path / "teacher")
-    z = tiny_tokenizer().encode("Z")[0]
+def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
+    """Every row begins with a token whose state is 300 times as large in the teacher: what is
+    explained is of the others. All rows in one batch, as the mean is a batch's."""
+    _, rows = rows_of_trainer(block.data, block.student)
+    batch = sd.collate(list(rows))
+    sink = rows[0]["input_ids"][0]
+    ordinary = batch.input_ids.flatten()[batch.real] != sink
+    loud = shutil.copytree(block.teacher, tmp_path / "teacher")
 
     def make_sink(tensors):
-        tensors["model.embed_tokens.weight"][z] *= 300
+        tensors["model.embed_tokens.weight"][sink] *= 300
 
-    edit_weights(tmp_path / "teacher", make_sink)
-    shown = distil_blocks(block, out, teacher=tmp_path / "teacher", dataset=data, save_steps=0,
-                          epochs_per_block=1, train_lm_head=False, lm_head_lr=None,
-                          initialize_head_from_teacher=False).out
-    student, stitches = student_at(block, out, 15)
-    teacher = load(tmp_path / "teacher")
-    tokenizer = tiny_tokenizer()
-    rows = encode(held_out, tokenizer, seq_len=32)
-    errors = {i: [] for i in range(3)}
-    wanted = {i: [] for i in range(3)}
-    missed = {i: [] for i in range(3)}
+    edit_weights(loud, make_sink)
+    shown = distil_blocks(block, out, teacher=loud, batch_size=8, lr_per_block=STILL, **NO_HEAD).out
     with torch.no_grad():
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]])
-            _, student_outputs = layer_states(student, ids)
-            _, teacher_outputs = layer_states(teacher, ids)
-            for i in range(3):
-                x = stitches[f"up{i}"](student_outputs[i])[0]
-                y = teacher_outputs[teacher_block(i)][0]
-                errors[i].append((x - y).square().sum(-1) / y.square().sum(-1))
-                ordinary = ids[0] != z
-                wanted[i].append(y[ordinary])
-                missed[i].append((x - y)[ordinary])
-    after = log(out, "block")[-1]
-    for i in range(3):
-        error = torch.cat(errors[i])
-        states = torch.cat(wanted[i])
-        variance = (states - states.mean(0)).square().sum()
-        explained = 1 - torch.cat(missed[i]).square().sum() / variance
-        assert after[f"block/{i}/loss"] == pytest.approx(error.mean().item(), rel=1e-4)
-        assert after[f"block/{i}/median"] == pytest.approx(error.median().item(), rel=1e-4)
-        assert after[f"block/{i}/explained"] == pytest.approx(explained.item(), rel=1e-3)
-    line = next(line for line in shown.splitlines()[::-1] if re.match(r"2 +4 ", line))
-    assert line.split()[-2:] == [f"{after['block/2/median']:.4g}",
-                                 f"{after['block/2/explained']:.1%}"]
+        pairs = states_of_blocks(plain_run(block.student, loud, train_lm_head=False,
+                                           initialize_head_from_teacher=False), batch)
+    for i, (x, y) in enumerate(pairs):
+        error = reference_loss("relative", x, y, 1.0).item()
+        x, y = x[ordinary], y[ordinary]
+        explained = 1 - ((x - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        assert column(out, f"block/{i}/loss") == pytest.approx([error] * 2, rel=1e-4)
+        assert column(out, f"block/{i}/explained") == pytest.approx([explained] * 2, rel=1e-3)
+        figures = f"| {error:.4g} | {explained:.1%} "
+        assert f"| {i} | {TEACHER_BLOCK[i]} {2 * figures}|" in re.sub(" +", " ", shown)
 
 
-def test_blockwise_only_its_own_parameters_move(block, out):
-    """Block i and its stitch, block 0 the embeddings too; in the head phase norm and head. Bit for
-    bit."""
-    distil_blocks(block, out, epochs_per_block=0.4, lm_head_epochs=0.4, save_steps=2,
-                  initialize_head_from_teacher=False, keep_checkpoints=9, resume="never")
-    groups = {4: r"layers\.1\.|up1", 6: r"layers\.2\.|up2", 8: r"lm_head|model\.norm\."}
-    for step, group in groups.items():   # at its end; a phase is 2 steps
-        before = checkpoint(out, step - 2)
-        after = checkpoint(out, step)
-        names = [name for name in before if name.startswith("model.")]
-        assert "model.stitches.up0.weight" in names
-        moved = [name for name in names if not torch.equal(before[name], after[name])]
-        assert moved == [name for name in names if re.search(group, name)], (step, moved)
-    names = final_weights(out).keys()
-    assert not [name for name in names if "stitch" in name]
-    assert "lm_head.weight" in names
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cls", [
-    "LlamaConfig",
-    "PhiConfig",   # a LayerNorm, a bias in norm and head
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("cls, of_teacher, offset", [
+    ("LlamaConfig", {}, 0),
+    ("PhiConfig", {}, 0),   # a LayerNorm, a bias in the head
+    ("Gemma2Config", dict(head_dim=16), 1),   # its norm multiplies by 1 + weight
+    ("GraniteConfig", dict(logits_scaling=4.0), 0),
 ])
-def test_blockwise_projected_head_is_the_teachers_on_stitched_states(
-        block, out, tmp_path, cls, bias):
-    teacher = tiny_model(tmp_path / "teacher", hidden=32, layers=3, seed=32, cls=cls)
-    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=16, cls=cls)
-    norm = "model.final_layernorm" if cls == "PhiConfig" else "model.norm"
-
-    def stir(tensors):   # a trained norm is not all ones, a trained bias not all zeros
-        for name in (f"{norm}.weight", f"{norm}.bias", "lm_head.bias"):
-            if name in tensors:
-                tensors[name] += torch.rand(tensors[name].shape)
-
-    edit_weights(teacher, stir)
-    distil_blocks(block, out, teacher=teacher, student=student, stitching_layer_bias=bias,
-                  epochs_per_block=1, train_lm_head=False, lm_head_lr=None)
-    tensors = checkpoint(out, 10)
-    assert ("model.stitches.up0.bias" in tensors) == bias
-    # the last stitch is folded into the head: it has a bias where that has one too
-    assert ("model.stitches.up1.bias" in tensors) == (bias and cls == "PhiConfig")
-    hidden = torch.randn(50, 16)
-    stitched = F.linear(hidden, tensors["model.stitches.up1.weight"],
-                        tensors.get("model.stitches.up1.bias"))
-    gain = weights(teacher)[f"{norm}.weight"]
-    shift = weights(teacher).get(f"{norm}.bias", 0)
-    # what the final norm does, but for dividing by the size
-    expected = load(teacher).lm_head(stitched * gain + shift)
-    logits = load(os.path.join(out, "final")).lm_head(hidden)
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def block_errors(out, blocks):
-    """Held-out errors -> before training, after it, a value a block each."""
-    before, after = log(out, "block")
-    return ([before[f"block/{i}/loss"] for i in range(blocks)],
-            [after[f"block/{i}/loss"] for i in range(blocks)])
+def test_blockwise_head_begins_as_the_teachers_on_stitched_states(
+        tmp_path, width, cls, of_teacher, offset):
+    """And as it was where any of it is frozen. The student's vocabulary has 7 ids more."""
+    run = plain_run(
+        tiny_model(tmp_path / "student", vocab=270, hidden=width, seed=2, cls=cls),
+        tiny_model(tmp_path / "teacher", hidden=32, seed=1, cls=cls, **of_teacher))
+    head = run.student.model.lm_head
+    teacher_head = run.teacher.model.lm_head
+    gain, student_gain = [sd.final_norm(root.model).weight for root in (run.teacher, run.student)]
+    with torch.no_grad():   # trained norms are not all ones
+        gain += torch.rand(32)
+        student_gain += torch.rand(width)
+    before = head.weight.clone()
+    # what the last one added would be lost
+    no_bias = [stitch.bias is None for stitch in run.student.stitches.values()]
+    assert no_bias == [False, width == 16]
+    with sd.process_group():
+        sd.initialize_head(run, {head.weight: 1.0, student_gain: 0.0})
+        assert torch.equal(head.weight, before)
+        sd.initialize_head(run, {head.weight: 1.0, student_gain: 1.0})
+    hidden = torch.randn(50, width)
+    if width == 32:
+        expected = teacher_head(hidden)
+        expected_gain = gain
+    else:
+        stitch = run.student.stitches["up1"]
+        expected = teacher_head(stitch(hidden) * (gain + offset))
+        expected_gain = (32 ** 0.5 / stitch.weight.norm()).expand(16) - offset
+    expected = expected / of_teacher.get("logits_scaling", 1.0)
+    assert (head(hidden)[:, :263] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(head.weight[263:], before[263:])
+    torch.testing.assert_close(student_gain, expected_gain)
 
 
-def all_below(after, before, part=1.0):
-    return all(b < part * a for a, b in zip(before, after, strict=True))
+def test_blockwise_a_head_that_is_tied_in_spite_of_its_config_stays(block):
+    run = plain_run(block.student, block.teacher, train_lm_head=False,
+                    initialize_head_from_teacher=False)   # which is not looked at here
+    model = run.student.model
+    parts = sd.parameters_by_part(run)
+    assert list(parts["head"]) == [model.model.norm.weight]
+    assert list(parts["embeddings"]) == [model.lm_head.weight]
+    sd.initialize_head(run, parts["head"])
+    assert same(model.state_dict(), load(block.student).state_dict())
+
+
+def errors_fell(out, blocks, below=1.0):
+    """Each block's on held-out rows, to less than that part of what it was."""
+    errors = [column(out, f"block/{i}/loss") for i in range(blocks)]
+    return all(after < below * before for before, after in errors)
 
 
 def test_blockwise_packed_documents_are_as_each_alone(block, tmp_path):
@@ -6113,134 +6042,41 @@ def test_blockwise_packed_documents_are_as_each_alone(block, tmp_path):
         out = tmp_path / packing
         distil_blocks(block, out, packing=packing, seq_len=128, batch_size=20, lr_per_block=STILL,
                       lm_head_lr=STILL, learning_rate=STILL, max_steps=1, num_epochs=None)
-        losses[packing] = column(out, "train/loss")
-        held_out = block_errors(out, 3)[0]
-        losses[packing] += held_out
+        losses[packing] = column(out, "train/loss") + column(out, "block/2/loss")
     assert losses["documents"] == pytest.approx(losses["rows"], rel=1e-5)
-    assert len(losses["rows"]) == 3 + 1 + 1 + 3
+    assert len(losses["rows"]) == 3 + 1 + 1 + 2
 
 
-def test_blockwise_errors_fall_and_beat_the_head_alone(block, tmp_path):
-    """At unequal width; the head alone gets as many steps as blocks and head together."""
-    whole = str(tmp_path / "whole")
-    alone = str(tmp_path / "alone")
-    distil_blocks(block, whole, epochs_per_block=10, lm_head_epochs=6)
-    distil_blocks(block, alone, epochs_per_block=0.2, lr_per_block=STILL, lm_head_epochs=35.4,
-                  initialize_head_from_teacher=False)
-    before, after = block_errors(whole, 3)
-    assert all_below(after, before, 0.9), (before, after)
-    assert column(whole, "eval/step")[-1] == column(alone, "eval/step")[-1]
-    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
-
-
-# argv: the number of the optimiser step before which this process dies, then the command.
-DIE_BEFORE_STEP = """
-import os, signal, sys
-import simple_distill
-
-steps_left = int(sys.argv.pop(1))
-optimizer_step = simple_distill.optimizer_step
-
-def step_or_die(*args):
-    global steps_left
-    steps_left -= 1
-    if steps_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return optimizer_step(*args)
-
-simple_distill.optimizer_step = step_or_die
-sys.exit(simple_distill.main())
-"""
-
-
-def rewind(source, out, step):
-    """A copy of a finished run as it was just after the checkpoint of that step."""
-    shutil.copytree(source, out)
-    shutil.rmtree(os.path.join(out, "final"))
-    for folder in Path(out, "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("source", ["student", slow_case("teacher")])
-def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source):
-    """Killed in a block and in the head phase; and from checkpoints where a phase begins, ends, and
-    in the middle."""
+@pytest.mark.parametrize("source, steps", [("student", 19), ("teacher", 11)])
+def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source, steps):
+    """From checkpoints where a phase begins, ends, and in the middle. A phase is 4 steps: three
+    blocks or all at once, then the head; then 3 steps of distillation."""
     fields = dict(epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3, save_steps=2,
                   keep_checkpoints=30, block_input=source)
     whole = str(tmp_path / "whole")
-    killed = str(tmp_path / "killed")
     distil_blocks(block, whole, **fields)
-    steps = len(log(whole, "train"))
-    # a phase is 4 steps: three blocks or all at once, then the head; then 3 steps of distillation
-    if source == "student":
-        assert steps == 19
-        kills = (4, steps - 6)   # the second process begins at step 2 and dies in the head phase
-        checkpoints = (4, 12, 14, 16)
-    else:
-        assert steps == 11
-        kills = (4,)
-        checkpoints = (2, 4, 6, 8)
-    run = dict(teacher=block.teacher, student=block.student, dataset=block.data,
-               output_dir=killed, use_wandb=False)
-    words = flags(**{**PLAIN, **BLOCKWISE, **run, **fields})
-    for count in kills:
-        process = subprocess.run([sys.executable, "-c", DIE_BEFORE_STEP, str(count), *words],
-                                 cwd=HERE, capture_output=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    distil_blocks(block, killed, **fields)
-    assert quiet_log(killed) == quiet_log(whole)
-    assert same(final_weights(killed), final_weights(whole))
-    for step in checkpoints:
-        again = str(tmp_path / f"from{step}")
-        rewind(whole, again, step)
-        assert "passed over" not in distil_blocks(block, again, **fields).out
-        assert quiet_log(again) == quiet_log(whole), step
-        assert same(final_weights(again), final_weights(whole)), step
+    assert len(log(whole, "train")) == steps
+    for step in {2, 4, steps - 7, steps - 5, steps - 3}:
+        out = str(tmp_path / f"from{step}")   # as it was just after that checkpoint
+        shutil.copytree(whole, out)
+        shutil.rmtree(os.path.join(out, "final"))
+        for folder in Path(out, "checkpoints").iterdir():
+            if folder.name > f"step-{step:08d}":
+                shutil.rmtree(folder)
+        assert "passed over" not in distil_blocks(block, out, **fields).out
+        assert quiet_log(out) == quiet_log(whole), step
+        assert same(final_weights(out), final_weights(whole)), step
 
 
 def test_blockwise_refusals_name_numbers(block, out):
-    refused = [
-        (dict(use_stitching_layers=False, stitching_layer_bias=True),
-         "student width 16 and teacher width 32"),
-        (dict(student=block.teacher, teacher=block.student),
-         "has 5 layers, the teacher only 3"),
-        (dict(lr_per_block=[1e-3, 1e-4]),
-         "lr_per_block has 2 values"),
-        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]),
-         "one value"),
-        (dict(distill_loss_temperature=2),
-         "distill_loss_temperature: read only with --distill_loss_type kl_div"),
-    ]
-    for fields, message in refused:
-        assert message in distil_blocks(block, out, 2, **fields).err, fields
-
-
-@pytest.mark.parametrize("kind, weight", [
-    ("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
-def test_blockwise_head_losses(block, out, kind, weight):
-    """The first step of the head phase against logits of the plain models."""
-    distil_blocks(block, out, epochs_per_block=0.2, lm_head_epochs=0.2, logit_loss_type=kind,
-                  logit_loss_weight=weight, save_steps=3)
-    student, _ = student_at(block, out, 3)
-    [rows] = rows_of_steps(block, 3, 4)
-    batch = sd.collate(rows)
-
-    def logits_of(model):
-        with torch.no_grad():
-            logits = model(input_ids=batch.input_ids).logits
-        return logits.flatten(0, 1)[batch.positions]
-
-    student_logits = logits_of(student)
-    teacher_logits = logits_of(load(block.teacher))
-    ce = F.cross_entropy(student_logits, batch.labels)
-    if kind == "ce":
-        term = ce
-    else:
-        term = reference_loss(kind, student_logits, teacher_logits, 1.0)
-    expected = weight * term + (1 - weight) * ce
-    [loss] = [entry["train/loss"] for entry in log(out, "train") if entry["train/step"] == 4]
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for fields, message in [
+        (dict(use_stitching_layers=False), "student width 16 and teacher width 32"),
+        (dict(student=block.teacher, teacher=block.student), "has 5 layers, the teacher only 3"),
+        (dict(lr_per_block=[1e-3, 1e-4]), "lr_per_block has 2 values"),
+        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]), "one value"),
+        (dict(lr_multipliers=["lm_head=0", "model.norm=0"]), "--train_lm_head false"),
+    ]:
+        assert message in distil_blocks(block, out, 2, **fields).err
 
 
 # ---- other architectures
@@ -6327,14 +6163,11 @@ def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(student)
     tiny_tokenizer().save_pretrained(student)
     fields = dict(student=student, trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
-    refused = distil_blocks(block, out, 2, **fields, gradient_checkpointing=True)
-    assert "--gradient_checkpointing false" in refused.err
-    refused = distil_blocks(block, out, 2, **fields, packing="documents")
-    assert f"{student!r} (MixForCausalLM) does not run with documents packed" in refused.err
-    assert "use --packing rows" in refused.err
+    for refused, named in ((dict(gradient_checkpointing=True), "MixForCausalLM"),
+                           (dict(packing="documents"), "position_ids")):
+        assert named in distil_blocks(block, out, 2, **fields, **refused).err
     distil_blocks(block, out, **fields)
-    before, after = block_errors(out, 2)
-    assert all_below(after, before)
+    assert errors_fell(out, 2)
     final = AutoModelForCausalLM.from_pretrained(f"{out}/final", trust_remote_code=True)
     assert type(final).__name__ == "MixForCausalLM"
     assert not same(final.state_dict(), weights(student))
@@ -6346,110 +6179,47 @@ def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     ("GPTNeoXConfig", "gpt_neox", {}),
 ])
 def test_blockwise_student_of_another_family(block, out, tmp_path, cls, model_type, fields):
-    """Other norms, learned positions, a capped head: errors fall, and the head starts from the
-    teacher's."""
+    """Other norms, learned positions, a capped head."""
     student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=3, cls=cls, **fields)
     distil_blocks(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
-    before, after = block_errors(out, 2)
-    assert all_below(after, before, 0.9)
+    assert errors_fell(out, 2, below=0.9)
     assert load(f"{out}/final").config.model_type == model_type
 
 
-@pytest.mark.parametrize("phase", ["block", "head"])
-def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, phase):
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, source):
     """One row in five has the letter that the teacher cannot bear."""
-    rows = []
-    for i in range(10):
-        rows.append({"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"})
+    rows = [{"prompt": "a" if i % 5 else "Z", "response": "one two three"} for i in range(10)]
     data = write_splits(tmp_path / "data", rows, rows[1:3])
     broken = break_letter(block.teacher, tmp_path / "broken")
-    if phase == "block":   # 10 steps each
-        epochs = dict(epochs_per_block=1, lm_head_epochs=0.1)
-        least = 6
-    else:
-        epochs = dict(epochs_per_block=0.1, lm_head_epochs=1)
-        least = 2
-    distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, save_steps=0,
-                  initialize_head_from_teacher=False, **epochs)
+    distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, block_input=source,
+                  lm_head_epochs=0.1, initialize_head_from_teacher=False)
     losses = column(out, "train/loss")
     skipped = column(out, "train/skipped_steps")[-1]
-    assert least <= skipped < len(losses)
+    assert len(losses) // 6 <= skipped < len(losses)
     assert skipped == losses.count(None)
-    for tensor in checkpoint(out, len(losses)).values():
-        assert tensor.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in final_weights(out).values())
 
 
-@pytest.mark.campaign   # optional: demo
-def test_blockwise_demo(tmp_path):   # optional: demo
-    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the
-    head alone."""
-    whole = str(tmp_path / "whole")
-    alone = str(tmp_path / "alone")
-    fields = dict(blockwise=True, use_wandb=False, max_steps=0)
-    shown = cli(*flags(**fields, output_dir=whole)).out
-    assert "teacher block" in shown
-    before, after = block_errors(whole, 2)
-    assert all_below(after, before)
-    last_eval = log(whole, "eval")[-1]
-    steps = last_eval["eval/step"]
-    head_epochs = last_eval["eval/epoch"] * (steps - 2) / steps   # a step for each block
-    cli(*flags(**fields, output_dir=alone, epochs_per_block=1e-6, lr_per_block=STILL,
-               lm_head_epochs=head_epochs, initialize_head_from_teacher=False))
-    assert column(alone, "eval/step")[-1] == steps
-    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
-
-
-@pytest.mark.campaign
-def test_blockwise_two_ranks_bf16_and_accumulation(block, tmp_path):
-    """Two ranks, and accumulation, give the losses of one; bf16 runs through and errors fall."""
-    epochs = dict(epochs_per_block=1, lm_head_epochs=1)
-
-    def one_rank(name, **fields):
-        out = str(tmp_path / name)
-        distil_blocks(block, out, **epochs, **fields)
-        return out
-
-    def two_ranks(name, **fields):
-        out = str(tmp_path / name)
-        run = dict(teacher=block.teacher, student=block.student, dataset=block.data,
-                   batch_size=2, output_dir=out)
-        words = flags(**{**PLAIN, **BLOCKWISE, **epochs, **run, **fields})
-        process = spawn(*words, nproc=2)
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, shown[-3000:]
-        return out
-
-    one = one_rank("one")
-    accumulated = one_rank("accumulated", batch_size=1, gradient_accumulation_steps=4)
-    ranks = two_ranks("ranks")
-    fed = one_rank("fed", block_input="teacher")
-    fed_ranks = two_ranks("fed_ranks", block_input="teacher")
-    for out, expected in ((accumulated, one), (ranks, one), (fed_ranks, fed)):
-        losses = column(expected, "train/loss")
-        assert column(out, "train/loss") == pytest.approx(losses, rel=2e-5)
-    before, after = block_errors(two_ranks("half", dtype="bf16"), 3)
-    assert all_below(after, before)
-
-
-def test_blockwise_an_empty_share_counts_nothing(block, tmp_path):
-    """5 sequences as 8 x 1, as 1 x 8 and on two ranks: some micro-batches, and a rank of the held
-    out rows, have none."""
-    rows = talk(5)
-    fields = dict(teacher=block.teacher, student=block.student, epochs_per_block=1,
-                  lm_head_epochs=1, distill_loss_type="mse",
-                  dataset=write_splits(tmp_path / "data", rows, rows[:1]))
+@pytest.mark.parametrize("fields, tolerance", [
+    (dict(), 2e-5),
+    (dict(block_input="teacher"), 2e-5),
+    (dict(dtype="bf16"), 0.02),
+])
+def test_blockwise_an_empty_share_counts_nothing(block, tmp_path, fields, tolerance):
+    """5 sequences as 8 x 1 and on two ranks as 4 of 1 each: micro-batches have none, and a rank of
+    the held-out rows."""
+    fields = dict(
+        teacher=block.teacher, student=block.student, epochs_per_block=2, lm_head_epochs=1,
+        dataset=write_splits(tmp_path / "data", talk(5), talk(1)), **fields)
     whole = tmp_path / "whole"
-    single = tmp_path / "single"
     ranks = tmp_path / "ranks"
     distil_blocks(block, whole, **fields, batch_size=8)
-    distil_blocks(block, single, **fields, batch_size=1, gradient_accumulation_steps=8)
     words = {**PLAIN, **BLOCKWISE, **fields, "batch_size": 1, "gradient_accumulation_steps": 4}
     shown = Fork(tmp_path / "log.txt", *flags(**words, output_dir=ranks), ranks=2).wait()
-    assert "done in" in shown, shown
-    for key in ("train/loss", "block/0/loss", "block/2/loss", "eval/loss"):
-        expected = pytest.approx(column(whole, key), rel=2e-5)
-        assert column(single, key) == expected, key
-        assert column(ranks, key) == expected, key
+    for key in ("train/loss", "block/0/loss", "block/2/explained", "eval/loss"):
+        expected = pytest.approx(column(whole, key), rel=tolerance)
+        assert column(ranks, key) == expected, (key, shown)
 
 
 def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
@@ -6468,57 +6238,37 @@ def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
     assert rates == {
         "model.embed_tokens.weight": 0, "model.layers.0": 2, "model.layers.1": 0,
         "model.layers.2": 1, "model.norm.weight": 0, "lm_head.weight": 1}
-    assert "freeze the student's norm or head" in shown
-
-
-def test_blockwise_a_phase_without_anything_to_train_is_refused(block, out):
-    err = distil_blocks(block, out, rc=2, lr_multipliers=["lm_head=0", "model.norm=0"]).err
-    assert "'head'" in err and "--train_lm_head false" in err
-    assert not os.path.exists(out)
+    assert "norm or head is frozen" in shown
 
 
 # ---- what it costs
 
 
-def bench_block(layers=8, width=256, tokens=1024):
+def bench_block(layers=8, width=256):
     """Cost of the block phase of S equal layers, over running both models whole for each block:
     about a half."""
-    with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        cfg = config.Config(
-            teacher=tiny_model(f"{folder}/teacher", hidden=width, layers=layers, seed=0),
-            student=tiny_model(f"{folder}/student", hidden=width, layers=layers, seed=1),
-            blockwise=True, gradient_checkpointing=False, dtype="fp32")
-        student = sd.load_student(cfg)
-        teacher = sd.load_teacher(cfg)
-        row = {"input_ids": torch.arange(128) % 263, "targets": None}
-        batch = sd.collate([row] * (tokens // 128))
-
-        def seconds(loss_fn, get_teacher_targets, repeat=5):
-            times = []
-            for _ in range(repeat):
-                start = time.process_time()
-                student(loss_fn, batch, get_teacher_targets(batch), 1.0)[0].backward()
-                times.append(time.process_time() - start)
-            return min(times)
-
-        distil_loss = functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0)
-        whole = seconds(distil_loss, sd.teacher_targets(teacher))
-        print("\nCPU ms a step; both models whole, everything trained on the logits "
-              f"(vocabulary 263): {1e3 * whole:.0f}")
-        run = types.SimpleNamespace(cfg=cfg, student=student, teacher=teacher, steps_per_epoch=1)
-        pairs = sd.match_blocks(cfg, student.model.config, teacher.model.config)
-        costs = []
-        for i in pairs:
-            stage = sd.stage_of_block(run, pairs, sd.parameters_by_part(student), i, 0)
-            with contextlib.redirect_stdout(io.StringIO()):
-                sd.make_optimizer(student.parameters(), stage.rates, 0.0)   # freezes the others
-            costs.append(seconds(stage.loss_fn, stage.get_teacher_targets))
-        numbers = ", ".join(str(i) for i in range(layers))
-        milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
-        print(f"block {numbers}: {milliseconds}")
-        print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both "
-              "models whole for each block (as the last one does), "
-              f"{sum(costs) / (layers * whole):.2f} of training the whole student that often")
+    with tempfile.TemporaryDirectory() as folder:
+        run = plain_run(*[tiny_model(f"{folder}/{seed}", hidden=width, layers=layers, seed=seed)
+                          for seed in (0, 1)])
+    row = {"input_ids": np.arange(128), "targets": np.arange(128) > 0, "starts": np.array([0])}
+    batch = sd.collate([row] * 8)
+    parts = sd.parameters_by_part(run)
+    costs = []
+    for i, j in run.student.pairs.items():
+        stage = sd.stage_of_blocks(run, parts, {i: j}, 0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            sd.make_optimizer(run.student.parameters(), stage.rates, 0.0)   # freezes the others
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            targets = stage.get_teacher_targets(batch)
+            run.student(stage.loss_fn, batch, targets, 1.0)[0].backward()
+            times.append(time.process_time() - start)
+        costs.append(min(times))
+    milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
+    print(f"\nCPU ms a step of each block: {milliseconds}; all of them: "
+          f"{sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each, as the "
+          "last one does")
 
 
 # --------------------------------------------------------------------------------------------------
