@@ -34,6 +34,7 @@ import functools
 import glob
 import hashlib
 import importlib   # optional: generate
+import inspect   # optional: demo
 import itertools
 import json
 import math
@@ -3019,7 +3020,7 @@ def load_stream(cfg, tokenizer):
     with phase(f"reading the beginning of dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    return stream, eval_rows.take(min(cfg.eval_samples, len(eval_rows)))
+    return stream, take_first(eval_rows, cfg.eval_samples)
 
 
 def split_stream(cfg):
@@ -3077,8 +3078,9 @@ def batches_of_stream(run):
             raw = list(itertools.islice(raw_rows, size))
             rows, dropped = kept_rows(token_rows(encode_here(raw)))
         if dropped and position["window"] == 0:   # not at each window
-            print0(f"of the first {len(raw)} rows dropped: {dict(dropped)}")
-        if cfg.packing == "documents":
+            print0(f"dropped {dropped.total()} of the first {len(raw)} rows: "
+                   + reasons_in_words(dropped))
+        if cfg.packing == "documents" and len(rows):
             rows = PackedRows(rows, cfg.seq_len)
         order = range(len(rows))
         if cfg.shuffle_buffer:
@@ -4644,14 +4646,10 @@ def rehearse_writing(run, stage, micro, seconds):
         start = time.time()
         written = write_batches(run, micro)
         writing = time.time() - start
-        tokens, = all_sum(sum(len(batch.labels) for batch in written))
-        _, grad_norm = one_step(run, stage, written, tokens)
-        grad_norm.item()   # waits for the GPU
-        whole = time.time() - start
+        learning, _ = time_step(run, stage, written)
     print0("the student wrote: " + show_targets(written[0].rows[0], run.tokenizer))
-    print0(f"a step on policy takes {whole:.2f} s, {writing:.2f} of them to write")
-    share = run.cfg.on_policy
-    return (1 - share) * seconds + share * whole
+    print0(f"a step on policy takes {writing + learning:.2f} s, {writing:.2f} of them to write")
+    return seconds + run.cfg.on_policy * (writing + learning - seconds)
 
 
 # --------------------------------------------------------------------------------------------------
