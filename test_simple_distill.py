@@ -4709,12 +4709,13 @@ def test_train_a_step_on_eight_gpus_that_exist_in_name_only(tmp_path):
 # Optional: streaming: the same rows from a stream.
 
 
-def batches_of(path, position=None, global_batch=4, **fields):
+def batches_of(path, position=None, global_batch=4, stream=None, **fields):
     """What a run gets of a stream: endless (rows of a global batch, position after it)."""
     cfg = config.Config(**{"dataset": path, "streaming": True, "max_steps": 99, "seq_len": 64,
                            "eval_samples": 1, **fields})
-    with sd.process_group():
-        stream, _ = sd.load_data(cfg, tiny_tokenizer())
+    if stream is None:
+        with sd.process_group():
+            stream, _ = sd.load_data(cfg, tiny_tokenizer())
     return sd.batches_of_stream(types.SimpleNamespace(
         cfg=cfg, tokenizer=tiny_tokenizer(), rows=stream, global_batch=global_batch,
         progress=types.SimpleNamespace(position=position)))
@@ -4799,12 +4800,16 @@ def test_streaming_a_resume_finds_the_same_rows(tmp_path):
             assert same_position == position
 
 
-def test_streaming_a_broken_line_ends_it(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", talk(50))
-    with open(path, "a") as file:
-        file.write("{bad\n")
-    with pytest.raises(config.UserError, match="while reading window 2 of dataset"):
-        epoch_of(path, shuffle_buffer=20)
+def test_streaming_a_reader_that_fails_is_an_error(tmp_path):
+    def rows_that_break():
+        yield from talk(50)
+        raise ValueError("JSON parse error in row 50")
+
+    stream = datasets.IterableDataset.from_generator(rows_that_break)
+    batches = batches_of("d", stream=stream, shuffle_buffer=20)
+    assert len([next(batches) for _ in range(10)]) == 10
+    with pytest.raises(config.UserError, match="while reading window 2 .* error in row 50"):
+        next(batches)
 
 
 def test_streaming_bad_rows_are_dropped_until_an_epoch_has_no_other(tmp_path, capsys):
@@ -4814,7 +4819,7 @@ def test_streaming_bad_rows_are_dropped_until_an_epoch_has_no_other(tmp_path, ca
     batches = batches_of(path, shuffle_buffer=10)
     first, second, third = [next(batches) for _ in range(3)]
     assert third[1]["epoch"] == 1
-    assert "of the first 10 rows dropped: " in capsys.readouterr().out
+    assert "dropped 2 of the first 10 rows: 2 x " in capsys.readouterr().out
     again = batches_of(path, second[1], shuffle_buffer=10)   # nothing good is left of that epoch
     assert ids_of(next(again)[0]) == ids_of(third[0])
     useless = write_jsonl(tmp_path / "useless.jsonl", [good[0], *bad])
