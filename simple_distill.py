@@ -3238,7 +3238,8 @@ def write_demo_files(folder):
             f.writelines(json.dumps({"text": text}) + "\n" for text in texts[split])
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"])
+    bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"],
+                            show_progress=False)   # it writes to stdout
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.save_pretrained(f"{folder}/tokenizer")
