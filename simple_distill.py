@@ -3063,7 +3063,8 @@ def batches_of_stream(run):
     where the window began in the stream and how many of its sequences are used: a resume encodes
     that one window again and goes on, as quick at step 100,000 as at 10. (The shuffle buffer that
     `datasets` has is refilled at a resume, and then holds other rows.)"""
-    cfg, stream = run.cfg, run.rows
+    cfg = run.cfg
+    stream = run.rows
     encode_here = row_encoder(cfg, run.tokenizer)
     size = cfg.shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
@@ -3077,6 +3078,8 @@ def batches_of_stream(run):
         with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
             raw = list(itertools.islice(raw_rows, size))
             rows, dropped = kept_rows(token_rows(encode_here(raw)))
+            biggest = count_rows(rows)["biggest"]
+            refuse_unknown_ids(biggest, run.tokenizer, [run.student, run.teacher])
         if dropped and position["window"] == 0:   # not at each window
             print0(f"dropped {dropped.total()} of the first {len(raw)} rows: "
                    + reasons_in_words(dropped))
@@ -3087,7 +3090,7 @@ def batches_of_stream(run):
             order = shuffled(len(rows), cfg.seed, position["window"]).tolist()
         for used in range(position["used"], len(rows)):
             pending.append(rows[order[used]])
-            if len(pending) == run.global_batch:   # nothing is left over that a position had to keep
+            if len(pending) == run.global_batch:   # what is left over no position has to keep
                 yield pending, {**position, "used": used + 1}
                 pending = []
         found = position["found"] + len(rows)   # in this epoch so far
@@ -3119,8 +3122,6 @@ DEMO_SHAPES = {   # what else each has, by the name of its folder
 
 def run_demo(run_mode, cfg):
     """A mode with a file for each `demo`. The whole demo ends with the report of what it made."""
-    if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
-        return run_mode(cfg)
     resolved = resolve_demo(cfg)
     if resolved is None:   # a signal stopped the training of the teacher
         return False
@@ -4531,8 +4532,7 @@ def write_batches(run, micro):
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
     figures = all_sum(len(rows), tokens, cut)   # of all ranks, once all are done
     progress.notes.setdefault("rollouts", []).append(figures)
-    rows = iter(rows)
-    micro = [collate([next(rows) for _ in batch.rows]) for batch in micro]
+    micro = micro_batches(rows, run.micro_steps, run.batch_size)
     for batch in micro:
         batch.by_student = True
     return micro
