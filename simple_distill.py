@@ -42,7 +42,7 @@ import os
 import random   # optional: generate
 import re
 import resource
-import shlex
+import shlex   # optional: cache
 import shutil
 import signal
 import sys
@@ -76,7 +76,7 @@ if __name__ == "__main__":   # --help and a typo are answered before the slow im
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
-import huggingface_hub
+import huggingface_hub   # optional: demo
 import numpy as np
 import safetensors.numpy   # optional: cache
 import torch
@@ -89,6 +89,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -129,10 +130,10 @@ def phase(doing):
     except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reasons = [one_line(e, 400)]
-        if isinstance(e, datasets.exceptions.DatasetGenerationError):   # says no reason itself
-            reasons.append(one_line(e.__cause__, 400))
-        raise UserError(f"while {doing}: {'; '.join(reasons)}") from e
+        reason = one_line(e, 400)
+        if e.__cause__:   # a reader's own message, which `datasets` hides behind another
+            reason += f" ({one_line(e.__cause__, 400)})"
+        raise UserError(f"while {doing}: {reason}") from e
 
 
 # ---- ranks
@@ -144,7 +145,7 @@ def process_group():
     ranks wait, for hours if need be, for one that downloads or tokenises; in a collective on GPUs
     whoever waits for a quarter of an hour waits for a rank that is gone."""
     global HOST, STORE
-    minutes = datetime.timedelta(minutes=15)
+    patience = dict(timeout=datetime.timedelta(minutes=15))
     if CUDA:
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")   # TF32
@@ -153,17 +154,15 @@ def process_group():
     STORE = dist.HashStore()   # alone, without opening a port
     if "RANK" in os.environ:
         with phase("joining the other ranks"):
-            STORE, _, _ = next(rendezvous("env://", timeout=minutes))
+            STORE, _, _ = next(rendezvous("env://", **patience))
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
-                            world_size=WORLD, timeout=minutes)
+                            world_size=WORLD, **patience)
     HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    failed = True
     try:
         yield
         all_sum(0)   # the store goes with its host: nobody leaves before all are done
-        failed = False
     finally:
-        if WORLD == 1 or not failed:   # else this would wait for ranks that are gone
+        if WORLD == 1:   # else it might wait for ranks that are gone: they just exit
             dist.destroy_process_group()
 
 
@@ -254,27 +253,21 @@ def sync(*paths):
 
 def table(header, rows):
     """Lists of strings -> markdown that is aligned, so that a terminal can show it too."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]   # the others stand on the right
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        text.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * (widths[0] + 2), *["-" * (width + 1) + ":" for width in widths[1:]]]
-    text.insert(1, f"|{'|'.join(rule)}|")
-    return "\n".join(text)
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * width for width in widths]
+    lines = [map(str.rjust, line, widths) for line in (header, rule, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ---- whose folder, and how to stop what is at work there
 
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
-WRITES = {   # mode: names that must be free in a folder without our mark
+WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
     "train": ("config.json", "log.jsonl", "checkpoints", "final"),
+    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
-    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
     "demo": ("corpus", "tokenizer", "student", "teacher", "teacher-shape"),   # optional: demo
 }
 
@@ -313,16 +306,21 @@ def claim(folder, mode, wait=False, alone=True):
 
 
 def mark_folder(folder, mode):
-    """-> the mark, open; refused where a folder without one holds a name that this mode writes."""
-    path = os.path.join(folder, MARK)
-    if not os.path.exists(path):
-        taken = [name for name in WRITES[mode] if os.path.lexists(os.path.join(folder, name))]
-        if taken:
-            raise UserError(
-                f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a version "
-                f"before; choose another folder, or make it ours: touch {shlex.quote(path)}")
+    """-> the mark of a folder, open. Refused: one without a mark that holds a name which this mode
+    writes, and one of another mode."""
     os.makedirs(folder, exist_ok=True)
-    return open(path, "a+", encoding="utf-8")
+    names = os.listdir(folder)
+    taken = [name for name in WRITES[mode] if name in names]
+    if taken and MARK not in names:
+        raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
+                        "version before; choose another folder, or make it ours with touch "
+                        + os.path.join(folder, MARK))
+    file = open(os.path.join(folder, MARK), "a+", encoding="utf-8")
+    file.seek(0)
+    there = file.read().split(" ")[0]
+    if there not in ("", mode):
+        raise UserError(f"{folder!r} is of mode {there}; choose another folder")
+    return file
 
 
 @contextlib.contextmanager
@@ -330,16 +328,13 @@ def stop_signals():
     """SIGTERM, Ctrl-C, or a terminal that closes: finish the step, save, exit 0. Yields
     stop_requests, empty so far."""
     stop_requests = []
-
-    def request_stop(number, frame):
-        stop_requests.append(number)
-
-    handlers_before = {number: signal.signal(number, request_stop)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        before[number] = signal.signal(number, lambda *_: stop_requests.append(1))
     try:
         yield stop_requests
     finally:
-        for number, handler in handlers_before.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -577,10 +572,6 @@ def chunk_kernel(worth_compiling, **options):
     return run
 
 
-def tokens_within(budget, itemsize, vocab):
-    return max(1, budget // (2 * itemsize * vocab))
-
-
 def chunk_size(device, itemsize, vocab):
     """How many tokens are projected to the vocabulary at once. On a GPU, where the loss is
     compiled, up to four times as many: every chunk passes the head's whole gradient through memory
@@ -590,7 +581,7 @@ def chunk_size(device, itemsize, vocab):
     if device.type == "cuda" and vocab >= COMPILED_VOCAB:
         share = torch.cuda.get_device_properties(device).total_memory // 40
         budget = min(max(share, budget), 4 * budget)
-    return tokens_within(budget, itemsize, vocab)
+    return max(1, budget // (2 * itemsize * vocab))
 
 
 def add_product(total, a, b):
@@ -706,39 +697,32 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 
 
 def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else that of the first candidate that has one, else None."""
-    names = [name for name in candidates if may_have_tokenizer(name)]
-    if cfg.tokenizer:
-        names = [cfg.tokenizer]
+    """--tokenizer, else that of the first candidate that may have one, else None. A folder shows
+    it; layers:N, a config .json and demo (no name was given) have none."""
+    names = [cfg.tokenizer] if cfg.tokenizer else []
+    for name in candidates:
+        has_none = name == "demo" or name.endswith(".json") or name.startswith("layers:")
+        if os.path.isdir(name):
+            has_none = not glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
+        if not has_none:
+            names.append(name)
     if not names:
         return None
     with phase(f"reading the tokenizer of {names[0]}"):
         return AutoTokenizer.from_pretrained(names[0], trust_remote_code=cfg.trust_remote_code)
 
 
-def may_have_tokenizer(name):
-    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet.
-    demo: no name was given."""
-    if name == "demo" or name.startswith("layers:") or name.endswith(".json"):
-        return False
-    if os.path.isdir(name):
-        return bool(glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
-    return True
-
-
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    student_tokens = {i: token for token, i in student.get_vocab().items()}
-    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
-    shared_ids = sorted(student_tokens.keys() & teacher_tokens.keys())
-    clashing = [i for i in shared_ids if student_tokens[i] != teacher_tokens[i]]
+    ours = {i: token for token, i in student.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    clashing = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    problem = "they cut text differently"
     if clashing:
         i = clashing[0]
-        problem = f"token {i} is {student_tokens[i]!r} in one, {teacher_tokens[i]!r} in the other"
-    elif len(shared_ids) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
-        problem = "they share a vocabulary but cut text differently"
-    else:
+        problem = f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
+    elif student(probe)["input_ids"] == teacher(probe)["input_ids"]:
         return
     raise UserError(
         f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
@@ -772,18 +756,19 @@ def load_data(cfg, tokenizer):
         return load_stream(cfg, tokenizer)
     with phase(f"reading dataset {cfg.dataset}"), node_first():
         train_raw, eval_raw = read_raw(cfg)
+        if cfg.max_samples is not None:
+            train_raw = take_first(train_raw, cfg.max_samples)
+        if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
+            eval_raw = train_raw   # asked for by its name: nothing is held out of it
         if eval_raw is None and len(train_raw) > 1:
             train_raw, eval_raw = hold_out_rows(train_raw, cfg.eval_samples)
     if cfg.mode == "eval" and eval_raw is not None:   # optional: eval
-        eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-        return None, take_first(eval_rows, cfg.eval_samples)
+        return None, take_first(tokenize(cfg, eval_raw, tokenizer, "eval"), cfg.eval_samples)
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document: its last twentieth
-        eval_size = max(1, len(rows) // 20)
-        eval_rows = rows.skip(len(rows) - eval_size)
-        rows = rows.take(len(rows) - eval_size)
+    elif len(rows) > 1:   # one long document
+        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -802,19 +787,12 @@ def read_raw(cfg, streaming=False):
     eval_raw = None
     if cfg.eval_split != cfg.train_split:
         eval_raw = read_split(cfg, cfg.eval_split, streaming)
-    missing = None
+        # where only the default is absent, no harm
+        if eval_raw is None and cfg.eval_split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave "
+                            "eval_split out to hold out a slice of train")
     if train_raw is None:
-        missing = cfg.train_split
-    elif eval_raw is None and cfg.eval_split not in (cfg.train_split, Config.eval_split):
-        missing = cfg.eval_split   # asked for by name; where only the default is absent, no harm
-    if missing is not None:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave "
-                        "eval_split out to hold out a slice of train")
-    if cfg.max_samples is not None:
-        train_raw = train_raw.take(cfg.max_samples if streaming
-                                   else min(cfg.max_samples, len(train_raw)))
-    if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
-        return train_raw, train_raw   # asked for by its name: nothing is held out of it
+        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}")
     return train_raw, eval_raw
 
 
@@ -833,19 +811,16 @@ def read_split(cfg, split, streaming=False):
     """
     path = cfg.dataset
     kind = FILE_KINDS.get(os.path.splitext(path)[1].lower())
+    if kind and split != "train":   # a file has no other
+        return None
     if kind:
-        if split != "train":   # a file has no other
-            return None
         options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
-        return datasets.load_dataset(   # which takes a name for a pattern
-            kind, data_files={"train": glob.escape(path)}, split="train", streaming=streaming,
-            **options)
+        # a name would be taken for a pattern
+        return datasets.load_dataset(kind, data_files=glob.escape(path), split=split,
+                                     streaming=streaming, **options)
     if any(os.path.exists(os.path.join(path, name)) for name in SAVED_BY_DATASETS):
         saved = datasets.load_from_disk(path)
-        if not isinstance(saved, dict):   # saved without splits
-            saved = {"train": saved}
-        rows = saved.get(split)
-        return rows.to_iterable_dataset() if streaming and rows is not None else rows
+        return saved.get(split) if isinstance(saved, dict) else {"train": saved}.get(split)
     try:
         return datasets.load_dataset(path, cfg.dataset_config, split=split, streaming=streaming)
     except ValueError as e:
@@ -892,87 +867,71 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
-    workers = cfg.num_proc or 1
-    # a tokenizer's own threads do not survive the fork of a worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
 
     def encode_from(batch):   # the same thousand rows together, whoever takes them
         start, = batch["start"]
-        return encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
+        rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
+        return token_rows(rows).with_format("arrow")[:]
 
+    # a tokenizer's own threads do not survive the fork of a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
     os.makedirs(folder, exist_ok=True)
     fingerprint = fingerprint_rows(cfg, raw, tokenizer)
     starts = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
     with phase(f"tokenising {split}"), node_first():
-        rows = starts.map(
-            encode_from, batched=True, batch_size=1, remove_columns=["start"], features=FEATURES,
-            num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
-            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), desc=split)
-        rows, dropped = kept_rows(rows)
+        rows, dropped = kept_rows(starts.map(
+            encode_from, batched=True, batch_size=1, remove_columns="start", features=FEATURES,
+            num_proc=cfg.num_proc, new_fingerprint=fingerprint, desc=split,
+            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow")))
+    reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
     if len(rows) == 0:
-        raise UserError(f"dataset {cfg.dataset!r}, {split}: none of {len(raw)} rows has a target "
-                        f"token: {reasons_in_words(dropped)}")
+        raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
+                        f"token: {reasons}")
     if dropped:
-        print0(f"{split}: dropped {dropped.total()} of {len(raw)} rows: "
-               + reasons_in_words(dropped))
+        print0(f"{split}: dropped {dropped.total()} of {len(raw)} rows: {reasons}")
     return rows
 
 
-def token_rows(columns):
+def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+    return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
 def kept_rows(rows):
     """-> token rows less those that were dropped, and a Counter of why they were."""
-    reasons = np.array(rows["dropped"][:], dtype=object)
-    dropped = collections.Counter(reasons[reasons != ""].tolist())
-    if dropped:
-        rows = rows.select(np.flatnonzero(reasons == ""))
-    return rows.remove_columns("dropped").with_format("numpy"), dropped
-
-
-def reasons_in_words(dropped):
-    return "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5)) or "no text"
+    reasons = rows["dropped"][:]
+    kept = [i for i, why in enumerate(reasons) if not why]
+    rows = rows.select(kept).remove_columns("dropped").with_format("numpy")
+    return rows, collections.Counter(filter(None, reasons))
 
 
 def fingerprint_rows(cfg, raw, tokenizer):
     """Of all that shapes token rows: the tokenizer as it would be saved, and the code, so that a
     fork that edits it gets what it wrote and not what an older version left in the cache."""
-    saved = {}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(glob.glob(os.path.join(folder, "**"), recursive=True)):
-            if os.path.isfile(path):
-                with open(path, "rb") as file:
-                    saved[path[len(folder):]] = hashlib.sha256(file.read()).hexdigest()
+        saved = {path[len(folder):]: checksum(path)
+                 for path in glob.glob(os.path.join(folder, "**"), recursive=True)}
     with open(__file__, encoding="utf-8") as file:
-        code = re.search(r"(?s)\n# ---- from raw rows\n.*\n# ---- to token rows\n", file.read())[0]
-    return digest(raw._fingerprint, str(raw.features), saved, code, ROWS_AT_ONCE,
-                  cfg.text_column, cfg.seq_len, *packing_of_texts(cfg))
-
-
-def packing_of_texts(cfg):
-    """-> whether texts are joined, whether there may be conversations. Documents are rows until
-    PackedRows puts them together."""
-    return cfg.packing in ("auto", "blocks"), cfg.packing != "blocks"
+        code = file.read().split("\n# ---- between raw rows and token rows")[1]
+    joined = "rows" if cfg.packing == "documents" else cfg.packing   # which PackedRows joins
+    return digest(raw._fingerprint, str(raw.features), saved, code, cfg.text_column, cfg.seq_len,
+                  joined)
 
 
 def row_encoder(cfg, tokenizer):
     """-> a function of raw rows alone."""
-    join, talks = packing_of_texts(cfg)
     return functools.partial(encode_rows, tokenizer=tokenizer, text_column=cfg.text_column,
-                             seq_len=cfg.seq_len, join=join, talks=talks)
+                             seq_len=cfg.seq_len, packing=cfg.packing)
 
 
-# The text of the file from here on is part of the fingerprint of token rows.
-# ---- from raw rows
+# ---- between raw rows and token rows: this text is part of the fingerprint of the latter
 
 
-def encode_rows(raw_rows, tokenizer, text_column, seq_len, join, talks):
-    """Raw rows -> token rows as columns: first the conversations, one a row, then the texts, joined
-    in blocks or each in rows of its own, then what was dropped: a row too, that says why."""
+def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
+    """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
+    or each in rows of its own, then what was dropped: a row too, that says why."""
     conversations = []
     texts = []
     dropped = []
@@ -980,25 +939,24 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, join, talks):
         try:
             conversation = conversation_of(row)
             if conversation is None:
-                texts.append(text_in(row, text_column))
-            elif talks:
-                conversations.append(conversation)
-            else:
+                texts.append(text_of(row[text_column] or ""))
+            elif packing == "blocks":
                 raise ValueError("a conversation; blocks are of text: use --packing rows")
+            else:
+                conversations.append(conversation)
         except Exception as e:   # whatever is strange about it
-            dropped.append(one_line(e))
-    rows = [*encode_conversations(conversations, tokenizer, seq_len, dropped),
-            *encode_texts(texts, tokenizer, seq_len, join)]
-    columns = {"input_ids": [], "targets": [], "starts": [], "dropped": []}
-    for ids, targets in rows:
-        columns["input_ids"].append(ids)
-        columns["targets"].append([False, *targets[1:]])   # the first is predicted from nothing
-        columns["starts"].append([0])
-        columns["dropped"].append("" if any(targets[1:]) else f"no target in {seq_len} tokens")
-    for name in ("input_ids", "targets", "starts"):
-        columns[name] += [[] for _ in dropped]
-    columns["dropped"] += dropped
-    return columns
+            dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
+    texts = list(filter(None, texts))   # an empty one is read as well, and says nothing
+    encoded = encode_conversations(conversations, tokenizer, seq_len, dropped)
+    encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
+    rows = []
+    for ids, targets in encoded:
+        targets[0] = False   # it is predicted from nothing
+        why = "" if any(targets) else f"no target in {seq_len} tokens"
+        rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
+    for why in dropped:
+        rows.append({"input_ids": [], "targets": [], "starts": [], "dropped": why})
+    return rows
 
 
 def rows_from_columns(columns):
@@ -1007,40 +965,32 @@ def rows_from_columns(columns):
     return [dict(zip(columns, values, strict=True)) for values in rows]
 
 
-def text_in(row, text_column):
-    if text_column not in row:
-        raise ValueError(f"no column {text_column!r}, no conversation in {', '.join(row)}")
-    text = row[text_column] or ""
-    if not isinstance(text, str):
-        raise ValueError(f"column {text_column!r} holds {type(text).__name__}, not text")
-    return text
-
-
 def encode_texts(texts, tokenizer, seq_len, join):
     """-> [(ids, which are targets)]. Each text ends with EOS. Joined, or each by itself, they are
     cut into blocks of seq_len; the last one may be shorter. A BOS begins each block, not each text:
     so it is predicted nowhere."""
-    texts = [text for text in texts if text]   # an empty one is read as well, and says nothing
-    if not texts:
-        return []
-    eos = tokenizer.eos_token_id
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = bos_of(tokenizer)
-    documents = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        if eos is not None and ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        documents.append(ids)
-    if join:
-        documents = [list(itertools.chain(*documents))]
     begin = [] if bos is None else [bos]
     room = seq_len - len(begin)
+    documents = []
+    for ids in encode_all(tokenizer, texts, add_special_tokens=False)["input_ids"]:
+        documents.append(ids if ids[-1:] == end else ids + end)
+    if join:
+        documents = [list(itertools.chain(*documents))]
     blocks = []
     for ids in documents:
         for i in range(0, len(ids), room):
             block = begin + ids[i:i + room]
-            if len(block) > 1:   # one token would predict nothing
-                blocks.append((block, [True] * len(block)))
+            blocks.append((block, [True] * len(block)))
     return blocks
+
+
+def encode_all(tokenizer, texts, **options):
+    """All at once, on the tokenizer's own threads; it does not take an empty list."""
+    if not texts:
+        return {"input_ids": [], "offset_mapping": []}
+    return tokenizer(texts, verbose=False, **options)
 
 
 def encode_conversations(conversations, tokenizer, seq_len, dropped):
@@ -1052,9 +1002,9 @@ def encode_conversations(conversations, tokenizer, seq_len, dropped):
     write = functools.partial(
         tokenizer.apply_chat_template, tokenize=False,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    prompt = generation_prompt(write) if conversations else ""
+    prompt = generation_prompt(write)
+    spans_of = []
     texts = []
-    spans_of_texts = []
     for messages in conversations:
         try:
             text, spans = render(messages, write, prompt, end_marks)
@@ -1062,16 +1012,12 @@ def encode_conversations(conversations, tokenizer, seq_len, dropped):
             dropped.append(f"the chat template: {one_line(e)}")
             continue
         texts.append(text)
-        spans_of_texts.append(spans)
-    if not texts:
-        return []
-    encoded = tokenizer(   # a template has written the special tokens already
-        texts, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True,
-        verbose=False)
-    talks = []
-    for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans_of_texts):
-        talks.append((ids[:seq_len], find_targets(offsets[:seq_len], spans)))
-    return talks
+        spans_of.append(spans)
+    # a template has written the special tokens already
+    encoded = encode_all(tokenizer, texts, add_special_tokens=not tokenizer.chat_template,
+                         return_offsets_mapping=True)
+    return [(ids[:seq_len], find_targets(offsets[:seq_len], spans)) for ids, offsets, spans in
+            zip(encoded["input_ids"], encoded["offset_mapping"], spans_of)]
 
 
 def find_targets(offsets, spans):
@@ -1215,13 +1161,13 @@ def without_nulls(value):
 
 
 def text_of(content):
-    """The content of a message, which may come in parts; a part that is no text is a KeyError."""
+    """Text, or the content of a message, which may come in parts; anything else is an error."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
 
 
-# ---- to token rows
+# ---- between raw rows and token rows: up to here
 
 
 class PackedRows:
@@ -1271,39 +1217,29 @@ def fit_into_rows(lengths, seq_len):
 def row_lengths(rows):
     """In tokens, of a dataset of token rows."""
     tables = rows.with_format("arrow").iter(1000)
-    return np.concatenate([lists_in(table, "input_ids").value_lengths().to_numpy()
+    return np.concatenate([table["input_ids"].combine_chunks().value_lengths().to_numpy()
                            for table in tables])
-
-
-def lists_in(table, name):
-    return table[name].combine_chunks()
 
 
 def count_rows(rows):
     """One look at all token rows -> {rows, tokens, targets, biggest (id), digest}; None of a stream
     or a cache, which nobody reads in advance."""
-    if isinstance(rows, PackedRows):
-        rows = rows.documents
-    if not isinstance(rows, datasets.Dataset):
+    documents = getattr(rows, "documents", rows)   # of PackedRows
+    if not isinstance(documents, datasets.Dataset):
         return None
-    facts = {"rows": len(rows), "tokens": 0, "targets": 0, "biggest": 0}
+    tokens = targets = biggest = 0
     content = hashlib.sha256()
-    for table in rows.with_format("arrow").iter(1000):
-        ids = lists_in(table, "input_ids")
-        numbers = ids.flatten().to_numpy()
-        is_target = lists_in(table, "targets").flatten().to_numpy(zero_copy_only=False)
-        facts["tokens"] += len(numbers)
-        facts["targets"] += int(is_target.sum())
-        facts["biggest"] = max(facts["biggest"], int(numbers.max()))
-        for part in (ids.value_lengths().to_numpy(), numbers, is_target):
-            content.update(np.ascontiguousarray(part))
-    return facts | {"digest": content.hexdigest()[:16]}
-
-
-def rows_digest(rows):
-    """16 characters that differ when any token row does, wherever the rows came from."""
-    facts = count_rows(rows)
-    return facts and facts["digest"]
+    for table in documents.with_format("arrow").iter(1000):
+        lists = table["input_ids"].combine_chunks()
+        ids = lists.flatten().to_numpy()
+        is_target = table["targets"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        for part in (lists.value_lengths().to_numpy(), ids, is_target):
+            content.update(part)
+        tokens += len(ids)
+        targets += int(is_target.sum())
+        biggest = max(biggest, int(ids.max()))
+    return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest,
+                digest=content.hexdigest()[:16])
 
 
 # ---- batches
@@ -1333,34 +1269,25 @@ def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
     masking: a position counts where its next token is a target, not where it is one itself."""
     shown = rows or [STAND_IN]
-    width = max(len(row["input_ids"]) for row in shown)
-    input_ids_BT = torch.zeros(len(shown), width, dtype=torch.long)
-    labels_BT = torch.full((len(shown), width), -100)
-    is_real_BT = torch.zeros(len(shown), width, dtype=torch.bool)
-    for i, row in enumerate(shown):
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-        next_is_target = torch.as_tensor(row["targets"])[1:]
-        input_ids_BT[i, :len(ids)] = ids
-        # the last position has no next token
-        labels_BT[i, :len(ids) - 1] = torch.where(next_is_target, ids[1:], -100)
-        is_real_BT[i, :len(ids)] = bool(rows)
+    ids = []
+    next_ids = []
+    positions = []   # within documents; those of padding do not matter
+    for row in shown:
+        ids.append(torch.as_tensor(row["input_ids"], dtype=torch.long))
+        labels = torch.where(torch.as_tensor(row["targets"]), ids[-1], -100)
+        next_ids.append(nn.functional.pad(labels[1:], (0, 1), value=-100))   # the last has none
+        lengths = np.diff(row["starts"], append=len(ids[-1]))
+        positions.append(torch.cat([torch.arange(length) for length in lengths]))
     position_ids = None
     if any(len(row["starts"]) > 1 for row in shown):
-        positions_BT = np.stack([positions_in(row, width) for row in shown])
-        position_ids = to_device(torch.from_numpy(positions_BT))
-    labels = labels_BT.flatten()
-    positions = (labels != -100).nonzero()[:, 0]
+        position_ids = to_device(pad_sequence(positions, True))
+    labels = pad_sequence(next_ids, True, padding_value=-100).flatten()
+    is_real = pad_sequence([torch.full_like(of_row, bool(rows)) for of_row in ids], True)
+    counted = (labels != -100).nonzero()[:, 0]
     return Batch(
-        rows=rows, input_ids=to_device(input_ids_BT), positions=to_device(positions),
-        labels=pin(labels[positions]),
-        real=to_device(is_real_BT.flatten().nonzero()[:, 0]),
+        rows=rows, input_ids=to_device(pad_sequence(ids, True)), positions=to_device(counted),
+        labels=pin(labels[counted]), real=to_device(is_real.flatten().nonzero()[:, 0]),
         sparse=collate_sparse(rows), position_ids=position_ids)
-
-
-def positions_in(row, width):
-    """-> [width]: each token's position in its document; padding is one more document."""
-    starts = np.array([*row["starts"], len(row["input_ids"])])
-    return np.arange(width) - np.repeat(starts, np.diff(starts, append=width))
 
 
 def collate_sparse(rows):
@@ -1534,11 +1461,8 @@ def read_model(name, config, kept_layers, seed, options):
 
 def identity_of(model):
     """Of the weights as they were loaded, wherever their files lie: every n-th number of each."""
-    crc = 0
-    for parameter in model.parameters():
-        some = parameter.detach().flatten()[::parameter.numel() // 4096 | 1]
-        crc = zlib.crc32(some.float().numpy().tobytes(), crc)
-    return crc
+    some = [p.detach().flatten()[::p.numel() // 4096 | 1].float() for p in model.parameters()]
+    return zlib.crc32(torch.cat(some).numpy())
 
 
 def layers_of(model):
@@ -1558,26 +1482,21 @@ ONE_A_LAYER = (
     "num_attention_heads_per_layer", "num_key_value_heads_per_layer")
 
 
-def cut_layers(teacher_config, student):
-    """student layers:N -> its config, and the numbers of the N evenly spaced layers of the teacher
-    that it takes, the first and the last among them."""
-    depth = teacher_config.get_text_config().num_hidden_layers
-    count = int(student.removeprefix("layers:"))
-    if teacher_config.get_text_config() is not teacher_config:
-        raise UserError(f"{student} cannot be cut: the teacher's text model is part of a larger "
-                        "one; bring a checkpoint of the text model alone")
+def cut_layers(config, count):
+    """-> the config of a student of `count` evenly spaced layers, the first and the last among
+    them, and their numbers."""
+    depth = config.get_text_config().num_hidden_layers
     if count > depth:
-        raise UserError(f"student {student!r}: the teacher has {depth} layers")
+        raise UserError(f"layers:{count}: the teacher has {depth}")
     kept_layers = [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
-    print0(f"student: layers {', '.join(map(str, kept_layers))} of the teacher's {depth}")
-    values = teacher_config.to_dict()
+    print0(f"student: layers {kept_layers} of the teacher's {depth}")
+    values = config.to_dict()
     for key in ONE_A_LAYER:
         value = values.get(key)
         if isinstance(value, list) and len(value) == depth:
             values[key] = [value[i] for i in kept_layers]
-    depth_key = teacher_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    values[depth_key] = count
-    return type(teacher_config).from_dict(values), kept_layers
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
+    return type(config).from_dict(values), kept_layers
 
 
 def recompute_activations(model):
@@ -1673,16 +1592,6 @@ def full_tensor(tensor):
     return tensor.to(DEVICE)
 
 
-@torch.no_grad()
-def count_not_finite(root):
-    """Of all weights, those that are infinite or not a number."""
-    count = 0
-    for p in root.parameters():
-        shard_here = p.to_local() if isinstance(p, DTensor) else p
-        count += shard_here.isfinite().logical_not().sum()
-    return int(all_sum(int(count))[0])
-
-
 FINAL_MARK = ".simple_distill.json"   # in final/: of which checkpoint it is
 
 
@@ -1696,6 +1605,9 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
         full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
     if RANK > 0:
         return
+    broken = [name for name, tensor in full.items() if not tensor.isfinite().all()]
+    if broken:
+        print0(f"WARNING: not all weights of the student are finite: {', '.join(broken)[:300]}")
     aside = path + ".tmp"
     shutil.rmtree(aside, ignore_errors=True)   # what a killed run left
     with_tensors(root.model, full).to(dtype).save_pretrained(aside)
@@ -1801,23 +1713,22 @@ def check_model(root, what, seq_len, packed):
     seq_len positions or, packed, lets documents see each other. what: role and name."""
     what = f"{what} ({type(root.model).__name__})"
     vocab = root.model.config.get_text_config().vocab_size
-    ids_1T = torch.arange(8, device=DEVICE)[None] % vocab
+    ids_1T = torch.arange(seq_len, device=DEVICE)[None] % vocab
+    with phase(f"running {what} on {seq_len} positions"), evaluating(root):
+        root(hidden_states, ids_1T)
     probe(root, f"{what} is no causal language model: its states change with later tokens",
-          look_ahead, ids_1T)
+          look_ahead, ids_1T[:, :8])
     probe(root, f"{what}: hidden states times head miss its own logits; is it damaged, does it "
           "need --dtype fp32, or head_of() in simple_distill.py to know its scaling?",
-          head_error, ids_1T)
-    with phase(f"running {what} on {seq_len} positions"), evaluating(root):
-        root(hidden_states, torch.arange(seq_len, device=DEVICE)[None] % vocab)
+          head_error, ids_1T[:, :8])
     if packed:
         documents = []
         for length in (3, 5, 2, 4, 1):
-            ids = [(length * 7 + i) % vocab for i in range(length)]
-            documents.append({"input_ids": ids, "targets": [False] * length, "starts": [0]})
+            ids = np.arange(length, 2 * length) % vocab
+            documents.append({"input_ids": ids, "targets": ids > vocab, "starts": [0]})
         rows = []   # two: some kinds of attention look at positions only where a batch is one row
         for members in (documents[:2], documents[2:]):
-            parts = {key: [row[key] for row in members] for key in documents[0]}
-            rows.append(packed_row(parts))
+            rows.append(packed_row({key: [row[key] for row in members] for key in STAND_IN}))
         probe(root, f"{what} lets packed documents see each other; use --packing rows or blocks",
               packing_error, collate(rows), collate(documents))
 
@@ -1973,11 +1884,9 @@ def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     for name, parameter in named_parameters:
         names.setdefault(parameter, name)
     for pattern, _ in rules:
-        if not any(pattern.search(name) for name in names.values()):
-            raise UserError(
-                f"lr_multipliers: {pattern.pattern!r} matches none of the {len(names)} parameters "
-                "(of tied ones the first name counts); names look like "
-                + list(names.values())[len(names) // 2])
+        if not any(map(pattern.search, names.values())):
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches no parameter (of tied "
+                            f"ones the first name counts) among {', '.join(names.values())}")
     rates = {}
     for parameter, name in names.items():
         multipliers = [multiplier for pattern, multiplier in rules if pattern.search(name)]
@@ -1990,26 +1899,24 @@ def make_optimizer(parameters, rates, weight_decay):
 
     Norms and biases, all that has one dimension, do not decay.
     """
-    groups = {}                     # (rate, decays): parameters
-    sizes = collections.Counter()   # rate: numbers in its parameters
+    groups = {}   # (rate, decays): parameters
     for parameter in parameters:
         rate = rates.get(parameter, 0)
-        sizes[rate] += parameter.numel()
         parameter.requires_grad_(rate > 0)
+        groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
+    trained = []
+    for (rate, decays), group in groups.items():
+        print0(f"learning rate {rate:g}, {'with' if decays else 'without'} decay: "
+               f"{sum(p.numel() for p in group):,} parameters")
         if rate > 0:
-            groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
-    frozen = sizes.pop(0, 0)
-    if not groups:
+            trained.append(dict(params=group, lr=rate, initial_lr=rate,
+                                weight_decay=weight_decay if decays else 0.0))
+    if not trained:
         raise UserError("every parameter is frozen (lr_multipliers 0); leave something to train")
-    trained = ", ".join(f"{size:,} parameters at {rate:g}" for rate, size in sizes.items())
-    print0(f"{frozen:,} frozen; trains {trained}")
-    optimizer = torch.optim.AdamW(
-        [dict(params=group, lr=rate, initial_lr=rate, weight_decay=weight_decay if decays else 0.0)
-         for (rate, decays), group in groups.items()],
-        lr=max(sizes), fused=True)
+    optimizer = torch.optim.AdamW(trained, fused=True)
     # the moments from the start: memory is known, and a checkpoint has where to load to
-    for group in groups.values():
-        for parameter in group:
+    for group in trained:
+        for parameter in group["params"]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -2021,15 +1928,11 @@ def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
     options = json.loads(cfg.lr_scheduler_kwargs or "{}")
-    if cfg.lr_scheduler == "warmup_stable_decay":
-        options = {"num_decay_steps": max(1, steps // 5)} | options
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     with phase(f"making the schedule {cfg.lr_scheduler} ({options})"):
         schedule = get_scheduler(
             cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
-        multiplier_at = schedule.lr_lambdas[0]
-        multiplier_at(steps)
-    return multiplier_at
+        return schedule.lr_lambdas[0]
 
 
 def set_rates(optimizer, multiplier):
@@ -2147,17 +2050,16 @@ def checkpoints_in(folder):
 
 
 def find_checkpoint(resume, output_dir):
-    """-> (path, state) of the newest checkpoint that is whole, or None. resume: auto, never or a
-    path. What is damaged is named and passed over."""
-    if resume == "never":
-        return None
+    """-> path, state of the newest checkpoint that is whole, or None, None. resume: auto, never or
+    a path. What is damaged is named and passed over."""
     paths = from_rank0(checkpoints_in(os.path.join(output_dir, "checkpoints")))
-    if resume != "auto":
-        resume = resume.rstrip("/")
+    if resume == "never":
+        paths = []
+    elif resume != "auto":
         if paths and os.path.realpath(resume) not in map(os.path.realpath, paths):
             raise UserError(f"{output_dir!r} holds another run than {resume!r}; choose another "
                             "--output_dir")
-        paths = [resume]
+        paths = [resume.rstrip("/")]
     for path in paths:
         state, problem = from_rank0(read_state(path) if RANK == 0 else None)
         if state is not None and checksums(path, sorted(state["files"])) == state["files"]:
@@ -2165,7 +2067,7 @@ def find_checkpoint(resume, output_dir):
         print0(f"checkpoint {path} is not what was written{problem}, passed over")
     if paths:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
-    return None
+    return None, None
 
 
 def read_state(path):
@@ -2192,9 +2094,10 @@ def load_checkpoint(path, tensors):
     print0(f"resumes from {path}")
 
 
-def reason_of(checkpoint_exception):
-    """What went wrong on the first rank that failed."""
-    error, _ = next(iter(checkpoint_exception.failures.values()))
+def reason_of(error):
+    """dcp's error holds those of all ranks that failed."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
     return one_line(error, 300)
 
 
@@ -2238,7 +2141,7 @@ def prepare_output(cfg, step):
     os.makedirs(folder, exist_ok=True)
     for path in checkpoints_in(folder):
         if int(path[-8:]) > step:   # never to be continued from by itself
-            aside = os.path.join(folder, f"aside-{time.time_ns()}-{os.path.basename(path)}")
+            aside = os.path.join(folder, f"aside-{time.time_ns()}-{path[-8:]}")
             os.rename(path, aside)
             print0(f"{path} is set aside as {aside}")
     write_json(knobs_of(cfg), os.path.join(cfg.output_dir, "config.json"))
@@ -2248,20 +2151,16 @@ def prepare_output(cfg, step):
 def cut_log(path, step):
     """Drop the lines of steps that are about to be repeated, and half a line that a kill left."""
     kept = []
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    if step_of(json.loads(line)) <= step:
-                        kept.append(line.rstrip("\n") + "\n")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(f.name, path)
-
-
-def step_of(row):
-    """Of a line of the log: its train/step, eval/step or block/step."""
-    return next(value for key, value in row.items() if key.endswith("/step"))
+    with open(path, "a+", encoding="utf-8", errors="replace") as f:
+        f.seek(0)
+        for line in f:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if step and max(row[key] for key in row if key.endswith("/step")) <= step:
+                    kept.append(row)
+        f.truncate(0)
+    for row in kept:
+        append_jsonl(path, row)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2319,7 +2218,8 @@ class Run:
     batch_size: int            # sequences a rank and micro-step
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
-    checkpoint: Optional[tuple]   # (path, state) to continue from
+    checkpoint: Optional[str]  # to continue from
+    saved_digest: Optional[str]   # of the newest checkpoint
     vocabulary: Optional[int]  # from this id on heads are padding
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
     get_teacher_targets: Any   # ... and what it takes from the teacher
@@ -2337,9 +2237,7 @@ class Run:
     stop_requests: list = field(default_factory=list)   # filled by a signal
     stopped: bool = False
     saved_step: Optional[int] = None
-    saved_digest: Optional[str] = None      # of the newest checkpoint
     save_problem: Optional[str] = None      # why the last checkpoint could not be saved
-    log_problem: Optional[str] = None       # why nothing can be logged any more
     last_scores: Optional[dict] = None      # of the newest evaluation
     window_start: float = 0.0               # since when the tokens below are counted, for the speed
     window_tokens: float = 0.0
@@ -2402,27 +2300,24 @@ def start_run(cfg):
     if cfg.cache_dir:   # optional: cache
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
     with phase("looking for a checkpoint"):
-        checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
-    state = None
-    progress = Progress()
-    if checkpoint is not None:
-        path, state = checkpoint
+        path, state = find_checkpoint(cfg.resume, cfg.output_dir)
+    if state is not None:
         refuse_changes(state["config"], knobs, path)
         if is_finished(cfg, state):
             print0(f"{cfg.output_dir} holds this run, finished: see its final/")
             return None
-        progress = Progress(**state["progress"])
     tokenizer, rows, eval_rows, student, teacher, identity = load(cfg)
-    with phase("reading the token rows once"):
+    inputs = {"teacher's weights": identity}
+    with phase("reading all token rows once"):
         facts = from_rank0([count_rows(rows), count_rows(eval_rows)] if RANK == 0 else None)
-    digests = [of_rows and of_rows["digest"] for of_rows in facts]
-    inputs = {"teacher's weights": identity, "rows to train on, rows held out": digests}
+    for split, of_split in zip(("train", "held out"), facts):
+        if of_split is not None:
+            print0(f"{split}: {of_split}")
+            inputs[split] = of_split["digest"]
+            for root in filter(None, (student, teacher)):
+                check_ids(root, tokenizer, of_split["biggest"])
     if state is not None:
         refuse_changes(state["inputs"], inputs, path)
-    for of_rows in filter(None, facts):
-        print0(f"{of_rows['rows']:,} rows, {of_rows['tokens']:,} tokens, "
-               f"{of_rows['targets']:,} targets")
-        refuse_unknown_ids(of_rows["biggest"], tokenizer, [student, teacher])
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
@@ -2432,22 +2327,22 @@ def start_run(cfg):
     return Run(
         cfg=cfg, result_knobs=knobs, inputs=inputs, tokenizer=tokenizer, rows=rows,
         eval_rows=eval_rows, student=student, teacher=teacher, batch_size=batch_size,
-        micro_steps=micro_steps, global_batch=global_batch, checkpoint=checkpoint,
-        vocabulary=vocabulary, progress=progress, started=started,
+        micro_steps=micro_steps, global_batch=global_batch, checkpoint=path,
+        saved_digest=state and state["digest"],
+        progress=Progress(**state["progress"]) if state else Progress(),
+        vocabulary=vocabulary, started=started,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
 
 
-def refuse_unknown_ids(biggest, tokenizer, roots):
+def check_ids(root, tokenizer, biggest):
     """A tokenizer may have ids that a head has not: they matter where a row holds one."""
-    for root in filter(None, roots):
-        rows = root.model.config.get_text_config().vocab_size
-        if biggest >= rows:
-            raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}; "
-                            f"{type(root.model).__name__} has {rows} ids: take it out, or another "
-                            "tokenizer")
+    rows = root.model.config.get_text_config().vocab_size
+    if biggest >= rows:
+        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, "
+                        f"{type(root.model).__name__} has {rows}: take it out, or another tokenizer")
 
 
 def is_finished(cfg, state):
@@ -2487,9 +2382,9 @@ def begin(run, stages):
     run.stages = stages
     if progress.step > run.steps:
         raise UserError(
-            f"{run.checkpoint[0]!r} is of step {progress.step}, this run would end at {run.steps}. "
+            f"{run.checkpoint!r} is of step {progress.step}, this run would end at {run.steps}. "
             "Raise --max_steps or --num_epochs, or start over with --resume never")
-    print0(plan_in_words(run))
+    print0(in_lines(facts_of(run)))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
         if run.checkpoint:
             resume(run)   # which starts the stage that it is in
@@ -2530,17 +2425,15 @@ def my_batches(run):
 
 def resume(run):
     """Start the stage that goes on, fill its tensors from the checkpoint."""
-    path, state = run.checkpoint
     step = run.progress.step
     unfinished = [stage for stage in run.stages if step < stage.end]
     stage = unfinished[0] if unfinished else run.stages[-1]
     start_stage(run, stage)
     # where a stage begins, the moments that were saved are of the stage before
     moments = {} if step == stage.first_step else run.optimizer.state
-    with phase(f"reading {path}"):
-        load_checkpoint(path, tensors_of(run.student, moments, run.scale_state))
+    with phase(f"reading {run.checkpoint}"):
+        load_checkpoint(run.checkpoint, tensors_of(run.student, moments, run.scale_state))
     run.saved_step = step
-    run.saved_digest = state["digest"]
 
 
 def start_stage(run, stage):
@@ -2566,7 +2459,9 @@ def train_stage(run, stage):
         # all ranks agree
         tokens, stopping = all_sum(count_tokens(stage, micro), len(run.stop_requests))
         if stopping:
-            stop(run)
+            run.stopped = True
+            if run.saved_step != progress.step:
+                save(run)
             return False
         progress.position = position
         seed_step(cfg.seed, progress.step)
@@ -2629,9 +2524,8 @@ def stop_after_bad_steps(run):
         save(run)
         raise UserError(
             f"loss or gradient was not finite for 10 steps in a row, up to step {step}, whose "
-            f"checkpoint holds the last weights ({count_not_finite(run.student)} of them not "
-            "finite). Start over with --resume never and --learning_rate "
-            f"{run.cfg.learning_rate / 4:g}, or with --dtype fp32")
+            "checkpoint holds the last weights. Start over with --resume never and "
+            f"--learning_rate {run.cfg.learning_rate / 4:g}, or with --dtype fp32")
 
 
 def log_step(run, stage, sums, grad_norm, rate):
@@ -2657,17 +2551,12 @@ def log_step(run, stage, sums, grad_norm, rate):
 
 
 def log(run, entry):
-    """To log.jsonl, as strict JSON (no NaN), and to wandb. A full disk never costs the run."""
+    """To log.jsonl, as strict JSON (no NaN), and to wandb."""
     if RANK > 0:
         return
     finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
-    try:
+    with contextlib.suppress(OSError):   # a full disk: the next checkpoint says so
         append_jsonl(os.path.join(run.cfg.output_dir, "log.jsonl"), finite)
-        run.log_problem = None
-    except OSError as e:
-        if run.log_problem is None:
-            print0(f"WARNING: log.jsonl cannot be written ({one_line(e)}); the run goes on")
-        run.log_problem = one_line(e)
     if run.wandb is not None:
         run.wandb.log(entry, step=run.progress.step)
 
@@ -2699,33 +2588,24 @@ def is_due(step, every):
 def save(run):
     """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
     cfg = run.cfg
-    step = run.progress.step
+    run.saved_step = run.progress.step
     state = {
         "progress": dataclasses.asdict(run.progress), "steps": run.steps,
         "length": [cfg.max_steps, cfg.num_epochs],
         "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
         "global_batch": run.global_batch, "config": run.result_knobs, "inputs": run.inputs}
+    tensors = tensors_of(run.student, run.optimizer.state, run.scale_state)
     problem = None
     try:
         run.saved_digest = save_checkpoint(
-            os.path.join(cfg.output_dir, "checkpoints"), step,
-            tensors_of(run.student, run.optimizer.state, run.scale_state), state,
+            os.path.join(cfg.output_dir, "checkpoints"), run.saved_step, tensors, state,
             cfg.keep_checkpoints)
-    except dcp.api.CheckpointException as e:
+    except (OSError, dcp.api.CheckpointException) as e:
         problem = reason_of(e)
-    except OSError as e:
-        problem = one_line(e, 300)
     run.save_problem = from_rank0(problem)
-    run.saved_step = step
     if run.save_problem:
-        print0(f"WARNING: checkpoint {step} could not be saved ({run.save_problem}); the run goes "
-               "on, older ones stay")
-
-
-def stop(run):
-    run.stopped = True
-    if run.saved_step != run.progress.step:
-        save(run)
+        print0(f"WARNING: checkpoint {run.saved_step} could not be saved ({run.save_problem}); the "
+               "run goes on, older ones stay")
 
 
 # ---- evaluating
@@ -2740,9 +2620,8 @@ def scores(run, rows):
 def rows_before_training(run):
     """A few of the held-out rows, evenly spaced: training is to start at once, and what these say
     of the student before it is only where it comes from."""
-    held_out_rows = len(run.eval_rows)
-    count = min(4 * run.global_batch, held_out_rows)
-    return [run.eval_rows[i * held_out_rows // count] for i in range(count)]
+    count = min(4 * run.global_batch, len(run.eval_rows))
+    return [run.eval_rows[i * len(run.eval_rows) // count] for i in range(count)]
 
 
 def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what):
@@ -2757,8 +2636,8 @@ def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_ov
     """What loss_fn returns, as means over the labels or the real tokens of rows. what: in words."""
     sums = 0
     tokens = 0
-    with torch.no_grad():
-        for _, batch in held_out(root, rows, batch_size, what):
+    with evaluating(root):
+        for _, batch in held_out(rows, batch_size, what):
             values = root(loss_fn, batch, get_teacher_targets(batch), 1.0)
             sums += torch.stack(values).double()
             tokens += len(getattr(batch, mean_over))
@@ -2766,19 +2645,14 @@ def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_ov
     return [value / max(tokens, 1) for value in sums]
 
 
-def held_out(root, rows, batch_size, what):
-    """-> (row numbers, Batch) of this rank, one after the other, with the model in eval mode. Every
-    rank gets as many, with nothing in the last ones where rows end. Callers see to no_grad."""
-    was_training = root.training
-    root.eval()
+def held_out(rows, batch_size, what):
+    """-> (row numbers, Batch) of this rank, one after the other. Every rank gets as many, with
+    nothing in the last ones where rows end."""
     at_once = batch_size * WORLD
-    with tqdm(total=len(rows), desc=what, disable=RANK > 0, leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(rows), at_once):
-            numbers = range(start + RANK, min(start + at_once, len(rows)), WORLD)
-            yield numbers, collate([rows[i] for i in numbers])
-            bar.update(min(at_once, len(rows) - start))
-    root.train(was_training)
-    root.release()
+    starts = range(0, len(rows), at_once)
+    for start in tqdm(starts, what, disable=RANK > 0, leave=False, dynamic_ncols=True):
+        numbers = range(start + RANK, min(start + at_once, len(rows)), WORLD)
+        yield numbers, collate([rows[i] for i in numbers])
 
 
 # ---- finishing
@@ -2788,12 +2662,9 @@ def finish(run):
     """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
     final = os.path.join(run.cfg.output_dir, "final")
     if run.stopped:
-        saved = "" if run.save_problem else ", saved; the same command continues"
-        print0(f"stopped at step {run.progress.step} of {run.steps}{saved}")
+        print0(f"stopped at step {run.progress.step} of {run.steps}; what is saved goes on with "
+               "the same command")
     elif run.save_problem is None:
-        broken = count_not_finite(run.student)
-        if broken:
-            print0(f"WARNING: {broken} weights of the student are not finite")
         run.last_scores = run.last_scores or scores(run, run.eval_rows)
         results = closing_table(run)
         print0(f"writing {final} ...")
@@ -2813,37 +2684,39 @@ def finish(run):
 
 
 def closing_table(run):
-    lines = []
+    scored = {}
     if run.teacher is not None:   # by itself: its cross-entropy to the labels
         alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
                                   vocabulary=run.vocabulary)
-        lines.append(("teacher", run.teacher, evaluate(
-            run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size,
-            "evaluating the teacher")))
+        scored["teacher"] = evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows,
+                                     run.cfg.batch_size, "evaluating the teacher")
     seen = len(rows_before_training(run))
-    lines.append((f"student before ({seen} sequences)", run.student, run.progress.first_scores))
-    lines.append((f"student after ({len(run.eval_rows)})", run.student, run.last_scores))
+    scored[f"student before ({seen} sequences)"] = run.progress.first_scores
+    scored[f"student after ({len(run.eval_rows)})"] = run.last_scores
     rows = []
-    for name, root, values in lines:
+    for name, values in scored.items():
         kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
-        rows.append([name, f"{values['perplexity']:.2f}", kl,
-                     f"{root.model.num_parameters():,}"])
-    return table(["held out", "perplexity", "KL to teacher", "parameters"], rows)
+        rows.append([name, f"{values['perplexity']:.2f}", kl])
+    return table(["held out", "perplexity", "KL to teacher"], rows)
 
 
 def sample_in_words(run):
     ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    ends = end_ids(run.student.model, run.tokenizer)
-    text, = write_texts(run.student, [ids], [0], [48], 0, ends, vocabulary_of(run.tokenizer))
+    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
+                        run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
 MODEL_CARD = """\
 ---
-{front_matter}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [simple_distill, distillation]
+base_model: {bases}
+license:   # fill in, for example apache-2.0
 ---
 
-# {title}
+# A student of simple_distill
 
 {facts}
 
@@ -2851,81 +2724,51 @@ On what was held out:
 
 {results}
 
-How to load it:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("NAME")
-tokenizer = AutoTokenizer.from_pretrained("NAME")
-```
+    model = AutoModelForCausalLM.from_pretrained("NAME")
+    tokenizer = AutoTokenizer.from_pretrained("NAME")
 """
 
 
 def model_card(run, results):
     """README.md of final/, as transformers writes them; a license is left to fill in."""
     cfg = run.cfg
-    bases = [cfg.teacher if cfg.student.startswith("layers:") else cfg.student]
-    tags = ["simple_distill"]
-    if cfg.alpha < 1:
-        bases.append(cfg.teacher)
-        tags.append("distillation")
-    data = [cfg.dataset]
-    front_matter = huggingface_hub.ModelCardData(
-        base_model=[name for name in dict.fromkeys(bases) if public_name(name) == name] or None,
-        datasets=[name for name in data if public_name(name) == name] or None,
-        library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    facts = facts_of(run)
-    return MODEL_CARD.format(
-        front_matter=front_matter.to_yaml(), title=f"{facts['student']}, by simple_distill",
-        facts=table(["", ""], [[name, fact] for name, fact in facts.items()]), results=results)
+    bases = [cfg.student] if cfg.alpha == 1 else [cfg.student, cfg.teacher]
+    bases = [name for name in bases if not os.path.exists(name) and ":" not in name]
+    return MODEL_CARD.format(bases=json.dumps(bases), facts=in_lines(facts_of(run)),
+                             results=results)
 
 
-def public_name(name):
-    """Of a path the last part: where it lay is nobody's business."""
-    if not os.path.exists(name):
-        return name
-    return os.path.basename(os.path.abspath(name).removesuffix("/final"))
+def in_lines(facts):
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
 def facts_of(run):
-    """-> {what: in words}, for the plan before a run and the model card after it"""
+    """-> {what: in words}, for the plan before a run and the model card after it. Of a path the
+    last parts: where it lay is nobody's business."""
     cfg = run.cfg
-    teacher = "none"
-    objective = "cross-entropy to the labels"
-    if cfg.alpha < 1:
-        teacher = public_name(cfg.teacher)
-        objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
-                     f"({cfg.divergence}), T {cfg.temperature:g}")
-        if cfg.cache_dir:   # optional: cache
-            teacher += f", {describe_cache_use(cfg)}"
-        if cfg.on_policy:   # optional: on_policy
-            objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
+    student, teacher, dataset = [os.sep.join(name.split(os.sep)[-2:])
+                                 for name in (cfg.student, cfg.teacher, cfg.dataset)]
+    objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
+                 f"({cfg.divergence}), T {cfg.temperature:g}")
+    if cfg.alpha == 1:
+        teacher, objective = "none", "cross-entropy to the labels"
+    if cfg.cache_dir:   # optional: cache
+        teacher += f", {describe_cache_use(cfg)}"
+    if cfg.on_policy:   # optional: on_policy
+        objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
     stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
     return {
-        "student": f"{public_name(cfg.student)}, {run.student.model.num_parameters():,} parameters",
+        "student": f"{student}, {run.student.model.num_parameters():,} parameters",
         "teacher": teacher,
-        "data": f"{public_name(cfg.dataset)}, split {cfg.train_split}, at most {cfg.seq_len} "
-                f"tokens a sequence, packing {cfg.packing}",
+        "data": f"{dataset}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence, "
+                f"packing {cfg.packing}, {len(run.eval_rows)} held out",
         "objective": objective,
-        "training": f"{stages} of {run.global_batch} sequences, learning rate "
-                    f"{cfg.learning_rate:g}, seed {cfg.seed}",
-    }
+        "training": f"{stages} of {run.global_batch} sequences ({run.batch_size} x "
+                    f"{run.micro_steps} x {WORLD}), learning rate {cfg.learning_rate:g}, seed "
+                    f"{cfg.seed}, {DEVICE.type}, {compute_dtype(cfg)}"}
 
 
 # ---- what a run says before it begins
-
-
-def plan_in_words(run):
-    cfg = run.cfg
-    rows = "a stream"
-    if run.steps_per_epoch:
-        rows = f"{len(run.rows):,} sequences"
-    facts = facts_of(run) | {
-        "devices": f"{WORLD} x {DEVICE.type}, {compute_dtype(cfg)}; a step is {run.batch_size} x "
-                   f"{run.micro_steps} x {WORLD} of {rows}, {len(run.eval_rows)} held out",
-        "output": cfg.output_dir}
-    return "\n".join(f"{name:10} {fact}" for name, fact in facts.items())
 
 
 def rehearse(run, stages):
@@ -2933,30 +2776,24 @@ def rehearse(run, stages):
     rows. Nothing is written -> False, since nothing is done."""
     run.stages = stages
     stage = stages[0]
-    print0(plan_in_words(run))
+    print0(in_lines(facts_of(run)))
     start_stage(run, stage)
     micro, _ = next(my_batches(run))
-    if not run.cfg.streaming:   # optional: streaming
-        rows = longest_rows(run.rows, run.batch_size * run.micro_steps)
+    if isinstance(run.rows, datasets.Dataset):   # the longest: a batch of them takes most memory
+        longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
+        rows = [run.rows[i] for i in longest.tolist()]
         micro = micro_batches(rows, run.micro_steps, run.batch_size)
     print0("an example, its targets in [[ ]]: " + show_targets(micro[0].rows[0], run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
-    left = run.steps - run.progress.step
     average = seconds
     if run.cfg.on_policy:   # optional: on_policy
         average = rehearse_writing(run, stage, micro, seconds)
+    left = run.steps - run.progress.step
     print0(f"a step of the longest rows takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s), "
            f"{left} steps at most {left * average / 3600:.2f} hours, without evaluations; "
            f"{describe_peak()}. --dry_run: nothing was written")
     return False
-
-
-def longest_rows(rows, count):
-    """What takes most memory. A cache is not read through for it: there the first ones."""
-    if isinstance(rows, datasets.Dataset):
-        return [rows[i] for i in np.argsort(-row_lengths(rows), kind="stable")[:count].tolist()]
-    return [rows[i] for i in range(min(count, len(rows)))]
 
 
 def time_step(run, stage, micro):
@@ -2999,7 +2836,7 @@ def start_wandb(cfg, run_id):
         return None
     try:
         import wandb
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+        if not (wandb.api.api_key or os.environ.get("WANDB_MODE")):   # offline, disabled
             raise ValueError("not logged in: wandb login, or --no_use_wandb")
         return wandb.init(
             project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
@@ -3638,14 +3475,29 @@ def missing_chunks(cache_dir, splits, manifest, encode_columns, paths):
                 yield path, rows_from_columns(columns), first
 
 
-def claim(claims, byte):
-    """Lock one byte of an open file, which need not be that long -> whether no other process has.
-    Closing the file gives it back, and so does the kernel when a process dies."""
-    try:
-        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except BlockingIOError:
-        return False
-    return True
+@contextlib.contextmanager
+def claim(folder, mode, wait=False):
+    """Makes a folder ours for as long as this lasts: what stands there under our names may be
+    replaced. One run a folder; wait: until another one is done. The kernel drops the lock with its
+    process."""
+    path = os.path.join(folder, MARK)
+    words = f"{mode} {from_rank0(time.time_ns())}"
+    with contextlib.ExitStack() as stack:
+        with phase(f"taking {folder} for this run alone"):
+            if RANK == 0:   # a second handle of this process, closed, would drop the lock
+                file = stack.enter_context(mark_folder(folder, mode))
+                fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(words)
+                file.flush()
+                os.fsync(file)   # a shared disk shows it to whoever opens it from here on
+            all_sum(0)
+            if RANK > 0:   # a node's own disk under that name would get checkpoints without a part
+                with open(path, encoding="utf-8") as f:
+                    if f.read() != words:
+                        raise UserError(f"rank {RANK} does not see what rank 0 writes in "
+                                        f"{folder!r}: it has to lie on a disk that all share")
+        yield
 
 
 def write_chunks(chunks, get_teacher_targets, manifest):
@@ -5758,14 +5610,43 @@ def is_checkpoint(name):
     return os.path.exists(os.path.join(name, "state.json"))
 
 
-def load_model(cfg, name, label):
-    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
-    if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
-    path, state = find_checkpoint(name, cfg.output_dir)
-    root = load_student(config_of_run(cfg, name, state))
-    load_checkpoint(path, tensors_of(root, {}, {}))
-    return root.eval()
+def load_model(cfg, role):
+    """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
+    teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
+    learns = role == "student"
+    name = cfg.student if learns else cfg.teacher
+    cut = re.fullmatch(r"layers:(\d+)", name)
+    if cut:
+        name = cfg.teacher
+    source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    config, kept_layers = source_config, None
+    if cut:
+        config, kept_layers = cut_layers(source_config, int(cut[1]))
+    computes_in = compute_dtype(cfg)
+    if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
+        computes_in = torch.float32   # models trained in bf16 overflow in fp16
+    options = dict(dtype=torch.float32 if learns else computes_in,
+                   trust_remote_code=cfg.trust_remote_code, attn_implementation=cfg.attention)
+    make_root = ShardedRoot
+    if learns and cfg.blockwise:   # optional: blockwise
+        make_root = stitching(cfg, config)
+    with torch.device("meta"):
+        root = make_root(AutoModelForCausalLM.from_config(config, **options))
+    root.train(learns).requires_grad_(learns)
+    if learns and cfg.gradient_checkpointing:
+        recompute_activations(root.model)
+    if cfg.compile:
+        compile_layers(root.model)
+    if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
+        shard(root, cfg.fsdp if learns else "full_shard", computes_in, cfg.cpu_offload)
+    source = None
+    if RANK == 0:
+        source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
+    load_weights(root, source, cfg.cpu_offload)
+    with contextlib.suppress(OSError):   # what ends a text, where a file of its own says it
+        ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+        root.model.generation_config.eos_token_id = ends
+    return root, from_rank0(source and identity_of(source))
 
 
 def config_of_run(cfg, name, state):
@@ -5852,9 +5733,9 @@ def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
     return sums, bins
 
 
-def head_logits(hidden_CD, head, vocab):
-    """-> [C, vocab] in fp32"""
-    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
+def head_logits(hidden, head, vocabulary=None):
+    """-> logits in fp32, of the first `vocabulary` ids."""
+    raw = raw_logits(hidden, head, vocabulary)
     return scale_and_softcap(raw, head.scale, head.softcap)[0]
 
 
@@ -6301,24 +6182,23 @@ def run_config(cfg):
         datasets.utils.logging.disable_progress_bar()
     try:
         with process_group(), contextlib.ExitStack() as stack:
-            if not (cfg.dry_run or cfg.mode == "cache"):   # which claims its cache_dir
+            if not (cfg.dry_run or cfg.mode == "cache"):   # which marks its cache_dir
                 stack.enter_context(claim(cfg.output_dir, cfg.mode))
             choose_mode(cfg)(cfg)
         return 0
     except UserError as e:
-        return explain(e, cfg)
+        return explain(cfg, e, f"{e}")
     except torch.OutOfMemoryError as e:
-        return explain(UserError(
-            f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
+        return explain(cfg, e, f"rank {RANK} ran out of memory; turn {MEMORY_ADVICE}")
     except OSError as e:   # a full disk, or one that went away
-        return explain(UserError(f"{one_line(e, 300)}; what was finished stays, the same command "
-                                 "goes on"), cfg)
+        return explain(cfg, e, f"{one_line(e, 300)}; what was finished stays, the same command "
+                       "goes on")
     except KeyboardInterrupt:   # before there was anything to save
         return 130
-    except Exception:
+    except Exception:   # a bug; or another rank's, and what broke here is the connection to it
         if first_to_fail():
-            raise
-        return 2   # another rank has said why; what broke here is the connection to it
+            traceback.print_exc()
+        return 1
 
 
 def choose_mode(cfg):
@@ -6336,29 +6216,23 @@ def choose_mode(cfg):
     return run_mode
 
 
-def explain(error, cfg):
-    """One `error:` line, once for all ranks -> the exit code. The traceback of what it comes from
-    goes to output_dir/error.log, or to the terminal with --debug."""
-    if not first_to_fail():
-        return 2
-    print(f"error: {error}", file=sys.stderr)
-    trace = "".join(traceback.format_exception(error.__cause__ or error))
-    if cfg.debug:
-        print(trace, file=sys.stderr)
-    elif os.path.exists(os.path.join(cfg.output_dir, MARK)):
-        with contextlib.suppress(OSError), open(
-                os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
-            f.write(f"error: {error}\n{trace}\n")
+def explain(cfg, error, words):
+    """One `error:` line, once for all ranks -> the exit code. The traceback goes to
+    output_dir/error.log, or to the terminal with --debug."""
+    if first_to_fail():
+        print(f"error: {words}", file=sys.stderr)
+        if cfg.debug:
+            traceback.print_exception(error)
+        elif os.path.exists(os.path.join(cfg.output_dir, MARK)):
+            with contextlib.suppress(OSError), open(
+                    os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
+                traceback.print_exception(error, file=f)
     return 2
 
 
 if __name__ == "__main__":
-    try:
-        code = run_config(CONFIG)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if code and WORLD > 1:   # an orderly end would wait for ranks that are gone
+    code = run_config(CONFIG)
+    if WORLD > 1:   # an orderly end would wait for ranks that are gone
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
