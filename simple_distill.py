@@ -882,7 +882,8 @@ def tokenize(cfg, raw, tokenizer, split):
 
 def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    columns = {name: [row[name] for row in rows] for name in FEATURES}   # there may be no row
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 def kept_rows(rows):
