@@ -34,6 +34,7 @@ import functools
 import glob
 import hashlib
 import importlib   # optional: generate
+import inspect   # optional: demo
 import itertools
 import json
 import math
@@ -886,7 +887,8 @@ def tokenize(cfg, raw, tokenizer, split):
 
 def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    columns = {name: [row[name] for row in rows] for name in FEATURES}   # there may be no row
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 def kept_rows(rows):
@@ -2837,12 +2839,12 @@ def start_wandb(cfg, run_id):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: streaming: a dataset that is read as it comes, in constant memory and disk. It has no
-# length. Hands on load_stream (in place of load_data) and batches_of_stream (of indexed_batches).
+# length. Hands on load_stream (in place of load_data) and batches_of_stream (of batch_of_step).
 
 
 def load_stream(cfg, tokenizer):
     """-> (train stream of raw rows, eval rows)."""
-    with progress(f"reading dataset {cfg.dataset}"), node_first():
+    with phase(f"reading the beginning of dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     return stream, take_first(eval_rows, cfg.eval_samples)
@@ -2850,15 +2852,16 @@ def load_stream(cfg, tokenizer):
 
 def split_stream(cfg):
     """-> stream of train, raw rows of eval: the head of their own split, else that of train."""
-    stream, eval_stream = read_splits(cfg, streaming=True)
-    first_rows = stream.take(100)   # a look at the stream itself would move it
-    check_columns(first_rows, cfg.dataset, cfg.text_column)
+    stream, eval_stream = read_raw(cfg, streaming=True)
     if cfg.max_samples is not None:
         stream = stream.take(cfg.max_samples)
-    with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
-        if eval_stream is not None:
-            return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
-        return hold_out_head(stream, cfg.eval_samples)
+    if eval_stream is not None:
+        return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
+    wanted = min(cfg.eval_samples, 256)
+    first_rows = list(stream.take(wanted + 1))   # a look at the stream itself would move it
+    if len(first_rows) <= wanted:   # that was the whole stream: a twentieth of it
+        wanted = max(1, len(first_rows) // 20)
+    return stream.skip(wanted), table_of(first_rows[:wanted])
 
 
 def read_head(stream, eval_samples, seq_len):
@@ -2874,105 +2877,59 @@ def read_head(stream, eval_samples, seq_len):
     return table_of(first_rows)
 
 
-def hold_out_head(stream, eval_samples):
-    """-> what follows, and the first rows to evaluate on; of a short stream a twentieth, at least
-    one."""
-    wanted = min(eval_samples, 256)
-    first_rows = list(stream.take(wanted + 1))
-    if len(first_rows) <= wanted:   # that was the whole stream
-        wanted = max(1, len(first_rows) // 20)
-    eval_raw = table_of(first_rows[:wanted])
-    rest = stream.skip(len(eval_raw))
-    rest.rows_before = len(eval_raw)   # for the place of a row that is named
-    return rest, eval_raw
-
-
-def columns_of(rows):
-    """Not every row of a stream has every column."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
 def table_of(rows):
-    return datasets.Dataset.from_dict(columns_of(rows), on_mixed_types="use_json")
+    """Not every row of a stream has every column; Dataset.from_list takes those of the first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 def batches_of_stream(run):
-    """-> endless (rows of a global batch, position after it), from run.position on."""
-    encode_here = make_row_encoder(run.cfg, run.tokenizer)
-    return streamed_batches(
-        run.rows, run.cfg.dataset, encode_here, run.cfg.seed, run.cfg.shuffle_buffer,
-        run.global_batch, run.position)
-
-
-def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_batch, position):
-    """Endless (rows of a global batch, position after it); position None is the beginning.
+    """-> endless (rows of a global batch, position after it), from where the run is.
 
     A resume is exact. The stream is cut into windows of shuffle_buffer raw rows, and each window is
     encoded and shuffled whole, in an order that its number decides. So all there is to remember is
     where the window began in the stream and how many of its sequences are used: a resume encodes
     that one window again and goes on, as quick at step 100,000 as at 10. (The shuffle buffer that
     `datasets` has is refilled at a resume, and then holds other rows.)"""
-    size = shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
+    cfg = run.cfg
+    stream = run.rows
+    encode_here = row_encoder(cfg, run.tokenizer)
+    size = cfg.shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
+    position = run.progress.position
     if position is None:
-        position = {"epoch": 0, "window": 0, "used": 0, "source": beginning}
-    position = {"first_row": 0, **position}   # of the window, in its epoch
-    rows_before = getattr(stream, "rows_before", 0)
-
-    def place(row):
-        return place_of(dataset, rows_before + row)
-
+        position = dict(epoch=0, window=0, used=0, found=0, source=beginning)
     stream.load_state_dict(position["source"])
     raw_rows = iter(stream)
     pending = []
-    dropped = {}
-    said = 0
-    is_barren = position["first_row"] == 0   # whether nothing of this epoch was of use so far
     while True:
-        window = read_window(raw_rows, size, dataset, position["first_row"])
-        ended = len(window) < size
-        rows = encode_window(window, position["first_row"], place, encode_here, dropped)
-        is_barren = is_barren and not rows
-        if position["epoch"] == 0 and count_dropped(dropped) > 2 * said:   # not at each window
-            said = count_dropped(dropped)
-            print0(f"dropped {said} of the first {position['first_row'] + len(window)} rows: "
-                   + in_words(dropped, place))
-        if shuffle_buffer:
-            order = shuffled(len(rows), seed, position["window"]).tolist()
-        else:
-            order = list(range(len(rows)))
+        with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
+            raw = list(itertools.islice(raw_rows, size))
+            rows, dropped = kept_rows(token_rows(encode_here(raw)))
+            for root in filter(None, [run.student, run.teacher]):
+                check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
+        if dropped and position["window"] == 0:   # not at each window
+            print0(f"of the first {len(raw)} rows dropped: {dict(dropped.most_common(5))}")
+        if cfg.packing == "documents" and len(rows):
+            rows = PackedRows(rows, cfg.seq_len)
+        order = range(len(rows))
+        if cfg.shuffle_buffer:
+            order = shuffled(len(rows), cfg.seed, position["window"]).tolist()
         for used in range(position["used"], len(rows)):
             pending.append(rows[order[used]])
-            if len(pending) == global_batch:   # nothing is left over that a position had to keep
+            if len(pending) == run.global_batch:   # what is left over no position has to keep
                 yield pending, {**position, "used": used + 1}
                 pending = []
-        if ended and is_barren:
-            reasons = in_words(dropped, place) or "they are one token long"
-            raise UserError(f"dataset {dataset!r}: no row of the stream has a target token: "
-                            + reasons)
-        position = {
-            "epoch": position["epoch"] + int(ended), "window": position["window"] + 1, "used": 0,
-            "source": beginning if ended else stream.state_dict(),
-            "first_row": 0 if ended else position["first_row"] + len(window)}
-        if ended:
-            is_barren = True
-            dropped = {}
+        found = position["found"] + len(rows)   # in this epoch so far
+        position = dict(epoch=position["epoch"], window=position["window"] + 1, used=0,
+                        found=found, source=stream.state_dict())
+        if len(raw) < size:   # the end
+            if found == 0:
+                raise UserError(f"no row of the stream {cfg.dataset} holds a target token")
+            position |= dict(epoch=position["epoch"] + 1, found=0, source=beginning)
             stream.load_state_dict(beginning)
             raw_rows = iter(stream)
-
-
-def read_window(raw_rows, size, dataset, first_row):
-    with reading_rows(dataset, f"dataset {dataset!r}: a row after row {first_row} cannot be read"):
-        return list(itertools.islice(raw_rows, size))
-
-
-def encode_window(raw_rows, first_row, place, encode_here, dropped):
-    """-> token rows; what is dropped is added to dropped."""
-    warn_of_long_rows(raw_rows)
-    columns, dropped_here = encode_here(raw_rows, lambda i: place(first_row + i))
-    add_dropped(dropped, first_row, dropped_here)
-    return rows_from_columns(columns)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2985,178 +2942,138 @@ DEMO_SHAPE = dict(   # of both models
     vocab_size=DEMO_VOCAB, num_hidden_layers=2, initializer_range=0.05,
     max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     pad_token_id=0)
-DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_attention_heads=4)
-DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_attention_heads=6)
+DEMO_SHAPES = {   # what else each has, by the name of its folder
+    "teacher-shape": dict(hidden_size=192, intermediate_size=512, num_attention_heads=6),
+    "student": dict(hidden_size=64, intermediate_size=192, num_attention_heads=4),
+}
 
 
 def run_demo(run_mode, cfg):
     """A mode with a file for each `demo`. The whole demo ends with the report of what it made."""
-    if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
-        return run_mode(cfg)
     resolved = resolve_demo(cfg)
     if resolved is None:   # a signal stopped the training of the teacher
         return False
     done = run_mode(resolved)
     if done and is_whole_demo(cfg):   # optional: eval
-        if has_demo_knobs(cfg):
-            return answer_demo(resolved)
-        report_demo(resolved)
+        return answer_demo(resolved)
     return done
 
 
 def is_whole_demo(cfg):   # optional: eval
-    if cfg.mode != "train" or cfg.dry_run:   # a finished run is "done" on a dry run too
-        return False
-    names = {cfg.teacher, cfg.student, cfg.dataset}
-    return names == {"demo"} and cfg.alpha < 1 and not uses_cache(cfg)
-
-
-def has_demo_knobs(cfg):   # optional: eval
-    """Whether all that decides the result is as the demo has it; any seed will do."""
-    demo = Config(**demo_knobs(), seed=cfg.seed)
-    lengths = ("max_steps", "batch_size", "gradient_accumulation_steps")
-    same_length = all(getattr(cfg, name) == getattr(demo, name) for name in lengths)
-    return same_length and result_knobs(cfg) == result_knobs(demo)
+    """Whether labels alone would be a control: everything is the demo's, and a teacher helps."""
+    others = [
+        cfg.mode != "train",
+        cfg.dry_run,
+        cfg.alpha == 1,
+        cfg.cache_dir,   # optional: cache
+        cfg.blockwise,   # optional: blockwise
+        cfg.on_policy,   # optional: on_policy
+    ]
+    return {cfg.teacher, cfg.student, cfg.dataset} == {"demo"} and not any(others)
 
 
 def answer_demo(cfg):   # optional: eval
     """Was the teacher worth it? A student of the same start, data and steps learns from the labels
     alone, the report compares both, and one line says how that came out. -> False when a signal
     stopped it: the next run goes on where this one was."""
-    control = os.path.join(cfg.output_dir, "labels-only")
-    control_cfg = dataclasses.replace(cfg, alpha=1.0, output_dir=control, use_wandb=False)
-    if cfg.resume != "never":
-        control_cfg.resume = "auto"   # --resume PATH is a checkpoint of the other student
+    control = f"{cfg.output_dir}/labels-only"
+    resume = "never" if cfg.resume == "never" else "auto"   # a PATH is of the other student
+    control_cfg = dataclasses.replace(
+        cfg, alpha=1.0, output_dir=control, resume=resume, use_wandb=False)
     print0(f"\ndemo: and now the same student on labels alone, in {control}")
-    with lock(control):
-        check_output(control)
+    with claim(control, "train"):
         if not train(control_cfg):
             return False
-    report_demo(cfg, compare=[os.path.join(control, "final")])
+    figures = report(dataclasses.replace(
+        cfg, mode="eval", student=f"{cfg.output_dir}/final", compare=[f"{control}/final"]))
     if RANK == 0:
-        with open(os.path.join(cfg.output_dir, "report.json"), encoding="utf-8") as f:
-            models = json.load(f)["models"]
-        print0(did_teacher_pay(models["student"], models["labels-only"], cfg.max_steps))
+        print0(did_teacher_pay(figures["student"], figures["labels-only"]))
     return True
 
 
-def did_teacher_pay(student, control, steps):   # optional: eval
+def did_teacher_pay(student, control):   # optional: eval
     """From the report's figures of both."""
     verdict = control["student_against_it"]
     low, high = verdict["interval"]
     answer = {"better": "The teacher paid", "worse": "The teacher did not pay"}.get(
         verdict["verdict"], "Whether the teacher paid, this run cannot tell")
     return (f"{answer}: held-out perplexity {student['perplexity']:.2f}, on labels alone "
-            f"{control['perplexity']:.2f} after the same {steps} steps; "
+            f"{control['perplexity']:.2f} after the same steps; "
             f"{verdict['difference']:+.4f} bits a byte (95 %: {low:+.4f} to {high:+.4f})")
-
-
-def report_demo(cfg, compare=()):   # optional: eval
-    final = os.path.join(cfg.output_dir, "final")
-    report(dataclasses.replace(cfg, mode="eval", student=final, compare=list(compare)))
-
-
-def uses_cache(cfg):
-    """Whether a cache stands in for teacher and dataset."""
-    if cfg.cache_dir:   # optional: cache
-        return cfg.mode == "train"
-    return False
 
 
 def resolve_demo(cfg):
     """-> cfg with a file for each `demo`, made where it is missing; None where a signal stopped it.
     """
-    training = cfg.mode == "train"
-    online = cfg.alpha < 1 and not uses_cache(cfg)
-    needs_teacher = not training or online or cfg.student.startswith("layers:")
     folder = demo_folder(cfg)
-    files = {}
-    if cfg.dataset == "demo" and not uses_cache(cfg):
-        files["dataset"] = os.path.join(folder, "corpus")
-    if cfg.student == "demo" and cfg.mode != "eval":   # there it is what output_dir holds
-        files["student"] = os.path.join(folder, "student", "config.json")
-        files["tokenizer"] = cfg.tokenizer or os.path.join(folder, "tokenizer")
-    if cfg.teacher == "demo" and needs_teacher:
-        files["teacher"] = os.path.join(folder, "teacher", "final")
-    say_what_is_the_demos(cfg, files)
-    made_here = [path for path in files.values() if path.startswith(folder)]
-    if made_here and not make_demo(cfg, folder, with_teacher="teacher" in files):
+    places = {
+        "teacher": f"{folder}/teacher/final",
+        "student": f"{folder}/student/config.json",
+        "dataset": f"{folder}/corpus",
+    }
+    if cfg.mode == "eval":   # there the student is what output_dir holds
+        del places["student"]
+    if cfg.mode == "train" and cfg.alpha == 1 and not cfg.student.startswith("layers:"):
+        del places["teacher"]
+    if cfg.mode == "train" and cfg.cache_dir:   # optional: cache
+        places = {"student": places["student"]}   # a cache is teacher and dataset
+    files = {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
+    if not files:
+        return cfg
+    print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
+    if not make_demo(cfg, folder, with_teacher="teacher" in files):
         return None
-    resolved = dataclasses.replace(cfg, **files)
-    resolved.given = cfg.given
-    return resolved
-
-
-def say_what_is_the_demos(cfg, files):
-    """Where some was named, and the demo stands in for the rest: not what everybody expects."""
-    roles = ("teacher", "student", "dataset")
-    if not uses_cache(cfg) and not any(role in cfg.given for role in roles):
-        return   # the demo itself
-    for role in roles:
-        if role in files and role not in cfg.given:
-            print0(f"no --{role} given: it is the demo's, {files[role]}")
+    if "student" in files:
+        files["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
+    return dataclasses.replace(cfg, **files)
 
 
 def demo_folder(cfg):
     """Beside other caches of Hugging Face libraries, named by all that the files depend on."""
-    depends = digest(sys.version, DEMO_SHAPE, DEMO_STUDENT, DEMO_TEACHER, demo_knobs(),
-                     str(compute_dtype(cfg)), inspect.getsource(write_demo_files))
-    home = huggingface_hub.constants.HF_HOME
-    return os.path.join(home, "simple_distill", f"demo-{depends}")
+    depends = digest(sys.version, DEMO_SHAPE, DEMO_SHAPES, demo_knobs(), str(compute_dtype(cfg)),
+                     inspect.getsource(write_demo_files))
+    return f"{huggingface_hub.constants.HF_HOME}/simple_distill/demo-{depends}"
 
 
 def make_demo(cfg, folder, with_teacher):
     """Make what is missing; another run that does so already is waited for. -> False when a signal
     stopped it: the next run goes on where this one was."""
-    with lock(folder, wait=True):
-        if RANK == 0:
-            with progress("demo: writing its text and a tokenizer"):
+    with claim(folder, "demo", wait=True):
+        with phase("preparing the demo's text and tokenizer"):
+            if RANK == 0 and not os.path.exists(f"{folder}/student/config.json"):
                 write_demo_files(folder)
-        all_sum(0)   # nobody goes on before that is done
-        final = os.path.join(folder, "teacher", "final")
-        if not with_teacher or os.path.exists(final):
+            all_sum(0)   # nobody goes on before that is done
+        if not with_teacher or os.path.exists(f"{folder}/teacher/final"):
             return True
         knobs = demo_knobs() | dict(alpha=1.0, eval_steps=0)
         teacher_cfg = Config(
-            dataset=os.path.join(folder, "corpus"), tokenizer=os.path.join(folder, "tokenizer"),
-            student=os.path.join(folder, "teacher-shape", "config.json"), use_wandb=False,
-            output_dir=os.path.join(folder, "teacher"), dtype=cfg.dtype, log_steps=cfg.log_steps,
-            **knobs)
+            dataset=f"{folder}/corpus", tokenizer=f"{folder}/tokenizer",
+            student=f"{folder}/teacher-shape/config.json", output_dir=f"{folder}/teacher",
+            dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, **knobs)
         print0(f"demo: first the teacher, {teacher_cfg.max_steps} steps, kept in {folder}")
         return train(teacher_cfg)
 
 
 def write_demo_files(folder):
-    """Corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
-    done = os.path.join(folder, "student", "config.json")   # written last
-    if os.path.exists(done):
-        return
-    corpus = os.path.join(folder, "corpus")
-    os.makedirs(corpus, exist_ok=True)
+    """Corpus, tokenizer and model shapes; every twentieth module is held out whole."""
     texts = {"train": [], "validation": []}
-    for name, text in sorted(stdlib_sources(), key=name_digest):   # no package stands first
+    for name, text in sorted(stdlib_sources(), key=lambda source: digest(source[0])):
         if text.strip():
             split = "validation" if int(digest(name), 16) % 20 == 0 else "train"
             texts[split].append(text)
+    os.makedirs(f"{folder}/corpus", exist_ok=True)
     for split in texts:
-        with open(os.path.join(corpus, f"{split}.jsonl"), "w", encoding="utf-8") as f:
-            for text in texts[split]:
-                f.write(json.dumps({"text": text}) + "\n")
+        with open(f"{folder}/corpus/{split}.jsonl", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in texts[split])
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"],
-                            show_progress=False)
+                            show_progress=False)   # it writes to stdout
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
-    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-        config = transformers.LlamaConfig(**DEMO_SHAPE, **shape)
-        config.save_pretrained(os.path.join(folder, name))
-
-
-def name_digest(source):
-    name, _ = source
-    return digest(name)
+    tokenizer.save_pretrained(f"{folder}/tokenizer")
+    for name, shape in DEMO_SHAPES.items():   # the student's last: it says that all is there
+        transformers.LlamaConfig(**DEMO_SHAPE, **shape).save_pretrained(f"{folder}/{name}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4298,7 +4215,7 @@ def batches_by_student(run, batches):
     then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
     for micro, position in batches:
         is_last_stage = run.stage is run.stages[-1]
-        if is_last_stage and is_on_policy(run.cfg.on_policy, run.cfg.seed, run.step):
+        if is_last_stage and is_on_policy(run.cfg.on_policy, run.cfg.seed, run.progress.step):
             micro = write_batches(run, micro)
         yield micro, position
 
@@ -4310,34 +4227,53 @@ def is_on_policy(share, seed, step):
 
 def write_batches(run, micro):
     """This rank's micro-batches of a step -> the same with the student's texts. What there was to
-    see is added to run.notes, so that a resumed run logs the same."""
-    start = time.time()
-    rows = [rows_of(batch) for batch in micro]
-    prompts = [prompt_of(ids, is_target, prompt_tokens(run.cfg))
-               for some in rows for ids, is_target in some]
-    seeds = [seed_of_text(run.cfg.seed, run.step, RANK + WORLD * i) for i in range(len(prompts))]
-    with progress("the student writes"):
-        texts, cut = write_texts(
-            run.student, run.tokenizer, prompts, seeds, run.cfg.max_new_tokens,
-            run.cfg.on_policy_temperature, run.cfg.seq_len)
-    written = iter(as_rows(prompts, texts))
-    micro = [collate(list(itertools.islice(written, len(some)))) for some in rows]
+    see is added to the notes of the progress, so that a resumed run logs the same."""
+    progress = run.progress
+    rows = [row for batch in micro for row in batch.rows]
+    numbers = range(RANK, WORLD * len(rows), WORLD)   # in the global batch
+    ends = end_ids(run.student.model, run.tokenizer)
+    rows = write_rows(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
+    tokens = sum(row["targets"].sum() for row in rows)
+    cut = sum(row["input_ids"][-1] not in ends for row in rows)
+    figures = all_sum(len(rows), tokens, cut)   # of all ranks, once all are done
+    progress.notes.setdefault("rollouts", []).append(figures)
+    micro = micro_batches(rows, run.micro_steps, run.batch_size)
     for batch in micro:
         batch.by_student = True
-    figures = all_sum(len(texts), sum(map(len, texts)), cut)   # of all ranks, once all are done
-    figures.append(time.time() - start)
-    before = run.notes.get("rollouts", [0, 0, 0, 0])
-    run.notes["rollouts"] = [a + b for a, b in zip(before, figures, strict=True)]
     return micro
+
+
+def write_rows(cfg, root, rows, step, numbers, ends, vocabulary):
+    """Token rows -> token rows of which the targets are what a model writes after their prompts.
+    They stay within seq_len; what is drawn follows from step and number."""
+    prompts = [prompt_of(row, cfg) for row in rows]
+    rooms = [min(cfg.max_new_tokens, cfg.seq_len - len(prompt)) for prompt in prompts]
+    seeds = [int(digest("text", cfg.seed, step, number), 16) for number in numbers]
+    texts = write_texts(root, prompts, seeds, rooms, cfg.on_policy_temperature, ends, vocabulary)
+    written = []
+    for prompt, text in zip(prompts, texts):
+        ids = np.array(prompt + text)
+        targets = np.arange(len(ids)) >= len(prompt)
+        written.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+    return written
+
+
+def prompt_of(row, cfg):
+    """The first tokens of plain text; of a conversation all before its last run of targets."""
+    targets = row["targets"]
+    begin = np.flatnonzero(targets[1:] > targets[:-1])[-1] + 1
+    if begin == 1:   # all of it are targets: the first token never is
+        begin = min(cfg.on_policy_prompt or max(1, cfg.seq_len // 4), len(targets) - 1)
+    return row["input_ids"][:begin].tolist()
 
 
 def take_rollout_figures(run):
     """Of what was written since the last line of the log; nothing where nothing was."""
-    texts, tokens, cut, seconds = run.notes.pop("rollouts", [0, 0, 0, 0])
-    if not texts:
+    steps = run.progress.notes.pop("rollouts", [])
+    if not steps:
         return {}
-    return {"train/rollout_length": tokens / texts, "train/rollout_cut": cut / texts,
-            "train/rollout_tokens_per_second": tokens / seconds}
+    texts, tokens, cut = np.sum(steps, axis=0).tolist()
+    return {"train/rollout_length": tokens / texts, "train/rollout_cut": cut / texts}
 
 
 def loss_by_writer(loss_fn, model, batch, targets, denominator):
@@ -4347,166 +4283,10 @@ def loss_by_writer(loss_fn, model, batch, targets, denominator):
     return loss_fn(model, batch, targets, denominator)
 
 
-# ---- prompts
-
-
-def rows_of(batch):
-    """-> [(ids, which of them are targets)] of a Batch, less its padding."""
-    rows, width = batch.input_ids.shape
-    lengths = torch.bincount(batch.real.cpu() // width, minlength=rows).tolist()
-    is_target = torch.zeros(rows * width, dtype=torch.bool)
-    is_target[batch.positions.cpu() + 1] = True   # a position counts where its next token is one
-    is_target_BT = is_target.view(rows, width).tolist()
-    ids_BT = batch.input_ids.tolist()
-    return [(ids_BT[i][:length], is_target_BT[i][:length])
-            for i, length in enumerate(lengths) if length]
-
-
-def prompt_of(ids, is_target, prompt_tokens):
-    """The first tokens of plain text; of a conversation all before its last run of targets."""
-    begin = max(i for i, counted in enumerate(is_target) if counted)
-    while begin > 1 and is_target[begin - 1]:
-        begin -= 1
-    if begin == 1:   # all of it are targets: the first token never is
-        return ids[:min(prompt_tokens, len(ids) - 1)]
-    return ids[:begin]
-
-
-def prompt_tokens(cfg):
-    return cfg.on_policy_prompt or max(1, cfg.seq_len // 4)
-
-
-def seed_of_text(seed, step, number):
-    """number: of the sequence in the global batch, whatever rank writes it."""
-    return int(digest("text", seed, step, number), 16)
-
-
-def as_rows(prompts, texts):
-    """Token rows of which the texts are the targets."""
-    return [{"input_ids": prompt + text,
-             "targets": [False] * len(prompt) + [True] * len(text)}
-            for prompt, text in zip(prompts, texts, strict=True)]
-
-
-# ---- writing
-
-
-@torch.no_grad()
-def write_texts(root, tokenizer, prompts, seeds, max_new_tokens, temperature, seq_len):
-    """-> [ids that the model writes after each prompt, with the end mark], how many of them have
-    none. A row stays within seq_len. Each rank comes with its own prompts, maybe none: all weights
-    are gathered once, so that nothing inside waits for another rank (no synced_gpus)."""
-    ends = end_ids(root.model, tokenizer)
-    rooms = [min(max_new_tokens, seq_len - len(prompt)) for prompt in prompts]
-    draw_of = functools.partial(
-        make_draw, temperature=temperature, vocabulary=vocabulary_of(tokenizer), new=max_new_tokens)
-    was_training = root.training
-    root.eval()   # no dropout; and layers that recompute would drop the KV cache
-    written = [None] * len(prompts)
-    with gathered(root), torch.compiler.set_stance("force_eager"):   # lengths change all the time
-        for group in side_by_side(prompts, rooms, position_limit(root.model)):
-            ids_BT, mask_BT = pad_left([prompts[i] for i in group])
-            draw = draw_of([seeds[i] for i in group])
-            most = max(rooms[i] for i in group)
-            ids = root(generate_ids, ids_BT, mask_BT, most, ends, draw).tolist()
-            for i, text in zip(group, ids, strict=True):
-                written[i] = text
-    root.train(was_training)
-    texts = [cut_text(ids, room, ends) for ids, room in zip(written, rooms, strict=True)]
-    return texts, sum(text[-1] not in ends for text in texts)
-
-
-def side_by_side(prompts, rooms, limit):
-    """-> lists of numbers of prompts to write after at once: all, but where positions stand in a
-    table, a long prompt must not come to its end while a short one has room left."""
-    groups = [[]]
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        group = [*groups[-1], i]
-        longest = len(prompts[group[0]])
-        if longest + max(rooms[k] for k in group) <= limit + 1:   # the last token is not looked up
-            groups[-1] = group
-        else:
-            groups.append([i])
-    return [sorted(group) for group in groups if group]
-
-
-def pad_left(prompts):
-    """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
-    width = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for i, prompt in enumerate(prompts):
-        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
-        mask_BT[i, width - len(prompt):] = 1
-    return to_device(ids_BT), to_device(mask_BT)
-
-
-def make_draw(seeds, temperature, vocabulary, new):
-    """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
-    one at which the sum of probabilities passes a number from (0, 1]. Every row has numbers of its
-    own: what it says depends neither on the rows beside it nor on how many ranks there are."""
-    numbers_BN = torch.stack([
-        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    numbers = iter(to_device(numbers_BN).unbind(1))
-
-    def draw(_, logits_BV):
-        logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
-        sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
-        passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
-        ids_B1 = torch.searchsorted(sums_BV, passed_B1)
-        return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
-    return draw
-
-
-def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
-    """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
-    usual = model.generation_config
-    model.generation_config = transformers.GenerationConfig()   # no top_k or penalty of its own
-    try:
-        ids = model.generate(
-            ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, use_cache=True,
-            eos_token_id=sorted(ends) or None, pad_token_id=0, synced_gpus=False,
-            logits_processor=[draw])
-    finally:
-        model.generation_config = usual
-    return ids[:, ids_BT.shape[1]:]
-
-
-def cut_text(ids, room, ends):
-    """Up to the first end mark, which belongs to it."""
-    ids = ids[:room]
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[:i + 1]
-    return ids
-
-
-@contextlib.contextmanager
-def gathered(root):
-    """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
-    gather and drop each layer at each token, are off: without gradients they do nothing else."""
-    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    hooks = []
-    for unit in units:   # the root comes first
-        unit.unshard()
-        hooks.append((unit._forward_pre_hooks, unit._forward_hooks))
-        unit._forward_pre_hooks = collections.OrderedDict()
-        unit._forward_hooks = collections.OrderedDict()
-    try:
-        yield
-    finally:
-        for unit, (before, after) in zip(units, hooks, strict=True):
-            unit._forward_pre_hooks = before
-            unit._forward_hooks = after
-        root.release()
-
-
-# ---- mode eval: what training on policy moves
-
 OWN_TEXTS = 64   # of so many held-out rows, evenly spaced
 
 
-def score_own_texts(cfg, root, teacher, tokenizer, rows):
+def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     """-> the mean divergence a token from the teacher on what a model writes after held-out
     prompts. teacher None: they have no vocabulary in common."""
     if teacher is None:
@@ -4514,85 +4294,43 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):
     if teacher is root:
         return 0.0
     count = min(OWN_TEXTS, len(rows))
-    numbers = [i * len(rows) // count for i in range(count)]
-    shares = [None] * WORLD
-    mine = []
-    with progress("writing after held-out prompts", count, unit="text") as bar:
-        for some in rows_of_this_rank(numbers, cfg.batch_size):
-            prompts = []
-            for i in some:
-                (ids, is_target), = rows_of(collate([rows[numbers[i]]]))
-                prompts.append(prompt_of(ids, is_target, prompt_tokens(cfg)))
-            seeds = [seed_of_text(cfg.seed, "held out", i) for i in some]
-            texts, _ = write_texts(root, tokenizer, prompts, seeds, cfg.max_new_tokens,
-                                   cfg.on_policy_temperature, cfg.seq_len)
-            mine += as_rows(prompts, texts)
-            bar.update(WORLD * len(some))
-    dist.all_gather_object(shares, mine)
-    written = [row for share in shares for row in share]
-    loss_fn = functools.partial(
-        distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
-        vocabulary=vocabulary_of(tokenizer))
+    rows = [rows[i * len(rows) // count] for i in range(count)]
+    ends = end_ids(root.model, tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
+    written = [None] * count   # each rank writes its rows of them, and reads no others
+    for numbers, batch in held_out(rows, cfg.batch_size, "writing after held-out prompts"):
+        texts = write_rows(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
+        for i, row in zip(numbers, texts):
+            written[i] = row
+    loss_fn = functools.partial(distil_loss, alpha=0.0, temperature=cfg.temperature,
+                                divergence=cfg.divergence, vocabulary=vocabulary)
     divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), written,
                                     cfg.batch_size, "labels", "evaluating own texts")
     return divergence
 
 
-# ---- where texts end
-
-
-def end_ids(model, tokenizer):
-    """Of generation config and tokenizer."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return (ends | {tokenizer.eos_token_id}) - {None}
-
-
 def check_writer(cfg, student, teacher, tokenizer):
-    """Refuse a student that would not write what it believes; and a pair that does not end its
-    texts alike: the student would learn ends at which it does not stop, and its texts would grow
-    from step to step."""
-    ids_1T = torch.arange(8, device=DEVICE)[None] % vocabulary_of(tokenizer)
-    student.eval()
-    with torch.no_grad(), reading(f"student {cfg.student!r} cannot write"):
-        error, allowed = student(writing_error, ids_1T)
-    student.train()
-    student.release()
-    if not error <= allowed:
-        raise UserError(
-            f"student {cfg.student!r} ({type(student.model).__name__}) writes something else beside"
-            f" a longer prompt, with a KV cache, than alone: its logits are off by {error:.2g} of "
-            "their spread; on_policy needs another student")
+    """Refuse a student that would not write what it believes. Its texts end where its own or the
+    teacher's end: else it would learn ends at which it does not stop, and write on and on."""
+    # beside a short prompt a long one goes on beyond seq_len; the last token is not looked up
+    longest = cfg.seq_len + cfg.max_new_tokens - 1
+    ids_1T = torch.arange(longest, device=DEVICE)[None] % vocabulary_of(tokenizer)
+    with phase(f"trying student {cfg.student} as a writer, at up to {longest} positions"):
+        probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
+              "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
+              writing_error, ids_1T)
     teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
     ends = end_ids(student.model, tokenizer)
-    teacher_ends = end_ids(teacher.model, teacher_tokenizer or tokenizer)
-    if ends != teacher_ends:
-        raise UserError(
-            f"on_policy: student {cfg.student!r} ends its texts with {name_ids(ends, tokenizer)}, "
-            f"teacher {cfg.teacher!r} with {name_ids(teacher_ends, tokenizer)}. Give both the same "
-            "eos_token_id in generation_config.json (a config .json: in it) and the same eos_token "
-            "in the tokenizer")
-
-
-def warn_of_another_end(rows, seq_len, student, tokenizer):
-    """Conversations whose end mark ends nothing: the student would write on after it."""
-    ends = end_ids(student.model, tokenizer)
-    last = set()   # of the targets of a whole conversation
-    for row in rows:
-        (ids, is_target), = rows_of(collate([row]))
-        if len(ids) < seq_len and not all(is_target[1:]):
-            last.add([token for token, counted in zip(ids, is_target) if counted][-1])
-    if len(last) == 1 and not last & ends:   # else they have no end mark of their own
-        print0(f"WARNING: conversations end with {name_ids(last, tokenizer)}, the student's texts "
-               f"with {name_ids(ends, tokenizer)}: it will write on after the former. Add it to "
-               "eos_token_id in generation_config.json, of the teacher too")
+    ends |= end_ids(teacher.model, teacher_tokenizer or tokenizer)
+    student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
 
 def writing_error(model, ids_1T):
     """Runs inside a root: how far the logits that a text is drawn from, after a prompt beside a
     longer one, are from those of the same ids alone, in their standard deviations, and how far
     rounding may bring them."""
-    prompts = [ids_1T[0, :3].tolist(), ids_1T[0].tolist()]
+    hidden_states(model, ids_1T)   # a table of positions that is too short fails here
+    prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
     def keep(_, logits_BV):
@@ -4606,43 +4344,18 @@ def writing_error(model, ids_1T):
     return error, 1e-3 if alone.dtype == torch.float32 else 0.5
 
 
-def name_ids(ids, tokenizer):
-    return ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in sorted(ids)) or "none"
-
-
-# ---- what it takes
-
-
-def memory_of_writing(run, itemsize):
-    """{part: bytes a device} while the student writes, beside what is always held."""
-    shape = run.student.model.config.get_text_config()
-    rows = run.batch_size * run.micro_steps
-    heads = getattr(shape, "num_attention_heads", None) or 1
-    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    cache = 2 * kv_heads * head_width * shape.num_hidden_layers * run.cfg.seq_len
-    return {"gathered": sizes(run.student)[0] * itemsize, "KV cache": rows * cache * itemsize,
-            "logits": rows * shape.vocab_size * (itemsize + 12)}
-
-
 def rehearse_writing(run, stage, micro, seconds):
     """--dry_run: time a step whose texts the student writes -> seconds of a step on average."""
     if stage is not run.stages[-1]:
         return seconds
-    for number in range(2):   # the first warms up
+    for _ in range(2):   # the first warms up
         start = time.time()
         written = write_batches(run, micro)
-        if number == 0:
-            print0("an example that the student wrote: "
-                   + show_targets(written[0], run.tokenizer))
         writing = time.time() - start
-        _, learning = time_step(run, stage, written)
-    figures = take_rollout_figures(run)
-    share = run.cfg.on_policy
-    print0(f"a step on policy takes {writing + learning:.2f} s, {writing:.2f} of them to write "
-           f"({figures['train/rollout_tokens_per_second']:,.0f} tokens/s, "
-           f"{figures['train/rollout_length']:.0f} a text)")
-    return (1 - share) * seconds + share * (writing + learning)
+        learning, _ = time_step(run, stage, written)
+    print0("the student wrote: " + show_targets(written[0].rows[0], run.tokenizer))
+    print0(f"a step on policy takes {writing + learning:.2f} s, {writing:.2f} of them to write")
+    return seconds + run.cfg.on_policy * (writing + learning - seconds)
 
 
 # --------------------------------------------------------------------------------------------------
