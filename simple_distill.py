@@ -5387,8 +5387,11 @@ def ask_all_local(asking, jobs):
     cfg = asking.cfg
     with phase(f"reading teacher {cfg.teacher}"):
         tokenizer = load_tokenizer(cfg, cfg.teacher)
+        if tokenizer is None:
+            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; --tokenizer names one")
         if not tokenizer.chat_template:
-            tokenizer.chat_template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+            template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+            tokenizer.chat_template = template
         prompts = [
             tokenizer.apply_chat_template(
                 job.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
