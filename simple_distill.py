@@ -5109,8 +5109,8 @@ def all_prompts(cfg):
         # each token is a byte or more, and the chat format takes less than 64 a turn
         sizes = [64 + len(turn["content"].encode(errors="replace")) for turn in messages]
         worst_usd = usd(cfg, sum(sizes), cfg.max_tokens)
-        prompt_id = digest(messages)
-        jobs[prompt_id] = Job(messages, category, prompt_id, worst_usd)
+        job = Job(messages, category, digest(messages), worst_usd)
+        jobs.setdefault(job.prompt_id, job)
         if len(jobs) == count:
             break
     if not jobs:
@@ -5209,7 +5209,7 @@ def find_duplicate(prompt, reply, seen):
     words = re.findall(r"\w+|[^\w\s]", reply.lower())
     runs = {hash(tuple(words[i:i + 5])) for i in range(len(words) - 4)}
     if len(words) < 20:   # a label answers many prompts, and each pair is an example of its own
-        runs = {hash((*prompt.lower().split(), None, *words))}
+        runs = {hash((prompt, *words))}
     if len(runs & seen) > 0.9 * len(runs):
         return "duplicate"
     seen |= runs
@@ -5406,15 +5406,14 @@ def ask_all_local(asking, jobs):
         with contextlib.suppress(OSError):   # there is no generation_config.json
             usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
             temperature = usual.temperature or 1.0
-    # what it says hangs on seed and prompt alone: a resumed run draws the same
-    seeds = [int(digest(cfg.seed, job.prompt_id), 16) for job in jobs]
-    rooms = [cfg.max_tokens] * len(jobs)
     for start in range(0, len(jobs), cfg.concurrency):
         if asking.stopping():
             break
         some = slice(start, start + cfg.concurrency)
-        texts = write_texts(teacher, prompts[some], seeds[some], rooms[some], temperature, ends,
-                            vocabulary_of(tokenizer))
+        # what it says hangs on seed and prompt alone: a resumed run draws the same
+        seeds = [int(digest(cfg.seed, job.prompt_id), 16) for job in jobs[some]]
+        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
+                            temperature, ends, vocabulary_of(tokenizer))
         for job, prompt, ids in zip(jobs[some], prompts[some], texts):
             asking.record(job, {
                 "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
@@ -5503,7 +5502,7 @@ def generate(cfg):
     to_ask = [job for job in jobs.values() if job.prompt_id not in done]
     worst_usd = sum(job.worst_usd for job in to_ask)
     print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most {worst_usd:.2f} USD at "
-           f"the prices given; a stop waits for what is in flight, which may be paid for")
+           "the prices given; a stop waits for what is in flight, which may be paid for")
     bar = tqdm(total=len(to_ask), unit="prompt", dynamic_ncols=True)
     with bar, stop_signals() as stop_requests:
         asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
