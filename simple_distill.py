@@ -5274,7 +5274,7 @@ async def ask(asking, sdk, create, job):
             problem = e
         if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
             asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
-        words = f"no reply within {seconds:g} s: {one_line(problem, MAX_COUNT)} {answer}"
+        words = f"no reply (a try has {seconds:g} s): {one_line(problem, MAX_COUNT)} {answer}"
         words = str(UserError(hide_key(cfg, words)[:300]))   # as a terminal may show it
         asking.bar.set_postfix_str(words)
         if pause is None or not isinstance(problem, may_pass):
@@ -5306,7 +5306,7 @@ async def ask_all_api(asking, jobs):
             asking.record(job, said)
 
     async with client:
-        await asyncio.gather(*[work() for _ in range(min(cfg.concurrency, len(jobs)))])
+        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
 
 
 def ask_all_local(asking, jobs):
@@ -5315,7 +5315,7 @@ def ask_all_local(asking, jobs):
     with phase(f"reading teacher {cfg.teacher}"):
         tokenizer = load_tokenizer(cfg, cfg.teacher)
         if tokenizer is None:
-            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; --tokenizer names one")
+            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher or --tokenizer")
         if not tokenizer.chat_template:
             template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
             tokenizer.chat_template = template
@@ -5331,14 +5331,14 @@ def ask_all_local(asking, jobs):
     if temperature is None:
         temperature = 1.0
         with contextlib.suppress(OSError):   # there is no generation_config.json
-            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
-            temperature = usual.temperature or 1.0
+            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher).temperature
+            temperature = usual or 1.0
     for start in range(0, len(jobs), cfg.concurrency):
         if asking.stopping():
             break
         some = slice(start, start + cfg.concurrency)
         # what it says hangs on seed and prompt alone: a resumed run draws the same
-        seeds = [int(digest(cfg.seed, job.prompt_id), 16) for job in jobs[some]]
+        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
         texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
                             temperature, ends, vocabulary_of(tokenizer))
         for job, prompt, ids in zip(jobs[some], prompts[some], texts):
@@ -5375,32 +5375,26 @@ def sort_out(asking, jobs):
     """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
     say what became of them."""
     cfg = asking.cfg
+    rows = [asking.rows[name] for name in {**jobs, **asking.rows} if name in asking.rows]
     min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
     seen = set()
-    kept = []
-    rejected = []
-    rows = [asking.rows[name] for name in {**jobs, **asking.rows} if name in asking.rows]
     for row in rows:
-        *_, prompt, reply = ["", *[turn["content"] for turn in row["messages"]]]
-        reason = (
-            row.get("reason")
-            or find_flaw(prompt, reply, row["finish_reason"], min_chars)
-            or find_duplicate(prompt, reply, seen))
-        if reason:
-            rejected.append({**row, "reason": reason})
-        else:
-            kept.append(row)
+        if "reason" not in row:
+            *_, prompt, reply = [turn["content"] for turn in row["messages"]]
+            flaw = find_flaw(prompt, reply, row["finish_reason"], min_chars)
+            flaw = flaw or find_duplicate(prompt, reply, seen)
+            if flaw:
+                row["reason"] = flaw
     train = path_in(cfg, "train.jsonl")
-    write_rows(train, kept)
-    write_rows(path_in(cfg, "rejected.jsonl"), rejected)
+    write_rows(train, [row for row in rows if "reason" not in row])
+    write_rows(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
 
-    fates = collections.Counter(row["reason"].partition(":")[0] for row in rejected)
-    fates["kept"] = len(kept)
+    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
     write_json({"spent_usd": asking.spent_usd, **fates}, path_in(cfg, "summary.json"))
     print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
-    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for "
-           f"{asking.spent_usd:.4f} USD at the prices given (max_cost {cfg.max_cost}); the same "
-           f"command goes on; --dataset {train} trains on what is kept")
+    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
+           f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
+           f"{train} trains on what is kept")
 
 
 # What decides the rows of a folder; not where the server stands: it may move.
@@ -5412,10 +5406,9 @@ DECIDING = (
 
 def generate(cfg):
     """Ask what has no reply yet; leave replies.jsonl, and what is made of it, in output_dir."""
-    with phase(f"reading {cfg.prompts_file or 'functions to ask about'}"):
-        jobs = all_prompts(cfg)
     config_path = path_in(cfg, "config.json")
-    with phase(f"reading {cfg.output_dir}"):
+    with phase(f"reading {cfg.prompts_file or 'functions to ask about'} and {cfg.output_dir}"):
+        jobs = all_prompts(cfg)
         rows = read_replies(path_in(cfg, "replies.jsonl"))
         config_there = read_json(config_path, {})
         spent_usd = read_json(path_in(cfg, "summary.json"), {}).get("spent_usd", 0.0)
@@ -5427,10 +5420,10 @@ def generate(cfg):
     write_json(knobs_of(cfg), config_path)
 
     to_ask = [job for job in jobs.values() if job.prompt_id not in done]
-    worst_usd = sum(job.worst_usd for job in to_ask)
-    print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most {worst_usd:.2f} USD at "
-           "the prices given; a stop waits for what is in flight, which may be paid for")
-    bar = tqdm(total=len(to_ask), unit="prompt", dynamic_ncols=True)
+    print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most "
+           f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
+           "what is in flight, which may be paid for")
+    bar = tqdm(total=len(to_ask), unit="prompt")
     with bar, stop_signals() as stop_requests:
         asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
         if cfg.provider != "local":

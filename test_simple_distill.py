@@ -7173,17 +7173,34 @@ def random_words(seed, count=40):
     return " ".join(f"{rng.choice(stems)}{rng.randrange(1000)}" for _ in range(count))
 
 
-# What a server says where a fault, by its name, is one of the text alone.
-FAULTY_TEXTS = {
+FAULTY_TEXTS = {   # what a server says where a fault is one of the text alone
     "refusal": "I'm sorry, but I can't help with that: it is against my rules.",
     "loop": "and so on " * 99,
     "duplicate": random_words("same"),
     "empty": "",
-    "fence": "Here it is for you:\n```python\nx = 1",
     "code": "Here it is for you:\n```python\ndef f(:\n    pass\n```",
 }
 PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
 REPLY_COST = 0.022                          # of 100 tokens in and 200 out
+
+
+def answer_of(provider, content, is_whole=True, **more):
+    """The JSON of a reply; more: in place of its keys."""
+    if provider == "anthropic":
+        answer = {
+            "content": [{"type": "text", "text": content}],
+            "stop_reason": "end_turn" if is_whole else "max_tokens",
+            "usage": {"input_tokens": 100, "output_tokens": 200},
+        }
+    else:
+        answer = {
+            "choices": [{
+                "finish_reason": "stop" if is_whole else "length",
+                "message": {"role": "assistant", "content": content},
+            }],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
+        }
+    return json.dumps(answer | more).encode()
 
 
 def no_fault(prompt, attempt):
@@ -7191,14 +7208,13 @@ def no_fault(prompt, attempt):
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
-    """OpenAI and Anthropic on loopback, while it is entered. What it would send a bill for: all
-    but statuses below 500.
+    """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
+    statuses below 500.
 
     fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; a name: see ApiHandler and FAULTY_TEXTS; a dict: what the answer says in place of its
-    own keys; bytes: the whole answer. reply(prompt): what is said otherwise. jitter: seconds before
-    an answer, at most. summary: the file that must tell of at least as much as was billed, and of
-    at most 1 USD, at any moment."""
+    an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
+    is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
+    of at least as much as was billed, and of at most 1 USD, at any moment."""
     daemon_threads = True
     request_queue_size = 200
 
@@ -7228,17 +7244,16 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Silent: clients get killed."""
 
     def check(self):
-        bill = self.billed.total() * self.reply_cost
-        spent = 0
-        if self.summary and self.summary.exists():
+        if self.summary and self.billed:
+            bill = self.billed.total() * self.reply_cost
             spent = json.loads(self.summary.read_text())["spent_usd"]
-        if self.summary and not bill <= spent + 1e-9 <= 1 + 2e-9:
-            self.unpaid.append((bill, spent))
+            if not bill <= spent + 1e-9 <= 1 + 2e-9:
+                self.unpaid.append((bill, spent))
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1   # an answer in one piece
+    wbufsize = -1   # an answer in one piece, unless it is flushed
 
     def log_message(self, *args):
         """Silent."""
@@ -7247,72 +7262,46 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][-1]["content"]
-        key = self.headers["authorization"] or self.headers["x-api-key"]
-        key = key.split()[-1]   # "Bearer KEY"
+        key = (self.headers["authorization"] or self.headers["x-api-key"]).split()[-1]
         with server.lock:
             server.at_work += 1
             server.seen.append((body, key))
             server.tries[prompt] += 1
             fault = server.fault(prompt, server.tries[prompt])
-            if not (isinstance(fault, int) and fault < 500):
-                server.billed[prompt] += 1
+            server.billed[prompt] += not (isinstance(fault, int) and fault < 500)
             server.check()
+        time.sleep(server.jitter * random.random())
         try:
-            time.sleep(server.jitter * random.random())
             self.answer(prompt, fault, key)
         finally:
             with server.lock:
                 server.at_work -= 1
 
     def answer(self, prompt, fault, key):
-        if isinstance(fault, int):
-            message = json.dumps({"error": {"message": f"{fault} for {key}", "type": "x"}})
-            self.send(fault, message.encode())
+        if fault == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif isinstance(fault, int):
+            self.send(fault, json.dumps({"error": {"message": f"{fault} for {key}"}}).encode())
         elif isinstance(fault, bytes):
             self.send(200, fault)
-        elif fault in ("drop", "hang"):
-            if fault == "hang":
-                time.sleep(3)   # longer than request_timeout in the test that hangs
-            self.connection.shutdown(socket.SHUT_RDWR)
         else:
-            text = FAULTY_TEXTS.get(fault) if isinstance(fault, str) else None
-            if fault == "key":
-                text = key + random_words(prompt)
-            if text is None:
-                text = self.server.reply(prompt)
-            data = self.reply_data(text, cut_off=fault == "length")
-            if fault == "no usage":
-                del data["usage"]
-            if isinstance(fault, dict):
-                data.update(fault)
-            self.send(200, json.dumps(data).encode(), slow=fault == "slow")
+            text = FAULTY_TEXTS[fault] if fault in FAULTY_TEXTS else self.server.reply(prompt)
+            provider = "anthropic" if self.path == "/v1/messages" else "openai"
+            more = {"usage": None} if fault == "no usage" else {}
+            data = answer_of(provider, text, fault != "length", **more)
+            self.send(200, data, pause=0.1 if fault == "slow" else 0)
 
-    def reply_data(self, text, cut_off):
-        """A reply of 100 + 200 tokens, in the form of the provider that the path belongs to."""
-        if self.path == "/v1/messages":
-            return {
-                "content": [{"type": "text", "text": text}],
-                "stop_reason": "max_tokens" if cut_off else "end_turn",
-                "usage": {"input_tokens": 100, "output_tokens": 200},
-            }
-        return {
-            "choices": [{
-                "finish_reason": "length" if cut_off else "stop",
-                "message": {"role": "assistant", "content": text},
-            }],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
-        }
-
-    def send(self, status, data, slow=False):
+    def send(self, status, data, pause=0):
+        """pause: seconds after each 20 bytes."""
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
-        for start in range(0, len(data), 100):
-            self.wfile.write(data[start:start + 100])
-            if slow:
+        for start in range(0, len(data), 20):
+            self.wfile.write(data[start:start + 20])
+            if pause:
                 self.wfile.flush()
-                time.sleep(0.3)
+                time.sleep(pause)
 
 
 def generate_fields(folder, server, questions, provider="openai", **more):
@@ -7383,7 +7372,7 @@ def faults_by_number(faults):
     return fault
 
 
-PASSING_FAULTS = (429, 500, 502, 503, 529, "drop", "slow")
+PASSING_FAULTS = (429, 500, 502, 503, 529, "drop")
 LASTING_FAULTS = (
     b'{"choices": [{"mess', "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
 
@@ -7623,10 +7612,10 @@ def test_generate_faults(tmp_path, provider):
         assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
                               "repetition loop", "code does not parse", "failed"}
         for name, count in {**fates, "kept": len(kept)}.items():
-            assert re.search(rf"\| {name} +\| +{count} \|", out), out
+            assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
         for prompt, tries in server.tries.items():
             first = fault(prompt, 1)
-            assert tries == 1 + (first in PASSING_FAULTS and first != "slow"), (prompt, first)
+            assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
         results.append((kept, reasons_of(rejected)))
     assert results[0] == results[1]
     assert set(kept[0]) == {
@@ -7661,37 +7650,31 @@ def test_generate_filters_can_change(tmp_path, monkeypatch):
     assert set(reasons_of(rows_of_run(tmp_path, "rejected")).values()) == {"repetition loop"}
 
 
-def say(*parts, **usage):
-    choice = {"finish_reason": "stop", "message": {"content": list(parts)}}
-    return {"choices": [choice], **usage}
-
-
 TEXT = {"type": "text", "text": random_words("text")}
-NAMES = ("prompt_tokens", "completion_tokens")
 
 
-@pytest.mark.parametrize("answer, reply, known", [
-    (say({"text": TEXT["text"][:9]}, {**TEXT, "text": TEXT["text"][9:]}), TEXT["text"], True),
-    (say({"type": "thinking", "thinking": "Hm."}, TEXT), TEXT["text"], True),
-    ({"usage": None}, None, False),
-    ({"usage": dict(zip(NAMES, (-1, 5)))}, None, False),
-    ({"usage": dict(zip(NAMES, (10**30, 5)))}, None, False),
-    ({"usage": dict(zip(NAMES, ("10", 5)))}, None, False),
-    ({"usage": dict(zip(NAMES, (0, None)))}, None, False),
-    ({"usage": dict(zip(NAMES, (0, 0)))}, None, True),
+@pytest.mark.parametrize("content, reply", [
+    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"]),
+    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"]),
+    (None, ""),
 ])
-def test_generate_odd_answers(tmp_path, answer, reply, known):
-    """Parts of text are one text, thoughts are no part of it; who says nonsense of tokens is
-    believed to have sent the longest reply."""
-    with ApiServer(lambda prompt, attempt: answer) as server:
+def test_generate_parts(tmp_path, content, reply):
+    """Parts of text are one text; what a model thought is no part of it."""
+    with ApiServer(lambda *_: answer_of("openai", content)) as server:
+        run_generate(generate_fields(tmp_path, server, 1))
+    row, = replies_of(tmp_path)
+    assert row["messages"][1] == {"role": "assistant", "content": reply}
+
+
+@pytest.mark.parametrize("usage", [
+    None, *({"prompt_tokens": n, "completion_tokens": 5} for n in (-1, 10**30, "10", None))])
+def test_generate_odd_usage(tmp_path, usage):
+    """Who says nonsense of tokens is believed to have sent the longest reply; it is kept."""
+    with ApiServer(lambda *_: answer_of("openai", TEXT["text"], usage=usage)) as server:
         run_generate(generate_fields(tmp_path, server, 1, **PRICES))
     kept, = rows_of_run(tmp_path, "train")
-    assert kept["messages"][1]["content"] == reply or reply is None
-    assert (kept["usage"] is not None) == known
-    if not known:
-        assert kept["cost"] > 300 * 100 / 1e6
-    else:
-        assert kept["cost"] <= REPLY_COST + 1e-9
+    assert kept["usage"] is None
+    assert kept["cost"] > 300 * 100 / 1e6
 
 
 # ---- money
@@ -7707,7 +7690,7 @@ def worst_of(prompt):
     ([429, 429, None], 1, 0, 1, False),
     (["drop", 429, None], 1, 1, 1, False),       # a refusal gives back one try, not all
     ([500, 502, "drop", None], 1, 3, 1, False),  # whoever stands before a model may say 502
-    (["hang", None], 1, 1, 1, False),
+    (["slow", None], 1, 1, 1, False),
     (["no usage"], 1, 1, 0, False),
     ([429] * 8, 1, 0, 0, True),
     ([503] * 8, 1, 8, 0, True),
@@ -7720,7 +7703,7 @@ def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
     """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
     with ApiServer(lambda prompt, attempt: faults[attempt - 1]) as server:
         fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
-                                 request_timeout=1)
+                                 request_timeout=0.5)
         run_generate(fields, rc=2 if failed else 0)
     prompt = (tmp_path / "prompts.txt").read_text().strip()
     expected = pytest.approx(worst * worst_of(prompt) + replies * REPLY_COST)
@@ -7804,10 +7787,9 @@ def test_generate_stops(tmp_path, provider, fault, answers, named):
 def test_generate_time_out(tmp_path):
     """An answer that trickles is given up like one that does not come, in words."""
     with ApiServer(lambda prompt, attempt: "slow") as server:
-        result = one_error("no reply within 0.8 s: TimeoutError",
-                           generate_fields(tmp_path, server, 1, request_timeout=0.4))
+        one_error("no reply (a try has 0.4 s): TimeoutError",
+                  generate_fields(tmp_path, server, 1, request_timeout=0.2))
     assert server.tries.total() == 8
-    assert "TimeoutError" in result.err
 
 
 @pytest.mark.parametrize("status", [None, 429])
@@ -7948,19 +7930,6 @@ def test_generate_other_settings(tmp_path):
     assert len(rows_of_run(tmp_path, "train")) == 3
 
 
-def test_generate_leaves_what_is_not_ours(tmp_path):
-    """A folder of a version before, or of somebody: nothing is asked, nothing changes."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 2)
-        for name in ("replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / name).write_text("mine")
-            one_error(name, fields, output_dir=tmp_path / name)
-            assert os.listdir(tmp_path / name) == [name]
-            assert (tmp_path / name / name).read_text() == "mine"
-        assert not server.tries
-
-
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_generate_secrets(tmp_path, monkeypatch, provider):
     """The key, and the password of a proxy, stand in no file and no output, wherever in a reply or
@@ -7969,19 +7938,18 @@ def test_generate_secrets(tmp_path, monkeypatch, provider):
     monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
-    odd = {"choices": [{"message": {"content": [{"text": key + TEXT["text"]}]},
-                        "finish_reason": key}], "id": key}
+    odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
+    words = [json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
+             answer_of(provider, key + random_words("key"))]
 
-    def repeat(prompt, attempt):
-        return ["key", 400, odd, json.dumps(f"\x1b[31m{key}").encode()][number_of(prompt) % 4]
-
-    with ApiServer(repeat) as server:
-        fields = generate_fields(tmp_path, server, 20, provider)
+    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5 - 1]
+                   if number_of(prompt) % 5 else None) as server:
+        fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
         results = [run_generate(fields)]
         assert server.seen[0][1] == key
         server.fault = lambda prompt, attempt: 401
         results.append(one_error("401 for ***", fields, output_dir=tmp_path / "refused/out"))
-    assert len(rows_of_run(tmp_path, "train")) == (6 if provider == "openai" else 10)
+    assert len(replies_of(tmp_path)) == 20
     monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
     left_over = []
     monkeypatch.setattr(sys, "unraisablehook", left_over.append)
@@ -7997,20 +7965,15 @@ def test_generate_secrets(tmp_path, monkeypatch, provider):
 
 
 @pytest.mark.parametrize("named, more", [
-    *(("categories", dict(categories=item)) for item in (
-        "poetry", "debug=0", "test=inf", "test=nan", "test=-1")),
+    *(("categories", dict(categories=item)) for item in ("poetry", "debug=0", "test=nan")),
     ("could not convert", dict(categories="test=x")),
-    ("price_out", dict(price_in=1)),
-    ("price_out", dict(max_cost=1)),
     ("none.txt", dict(prompts_file="none.txt")),
     ("holds no prompt", dict(prompts_file=os.devnull)),
-    ("onnect", dict(api_base="http://127.0.0.1:9/v1")),
+    ("Connection error", {}),
     ("--teacher", dict(provider="local", api_model=None, api_base=None)),
-    ("OPENAI_API_KEY", dict(api_base=None)),
 ])
-def test_generate_errors(tmp_path, monkeypatch, named, more):
+def test_generate_errors(tmp_path, named, more):
     """What no request would survive is one `error:` line."""
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
                   api_base="http://127.0.0.1:9/v1")
     one_error(named, {**fields, **more})
