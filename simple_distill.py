@@ -5168,8 +5168,9 @@ async def ask(asking, sdk, create, job):
             problem = e
         if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
             asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
-        words = f"no reply (a try has {seconds:g} s): {one_line(problem, MAX_COUNT)} {answer}"
-        words = str(UserError(hide_key(cfg, words)[:300]))   # as a terminal may show it
+        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")
+        words = f"no reply (a try has {seconds:g} s): {words[:300]}"
+        words = str(UserError(words))   # as a terminal may show it
         asking.bar.set_postfix_str(words)
         if pause is None or not isinstance(problem, may_pass):
             return {"reason": f"failed: {words}"}
