@@ -5210,7 +5210,8 @@ def ask_all_local(asking, jobs):
     with phase(f"reading teacher {cfg.teacher}"):
         tokenizer = load_tokenizer(cfg, cfg.teacher)
         if tokenizer is None:
-            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher or --tokenizer")
+            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
+                            "--tokenizer")
         if not tokenizer.chat_template:
             template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
             tokenizer.chat_template = template
