@@ -21,14 +21,12 @@ vocabulary, K kept teacher entries a token.
 """
 import ast   # optional: generate
 import asyncio   # optional: generate
-import base64   # optional: generate
 import bisect
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno   # optional: generate
 import fcntl
 import functools
 import glob
@@ -51,8 +49,6 @@ import tempfile
 import textwrap   # optional: generate
 import time
 import traceback
-import urllib.parse   # optional: generate
-import urllib.request   # optional: generate
 import warnings   # optional: generate
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -4360,8 +4356,9 @@ def rehearse_writing(run, stage, micro, seconds):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: generate: a model behind an API, or one of our own, answers prompts; filters judge the
-# replies. Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1
-# trains on. Prompts and filters stand first: they are made to be edited.
+# replies. replies.jsonl grows as they come; at the end of each run train.jsonl and rejected.jsonl
+# are made of it anew: --dataset output_dir/train.jsonl --alpha 1 trains on the former. Prompts and
+# filters stand first: they are made to be edited, and old replies are judged again for nothing.
 TASKS = {
     "implement": "Write {thing} in {language}.",
     "complete": "Complete this function; give all of it.",
@@ -4408,40 +4405,22 @@ BUGS = [   # (what stands in the code, what is put in its place)
 
 @dataclass
 class Job:
-    """A prompt to ask, and what asking it has cost so far."""
-    prompt_id: str           # digest of the messages: the same in every run
+    """A prompt to ask."""
+    messages: list       # [{"role": ..., "content": ...}, ...], the assistant's turn is next
     category: str
-    messages: list           # [{"role": ..., "content": ...}, ...], the assistant's turn is next
-    number: int              # its place among all prompts, asked already or not
-    min_chars: int           # a shorter reply is rejected
-    max_prompt_tokens: int   # an upper bound
-    worst_usd: float         # the most that one try can cost
-    billed_tries: int = 0    # tries that the provider may send a bill for
-    held_usd: float = 0.0    # what is set aside for these tries and the next one
-    held_bytes: int = 0      # room on the disk that is kept for its row
-
-
-@dataclass
-class Reply:
-    text: Optional[str]   # None: there is none, and finish_reason says why
-    finish_reason: str
-    prompt_tokens: Optional[int] = None       # None: the provider did not say
-    completion_tokens: Optional[int] = None
-    other_parts: str = ""   # kinds of what it says that is no text
+    prompt_id: str       # digest of the messages: the same in every run
+    worst_usd: float     # the most that one try can cost
+    cost: float = 0.0    # USD of its tries in this run, at their worst where nobody said
 
 
 def parse_categories(items):
     """["implement=3", "debug"] -> {"implement": 3.0, "debug": 1.0}; none: all tasks alike."""
     weights = {}
     for item in items or TASKS:
-        name, equals, text = item.partition("=")
-        try:
-            weights[name] = float(text) if equals else 1.0
-        except ValueError:
-            weights[name] = math.nan
+        name, _, weight = item.partition("=")
+        weights[name] = float(weight or 1)
         if name not in TASKS or not 0 < weights[name] < math.inf:
-            names = ", ".join(TASKS)
-            raise UserError(f"categories {item}: write name or name=weight; the names are {names}")
+            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
     return weights
 
 
@@ -4453,8 +4432,8 @@ def stdlib_functions(rng):
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node):
                 continue
-            if 5 < node.end_lineno - node.lineno < 30:
-                function = lines[node.lineno - 1:node.end_lineno]
+            function = lines[node.lineno - 1:node.end_lineno]
+            if 6 < len(function) <= 30:
                 yield "\n".join(line[node.col_offset:] for line in function)
 
 
@@ -4465,11 +4444,7 @@ def compose_prompt(category, function, rng):
     bugs = [bug for bug in BUGS if bug[0] in function]
     bug = rng.choice(bugs) if bugs else None
     language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
-    trait = rng.choice(TRAITS)
-    thing = rng.choice(THINGS)
-    form = rng.choice(FORMS)
-    level = rng.choice(LEVELS)
-    limit = rng.choice(LIMITS)
+    trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
 
     code = function
     if category == "complete":
@@ -4496,70 +4471,40 @@ def compose_prompts(categories, seed):
         misses += 1
         # the category that is most behind its share
         name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
-        skipped = rng.choice(range(20))
-        function = next(itertools.islice(functions, skipped, None))
+        function = next(itertools.islice(functions, rng.choice(range(20)), None))
         text = compose_prompt(name, function, rng)
-        if text is None or text in seen:
-            continue
-        seen.add(text)
-        asked[name] += 1
-        misses = 0
-        yield name, [{"role": "user", "content": text}]
+        if text and text not in seen:
+            misses = 0
+            seen.add(text)
+            asked[name] += 1
+            yield name, [{"role": "user", "content": text}]
     raise UserError(f"category {name} has few more than {asked[name]:,} prompts; "
                     "lower num_examples or its weight")
-
-
-def join_parts(content):
-    """A turn's content, text or [{"type": "text", "text": ...}, ...] -> its text, and the kinds of
-    the parts that are none. What a model thought is not what it said, and is passed over."""
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not isinstance(content, list):
-        raise TypeError(f"content {content!r} is no text")
-    texts = []
-    others = []
-    for part in content:
-        kind = part.get("type", "text")
-        if kind in ("text", "output_text"):
-            texts.append(part["text"])
-        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
-            others.append(str(kind))
-    return "".join(texts), others
 
 
 def parse_prompt_row(row):
     """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = []
-    for turn in turns:
-        text, others = join_parts(turn["content"])
-        if others or turn["content"] is None or not isinstance(turn["role"], str):
-            raise TypeError(f"{turn!r} has no role, or content that is no text")
-        messages.append({"role": turn["role"], "content": text})
+    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in turns]
     if messages[-1]["role"] == "assistant":
         raise ValueError("it ends with a reply")
-    category = row.get("category", "own")
-    if not isinstance(category, str):
-        raise TypeError(f"category {category!r} is no text")
-    return category, messages
+    return str(row.get("category", "own")), messages
 
 
 def read_prompts(path):
-    """Yields (category, messages) of the user's own prompts: lines of a .txt, or .jsonl rows."""
-    with reading(f"prompts_file {path!r} cannot be read"):
-        lines = open(path, "rb")
-    with lines:
-        for number, line in enumerate(lines, 1):
-            with reading(f"prompts_file {path!r}, line {number}, is no UTF-8 text, or no row "
-                         'like {"prompt": TEXT} or {"messages": [...]}'):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if "\0" in text:
-                    raise ValueError("it holds a null byte")
-                if not text:
-                    continue
-                row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
-                prompt = parse_prompt_row(row)
-            yield prompt
+    """Yields (category, messages) of the user's own prompts: lines of a .txt, rows of a .jsonl, or
+    a list of rows in a .json."""
+    with open(path, encoding="utf-8-sig") as f:
+        rows = json.load(f) if path.endswith(".json") else [line for line in f if line.strip()]
+    for number, row in enumerate(rows, 1):
+        try:
+            if path.endswith(".jsonl"):
+                row = json.loads(row)
+            elif not path.endswith(".json"):
+                row = {"prompt": row.strip()}
+            yield parse_prompt_row(row)
+        except Exception as e:
+            raise UserError(f"{path!r}, row {number}: {one_line(e)}") from e
 
 
 def usd(cfg, prompt_tokens, completion_tokens):
@@ -4570,32 +4515,26 @@ def usd(cfg, prompt_tokens, completion_tokens):
 
 def all_prompts(cfg):
     """-> {prompt_id: Job} of num_examples different prompts, in the order they are asked."""
+    count = cfg.num_examples or 100
+    prompts = compose_prompts(cfg.categories, cfg.seed)
     if cfg.prompts_file:
+        count = cfg.num_examples
         prompts = read_prompts(cfg.prompts_file)
-        min_chars = 1   # own prompts may want a word or a label
-        count = cfg.num_examples or math.inf
-    else:
-        prompts = compose_prompts(cfg.categories, cfg.seed)
-        min_chars = 20
-        count = cfg.num_examples or 100
     jobs = {}
     for category, messages in prompts:
-        prompt_id = digest(messages)
-        if prompt_id not in jobs:
-            # each token is a byte or more, and the chat format takes less than 64 a turn
-            texts = [message["content"].encode(errors="replace") for message in messages]
-            max_prompt_tokens = sum(64 + len(text) for text in texts)
-            worst_usd = usd(cfg, max_prompt_tokens, cfg.max_tokens)
-            jobs[prompt_id] = Job(prompt_id, category, messages, len(jobs), min_chars,
-                                  max_prompt_tokens, worst_usd)
+        # each token is a byte or more, and the chat format takes less than 64 a turn
+        sizes = [64 + len(turn["content"].encode(errors="replace")) for turn in messages]
+        worst_usd = usd(cfg, sum(sizes), cfg.max_tokens)
+        job = Job(messages, category, digest(messages), worst_usd)
+        jobs.setdefault(job.prompt_id, job)
         if len(jobs) == count:
             break
     if not jobs:
-        raise UserError(f"prompts_file {cfg.prompts_file} holds no prompt")
+        raise UserError(f"prompts_file {cfg.prompts_file!r} holds no prompt")
     return jobs
 
 
-# Filters: each says whether it rejects a reply. find_flaws lists them, in order.
+# Filters: find_flaw lists them, in order.
 
 CODE_BLOCK = re.compile(r"""
     ^[ \t]* (?: [-*+][ ]+ | \d+[.)][ ]+ )?   # begins a line, or an item of a list
@@ -4636,14 +4575,6 @@ def plain_words(text):
     return " ".join(re.sub(r"(?m)```(\w*\s*$)?", " ", text).split())
 
 
-def is_cut_off(finish_reason):
-    return finish_reason in ("length", "max_tokens", "model_context_window_exceeded")
-
-
-def is_too_short(reply, min_chars):
-    return len(plain_words(reply)) < min_chars
-
-
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
@@ -4666,752 +4597,333 @@ def is_broken_code(reply):
     return False
 
 
-def is_refusal(reply, finish_reason):
-    if finish_reason in ("refusal", "content_filter"):
-        return True
-    return "```" not in reply and REFUSAL.match(plain_words(reply)) is not None
-
-
-def repeats_prompt(prompt, reply):
-    asked = plain_words(prompt)
-    said = plain_words(reply)
+def repeats_prompt(asked, said):
     if not len(asked) / 2 < len(said) < 1.2 * len(asked):
         return False   # a short piece of the prompt may be just what it asks for
     return said in asked or asked in said
 
 
-def find_flaws(prompt, reply, finish_reason, min_chars=1):
-    """-> {filter: whether it rejects the reply}; the first that does is the reason that is kept"""
+def find_flaw(prompt, reply, finish_reason, min_chars=1):
+    """-> the first filter that rejects the reply, None: it passes"""
     reply = reply.replace("\r\n", "\n")
-    return {
-        "cut off": is_cut_off(finish_reason),
-        "empty or too short": is_too_short(reply, min_chars),
+    said = plain_words(reply)
+    refused = "```" not in reply and REFUSAL.match(said)
+    flaws = {
+        "cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
+        "empty or too short": len(said) < min_chars,
         "repetition loop": is_loop(reply),
         "code does not parse": is_broken_code(reply),
-        "refusal": is_refusal(reply, finish_reason),
-        "repeats the prompt": repeats_prompt(prompt, reply),
+        "refusal": refused or finish_reason in ("refusal", "content_filter"),
+        "repeats the prompt": repeats_prompt(plain_words(prompt), said),
     }
+    return next((name for name, found in flaws.items() if found), None)
 
 
-def grade_reply(job, reply):
-    """-> the row to write; its `reason` is the filter that rejects it, or why there is no reply"""
-    row = {
-        "messages": job.messages,
-        "category": job.category,
-        "prompt_id": job.prompt_id,
-        "finish_reason": reply.finish_reason,
-        "usage": {
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        },
-    }
-    if reply.text is None:
-        row["finish_reason"] = None
-        row["reason"] = reply.finish_reason
-        return row
-    row["messages"] = [*job.messages, {"role": "assistant", "content": reply.text}]
-    prompt = job.messages[-1]["content"]
-    flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
-    reasons = [name for name, found in flaws.items() if found]
-    if reply.other_parts:
-        reasons.insert(0, f"not text: {reply.other_parts}")
-    if reasons:
-        row["reason"] = reasons[0]
-    return row
+def find_duplicate(prompt, reply, seen):
+    """-> "duplicate" where more than 0.9 of the runs of 5 words stand in earlier replies, else None
+    and they are seen (60 bytes a run)."""
+    words = re.findall(r"\w+|[^\w\s]", reply.lower())
+    runs = {hash(tuple(words[i:i + 5])) for i in range(len(words) - 4)}
+    if len(words) < 20:   # a label answers many prompts, and each pair is an example of its own
+        runs = {hash((prompt, *words))}
+    if len(runs & seen) > 0.9 * len(runs):
+        return "duplicate"
+    seen |= runs
 
 
-# Files: train.jsonl and rejected.jsonl grow a row at a time; duplicates are found at the end.
+# Asking. spent_usd in summary.json is raised by the worst case before a try leaves, and lowered
+# only by an answer or by a refusal. So at any moment, kill -9 included, what was billed <= what
+# stands there <= max_cost. What a kill leaves in flight stays counted at its worst.
 
-
-class Paths(NamedTuple):
-    folder: str
-    train: str
-    rejected: str
-    summary: str
-    config: str
-
-
-def paths_in(folder):
-    names = ("train.jsonl", "rejected.jsonl", "summary.json", "config.json")
-    return Paths(folder, *[os.path.join(folder, name) for name in names])
-
-
-def read_replies(train_path, rejected_path):
-    """-> {prompt_id: row}. Where a kill or a failure left two rows, a reply counts more than a
-    failure, and a copy in rejected more than the one in train."""
-    def precedence(row):
-        answered = row.get("finish_reason", "") is not None
-        return answered, "reason" in row
-
-    rows = read_jsonl(rejected_path) + read_jsonl(train_path)
-    return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
-
-
-def is_config(path):
-    """Whether a run of ours has written it."""
-    with open(path, encoding="utf-8") as f:
-        return {"mode", "output_dir", "seed"} <= set(json.load(f))
-
-
-def is_summary(path):
-    with open(path, encoding="utf-8") as f:
-        summary = json.load(f)
-    spent = summary["spent_usd"]
-    settings = summary.get("settings", {})   # there were none before they were compared
-    return type(spent) in (int, float) and 0 <= spent < math.inf and isinstance(settings, dict)
-
-
-def check_row(row):
-    """Raises where it has another form than grade_reply and record_reply give it."""
-    forms = {"messages": list, "prompt_id": str, "usage": dict, "cost": (int, float)}
-    for name, form in forms.items():
-        if not isinstance(row[name], form):
-            raise TypeError(f"{name} is {row[name]!r}")
-    if not 0 <= row["cost"] < math.inf:
-        raise ValueError(f"cost is {row['cost']}")
-    for message in row["messages"]:
-        if not isinstance(message["content"], str):
-            raise TypeError(f"content {message['content']!r} is no text")
-    if row["finish_reason"] is None and "reason" not in row:
-        raise ValueError("there is no reply, and no reason why")
-
-
-def is_half_row(line):
-    """Whether it is what a kill leaves at the end of a file of ours."""
-    start = b'{"messages": ['
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return start.startswith(line[:len(start)])
-    return False
-
-
-def refuse_foreign_rows(path):
-    """Before read_jsonl, which mends the end of the file."""
-    if not os.path.lexists(path):
-        return
-    with reading(f"{path!r} cannot be read"), open(path, "rb") as f:
-        lines = f.read().split(b"\n")
-    if is_half_row(lines[-1]):   # or nothing
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                check_row(json.loads(line))
-        except Exception as e:
-            raise UserError(
-                f"{path!r}, line {number}, is no row of mode generate ({one_line(e, 100)}); "
-                "nothing was changed: choose another --output_dir, or move that file away"
-            ) from None   # with a cause, error.log would be written beside it
-
-
-def read_past(paths, settings):
-    """Earlier runs in this folder -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent
-    in all. Refuses what is not ours, and what was written with other settings."""
-    refuse_foreign_rows(paths.train)
-    refuse_foreign_rows(paths.rejected)
-    refuse_foreign(paths.summary, is_summary)
-    refuse_foreign(paths.config, is_config)
-    with reading(f"the rows in {paths.folder!r} cannot be read and mended"):
-        rows = read_replies(paths.train, paths.rejected)
-    cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
-    answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
-    spent = sum(cost.values())
-    if os.path.exists(paths.summary):
-        with open(paths.summary, encoding="utf-8") as f:
-            summary = json.load(f)
-        spent = max(spent, summary["spent_usd"])   # with what a kill left in flight
-        if rows and "settings" in summary:
-            refuse_changes(summary["settings"], settings, paths.folder,
-                           way_out="choose another --output_dir")
-    return cost, answered, spent
-
-
-def write_rows(path, rows):
-    aside = path + ".tmp"
-    try:
-        with open(aside, "w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(aside, path)
-    except OSError:   # a full disk needs its room back
-        os.remove(aside)
-        raise
-
-
-def words_and_signs(text):
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def sketch_words(words):
-    """The 64 smallest hashes of all runs of 5 words: two sketches overlap about as the texts do."""
-    runs = [" ".join(words[i:i + 5]) for i in range(len(words) - 4)]
-    return sorted({zlib.crc32(run.encode()) for run in runs})[:64]
-
-
-def are_near(sketch, other):
-    """More than 0.8 of the smallest hashes of the two together are in both."""
-    smallest = sorted({*sketch, *other})[:64]
-    in_both = set(sketch) & set(other) & set(smallest)
-    return len(in_both) > 0.8 * len(smallest)
-
-
-def mark_duplicates(rows):
-    """Give each kept row that says what an earlier one says a reason to be rejected."""
-    seen = set()   # hashes: the words themselves would fill gigabytes
-    sketches = collections.defaultdict(list)   # one of a sketch's first hashes -> such sketches
-    for row in rows:
-        if "reason" in row:
-            continue
-        prompt = words_and_signs(row["messages"][-2]["content"])
-        reply = words_and_signs(row["messages"][-1]["content"])
-        if len(reply) < 20:
-            # a label answers many prompts, and each pair is an example of its own
-            text = hash((*reply, None, *prompt))
-            sketch = []
-        else:
-            text = hash(tuple(reply))
-            sketch = sketch_words(reply)
-        candidates = [other for first in sketch[:8] for other in sketches[first]]
-        if text in seen:
-            row["reason"] = "exact duplicate"
-        elif any(are_near(sketch, other) for other in candidates):
-            row["reason"] = "near duplicate"
-        else:
-            for first in sketch[:8]:
-                if len(sketches[first]) < 50:   # what everybody says is no evidence, and costs time
-                    sketches[first].append(sketch)
-        seen.add(text)
-
-
-def drop_duplicates(train_path, rejected_path, order):
-    """Sort both files by order (of prompt_ids) and move copies to rejected -> {fate: rows}.
-
-    At the end of a run, so that it does not matter who answered first.
-    """
-    numbers = {prompt_id: number for number, prompt_id in enumerate(order)}
-    rows = list(read_replies(train_path, rejected_path).values())
-    rows.sort(key=lambda row: numbers.get(row["prompt_id"], -1))
-    mark_duplicates(rows)
-    # rejected first: a kill between the two leaves a row in both, never in none
-    write_rows(rejected_path, [row for row in rows if "reason" in row])
-    write_rows(train_path, [row for row in rows if "reason" not in row])
-    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
-    filters = find_flaws("", "", "stop")   # for their names
-    names = ["kept", "not text", *filters, "exact duplicate", "near duplicate", "failed"]
-    return {name: fates[name] for name in names}
-
-
-# Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
-
-MAX_SILENCE = 120     # seconds that a server may turn everything away before a request is given up
-MAX_COUNT = 10**7     # tokens: a server that says more than this of a reply says nothing
+PAUSES = (1, 2, 4, 8, 16, 32, 32)   # seconds between the tries of a request
+MAX_COUNT = 10**7                   # tokens: who says that a reply had more says nothing
+USAGE = {   # what they call the tokens in and out
+    "openai": ("prompt_tokens", "completion_tokens"),
+    "anthropic": ("input_tokens", "output_tokens"),
+}
 
 
 @dataclass
-class Ledger:
-    """What this run may spend, has spent and has seen, and why it should stop."""
+class Asking:
+    """What is known of all prompts of this folder, what they have cost, and why to stop."""
     cfg: Config
-    paths: Paths
-    settings: dict        # what decides the rows of this folder
-    past_cost: dict       # prompt_id -> USD of its row of an earlier run
-    spent: float          # USD of all runs, with what is set aside for requests in flight
+    rows: dict            # prompt_id -> its last row in replies.jsonl
+    spent_usd: float      # of all runs, with what is set aside for tries in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
-    secrets: list            # which no file and no error may show
-    disk_room: Any           # a file of nothing: its bytes are kept for the rows in flight
-    held_bytes: int = 0      # so many, for so many requests
-    tokens: int = 0          # of this run
-    answered: bool = False   # the teacher has answered once in this run
-    out_of_money: bool = False
-    stop_error: Optional[UserError] = None
-    first_failure: Optional[str] = None
-    refused_since: Optional[float] = None   # the first refusal after the last answer
-    trouble: str = "none"                   # the last refusal
-    # of the last requests, whether each failed
-    recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=50))
+    failures: int = 0     # in a row
+    error: str = ""       # why no other request would fare better
 
     def stopping(self):
-        return bool(self.stop_requests or self.stop_error)
+        return self.error or self.stop_requests
 
-    def stop(self, message):
-        if not self.stopping():   # what came first counts
-            self.stop_error = UserError(message)
+    def change(self, job, change_usd):
+        job.cost += change_usd
+        self.spent_usd += change_usd
+        write_json({"spent_usd": self.spent_usd}, path_in(self.cfg, "summary.json"))
 
-    def ended(self):
-        if self.stop_error:
-            return str(self.stop_error)
-        if self.stop_requests:
-            return "stopped by a signal"
-        if self.out_of_money:
-            return "max_cost is reached"
-        if self.first_failure:
-            return "all is asked; the same command asks again what failed"
-        return "all is answered"
-
-    def write_summary(self, spent, **more):
-        write_json({"spent_usd": spent, "settings": self.settings, **more}, self.paths.summary)
-
-    def reserve(self, job):
-        """Set the worst case of one more try aside -> whether max_cost and the disk allow it.
-
-        It is spent before the try leaves, on disk too: the cap holds over kills and restarts.
-        """
-        needed = (job.billed_tries + 1) * job.worst_usd
-        # none: no prices, or the try before was refused and cost nothing
-        missing = max(0, needed - job.held_usd)
-        if missing and self.spent + missing > (self.cfg.max_cost or math.inf):
+    def hold(self, job):
+        """Set aside the worst case of one more try -> whether max_cost allows it."""
+        if self.spent_usd + job.worst_usd > (self.cfg.max_cost or math.inf):
             return False
-        try:
-            self.hold_room(job)
-            if missing:
-                self.write_summary(self.spent + missing)
-        except OSError as e:
-            self.stop_without_room(e)
-            return False
-        self.spent += missing
-        job.held_usd = max(job.held_usd, needed)
+        self.change(job, job.worst_usd)
         return True
 
-    def hold_room(self, job):
-        """Keep room on the disk for the row of a request before it leaves: what is paid for can be
-        written. A token is about 4 bytes; this is for 16."""
-        if job.held_bytes:
-            return
-        size = 4096 + 2 * job.max_prompt_tokens + min(16 * self.cfg.max_tokens, 2**24)
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]   # of one file: ulimit -f
-        rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
-        if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        handle = self.disk_room.fileno()
-        try:
-            if os.fstat(handle).st_size < self.held_bytes + size:
-                os.posix_fallocate(handle, 0, self.held_bytes + size)
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise   # anything else: a file system on which nothing can be kept
-        self.held_bytes += size
-        job.held_bytes = size
-
-    def stop_without_room(self, e):
-        self.stop(f"{self.paths.folder!r} has no room for another reply ({e.strerror}); make room, "
-                  "and the same command goes on")
-
-    def write_row(self, path, row):
-        """-> whether it is written. A full disk gets back what was held for this row, and for those
-        that are written already."""
-        size = file_size(path)
-        for _ in range(2):
-            try:
-                append_jsonl(path, row)
-                return True
-            except OSError as e:
-                self.stop_without_room(e)
-                self.disk_room.truncate(self.held_bytes)
-                if file_size(path) > size:
-                    os.truncate(path, size)   # half a row
-        return False
-
-    def record_reply(self, job, reply):
-        """Replace what was set aside by what it cost, write the row, stop where too many fail."""
-        usage = (reply.prompt_tokens, reply.completion_tokens)
-        if None not in usage:
-            cost = (job.billed_tries - 1) * job.worst_usd + usd(self.cfg, *usage)
-            self.tokens += sum(usage)
-        else:
-            cost = job.billed_tries * job.worst_usd   # nobody said: the worst case
-        self.spent = self.spent + cost - job.held_usd
-        self.held_bytes -= job.held_bytes
-        failed = reply.text is None
-        if failed and self.stopping():
-            return   # no row: a later run asks again
-
-        row = grade_reply(job, reply)
-        row["model"] = self.cfg.api_model or self.cfg.teacher
-        # with what it cost when it failed: only the last row of a prompt counts
-        row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
-        if not self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row):
-            return   # it is longer than what was held
-        if failed:
-            self.first_failure = self.first_failure or reply.finish_reason
-        else:
-            self.answered = True
-            self.refused_since = None
-        # what failed in an earlier run may always fail; it must not stop each later run
-        self.recent.append(failed and job.prompt_id not in self.past_cost)
-        if sum(self.recent) > 10:
-            self.stop(f"{sum(self.recent)} of the last {len(self.recent)} requests failed, "
-                      f"the last: {reply.finish_reason}")
-        progress = f"{self.tokens:,} tokens"
-        if self.spent > 0:
-            progress += f", {self.spent:.4f} USD"
-        self.bar.set_postfix_str(progress, refresh=False)
+    def record(self, job, said):
+        """said: {"reply", "finish_reason", "usage"}, or {"reason": why there is none}"""
+        if said.get("usage"):   # else nobody knows, and the worst case stays
+            self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
+        if "reply" in said:
+            job.messages.append({"role": "assistant", "content": said.pop("reply")})
+        row = {**vars(job), "model": self.cfg.api_model or self.cfg.teacher, **said}
+        del row["worst_usd"]
+        append_jsonl(path_in(self.cfg, "replies.jsonl"), row)
         self.bar.update()
+        if "reason" not in row:
+            self.failures = 0
+        else:
+            # what failed in an earlier run may always fail: it must not stop each later one
+            self.failures += job.prompt_id not in self.rows
+            if self.failures >= 10 or not answered(self.rows):
+                self.error = f"{self.cfg.provider}, model {row['model']}: {row['reason']}"
+        self.rows[job.prompt_id] = row
 
 
-def file_size(path):
-    return os.path.getsize(path) if os.path.exists(path) else 0
+def answered(rows):
+    return {prompt_id for prompt_id, row in rows.items() if "reason" not in row}
+
+
+def path_in(cfg, name):
+    return os.path.join(cfg.output_dir, name)
 
 
 def api_key(cfg):
     return os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"
 
 
-def find_secrets(cfg):
-    """The key, and what the URLs of servers and proxies say before their @, in each of its forms;
-    the longest first."""
-    provider = cfg.provider.upper()
-    secrets = {os.environ.get(f"{provider}_API_KEY", "").strip()}
-    base = cfg.api_base or os.environ.get(f"{provider}_BASE_URL", "")
-    for url in (base, *urllib.request.getproxies().values()):
-        login = url.rpartition("@")[0].rpartition("://")[2]
-        password = login.partition(":")[2] or login
-        plain = urllib.parse.unquote(login)
-        basic = base64.b64encode(plain.encode()).decode()   # as it travels
-        secrets |= {login, password, plain, urllib.parse.unquote(password), basic}
-    return sorted(secrets, key=len, reverse=True)
-
-
-def hide_secrets(secrets, text, shortest=4):
-    """Some servers repeat what they are sent, in errors and in replies. There a short one is a
-    word: a reply that says `pass` does not give a password away."""
-    for secret in secrets:
-        if len(secret) >= shortest:
-            text = text.replace(secret, "***")
-    return text
+def hide_key(cfg, text):
+    """Some servers repeat what they are sent, in errors and in replies. A short one (none, EMPTY)
+    is a word."""
+    key = api_key(cfg)
+    return text.replace(key, "***") if len(key) >= 8 else text
 
 
 def request_body(cfg, messages):
     """-> what the provider's API takes for one conversation"""
-    body = {"messages": messages, "model": cfg.api_model}
+    # OpenAI itself renamed it
+    longest = "max_tokens" if cfg.api_base or cfg.provider != "openai" else "max_completion_tokens"
+    body = {"model": cfg.api_model, "messages": messages, longest: cfg.max_tokens}
     if cfg.api_temperature is not None:
         body["temperature"] = cfg.api_temperature
-    if cfg.provider == "openai" and not cfg.api_base:   # OpenAI itself renamed it
-        body["max_completion_tokens"] = cfg.max_tokens
-    else:
-        body["max_tokens"] = cfg.max_tokens
-    if cfg.provider == "anthropic":
-        system = [message["content"] for message in messages if message["role"] == "system"]
-        body["messages"] = [message for message in messages if message["role"] != "system"]
-        if system:
-            body["system"] = "\n\n".join(system)
+    system = [turn["content"] for turn in messages if turn["role"] == "system"]
+    if cfg.provider == "anthropic" and system:
+        body["messages"] = [turn for turn in messages if turn["role"] != "system"]
+        body["system"] = "\n\n".join(system)
     return body
 
 
-def token_count(usage, name):
-    """-> what a server says of tokens; None where that is no count"""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and 0 <= count <= MAX_COUNT else None
-
-
-def read_response(cfg, response, secrets):
-    """The JSON of an answer -> Reply; raises where it has another form."""
-    usage = response.get("usage")
+def read_answer(cfg, text):
+    """The JSON of an answer -> what record takes. Of a list of parts those that are text: what a
+    model thought is not what it said. usage None: the server says nothing of it, or nonsense."""
+    answer = json.loads(text)
+    usage = answer.get("usage") or {}
+    usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
+    if not all(count in range(MAX_COUNT) for count in usage.values()):
+        usage = None
     if cfg.provider == "openai":
-        choice = response["choices"][0]
-        content = choice["message"].get("content")
-        finish_reason = choice.get("finish_reason")
-        counts = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
-    else:
-        content = response["content"]
-        finish_reason = response.get("stop_reason")
-        counts = token_count(usage, "input_tokens"), token_count(usage, "output_tokens")
-    text, others = join_parts(content)
-    # all of an answer that is kept
-    strings = text, str(finish_reason or ""), ", ".join(others)
-    text, finish_reason, other_parts = [hide_secrets(secrets, string, 8) for string in strings]
-    return Reply(text, finish_reason, *counts, other_parts)
+        answer = answer["choices"][0]
+        answer |= answer["message"]
+    content = answer["content"] or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if "text" in part)
+    return {
+        "reply": content,
+        "finish_reason": answer.get("finish_reason") or answer.get("stop_reason"),
+        "usage": usage,
+    }
 
 
-def http_status(error):
-    return getattr(error, "status_code", None) or 0
-
-
-def may_pass(sdk, error):
-    """Whether the same request may succeed later: rate limits, overload, time-outs, drops."""
-    status = http_status(error)
-    if status < 400:
-        return isinstance(error, (sdk.APIConnectionError, TimeoutError))
-    advice = error.response.headers.get("x-should-retry")   # both providers send it
-    if advice in ("true", "false"):
-        return advice == "true"
-    return status in (408, 409, 429) or status >= 500
-
-
-def retry_after(error):
-    """-> the seconds that a server wants to be left alone, 0: it does not say"""
-    response = getattr(error, "response", None)
-    headers = {} if response is None else response.headers
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("retry-after-ms")) / 1000
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("retry-after"))
-    with contextlib.suppress(ValueError, TypeError, OverflowError):   # a date
-        moment = email.utils.parsedate_to_datetime(headers.get("retry-after"))
-        return moment.timestamp() - time.time()
-    return 0.0
-
-
-def give_up(ledger, sdk, error):
-    """An error that stays -> Reply; it stops the run where no other request would fare better."""
-    cfg = ledger.cfg
-    status = http_status(error)
-    message = hide_secrets(ledger.secrets, one_line(error, 9999))[:300]
-    # an earlier run has left rows: then it is the prompt that is not accepted
-    is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
-    never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
-    if status in (401, 402, 404) or (never_worked and not is_the_prompt):
-        ledger.stop(f"{cfg.provider}, model {cfg.api_model}: {message}")
-    return Reply(None, f"failed: {message}")
-
-
-async def ask_api(ledger, client, job):
-    """Ask until there is an answer, or patience or money ends -> Reply."""
-    cfg = ledger.cfg
-    sdk = importlib.import_module(cfg.provider)
-    path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
-    body = request_body(cfg, job.messages)
-    for retry in itertools.count():
-        if ledger.stopping() or job.billed_tries == 6 or not ledger.reserve(job):
-            return Reply(None, "failed: no answer in 6 tries, or no money for another")
-        job.billed_tries += 1
+async def ask(asking, sdk, create, job):
+    """Try until there is an answer -> what record takes; None: no more may be asked."""
+    cfg = asking.cfg
+    # of a try; the SDK's time-out is one of each read, which a trickle never meets
+    seconds = 2 * cfg.request_timeout
+    may_pass = (
+        TimeoutError, sdk.APIConnectionError, sdk.RateLimitError, sdk.InternalServerError)
+    for pause in (*PAUSES, None):
+        if asking.stopping() or not asking.hold(job):
+            return None
+        answer = ""
         try:
-            # post: the typed methods cost twice the time and change from version to version
-            request = client.post(path, body=body, cast_to=object)
-            # the SDK's time-out is one of each read: a server that trickles never meets it
-            response = await asyncio.wait_for(request, 2 * cfg.request_timeout)
-            return read_response(cfg, response, ledger.secrets)
-        except Exception as e:   # the SDK's own, or an answer of another form
-            error = e
-        if http_status(error) >= 400:   # refused: free, and what is set aside serves the next try
-            job.billed_tries -= 1
-        # At least as long as the server says, and longer each time: with only the former all
-        # requests that a busy server turned away come back at the same moment.
-        backoff = min(0.5 * 2**retry, 8) * random.uniform(0.75, 1)
-        seconds = max(backoff, retry_after(error))
-        now = time.monotonic()
-        ledger.refused_since = ledger.refused_since or now
-        ledger.trouble = hide_secrets(ledger.secrets, one_line(error))
-        silence = now + seconds - ledger.refused_since   # by the next try, if nobody is answered
-        patience = 20 if ledger.answered else 2
-        if retry >= patience or silence > MAX_SILENCE or not may_pass(sdk, error):
-            return give_up(ledger, sdk, error)
-        while time.monotonic() < now + seconds and not ledger.stopping():
-            await asyncio.sleep(min(0.2, seconds))
+            request = create(**request_body(cfg, job.messages))
+            response = await asyncio.wait_for(request, seconds)
+            answer = hide_key(cfg, response.http_response.text)
+            return read_answer(cfg, answer)
+        except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
+            problem = e
+        if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
+            asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
+        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")
+        words = f"no reply (a try has {seconds:g} s): {words[:300]}"
+        words = str(UserError(words))   # as a terminal may show it
+        asking.bar.set_postfix_str(words)
+        if pause is None or not isinstance(problem, may_pass):
+            return {"reason": f"failed: {words}"}
+        await asyncio.sleep(pause * random.uniform(0.7, 1))   # not all at once
 
 
-def make_client(cfg, secrets):
-    """The provider's own client. It reads the environment too: proxies, certificates."""
+async def ask_all_api(asking, jobs):
+    """In this order, cfg.concurrency at a time, until all is answered, a stop, or max_cost."""
+    cfg = asking.cfg
     sdk = importlib.import_module(cfg.provider)
-    make = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
-    try:
-        with reading(f"provider {cfg.provider}: no client with this api_base, and the proxies and "
-                     "certificates of the environment"):
-            return make(
-                api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-                max_retries=0,   # ask_api tries again, because it knows about money
-                # of its own making, it has a destructor that fails where its making failed
-                http_client=sdk.DefaultAsyncHttpxClient())
-    except UserError as e:   # without its traceback, which may show a password
-        raise UserError(hide_secrets(secrets, str(e))) from None
+    is_openai = cfg.provider == "openai"
+    make = sdk.AsyncOpenAI if is_openai else sdk.AsyncAnthropic
+    with phase(f"making a client of {cfg.provider}"):   # by the environment: proxies, certificates
+        client = make(
+            api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+            max_retries=0,   # ask tries again, because it knows about money
+            # of its own making, it has a destructor that fails where its making failed
+            http_client=sdk.DefaultAsyncHttpxClient())
+    typed = client.chat.completions if is_openai else client.messages
+    create = typed.with_raw_response.create   # a server may say what the types would hide
+    to_ask = iter(jobs)   # of all workers
 
-
-class Heartbeat:
-    """A word when nothing comes for 10 s, 20 s, 40 s, ..., and when a stop is heard."""
-
-    def __init__(self):
-        self.since = time.monotonic()   # of the last answer
-        self.next_word = 10             # seconds after it
-        self.stop_said = False
-
-    def answered(self):
-        self.since = time.monotonic()
-        self.next_word = 10
-
-    def speak(self, ledger, in_flight):
-        seconds = time.monotonic() - self.since
-        if in_flight and ledger.stopping() and not self.stop_said:
-            self.stop_said = True
-            print0(f"stopping; {in_flight} requests in flight may be paid for and are awaited, at "
-                   f"most {2 * ledger.cfg.request_timeout:g} s; a second signal stops at once")
-        if seconds > self.next_word:
-            self.next_word *= 2
-            print0(f"no answer for {seconds:.0f} s, {in_flight} requests in flight; the last "
-                   f"refusal: {ledger.trouble}")
-
-
-async def ask_all_api(ledger, jobs):
-    """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
-    cfg = ledger.cfg
-    heartbeat = Heartbeat()
-    waiting = collections.deque(jobs)
-    in_flight = {}   # task -> job
-    async with make_client(cfg, ledger.secrets) as client:
-        while True:
-            width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
-            while waiting and len(in_flight) < width and not ledger.stopping():
-                if not ledger.reserve(waiting[0]):
-                    break   # what is in flight may cost less than is set aside for it
-                job = waiting.popleft()
-                in_flight[asyncio.create_task(ask_api(ledger, client, job))] = job
-            if not in_flight:
+    async def work():
+        for job in to_ask:
+            said = await ask(asking, sdk, create, job)
+            if said is None:
                 break
-            # even when stopping: what is in flight is paid for
-            done, _ = await asyncio.wait(
-                in_flight, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                ledger.record_reply(in_flight.pop(task), task.result())
-                heartbeat.answered()
-            heartbeat.speak(ledger, len(in_flight))
-    ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
+            asking.record(job, said)
+
+    async with client:
+        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
 
 
-def load_local_teacher(cfg):
-    tokenizer = load_tokenizer(cfg, cfg.teacher)
-    if tokenizer is None:
-        raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
-    teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    dtype = compute_dtype(cfg)
-    with progress(f"reading teacher {cfg.teacher}"):
-        model = read_model(cfg.teacher, teacher_config, cfg, "teacher", dtype)
-    tokenizer.padding_side = "left"   # a reply continues its prompt
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    teacher = ShardedRoot(model).eval()
-    teacher.requires_grad_(False)
-    if cfg.cpu_offload:   # a layer at a time comes to the device, where ids and cache are
-        shard(teacher, (WORLD,), dtype, drop_layers=True, cpu_offload=True)
-    else:
-        teacher.to(DEVICE)
-    return tokenizer, teacher
-
-
-class ReplyProgress:
-    """What generate() calls a streamer: it hears of each token of a batch, which may take minutes,
-    and shows beside the bar how many there are."""
-
-    def __init__(self, bar, max_tokens):
-        self.bar = bar
-        self.max_tokens = max_tokens
-        self.tokens = -1   # the first that it hears of is the prompt
-        self.shown = time.monotonic()
-
-    def put(self, _):
-        self.tokens += 1
-        if time.monotonic() - self.shown > 0.5:
-            self.shown = time.monotonic()
-            self.bar.set_postfix_str(
-                f"this batch: token {self.tokens:,} of at most {self.max_tokens:,}")
-
-    def end(self):
-        pass
-
-
-def generate_replies(cfg, tokenizer, teacher, jobs, bar):
-    """-> [Reply] of one batch; the same after a resume, if the batch is the same."""
-    inputs = tokenizer.apply_chat_template(
-        [job.messages for job in jobs], add_generation_prompt=True, padding=True,
-        return_dict=True, return_tensors="pt").to(DEVICE)
-    sampling = {}   # the model's own
-    if cfg.api_temperature is not None:
-        sampling["do_sample"] = cfg.api_temperature > 0
-        sampling["temperature"] = cfg.api_temperature or 1.0
-    torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)
-    streamer = ReplyProgress(bar, cfg.max_tokens)
-    ids_BT = teacher(lambda model: model.generate(
-        **inputs, max_new_tokens=cfg.max_tokens, streamer=streamer, **sampling))
-    replies_BT = ids_BT[:, inputs["input_ids"].shape[1]:]
-
-    replies = []
-    for ids, mask in zip(replies_BT.tolist(), inputs["attention_mask"], strict=True):
-        ended = len(ids) < cfg.max_tokens or ids[-1] == tokenizer.pad_token_id
-        replies.append(Reply(
-            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            finish_reason="stop" if ended else "length",
-            prompt_tokens=mask.sum().item(),
-            completion_tokens=sum(token != tokenizer.pad_token_id for token in ids)))
-    return replies
-
-
-def ask_all_local(ledger, jobs):
-    """In prompt order, a batch at a time, until all is answered or the ledger says stop."""
-    cfg = ledger.cfg
-    tokenizer, teacher = load_local_teacher(cfg)
-    # batches of all prompts, not of those that are left: a resumed run then draws the same
-    for _, group in itertools.groupby(jobs, lambda job: job.number // cfg.concurrency):
-        if ledger.stopping():
+def ask_all_local(asking, jobs):
+    """In this order, cfg.concurrency at a time, until all is answered or a stop."""
+    cfg = asking.cfg
+    with phase(f"reading teacher {cfg.teacher}"):
+        tokenizer = load_tokenizer(cfg, cfg.teacher)
+        if tokenizer is None:
+            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
+                            "--tokenizer")
+        if not tokenizer.chat_template:
+            template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+            tokenizer.chat_template = template
+        prompts = [
+            tokenizer.apply_chat_template(
+                job.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for job in jobs]
+        longest = max(map(len, prompts)) + cfg.max_tokens
+        teacher, _ = load_model(cfg, "teacher")
+        check_model(teacher, f"teacher {cfg.teacher!r}", longest, packed=False)
+    ends = end_ids(teacher.model, tokenizer)
+    temperature = cfg.api_temperature
+    if temperature is None:
+        temperature = 1.0
+        with contextlib.suppress(OSError):   # there is no generation_config.json
+            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher).temperature
+            temperature = usual or 1.0
+    for start in range(0, len(jobs), cfg.concurrency):
+        if asking.stopping():
             break
-        batch = list(group)
-        replies = generate_replies(cfg, tokenizer, teacher, batch, ledger.bar)
-        for job, reply in zip(batch, replies, strict=True):
-            ledger.record_reply(job, reply)
+        some = slice(start, start + cfg.concurrency)
+        # what it says hangs on seed and prompt alone: a resumed run draws the same
+        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
+        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
+                            temperature, ends, vocabulary_of(tokenizer))
+        for job, prompt, ids in zip(jobs[some], prompts[some], texts):
+            asking.record(job, {
+                "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "finish_reason": "stop" if ids[-1] in ends else "length",
+                "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
+            })
 
 
-def finish_files(ledger, order):
-    """Duplicates go, the summary is written -> the table of what became of each prompt."""
-    paths = ledger.paths
-    fates = drop_duplicates(paths.train, paths.rejected, order)
-    if ledger.first_failure and not fates["kept"]:
-        ledger.stop(f"nothing was kept, {fates['failed']} prompts failed, the first: "
-                    f"{ledger.first_failure.removeprefix('failed: ')}; see {paths.rejected!r}")
-    ledger.write_summary(ledger.spent, tokens_this_time=ledger.tokens, ended=ledger.ended(),
-                         **fates)
-    total = max(1, sum(fates.values()))
-    lines = [f"  {name:20}{count:8,}{count / total:8.1%}" for name, count in fates.items()]
-    last = f"{ledger.tokens:,} tokens"
-    if ledger.spent > 0:
-        last += f", {ledger.spent:.4f} USD"
-    last += f"; {ledger.ended()}"
-    if fates["kept"]:
-        last += f"; --dataset {paths.train} trains on it"
-    else:
-        last += f"; nothing was kept, see {paths.rejected}"
-    lines.append(last)
-    if fates["cut off"] > 0.1 * total:
-        max_tokens = ledger.cfg.max_tokens
-        lines.append(f"{fates['cut off'] / total:.0%} of the replies did not end within max_tokens "
-                     f"{max_tokens}: --max_tokens {4 * max_tokens}, in another --output_dir")
-    return "\n".join(lines)
+# Files
+
+
+def read_replies(path):
+    """-> {prompt_id: its last row}. Half a row, as a kill leaves it, is none."""
+    rows = {}
+    with open(path, "a+b") as f:
+        f.write(b"\n")   # so that what comes is no part of it
+        f.seek(0)
+        for line in f:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                rows[row["prompt_id"]] = row
+    return rows
+
+
+def write_rows(path, rows):
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def sort_out(asking, jobs):
+    """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
+    say what became of them."""
+    cfg = asking.cfg
+    rows = [asking.rows[name] for name in {**jobs, **asking.rows} if name in asking.rows]
+    min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
+    seen = set()
+    for row in rows:
+        if "reason" not in row:
+            *_, prompt, reply = [turn["content"] for turn in row["messages"]]
+            flaw = find_flaw(prompt, reply, row["finish_reason"], min_chars)
+            flaw = flaw or find_duplicate(prompt, reply, seen)
+            if flaw:
+                row["reason"] = flaw
+    train = path_in(cfg, "train.jsonl")
+    write_rows(train, [row for row in rows if "reason" not in row])
+    write_rows(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
+
+    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
+    write_json({"spent_usd": asking.spent_usd, **fates}, path_in(cfg, "summary.json"))
+    print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
+    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
+           f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
+           f"{train} trains on what is kept")
+
+
+# What decides the rows of a folder; not where the server stands: it may move.
+DECIDING = (
+    "provider", "categories", "max_tokens", "api_temperature", "api_model",
+    "seed", "teacher", "tokenizer", "dtype",
+)
 
 
 def generate(cfg):
-    """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
-    paths = paths_in(cfg.output_dir)
-    # what decides the rows; not where the server stands: it may move
-    deciding = {*knobs_in("generate"), *knobs_in("api"), "seed", "teacher", "tokenizer", "dtype"}
-    settings = {name: value for name, value in result_knobs(cfg).items() if name in deciding}
-    jobs = all_prompts(cfg)
-    past_cost, answered, spent = read_past(paths, settings)
-    todo = [job for job in jobs.values() if job.prompt_id not in answered]
-    prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
-    worst_usd = sum(job.worst_usd for job in todo)
-    plan = (f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
-            f"{len(todo) * cfg.max_tokens:,} come back")
-    if cfg.price_in is not None:
-        plan += f", for {worst_usd:.2f} USD at these prices"
-    print0(plan)
+    """Ask what has no reply yet; leave replies.jsonl, and what is made of it, in output_dir."""
+    config_path = path_in(cfg, "config.json")
+    with phase(f"reading {cfg.prompts_file or 'functions to ask about'} and {cfg.output_dir}"):
+        jobs = all_prompts(cfg)
+        rows = read_replies(path_in(cfg, "replies.jsonl"))
+        config_there = read_json(config_path, {})
+        spent_usd = read_json(path_in(cfg, "summary.json"), {}).get("spent_usd", 0.0)
+    done = answered(rows)
+    if done:
+        settings = {name: getattr(cfg, name) for name in DECIDING}
+        refuse_changes(config_there, config_there | settings, cfg.output_dir,
+                       way_out="choose another --output_dir")
+    write_json(knobs_of(cfg), config_path)
 
-    bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
-    with reading(f"cannot write into {cfg.output_dir!r}"):
-        # without a name: a kill leaves nothing of it
-        disk_room = tempfile.TemporaryFile(dir=cfg.output_dir)
-    with disk_room, stop_signals() as stop_requests, bar:
-        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar,
-                        find_secrets(cfg), disk_room)
-        with reading(f"cannot write into {cfg.output_dir!r}"):
-            write_json(cfg.public(), paths.config)
-            ledger.write_summary(spent)
-        if cfg.provider == "local":
-            ask_all_local(ledger, todo)
-        else:
-            asyncio.run(ask_all_api(ledger, todo))
-    try:   # the room that was held is free again
-        print0(finish_files(ledger, list(jobs)))
-    except OSError as e:   # all rows are there, in the order of their arrival, copies among them
-        ledger.stop_without_room(e)
-    if ledger.stop_error:
-        raise ledger.stop_error
+    to_ask = [job for job in jobs.values() if job.prompt_id not in done]
+    print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most "
+           f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
+           "what is in flight, which may be paid for")
+    bar = tqdm(total=len(to_ask), unit="prompt")
+    with bar, stop_signals() as stop_requests:
+        asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
+        if cfg.provider != "local":
+            asyncio.run(ask_all_api(asking, to_ask))
+        elif to_ask:
+            ask_all_local(asking, to_ask)
+    sort_out(asking, jobs)
+    if asking.error:
+        raise UserError(asking.error)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 import argparse
 import ast
 import atexit
-import base64   # optional: generate
 import collections
 import contextlib
 import ctypes
@@ -19,11 +18,11 @@ import functools
 import gc   # optional: generate
 import hashlib
 import http.server   # optional: generate
+import importlib   # optional: generate
 import io
 import itertools
 import json
 import math
-import multiprocessing   # optional: generate
 import os
 import pickle
 import pty
@@ -6535,21 +6534,40 @@ def bench_on_policy():
 
 
 def random_words(seed, count=40):
-    """The same for the same seed; two texts of 40 are no near duplicates."""
+    """The same for the same seed; two texts of 40 are no duplicates."""
     stems = "list map tree queue sort find merge split read write open close".split()
     rng = random.Random(seed)
     return " ".join(f"{rng.choice(stems)}{rng.randrange(1000)}" for _ in range(count))
 
 
-# What a server says where a fault, by its name, is one of the text alone.
-FAULTY_TEXTS = {
+FAULTY_TEXTS = {   # what a server says where a fault is one of the text alone
     "refusal": "I'm sorry, but I can't help with that: it is against my rules.",
     "loop": "and so on " * 99,
     "duplicate": random_words("same"),
     "empty": "",
-    "fence": "Here it is for you:\n```python\nx = 1",
     "code": "Here it is for you:\n```python\ndef f(:\n    pass\n```",
 }
+PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
+REPLY_COST = 0.022                          # of 100 tokens in and 200 out
+
+
+def answer_of(provider, content, is_whole=True, **more):
+    """The JSON of a reply; more: in place of its keys."""
+    if provider == "anthropic":
+        answer = {
+            "content": [{"type": "text", "text": content}],
+            "stop_reason": "end_turn" if is_whole else "max_tokens",
+            "usage": {"input_tokens": 100, "output_tokens": 200},
+        }
+    else:
+        answer = {
+            "choices": [{
+                "finish_reason": "stop" if is_whole else "length",
+                "message": {"role": "assistant", "content": content},
+            }],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
+        }
+    return json.dumps(answer | more).encode()
 
 
 def no_fault(prompt, attempt):
@@ -6557,41 +6575,47 @@ def no_fault(prompt, attempt):
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
-    """OpenAI and Anthropic on loopback, while it is entered.
+    """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
+    statuses below 500.
 
     fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; (status, seconds): with Retry-After; a name: see ApiHandler and FAULTY_TEXTS; a dict:
-    what the answer says in place of its own keys. reply(prompt): what is said otherwise. delay,
-    jitter: seconds before an answer, always and at most on top. runner: a thread or a process."""
+    an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
+    is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
+    of at least as much as was billed, and of at most 1 USD, at any moment."""
     daemon_threads = True
     request_queue_size = 200
 
-    def __init__(self, fault=no_fault, reply=random_words, delay=0, jitter=0,
-                 runner=threading.Thread):
+    def __init__(self, fault=no_fault, reply=random_words, jitter=0):
         super().__init__(("127.0.0.1", 0), ApiHandler)
         self.fault = fault
         self.reply = reply
-        self.delay = delay
         self.jitter = jitter
+        self.summary = None
+        self.reply_cost = REPLY_COST
         self.lock = threading.Lock()
         self.tries = collections.Counter()    # prompt -> requests
         self.billed = collections.Counter()   # prompt -> requests that a provider would bill
         self.seen = []                        # (body, key) of each request
-        self.runner = runner(target=self.serve_forever, args=(0.02,), daemon=True)
+        self.unpaid = []                      # (bill, spent_usd) where they are not as they should
+        self.at_work = 0
 
     def __enter__(self):
-        self.runner.start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exception):
-        if isinstance(self.runner, threading.Thread):
-            self.shutdown()
-        else:
-            self.runner.kill()
+        self.shutdown()
         self.server_close()
 
     def handle_error(self, request, client_address):
         """Silent: clients get killed."""
+
+    def check(self):
+        if self.summary and self.billed:
+            bill = self.billed.total() * self.reply_cost
+            spent = json.loads(self.summary.read_text())["spent_usd"]
+            if not bill <= spent + 1e-9 <= 1 + 2e-9:
+                self.unpaid.append((bill, spent))
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
@@ -6605,82 +6629,43 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][-1]["content"]
-        key = self.headers["authorization"] or self.headers["x-api-key"]
-        key = key.split()[-1]   # "Bearer KEY"
+        key = (self.headers["authorization"] or self.headers["x-api-key"]).split()[-1]
         with server.lock:
+            server.at_work += 1
             server.seen.append((body, key))
             server.tries[prompt] += 1
             fault = server.fault(prompt, server.tries[prompt])
-        time.sleep(server.delay + server.jitter * random.random())
-        if isinstance(fault, int):
-            self.send_error_status(fault, key)
-            return
-        if isinstance(fault, tuple):
-            self.send(fault[0], b"{}", header=("retry-after", str(fault[1])))
-            return
-        with server.lock:   # from here on a provider sends a bill, whatever becomes of the reply
-            server.billed[prompt] += 1
-        if fault == "hang":
-            time.sleep(5)   # longer than request_timeout in the test that hangs
-        if fault in ("drop", "hang"):
+            server.billed[prompt] += not (isinstance(fault, int) and fault < 500)
+            server.check()
+        time.sleep(server.jitter * random.random())
+        try:
+            self.answer(prompt, fault, key)
+        finally:
+            with server.lock:
+                server.at_work -= 1
+
+    def answer(self, prompt, fault, key):
+        if fault == "drop":
             self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        if fault == "bad json":
-            self.send(200, b'{"choices": [{"mess')
-            return
-        text = self.text_for(prompt, fault, key)
-        data = self.reply_data(text, cut_off=fault == "length")
-        if fault == "no usage":
-            del data["usage"]
-        if isinstance(fault, dict):
-            data.update(fault)
-        pause = 0.02 if fault == "slow" else 0
-        self.send(200, json.dumps(data).encode(), pause)
-
-    def text_for(self, prompt, fault, key):
-        if fault == "echo":
-            return prompt
-        if fault == "key":
-            return key + random_words(prompt)
-        if isinstance(fault, str) and fault in FAULTY_TEXTS:
-            return FAULTY_TEXTS[fault]
-        return self.server.reply(prompt)
-
-    def reply_data(self, text, cut_off):
-        """A reply of 100 + 200 tokens, in the form of the provider that the path belongs to."""
-        if self.path == "/v1/messages":
-            return {
-                "content": [{"type": "text", "text": text}],
-                "stop_reason": "max_tokens" if cut_off else "end_turn",
-                "usage": {"input_tokens": 100, "output_tokens": 200},
-            }
-        return {
-            "choices": [{
-                "finish_reason": "length" if cut_off else "stop",
-                "message": {"role": "assistant", "content": text},
-            }],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
-        }
-
-    def send_error_status(self, status, key):
-        """With one of the two headers by which servers ask for patience, and with the key."""
-        data = json.dumps({"error": {"message": f"{status} for {key}", "type": "x"}}).encode()
-        if status == 429:
-            patience = ("retry-after", "0.02")
+        elif isinstance(fault, int):
+            self.send(fault, json.dumps({"error": {"message": f"{fault} for {key}"}}).encode())
+        elif isinstance(fault, bytes):
+            self.send(200, fault)
         else:
-            patience = ("retry-after-ms", "10")
-        self.send(status, data, header=patience)
+            text = FAULTY_TEXTS[fault] if fault in FAULTY_TEXTS else self.server.reply(prompt)
+            provider = "anthropic" if self.path == "/v1/messages" else "openai"
+            more = {"usage": None} if fault == "no usage" else {}
+            data = answer_of(provider, text, fault != "length", **more)
+            self.send(200, data, pause=0.1 if fault == "slow" else 0)
 
-    def send(self, status, data, pause=0, header=None):
-        """pause: seconds after each 200 bytes."""
+    def send(self, status, data, pause=0):
+        """pause: seconds after each 20 bytes."""
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
-        if header:
-            self.send_header(*header)
         self.end_headers()
-        for start in range(0, len(data), 200):
-            self.wfile.write(data[start:start + 200])
+        for start in range(0, len(data), 20):
+            self.wfile.write(data[start:start + 20])
             if pause:
                 self.wfile.flush()
                 time.sleep(pause)
@@ -6697,46 +6682,54 @@ def generate_fields(folder, server, questions, provider="openai", **more):
         api_base += "/v1"
     fields = dict(
         mode="generate", provider=provider, api_model="m", api_base=api_base, max_tokens=300,
-        num_examples=questions, prompts_file=folder / "prompts.txt", output_dir=folder / "out")
+        prompts_file=folder / "prompts.txt", output_dir=folder / "out")
     return {**fields, **more}
 
 
 def run_generate(fields, rc=0):
-    return cli(*flags(**fields), rc=rc)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd, "PAUSES", (0.01,) * len(sd.PAUSES))
+        return cli(*flags(**fields), rc=rc)
 
 
-def kept_and_rejected(folder):
-    """-> the rows of train.jsonl, those of rejected.jsonl"""
-    kept = []
-    rejected = []
-    if (folder / "out/train.jsonl").exists():
-        kept = read_lines(folder / "out/train.jsonl")
-    if (folder / "out/rejected.jsonl").exists():
-        rejected = read_lines(folder / "out/rejected.jsonl")
-    return kept, rejected
+def one_error(named, fields, **more):
+    """The run fails with one line of error, which names this -> Result."""
+    result = run_generate({**fields, **more}, rc=2)
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert named in errors[0], errors
+    return result
 
 
-def all_rows(folder):
-    kept, rejected = kept_and_rejected(folder)
-    return kept + rejected
+def rows_of_run(folder, name):
+    return read_lines(folder / f"out/{name}.jsonl")
 
 
-def summary_of(folder):
-    return json.loads((folder / "out/summary.json").read_text())
+def replies_of(folder, out="out"):
+    """The rows of replies.jsonl, but for what a kill has left of one."""
+    rows = []
+    for line in (folder / out / "replies.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
-def prompt_of(row):
-    return row["messages"][0]["content"]
+def spent_of(folder):
+    return json.loads((folder / "out/summary.json").read_text())["spent_usd"]
+
+
+def question_of(row):
+    """"Question 7: what is ...?" -> 7"""
+    return number_of(row["messages"][0]["content"])
 
 
 def number_of(prompt):
-    """"Question 7: what is ...?" -> 7"""
     return int(prompt.split()[1].removesuffix(":"))
 
 
-def count_reasons(rejected):
-    """Without what the reason "failed: ..." goes on to say."""
-    return collections.Counter(row["reason"].split(":")[0] for row in rejected)
+def reasons_of(rejected):
+    """{number of a question: why}, without what "failed: ..." goes on to say"""
+    return {question_of(row): row["reason"].split(":")[0] for row in rejected}
 
 
 def faults_by_number(faults):
@@ -6746,17 +6739,16 @@ def faults_by_number(faults):
     return fault
 
 
-PASSING_FAULTS = (429, 500, 503, "drop", "slow", 529)
+PASSING_FAULTS = (429, 500, 502, 503, 529, "drop")
 LASTING_FAULTS = (
-    "bad json", "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
+    b'{"choices": [{"mess', "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
 
 
 def faults_by_chance(share):
     """-> fault of a server: this share of the prompts misbehaves, half of them at the first
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
-        digest = hashlib.md5(prompt.encode()).hexdigest()
-        chance = int(digest, 16) / 2**128   # even from 0 to 1
+        chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
         if chance < share / 2:
             i = int(2 * chance / share * len(PASSING_FAULTS))
             return PASSING_FAULTS[i] if attempt == 1 else None
@@ -6767,65 +6759,7 @@ def faults_by_chance(share):
     return fault
 
 
-@pytest.mark.parametrize("provider", [
-    "openai",
-    pytest.param("anthropic", marks=pytest.mark.campaign),
-])
-def test_generate_faults(tmp_path, provider):
-    """500 prompts, 30 % faults: all answered or accounted for, none twice, and the order of arrival
-    changes nothing."""
-    fault = faults_by_chance(0.3)
-    results = []
-    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
-        folder = tmp_path / str(concurrency)
-        with ApiServer(fault, jitter=jitter) as server:
-            fields = generate_fields(folder, server, 500, provider, concurrency=concurrency)
-            out = run_generate(fields).out
-        kept, rejected = kept_and_rejected(folder)
-        check_all_accounted_for(kept, rejected, out)
-        refused_once = [prompt for prompt in server.tries if isinstance(fault(prompt, 1), int)]
-        assert refused_once
-        for prompt in refused_once:
-            assert server.tries[prompt] == 2
-            assert server.billed[prompt] == 1
-        results.append((kept, sorted((row["prompt_id"], row["reason"]) for row in rejected)))
-    assert results[0] == results[1]
-
-
-def check_all_accounted_for(kept, rejected, out):
-    """Each of 500 prompts once, each fault under its name, and the printed table says the same."""
-    rows = kept + rejected
-    assert len(rows) == 500
-    assert len({row["prompt_id"] for row in rows}) == 500
-    fates = count_reasons(rejected)
-    assert set(fates) == {
-        "cut off", "refusal", "empty or too short", "exact duplicate", "repetition loop",
-        "code does not parse", "failed"}
-    fates["kept"] = len(kept)
-    for name, count in fates.items():
-        assert f"{name:20}{count:8,}" in out
-
-
-def test_generate_prompts():
-    """100,000 distinct prompts, balanced, in less than 10 s of CPU; asking for more only adds to
-    them; weights are kept."""
-    start = time.process_time()
-    prompts = first_prompts(100_000)
-    assert time.process_time() - start < 10
-    assert len({messages[0]["content"] for _, messages in prompts}) == 100_000
-    assert count_categories(prompts) == dict.fromkeys(sd.TASKS, 100_000 // 8)
-
-    assert first_prompts(50) == prompts[:50]
-    assert first_prompts(50, seed=1) != prompts[:50]
-
-    weighted = first_prompts(400, ["implement=3", "debug"])
-    assert count_categories(weighted) == {"implement": 300, "debug": 100}
-    weighted = first_prompts(60, ["implement=2.0", "debug=.5e0", "explain=05"])
-    assert count_categories(weighted) == {"implement": 16, "debug": 4, "explain": 40}
-
-    for correct, wrong in sd.BUGS:   # the prompt must say what may be wrong
-        if not (is_operator(correct) and is_operator(wrong)):
-            assert "index" in sd.TASKS["debug"]
+# ---- prompts and filters
 
 
 def first_prompts(count, categories=(), seed=0):
@@ -6836,68 +6770,55 @@ def count_categories(prompts):
     return collections.Counter(category for category, _ in prompts)
 
 
-def is_operator(text):
-    return re.fullmatch(" [-+<=>!]+ ", text) is not None
+def test_generate_prompts():
+    """Distinct and balanced; asking for more only adds to them; weights are kept; a category that
+    runs out says so."""
+    prompts = first_prompts(20_000)
+    assert len({messages[0]["content"] for _, messages in prompts}) == 20_000
+    assert count_categories(prompts) == dict.fromkeys(sd.TASKS, 20_000 // 8)
+    assert first_prompts(50) == prompts[:50]
+    assert first_prompts(50, seed=1) != prompts[:50]
+    weighted = first_prompts(60, ["implement=2.0", "debug=.5e0", "explain"])
+    assert count_categories(weighted) == {"implement": 35, "debug": 8, "explain": 17}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd, "stdlib_functions", lambda rng: ["def f():\n    return 1\n"])
+        with pytest.raises(sd.UserError, match="few more"):
+            first_prompts(100_000, ["explain"])
 
 
-def flaws_of(reply, prompt="What is it?"):
-    """The filters that reject it."""
-    flaws = sd.find_flaws(prompt, reply, "stop")
-    return [name for name, found in flaws.items() if found]
-
-
-def test_generate_filters(tmp_path):
-    """Each filter by name through the whole path, and replies that none may reject."""
-    faults = [
-        "length", "refusal", "empty", "echo", "loop", "fence", "code", "duplicate", "duplicate"]
-
-    def reply(prompt):
-        number = number_of(prompt)
-        if number == 12:
-            return random_words(prompt) + "\ud800"   # half a pair, as some models cut it
-        if number in (20, 21):
-            return random_words("near", 400) + prompt[-20:]
-        return random_words(prompt)
-
-    with ApiServer(faults_by_number(dict(enumerate(faults))), reply) as server:
-        run_generate(generate_fields(tmp_path, server, 22))
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert {number_of(prompt_of(row)): row["reason"] for row in rejected} == {
-        0: "cut off",
-        1: "refusal",
-        2: "empty or too short",
-        3: "repeats the prompt",
-        4: "repetition loop",
-        5: "code does not parse",
-        6: "code does not parse",
-        8: "exact duplicate",
-        21: "near duplicate",
-    }
-    assert [number_of(prompt_of(row)) for row in kept] == [7, *range(9, 21)]
-    assert set(kept[0]) == {
-        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-
-    for good in (
+BLOCK = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
+IN_LIST = "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
+VERDICTS = {   # a filter, None: none, and replies
+    None: [
         "```python\n>>> 1 + 1\n2\n```\nA session.",
         "````md\n```python\nx = (\n```\n````\nFences in a fence.",
         "I can't assist but so:\n```python\nx = 1\n```",
         "   ```python\n   x = 1\n   ```\nindented, as in a list",
         "```js\nfoo(() => {\n```\nis no Python",
-        "Sorry is a word of five letters.",
         Path(__file__).read_text(),
-    ):
-        assert flaws_of(good) == [], good
-    for refusal in (
+        BLOCK, IN_LIST, BLOCK.replace("\n", "\r\n"), IN_LIST.replace("\n", "\r\n"),
+        "```print(1)```",
+        "```print(1)```\nprints it",
+        "1. so:\n   ```python3\n   x = 1\n   ```",
+        "```python2\nprint 1\n```\nis no Python 3",
+        "Sorry is a word of five letters.",
+        "I can't help but notice that your loop is quadratic: use a set.",
+        "I can't see a bug: it is right.",
+        "Unable to open the file: that is what the exception says.",
+        "Sorry if I repeat what you know: a trie",
+        "Sorry I missed the import; here it is: import os",
+        "As an AI pipeline, the function has three stages.",
+        "Unfortunately, the function is quadratic.",
+        "Sorry, the loop I wrote above is off by one.",
+        "I'm sorting the list first.",
+        "Not able to connect: I would check the port.",
+        "Declining is fine.",
+        "give that",          # what the prompt asks to give back, but not half of it
+        "ab " * 20,           # short: deflate needs some bytes itself
+    ],
+    "refusal": [
         "I’m sorry, but I cannot help with this.",
         "As an AI model, I do not.",
-        "I can't help you.",
-    ):
-        assert "refusal" in flaws_of(refusal), refusal
-
-
-def test_generate_refusals():
-    """A refusal teaches nothing; a reply that only begins like one is paid for, and kept."""
-    for refusal in (
         "I apologize, but I cannot help with that.",
         "I can't provide that code, it is not mine to give.",
         "I cannot fulfill this request.",
@@ -6911,40 +6832,8 @@ def test_generate_refusals():
         "I have to decline this one.",
         "As an AI language model, I have no opinion.",
         "Sorry, as an AI assistant made by X, I will not.",
-    ):
-        assert "refusal" in flaws_of(refusal), refusal
-    for good in (
-        "I can't help but notice that your loop is quadratic: use a set.",
-        "I can't see a bug: it is right.",
-        "Unable to open the file: that is what the exception says.",
-        "Sorry if I repeat what you know: a trie",
-        "Sorry I missed the import; here it is: import os",
-        "As an AI pipeline, the function has three stages.",
-        "Unfortunately, the function is quadratic.",
-        "Sorry, the loop I wrote above is off by one.",
-        "I'm sorting the list first.",
-        "Not able to connect: I would check the port.",
-        "Declining is fine.",
-    ):
-        assert flaws_of(good) == [], good
-
-
-def test_generate_fences():
-    """Fences as models write them: \\r\\n, one line, in a list, python3; broken code in them."""
-    block = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
-    in_list = "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
-    for good in (
-        block,
-        in_list,
-        block.replace("\n", "\r\n"),
-        in_list.replace("\n", "\r\n"),
-        "```print(1)```",
-        "```print(1)```\nprints it",
-        "1. so:\n   ```python3\n   x = 1\n   ```",
-        "```python2\nprint 1\n```\nis no Python 3",
-    ):
-        assert flaws_of(good) == [], good
-    for broken in (
+    ],
+    "code does not parse": [
         "Here:\n```python3\ndef f(:\n```",
         "Here:\r\n```py\r\ndef f(:\r\n```",
         "Here:\n```python\nx = 1",
@@ -6952,482 +6841,595 @@ def test_generate_fences():
         "- ```py\n  x = (\n  ```",
         "- ```py\n  x = 1",
         "```print(1)```\n```js\nf()",
-    ):
-        assert "code does not parse" in flaws_of(broken), broken
+    ],
+    "repetition loop": ["and so on " * 99, random_words(0, 400) + " so on" * 400],
+    "empty or too short": ["", " \n", "```\n```"],
+    "repeats the prompt": ["Give this back, all of it.", "this back, all of"],
+}
 
 
-def test_generate_duplicates(tmp_path):
-    """What a sign tells apart is no duplicate, nor is a label that fits many prompts."""
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_generate_filters(verdict):
+    for reply in VERDICTS[verdict]:
+        assert sd.find_flaw("Give this back, all of it.", reply, "stop") == verdict, reply
+
+
+def test_generate_filters_by_what_the_server_says():
+    for finish_reason in ("length", "max_tokens", "model_context_window_exceeded"):
+        assert sd.find_flaw("Why?", "So it is.", finish_reason) == "cut off"
+    for finish_reason in ("refusal", "content_filter"):
+        assert sd.find_flaw("Why?", "So it is.", finish_reason) == "refusal"
+    assert sd.find_flaw("Why?", "x" * 20, "stop", min_chars=20) is None
+    assert sd.find_flaw("Why?", "x" * 19, "stop", min_chars=20) == "empty or too short"
+
+
+def test_generate_duplicates():
+    """What a sign tells apart is no duplicate, nor is a label that fits many prompts, though they
+    begin alike; what says little new is one."""
     code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; "
     code += random_words("code", 6)
-    dialogues = [(f"Is {i} prime?", "yes") for i in range(9)]
-    dialogues += [
-        ("Is  8 prime?", "yes"),            # 9: a copy of 8
-        ("more", "return a < b"),
-        ("more", "return a >= b"),
-        ("more", code.format("<")),
-        ("more", code.format("<")),         # 13: a copy of 12
-        ("more", code.format(">=")),
-    ]
-    for i, (prompt, reply) in enumerate(dialogues):
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        row = {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"}
-        sd.append_jsonl(tmp_path / "train", row)
-    fates = sd.drop_duplicates(str(tmp_path / "train"), str(tmp_path / "rejected"), range(15))
-    assert fates["kept"] == 13, fates
-    assert fates["exact duplicate"] == 2, fates
-    assert [row["prompt_id"] for row in sd.read_jsonl(tmp_path / "rejected")] == [9, 13]
-    assert not list(tmp_path.glob("*.tmp"))
+    words = random_words("near", 400)
+    seen = set()
+    dialogues = [(f"Here is a long question, and always the same, is {i} prime?", "yes")
+                 for i in range(9)]
+    for prompt, reply, expected in [
+        *((prompt, reply, None) for prompt, reply in dialogues),
+        (dialogues[8][0], "Yes", "duplicate"),
+        ("more", "return a < b", None),
+        ("more", "return a >= b", None),
+        ("more", code.format("<"), None),
+        ("other", code.format("<"), "duplicate"),
+        ("more", code.format(">="), None),
+        ("more", words, None),
+        ("more", words + " and nothing else", "duplicate"),
+        ("more", words + random_words("end", 60), None),
+        ("more", " ".join(words.split()[:19]), None),   # as short, a reply is one with its prompt
+        ("more", " ".join(words.split()[:20]), "duplicate"),
+    ]:
+        assert sd.find_duplicate(prompt, reply, seen) == expected, (prompt, reply)
 
 
-def test_generate_own_prompts(tmp_path):
-    """All of the file unless num_examples says less, BOM or not; a short reply or a piece of the
-    prompt may be what it wants."""
-    mail = "write to ann@example.org or ring 555 12 34, any day but Sunday"
-    replies = {
-        "What is 2+2?": "4",
-        f"Which address is in this: {mail}?": "ann@example.org",
-        "Say no more.": " \n",
-        "Give this back, all of it.": "give this back, all of it.",
-    }
-    prompts = [*replies, *(f"Question {i}: is {i} even?" for i in range(146))]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]},
+    {"role": "user", "content": "What is a trie?"},
+]
+OWN_ROWS = [{"prompt": "What is a heap?"}] * 2 + [
+    {"messages": CONVERSATION, "category": "explain", "more": 1}]
+
+
+@pytest.mark.parametrize("provider, name, text, temperature, system", [
+    ("openai", "own.jsonl", "\n\n".join(map(json.dumps, OWN_ROWS)), 0.3, None),
+    ("anthropic", "own.json", json.dumps(OWN_ROWS), None, "Be brief.\n\nBe kind."),
+])
+def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
+    """Texts or conversations reach each provider in its form, in all kinds of files."""
+    (tmp_path / name).write_text("\ufeff" + text)
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 0, provider, prompts_file=tmp_path / name,
+                                 api_temperature=temperature)
+        run_generate(fields)
+    kept = rows_of_run(tmp_path, "train")
+    turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
+    assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
+    assert [row["category"] for row in kept] == ["own", "explain"]
+    body, _ = server.seen[-1]
+    assert body.get("temperature") == temperature
+    assert body["max_tokens"] == 300
+    assert body["model"] == "m"
+    assert body.get("system") == system
+    assert len(body["messages"]) == (1 if system else 3)
+
+
+def test_generate_own_lines(tmp_path):
+    """All of a .txt unless num_examples says less; a short reply may be what it wants, to a task of
+    ours it is none."""
+    with ApiServer(reply=lambda prompt: "```yes```") as server:
+        fields = generate_fields(tmp_path, server, 9)
+        (tmp_path / "prompts.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
+        run_generate({**fields, "num_examples": 2})
+        assert len(server.tries) == 2
+        run_generate(fields)
+        assert list(server.tries) == ["Is 1 odd?", "Is 2?", "Is 3?"]
+        assert set(server.tries.values()) == {1}
+        asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
+        assert asked == list(server.tries)
+        run_generate({**fields, "num_examples": 1, "prompts_file": None,
+                      "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
+    rejected, = rows_of_run(tmp_path / "ours", "rejected")
+    assert (rejected["reason"], rejected["category"]) == ("empty or too short", "implement")
+
+
+@pytest.mark.parametrize("line", [
+    '{"prompt": 3}', '{"prompt": null}', "[]", "7", "nonsense", '{"question": 1}',
+    '{"messages": "hi"}', '{"messages": [{"role": "user"}]}',
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+    '{"messages": [{"role": "assistant", "content": "x"}]}',
+    '{"n": ' + "9" * 5000 + "}", "[" * 99999])
+def test_generate_bad_prompt(tmp_path, line):
+    """Nobody is asked, and the row is named."""
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 0, prompts_file=tmp_path / "p.jsonl")
+        (tmp_path / "p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
+        one_error("p.jsonl', row 2: ", fields)
+        assert not server.seen
+
+
+# ---- replies
+
+
+@pytest.mark.parametrize("provider", [
+    "openai",
+    pytest.param("anthropic", marks=pytest.mark.campaign),
+])
+def test_generate_faults(tmp_path, provider):
+    """30 % faults: all prompts answered or accounted for, none twice, and the order of arrival
+    changes nothing."""
+    fault = faults_by_chance(0.3)
+    results = []
+    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
+        folder = tmp_path / str(concurrency)
+        with ApiServer(fault, jitter=jitter) as server:
+            out = run_generate(
+                generate_fields(folder, server, 300, provider, concurrency=concurrency)).out
+        kept = rows_of_run(folder, "train")
+        rejected = rows_of_run(folder, "rejected")
+        assert sorted(map(question_of, kept + rejected)) == list(range(300))
+        fates = collections.Counter(reasons_of(rejected).values())
+        assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
+                              "repetition loop", "code does not parse", "failed"}
+        for name, count in {**fates, "kept": len(kept)}.items():
+            assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
+        for prompt, tries in server.tries.items():
+            first = fault(prompt, 1)
+            assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
+        results.append((kept, reasons_of(rejected)))
+    assert results[0] == results[1]
+    assert set(kept[0]) == {
+        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
+    assert kept[0]["usage"] == {"prompt_tokens": 100, "completion_tokens": 200}
+
+
+def test_generate_concurrency(tmp_path):
+    """So many are in flight at once, and no more."""
+    barrier = threading.Barrier(8, timeout=60)
+    at_once = []
 
     def reply(prompt):
-        return replies.get(prompt, "```yes```")
+        barrier.wait()
+        at_once.append(server.at_work)
+        return random_words(prompt)
 
     with ApiServer(reply=reply) as server:
-        fields = generate_fields(tmp_path, server, 1, num_examples=None)
-        (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8-sig")
-        result = run_generate(fields)
-        kept, rejected = kept_and_rejected(tmp_path)
-        assert len(kept) == 149
-        assert [prompt_of(row) for row in kept[:2]] == prompts[:2]
-        assert [row["reason"] for row in rejected] == ["empty or too short"]
-        # nobody said what it costs: it is not free
-        assert "USD" not in result.out.splitlines()[-1]
-        assert "USD" not in result.err
-
-        # "yes" is an answer to a prompt of the user's; to a task of ours it is none
-        ours = dict(num_examples=1, prompts_file=None, categories=["implement=1.0"],
-                    output_dir=tmp_path / "ours/out")
-        run_generate({**fields, **ours})
-    _, rejected = kept_and_rejected(tmp_path / "ours")
-    assert [row["reason"] for row in rejected] == ["empty or too short"]
-
-    assert "repeats the prompt" not in flaws_of("give that", prompt="Give this back.")
-    assert "repeats the prompt" in flaws_of("this back, all.", prompt="Give this back, all.")
+        run_generate(generate_fields(tmp_path, server, 16, concurrency=8))
+    assert len(rows_of_run(tmp_path, "train")) == 16
+    assert max(at_once) == 8
 
 
-def test_generate_failed(tmp_path):
-    """What failed is asked again by the same command, its cost is not forgotten, and one that
-    always fails stops nothing."""
-    lasting = {0: 400, 11: "duplicate", 12: "duplicate", 20: "length"}
-    passing = {3: "bad json", 4: 400, 7: "bad json"}
-    prompts_file = tmp_path / "prompts.txt"
-    with ApiServer(faults_by_number({**lasting, **passing})) as server:
-        fields = generate_fields(tmp_path, server, 30, concurrency=1, price_in=1, price_out=10)
-        # the first one is answered: an error of the very first would stop the run
-        prompts_file.write_text("Question 99: who?\n" + prompts_file.read_text())
+def test_generate_filters_can_change(tmp_path, monkeypatch):
+    """Old replies are judged again, and nobody is asked."""
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 5)
         run_generate(fields)
-        _, rejected = kept_and_rejected(tmp_path)
-        assert count_reasons(rejected) == {"failed": 4, "exact duplicate": 1, "cut off": 1}
-        spent_before = summary_of(tmp_path)["spent_usd"]
-        tries_before = server.tries.copy()
-
-        server.fault = faults_by_number(lasting)
-        fields["num_examples"] = 31   # Question 29 is new
-        run_generate(fields)
-    asked_again = {number_of(prompt) for prompt in server.tries - tries_before}
-    assert asked_again == {0, 3, 4, 7, 29}, asked_again
-
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert len(kept) == 28
-    rows = {number_of(prompt_of(row)): row for row in kept + rejected}
-    assert len(rows) == len(kept + rejected) == 31
-    reasons = {number_of(prompt_of(row)): row["reason"].split(":")[0] for row in rejected}
-    assert reasons == {0: "failed", 12: "exact duplicate", 20: "cut off"}
-
-    summary = summary_of(tmp_path)
-    assert summary["failed"] == 1
-    assert summary["kept"] == 28
-    reply_cost = 0.0021   # 100 tokens in, 200 out
-    assert summary["spent_usd"] == pytest.approx(spent_before + 4 * reply_cost)
-    assert summary["spent_usd"] == pytest.approx(sum(row["cost"] for row in rows.values()))
-    assert rows[4]["cost"] == pytest.approx(reply_cost)
-    assert rows[3]["cost"] > rows[4]["cost"]   # the one that had no form may have been billed
+    monkeypatch.setattr(sd, "is_loop", lambda reply: True)
+    run_generate(fields)
+    assert rows_of_run(tmp_path, "train") == []
+    assert set(reasons_of(rows_of_run(tmp_path, "rejected")).values()) == {"repetition loop"}
 
 
-def test_generate_failed_for_good(tmp_path):
-    """A dozen prompts that the server never takes, a fifth of all: they stop no later run before it
-    asks what is new."""
-    faults = {number: 400 for number in range(4, 61, 5)}
-    with ApiServer(faults_by_number(faults)) as server:
-        for questions in (60, 61):
-            run_generate(generate_fields(tmp_path, server, questions, concurrency=1))
-            kept, rejected = kept_and_rejected(tmp_path)
-            assert len(kept) == questions - 12
-            assert len(rejected) == 12
-    assert set(server.billed.values()) == {1}
+TEXT = {"type": "text", "text": random_words("text")}
 
 
-def test_generate_rows(tmp_path):
-    """A last row that is whole is kept, whatever came after it; half a row goes; reading makes no
-    file."""
-    path = tmp_path / "rows.jsonl"
-    assert sd.read_jsonl(path) == []
-    assert not path.exists()
-    for tail, rows in (
-        (b'{"b": 2}', [{"a": 1}, {"b": 2}]),
-        (b'{"b": "\xc3', [{"a": 1}]),
-        (b"", [{"a": 1}]),
-    ):
-        path.write_bytes(b'{"a": 1}\n' + tail)
-        assert sd.read_jsonl(path) == rows
-        sd.append_jsonl(path, {"c": 3})
-        assert sd.read_jsonl(path) == [*rows, {"c": 3}]
-    path.write_bytes(b'{"a": 1}')
-    assert sd.read_jsonl(path) == [{"a": 1}]
-    assert path.read_bytes() == b'{"a": 1}\n'
+@pytest.mark.parametrize("content, reply", [
+    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"]),
+    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"]),
+    (None, ""),
+])
+def test_generate_parts(tmp_path, content, reply):
+    """Parts of text are one text; what a model thought is no part of it."""
+    with ApiServer(lambda *_: answer_of("openai", content)) as server:
+        run_generate(generate_fields(tmp_path, server, 1))
+    row, = replies_of(tmp_path)
+    assert row["messages"][1] == {"role": "assistant", "content": reply}
 
 
-def test_generate_local_seed(tmp_path, teacher):
-    """The same seed gives the same replies, after a kill too; another seed gives others."""
-    (tmp_path / "prompts.txt").write_text("".join(f"Question {i}: what?\n" for i in range(11)))
-
-    def replies_of_run(name, seed, num_examples=11):
-        run_generate(dict(
-            mode="generate", provider="local", teacher=teacher, num_examples=num_examples,
-            max_tokens=8, concurrency=4, api_temperature=1, seed=seed,
-            prompts_file=tmp_path / "prompts.txt", output_dir=tmp_path / name / "out"))
-        rows = all_rows(tmp_path / name)
-        return {number_of(prompt_of(row)): row["messages"][1]["content"] for row in rows}
-
-    whole = replies_of_run("whole", seed=3)
-    replies_of_run("parts", seed=3, num_examples=8)
-    for name in ("train.jsonl", "rejected.jsonl"):   # a kill in the midst of the second batch
-        path = tmp_path / "parts/out" / name
-        rows = [row for row in sd.read_jsonl(path) if number_of(prompt_of(row)) < 6]
-        write_jsonl(path, rows)
-    parts = replies_of_run("parts", seed=3)
-    assert len(whole) == len(parts) == 11
-    assert len(set(whole.values())) > 5
-    assert replies_of_run("other", seed=4) != whole
-    for number in (6, 7):   # what is left of a batch is a batch of its own
-        del whole[number]
-        del parts[number]
-    assert parts == whole
+@pytest.mark.parametrize("usage", [
+    None, *({"prompt_tokens": n, "completion_tokens": 5} for n in (-1, 10**30, "10", None))])
+def test_generate_odd_usage(tmp_path, usage):
+    """Who says nonsense of tokens is believed to have sent the longest reply; it is kept."""
+    with ApiServer(lambda *_: answer_of("openai", TEXT["text"], usage=usage)) as server:
+        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
+    kept, = rows_of_run(tmp_path, "train")
+    assert kept["usage"] is None
+    assert kept["cost"] > 300 * 100 / 1e6
 
 
-def spawn_until_billed(fields, server, count):
-    """The real command in a process of its own, at the moment when the server has billed `count`
-    replies."""
-    process = spawn(*flags(**fields))
-    while server.billed.total() < count and process.poll() is None:
-        time.sleep(0.002)
-    return process
+# ---- money
 
 
-@pytest.mark.campaign
-def test_generate_kill(tmp_path):
-    """kill -9 at five moments, then a run to the end: only what was in flight is paid twice, and
-    the cap knows."""
-    concurrency = 4
-    reply_cost = 5e-4   # 100 tokens in, 200 out
-    with ApiServer(delay=0.03) as server:
-        fields = generate_fields(tmp_path, server, 60, concurrency=concurrency, price_in=1,
-                                 price_out=2, max_cost=1)
-        moments = (1, 9, 20, 33, 47)
-        for moment in moments:
-            process = spawn_until_billed(fields, server, moment)
-            process.kill()
-            process.communicate()
-            with open(tmp_path / "out/train.jsonl", "a") as f:
-                f.write('{"messages": [{"role": "us')   # what a full disk leaves
-        run_generate(fields)
-        rows = all_rows(tmp_path)
-        assert len(rows) == len(server.billed) == 60
-        assert len({row["prompt_id"] for row in rows}) == 60
-        assert 0 < server.billed.total() - 60 <= len(moments) * concurrency
-        assert server.billed.total() * reply_cost <= summary_of(tmp_path)["spent_usd"] + 1e-9
-
-        tries = server.tries.copy()
-        run_generate(fields)
-        assert server.tries == tries   # everything is there: nothing is asked
+def worst_of(prompt):
+    return ((64 + len(prompt)) * 20 + 300 * 100) / 1e6
 
 
-def test_generate_signal(tmp_path):
-    """SIGINT: what is in flight arrives, nothing new is asked, exit 0; the same command goes on."""
-    with ApiServer(delay=0.05) as server:
-        fields = generate_fields(tmp_path, server, 40, concurrency=3)
-        process = spawn_until_billed(fields, server, 6)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate()
-        assert process.returncode == 0, out
-        assert "stopped by a signal" in out
-        assert 6 <= len(server.billed) < 40, out
-        assert len(kept_and_rejected(tmp_path)[0]) == len(server.billed)
-        run_generate(fields)
-        assert len(kept_and_rejected(tmp_path)[0]) == 40
-        assert set(server.billed.values()) == {1}
+@pytest.mark.parametrize("faults, max_cost, worst, replies, failed", [
+    # how the attempts at one prompt end; what is spent: so many worst cases, and replies
+    ([None], 1, 0, 1, False),
+    ([429, 429, None], 1, 0, 1, False),
+    (["drop", 429, None], 1, 1, 1, False),       # a refusal gives back one try, not all
+    ([500, 502, "drop", None], 1, 3, 1, False),  # whoever stands before a model may say 502
+    (["slow", None], 1, 1, 1, False),
+    (["no usage"], 1, 1, 0, False),
+    ([429] * 8, 1, 0, 0, True),
+    ([503] * 8, 1, 8, 0, True),
+    ([400], 1, 0, 0, True),
+    ([b"{"], 1, 1, 0, True),
+    (["drop"], 0.05, 1, 0, None),                # no money for another: nothing is known
+    ([None], 0.03, 0, 0, None),
+])
+def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
+    """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
+    with ApiServer(lambda prompt, attempt: faults[attempt - 1]) as server:
+        fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
+                                 request_timeout=0.5)
+        run_generate(fields, rc=2 if failed else 0)
+    prompt = (tmp_path / "prompts.txt").read_text().strip()
+    expected = pytest.approx(worst * worst_of(prompt) + replies * REPLY_COST)
+    assert spent_of(tmp_path) == expected if worst + replies else spent_of(tmp_path) < 1e-9
+    rows = replies_of(tmp_path)
+    if failed is None:
+        assert rows == []
+    else:
+        assert [("reason" in row, row["cost"]) for row in rows] == [(failed, expected)]
+    assert server.tries.total() == (len(faults) if max_cost > 0.04 else 0)
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_generate_cap(tmp_path, provider):
-    """The server's own bill stays below 1.00 USD whatever goes wrong, and most of it is used."""
-    reply_cost = 0.022   # 0.033 at worst
+    """At every moment: the server's bill <= spent_usd on disk <= 1.00 USD, whatever goes wrong, and
+    most of it is used."""
     with ApiServer(faults_by_chance(0.5)) as server:
-        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, price_in=20,
-                                 price_out=100, max_cost=1)
-        result = run_generate(fields)
-        rows = all_rows(tmp_path)
-        bill = server.billed.total() * reply_cost
-        spent = summary_of(tmp_path)["spent_usd"]
-        assert "max_cost" in result.out
-        assert 0.7 < bill <= spent <= 1, (result.err, bill, spent)
-        assert spent == pytest.approx(sum(row["cost"] for row in rows))
+        server.summary = tmp_path / "out/summary.json"
+        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, max_cost=1,
+                                 **PRICES)
+        out = run_generate(fields).out
+        assert server.unpaid == []
+        bill = server.billed.total() * REPLY_COST
+        assert "max_cost 1" in out
+        assert 0.7 < bill <= spent_of(tmp_path) <= 1
+        answered = {row["messages"][0]["content"] for row in replies_of(tmp_path)}
+        assert 20 < len(answered) < 60
+        tries = server.tries.copy()
+        run_generate(fields)   # what late answers gave back buys some more
+        assert server.unpaid == []
+        assert (server.tries - tries).total() <= 3
+        assert not answered & set(server.tries - tries)
 
-        tries = server.tries.total()
+
+def test_generate_failed(tmp_path):
+    """What failed is asked again by the same command, its cost is not forgotten, and what fails
+    always stops no later run."""
+    lasting = {number: 400 for number in range(4, 61, 5)}   # a dozen, in the second run in a row
+    passing = {5: b"{", 7: b'{"error": "x"}'}
+    with ApiServer(faults_by_number(lasting | passing)) as server:
+        fields = generate_fields(tmp_path, server, 60, concurrency=1, **PRICES)
         run_generate(fields)
-        assert server.tries.total() - tries <= 1   # nothing is left to spend
-    # where nobody said what it cost, it is the worst case
-    unknown = [row["cost"] for row in rows if row["usage"]["prompt_tokens"] is None]
-    assert unknown
-    assert min(unknown) > 0.03
-    assert "price" in run_generate({**fields, "price_in": None}, rc=2).err
+        spent = spent_of(tmp_path)
+        tries = server.tries.copy()
+        assert reasons_of(rows_of_run(tmp_path, "rejected")) == dict.fromkeys(
+            lasting | passing, "failed")
+        server.fault = faults_by_number(lasting)
+        run_generate(generate_fields(tmp_path, server, 61, concurrency=1, **PRICES))
+    asked = sorted(map(number_of, server.tries - tries))
+    assert asked == sorted([*lasting, *passing, 60])
+    assert reasons_of(rows_of_run(tmp_path, "rejected")) == dict.fromkeys(lasting, "failed")
+    assert spent_of(tmp_path) == pytest.approx(spent + 3 * REPLY_COST)
 
 
-def test_generate_key(tmp_path, monkeypatch):
-    """The key is nowhere, though the server repeats it in its errors and replies."""
-    def reject_or_repeat(prompt, attempt):
-        return 400 if number_of(prompt) % 4 == 3 else "key"
-
-    def reject(prompt, attempt):
-        return 401
-
-    for provider, secret in (
-        ("openai", "sk-test-0123456789abcdef"),
-        ("anthropic", "sk-ant-fedcba9876543210"),
-    ):
-        monkeypatch.setenv(f"{provider.upper()}_API_KEY", secret)
-        with ApiServer(reject_or_repeat) as server:
-            result = run_generate(generate_fields(tmp_path / provider, server, 40, provider))
-        assert server.seen[0][1] == secret
-        files = "".join(path.read_text() for path in (tmp_path / provider / "out").iterdir())
-        assert "failed: " in files
-        assert "***" in files
-        assert secret not in files + result.out + result.err
-
-        with ApiServer(reject) as server:
-            fields = generate_fields(tmp_path / "refused", server, 40, provider)
-            result = run_generate(fields, rc=2)
-        assert "***" in result.err
-        assert secret not in result.out + result.err
-
-
-def test_generate_errors(tmp_path, monkeypatch):
-    """What no request would survive is one `error:` line at once, and costs as little."""
-    check_fatal_status(tmp_path / "0", "openai", status=401)
-    check_fatal_status(tmp_path / "1", "anthropic", status=404)
-    check_fatal_status(tmp_path / "2", "openai", status=401, first_refused=9)
-    check_fatal_status(tmp_path / "3", "anthropic", status=400)
-
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    plain = dict(mode="generate", output_dir=tmp_path / "o")
-    for category in ("poetry", "debug=0", "test=x", "test=", "test=inf", "test=nan", "test=-1"):
-        check_one_error(category, plain, api_model="m", categories=category)
-    check_one_error("price_out", plain, api_model="m", price_in=1)
-    check_one_error("price_out", plain, api_model="m", price_out=1)
-    check_one_error("none.txt", plain, api_model="m", prompts_file=tmp_path / "none.txt")
-    with ApiServer() as server:
-        nobody_there = generate_fields(tmp_path / "p", server, 50)
-    check_one_error("onnect", nobody_there)
-    check_one_error("--teacher", plain, provider="local")
-    monkeypatch.delenv("OPENAI_API_KEY")
-    check_one_error("_API_KEY", plain, api_model="m")
-    monkeypatch.setitem(sys.modules, "openai", None)
-    check_one_error("pip install openai", nobody_there)
-
-
-def check_fatal_status(folder, provider, status, first_refused=1):
-    """From this request on the server refuses all; few more are asked, no paid reply is lost."""
+@pytest.mark.parametrize("provider, fault, answers, named", [
+    ("openai", 401, 0, "401"),
+    ("anthropic", 404, 0, "404"),
+    ("openai", b'{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
+    ("anthropic", b'{"error": {"message": "no credits"}}', 0, "no credits"),
+    ("openai", 400, 9, "400"),
+])
+def test_generate_stops(tmp_path, provider, fault, answers, named):
+    """Where nobody was ever answered, or ten in a row are not, the run ends; what came is kept; and
+    after that another setting may be tried."""
     def refuse(prompt, attempt):
-        return status if server.tries.total() >= first_refused else None
+        return fault if server.tries.total() > answers else None
 
     with ApiServer(refuse) as server:
-        check_one_error(str(status), generate_fields(folder, server, 50, provider))
-    kept, rejected = kept_and_rejected(folder)
-    assert len(kept) == len(server.billed) >= first_refused - 1
-    assert not rejected
-    assert server.tries.total() < first_refused + 8
+        fields = generate_fields(tmp_path, server, 50, provider, concurrency=3)
+        one_error(named, fields)
+        assert len(rows_of_run(tmp_path, "train")) == answers
+        tries = server.tries.total() - answers
+        assert 10 <= tries <= 12 if answers else tries <= 3
+        server.fault = no_fault
+        if not answers:
+            fields["api_model"] = "other"
+        run_generate(fields)
+    assert len(rows_of_run(tmp_path, "train")) == 50
 
 
-def check_one_error(named, fields, **more):
-    """The run fails with one line of error, which names this."""
-    lines = run_generate({**fields, **more}, rc=2).err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1, errors
-    assert named in errors[0], errors
+def test_generate_time_out(tmp_path):
+    """An answer that trickles is given up like one that does not come, in words."""
+    with ApiServer(lambda prompt, attempt: "slow") as server:
+        one_error("no reply (a try has 0.4 s): TimeoutError",
+                  generate_fields(tmp_path, server, 1, request_timeout=0.2))
+    assert server.tries.total() == 8
 
 
-def test_generate_slow_server(tmp_path):
-    """A server that admits 50 a second slows the run down; one that hangs is asked again after
-    request_timeout."""
-    admitted = collections.deque([0.0] * 5, maxlen=5)   # the moments of the last five
-
-    def limit(prompt, attempt):
-        if number_of(prompt) == 7 and attempt == 1:
-            return "hang"
-        now = time.monotonic()
-        if now - admitted[0] < 0.1:
-            return 429
-        admitted.append(now)
+@pytest.mark.parametrize("status", [None, 429])
+def test_generate_signal(tmp_path, status):
+    """SIGTERM: what is in flight arrives, nothing new is asked, exit 0, also between two tries; the
+    same command goes on."""
+    def stop(prompt, attempt):
+        if server.tries.total() == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return status
         return None
 
-    with ApiServer(limit) as server:
-        run_generate(generate_fields(tmp_path, server, 100, concurrency=30, request_timeout=2))
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert len(kept) == 100, rejected
-    assert server.tries.total() > 120
+    with ApiServer(stop, jitter=0.05) as server:
+        fields = generate_fields(tmp_path, server, 40, concurrency=3)
+        run_generate(fields)
+        kept = len(rows_of_run(tmp_path, "train"))
+        assert 5 <= kept <= 8
+        run_generate(fields)
+        assert len(rows_of_run(tmp_path, "train")) == 40
+        assert set(server.billed.values()) == {1}
 
 
-def test_generate_stops(tmp_path):
-    """More than 20 % of failures in the last 50: the run stops, keeps what it has and says so."""
-    def go_bad(prompt, attempt):
-        if server.tries.total() > 60 and number_of(prompt) % 2:
-            return 400
-        return None
-
-    with ApiServer(go_bad) as server:
-        result = run_generate(generate_fields(tmp_path, server, 400), rc=2)
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert "11 of the last" in result.err
-    assert len(kept) > 60
-    assert 11 <= len(rejected) < 30
-    assert server.tries.total() < 120
+# The loop of tries, and what writes the money and the replies.
+LOOP = (sd.ask, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_rows)
 
 
-def test_generate_prompts_file(tmp_path):
-    """Own rows, texts or conversations, reach each provider in its form; a bad row is named."""
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "What is a trie?"},
-    ]
-    heap = {"prompt": "What is a heap?"}
-    rows = [heap, heap, {"messages": conversation, "category": "explain", "more": 1}]
-    path = tmp_path / "own.jsonl"
-    own_text = "\n\n".join(json.dumps(row) for row in rows)
-    for provider, temperature, system in (
-        ("openai", 0.3, None),
-        ("anthropic", None, "Be brief.\n\nBe kind."),
-    ):
-        path.write_text(own_text)
-        with ApiServer() as server:
-            fields = generate_fields(tmp_path / provider, server, 9, provider, prompts_file=path,
-                                     api_temperature=temperature)
-            run_generate(fields)
-        kept, _ = kept_and_rejected(tmp_path / provider)
-        asked = [row["messages"][:-1] for row in kept]
-        assert asked == [[{"role": "user", "content": "What is a heap?"}], conversation]
-        assert [row["category"] for row in kept] == ["own", "explain"]
-        body, _ = server.seen[-1]
-        assert body.get("temperature") == temperature
-        assert body.get("max_tokens") == 300
-        assert body.get("system") == system
+def kill_at(fields, line):
+    """Fork; the child runs the command and is killed when it first comes to this (code, number of
+    a line) -> whether it came there."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
-    for bad_row in (
-        json.dumps({"messages": kept[-1]["messages"]}),   # it has its reply already
-        "nonsense",
-        '{"question": 1}',
-        '{"messages": [{"role": "user"}]}',
-        "[]",
-        '{"prompt": 3}',
-    ):
-        path.write_text('{"prompt": "What is a heap?"}\n' + bad_row)
-        assert "own.jsonl" in run_generate(fields, rc=2).err
+    def trace(frame, event, _):
+        if (frame.f_code, frame.f_lineno) == line and event == "line":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace if frame.f_code is line[0] else None
+
+    sys.settrace(trace)
+    try:
+        run_generate(fields)
+    finally:
+        os._exit(0)
 
 
 @pytest.mark.campaign
-def test_generate_throughput(tmp_path):
-    """32 in flight are at least 20 x as fast as one at a time, against 100 ms of latency."""
-    # the server in a process of its own: it must not share our core
-    process = multiprocessing.get_context("fork").Process
-    rates = []
-    with ApiServer(delay=0.1, runner=process) as server:
-        for concurrency, questions in ((1, 3), (1, 20), (32, 1000)):   # the first loads the SDK
-            folder = tmp_path / f"{concurrency}.{questions}"
-            fields = generate_fields(folder, server, questions, concurrency=concurrency)
-            start = time.perf_counter()
-            run_generate(fields)
-            rates.append(questions / (time.perf_counter() - start))
-    gain = rates[2] / rates[1]
-    if gain < 20 and os.getloadavg()[0] > os.cpu_count():
-        pytest.skip(f"the machine is busy: {gain:.1f} x")
-    assert gain >= 20, rates
+def test_generate_kill_at_every_line(tmp_path):
+    """kill -9 at each line of the loop of tries, with all kinds of faults: at any moment billed <=
+    spent_usd <= max_cost; the same command goes on, and asks nothing twice that was answered."""
+    lines = []
+    for function in LOOP:
+        numbers = {number for *_, number in function.__code__.co_lines() if number}
+        lines += [(function.__code__, number) for number in sorted(numbers)[1:]]
+    kinds = [None, 429, 500, "drop", "no usage", b"{", 400, 502, None, None]
+
+    def fault(prompt, attempt):
+        return kinds[server.tries.total() % len(kinds)]
+
+    tries_of_answered = {}   # as they were when the answer was there
+    missed = []   # lines to which no run came
+    importlib.import_module("openai")   # once, for all children
+    with ApiServer(fault) as server:
+        server.summary = tmp_path / "out/summary.json"
+        server.reply_cost = 1.1e-4
+        fields = generate_fields(tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1,
+                                 price_out=0.5)
+        for line in lines:
+            count = len(tries_of_answered) + 40
+            if not kill_at({**fields, "num_examples": count}, line):
+                missed.append(f"{line[0].co_name} {line[1]}")
+            while server.at_work:
+                time.sleep(0.01)
+            server.check()
+            for row in replies_of(tmp_path):
+                prompt = row["messages"][0]["content"]
+                if "reason" not in row:
+                    tries_of_answered.setdefault(prompt, server.tries[prompt])
+        server.fault = no_fault
+        run_generate(fields)
+    assert server.unpaid == []
+    assert len(rows_of_run(tmp_path, "train")) == 600
+    assert len(tries_of_answered) > 50
+    assert tries_of_answered == {prompt: server.tries[prompt] for prompt in tries_of_answered}
+    # an outage of all eight tries, and a cap that is met, are other tests'
+    assert len(missed) < 8, missed
+
+
+# ---- what stands in the folder
+
+
+def test_generate_half_rows(tmp_path):
+    """What a kill leaves of a row is passed over, and spoils none that is written after it."""
+    path = tmp_path / "replies.jsonl"
+    for tail, ids in ((b'{"prompt_id": "b"}', ["a", "b"]), (b'{"prompt_id": "\xc3', ["a"]),
+                      (b"", ["a"]), (b'{"prompt_id": "a", "n": 2}\n', ["a"])):
+        path.write_bytes(b'{"prompt_id": "a", "n": 1}\n' + tail)
+        assert list(sd.read_replies(path)) == ids
+        sd.append_jsonl(path, {"prompt_id": "c"})
+        rows = sd.read_replies(path)
+        assert list(rows) == [*ids, "c"]
+        assert rows["a"]["n"] == 1 + tail.endswith(b"\n")   # the last one counts
+
+
+def test_generate_file_limit(tmp_path):
+    """As on a full disk: one line, all that is there is whole, and the same command goes on."""
+    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
+        server.summary = tmp_path / "out/summary.json"
+        fields = generate_fields(tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1,
+                                 price_out=1)
+        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
+        assert "error: OSError: [Errno 27]" in shown, shown
+        assert "Traceback" not in shown, shown
+        answered = {row["messages"][0]["content"]: 1 for row in replies_of(tmp_path)}
+        assert 5 < len(answered) < 30
+        run_generate(fields)
+        assert len(rows_of_run(tmp_path, "train")) == 30
+        assert answered.items() <= server.tries.items()
+
+
+def test_generate_other_settings(tmp_path):
+    """What decides the rows is the same for all of a folder; where the server stands, how many are
+    asked and how much may be spent is not of that kind."""
+    with ApiServer() as server:
+        run_generate(generate_fields(tmp_path, server, 2))
+    with ApiServer() as server:   # at another port
+        fields = generate_fields(tmp_path, server, 3)
+        for name, value, there in (
+            ("api_model", "other", "api_model 'm' there, 'other' here"),
+            ("seed", 7, "seed 0 there, 7 here"),
+            ("api_temperature", 0.5, "api_temperature None there, 0.5 here"),
+            ("max_tokens", 301, "max_tokens 300 there, 301 here"),
+        ):
+            one_error(there, fields, **{name: value})
+        assert not server.tries
+        run_generate({**fields, "concurrency": 2, "price_in": 1, "price_out": 1, "max_cost": 1})
+        assert server.tries.total() == 1
+    assert len(rows_of_run(tmp_path, "train")) == 3
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_generate_secrets(tmp_path, monkeypatch, provider):
+    """The key, and the password of a proxy, stand in no file and no output, wherever in a reply or
+    an error a server repeats it; no escape sequence reaches the terminal."""
+    key = "sk-test-0123456789abcdef"
+    monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
+    odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
+    words = [json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
+             answer_of(provider, key + random_words("key"))]
+
+    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5 - 1]
+                   if number_of(prompt) % 5 else None) as server:
+        fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
+        results = [run_generate(fields)]
+        assert server.seen[0][1] == key
+        server.fault = lambda prompt, attempt: 401
+        results.append(one_error("401 for ***", fields, output_dir=tmp_path / "refused/out"))
+    assert len(replies_of(tmp_path)) == 20
+    monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
+    left_over = []
+    monkeypatch.setattr(sys, "unraisablehook", left_over.append)
+    results.append(one_error("making a client", fields, output_dir=tmp_path / "proxy/out"))
+    gc.collect()
+    assert left_over == []   # no traceback of a client that was never whole
+    shown = "".join(result.out + result.err for result in results)
+    for path in tmp_path.glob("**/out/*"):
+        shown += path.read_text()
+    assert "***" in shown
+    for secret in (key, "proxy-word", "\x1b[31m"):
+        assert secret not in shown
+
+
+@pytest.mark.parametrize("named, more", [
+    *(("categories", dict(categories=item)) for item in ("poetry", "debug=0", "test=nan")),
+    ("could not convert", dict(categories="test=x")),
+    ("none.txt", dict(prompts_file="none.txt")),
+    ("holds no prompt", dict(prompts_file=os.devnull)),
+    ("Connection error", {}),
+    ("--teacher", dict(provider="local", api_model=None, api_base=None)),
+])
+def test_generate_errors(tmp_path, named, more):
+    """What no request would survive is one `error:` line."""
+    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
+                  api_base="http://127.0.0.1:9/v1")
+    one_error(named, {**fields, **more})
+
+
+# ---- a model of one's own
+
+
+def local_run(out, model, questions=11, rc=0, **more):
+    """-> {number of a question: (reply, usage, finish_reason)}"""
+    prompts_file = Path(out).parent / "prompts.txt"
+    prompts_file.write_text("".join(f"Question {i}: what?{'?' * i}\n" for i in range(questions)))
+    fields = dict(mode="generate", provider="local", teacher=model, max_tokens=8,
+                  prompts_file=prompts_file, output_dir=out)
+    if rc:
+        return one_error("", {**fields, **more}).err
+    run_generate({**fields, **more})
+    return {
+        question_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
+        for row in replies_of(out.parent, out.name)}
 
 
 def test_generate_local(tmp_path, teacher):
-    """A model of one's own answers: tokens are counted, the end of a reply is told from a cut; a
-    price or an API's model beside it is refused, and so is a damaged file."""
-    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=11,
-                  max_tokens=12, output_dir=tmp_path / "out")
-    run_generate({**fields, "concurrency": 4, "api_temperature": 1})
-    rows = all_rows(tmp_path)
-    assert len(rows) == 11
-    for row in rows:
-        assert row["finish_reason"] in ("stop", "length")
-        completion_tokens = row["usage"]["completion_tokens"]
-        if row["finish_reason"] == "length":
-            assert completion_tokens == 12
-        else:
-            assert completion_tokens < 12
-        prompt_bytes = (prompt_of(row) + "\n\n").encode()
-        assert row["usage"]["prompt_tokens"] == 1 + len(prompt_bytes)   # <|begin|>
-    for more in (dict(api_model="x"), dict(price_in=1)):
-        run_generate({**fields, **more, "output_dir": tmp_path / "other"}, rc=2)
-    (tmp_path / "out/train.jsonl").write_text('{"messages": [\n{}\n')
-    error = run_generate(fields, rc=2).err
-    assert "train.jsonl" in error
-    assert "line 1" in error
+    """The same seed gives the same replies, whatever is beside them, after a stop, and with the
+    weights on the host; another seed gives others; the end of a reply is told from a cut."""
+    whole = local_run(tmp_path / "whole", teacher, seed=3, concurrency=4)
+    assert len(set(reply for reply, *_ in whole.values())) > 5
+    for number, (_, usage, finish_reason) in whole.items():
+        assert usage["prompt_tokens"] == 1 + len(f"Question {number}: what?\n\n") + number
+        if finish_reason == "length":
+            assert usage["completion_tokens"] == 8
+        assert finish_reason in ("stop", "length")
+    parts = tmp_path / "parts"
+    assert len(local_run(parts, teacher, questions=6, seed=3, concurrency=5, cpu_offload=True)) == 6
+    assert local_run(parts, teacher, seed=3, concurrency=3) == whole
+    assert local_run(tmp_path / "other", teacher, seed=4) != whole
+    likeliest = [local_run(tmp_path / name, teacher, seed=seed, api_temperature=0)
+                 for seed, name in enumerate("ab")]
+    assert likeliest[0] == likeliest[1] != whole
 
 
-def test_generate_says_what_to_raise_and_no_price_where_there_is_none(tmp_path, teacher):
-    """Replies that are cut off are rejected: where many are, a line says what would mend it."""
-    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=4,
-                  max_tokens=2, output_dir=tmp_path / "out")
-    shown = run_generate(fields).out
-    assert "USD" not in shown
-    cut = sum(row.get("reason") == "cut off" for row in all_rows(tmp_path))
-    assert cut > 1
-    assert f"{cut / 4:.0%} of the replies did not end within max_tokens 2: --max_tokens 8" in shown
+def test_generate_local_temperature(tmp_path, teacher):
+    """Unset, it is that of the model's generation_config.json."""
+    model = tmp_path / "model"
+    shutil.copytree(teacher, model)
+    sharp = transformers.GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=0)
+    sharp.save_pretrained(model)
+    unset = local_run(tmp_path / "unset", model)
+    assert unset == local_run(tmp_path / "half", teacher, api_temperature=0.5)
+    assert unset != local_run(tmp_path / "one", teacher)
 
 
-def test_generate_local_moves_within_a_batch(tmp_path, teacher, monkeypatch):
-    """Beside the bar stands how many tokens the replies of this batch have."""
-    clock = itertools.count()   # a second passes each time that somebody looks
-    monkeypatch.setattr(sd.time, "monotonic", lambda: float(next(clock)))
-    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=2,
-                  max_tokens=30, output_dir=tmp_path / "out")
-    shown = run_generate(fields).err
-    assert "this batch: token 1 of at most 30" in shown
+def gpt2(folder):
+    return tiny_model(folder / "gpt2", cls="GPT2Config", max_position_embeddings=48)
 
 
-def test_generate_local_with_weights_on_the_host(tmp_path, teacher):
-    """--cpu_offload gathers a layer at a time; the replies are the same."""
-    texts = []
-    for offload in (False, True):
-        folder = tmp_path / str(offload)
-        run_generate(dict(mode="generate", provider="local", teacher=teacher, num_examples=3,
-                          max_tokens=8, output_dir=folder / "out", cpu_offload=offload))
-        texts.append([row["messages"] for row in all_rows(folder)])
-    assert len(texts[0]) == 3
-    assert texts[0] == texts[1]
+def without_ends(folder):
+    """No eos, no pad: a reply goes on to its last token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.pad_token = None
+    return tiny_model(folder / "endless", tokenizer=tokenizer, eos_token_id=None, pad_token_id=None)
 
 
-def test_generate_is_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out")
-    assert "torchrun" in run_generate(fields, rc=2).err
+def nan_weights(folder):
+    path = tiny_model(folder / "nan")
+    edit_weights(path, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
+    return path
+
+
+def no_tokenizer(folder):
+    return tiny_model(folder / "mute", tokenizer=False)
+
+
+@pytest.mark.parametrize("make, named", [
+    (gpt2, "49 positions"), (nan_weights, "nan"), (no_tokenizer, "no tokenizer")])
+def test_generate_local_bad_models(tmp_path, make, named):
+    """One line before anything is written; what fits into the positions is answered."""
+    model = make(tmp_path)
+    error = local_run(tmp_path / "out", model, questions=10, rc=2, max_tokens=20)
+    assert named in error, error
+    if make is gpt2:
+        assert len(local_run(tmp_path / "out", model, questions=10, max_tokens=19)) == 10
+
+
+def test_generate_local_without_an_end(tmp_path):
+    replies = local_run(tmp_path / "out", without_ends(tmp_path), questions=2)
+    assert [(usage["completion_tokens"], end) for _, usage, end in replies.values()] == [
+        (8, "length")] * 2
 
 
 def test_generate_then_train(tmp_path, student):
@@ -7437,320 +7439,6 @@ def test_generate_then_train(tmp_path, student):
     cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
                eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
     assert (tmp_path / "run/final/model.safetensors").exists()
-
-# ---- what an independent reading broke
-
-
-def contents_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def our_row(**more):
-    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me, a row."}]
-    row = dict(messages=messages, category="own", prompt_id="0123", finish_reason="stop",
-               usage={}, model="m", cost=0)
-    return {**row, **more}
-
-
-# (file, what stands in it, what the error names)
-FOREIGN_FILES = [
-    ("train.jsonl", '{"text": "mine"}', "line 1"),                         # no newline at its end
-    ("train.jsonl", '{"text": "mine"}\n{"text": "half a l', "line 1"),
-    ("train.jsonl", "only a note", "line 1"),
-    ("rejected.jsonl", json.dumps({"messages": our_row()["messages"]}), "prompt_id"),
-    ("train.jsonl", json.dumps(our_row()) + "\n" + json.dumps(our_row(cost="much")), "line 2"),
-    ("train.jsonl", json.dumps(our_row()) + '\n[]\n{"messages": [{"ro', "line 2"),
-    ("summary.json", "", "summary.json"),
-    ("summary.json", '["mine"]', "summary.json"),
-    ("summary.json", '{"spent_usd": "a lot"}', "summary.json"),
-    ("config.json", '{"model_type": "llama"}', "config.json"),
-]
-
-
-def test_generate_leaves_foreign_files_alone(tmp_path):
-    """Whose rows these are is known before their last line is mended, and before anything else is
-    written; nobody is asked."""
-    with ApiServer() as server:
-        for i, (name, text, named) in enumerate(FOREIGN_FILES):
-            fields = generate_fields(tmp_path / str(i), server, 2)
-            out = tmp_path / str(i) / "out"
-            out.mkdir()
-            (out / name).write_text(text)
-            before = contents_of(out)
-            check_one_error(name, fields)
-            check_one_error(named, fields)
-            assert contents_of(out) == before, name
-        assert not server.tries
-
-        fields = generate_fields(tmp_path / "ours", server, 2)
-        run_generate(fields)
-        with open(tmp_path / "ours/out/train.jsonl", "a") as f:
-            f.write('{"messages": [{"role": "us')   # what a kill leaves is ours, and goes
-        run_generate(fields)
-        assert len(all_rows(tmp_path / "ours")) == 2
-        assert server.tries.total() == 2
-
-
-def test_generate_other_settings(tmp_path):
-    """What decides the rows is the same for all of a folder; where the server stands, how many are
-    asked and how much may be spent is not of that kind."""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 2))
-    before = contents_of(tmp_path / "out")
-    with ApiServer() as server:   # at another port
-        fields = generate_fields(tmp_path, server, 3)
-        for name, value, there in (
-            ("api_model", "other", "api_model 'm' there, 'other' here"),
-            ("seed", 7, "seed 0 there, 7 here"),
-            ("api_temperature", 0.5, "api_temperature None there, 0.5 here"),
-            ("max_tokens", 301, "max_tokens 300 there, 301 here"),
-        ):
-            error = run_generate({**fields, name: value}, rc=2).err
-            assert there in error
-            assert "--output_dir" in error
-        assert contents_of(tmp_path / "out") == before
-        assert not server.tries
-        run_generate({**fields, "concurrency": 2, "price_in": 1, "price_out": 1, "max_cost": 1})
-        assert server.tries.total() == 1
-    assert len(all_rows(tmp_path)) == 3
-
-
-def test_generate_secrets(tmp_path, monkeypatch):
-    """Keys, and passwords in URLs, of proxies too, stand in no file and in no error, wherever in a
-    reply or an error a server repeats them; no escape sequence reaches the terminal."""
-    key = "sk-test-0123456789abcdef"
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HTTP_PROXY", "http://someone:pass@127.0.0.1:1")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxyuser:proxy%21word@127.0.0.1:1")
-    password = "hunter2hunter2"
-    basic = base64.b64encode(f"someone:{password}".encode()).decode()
-    secrets = [key, password, "proxy%21word", "proxy!word", basic]
-
-    def repeat(prompt, attempt):
-        number = number_of(prompt)
-        if number == 0:
-            text = " ".join([*secrets, "pass", *random_words(0).split()])
-            parts = [{"text": key[:9]}, {"text": key[9:] + text}]
-            return {
-                "id": key, "model": key, "usage": {"prompt_tokens": key, key: [key]},
-                "choices": [{"message": {"content": parts}, "finish_reason": key}]}
-        return {"choices": [f"\x1b[31m{key} {password}"]} if number == 1 else 400
-
-    with ApiServer(repeat) as server:
-        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
-        result = run_generate(generate_fields(tmp_path, server, 9, api_base=base))
-        assert server.seen[0][1] == basic   # it still is what the server gets
-    check_no_secret(secrets, tmp_path, result)
-    kept, _ = kept_and_rejected(tmp_path)
-    assert kept[0]["messages"][1]["content"].startswith("****** *** *** *** *** pass ")
-    assert json.loads((tmp_path / "out/config.json").read_text())["api_base"].startswith(
-        "http://***@127.0.0.1")
-
-    with ApiServer(lambda prompt, attempt: 401) as server:
-        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
-        fields = generate_fields(tmp_path / "refused", server, 9, api_base=base)
-        check_no_secret(secrets, tmp_path / "refused", run_generate(fields, rc=2))
-    for base in (
-        "http://someone:hunter2@127.0.0.1:port/v1",
-        "http://someone:hun/ter2@127.0.0.1/v1",
-        "ftp://someone:hunter2@127.0.0.1/v1",
-        "someone:hunter2@127.0.0.1:80/v1",
-        "http://127.0.0.1/v1?key=hunter2",
-        "http://127.0.0.1/v1#hunter2",
-        "http://[::1/v1",
-        "http:///v1",
-        "http://127.0.0.1:99999999/v1",
-        "http://a\nb/v1",
-        "nonsense",
-    ):
-        fields = generate_fields(tmp_path / "form", server, 1, api_base=base)
-        check_one_error("api_base", fields)
-        result = run_generate(fields, rc=2)
-        check_no_secret([*secrets, "hunter2", "ter2"], tmp_path / "form", result)
-
-    fields = generate_fields(tmp_path / "proxy", server, 1)
-    monkeypatch.setenv("ALL_PROXY", "socks9://proxyuser:proxy%21word@127.0.0.1:1")
-    left_over = []
-    monkeypatch.setattr(sys, "unraisablehook", left_over.append)
-    check_one_error("proxies", fields, provider="anthropic")
-    gc.collect()
-    assert left_over == []   # no traceback of a client that was never whole
-    check_no_secret(secrets, tmp_path / "proxy", run_generate(fields, rc=2))
-
-
-def check_no_secret(secrets, folder, result):
-    shown = result.out + result.err
-    assert "\x1b[31m" not in shown
-    for path in (folder / "out").glob("*"):
-        shown += path.read_text()
-    assert [secret for secret in secrets if secret in shown] == []
-
-
-def test_generate_reply_in_parts(tmp_path):
-    """Parts of text are one text, thoughts are no part of it, other parts are named."""
-    words = random_words("parts")
-
-    def say(*parts):
-        return {"choices": [{"finish_reason": "stop", "message": {"content": list(parts)}}]}
-
-    def text(words):
-        return {"type": "text", "text": words}
-
-    answers = [
-        say(text(words[:9]), text(words[9:])),
-        say({"type": "thinking", "thinking": "Hm."}, text(random_words("answer"))),
-        say(text(random_words("image")), {"type": "image_url", "image_url": {"url": "x"}}),
-        say(text(3)),
-    ]
-    with ApiServer(faults_by_number(dict(enumerate(answers)))) as server:
-        run_generate(generate_fields(tmp_path, server, 4))
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert [row["messages"][1]["content"] for row in kept] == [words, random_words("answer")]
-    assert rejected[0]["reason"] == "not text: image_url"
-    assert rejected[1]["reason"].startswith("failed: ")
-    assert summary_of(tmp_path)["not text"] == 1
-
-
-def test_generate_absurd_usage(tmp_path):
-    """A reply that says nonsense of its tokens was paid for: it is kept, at the worst price."""
-    nonsense = [
-        "300", ["a"], 7, {"prompt_tokens": -1, "completion_tokens": 5},
-        {"prompt_tokens": 10**30, "completion_tokens": 5},
-        {"prompt_tokens": 10, "completion_tokens": True},
-        {"prompt_tokens": "10", "completion_tokens": 5}, None]
-    faults = {number: {"usage": usage} for number, usage in enumerate(nonsense)}
-    with ApiServer(faults_by_number(faults)) as server:
-        run_generate(generate_fields(tmp_path, server, 9, price_in=1, price_out=10, max_cost=1))
-        assert set(server.tries.values()) == {1}
-    kept, _ = kept_and_rejected(tmp_path)
-    assert len(kept) == 9
-    for row in kept[:-1]:
-        assert None in row["usage"].values()
-        assert row["cost"] > 300 * 10 / 1e6
-    assert kept[-1]["cost"] == pytest.approx(0.0021)
-
-
-def test_generate_all_fail(tmp_path):
-    """Where nothing is kept because requests failed, that is an error which says why."""
-    with ApiServer(lambda prompt, attempt: {"choices": []}) as server:
-        check_one_error("IndexError", generate_fields(tmp_path, server, 5))
-    assert summary_of(tmp_path)["failed"] == 5
-    assert "all is answered" not in summary_of(tmp_path)["ended"]
-
-
-def test_generate_full_disk(tmp_path):
-    """Somebody fills the disk while requests are in flight: what is paid for finds the room that
-    was kept for it, and no reply is paid for twice."""
-    tmp_path = tmp_path / "disk"
-    tmp_path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(tmp_path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("cannot mount a small disk here")
-
-    def reply(prompt):
-        if number_of(prompt) == 20:
-            with contextlib.suppress(OSError), open(tmp_path / "filler", "wb", 0) as f:
-                while True:
-                    f.write(b"x" * 1024)
-        return random_words(prompt, 400)
-
-    try:
-        with ApiServer(reply=reply, delay=0.02) as server:
-            fields = generate_fields(tmp_path, server, 30, concurrency=4)
-            check_one_error("no room", fields)
-            assert 20 < server.billed.total() < 30
-            assert len(all_rows(tmp_path)) == server.billed.total()
-            assert not list(tmp_path.glob("out/*.jsonl.tmp"))
-            (tmp_path / "filler").unlink()
-            server.reply = random_words
-            run_generate(fields)
-            assert set(server.billed.values()) == {1}
-        assert len(all_rows(tmp_path)) == 30
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def test_generate_file_limit(tmp_path):
-    """The same where no file may be longer than this."""
-    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
-        fields = generate_fields(tmp_path, server, 30, concurrency=4)
-        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
-        assert "no room" in shown, shown
-        assert "Traceback" not in shown, shown
-        assert 0 < len(all_rows(tmp_path)) == server.billed.total() < 30
-        run_generate(fields)
-        assert set(server.billed.values()) == {1}
-    assert len(all_rows(tmp_path)) == 30
-
-
-def test_generate_waits(tmp_path, monkeypatch, capsys):
-    """A server that turns everything away is given up, SIGTERM ends a wait that it asked for, and
-    who waits is told."""
-    monkeypatch.setattr(sd, "MAX_SILENCE", 1)
-
-    def closed(prompt, attempt):
-        return 503 if number_of(prompt) > 0 else None
-
-    with ApiServer(closed) as server:
-        run_generate(generate_fields(tmp_path / "closed", server, 3))
-        assert server.tries.total() < 12
-    _, rejected = kept_and_rejected(tmp_path / "closed")
-    assert ["503" in row["reason"] for row in rejected] == [True, True]
-
-    monkeypatch.setattr(sd, "MAX_SILENCE", 120)
-
-    def signal_us(prompt, attempt):
-        if number_of(prompt) == 0:
-            return None
-        os.kill(os.getpid(), signal.SIGTERM)
-        return (503, 59)
-
-    start = time.monotonic()
-    with ApiServer(signal_us) as server:
-        fields = generate_fields(tmp_path / "signal", server, 3, concurrency=1)
-        shown = run_generate(fields).out
-    assert time.monotonic() - start < 30   # not the 59 s that the server wants
-    assert "stopped by a signal" in shown
-    assert len(all_rows(tmp_path / "signal")) == 1
-
-    heartbeat = sd.Heartbeat()
-    heartbeat.since -= 11
-    ledger = types.SimpleNamespace(stopping=lambda: False, trouble="503 \x1b[2J")
-    for _ in range(5):
-        heartbeat.speak(ledger, 8)
-    shown = capsys.readouterr().out
-    assert shown.count("no answer for 11 s, 8 requests in flight") == 1
-    assert "\x1b" not in shown
-
-
-BAD_PROMPT_LINES = [
-    b'{"prompt": 3}', b'{"prompt": null}', b'{"prompt": ["a"]}', b"[]", b"7", b"nonsense",
-    b'{"question": 1}', b'{"messages": "hi"}', b'{"messages": [{"role": "user"}]}',
-    b'{"messages": [{"role": 3, "content": "x"}]}', b'{"prompt": "x", "category": {"a": 1}}',
-    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-    b'{"messages": [{"role": "assistant", "content": "x"}]}',
-    b'{"prompt": "\xff\xfe"}', b'{"prompt": "a\0"}', b'{"n": ' + b"9" * 5000 + b"}", b"[" * 99999]
-
-
-def test_generate_prompt_lines(tmp_path):
-    """What is wrong with a prompts file is one line, with the number of its line."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 1, num_examples=None,
-                                 prompts_file=tmp_path / "p.jsonl")
-    for line in BAD_PROMPT_LINES:
-        (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "ok"}\r\n\n' + line + b"\n")
-        check_one_error("p.jsonl', line 3,", fields)
-    (tmp_path / "p.txt").write_text("What?\n", encoding="utf-16")
-    check_one_error("p.txt', line 1,", fields, prompts_file=tmp_path / "p.txt")
-    (tmp_path / "p.txt").write_text("What?\n", encoding="utf-16-le")
-    check_one_error("p.txt', line 1,", fields, prompts_file=tmp_path / "p.txt")
-    check_one_error("prompts_file", fields, prompts_file=tmp_path)
-    check_one_error("prompts_file", fields, prompts_file="a\0b")
-
-    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]
-    _, messages = sd.parse_prompt_row({"messages": [{"role": "user", "content": parts}]})
-    assert messages == [{"role": "user", "content": "Who are you?"}]
 
 
 # --------------------------------------------------------------------------------------------------
