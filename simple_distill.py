@@ -865,6 +865,11 @@ def hold_out_rows(raw, eval_samples):
     return raw.select(kept), held_out
 
 
+def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
+    """The layer of a teacher that stands as deep in it as layer i of a student in that."""
+    return round((i + 1) * teacher_depth / depth) - 1
+
+
 def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
@@ -6061,10 +6066,10 @@ def load_any(cfg, name):
     if not is_checkpoint(name):
         root, _ = load_model(dataclasses.replace(cfg, teacher=name), "teacher")
         return root
-    path, _ = find_checkpoint(name, cfg.output_dir)
-    here = dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
-    run = Config(**read_json(os.path.join(path, "../../config.json"), {}) | here)
-    root, _ = load_model(run, "student")
+    path, state = find_checkpoint(name, name)
+    knobs = state["config"] | dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+    knobs.pop("cache", None)   # optional: cache
+    root, _ = load_model(Config(**knobs), "student")
     load_checkpoint(path, tensors_of(root, {}, {}))
     return root
 
@@ -6227,9 +6232,9 @@ def try_out(root, tokenizer, rows, batch_size, limit):
     _, sampled = write(prompts, new, temperature=1.0)
     batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
     prefill, _ = min(write(batch, 1) for _ in range(3))
-    generation, _ = write(prompts[:1], new)
+    generation, _ = min(write(prompts[:1], new) for _ in range(3))
     return dict(prefill=sum(map(len, batch)) / prefill, generation=new / generation,
-                texts=list(zip(greedy, sampled, strict=True)))
+                texts=list(zip(greedy, sampled)))
 
 
 def measure_model(cfg, label, name, teacher, tokenizer, rows):
@@ -6240,7 +6245,7 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
         curves = read_losses(name) if teacher else {}   # its own are of another run
         rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
         limit = max(len(row["input_ids"]) for row in rows)
-        check_model(root, label, name, own_tokenizer, limit)
+        check_model(root, f"{label} {name!r}", limit, packed=False)
     same = own_tokenizer is tokenizer
     teacher = teacher or root
     reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
@@ -6327,7 +6332,7 @@ def draw_report(path, models):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
-    for panel, (title, x, y) in zip(panels, PANELS, strict=True):
+    for panel, (title, x, y) in zip(panels, PANELS):
         panel.set(title=title, xlabel=x, ylabel=y)
     _, layers, quality, reliability = panels
     layers.xaxis.get_major_locator().set_params(integer=True)
@@ -6338,7 +6343,7 @@ def draw_report(path, models):
         for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                xs, ys = zip(*points, strict=True)
+                xs, ys = zip(*points)
                 panels[panel].plot(xs, ys, line.replace("o", marker), color=color, markersize=5)
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
         bits = [*figures["bits_95"], figures["bits"]]
