@@ -6021,9 +6021,9 @@ METRICS = dict(   # as the table names them, in its order
 LEGEND = (
     "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of "
     "sequences; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large "
-    "as its final/ will be. Layers: the share of the teacher's variance that the best linear map "
-    "from a layer leaves unexplained, and linear CKA. A model with another tokenizer continues a "
-    "beginning that ends a few bytes elsewhere."
+    "as its final/ will be. Layers (in report.png): the share of the teacher's variance that the "
+    "best linear map from a layer leaves unexplained, and linear CKA. A model with another "
+    "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
 PANELS = (   # of the picture: title, x, y
     ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
@@ -6127,52 +6127,41 @@ def beginnings(rows):
 # ---- one model: scores, layers, speed
 
 
-def score(cfg, root, reference, rows, tokenizer, what):
-    """One pass over the rows of all ranks, over the ids of the tokenizer. -> sums a sequence
-    [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with its T^2); and sums
-    a bin of confidence [BINS, 3]: tokens, hits, confidence."""
+def score(cfg, root, reference, rows, vocabulary, what):
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    -> sums a sequence [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
+    its T^2); and sums a bin of confidence (p of the top-1) [BINS, 3]: tokens, hits, confidence."""
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)
     bins = torch.zeros(BINS, 3, dtype=torch.float64)
+    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
     with evaluating(reference):
         for numbers, batch in held_out(root, rows, cfg.batch_size, what):
             hidden_ND, head = root(counted_hidden, batch)
             reference_ND, reference_head = reference(counted_hidden, batch)
-            # padded tails are cut
-            vocab = min(vocabulary_of(tokenizer), len(head.weight), len(reference_head.weight))
             row_N = torch.tensor(numbers)[batch.positions.cpu() // batch.input_ids.shape[1]]
-            chunk = max(1, LOGITS_BUDGET // (24 * vocab))   # six fp32 [C, V] at a time
             for part_C in torch.arange(len(row_N)).split(chunk):
-                terms_C6 = score_tokens(
-                    head_logits(hidden_ND[part_C], head, vocab),
-                    head_logits(reference_ND[part_C], reference_head, vocab),
-                    batch.labels[part_C].to(DEVICE),
-                    cfg.temperature,
-                )
+                logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
+                reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
+                labels_C = batch.labels[part_C].to(DEVICE)
+                best, top = logits_CV.max(-1)
+                log_total = logits_CV.logsumexp(-1)
+                logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
+                logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
+                terms = [
+                    torch.ones_like(best),
+                    log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
+                    top == labels_C,
+                    top == reference_CV.argmax(-1),
+                    torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
+                    (best - log_total).exp(),
+                ]
+                terms_C6 = torch.stack([term.double().cpu() for term in terms], 1)
                 sums.index_add_(0, row_N[part_C], terms_C6[:, :5])
                 bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
                 bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
     dist.all_reduce(sums, group=HOST)
     dist.all_reduce(bins, group=HOST)
     return sums.numpy(), bins.tolist()
-
-
-def score_tokens(logits_CV, reference_CV, labels_C, temperature):
-    """-> [C, 6] on the host: what score sums a sequence, and the confidence: p of the top-1."""
-    best, top = logits_CV.max(-1)
-    log_total = logits_CV.logsumexp(-1)
-    label_logit = logits_CV.gather(1, labels_C[:, None])[:, 0]
-    logp = torch.log_softmax(logits_CV / temperature, -1)
-    logq = torch.log_softmax(reference_CV / temperature, -1)
-    kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature**2
-    terms = [
-        torch.ones_like(kl),
-        log_total - label_logit,
-        top == labels_C,
-        top == reference_CV.argmax(-1),
-        kl,
-        (best - log_total).exp(),
-    ]
-    return torch.stack([x.double().cpu() for x in terms], 1)
 
 
 def layer_outputs(model, batch):
@@ -6210,8 +6199,8 @@ def compare_states(x_ND, y_NE):
     if tokens <= width + 1:
         return None, cka
     missed = y_NE - x_ND @ torch.linalg.pinv(xx, hermitian=True) @ xy
-    share = missed.square().sum() / y_NE.square().sum() * tokens / (tokens - width - 1)
-    return share.item(), cka
+    missed *= math.sqrt(tokens / (tokens - width - 1))
+    return (missed.square().mean() / y_NE.square().mean()).item(), cka
 
 
 def try_out(root, tokenizer, rows, batch_size, limit):
@@ -6249,7 +6238,8 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
     same = own_tokenizer is tokenizer
     teacher = teacher or root
     reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-    sums, bins = score(cfg, root, reference, rows, own_tokenizer, f"evaluating {label}")
+    sums, bins = score(
+        cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
     print0(f"layers of {label}, then what it writes, by the clock ...")
     layers = []
     if reference is not root:   # on the same rows on every rank
@@ -6287,7 +6277,7 @@ def interval(top, bottom, seed):
     # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
     low, high = middle + widen * np.quantile(off, (0.025, 0.975))
-    return [float(middle), float(low), float(high)]
+    return middle, low, high
 
 
 def judge_models(models, sizes, seed):
@@ -6392,11 +6382,6 @@ def write_report(folder, setting, models, prompts):
     lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
     print0("\n".join(lines))
     lines += ["![report.png: training, layers, quality against size, reliability](report.png)", ""]
-    for label, figures in models.items():
-        rows = [[show_number(x) for x in layer.values()] for layer in figures["layers"]]
-        if rows:
-            header = ["layer", "teacher's", "unexplained", "CKA"]
-            lines += [f"## Layers of {label}", "", table(header, rows), ""]
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
         for label, figures in models.items():
@@ -6404,8 +6389,8 @@ def write_report(folder, setting, models, prompts):
         lines.append("")
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
-    everything = dict(setting=setting, models=models, prompts=prompts)
-    write_json(everything, os.path.join(folder, "report.json"))
+    write_json(dict(setting=setting, models=models, prompts=prompts),
+               os.path.join(folder, "report.json"))
     try:
         draw_report(os.path.join(folder, "report.png"), models)
     except ImportError:
@@ -6441,9 +6426,7 @@ def report(cfg):
         temperature=cfg.temperature, batch_size=cfg.batch_size,
         own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
     )
-    prompts = []
-    if cfg.generate_comparisons:
-        prompts = [tokenizer.decode(ids) for ids in beginnings(rows)]
+    prompts = tokenizer.batch_decode(beginnings(rows) if cfg.generate_comparisons else [])
     if RANK == 0:
         write_report(cfg.output_dir, setting, models, prompts)
     return models
