@@ -6137,7 +6137,8 @@ def score(cfg, root, reference, rows, vocabulary, what):
         for numbers, batch in held_out(root, rows, cfg.batch_size, what):
             hidden_ND, head = root(counted_hidden, batch)
             reference_ND, reference_head = reference(counted_hidden, batch)
-            row_N = torch.tensor(numbers)[batch.positions.cpu() // batch.input_ids.shape[1]]
+            row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
+            row_N = row_B[batch.positions.cpu() // batch.input_ids.shape[1]]
             for part_C in torch.arange(len(row_N)).split(chunk):
                 logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
                 reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
