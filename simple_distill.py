@@ -6402,7 +6402,7 @@ def report(cfg):
     names = name_models(cfg)
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
-            with phase(f"looking for {label} {name}"), node_first():
+            with phase(f"looking for {label} {name}"):
                 AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
