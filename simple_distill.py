@@ -6207,22 +6207,22 @@ def try_out(root, tokenizer, rows, batch_size, limit):
     """-> tokens a second, and [greedy, sampled] continuations of each beginning. limit: how long a
     row may become."""
     def write(prompts, new, temperature=0.0):
-        """-> seconds for `new` tokens after each prompt, the texts up to the end mark."""
+        """-> new tokens a second, the texts up to the end mark; but always written in full."""
+        rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
         start = time.time()
-        ids = write_texts(root, prompts, range(len(prompts)), [new] * len(prompts), temperature,
-                          set(), vocabulary_of(tokenizer))
-        seconds = time.time() - start
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
+                          vocabulary_of(tokenizer))
+        speed = sum(rooms) / (time.time() - start)
         eos = tokenizer.eos_token or "\0"
-        return seconds, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
+        return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
 
     prompts = beginnings(rows)
-    new = min(NEW_TOKENS, limit + 1 - max(map(len, prompts)))   # the last is never looked up
-    _, greedy = write(prompts, new)
-    _, sampled = write(prompts, new, temperature=1.0)
+    _, greedy = write(prompts, NEW_TOKENS)
+    _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
     batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
-    prefill, _ = min(write(batch, 1) for _ in range(3))
-    generation, _ = min(write(prompts[:1], new) for _ in range(3))
-    return dict(prefill=sum(map(len, batch)) / prefill, generation=new / generation,
+    rows_a_second, _ = max(write(batch, 1) for _ in range(3))
+    generation, _ = max(write(prompts[:1], NEW_TOKENS) for _ in range(3))
+    return dict(prefill=rows_a_second * sum(map(len, batch)) / len(batch), generation=generation,
                 texts=list(zip(greedy, sampled)))
 
 
