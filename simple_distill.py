@@ -6095,11 +6095,12 @@ def rows_for(cfg, name, tokenizer, rows):
     first token, which is never counted."""
     other = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name) or tokenizer
     try:
-        compare_tokenizers(tokenizer, other, cfg.teacher, name)
+        compare_tokenizers(other, tokenizer, name, cfg.teacher)
         return rows, tokenizer
-    except UserError as e:
+    except UserError:
         if not all(row["targets"][1:].all() for row in rows):
-            raise UserError(f"{e}. They are compared on plain text; here prompts are masked") from e
+            raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
+                            "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
     other_eos = other.eos_token or ""
     begin = bos_of(other)

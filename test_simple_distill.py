@@ -8636,12 +8636,14 @@ def test_eval_continuations(eval_folder, full_report):
     rows = held_out_rows(eval_folder)
     third = math.ceil(len(rows) / 3)
     model = load(eval_folder / "run/final")
+    shown = (eval_folder / "found/report.md").read_text()
     for row, prompt, texts in zip(rows[::third], full_report["prompts"],
                                   full_report["models"]["student"]["texts"], strict=True):
         assert prompt == tokenizer.decode(row[:32])
         ids = torch.tensor(row[:32])[None]
         new = model.generate(ids, do_sample=False, max_new_tokens=17)[0, 32:]
         assert texts[0] == tokenizer.decode(new).split("<|end|>")[0] != texts[1]
+        assert f"    {prompt!r}\n" in shown and f"    student: {texts[1]!r}\n" in shown
     chat_row = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
     assert sd.beginnings([chat_row]) == [list(range(40))]
 
