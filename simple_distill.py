@@ -6096,7 +6096,7 @@ def layer_outputs(model, batch):
     """Runs inside a root: [N, D] of the counted tokens after each layer."""
     outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
     states = outputs.hidden_states[1:]   # the first is of the embeddings
-    return [state_BTD.flatten(0, 1)[batch.positions].double() for state_BTD in states]
+    return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
 def compare_layers(root, teacher, batch):
@@ -6115,6 +6115,8 @@ def compare_layers(root, teacher, batch):
 def compare_states(x_ND, y_NE):
     """-> the share of y's variance that the best linear map from x leaves unexplained (None: too
     few tokens), linear CKA."""
+    x_ND = x_ND.double()
+    y_NE = y_NE.double()
     x_ND = x_ND - x_ND.mean(0)
     y_NE = y_NE - y_NE.mean(0)
     xx = x_ND.T @ x_ND
