@@ -306,7 +306,7 @@ def claim(folder, mode, wait=False, alone=True):
 
 def mark_folder(folder, mode):
     """-> the mark of a folder, open. Refused: one without a mark that holds a name which this mode
-    writes, and one of another mode."""
+    writes."""
     os.makedirs(folder, exist_ok=True)
     names = os.listdir(folder)
     taken = [name for name in WRITES[mode] if name in names]
@@ -314,12 +314,7 @@ def mark_folder(folder, mode):
         raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
                         "version before; choose another folder, or make it ours with touch "
                         + os.path.join(folder, MARK))
-    file = open(os.path.join(folder, MARK), "a+", encoding="utf-8")
-    file.seek(0)
-    there = file.read().split(" ")[0]
-    if there not in ("", mode):
-        raise UserError(f"{folder!r} is of mode {there}; choose another folder")
-    return file
+    return open(os.path.join(folder, MARK), "a+", encoding="utf-8")
 
 
 @contextlib.contextmanager
