@@ -5974,8 +5974,8 @@ def score(cfg, root, reference, rows, vocabulary, what):
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)
     bins = torch.zeros(BINS, 3, dtype=torch.float64)
     chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
-    with evaluating(reference):
-        for numbers, batch in held_out(root, rows, cfg.batch_size, what):
+    with evaluating(reference), evaluating(root):
+        for numbers, batch in held_out(rows, cfg.batch_size, what):
             hidden_ND, head = root(counted_hidden, batch)
             reference_ND, reference_head = reference(counted_hidden, batch)
             row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
