@@ -270,7 +270,8 @@ def claim(folder, mode, wait=False):
     """Makes a folder ours for as long as this lasts: what stands there under our names may be
     replaced. One run a folder; wait: until another one is done. The kernel drops the lock with its
     process."""
-    words = f"{mode} {from_rank0(time.time_ns())}"
+    kind = mode.replace("eval", "train")   # a report may lie in the folder of its run
+    words = f"{kind} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
         with phase(f"taking {folder} for this run alone"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
@@ -300,7 +301,7 @@ def mark_folder(folder, mode):
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
-    if there not in ("", mode):
+    if there not in ("", mode.replace("eval", "train")):
         raise UserError(f"{folder!r} is of mode {there}; choose another folder")
     return file
 
@@ -4928,8 +4929,8 @@ def generate(cfg):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: eval: what was lost, what was gained, was the teacher worth it? Each model is loaded,
-# scored, compared with the teacher layer by layer and tried out (report, at the end, goes through
-# them); that becomes figures with intervals, and these report.json, report.md and report.png.
+# scored, compared with the teacher layer by layer and tried out (measure_model); that becomes
+# figures with intervals (judge_models), and these report.md, report.json and report.png.
 BINS = 15   # of confidence, for the calibration error and the reliability curve
 NEW_TOKENS = 48   # of a continuation
 METRICS = dict(   # as the table names them, in its order
@@ -4941,19 +4942,26 @@ METRICS = dict(   # as the table names them, in its order
     prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes",
 )
 LEGEND = (
-    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that "
-    "shape; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large as "
-    "its final/ will be."
+    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of "
+    "sequences; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large "
+    "as its final/ will be. Layers (in report.png): the share of the teacher's variance that the "
+    "best linear map from a layer leaves unexplained, and linear CKA. A model with another "
+    "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
+PANELS = (   # of the picture: title, x, y
+    ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
+    ("Layers against the teacher's", "layer", "share unexplained, CKA (dotted)"),
+    ("Quality against size", "parameters", "bits a byte, held out, and 95 %"),
+    ("Reliability", "confidence", "share right"),
+)
+CURVES = {   # panel, line; o is the model's marker
+    "train/ce_loss": (0, "-"), "train/kl_loss": (0, ":"), "eval/ce_loss": (0, "o"),
+    "unexplained": (1, "o-"), "CKA": (1, "o:"), "reliability": (3, "o-"),
+}
+STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # of models
 
 
-REPORT_MARK = "Written by simple_distill --mode eval"   # stands in each file of a report
-REPORT_FILES = ("report.json", "report.md", "report.png")
-
-
-def is_report(path):
-    with open(path, "rb") as f:
-        return REPORT_MARK.encode() in f.read()
+# ---- which models, and the rows of each
 
 
 def name_models(cfg):
@@ -4961,7 +4969,7 @@ def name_models(cfg):
     the name of its folder."""
     student = cfg.student
     if student == "demo":   # none was named
-        student = os.path.join(cfg.output_dir, "final")
+        student = f"{cfg.output_dir}/final"
     names = {"teacher": cfg.teacher, "student": student}
     for path in cfg.compare:
         label = os.path.basename(path.rstrip("/").removesuffix("/final"))
@@ -4972,41 +4980,51 @@ def name_models(cfg):
 
 
 def is_checkpoint(name):
-    return os.path.exists(os.path.join(name, "state.json"))
+    return Path(name, "state.json").exists()
 
 
-def load_model(cfg, name, label):
-    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
+def load_any(cfg, name):
+    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it.
+    Whether code of strangers runs is for this run to say."""
     if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
-    path, state = find_checkpoint(name, cfg.output_dir)
-    root = load_student(config_of_run(cfg, name, state))
+        root, _ = load_model(dataclasses.replace(cfg, teacher=name), "teacher")
+        return root
+    path, state = find_checkpoint(name, name)
+    knobs = state["config"] | dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+    knobs.pop("cache", None)   # optional: cache
+    root, _ = load_model(Config(**knobs), "student")
     load_checkpoint(path, tensors_of(root, {}, {}))
-    return root.eval()
+    return root
 
 
-def config_of_run(cfg, name, state):
-    """The Config of the run that checkpoint `name` is of. A file does not decide what is allowed:
-    whether code of strangers runs is for this run to say."""
-    with reading(f"checkpoint {name!r}: its state.json tells no run of this version"):
-        stored = dict(state["config"])
-        if stored.get("cache"):   # optional: cache
-            stored["cache_dir"] = stored["cache"]   # a digest, no path: enough to need no teacher
-        stored.pop("cache", None)
-        stored |= dict(dtype=cfg.dtype, seq_len=cfg.seq_len,
-                       trust_remote_code=cfg.trust_remote_code)
-        try:
-            return Config.from_json(stored)
-        except UserError as e:   # names the knob, but not whose it is
-            raise ValueError(e) from e
+def read_losses(name):
+    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
+    is of; nothing where there is none."""
+    path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
+    losses = collections.defaultdict(list)
+    if path.is_file():
+        with path.open(encoding="utf-8") as f:   # a run may be writing its last line
+            entries = [json.loads(line) for line in f if line.endswith("}\n")]
+        for entry in entries:
+            for key, value in entry.items():
+                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                    step = entry[f"{key.split('/')[0]}/step"]
+                    losses[key].append((int(step), float(value)))
+    return losses
 
 
-def retokenize(rows, tokenizer, other):
-    """The counted text of each row under another tokenizer: the same bytes, after its BOS, or EOS
-    where it has none, in place of the first token, which is never counted."""
-    if rows[0]["targets"] is not None:
-        raise UserError("models with different tokenizers are compared on plain text; here prompts "
-                        "are masked")
+def rows_for(cfg, name, tokenizer, rows):
+    """-> the rows as a model reads them, its tokenizer. Where that cuts like `tokenizer` it is that
+    one; else the rows are the same bytes, after its BOS, or EOS where it has none, in place of the
+    first token, which is never counted."""
+    other = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name) or tokenizer
+    try:
+        compare_tokenizers(other, tokenizer, name, cfg.teacher)
+        return rows, tokenizer
+    except UserError:
+        if not all(row["targets"][1:].all() for row in rows):
+            raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
+                            "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
     other_eos = other.eos_token or ""
     begin = bos_of(other)
@@ -5015,161 +5033,161 @@ def retokenize(rows, tokenizer, other):
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other_eos)
-        ids = other(text, add_special_tokens=False, verbose=False)["input_ids"]
-        retokenized.append({"input_ids": [begin, *ids]})
-    return retokenized
+        ids = np.array([begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        targets = np.arange(len(ids)) > 0
+        retokenized.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+    return retokenized, other
 
 
-def prompts_for(other, tokenizer, prompts):
-    """Prompts of plain text, each after the other tokenizer's BOS instead of this one's."""
-    bos = "" if bos_of(tokenizer) is None else tokenizer.bos_token
-    other_bos = "" if bos_of(other) is None else other.bos_token
-    return [other_bos + prompt.removeprefix(bos) for prompt in prompts]
+def beginnings(rows):
+    """Of three rows (fewer where there are fewer): up to the first target, and at least 32 ids."""
+    prompts = []
+    for i in range(0, len(rows), -(-len(rows) // 3)):
+        width = max(32, rows[i]["targets"].argmax())
+        prompts.append(rows[i]["input_ids"][:width].tolist())
+    return prompts
 
 
-def rows_for(other, tokenizer, rows, name, teacher_name):
-    """-> (rows as the other tokenizer cuts them, whether it cuts like the teacher's)"""
-    try:
-        compare_tokenizers(tokenizer, other, teacher_name, name)
-    except UserError:
-        return retokenize(rows, tokenizer, other), False
-    return rows, True
+# ---- one model: scores, layers, speed
 
 
-@torch.no_grad()
-def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
-    """One pass over the rows of all ranks, over the ids below vocabulary. -> sums a sequence
-    [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with its T^2); and sums
-    a bin of confidence [BINS, 3]: tokens, hits, confidence."""
+def score(cfg, root, reference, rows, vocabulary, what):
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    -> sums a sequence [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
+    its T^2); and sums a bin of confidence (p of the top-1) [BINS, 3]: tokens, hits, confidence."""
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)
     bins = torch.zeros(BINS, 3, dtype=torch.float64)
-    for mine in rows_of_this_rank(rows, batch_size):
-        batch = collate([rows[i] for i in mine])
-        hidden_ND, head = root(counted_hidden, batch)
-        reference_ND, reference_head = reference(counted_hidden, batch)
-        # padded tails are cut
-        vocab = min(vocabulary, len(head.weight), len(reference_head.weight))
-        width = batch.input_ids.shape[1]
-        row_N = torch.tensor(mine, dtype=torch.long)[(batch.positions // width).cpu()]
-        chunk = max(1, LOGITS_BUDGET // (24 * vocab))   # six fp32 [C, V] at a time
-        for start in range(0, len(row_N), chunk):
-            part = slice(start, start + chunk)
-            terms = score_tokens(
-                head_logits(hidden_ND[part], head, vocab),
-                head_logits(reference_ND[part], reference_head, vocab),
-                batch.labels[part].to(DEVICE),
-                temperature,
-            )
-            add_terms(terms, row_N[part], sums, bins)
-        bar.update(WORLD * len(mine))
-    dist.all_reduce(sums)
-    dist.all_reduce(bins)
-    root.release()
-    reference.release()
-    return sums, bins
-
-
-def head_logits(hidden_CD, head, vocab):
-    """-> [C, vocab] in fp32"""
-    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
-    return scale_and_softcap(raw, head.scale, head.softcap)[0]
-
-
-def score_tokens(logits_CV, reference_CV, labels_C, temperature):
-    """-> [C, 6] on the host: what score sums a sequence, and the confidence: p of the top-1."""
-    best, top = logits_CV.max(-1)
-    log_total = logits_CV.logsumexp(-1)
-    label_logit = logits_CV.gather(1, labels_C[:, None])[:, 0]
-    logp = torch.log_softmax(logits_CV / temperature, -1)
-    logq = torch.log_softmax(reference_CV / temperature, -1)
-    kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature**2
-    terms = [
-        torch.ones_like(kl),
-        log_total - label_logit,
-        top == labels_C,
-        top == reference_CV.argmax(-1),
-        kl,
-        (best - log_total).exp(),
-    ]
-    return torch.stack([x.double().cpu() for x in terms], 1)
-
-
-def add_terms(terms_C6, row_C, sums, bins):
-    """Adds the terms of each token to its row of sums and to its bin of confidence."""
-    sums.index_add_(0, row_C, terms_C6[:, :5])
-    confidence = terms_C6[:, 5]
-    bin_C = (confidence * BINS).long().clamp(max=BINS - 1)
-    bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
+    with evaluating(reference), evaluating(root):
+        for numbers, batch in held_out(rows, cfg.batch_size, what):
+            hidden_ND, head = root(counted_hidden, batch)
+            reference_ND, reference_head = reference(counted_hidden, batch)
+            row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
+            row_N = row_B[batch.positions.cpu() // batch.input_ids.shape[1]]
+            for part_C in torch.arange(len(row_N)).split(chunk):
+                logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
+                reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
+                labels_C = batch.labels[part_C].to(DEVICE)
+                best, top = logits_CV.max(-1)
+                log_total = logits_CV.logsumexp(-1)
+                logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
+                logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
+                terms = [
+                    torch.ones_like(best),
+                    log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
+                    top == labels_C,
+                    top == reference_CV.argmax(-1),
+                    torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
+                    (best - log_total).exp(),
+                ]
+                terms_C6 = torch.stack([term.double().cpu() for term in terms], 1)
+                sums.index_add_(0, row_N[part_C], terms_C6[:, :5])
+                bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
+                bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+    dist.all_reduce(sums, group=HOST)
+    dist.all_reduce(bins, group=HOST)
+    return sums.numpy(), bins.tolist()
 
 
 def layer_outputs(model, batch):
-    """Runs inside a root: [B, T, D] after each layer."""
-    with known_documents(batch.position_ids) as positions:
-        outputs = model.base_model(
-            batch.input_ids, use_cache=False, output_hidden_states=True, **positions)
-    return outputs.hidden_states[1:]   # the first is of the embeddings
+    """Runs inside a root: [N, D] of the counted tokens after each layer."""
+    outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
+    states = outputs.hidden_states[1:]   # the first is of the embeddings
+    return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
-@torch.no_grad()
-def layer_errors(root, teacher, batch):
-    """How far each layer of a student is from the layer of the teacher at the same depth."""
-    states = root(layer_outputs, batch)
-    teacher_states = teacher(layer_outputs, batch)
-    errors = []
-    for i in range(len(states)):
-        # The same layers as block-wise mode matches, but a student may be the deeper one here.
-        j = max(0, round((i + 1) * len(teacher_states) / len(states)) - 1)
-        x_ND = states[i].flatten(0, 1)[batch.positions].double()
-        y_NE = teacher_states[j].flatten(0, 1)[batch.positions].double()
-        errors.append(dict(student=i + 1, teacher=j + 1, **compare_states(x_ND, y_NE)))
-    root.release()
-    teacher.release()
-    return errors
+def compare_layers(root, teacher, batch):
+    """How much each layer of a student tells of the teacher's layer at its depth."""
+    with evaluating(teacher), evaluating(root):
+        states = root(layer_outputs, batch)
+        teacher_states = teacher(layer_outputs, batch)
+    layers = []
+    for i, x_ND in enumerate(states):   # a student may be the deeper one here
+        j = max(0, teacher_layer(i, len(states), len(teacher_states)))
+        share, cka = compare_states(x_ND, teacher_states[j])
+        layers.append(dict(student=i + 1, teacher=j + 1, share=share, cka=cka))
+    return layers
 
 
 def compare_states(x_ND, y_NE):
-    """MSE from x to y (other width: after the best linear map), MSE / variance of y, both of which
-    a few huge states decide; |x - y|^2 / |y|^2 of the median token, which they do not; linear CKA.
-    """
-    tokens, width = x_ND.shape
-    xc = x_ND - x_ND.mean(0)
-    yc = y_NE - y_NE.mean(0)
-    xx = xc.T @ xc
-    xy = xc.T @ yc
-    yy = yc.T @ yc
-    if x_ND.shape == y_NE.shape:
-        missed = x_ND - y_NE
-    else:
-        # Fitted on the tokens that it is judged on: each row of the map and its bias explain one
-        # token for nothing, and those are left out of the average.
-        fitted = xc @ torch.linalg.pinv(xx, hermitian=True) @ xy
-        missed = (yc - fitted) * math.sqrt(tokens / max(tokens - width - 1, 1))
-    mse = missed.square().mean().item()
+    """-> the share of y's variance that the best linear map from x leaves unexplained (None: too
+    few tokens), linear CKA."""
+    x_ND = x_ND.double()
+    y_NE = y_NE.double()
+    x_ND = x_ND - x_ND.mean(0)
+    y_NE = y_NE - y_NE.mean(0)
+    xx = x_ND.T @ x_ND
+    xy = x_ND.T @ y_NE
+    yy = y_NE.T @ y_NE
     cka = (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
-    size_N = y_NE.square().sum(-1).clamp_min(1e-30)
-    median = (missed.square().sum(-1) / size_N).median().item()
-    return dict(mse=mse, share=mse / yc.square().mean().item(), median=median, cka=cka)
+    # Fitted on the tokens that it is judged on: each row of the map and its bias explain one token
+    # for nothing, and those are left out of the average.
+    tokens, width = x_ND.shape
+    if tokens <= width + 1:
+        return None, cka
+    missed = y_NE - x_ND @ torch.linalg.pinv(xx, hermitian=True) @ xy
+    missed *= math.sqrt(tokens / (tokens - width - 1))
+    return (missed.square().mean() / y_NE.square().mean()).item(), cka
 
 
-def try_out(root, tokenizer, input_ids_BT, prompts, seed, allocated):
-    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt.
-    allocated: bytes that were in use before the model was loaded."""
+def try_out(root, tokenizer, rows, batch_size, limit):
+    """-> tokens a second, and [greedy, sampled] continuations of each beginning. limit: how long a
+    row may become."""
+    def write(prompts, new, temperature=0.0):
+        """-> new tokens a second, the texts up to the end mark; but always written in full."""
+        rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
+        start = time.time()
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
+                          vocabulary_of(tokenizer))
+        speed = sum(rooms) / (time.time() - start)
+        eos = tokenizer.eos_token or "\0"
+        return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
+
+    prompts = beginnings(rows)
+    _, greedy = write(prompts, NEW_TOKENS)
+    _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
+    batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
+    rows_a_second, _ = max(write(batch, 1) for _ in range(3))
+    generation, _ = max(write(prompts[:1], NEW_TOKENS) for _ in range(3))
+    return dict(prefill=rows_a_second * sum(map(len, batch)) / len(batch), generation=generation,
+                texts=list(zip(greedy, sampled)))
+
+
+def measure_model(cfg, label, name, teacher, tokenizer, rows):
+    """-> root, figures. teacher: None where this is the teacher."""
+    allocated = torch.cuda.memory_allocated()
+    with phase(f"reading {label} {name}"):
+        root = load_any(cfg, name)
+        curves = read_losses(name) if teacher else {}   # its own are of another run
+        rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
+        limit = max(len(row["input_ids"]) for row in rows)
+        check_model(root, f"{label} {name!r}", limit, packed=False)
+    same = own_tokenizer is tokenizer
+    teacher = teacher or root
+    reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
+    sums, bins = score(
+        cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
+    print0(f"layers of {label}, then what it writes, by the clock ...")
+    layers = []
+    if reference is not root:   # on the same rows on every rank
+        probe = list(itertools.islice(rows, 8192 // cfg.seq_len + 1))
+        layers = compare_layers(root, teacher, collate(probe))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    prefill_seconds = [continue_text(root, tokenizer, input_ids_BT, 1)[0] for _ in range(3)]
-    greedy_seconds = []
-    texts = []
-    for prompt in prompts:
-        encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        ids_1T = encoded["input_ids"].to(DEVICE)
-        seconds, greedy = continue_text(root, tokenizer, ids_1T, NEW_TOKENS)
-        _, sampled = continue_text(root, tokenizer, ids_1T, NEW_TOKENS, seed=seed)
-        greedy_seconds.append(seconds)
-        texts.append([greedy, sampled])
-    peak = torch.cuda.max_memory_allocated() - allocated if CUDA else None
-    prefill = input_ids_BT.numel() / min(prefill_seconds)
-    generation = NEW_TOKENS / min(greedy_seconds)
-    return dict(prefill=prefill, generation=generation, texts=texts, memory=peak)
+    trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
+    memory = torch.cuda.max_memory_allocated() - allocated if CUDA else None
+    parameters = root.model.num_parameters()
+    # a hub name, or a checkpoint, whose files hold more than the weights: as saved
+    files = glob.glob(f"{glob.escape(name)}/model*.safetensors")
+    disk = sum(map(os.path.getsize, files)) or parameters * compute_dtype(cfg).itemsize
+    figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
+                   layers=layers, sums=sums, bins=bins, curves=curves, **trial)
+    figures["own"] = score_own_texts(   # optional: on_policy
+        cfg, root, teacher if same else None, tokenizer, rows)
+    return root, figures
+
+
+# ---- figures with intervals
 
 
 def interval(top, bottom, seed):
@@ -5178,147 +5196,77 @@ def interval(top, bottom, seed):
     n = len(top)
     rng = np.random.default_rng(seed)
     middle = top.sum() / bottom.sum()
-    redrawn = []
-    for _ in range(20):   # 2,000 samples, 100 at a time to save memory
-        picks = rng.integers(0, n, (100, n))
-        redrawn.append(top[picks].sum(1) / bottom[picks].sum(1))
-    off = np.concatenate(redrawn) - middle
+    off = []
+    for _ in range(2000):
+        picks = rng.integers(0, n, n)
+        off.append(top[picks].sum() / bottom[picks].sum() - middle)
     # The bootstrap's variance is (n - 1) / n of what it estimates; t's 97.5 % point with n - 1
     # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
     low, high = middle + widen * np.quantile(off, (0.025, 0.975))
-    return [float(middle), float(low), float(high)]
+    return middle, low, high
 
 
-def compute_metrics(models, tables, sizes, seed):
+def judge_models(models, sizes, seed):
     """Adds to the figures of each model those of its sums a sequence (see score) and of the bytes
-    of each, what they are of the teacher's, its curves, and the student's lead over it."""
-    for label, figures in models.items():
-        figures.update(measure_quality(tables[label], figures["bins"], sizes, seed))
-        figures["curves"] |= collect_curves(figures)
-        if not figures.pop("same_tokenizer"):   # these need one vocabulary
-            figures["agreement"] = None
-            figures["kl"] = None
-    for label, figures in models.items():
-        figures["ratio"] = {}
-        for key in METRICS:
-            whole = models["teacher"][key]
-            if figures[key] is not None and whole:   # the teacher's KL is 0
-                figures["ratio"][key] = figures[key] / whole
-        ahead = tables["student"][:, 1] - tables[label][:, 1]
-        figures["student_against_it"] = judge_difference(ahead / math.log(2), sizes, seed)
-
-
-def measure_quality(table, bins, sizes, seed):
-    counts, nats, *_ = table.T
-    tokens, _, right, agreed, kl = table.sum(0).tolist()
-    perplexity, *perplexity_95 = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
-    bits, *bits_95 = interval(nats / math.log(2), sizes, seed)
-    ece = sum(abs(hits - confidence) for _, hits, confidence in bins) / tokens
-    return dict(
-        perplexity=perplexity, perplexity_95=perplexity_95, bits=bits, bits_95=bits_95,
-        tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens, kl=kl / tokens,
-        ece=ece,
-    )
-
-
-def judge_difference(bits, sizes, seed):
-    """bits of each sequence, the student's less the other's -> their difference a byte."""
-    difference, low, high = interval(bits, sizes, seed)
-    if high < 0:
-        verdict = "better"
-    elif low > 0:
-        verdict = "worse"
-    else:
+    of each, the student's lead over it, and the points of its curves."""
+    student_nats = models["student"]["sums"][:, 1]
+    for figures in models.values():
+        sums = figures.pop("sums")
+        counts, nats, *_ = sums.T
+        tokens, _, right, agreed, kl = sums.sum(0).tolist()
+        around = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
+        figures["perplexity"], *figures["perplexity_95"] = around
+        figures["bits"], *figures["bits_95"] = interval(nats / math.log(2), sizes, seed)
+        figures["tokens"] = int(tokens)
+        figures["accuracy"] = right / tokens
+        same = figures.pop("same_tokenizer")   # these need one vocabulary
+        figures["agreement"] = agreed / tokens if same else None
+        figures["kl"] = kl / tokens if same else None
+        bins = figures["bins"]
+        figures["ece"] = sum(abs(hits - p) for _, hits, p in bins) / tokens
+        difference, low, high = interval((student_nats - nats) / math.log(2), sizes, seed)
         verdict = "no significant difference"
-    return dict(difference=difference, interval=[low, high], verdict=verdict)
+        if high < 0:
+            verdict = "better"
+        elif low > 0:
+            verdict = "worse"
+        figures["student_against_it"] = dict(
+            difference=difference, interval=[low, high], verdict=verdict)
+        layers = figures["layers"]
+        figures["curves"] |= {
+            "unexplained": [(layer["student"], layer["share"]) for layer in layers],
+            "CKA": [(layer["student"], layer["cka"]) for layer in layers],
+            "reliability": [(p / n, hits / n) for n, hits, p in bins if n],
+        }
 
 
-def collect_curves(figures):
-    """-> {name: [(x, y), ...]} for the picture, beside the losses."""
-    layers = figures["layers"]
-    curves = {}
-    curves["median token"] = [(layer["student"], layer["median"]) for layer in layers]
-    curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
-    curves["reliability"] = [
-        (confidence / count, hits / count) for count, hits, confidence in figures["bins"] if count
-    ]
-    return curves
-
-
-def read_losses(name):
-    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
-    is of; nothing where there is none."""
-    paths = [os.path.join(name, up, "log.jsonl") for up in ("..", "../..")]
-    paths = [path for path in paths if os.path.isfile(path)]
-    if not paths:
-        return {}
-    losses = {}
-    with reading(f"model {name!r}: {paths[0]!r} beside it is damaged"):
-        with open(paths[0], encoding="utf-8") as f:
-            # Not read_jsonl, which mends the file: the run may be writing its last line.
-            entries = [json.loads(line) for line in f if line.endswith("}\n")]
-        for entry in entries:
-            for key, value in entry.items():
-                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                    step = entry[key.split("/")[0] + "/step"]
-                    losses.setdefault(key, []).append((int(step), float(value)))
-    return losses
-
-
-def disk_bytes(name, parameters, dtype):
-    """Of its weights; a hub name or a checkpoint, which has none of its own: as saved in dtype."""
-    files = glob.glob(os.path.join(glob.escape(name), "*.safetensors"))
-    return sum(os.path.getsize(file) for file in files) or parameters * dtype.itemsize
+# ---- the report
 
 
 def draw_report(path, models):
-    """Four panels; shades, lines and markers tell models apart in grey too."""
+    """Shades and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    (training, layers), (quality, reliability) = figure.subplots(2, 2)
-    styles = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for panel, (title, x, y) in zip(panels, PANELS):
+        panel.set(title=title, xlabel=x, ylabel=y)
+    _, layers, quality, reliability = panels
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    quality.set_xscale("log")
+    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
     for i, (label, figures) in enumerate(models.items()):
-        color, marker = styles[i % len(styles)]
-        for panel, key, line in (
-            (training, "train/ce_loss", "-"),
-            (training, "train/kl_loss", ":"),
-            (training, "eval/ce_loss", marker),
-            (layers, "median token", marker + "-"),
-            (layers, "CKA", marker + ":"),
-            (reliability, "reliability", marker + "-"),
-        ):
+        color, marker = STYLES[i % len(STYLES)]
+        for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                xs, ys = zip(*points, strict=True)
-                panel.plot(xs, ys, line, color=color, markersize=5, label=f"{label}: {key}")
+                xs, ys = zip(*points)
+                panels[panel].plot(xs, ys, line.replace("o", marker), color=color, markersize=5)
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
-        bits = figures["bits"]
-        around = [[abs(x - bits)] for x in figures["bits_95"]]
-        quality.errorbar(size, bits, around, fmt=marker, color=color, capsize=3, label=label)
-    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
-
-    training.set(title="Training", xlabel="step", ylabel="nats a token")
-    layers.set(
-        title="Layers against the teacher's", xlabel="student layer",
-        ylabel="relative error of the median token; CKA",
-    )
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    quality.set(
-        title="Quality against size", xlabel="parameters", xscale="log",
-        ylabel="bits a byte, held out, 95 %",
-    )
-    sizes = sorted({figures["parameters"] for figures in models.values()})
-    quality.set_xticks(sizes, [tqdm.format_sizeof(size) for size in sizes])
-    quality.minorticks_off()
-    quality.margins(0.25)
-    reliability.set(
-        title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)
-    )
-    for panel in (training, layers, quality, reliability):
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": REPORT_MARK})
+        bits = [*figures["bits_95"], figures["bits"]]
+        quality.plot([size] * 3, bits, marker + "-", color=color, label=label)
+    figure.legend(loc="outside lower center", ncols=len(models), frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def show_number(x):
@@ -5329,170 +5277,84 @@ def show_number(x):
     return f"{x:,.0f}"
 
 
-def show_figure(label, figures, key):
+def show_figure(models, label, key):
     """The cell of a model in the table: value (low to high), so many x of the teacher's."""
-    shown = show_number(figures[key])
-    if key + "_95" in figures:
-        low, high = figures[key + "_95"]
-        shown += f" ({show_number(low)} to {show_number(high)})"
-    if label != "teacher" and key in figures["ratio"]:
-        shown += f", {show_number(figures['ratio'][key])} x"
+    value = models[label][key]
+    shown = show_number(value)
+    if key + "_95" in models[label]:
+        low, high = map(show_number, models[label][key + "_95"])
+        shown += f" ({low} to {high})"
+    whole = models["teacher"][key]
+    if label != "teacher" and whole and value is not None:   # the teacher's KL is 0
+        shown += f", {show_number(value / whole)} x"
     return shown
 
 
-def markdown_table(header, rows):
-    """-> lines, an empty one before and after."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return ["", *lines, ""]
-
-
-def summary_lines(setting, models):
-    """The beginning of report.md, printed too: verdicts, the table, how it was measured."""
+def write_report(folder, setting, models, prompts):
+    """The beginning of report.md, verdicts and the table, is printed too. The picture comes last:
+    what it is made from stands by then."""
     lines = [f"# {models['student']['name']}: the report", ""]
     for label, figures in models.items():
+        against = figures["student_against_it"]
+        low, high = against["interval"]
         if label != "student":
-            against = figures["student_against_it"]
-            low, high = against["interval"]
             lines.append(
                 f"- student against {label}: {against['difference']:+.4f} bits a byte "
                 f"({low:+.4f} to {high:+.4f}): {against['verdict']}"
             )
     rows = []
     for key, title in METRICS.items():
-        cells = [show_figure(label, figures, key) for label, figures in models.items()]
-        rows.append([title, *cells])
-    lines += markdown_table(["", *models], rows)
+        rows.append([title, *[show_figure(models, label, key) for label in models]])
     settings = ", ".join(f"{key} {value}" for key, value in setting.items())
-    return [*lines, f"{settings}. {LEGEND}", ""]
-
-
-def detail_lines(models, prompts):
-    """The rest of report.md: the layers of each model, then continuations of the prompts."""
-    lines = []
-    for label, figures in models.items():
-        rows = [[show_number(x) for x in layer.values()] for layer in figures["layers"]]
-        if rows:
-            header = ["layer", "teacher's", "MSE", "MSE / variance", "median token", "CKA"]
-            lines += [f"## Layers of {label}", *markdown_table(header, rows)]
+    lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
+    print0("\n".join(lines))
+    lines += ["![report.png: training, layers, quality against size, reliability](report.png)", ""]
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
         for label, figures in models.items():
             lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
         lines.append("")
-    return lines
-
-
-def write_report(folder, setting, models, prompts):
-    """report.json, report.png and report.md -> the beginning of the last"""
-    summary = summary_lines(setting, models)
+    Path(folder, "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_json(dict(setting=setting, models=models, prompts=prompts), f"{folder}/report.json")
     try:
-        draw_report(os.path.join(folder, "report.png"), models)
-        summary += ["![training, layers, quality against size, reliability](report.png)", ""]
+        draw_report(f"{folder}/report.png", models)
     except ImportError:
-        summary += ["No report.png: pip install matplotlib", ""]
-    everything = dict(about=REPORT_MARK, setting=setting, models=models, prompts=prompts)
-    write_json(everything, os.path.join(folder, "report.json"))
-    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join([*summary, *detail_lines(models, prompts), REPORT_MARK + ".", ""]))
-    return "\n".join(["", *summary])
-
-
-def choose_prompts(rows, tokenizer):
-    """The beginnings of three rows (fewer where there are fewer): up to the first counted token,
-    and at least 32 tokens."""
-    prompts = []
-    for i in range(0, len(rows), -(-len(rows) // 3)):
-        first_counted = int(collate([rows[i]]).positions[0])
-        prompts.append(tokenizer.decode(rows[i]["input_ids"][:max(32, first_counted + 1)]))
-    return prompts
-
-
-def counted_bytes(rows, tokenizer):
-    """-> the length of the counted text of each row, in UTF-8."""
-    sizes = []
-    for row in rows:
-        text = tokenizer.decode(collate([row]).labels, skip_special_tokens=True)
-        sizes.append(len(text.encode()))
-    return sizes
+        print0("No report.png: pip install matplotlib")
 
 
 def report(cfg):
-    """What was lost, what was gained, was the teacher worth it? -> report.md, report.json and
-    report.png in output_dir."""
-    for file in REPORT_FILES:
-        refuse_foreign(os.path.join(cfg.output_dir, file), is_report)
+    """-> {label: figures}, which are in output_dir's report.md, report.json and report.png."""
     names = name_models(cfg)
-    losses = {"teacher": {}}
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
-            model_config(name, cfg, label)
-        if label != "teacher":
-            losses[label] = read_losses(name)
+            with phase(f"looking for {label} {name}"):
+                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
                         "or lower --seq_len")
-    probe_rows = min(len(rows), 8192 // cfg.seq_len + 1)
-    probe_batch = collate([rows[i] for i in range(probe_rows)])   # for layers, same on every rank
-    prompts = choose_prompts(rows, tokenizer)
-    dtype = compute_dtype(cfg)
-    unnamed = dataclasses.replace(cfg, tokenizer=None)   # to find the one that a model brings
-
-    models = {}   # {label: figures}
-    tables = {}   # {label: sums a sequence}
+    models = {}
     teacher = None
     for label, name in names.items():
-        allocated = torch.cuda.memory_allocated()
-        with progress(f"reading {label} {name}"):
-            root = load_model(cfg, name, label)
-            teacher = teacher or root   # which comes first, and stays
-            model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
-            check_head(root, label, name, model_tokenizer)
-        rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
-        reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-        vocabulary = vocabulary_of(tokenizer if same else model_tokenizer)   # of rows_here
-        with progress(f"evaluating {label}", len(rows_here), unit="seq") as bar:
-            sums, bins = score(root, reference, rows_here, vocabulary, cfg.batch_size,
-                               cfg.temperature, bar)
-        tables[label] = sums.numpy()
-        layers = []
-        if reference is not root:
-            with progress(f"comparing the layers of {label}"):
-                layers = layer_errors(root, teacher, probe_batch)
-        numbers = range(cfg.batch_size)   # there may be fewer rows
-        prefill_ids = collate([rows_here[i % len(rows_here)] for i in numbers]).input_ids
-        parameters = root.model.num_parameters()
-        own_prompts = prompts if same else prompts_for(model_tokenizer, tokenizer, prompts)
-        with progress(f"{label} writes, by the clock"):
-            trial = try_out(root, model_tokenizer, prefill_ids, own_prompts, cfg.seed, allocated)
-        models[label] = dict(
-            name=name, same_tokenizer=same, parameters=parameters,
-            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
-            curves=losses[label], **trial,
-        )
-        models[label]["own"] = score_own_texts(   # optional: on_policy
-            cfg, root, teacher if same else None, tokenizer, rows)
+        root, models[label] = measure_model(cfg, label, name, teacher, tokenizer, rows)
+        teacher = teacher or root   # which comes first, and stays
         del root   # before the next one is read
-
+    sizes = []   # of the counted text of each row, in UTF-8
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"][row["targets"]], skip_special_tokens=True)
+        sizes.append(len(text.encode()))
+    judge_models(models, np.array(sizes), cfg.seed)
+    setting = dict(
+        dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
+        device=DEVICE.type, dtype=str(compute_dtype(cfg)),
+        temperature=cfg.temperature, batch_size=cfg.batch_size,
+        own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
+    )
+    prompts = tokenizer.batch_decode(beginnings(rows) if cfg.generate_comparisons else [])
     if RANK == 0:
-        sizes = counted_bytes(rows, tokenizer)
-        setting = dict(
-            dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
-            device=DEVICE.type, dtype=str(dtype).removeprefix("torch."),
-            temperature=cfg.temperature, prefill=list(prefill_ids.shape),
-            own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
-        )
-        with progress("writing the report"):
-            compute_metrics(models, tables, np.array(sizes), cfg.seed)
-            if not cfg.generate_comparisons:
-                prompts = []
-            summary = write_report(cfg.output_dir, setting, models, prompts)
-        print0(summary)
+        write_report(cfg.output_dir, setting, models, prompts)
+    return models
 
 
 # --------------------------------------------------------------------------------------------------
