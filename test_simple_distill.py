@@ -98,8 +98,7 @@ class Result(NamedTuple):
 def words_of(args):
     """Arguments as words; --use_wandb false unless the test says otherwise."""
     words = [str(arg) for arg in args]
-    mode = words[words.index("--mode") + 1] if "--mode" in words else "train"
-    if mode == "train" and not any("use_wandb" in word for word in words):
+    if "--mode" not in words and not any("use_wandb" in word for word in words):
         words += ["--use_wandb", "false"]
     return words
 
@@ -114,11 +113,9 @@ def cli(*args, rc=0):
         except SystemExit as e:
             code = e.code or 0
     result = Result(code, out.getvalue(), err.getvalue())
-    command = shlex.join(words_of(args))
-    assert code == rc, f"exit code {code}, not {rc}: {command}\n{result.out}\n{result.err}"
+    assert code == rc, (shlex.join(words_of(args)), result)
     if rc == 2:
-        lines = result.err.strip().splitlines()
-        assert any(line.startswith("error: ") for line in lines), result.err
+        assert len(re.findall("^error: ", result.err, re.MULTILINE)) == 1, result.err
         assert "Traceback" not in result.err, result.err
     return result
 
@@ -129,9 +126,8 @@ def flags(**fields):
     for name, value in fields.items():
         if value is None:
             continue
-        values = value if isinstance(value, (list, tuple)) else [value]
         words.append(f"--{name}")
-        for x in values:
+        for x in value if isinstance(value, (list, tuple)) else [value]:
             words.append(str(x).lower() if isinstance(x, bool) else str(x))
     return words
 
@@ -153,11 +149,10 @@ def distil(out, rc=0, **fields):
 
 def spawn(*args, nproc=1, env=None, **popen):
     """The real thing as a process, in a session of its own: a signal reaches all of its ranks."""
-    command = [sys.executable, str(HERE / "simple_distill.py")]
+    command = [sys.executable, HERE / "simple_distill.py"]
     if nproc > 1:
-        command = [str(HERE / "launch.sh")]
+        command = [HERE / "launch.sh"]
     env = {**os.environ, "NPROC": str(nproc), **(env or {})}
-    env.setdefault("OMP_NUM_THREADS", "1")
     popen = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                  text=True) | popen
     return subprocess.Popen([*command, *words_of(args)], env=env, start_new_session=True, **popen)
@@ -186,7 +181,10 @@ def child(job):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         import simple_distill
+        exec(job["change"], vars(simple_distill))
         code = simple_distill.main(job["args"])
+    except SystemExit as e:
+        code = e.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -200,37 +198,36 @@ for line in sys.stdin:
     if pid == 0:
         child(job)
     print(pid, flush=True)
-    if job["wait"]:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 class Fork:
-    """A run in processes of its own, one a rank."""
+    """A run in processes of its own, one a rank. change: code that the package meets first."""
     mother = None
 
-    def __init__(self, log, *args, ranks=1, limit=0, package=HERE):
+    def __init__(self, log, *args, ranks=1, limit=0, package=HERE, change=""):
         if Fork.mother is None:
             Fork.mother = subprocess.Popen(
                 [sys.executable, "-c", MOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                text=True)
             atexit.register(Fork.mother.kill)
         self.log = str(log)
         self.pids = []
         port = free_port()
         for rank in range(ranks):
             env = rank_environment(rank, ranks, port) if ranks > 1 else {}
-            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False,
-                   "limit": limit, "package": str(package)}
+            job = {"args": words_of(args), "env": env, "log": self.log, "limit": limit,
+                   "package": str(package), "change": change}
             Fork.mother.stdin.write(json.dumps(job) + "\n")
             Fork.mother.stdin.flush()
             self.pids.append(int(Fork.mother.stdout.readline()))
 
-    def running(self):
-        return [pid for pid in self.pids if is_alive(pid)]
+    def poll(self):
+        """None while any of it runs, as of a Popen."""
+        return None if any(map(is_alive, self.pids)) else 0
 
     def signal(self, number):
-        for pid in self.running():
+        for pid in filter(is_alive, self.pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         return self
@@ -238,7 +235,7 @@ class Fork:
     def wait(self, seconds=180):
         """-> what it printed, once all of it has ended."""
         end = time.time() + seconds
-        while self.running():
+        while self.poll() is None:
             assert time.time() < end, Path(self.log).read_text()[-3000:]
             time.sleep(0.02)
         return Path(self.log).read_text()
@@ -266,10 +263,10 @@ def is_alive(pid):
 
 
 def wait_for_log(out, process, seconds=120):
-    """Until a process has logged its first step."""
+    """Until a process (a Popen, a Fork) has logged its first step."""
     end = time.time() + seconds
     while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
-        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
+        assert process.poll() is None and time.time() < end, "it ended, or is too slow"
         time.sleep(0.05)
 
 
@@ -308,14 +305,13 @@ def final_weights(out):
 def checkpoint(out, step):
     """All tensors of a checkpoint by name."""
     path = os.path.join(out, "checkpoints", f"step-{step:08d}")
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = dcp.HuggingFaceStorageReader(path)
     tensors = {}
-    for name, entry in metadata.items():
-        if hasattr(entry, "properties"):
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
