@@ -241,6 +241,12 @@ class Fork:
         return Path(self.log).read_text()
 
 
+def distil_apart(out, ranks=1, change="", **fields):
+    """A plain run into `out`, in processes of its own, which print into out.txt -> Fork"""
+    words = flags(**{**PLAIN, "output_dir": out, **fields})
+    return Fork(f"{out}.txt", *words, ranks=ranks, change=change)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -8945,109 +8951,165 @@ def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
 # Runs: killed anywhere, on many ranks, a week of every mode: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {   # what the run is besides plain; ranks: how many processes
-    "map": {},
-    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
-    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
-    "dropout": dict(student="dropout"),
-    "2 ranks": dict(ranks=2, batch_size=2),
-    "documents": dict(packing="documents", seq_len=128),
-    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
+KILLED = {   # what the run is besides plain: (ranks, fields)
+    "map": (1, {}),
+    "stream": (1, dict(streaming=True, shuffle_buffer=7)),   # optional: streaming
+    "accumulation 3": (1, dict(batch_size=2, gradient_accumulation_steps=3)),
+    "dropout": (1, {}),
+    "2 ranks": (2, dict(batch_size=2)),
+    "documents": (1, dict(packing="documents", seq_len=128)),
+    "on policy": (1, dict(on_policy=0.5, max_new_tokens=6)),   # optional: on_policy
 }
 
 
-def half_saved(out):
-    """Whether a checkpoint is being written, or was when the run was killed."""
-    return bool(list(Path(out, "checkpoints").glob("tmp-*")))
+def assert_same_run(out, other):
+    assert same(final_weights(out), final_weights(other))
+    assert quiet_log(out) == quiet_log(other)
 
 
-def killed_run(tmp_path, teacher, student, text, kind, kills, seed, damage=False):
-    """A run that is killed again and again against one that is not: every second kill falls into a
-    save, the others anywhere. damage: each time the newest checkpoint loses a bit, where an older
-    one is left to fall back to."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4,
-              "max_steps": 12, "save_steps": 2, "eval_steps": 5, "eval_samples": 8, "alpha": 0.4,
-              "lr_scheduler": "cosine", **KILLED[kind]}
-    ranks = fields.pop("ranks", 1)
-    if fields["student"] == "dropout":
-        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
-    whole = str(tmp_path / "whole")
-    broken = str(tmp_path / "broken")
-    pick = random.Random(seed)
+def damage(newest, draw):
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file of another save."""
+    path = draw.choice(sorted(newest.iterdir()))
+    how = draw.choice(["turn", "lose", "add"])
+    if how == "turn":
+        flip(path, draw.random())
+    elif how == "lose":
+        path.unlink()
+    else:
+        older = min(newest.parent.glob("step-*"))
+        shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
 
-    def start(out):
-        return Fork(f"{out}.txt", *flags(**{**fields, "output_dir": out}), ranks=ranks)
 
+def saved_twice(out):
+    return len(list(out.glob("checkpoints/step-*"))) > 1
+
+
+@pytest.mark.parametrize("kills, damaged", [
+    (2, False),
+    pytest.param(12, False, marks=pytest.mark.campaign),
+    pytest.param(12, True, marks=pytest.mark.campaign),
+])
+@pytest.mark.parametrize("kind", KILLED)
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(
+        tmp_path, teacher, student, text, kind, kills, damaged):
+    """Killed again and again, at random. damaged: and each time the newest checkpoint of two is."""
+    ranks, more = KILLED[kind]
+    if kind == "dropout":
+        student = tiny_model(tmp_path / "dropout", **DROPOUT)
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, max_steps=12,
+                  save_steps=2, eval_steps=5, eval_samples=8, alpha=0.4, lr_scheduler="cosine")
+    fields = dict(ranks=ranks) | fields | more
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    draw = random.Random(kills)
     begun = time.time()
-    assert "done in" in start(whole).wait()
+    assert "done in" in distil_apart(whole, **fields).wait()
     usual_seconds = time.time() - begun
-    inside = 0
-    damaged = 0
-    for n in range(kills):
-        run = start(broken)
-        saved = Path(broken, "checkpoints")
-        if damage:
-            end = time.time() + 30
-            while time.time() < end and len(list(saved.glob("step-*"))) < 2:
-                time.sleep(0.005)
-            time.sleep(usual_seconds * pick.uniform(0, 0.1))
-        elif n % 2 == 0:
-            end = time.time() + 30
-            while time.time() < end and not half_saved(broken):
-                if os.path.isdir(f"{broken}/final"):
-                    break
-        else:
-            time.sleep(usual_seconds * pick.uniform(0.3, 0.9))
+    unfinished = 0
+    for _ in range(kills):
+        run = distil_apart(broken, **fields)
+        end = time.time() + usual_seconds * draw.uniform(0.3, 0.9)
+        while time.time() < end or damaged and run.poll() is None and not saved_twice(broken):
+            time.sleep(0.005)
         run.signal(signal.SIGKILL).wait()
-        inside += half_saved(broken)
-        checkpoints = sorted(saved.glob("step-*"))
-        if damage and len(checkpoints) > 1:
-            flip(pick.choice(sorted(checkpoints[-1].iterdir())), pick.random())
-            damaged += 1
-    shown = start(broken).wait()
-    assert os.path.isdir(f"{broken}/final"), shown[-3000:]
-    assert same(final_weights(whole), final_weights(broken)), shown
-    assert quiet_log(whole) == quiet_log(broken)
-    assert damage or kills < 2 or inside > 0, "no kill fell into a save"
-    assert not damage or damaged == kills
+        unfinished += not (broken / "final").is_dir()
+        if damaged:
+            damage(max(broken.glob("checkpoints/step-*")), draw)
+    shown = distil_apart(broken, **fields).wait()
+    assert unfinished or damaged, "no kill came before the end"
+    assert damaged == ("passed over" in shown), shown
+    assert_same_run(broken, whole)
 
 
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=3, seed=len(kind))
+# Rank 0 dies when it comes to the nth line of those that a save runs through: ours and torch's.
+DIES = """
+import sys
+lines = set()
+
+def watch(frame, event, value):
+    if frame.f_code.co_filename.endswith({files}):
+        lines.add((frame.f_code, frame.f_lineno))
+        if len(lines) == {line} and RANK == 0:
+            os.kill(os.getpid(), 9)
+        return watch
+
+def save_watched(*args, unwatched=save_checkpoint):
+    sys.settrace(watch)
+    try:
+        return unwatched(*args)
+    finally:
+        sys.settrace(None)
+
+save_checkpoint = save_watched
+"""
+OURS = ("simple_distill.py",)
+TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_twelve_kills(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=1)
+@pytest.mark.parametrize("ranks, files, every", [
+    (1, OURS, 4),
+    pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
+    pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
+])
+def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, ranks, files, every):
+    """While files are written, between checksums, rename and the deletion of the one before; each
+    run finds what the last one left. The other ranks end by themselves."""
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=2, save_steps=1,
+                  keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    line = 0
+    shown = ""
+    while "done in" not in shown:
+        line += every
+        shown = distil_apart(broken, **fields, change=DIES.format(files=files, line=line)).wait()
+    assert line > 20   # or it never died
+    distil_apart(whole, **fields).wait()
+    assert_same_run(broken, whole)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_twelve_kills_and_as_many_flipped_bits(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=2, damage=True)
-
-
-@pytest.mark.parametrize("packing", [{}, dict(packing="documents", seq_len=128)])
-def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text, packing):
+@pytest.mark.parametrize("world_sizes, packing", [
+    ([2, 1, 2], {}),
+    ([2, 1, 2], dict(packing="documents", seq_len=128)),
+    ([4, 1, 3, 2], {}),
+])
+def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3,
-              "save_steps": 2, **packing}
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=3, save_steps=2)
+    fields |= packing
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=straight), ranks=2).wait()
-    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
-        words = flags(**fields, max_steps=steps, output_dir=moved)
-        shown = Fork(tmp_path / "b.txt", *words, ranks=ranks).wait()
-        assert Path(moved, "checkpoints", f"step-{steps:08d}").is_dir(), shown
-    assert distance(final_weights(moved), final_weights(straight)) < 1e-5
-    losses = zip(column(straight, "train/loss"), column(moved, "train/loss"), strict=True)
-    for loss, moved_loss in losses:
-        assert abs(loss - moved_loss) < 1e-5 * abs(loss)
-    refused = distil(moved, teacher=teacher, student=student, dataset=text, batch_size=5,
-                     max_steps=8, rc=2, **packing)
-    assert "6 sequences a step" in refused.err
+    for i, ranks in enumerate(world_sizes, 1):
+        shown = distil_apart(moved, ranks, **fields, max_steps=2 * i).wait()
+        assert (moved / f"checkpoints/step-{2 * i:08d}").is_dir(), shown
+    distil_apart(straight, world_sizes[0], **fields, max_steps=2 * i).wait()
+    assert_close(moved, straight, shown)
+    refused = distil(moved, rc=2, **fields | dict(batch_size=5, max_steps=99))
+    assert f"{3 * world_sizes[0]} sequences a step" in refused.err
+
+
+def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    first = distil_apart(out, **fields, max_steps=100_000)
+    wait_for_log(out, first)
+    assert "another run" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "saved; the same command continues" in first.signal(signal.SIGTERM).wait()
+    step = log(out, "train")[-1]["train/step"]
+    assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
+
+
+FAILS_ALONE = """
+if RANK == 1:
+    def load_model(*args):
+        raise ValueError("on this rank only")
+"""
+
+
+def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, student, text):
+    run = distil_apart(out, 3, FAILS_ALONE, teacher=teacher, student=student, dataset=text)
+    shown = run.wait(seconds=60)
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
+    assert "ValueError: on this rank only" in shown
 
 
 @pytest.mark.parametrize("number, stream", [
@@ -9093,18 +9155,8 @@ def assert_close(out, other, shown):
     assert distance(final_weights(out), final_weights(other)) < 1e-5
 
 
-@pytest.mark.parametrize("shard_teacher", [True, False])
-@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
-def test_runs_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
-    other, fields = alone
-    out = tmp_path / "run"
-    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": out,
-              "batch_size": 2, "gradient_accumulation_steps": 2}
-    shown = Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait()
-    assert_close(out, other, shown)
-
-
 FAMILIES = {
+    "llama": {},
     "qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2,
                       moe_intermediate_size=16, head_dim=8),
     "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0,
@@ -9113,57 +9165,53 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [
-    "full_shard",
-    pytest.param("shard_grad_op", marks=pytest.mark.campaign),
-    pytest.param("hybrid_shard", marks=pytest.mark.campaign),
-    "no_shard",
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
+@pytest.mark.parametrize("family, shard_teacher", [
+    ("llama", True),
+    ("llama", False),
+    ("qwen3 moe", True),
+    pytest.param("gemma2", True, marks=pytest.mark.campaign),
+    pytest.param("gpt2", True, marks=pytest.mark.campaign),
 ])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_runs_families_under_sharding(tmp_path, text, family, fsdp):
-    shape = FAMILIES[family]
-    teacher = tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **shape)
-    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **shape)
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 3,
-              "alpha": 0.5}
+def test_runs_two_ranks_are_one(tmp_path, chat, family, shard_teacher, fsdp):
+    shape = dict(hidden=16, **FAMILIES[family])
+    fields = dict(
+        teacher=tiny_model(tmp_path / "teacher", layers=3, seed=1, **shape),
+        student=tiny_model(tmp_path / "student", seed=2, **shape),
+        dataset=chat, max_steps=3, alpha=0.3, temperature=2.0)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    distil(one, **{**fields, "batch_size": 4})
-    words = flags(**fields, fsdp=fsdp, batch_size=2, output_dir=two)
-    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    distil(one, **fields, batch_size=8)
+    fields |= dict(batch_size=2, gradient_accumulation_steps=2, fsdp=fsdp)
+    shown = distil_apart(two, 2, **fields, shard_teacher=shard_teacher).wait()
     assert_close(two, one, shown)
-    AutoModelForCausalLM.from_pretrained(two / "final")
+    load(two / "final")
 
 
 LOADING = """
-import resource, sys
-sys.path.insert(0, {package!r})
-import simple_distill as sd
+import resource
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-with sd.process_group():
-    sd.load_student(sd.Config(student={first!r}))   # imports the model's code
-    before = peak()
-    root = sd.load_student(sd.Config(student={wide!r}, use_wandb=False))
-    whole = 4 * root.model.num_parameters()
-    shard = sum(4 * p.to_local().numel() for p in root.parameters())
-    print("RANK", sd.RANK, (peak() - before - shard) / whole, flush=True)
+def main(args):
+    with process_group():
+        load_model(Config(student={first!r}), "student")   # imports the model's code
+        before = peak()
+        root, _ = load_model(Config(student={wide!r}), "student")
+        whole = 4 * root.model.num_parameters()
+        shard = sum(4 * p.to_local().numel() for p in root.parameters())
+        print("RANK", RANK, (peak() - before - shard) / whole, flush=True)
+    return 0
 """
 
 
 def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
-    first = tiny_model(tmp_path / "first")
-    script = tmp_path / "load.py"
-    script.write_text(LOADING.format(package=str(HERE), wide=wide, first=first))
-    shown = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
-    assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
+    change = LOADING.format(first=tiny_model(tmp_path / "first"), wide=wide)
+    shown = Fork(tmp_path / "log.txt", ranks=2, change=change).wait()
+    extra = dict(re.findall(r"RANK (\d) (\S+)", shown))
+    assert float(extra["1"]) < 0.2, shown
 
 
 def test_runs_launcher_with_two_processes_and_sigterm(tmp_path, alone):
@@ -9284,41 +9332,48 @@ def test_runs_a_closed_terminal_saves(tmp_path, student, text):
 # ---- code that nobody allowed
 
 
-def plant_code(model, marks):
-    """A model folder whose config and tokenizer bring code of their own, which leaves a mark."""
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def plant_code(folder, marks):
+    """Config and tokenizer of a model get code of their own, which leaves a mark."""
     bases = {"configuration": ("EvilConfig", "LlamaConfig"),
              "modeling": ("EvilModel", "LlamaForCausalLM"),
              "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
     for file, (name, base) in bases.items():
-        (model / f"{file}_evil.py").write_text(
+        (folder / f"{file}_evil.py").write_text(
             f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
             f"class {name}({base}):\n    model_type = 'evil'\n")
-    knobs = json.loads((model / "config.json").read_text())
-    knobs |= {"model_type": "evil", "auto_map": {
+    edit_json(folder / "config.json", model_type="evil", auto_map={
         "AutoConfig": "configuration_evil.EvilConfig",
-        "AutoModelForCausalLM": "modeling_evil.EvilModel"}}
-    (model / "config.json").write_text(json.dumps(knobs))
-    plant_tokenizer(model)
+        "AutoModelForCausalLM": "modeling_evil.EvilModel"})
+    edit_json(folder / "tokenizer_config.json", **EVIL_TOKENIZER)
 
 
-def plant_tokenizer(folder):
-    knobs = json.loads((folder / "tokenizer_config.json").read_text())
-    knobs |= {"tokenizer_class": "EvilTokenizer", "auto_map": {
-        "AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(knobs))
+EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
+                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
 
 
-def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monkeypatch):
-    """Files of strangers that carry code, in each place where one may stand, under every mode."""
-    marks = tmp_path / "marks"
-    marks.mkdir()
+@pytest.fixture
+def marks(tmp_path, monkeypatch):
+    """A folder in which code that ran leaves a file."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
-    fields = dict(dataset=text, max_steps=1, alpha=1.0)
-    good = tmp_path / "good"
-    distil(good, student=student, **fields)
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
 
-    evil = Path(shutil.copytree(student, tmp_path / "evil"))
-    plant_code(evil, marks)
+
+@pytest.fixture
+def evil(tmp_path, student, marks):
+    """A model that brings code of its own."""
+    shutil.copytree(student, tmp_path / "evil")
+    plant_code(tmp_path / "evil", marks)
+    return tmp_path / "evil"
+
+
+def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
+    """Files of strangers that carry code, in each place where one may stand, under every mode."""
+    run = dict(PLAIN, student=student, dataset=text, max_steps=1, alpha=1.0)
     pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
     (pickled / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
@@ -9328,58 +9383,43 @@ def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monk
     yaml_file = tmp_path / "run.yaml"
     yaml_file.write_text(
         f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
-
     # a run of a stranger, which says of itself that its student's code may run
-    obeyed = Path(shutil.copytree(good, tmp_path / "obeyed"))
+    obeyed = tmp_path / "obeyed"
+    cli(*flags(**run, output_dir=obeyed))
+    edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
+              tokenizer=str(evil))
     step = obeyed / "checkpoints" / "step-00000001"
-    state = json.loads((step / "state.json").read_text())
-    del state["digest"]
-    state["config"] |= {"trust_remote_code": True, "student": str(evil), "tokenizer": str(evil)}
-    state["digest"] = sd.digest(state)
-    (step / "state.json").write_text(json.dumps(state))
-    loaded = Path(shutil.copytree(good, tmp_path / "loaded"))
-    replant(loaded / "checkpoints" / "step-00000001", lambda _: Payload(marks / "metadata"))
-
-    from_victim = loaded / "checkpoints" / "step-00000001"
+    judged = dict(mode="eval", student=student, tokenizer=student, dataset=text)
     commands = [
-        dict(PLAIN, student=evil, **fields),
-        dict(PLAIN, student=student, tokenizer=evil, **fields),
-        dict(PLAIN, student=student, teacher=evil, **{**fields, "alpha": 0.5}),
-        dict(PLAIN, student=pickled, **fields),
-        dict(PLAIN, student=student, **{**fields, "dataset": script}),
-        dict(PLAIN, student=student, resume=from_victim, **fields),
+        run | dict(student=evil),
+        run | dict(tokenizer=evil),
+        run | dict(teacher=evil, alpha=0.5),
+        run | dict(student=pickled),
+        run | dict(dataset=script),
         dict(config=yaml_file),
+        dict(student=student, teacher=evil, blockwise=True, dataset=text),   # optional: blockwise
+        dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c",   # optional: cache
+             dataset=text),
+        dict(mode="generate", provider="local", teacher=evil,   # optional: generate
+             num_examples=1),
+        judged | dict(student=evil),   # optional: eval
+        judged | dict(compare=[evil]),   # optional: eval
+        judged | dict(student=step),   # optional: eval
     ]
-    if hasattr(sd, "train_blockwise"):   # optional: blockwise
-        commands.append(dict(student=student, teacher=evil, blockwise=True, dataset=text))
-    if hasattr(sd, "fill_cache"):   # optional: cache
-        commands.append(dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c", dataset=text))
-    if hasattr(sd, "generate"):   # optional: generate
-        commands.append(dict(mode="generate", provider="local", teacher=evil, num_examples=1))
-    if hasattr(sd, "report"):   # optional: eval
-        judged = dict(mode="eval", eval_samples=2, tokenizer=student, dataset=text)
-        commands.append({**judged, "student": evil})
-        commands.append({**judged, "student": student, "compare": [evil]})
-        commands.append({**judged, "student": step})
-        commands.append({**judged, "student": from_victim})
     for i, command in enumerate(commands):
         result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert result.err.count("error: ") == 1, result.err
         assert not os.listdir(marks), (command, result)
-        if evil in command.values() or command.get("compare"):
-            assert "--trust_remote_code" in result.err, result.err
+        if str(evil) in str(command):
+            assert "trust_remote_code" in result.err, result.err
 
 
-def test_runs_a_caches_tokenizer_runs_no_code(tmp_path, student, text):   # optional: cache
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    evil = Path(shutil.copytree(student, tmp_path / "evil"))
-    plant_code(evil, marks)
+def test_runs_a_caches_tokenizer_runs_no_code(   # optional: cache
+        tmp_path, student, text, marks, evil):
     cache = tmp_path / "cache"
     cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
-    for folder in [path.parent for path in cache.rglob("tokenizer_config.json")]:
-        shutil.copy(evil / "tokenization_evil.py", folder)
-        plant_tokenizer(folder)
+    for path in list(cache.rglob("tokenizer_config.json")):
+        shutil.copy(evil / "tokenization_evil.py", path.parent)
+        edit_json(path, **EVIL_TOKENIZER)
     cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
     assert not os.listdir(marks)
 
@@ -9397,14 +9437,9 @@ ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {},
 def break_json(value, draw):
     """A copy with one entry, at any depth, replaced, left out or renamed."""
     value = json.loads(json.dumps(value))
-    if not isinstance(value, (dict, list)):
-        return draw.choice(ODD_JSON)
     here = value
-    while True:
-        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
-        if not keys:
-            return draw.choice(ODD_JSON)
-        key = draw.choice(keys)
+    while isinstance(here, (dict, list)) and here:
+        key = draw.choice(list(here) if isinstance(here, dict) else range(len(here)))
         if isinstance(here[key], (dict, list)) and here[key] and draw.random() < 0.6:
             here = here[key]
             continue
@@ -9416,174 +9451,142 @@ def break_json(value, draw):
         elif isinstance(here, dict):
             here[f"{key} "] = here.pop(key)
         return value
+    return draw.choice(ODD_JSON)
 
 
 def break_bytes(content, draw):
     """Cut, with a byte changed, or with something in its middle."""
     at = draw.randrange(len(content) + 1)
-    how = draw.randrange(4)
-    if how == 0:
-        return content[:at]
-    if how == 1:
-        return content[:at] + bytes([draw.randrange(256)]) + content[at + 1:]
-    if how == 2:
-        odd = draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"])
-        return content[:at] + odd + content[at:]
-    return draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content])
+    return draw.choice([
+        content[:at],
+        content[:at] + bytes([draw.randrange(256)]) + content[at + 1:],
+        content[:at] + draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"]) + content[at:],
+        draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content]),
+    ])
 
 
 def break_file(path, draw):
     """As json where it is json, half of the time; else as bytes."""
-    path = Path(path)
     content = path.read_bytes()
-    if path.suffix == ".json" and draw.random() < 0.6:
-        content = json.dumps(break_json(json.loads(content), draw)).encode()
-    elif path.suffix == ".jsonl" and content and draw.random() < 0.6:
-        lines = content.splitlines()
-        i = draw.randrange(len(lines))
-        lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
-        content = b"\n".join(lines) + b"\n"
-    else:
-        content = break_bytes(content, draw)
-    path.write_bytes(content)
+    if path.suffix not in (".json", ".jsonl") or not content or draw.random() < 0.4:
+        path.write_bytes(break_bytes(content, draw))
+        return
+    lines = [content] if path.suffix == ".json" else content.splitlines()
+    i = draw.randrange(len(lines))
+    lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def files_below(*folders):
+    return {path: path.read_bytes()
+            for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 class Fuzz:
-    """Good things in a folder, from which each case takes a copy to break."""
+    """Good things in a folder, of which each case breaks a copy: case_x(folder, draw) -> flags of
+    a run into folder/out; what is of the user lies in folder/user."""
 
     def __init__(self, folder, student, text):
         self.folder = folder
         self.student = student
         self.good = folder / "good"
         self.good.mkdir()
-        shutil.copy(text, self.good / "text.jsonl")
+        self.text = self.good / "text.jsonl"
+        shutil.copy(text, self.text)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
-        rows = [{"messages": turns} for _ in range(6)]
-        rows += [{"messages": [*turns, *turns]} for _ in range(6)]
+        rows = [{"messages": turns * (1 + i // 6)} for i in range(12)]
         write_jsonl(self.good / "chat.jsonl", rows)
-        self.fields = dict(PLAIN, student=student, dataset=self.good / "text.jsonl", alpha=1.0,
-                           max_steps=1)
+        self.train = dict(PLAIN, student=student, dataset=self.text, alpha=1.0, max_steps=1)
+        self.cache = dict(mode="cache", teacher=student, dataset=self.text, seq_len=32,
+                          cache_chunk=16)
+        self.generate = dict(mode="generate", provider="local", teacher=student, num_examples=2,
+                             max_tokens=4)
 
-    def words(self, **fields):
-        return flags(**{**self.fields, **fields})
+    def copy_broken(self, name, to, draw, **fields):
+        """A copy of what a good run has left, one file of it broken."""
+        if not (self.folder / name).exists():
+            cli(*flags(**fields))
+        shutil.copytree(self.folder / name, to)
+        break_file(draw.choice(sorted(path for path in to.rglob("*") if path.is_file())), draw)
 
     def case_flags(self, case, draw):
-        skipped = ("output_dir", "max_steps", "cpu_offload", "mode", "config")
+        modes = {
+            "train": dict(student=self.student, dataset=self.text, alpha=1, max_steps=1),
+            "cache": self.cache | dict(cache_dir=case / "cache"),   # optional: cache
+            "generate": self.generate,   # optional: generate
+            "eval": dict(mode="eval", student=self.student,   # optional: eval
+                         dataset=self.text, eval_samples=1),
+        }
+        mode = modes[draw.choice(["train", *modes])]
+        skipped = {"output_dir", "max_steps", "cpu_offload", "mode", "config", *mode}
         name = draw.choice([name for name in config.FIELDS if name not in skipped])
-        mode = draw.choice(["train", "train", "cache", "generate", "eval"])
-        words = ["--output_dir", case / "out", "--mode", mode, f"--{name}", draw.choice(ODD)]
-        if mode == "train":
-            words += ["--student", self.student, "--dataset", self.good / "text.jsonl", "--alpha",
-                      "1", "--max_steps", "1"]
-        elif mode == "cache":
-            words += ["--teacher", self.student, "--dataset", self.good / "text.jsonl",
-                      "--cache_dir", case / "cache"]
-        elif mode == "eval":
-            words += ["--student", self.student, "--dataset", self.good / "text.jsonl",
-                      "--eval_samples", "1"]
-        else:
-            words += ["--provider", "local", "--teacher", self.student, "--num_examples", "1",
-                      "--max_tokens", "2"]
-        return words
+        return mode | {name: draw.choice(ODD)}
 
     def case_file(self, case, draw):
-        kind = draw.choice(["json", "yaml"])
-        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.good / "text.jsonl"),
+        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.text),
                 "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
-        path = case / f"run.{kind}"
+        path = case / "user" / f"run.{draw.choice(['json', 'yaml'])}"
         path.write_text(json.dumps(good))   # which is yaml too
         break_file(path, draw)
         if draw.random() < 0.2:
-            path.write_text("student: " + draw.choice(ODD).replace("\0", " ").replace(
-                "\ud800", "") + "\nstudent: x\n")
-        if draw.random() < 0.05:
-            path.chmod(0)
-        return ["--config", path, "--output_dir", case / "out", "--student", self.student,
-                "--dataset", self.good / "text.jsonl", "--max_steps", "1", "--alpha", "1"]
+            path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
+        return dict(config=path, student=self.student, dataset=self.text, max_steps=1, alpha=1)
 
     def case_rows(self, case, draw):
-        name = draw.choice(["text.jsonl", "chat.jsonl"])
-        path = case / name
-        shutil.copy(self.good / name, path)
+        path = case / "user" / draw.choice(["text.jsonl", "chat.jsonl"])
+        shutil.copy(self.good / path.name, path)
         for _ in range(draw.randrange(1, 4)):
-            if path.stat().st_size:
-                with contextlib.suppress(ValueError, IndexError):   # broken beyond that already
-                    break_file(path, draw)
+            with contextlib.suppress(ValueError):   # broken beyond that already
+                break_file(path, draw)
         if draw.random() < 0.15:
-            path = path.rename(case / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
+            path = path.rename(
+                path.parent / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
         more = {}
         more = draw.choice([{}, {"streaming": True}])   # optional: streaming
-        return self.words(dataset=path, output_dir=case / "out", **more)
+        return self.train | dict(dataset=path) | more
 
     def case_model(self, case, draw):
-        model = shutil.copytree(self.student, case / "model")
+        model = case / "user" / "model"
+        shutil.copytree(self.student, model)
         sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
                  "num_attention_heads", "num_key_value_heads", "head_dim")
-        file = draw.choice(["config.json", "config.json", "tokenizer.json",
-                            "tokenizer_config.json", "model.safetensors",
-                            "generation_config.json"])
-        if file == "config.json" and draw.random() < 0.5:
-            values = json.loads((model / file).read_text())
-            values[draw.choice(sizes)] = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
-            (model / file).write_text(json.dumps(values))
+        path = model / draw.choice([
+            "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+            "model.safetensors", "generation_config.json"])
+        if path.name == "config.json" and draw.random() < 0.5:
+            size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+            edit_json(path, **{draw.choice(sizes): size})
         else:
-            break_file(model / file, draw)
+            break_file(path, draw)
         if draw.random() < 0.1:
-            (model / file).unlink()
-        role = draw.choice(["student", "teacher"])
-        alpha = 1.0 if role == "student" else 0.5
-        return self.words(**{role: model}, alpha=alpha, output_dir=case / "out")
+            path.unlink()
+        return self.train | draw.choice([dict(student=model), dict(teacher=model, alpha=0.5)])
 
     def case_output(self, case, draw):
-        """What an earlier run left."""
-        out = self.folder / "finished"
-        if not out.exists():
-            distil(out, **{**self.fields, "max_steps": 2, "save_steps": 1})
-        shutil.copytree(out, case / "out")
-        files = [path for path in (case / "out").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
-        return self.words(max_steps=3, output_dir=case / "out")
+        """What an earlier run left; without its mark it is a folder of the user's."""
+        fields = self.train | dict(max_steps=2, save_steps=1)
+        self.copy_broken("finished", case / "out", draw, output_dir=self.folder / "finished",
+                         **fields)
+        if draw.random() < 0.2:
+            (case / "out" / sd.MARK).unlink(missing_ok=True)
+        return self.train | dict(max_steps=3)
 
     def case_cache(self, case, draw):   # optional: cache
-        cache = self.folder / "cache"
-        if not cache.exists():
-            cli(*flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
-                       cache_dir=cache, seq_len=32, cache_chunk=16))
-        shutil.copytree(cache, case / "cache")
-        files = [path for path in (case / "cache").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
+        self.copy_broken("cache", case / "cache", draw, cache_dir=self.folder / "cache",
+                         **self.cache)
         if draw.random() < 0.3:
-            return flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
-                         cache_dir=case / "cache", seq_len=32, cache_chunk=16,
-                         output_dir=case / "out")
-        fields = {**self.fields, "dataset": None, "alpha": 0.5, "seq_len": None}
-        return flags(**fields, cache_dir=case / "cache", output_dir=case / "out")
+            return self.cache | dict(cache_dir=case / "cache")
+        return self.train | dict(cache_dir=case / "cache", dataset=None, alpha=0.5, seq_len=None)
 
     def case_leftovers(self, case, draw):   # optional: generate
-        out = self.folder / "generated"
-        fields = dict(mode="generate", provider="local", teacher=self.student, num_examples=2,
-                      max_tokens=4)
-        if not out.exists():
-            sd.main(words_of(flags(**fields, output_dir=out)))
-        shutil.copytree(out, case / "out")
-        files = [path for path in (case / "out").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
+        self.copy_broken("generated", case / "out", draw, output_dir=self.folder / "generated",
+                         **self.generate)
         if draw.random() < 0.3:
-            prompts = write_jsonl(case / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+            prompts = case / "user" / "prompts.jsonl"
+            write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
             break_file(prompts, draw)
-            fields["prompts_file"] = prompts
-        return flags(**fields, output_dir=case / "out")
-
-    def case_environment(self, case, draw):
-        name = draw.choice([
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY",
-            "ALL_PROXY", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
-            "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "COLUMNS", "TMPDIR", "HOME", "TERM"])
-        value = draw.choice([text for text in ODD if "\0" not in text and "\ud800" not in text])
-        words = self.words(output_dir=case / "out")
-        if draw.random() < 0.3:
-            words = self.words(output_dir=case / "out", student="owner/name")
-        return {name: value}, words
+            return self.generate | dict(prompts_file=prompts)
+        return self.generate
 
 
 @pytest.mark.campaign
@@ -9597,150 +9600,119 @@ def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
     fuzz = Fuzz(tmp_path, student, text)
     monkeypatch.chdir(tmp_path)
     failures = []
-    answers = collections.Counter()
     first = int(os.environ.get("FUZZ_FROM", 0))
     for number in range(first, first + cases):
-        draw = random.Random(f"{kind} {number}")
         case = tmp_path / f"{kind}-{number}"
-        case.mkdir()
-        words = words_of(getattr(fuzz, f"case_{kind}")(case, draw))
-        watched = [path for path in (fuzz.good, Path(student), *case.iterdir())
-                   if path.name not in ("out", "cache")]
-        before = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
-        problem = problem_of(words, answers)
-        after = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
-        if before != after:
+        (case / "user").mkdir(parents=True)
+        fields = getattr(fuzz, f"case_{kind}")(case, random.Random(f"{kind} {number}"))
+        watched = [fuzz.good, Path(student), case / "user"]
+        if (case / "out").exists() and not (case / "out" / sd.MARK).exists():
+            watched.append(case / "out")
+        before = files_below(*watched)
+        words = words_of(flags(**fields, output_dir=case / "out"))
+        problem = problem_of(words)
+        if files_below(*watched) != before:
             problem = f"changed what is not its own; {problem}"
         if problem:
             failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
         shutil.rmtree(case)
-    print(answers)
     assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
 
 
-def problem_of(words, answers, seconds=60):
+def give_up(number, frame):
+    raise TimeoutError("more than a minute")
+
+
+def problem_of(words):
     """What is wrong with the answer to a command line, None where nothing is."""
     out = io.StringIO()
     err = io.StringIO()
-
-    def give_up(number, frame):
-        raise TimeoutError(f"more than {seconds} s")
-
-    handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = sd.main(words)
     except SystemExit as e:
-        code = e.code or 0
-    except BaseException as e:
-        place = traceback.extract_tb(e.__traceback__)
-        ours = [frame for frame in place if "simple_distill.py" in frame.filename
-                or "config.py" in frame.filename and "work" in frame.filename]
-        return (f"{type(e).__name__}: {str(e)[:200]} at "
-                + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(ours[-4:])))
+        code = e.code
+    except BaseException:
+        return traceback.format_exc()[-1500:]
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
         if sd.dist.is_initialized():
             sd.dist.destroy_process_group()
-    answers[code] += 1
-    if code not in (0, 2):
-        return f"exit code {code}"
-    if "Traceback" in err.getvalue() + out.getvalue():
-        return f"traceback: {err.getvalue()[-600:]}"
-    lines = err.getvalue().strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    if code == 2 and len(errors) != 1:
-        return f"{len(errors)} error lines: {err.getvalue()[-600:]!r}"
-    if code == 2 and len(errors[0]) > 2000:
-        return f"an error of {len(errors[0])} characters"
-    return None
+    errors = re.findall("^error: .*", err.getvalue(), re.MULTILINE)
+    if code in (0, None) and not errors:
+        return None
+    if code == 2 and len(errors) == 1 and len(errors[0]) < 2000 and "Trace" not in err.getvalue():
+        return None
+    return f"exit code {code}: {err.getvalue()[-600:]!r}"
 
 
 @pytest.mark.campaign
 def test_runs_fuzz_of_the_environment(tmp_path, student, text):
     """In processes of their own, since it is read when the package is imported."""
-    fuzz = Fuzz(tmp_path, student, text)
+    names = ("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HOME "
+             "HF_ENDPOINT HF_HUB_OFFLINE WANDB_MODE OMP_NUM_THREADS TOKENIZERS_PARALLELISM COLUMNS "
+             "TMPDIR HOME TERM").split()
+    values = [value for value in ODD if "\0" not in value and "\ud800" not in value]
+    fields = Fuzz(tmp_path, student, text).train
     failures = []
     for number in range(30):
-        case = tmp_path / f"environment-{number}"
-        case.mkdir()
-        env, words = fuzz.case_environment(case, random.Random(f"environment {number}"))
-        run = subprocess.run(
-            [sys.executable, HERE / "simple_distill.py", *words_of(words)], text=True, cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, capture_output=True, timeout=120)
-        if run.returncode not in (0, 2) or "Traceback" in run.stderr:
-            failures.append(f"{env}: exit code {run.returncode}\n{run.stderr[-600:]}")
+        draw = random.Random(f"environment {number}")
+        env = {draw.choice(names): draw.choice(values)}
+        fields["student"] = draw.choice([student, student, "owner/name"])
+        process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
+        shown, _ = process.communicate(timeout=120)
+        if process.returncode not in (0, 2) or "Traceback" in shown:
+            failures.append(f"{env}: exit code {process.returncode}\n{shown[-600:]}")
     assert not failures, "\n".join(failures)
 
 
 # ---- a week of runs, one after the other, as a user types them
 
-SHARDINGS = [
-    dict(fsdp="full_shard", shard_teacher=True, cpu_offload=False),
-    dict(fsdp="shard_grad_op", shard_teacher=True, cpu_offload=False),
-    dict(fsdp="hybrid_shard", shard_teacher=False, cpu_offload=False),
-    dict(fsdp="no_shard", shard_teacher=True, cpu_offload=True),
-]
+NO_DATA = dict(teacher=None, dataset=None, seq_len=None)   # optional: cache
 WEEK = [   # (processes, flags)
-    *[(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDINGS],
-    (2, dict(max_steps=6, goes_on=True)),   # in the output_dir of the run before
-    (1, dict(max_steps=8, goes_on=True)),
-    (1, dict(alpha=1, max_steps=3)),
-    (1, dict(divergence="reverse", temperature=2, max_steps=3)),
-    (1, dict(divergence="jsd", max_steps=3)),
-    (1, dict(student="layers:1", max_steps=3)),
-    (1, dict(dtype="bf16", gradient_checkpointing=True, max_steps=3)),
-    (1, dict(dtype="fp16", max_steps=3)),
-    (1, dict(compile=True, max_steps=3)),
-    (2, dict(streaming=True, max_steps=4)),   # optional: streaming
-    (1, dict(lr_multipliers=["mlp=0", "embed=0.1"], max_steps=3)),
-    (1, dict(num_epochs=2, eval_steps=5, gradient_accumulation_steps=2)),
+    (2, dict(fsdp="shard_grad_op", gradient_checkpointing=True, num_epochs=1, max_steps=None)),
+    (2, dict(fsdp="hybrid_shard", shard_teacher=False, divergence="reverse", temperature=2)),
+    (2, dict(fsdp="no_shard", cpu_offload=True, divergence="jsd")),
+    (2, dict(output_dir="three", eval_steps=1, save_steps=2)),
+    (2, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=6)),
+    (1, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=8)),
+    (1, dict(alpha=1, student="layers:1", lr_multipliers=["mlp=0", "embed=0.1"])),
+    (1, dict(dtype="bf16", compile=True, gradient_accumulation_steps=2)),
+    (1, dict(dtype="fp16", packing="documents", attention="sdpa")),
+    (2, dict(streaming=True)),   # optional: streaming
     (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
-    (2, dict(cache_dir="cache", max_steps=4)),   # optional: cache
-    (1, dict(cache_dir="cache", max_steps=3)),   # optional: cache
+    (2, dict(cache_dir="cache", **NO_DATA)),   # optional: cache
     (1, dict(   # optional: cache
         mode="cache", cache_dir="topk", cache_method="topk", cache_top_k=8)),
-    (1, dict(cache_dir="topk", max_steps=3)),   # optional: cache
-    (2, dict(blockwise=True, max_steps=2)),   # optional: blockwise
-    (1, dict(blockwise=True, block_input="teacher", num_epochs=0)),   # optional: blockwise
+    (1, dict(cache_dir="topk", **NO_DATA)),   # optional: cache
+    (2, dict(blockwise=True)),   # optional: blockwise
+    (1, dict(blockwise=True, block_input="teacher")),   # optional: blockwise
+    (1, dict(on_policy=0.5, max_new_tokens=4)),   # optional: on_policy
     (1, dict(   # optional: generate
-        mode="generate", provider="local", num_examples=3, max_tokens=8, concurrency=3)),
-    (2, dict(mode="eval", student="final")),   # optional: eval
+        mode="generate", provider="local", num_examples=3, max_tokens=8)),
+    (2, dict(mode="eval", student="three/final")),   # optional: eval
     (1, dict(   # optional: eval
-        mode="eval", student="final", compare=["final"], generate_comparisons=False)),
+        mode="eval", student="three/final", compare=["three/final"], generate_comparisons=False)),
 ]
 
 
 @pytest.mark.campaign
 def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
     """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    here = tmp_path / "here"
-    here.mkdir()
-    final = str(here / "out0" / "final")
-    out = None
+    folders = {"cache", "topk"}
     for i, (nproc, fields) in enumerate(WEEK):
-        fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **fields}
-        if fields.pop("goes_on", False):
-            fields |= dict(fsdp="full_shard", save_steps=2)
-        else:
-            out = f"out{i}"
-        fields["output_dir"] = out
-        if fields["student"] == "final":
-            fields["student"] = final
-        if "compare" in fields:
-            fields["compare"] = [final]
-        if "cache_dir" in fields:
-            fields["cache_dir"] = str(here / fields["cache_dir"])
+        fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, max_steps=4,
+                      output_dir=f"out{i}") | fields
+        folders.add(fields["output_dir"])
         words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
-        process = spawn(*words, nproc=nproc, cwd=here, env={"PYTHONWARNINGS": "default"})
+        process = spawn(*words, nproc=nproc, cwd=tmp_path, env={"PYTHONWARNINGS": "default"})
         shown, _ = process.communicate(timeout=600)
         assert process.returncode == 0, (fields, shown)
         assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
         assert "Traceback" not in shown, (fields, shown)
-    left = {path.name for path in here.iterdir()}
-    assert left <= {f"out{i}" for i in range(len(WEEK))} | {"cache", "topk"}
+    assert {path.name for path in tmp_path.iterdir()} <= folders
     assert pids_of(str(tmp_path)) == []
 
 
