@@ -10092,21 +10092,16 @@ def test_package_the_top_level_is_six_files_and_five_requirements():
     assert sorted(required) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
 
 
-def test_package_names_are_true():
-    """config.py is the configuration and nothing else; few names cross."""
+def test_package_config_is_the_configuration_and_nothing_else():
     tree = ast.parse((HERE / "config.py").read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported & {"asyncio", "matplotlib", "safetensors", "zlib", "torch"} == set()
-    crossing = []
-    for node in ast.walk(ast.parse((HERE / "simple_distill.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "config":
-            crossing += [alias.name for alias in node.names]
-    assert 0 < len(crossing) < 10
+            imported.add(node.module)
+    names = {name.split(".")[0] for name in imported}
+    assert names.isdisjoint({"asyncio", "matplotlib", "safetensors", "zlib", "torch", "datasets"})
 
 
 def test_package_an_optional_chapter_borrows_from_none():
@@ -10132,58 +10127,52 @@ def readme_commands():
     demo)."""
     readme = (HERE / "README.md").read_text().replace("\\\n", " ")
     pattern = (r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*"
-               r"((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)")
+               r"(?:python simple_distill\.py|\./launch\.sh) (--[^`\n]*)")
     commands = []
     for line in re.findall(pattern, readme, re.MULTILINE):
-        words = shlex.split(re.sub(r"\s#.*", "", line))
-        if len(words) > 2 and "..." not in words and "--help" not in words:
-            if words not in commands:
-                commands.append(words)
+        words = [word for word in shlex.split(line, comments=True) if word[:1] != "$"]
+        if "..." not in words and "--help" not in words and words not in commands:
+            commands.append(words)
     return commands
 
 
 def read_flags(words):
-    """['--a', '1', '--b=2', '--c'] -> [('--a', '1'), ('--b', '2'), ('--c', None)]"""
-    pairs = []
+    """['--a', '1', '--b', '--c', '2', '3'] -> {'--a': ['1'], '--b': [], '--c': ['2', '3']}"""
+    given = {}
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            pairs.append((name, value if equals else None))
+            values = given[word] = []
         else:
-            pairs[-1] = (pairs[-1][0], word)
-    return pairs
+            values.append(word)
+    return given
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
 def test_package_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
     """As they stand there, on tiny models: names of models and data are replaced, lengths cut
     short, nothing else."""
-    given = dict(read_flags(command[1 if command[0].endswith("launch.sh") else 2:]))
-    mode = given.get("--mode", "train")
+    given = read_flags(command)
+    mode = given.get("--mode", ["train"])[0]
     if mode == "generate":
         pytest.skip("mode generate has tests of its own, with a server")
+    monkeypatch.chdir(tmp_path)
     replaced = {"--teacher": teacher, "--student": student, "--dataset": text,
                 "--tokenizer": teacher, "--compare": student}
-    given.pop("--dataset_config", None)
-    for name, value in given.items():
-        if name in replaced and not value.startswith(("layers:", "demo")):
-            given[name] = replaced[name]
+    for name in replaced.keys() & given.keys():
+        if not given[name][0].startswith(("layers:", "demo")):
+            given[name] = [replaced[name]]
     if "--config" in given:
-        (tmp_path / given["--config"]).write_text(
-            f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
-    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"}
+        Path(given["--config"][0]).write_text(f"teacher: {teacher}\nstudent: {student}\n")
+    given |= {"--seq_len": ["32"], "--output_dir": ["out"]}
+    given.pop("--dataset_config", None)
     if mode == "train":
-        short |= {"--max_steps": 2, "--log_steps": 1}
-    if "--cache_dir" not in given or mode == "cache":
-        short["--dataset"] = text
-    monkeypatch.chdir(tmp_path)
-    if "--cache_dir" in given and mode == "train":   # its other half comes first
-        cli("--mode", "cache", *flags(teacher=teacher, dataset=text, seq_len=32,
-                                      cache_dir=given["--cache_dir"], output_dir="out"))
-    words = []
-    for name, value in (short | given).items():
-        words += [name] if value is None else [name, value]
-    cli(*words)
+        given |= {"--max_steps": ["2"], "--log_steps": ["1"]}
+    if mode == "train" and "--cache_dir" in given:   # its other half comes first
+        cli(*flags(mode="cache", teacher=teacher, dataset=text, seq_len=32,
+                   cache_dir=given["--cache_dir"]))
+    else:
+        given["--dataset"] = [text]
+    cli(*[word for name, values in given.items() for word in (name, *values)])
 
 
 SKEWED = """
@@ -10305,19 +10294,8 @@ def our_loss(case):
 
 def our_eager_loss(case):
     """The same with the element-wise part as it runs where there is no compiler."""
-    compiled = torch.compile
-    kernel = sd.chunk_kernel
-    sd.torch.compile = uncompiled
-    sd.chunk_kernel = kernel.__wrapped__   # which remembers none
-    try:
+    with torch.compiler.set_stance("force_eager"):
         our_loss(case)
-    finally:
-        sd.torch.compile = compiled
-        sd.chunk_kernel = kernel
-
-
-def uncompiled(function, **_):
-    return function
 
 
 def its_matmuls(case):
@@ -10335,22 +10313,6 @@ def its_matmuls(case):
         grad_weight.addmm_(logits.T, h)
 
 
-def allocators():
-    """On a CPU everything is measured twice: with glibc's allocator as it comes, and as
-    process_group() sets it for a run."""
-    if ON_GPU:
-        yield "PyTorch's allocator"
-        return
-    mmap_max = -4
-    trim_threshold = -1
-    for name, most_maps, threshold in (
-            ("glibc as it comes", 65536, 131072),
-            ("glibc as the trainer sets it", 0, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(mmap_max, most_maps)
-        ctypes.CDLL(None).mallopt(trim_threshold, threshold)
-        yield name
-
-
 def bench_loss(vocab=32000):
     if ON_GPU:
         tokens, width, teacher_width = 8192, 2048, 4096
@@ -10358,41 +10320,20 @@ def bench_loss(vocab=32000):
         tokens, width, teacher_width = 1024 if vocab == 32000 else 512, 256, 512
     case = loss_case(vocab, tokens, width, teacher_width, counted=7 / 8)
     half = loss_case(vocab, tokens, width, teacher_width, counted=0.5)
-    full = loss_case(vocab, tokens, width, teacher_width)
     small = loss_case(vocab, 64, width, teacher_width)
-    cases = {
+    found = interleaved({
         "its matmuls": functools.partial(its_matmuls, case),
         "ours": functools.partial(our_loss, case),
         "ours, eager": functools.partial(our_eager_loss, case),
         "plain PyTorch": functools.partial(plain_loss, case),
-        "ours, none masked": functools.partial(our_loss, full),
         "ours, half masked": functools.partial(our_loss, half),
         "ours, 64 tokens": functools.partial(our_loss, small),
         "plain, 64 tokens": functools.partial(plain_loss, small),
-    }
-    with contextlib.suppress(ImportError):
-        cases["Liger fused JSD"] = liger_loss(case)
-    where = "bf16 cuda" if ON_GPU else "fp32 cpu"
-    for allocator in allocators():
-        found = interleaved(cases)
-        print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, "
-              f"Dt {teacher_width}, {where}, {allocator}")
-        for name, seconds in found.items():
-            ratio = seconds / found["its matmuls"]
-            print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
-
-
-def liger_loss(case):
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0,
-                                    compiled=ON_GPU, temperature=1.0)
-
-    def run():
-        loss = liger(case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_(),
-                     case.teacher_hidden, case.teacher_weight, case.labels)
-        loss.backward()
-
-    return run
+    })
+    print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, Dt {teacher_width}")
+    for name, seconds in found.items():
+        ratio = seconds / found["its matmuls"]
+        print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
 
 
 LOSSES = {"ours": our_loss, "ours, eager": our_eager_loss, "plain": plain_loss}
@@ -10458,8 +10399,10 @@ def our_step(folder, batches, alpha, **fields):
     cfg = sd.Config(
         student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json",
         alpha=alpha, use_wandb=False, **{"gradient_checkpointing": False} | fields)
-    student = sd.load_student(cfg)
-    teacher = sd.load_teacher(cfg) if alpha < 1 else None
+    student, _ = sd.load_model(cfg, "student")
+    teacher = None
+    if alpha < 1:
+        teacher, _ = sd.load_model(cfg, "teacher")
     rates = dict.fromkeys(student.parameters(), 1e-4)
     optimizer = sd.make_optimizer(student.parameters(), rates, 0.0)
     scale_state = sd.new_scale_state(False)
@@ -10474,6 +10417,10 @@ def our_step(folder, batches, alpha, **fields):
             optimizer.zero_grad()
 
     return step
+
+
+def token_row(ids, targets):
+    return {"input_ids": ids, "targets": targets, "starts": np.array([0])}
 
 
 def plain_step(student_shape, teacher_shape, ids_BT, loss_of):
@@ -10519,8 +10466,8 @@ def bench_step():
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
         transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
         transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
-        rows = torch.randint(0, vocab, (sequences, tokens))
-        batch = sd.collate([{"input_ids": row, "targets": None} for row in rows])
+        ids = np.random.default_rng(0).integers(0, vocab, (sequences, tokens))
+        batch = sd.collate([token_row(row, np.arange(tokens) > 0) for row in ids])
         cases = {
             "labels only": our_step(folder, [batch], alpha=1.0),
             "online": our_step(folder, [batch], alpha=0.5),
@@ -10533,13 +10480,12 @@ def bench_step():
             import trl   # noqa: F401
             cases["TRL's GKDTrainer"] = plain_step(student_shape, teacher_shape, batch.input_ids,
                                                    trl_step_loss)
-        for allocator in allocators():
-            found = interleaved(cases, rounds=5)
-            print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}, {allocator}")
-            for name, seconds in found.items():
-                speed = sequences * tokens / seconds
-                ratio = found["plain PyTorch"] / seconds
-                print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
+        found = interleaved(cases, rounds=5)
+    print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}")
+    for name, seconds in found.items():
+        speed = sequences * tokens / seconds
+        ratio = found["plain PyTorch"] / seconds
+        print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
 
 
 def smollm2_135m():
@@ -10549,46 +10495,32 @@ def smollm2_135m():
         tie_word_embeddings=True)
 
 
-def usual_batches(rows, batch_size, count):
-    """Of an epoch's batches those whose share of targets is nearest to that of all."""
-    order = sd.shuffled(len(rows), 0, 0).tolist()
-    batches = []
-    for i in range(len(rows) // batch_size):
-        numbers = order[i * batch_size:(i + 1) * batch_size]
-        batches.append(sd.collate([rows[k] for k in numbers]))
-    targets = sum(len(batch.labels) for batch in batches)
-    usual = targets / sum(batch.input_ids.numel() for batch in batches)
-    batches.sort(key=lambda batch: abs(len(batch.labels) / batch.input_ids.numel() - usual))
-    return batches[:count]
-
-
-def bench_documents(batch_size=8, seq_len=512, count=2):
+def bench_documents(batch_size=8, seq_len=512, count=3):
     """Conversations as long as GSM8K's are under SmolLM2's tokenizer (217 tokens, 126 of them
     targets), one a row and packed, for a student of SmolLM2-135M's shape."""
     pick = random.Random(0)
     documents = []
     for _ in range(1000):
         length = min(seq_len, round(pick.lognormvariate(5.32, 0.33)))
-        targets = [k > 0.42 * length for k in range(length)]
-        documents.append({"input_ids": [7] * length, "targets": targets})
-    kinds = {"one a row": documents,
-             "packed": sd.rows_from_columns(sd.pack_documents(documents, seq_len))}
+        documents.append(token_row(np.full(length, 7), np.arange(length) > 0.42 * length))
+    rows = datasets.Dataset.from_list(documents).with_format("numpy")
+    kinds = {"one a row": rows, "packed": sd.PackedRows(rows, seq_len)}
+    cases = {}
+    targets = {}
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
         smollm2_135m().save_pretrained(f"{folder}/student")
-        cases = {}
-        targets = {}
         for kind, rows in kinds.items():
-            batches = usual_batches(rows, batch_size, count)
+            batches = []
+            for i in range(count):
+                numbers = range(i * batch_size, (i + 1) * batch_size)
+                batches.append(sd.collate([rows[k] for k in numbers]))
             targets[kind] = sum(len(batch.labels) for batch in batches)
             cases[kind] = our_step(folder, batches, alpha=1.0, gradient_checkpointing=True)
         found = interleaved(cases, rounds=3)
     print(f"\nSmolLM2-135M's shape on labels, conversations in {batch_size} rows of {seq_len}")
     speeds = {kind: targets[kind] / seconds for kind, seconds in found.items()}
-    for kind, rows in kinds.items():
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        padding = sd.share_of_padding(lengths, batch_size, 0)
-        ratio = speeds[kind] / speeds["one a row"]
-        print(f"  {kind:<20}{padding:>8.1%} padding{speeds[kind]:>12,.0f} targets/s{ratio:>8.2f} x")
+    for kind, speed in speeds.items():
+        print(f"  {kind:<20}{speed:>12,.0f} targets/s{speed / speeds['one a row']:>8.2f} x")
 
 
 BENCHES = {
@@ -10608,6 +10540,7 @@ def bench(names):
     memory -> exit code."""
     if names:
         torch.set_num_threads(os.cpu_count())
+        sd.keep_freed_memory()   # as a run does
         for name in names:
             BENCHES[name]()
         return 0
