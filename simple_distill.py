@@ -28,24 +28,20 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import email.utils   # optional: generate
 import errno   # optional: generate
 import fcntl
 import functools
 import glob
 import hashlib
 import importlib   # optional: generate
-import inspect
 import itertools
 import json
 import math
 import os
-import pickle
-import queue
 import random   # optional: generate
 import re
 import resource
-import shlex   # optional: cache
+import shlex
 import shutil
 import signal
 import sys
@@ -67,7 +63,7 @@ from config import (
     Config,
     UserError,
     demo_knobs,   # optional: demo
-    knobs_in,   # optional: cache generate
+    knobs_of,
     one_line,
     parse_config,
     parse_multipliers,
@@ -88,12 +84,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import transformers
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -106,112 +103,36 @@ from transformers import (
 # Runtime: who am I, on which device. One process is rank 0 of 1 and takes the same path as many.
 
 
-def launcher_number(name, default):
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        print(f"error: {name} is {text!r} in the environment, not a number; torchrun and launch.sh "
-              "set it", file=sys.stderr)
-        sys.exit(2)
-    return int(text)
-
-
-RANK = launcher_number("RANK", 0)               # torchrun sets all four
-WORLD = launcher_number("WORLD_SIZE", 1)
-LOCAL_RANK = launcher_number("LOCAL_RANK", 0)   # on this node
-LOCAL_WORLD = launcher_number("LOCAL_WORLD_SIZE", WORLD)
+RANK = int(os.environ.get("RANK", 0))               # torchrun sets all four
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # on this node
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
+HOST = None    # the group of all ranks' hosts, beside that of their devices: see process_group
+STORE = None   # what a rank says there every other rank can read, without a collective
 
 
 def print0(*words):
-    if RANK == 0:   # through tqdm, so that a line never tears the bar
-        tqdm.write(printable(" ".join(map(str, words))))
-
-
-def printable(text):
-    """Control characters as their escapes: names and answers of strangers reach the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-# ---- what takes a while
-
-
-class LateBar(tqdm):
-    """A bar that nobody sees, nor what clears it, before its delay is set to 0: see progress."""
-
-    def display(self, *args, **kwargs):
-        return self.delay or super().display(*args, **kwargs)
-
-    def clear(self, *args, **kwargs):
-        return self.delay or super().clear(*args, **kwargs)
+    if RANK == 0:
+        with contextlib.suppress(OSError):   # the terminal is gone: the run goes on, and saves
+            tqdm.write(" ".join(map(str, words)))   # a line never tears the bar
 
 
 @contextlib.contextmanager
-def progress(what, total=None, unit="it"):
-    """Around whatever may take longer than two seconds: from then on rank 0 shows what it is, with
-    a bar where the total is known, else with the time. Yields the bar, to update()."""
-    words = None if total else "{desc} ... {elapsed}"
-    done = threading.Event()
-    with LateBar(desc=what, total=total, unit=unit, bar_format=words, disable=RANK > 0,
-                 delay=math.inf, leave=False, dynamic_ncols=True, mininterval=0.5) as bar:
-        thread = threading.Thread(target=show_late, args=[bar, done], daemon=True)
-        thread.start()
-        try:
-            yield bar
-        finally:
-            done.set()
-            thread.join()
-
-
-def show_late(bar, done):
-    """A thread: the work may not come to update the bar for minutes."""
-    seconds = 2.0
-    while RANK == 0 and not done.wait(seconds):
-        bar.delay = 0
-        bar.refresh()
-        seconds = 5.0
-
-
-# ---- what the user brings, and what is whose
-
-
-@contextlib.contextmanager
-def reading(what, way_out=""):
-    """What goes wrong while a thing of the user's is read is the user's to mend: one `error:` line
-    that names it. The whole traceback goes along (see explain). Our own computation does not
-    belong inside: what goes wrong there is a bug, and shows itself as one."""
+def phase(doing):
+    """Around each thing that is done before the first step: says so, and whatever goes wrong in it
+    becomes one `error:` line (its traceback goes to error.log). Later on an exception is a bug."""
+    print0(f"{doing} ...")
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reason = one_line(e)
-        if "trust_remote_code" in str(e):   # at the end of a long message, which would be cut
-            reason = "it brings code of its own, which runs only with --trust_remote_code true"
-        raise UserError(f"{what}: {reason}{way_out}") from e
-
-
-def refuse_foreign(path, is_ours, way_out="choose another folder, or move it away"):
-    """A file that stands where we would write, and that is_ours(path) does not know, is somebody
-    else's: we never replace it."""
-    if not os.path.lexists(path):
-        return
-    try:
-        known = is_ours(path)
-    except Exception:   # not even readable as one of ours
-        known = False
-    if not known:
-        raise UserError(f"{path!r} was not written by simple_distill and would be replaced; "
-                        + way_out)
-
-
-def remove_files(folder, names):
-    """Delete these files, and the folder where nothing else is in it."""
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, name))
-    with contextlib.suppress(OSError):   # somebody else's file is in it
-        os.rmdir(folder)
+        reasons = [one_line(e, 400)]
+        if isinstance(e, datasets.exceptions.DatasetGenerationError):   # says no reason itself
+            reasons.append(one_line(e.__cause__, 400))
+        raise UserError(f"while {doing}: {'; '.join(reasons)}") from e
 
 
 # ---- ranks
@@ -219,76 +140,40 @@ def remove_files(folder, names):
 
 @contextlib.contextmanager
 def process_group():
-    """gloo beside NCCL: counts and flags travel between hosts without making the GPU wait."""
+    """gloo beside NCCL: counts and flags travel between hosts without making the GPU wait. There
+    ranks wait, for hours if need be, for one that downloads or tokenises; in a collective on GPUs
+    whoever waits for a quarter of an hour waits for a rank that is gone."""
+    global HOST, STORE
+    minutes = datetime.timedelta(minutes=15)
     if CUDA:
-        gpus = torch.cuda.device_count()
-        if LOCAL_WORLD > gpus:
-            raise UserError(f"{LOCAL_WORLD} processes on this node, which shows {gpus} GPUs: use "
-                            f"NPROC={gpus} ./launch.sh, or CUDA_VISIBLE_DEVICES= for its CPUs")
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")   # TF32
     else:
         keep_freed_memory()
-    options = {}
-    if "RANK" not in os.environ:   # not under torchrun: alone, without opening a port
-        options = dict(store=dist.HashStore(), rank=0, world_size=1)
-    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
-    with reading(f"rank {RANK} of {WORLD} cannot join the others (RANK, WORLD_SIZE, MASTER_ADDR "
-                 "and MASTER_PORT are the launcher's)"):
-        # for all to come, and of a collective on GPUs. There ranks are seconds apart, minutes while
-        # they compile: whoever waits longer waits for a rank that is gone.
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=15), **options)
-    wait_patiently_on_the_host()
-    over = threading.Event()
-    if WORLD > 1:
-        threading.Thread(target=leave_after_failure, args=[over], daemon=True).start()
+    STORE = dist.HashStore()   # alone, without opening a port
+    if "RANK" in os.environ:
+        with phase("joining the other ranks"):
+            STORE, _, _ = next(rendezvous("env://", timeout=minutes))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
+                            world_size=WORLD, timeout=minutes)
+    HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    failed = True
     try:
         yield
-        if WORLD > 1 and not some_rank_failed():
-            # the store goes with its host: nobody leaves before all are done, or one has failed
-            with contextlib.suppress(RuntimeError):
-                all_sum(0)
-    except BaseException:
-        fail_first()   # a bug, but the others are not to wait for this rank
-        raise
+        all_sum(0)   # the store goes with its host: nobody leaves before all are done
+        failed = False
     finally:
-        if WORLD == 1 or not some_rank_failed():   # tearing down NCCL waits for those that are gone
+        if WORLD == 1 or not failed:   # else this would wait for ranks that are gone
             dist.destroy_process_group()
-        over.set()
 
 
-def wait_patiently_on_the_host():
-    """There, before each long stretch of GPU work, ranks wait for one that downloads, tokenises
-    or reads a model: that may take hours. One that has failed has closed its connection, which
-    gloo finds at once."""
-    host = dist.group.WORLD._get_backend(torch.device("cpu"))
-    host._set_default_timeout(datetime.timedelta(minutes=24 * 60))
-
-
-def leave_after_failure(over):
-    """A thread: where another rank has failed, this one may wait for it in a collective on a GPU,
-    which nothing interrupts. It gets half a minute to end by itself."""
-    while not over.wait(5):
-        if some_rank_failed() and not over.wait(30):
-            os._exit(2)
-
-
-def fail_first():
-    """Whether this rank is the first to fail. It speaks for all: what breaks on the others from
-    here on is their connection to it."""
-    if not dist.is_initialized():
-        return LOCAL_RANK == 0
+def first_to_fail():
+    """Whether this rank fails first. It speaks for all: what breaks on the others from here on is
+    their connection to it."""
     try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:   # the store itself went with its host
+        return STORE is None or STORE.add("failed", 1) == 1
+    except RuntimeError:   # the store went with the rank that was first
         return False
-
-
-def some_rank_failed():
-    try:
-        return dist.distributed_c10d._get_default_store().check(["failed"])
-    except RuntimeError:   # the store itself went with its host
-        return True
 
 
 def keep_freed_memory():
@@ -317,46 +202,15 @@ def node_first():
 def all_sum(*values):
     """Sum Python numbers over ranks, on the host. No rank gets past it before all have come."""
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=HOST)
     return total.tolist()
 
 
 def from_rank0(value):
     """Rank 0's value, on every rank."""
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=HOST)
     return box[0]
-
-
-# ---- the hub
-
-
-def check_hub(names):
-    """One short look whether the hub answers, before libraries ask it for each file and try again
-    for minutes. Where it does not, they take what they have kept."""
-    if not any(map(is_hub_name, names)) or huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    problem = None
-    if RANK == 0:
-        try:
-            with progress(f"asking the hub {huggingface_hub.constants.ENDPOINT}"):
-                session = huggingface_hub.utils.get_session()
-                session.head(huggingface_hub.constants.ENDPOINT, timeout=10)
-        except Exception as e:
-            problem = one_line(e)
-    problem = from_rank0(problem)
-    if problem:
-        print0(f"the hub {huggingface_hub.constants.ENDPOINT} cannot be reached ({problem}): only "
-               "what is on this machine is used")
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-
-
-def is_hub_name(name):
-    """name or owner/name, no path that is there, and none of our own words."""
-    if not name or name == "demo" or os.path.exists(name):
-        return False
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.endswith(".json")
 
 
 # ---- files
@@ -364,19 +218,21 @@ def is_hub_name(name):
 
 def digest(*things):
     """16 characters that differ when anything in these things does."""
-    text = json.dumps(things, sort_keys=True, default=plain_value)
+    text = json.dumps(things, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def plain_value(thing):
-    """What json cannot write; str would leave out the middle of a long array."""
-    return thing.tolist() if hasattr(thing, "tolist") else str(thing)
+def read_json(path, default=None):
+    """default: where there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return default
 
 
 def write_json(value, path):
-    """A dict or a dataclass; the file is the old one or the new one, never half of it."""
-    if not isinstance(value, dict):
-        value = dataclasses.asdict(value)
+    """The file is the old one or the new one, never half of it."""
     aside = f"{path}.{os.getpid()}.tmp"   # workers of a cache may write at the same moment
     with open(aside, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2)
@@ -388,28 +244,6 @@ def append_jsonl(path, row):
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path):
-    """The rows of a .jsonl, none where there is no file. Half a last line, as a kill leaves it, is
-    removed from the file: the next row must not be appended to it."""
-    if not os.path.exists(path):
-        return []
-    with open(path, "rb+") as f:
-        content = f.read()
-        end = content.rfind(b"\n") + 1   # of the last line that is surely whole
-        try:
-            json.loads(content[end:])
-        except ValueError:
-            f.truncate(end)
-            content = content[:end]
-        else:
-            f.write(b"\n")   # whole after all, only its newline was missing
-    try:
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
-    except ValueError:
-        explain_bad_file(path)
-        raise
-
-
 def sync(*paths):
     """Files or folders to the disk itself."""
     for path in paths:
@@ -418,101 +252,87 @@ def sync(*paths):
         os.close(handle)
 
 
-# ---- one run a directory, and how to stop it
+def table(header, rows):
+    """Lists of strings -> markdown that is aligned, so that a terminal can show it too."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]   # the others stand on the right
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        text.append(f"| {' | '.join(cells)} |")
+    rule = ["-" * (widths[0] + 2), *["-" * (width + 1) + ":" for width in widths[1:]]]
+    text.insert(1, f"|{'|'.join(rule)}|")
+    return "\n".join(text)
+
+
+# ---- whose folder, and how to stop what is at work there
+
+MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
+WRITES = {   # mode: names that must be free in a folder without our mark
+    "train": ("config.json", "log.jsonl", "checkpoints", "final"),
+    "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
+    "generate": (   # optional: generate
+        "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
+    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
+    "demo": ("corpus", "tokenizer", "student", "teacher", "teacher-shape"),   # optional: demo
+}
 
 
 @contextlib.contextmanager
-def lock(folder, wait=False):
-    """One run a directory; wait: until the other is done. The kernel drops the lock with its
-    process, so that a killed run leaves none. A folder made for a refused run goes again."""
-    made = not os.path.isdir(folder)
-    handle = None    # rank 0 holds the lock for all
-    problem = None
-    try:
-        if RANK == 0:
-            try:
-                os.makedirs(folder, exist_ok=True)
-                handle = os.open(folder, os.O_RDONLY)
-                NOT_FOR_CHILDREN.add(handle)
-                if wait:
-                    with progress(f"waiting for another run in {folder}"):
-                        fcntl.flock(handle, fcntl.LOCK_EX)
-                else:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.access(folder, os.W_OK):
-                    problem = f"{folder!r} is not writable"
-            except BlockingIOError:
-                problem = f"another run is at work in {folder!r}"
-            except (OSError, ValueError) as e:   # ValueError: a null byte in the path
-                problem = f"cannot use {folder!r} as a directory ({one_line(e)})"
-        problem = from_rank0(problem)
-        if problem:
-            raise UserError(f"{problem}; choose another --output_dir")
-        check_shared(folder)
+def claim(folder, mode, wait=False, alone=True):
+    """Makes a folder ours for as long as this lasts: what stands there under our names may be
+    replaced. One run a folder; alone=False: workers of one cache share it. wait: until another run
+    is done. The kernel drops the lock with its process."""
+    path = os.path.join(folder, MARK)
+    ticket = str(from_rank0(time.time_ns())) if alone else ""
+    with contextlib.ExitStack() as stack:
+        with phase(f"opening {folder}"):
+            if RANK == 0:   # a second handle of a process, closed, would drop its lock
+                file = stack.enter_context(mark_folder(folder, mode))
+                how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+                try:
+                    fcntl.lockf(file, how if wait else how | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"another run is at work in {folder!r}; choose another folder")
+                file.seek(0)
+                there = file.read().split()[:1] or [mode]
+                if there != [mode] and (there, mode) != (["train"], "eval"):
+                    raise UserError(f"{folder!r} is of mode {there[0]}; choose another folder")
+                file.truncate(0)
+                file.write(f"{there[0]} {ticket}")
+                file.flush()
+                os.fsync(file.fileno())   # a shared disk shows it to whoever opens it from here on
+            all_sum(0)
+            if RANK > 0:   # a node's own disk under that name would get checkpoints without a part
+                with open(path, encoding="utf-8") as f:
+                    if ticket not in f.read():
+                        raise UserError(f"rank {RANK} does not see what rank 0 writes in "
+                                        f"{folder!r}: it has to lie on a disk that all share")
         yield
-    finally:
-        if handle is not None:
-            NOT_FOR_CHILDREN.discard(handle)
-            os.close(handle)
-            if made and not os.listdir(folder):
-                os.rmdir(folder)
 
 
-def check_shared(folder):
-    """Every rank must see what rank 0 writes: a node with a disk of its own under this name would
-    write checkpoints that lack a part."""
-    probe = os.path.join(folder, f".probe-{from_rank0(os.getpid())}-{from_rank0(time.time_ns())}")
-    problem = None
-    if RANK == 0:
-        try:
-            with open(probe, "w"):
-                pass
-        except OSError as e:
-            problem = f"{folder!r} cannot be written ({e.strerror})"
-    problem = from_rank0(problem)
-    if problem is None:
-        blind = all_sum(not os.path.exists(probe))[0]
-        if RANK == 0:
-            os.remove(probe)
-        if blind:
-            problem = (f"{blind:.0f} of {WORLD} ranks do not see what rank 0 writes in {folder!r}: "
-                       "it has to lie on a disk that all nodes share")
-    if problem:
-        raise UserError(problem)
-
-
-# What a forked child (a worker that tokenises) must not keep: a lock would outlive its run.
-NOT_FOR_CHILDREN = set()
-
-
-def begin_child():
-    """A child ends with its parent, also where that is killed."""
-    for handle in NOT_FOR_CHILDREN:
-        os.close(handle)
-    tqdm.set_lock(threading.RLock())   # a thread that shows progress may have held the parent's
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:   # Linux
-        set_parent_death_signal = 1
-        prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-os.register_at_fork(after_in_child=begin_child)
+def mark_folder(folder, mode):
+    """-> the mark, open; refused where a folder without one holds a name that this mode writes."""
+    path = os.path.join(folder, MARK)
+    if not os.path.exists(path):
+        taken = [name for name in WRITES[mode] if os.path.lexists(os.path.join(folder, name))]
+        if taken:
+            raise UserError(
+                f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a version "
+                f"before; choose another folder, or make it ours: touch {shlex.quote(path)}")
+    os.makedirs(folder, exist_ok=True)
+    return open(path, "a+", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM, one Ctrl-C, or a terminal that closes: finish the step, save, exit 0. A second one
-    stops at once. Yields stop_requests: the times at which a stop was asked for, empty so far."""
+    """SIGTERM, Ctrl-C, or a terminal that closes: finish the step, save, exit 0. Yields
+    stop_requests, empty so far."""
     stop_requests = []
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
     def request_stop(number, frame):
-        if stop_requests and number != signal.SIGHUP:   # a closing terminal may send two
-            # torchrun repeats what the terminal has sent to everybody already
-            repeated = under_torchrun and time.time() - stop_requests[-1] < 2
-            if not repeated:
-                raise KeyboardInterrupt
-        stop_requests.append(time.time())
+        stop_requests.append(number)
 
     handlers_before = {number: signal.signal(number, request_stop)
                        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -523,41 +343,11 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def lasting_output():
-    with contextlib.redirect_stdout(LastingOutput(sys.stdout)):
-        with contextlib.redirect_stderr(LastingOutput(sys.stderr)):
-            yield
-
-
-class LastingOutput:
-    """stdout or stderr, whose reader may go away (`| head`, a closed terminal) or whose disk may
-    fill: what nobody can read any more is dropped, and the run goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self.unless_gone(self.stream.write, text)
-
-    def flush(self):
-        self.unless_gone(self.stream.flush)
-
-    def unless_gone(self, do, *args):
-        try:
-            return do(*args)
-        except (OSError, ValueError):   # ValueError: closed
-            with contextlib.suppress(OSError, ValueError):   # Python flushes once more at the end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 # --------------------------------------------------------------------------------------------------
 # Losses: alpha * CE + (1 - alpha) * T^2 * KL over chunks of tokens, gradient formed on the spot.
-# Hands on distillation_loss, Head and SparseTarget. Change the objective in chunk_terms: it takes
-# the logits of a chunk and hands on two losses a token and the gradient of the logits.
+# Hands on distillation_loss, Head, DenseTarget and SparseTarget. Change the objective in
+# chunk_terms: it takes the logits of a chunk and hands on two losses a token and the gradient of
+# the logits.
 
 # bytes of both heads' outputs at once; the fp32 terms come on top; see chunk_size
 LOGITS_BUDGET = 512 * 2**20
@@ -572,6 +362,12 @@ class Head(NamedTuple):
     softcap: Optional[float] = None        # Gemma
 
 
+class DenseTarget(NamedTuple):
+    """A teacher that is here: its head is applied to a chunk of tokens at a time."""
+    hidden: torch.Tensor   # [N, Dt]
+    head: Head
+
+
 class SparseTarget(NamedTuple):
     """A teacher from the cache: some tokens with their probabilities, all others as one bucket."""
     ids: torch.Tensor       # [N, K] distinct in a row; repeated where rest is 0: their probs add up
@@ -580,19 +376,29 @@ class SparseTarget(NamedTuple):
     entropy: torch.Tensor   # [N] of the distribution that KL is measured to
 
 
+def tokens_of(target, where):
+    """The same tokens of a DenseTarget, of a SparseTarget or of None."""
+    if target is None:
+        return None
+    if isinstance(target, DenseTarget):
+        return DenseTarget(target.hidden[where], target.head)
+    return SparseTarget(*[tensor[where] for tensor in target])
+
+
 def as_head(head):
-    """Head or nn.Linear, with or without scale and softcap -> Head."""
-    scale = getattr(head, "scale", None)
+    """nn.Linear, or what else has its attributes -> Head."""
     return Head(
-        weight=head.weight, bias=getattr(head, "bias", None), scale=float(scale or 1.0),
-        softcap=getattr(head, "softcap", None))
+        head.weight, head.bias, getattr(head, "scale", 1.0), getattr(head, "softcap", None))
+
+
+def raw_logits(hidden, head, vocabulary=None):
+    """-> [.., V] of the first ids, before scale and softcap."""
+    bias = None if head.bias is None else head.bias[:vocabulary]
+    return nn.functional.linear(hidden, head.weight[:vocabulary], bias)
 
 
 def scale_and_softcap(raw, scale, softcap):
-    """-> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw.
-
-    raw: what a head's matmul and bias give.
-    """
+    """-> logits in fp32 (a bf16 log-softmax has a floor of 0.02 nats), d logits / d raw."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
@@ -630,34 +436,30 @@ def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_c
     kl = (weighted / teacher_total + shift)[:, 0]
     # gradient: (p_weight_from_ce + kl_weight) * p - kl_weight * q
     q = exp_y.div_(teacher_total)
-    if p_weight_from_ce + kl_weight == 1:   # always so at T 1
-        grad = p.sub_(q, alpha=kl_weight)
-    elif p_weight_from_ce == 0:             # always so at other T; exactly 0 where p equals q
-        grad = p.sub_(q).mul_(kl_weight)
-    else:                                   # for a fork that weighs otherwise
-        grad = p.mul_(p_weight_from_ce + kl_weight).sub_(q, alpha=kl_weight)
-    return kl, grad
+    if p_weight_from_ce == 0:   # always so where T is not 1; exactly 0 where p equals q
+        return kl, p.sub_(q).mul_(kl_weight)
+    if p_weight_from_ce + kl_weight != 1:   # never so, but in a fork that weighs otherwise
+        p.mul_(p_weight_from_ce + kl_weight)
+    return kl, p.sub_(q, alpha=kl_weight)
 
 
-def reverse_kl_terms(p, log_q_over_p, p_weight_from_ce, kl_weight):
-    """KL(p || q) = sum of p * log(p / q)."""
-    pull = -log_q_over_p   # log(p / q)
-    kl = torch.linalg.vecdot(p, pull)
-    # gradient: p * (kl_weight * (log(p / q) - KL) + p_weight_from_ce)
-    grad = p.mul_(pull.sub_(kl[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
-    return kl, grad
+def pulled_terms(p, pull, p_weight_from_ce, kl_weight):
+    """Of a divergence with the derivative pull [C, V] by p, but for a constant a token: the sum of
+    p * pull [C], and the gradient through the softmax."""
+    mean = torch.linalg.vecdot(p, pull)
+    # gradient: p * (kl_weight * (pull - mean) + p_weight_from_ce)
+    grad = p.mul_(pull.sub_(mean[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
+    return mean, grad
 
 
-def jsd_terms(p, log_q_over_p, q, p_weight_from_ce, kl_weight):
+def jsd_terms(p, log_q_over_p, q, *weights):
     """(KL(p || m) + KL(q || m)) / 2 with their middle m = (p + q) / 2."""
     # r = log(q / p):  -log(p / m) = log((1 + exp(r)) / 2) = max(r, 0) + log(1 + expm1(-|r|) / 2)
     pull = log_q_over_p.clamp_min(0) + (torch.expm1(-log_q_over_p.abs()) / 2).log1p_()
     pull = pull.mul_(-0.5)                             # log(p / m) / 2
     teacher_pull = log_q_over_p.mul_(0.5).add_(pull)   # log(q / m) / 2
     teacher_part = torch.linalg.vecdot(q, teacher_pull)
-    student_part = torch.linalg.vecdot(p, pull)
-    # gradient: p * (kl_weight * (log(p / m) / 2 - student_part) + p_weight_from_ce)
-    grad = p.mul_(pull.sub_(student_part[:, None]).mul_(kl_weight).add_(p_weight_from_ce))
+    student_part, grad = pulled_terms(p, pull, *weights)
     return student_part + teacher_part, grad
 
 
@@ -667,29 +469,21 @@ def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     KL = -sum of q * log(p) - rest * log(rest_p) - entropy, with sums over the listed entries and
     rest_p = 1 - sum of p.
     """
-    q = target.probs                                             # [C, K], as all that is listed
-    listed_logp = z.gather(-1, target.ids) - total.log()
+    ids, q, rest, entropy = target   # [C, K], as all that is listed; [C, K], [C], [C]
+    listed_logp = z.gather(-1, ids) - total.log()
     # 1 - sum of the listed would cancel: below 1e-7 nothing of the rest would be left
-    listed_p = p.gather(-1, target.ids)
-    unlisted_p = p.scatter_(-1, target.ids, 0.0)                 # [C, V]
+    listed_p = p.gather(-1, ids)
+    unlisted_p = p.scatter_(-1, ids, 0.0)   # [C, V]
     rest_p = unlisted_p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    kl = -(q * listed_logp).sum(-1) - target.entropy
-    kl = kl - torch.where(target.rest > 0, target.rest * rest_p.log(), 0.0)
+    kl = -(q * listed_logp).sum(-1) - entropy
+    kl = kl - torch.where(rest > 0, rest * rest_p.log(), 0.0)
     # d KL / d u = p - q on listed entries, keep * p on the others. Method sample: rest 0, keep 1,
     # and ids that repeat add up their q.
-    keep = (1 - target.rest / rest_p)[:, None]
+    keep = (1 - rest / rest_p)[:, None]
     grad = unlisted_p.mul_(kl_weight * keep + p_weight_from_ce)
-    grad.scatter_(-1, target.ids, (kl_weight + p_weight_from_ce) * listed_p)
-    grad.scatter_add_(-1, target.ids, -kl_weight * q)
+    grad.scatter_(-1, ids, (kl_weight + p_weight_from_ce) * listed_p)
+    grad.scatter_add_(-1, ids, -kl_weight * q)
     return kl, grad
-
-
-def logit_mse_terms(p, error, p_weight_from_ce, kl_weight):
-    """In KL's place the mean square of error [C, V], student minus teacher logits. T is 1."""
-    mse = error.square().mean(-1)
-    # gradient: p_weight_from_ce * p + kl_weight * 2 * error / V
-    grad = p.mul_(p_weight_from_ce).add_(error, alpha=2 * kl_weight / error.shape[-1])
-    return mse, grad
 
 
 def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence, student_scaling,
@@ -717,9 +511,11 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         grad = p.mul_(p_weight_from_ce)
     elif isinstance(target, SparseTarget):
         kl, grad = sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight)
-    elif divergence == "mse":   # a choice of the block-wise head phase
+    elif divergence == "mse":   # optional: blockwise
+        # in KL's place the mean square of the difference between the logits; T is 1
         error = logits - scale_and_softcap(target, *teacher_scaling)[0]
-        kl, grad = logit_mse_terms(p, error, p_weight_from_ce, kl_weight)
+        kl = error.square().mean(-1)
+        grad = p.mul_(p_weight_from_ce).add_(error, alpha=2 * kl_weight / error.shape[-1])
     else:
         y, exp_y, teacher_total = exponentials(
             scale_and_softcap(target, *teacher_scaling)[0], temperature)
@@ -729,7 +525,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
             kl, grad = forward_kl_terms(
                 p, exp_y, teacher_total, difference, shift, p_weight_from_ce, kl_weight)
         elif divergence == "reverse":
-            kl, grad = reverse_kl_terms(p, difference.add_(shift), p_weight_from_ce, kl_weight)
+            # KL(p || q) = sum of p * log(p / q)
+            log_p_over_q = difference.add_(shift).neg_()
+            kl, grad = pulled_terms(p, log_p_over_q, p_weight_from_ce, kl_weight)
         elif divergence == "jsd":
             kl, grad = jsd_terms(
                 p, difference.add_(shift), exp_y.div_(teacher_total), p_weight_from_ce, kl_weight)
@@ -748,19 +546,17 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
 
 
-class ChunkKernel:
-    """chunk_terms with its options fixed, compiled where that pays and can be done.
+@functools.cache   # so that nothing is compiled twice
+def chunk_kernel(worth_compiling, **options):
+    """chunk_terms with its options fixed, compiled where that pays and can be done: it takes about
+    10 s once, and a C++ compiler on CPU, Triton on CUDA."""
+    eager = functools.partial(chunk_terms, **options)
+    if not worth_compiling:
+        return eager
+    compiled = torch.compile(eager)
 
-    It takes about 10 s once, and a C++ compiler on CPU, Triton on CUDA.
-    """
-
-    def __init__(self, worth_compiling, **options):
-        self.eager = functools.partial(chunk_terms, **options)
-        self.compiled = torch.compile(self.eager) if worth_compiling else None
-
-    def __call__(self, student_CV, labels_C, target):
-        if self.compiled is None:
-            return self.run_eagerly(student_CV, labels_C, target)
+    def run(student_CV, labels_C, target):
+        nonlocal compiled
         inputs = [student_CV, labels_C]
         if isinstance(target, SparseTarget):
             inputs.extend(target)
@@ -769,52 +565,20 @@ class ChunkKernel:
         for tensor in inputs:   # one compilation for any number of tokens
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return self.compiled(student_CV, labels_C, target)
+            return compiled(student_CV, labels_C, target)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs "
-                   "eagerly")
-            self.compiled = None
-            return self.run_eagerly(student_CV, labels_C, target)
+                   "eagerly, slower and with more memory")
+            compiled = eager
+            return eager(student_CV, labels_C, target)
 
-    def run_eagerly(self, student_CV, labels_C, target):
-        """No more tokens at once than fit the smaller budget: a chunk made for compiled code would
-        hold 14 GB of [C, V] terms on a large GPU. The gradient takes the logits' place."""
-        tokens = len(student_CV)
-        at_once = tokens_within(LOGITS_BUDGET, student_CV.element_size(), student_CV.shape[1])
-        if tokens <= at_once:
-            return self.eager(student_CV, labels_C, target)
-        losses = []
-        for start in range(0, tokens, at_once):
-            part = slice(start, start + at_once)
-            ce, kl, student_CV[part] = self.eager(
-                student_CV[part], labels_C[part], select_tokens(target, part))
-            losses.append(torch.stack([ce, kl]))
-        ce, kl = torch.cat(losses, 1)
-        return ce, kl, student_CV
-
-
-@functools.cache
-def chunk_kernel(worth_compiling, **options):
-    """One ChunkKernel for each set of options, so that nothing is compiled twice."""
-    return ChunkKernel(worth_compiling, **options)
-
-
-def select_tokens(teacher, where):
-    """The same tokens of (hidden states, head), of logits, of a SparseTarget or of None."""
-    if teacher is None:
-        return None
-    if isinstance(teacher, SparseTarget):
-        return SparseTarget(*(tensor[where] for tensor in teacher))
-    if isinstance(teacher, torch.Tensor):
-        return teacher[where]
-    hidden_ND, head = teacher
-    return hidden_ND[where], head
+    return run
 
 
 def tokens_within(budget, itemsize, vocab):
-    return max(1, budget // (2 * max(itemsize, 2) * vocab))
+    return max(1, budget // (2 * itemsize * vocab))
 
 
 def chunk_size(device, itemsize, vocab):
@@ -829,14 +593,12 @@ def chunk_size(device, itemsize, vocab):
     return tokens_within(budget, itemsize, vocab)
 
 
-def add_product(total, a, b, first):
-    """total += a @ b, summed in the type of total; the first overwrites it, unread."""
+def add_product(total, a, b):
+    """total += a @ b, summed in the type of total."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=float(not first))
+        total.addmm_(a, b)
     elif total.device.type == "cuda":   # 16-bit factors, fp32 sums, no temporary between
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=float(not first), out=total)
-    elif first:
-        total.copy_(a @ b)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 
@@ -849,49 +611,33 @@ class FusedDistillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, student_scaling, alpha,
-                temperature, divergence, chunk, vocab):
-        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, teacher, kernel, alpha, chunk, vocab,
+                training):
+        # what needs a gradient is said whether or not gradients are on
+        need_hidden, need_weight, need_bias = [
+            training and needed for needed in ctx.needs_input_grad[:3]]
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
-        grad_weight = None
-        if need_weight:
-            grad_weight = torch.empty_like(weight_VD, dtype=exact)
-            unwritten = vocab if len(hidden_ND) else 0
-            grad_weight[unwritten:] = 0
-        weight_VD = weight_VD[:vocab]
-        if bias_V is not None:
-            bias_V = bias_V[:vocab]
-
-        dense_teacher = teacher is not None and not isinstance(teacher, SparseTarget)
-        teacher_scaling = (1.0, None)
-        if dense_teacher:
-            teacher_scaling = (teacher[1].scale, teacher[1].softcap)
-        kernel = chunk_kernel(
-            vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature,
-            divergence=divergence, student_scaling=student_scaling,
-            teacher_scaling=teacher_scaling)
-        ce = hidden_ND.new_zeros((), dtype=torch.float64)
-        kl = hidden_ND.new_zeros((), dtype=torch.float64)
+        student = Head(weight_VD, bias_V)
+        ce = kl = hidden_ND.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             h_CD = hidden_ND[part]
-            target = select_tokens(teacher, part)
-            if dense_teacher:
-                teacher_h_CD, head = target
-                target = nn.functional.linear(teacher_h_CD, head.weight, head.bias)
-            ce_C, kl_C, grad_CV = kernel(
-                nn.functional.linear(h_CD, weight_VD, bias_V), labels_N[part], target)
+            target = tokens_of(teacher, part)
+            if isinstance(target, DenseTarget):
+                target = raw_logits(*target, vocab)
+            ce_C, kl_C, grad_CV = kernel(raw_logits(h_CD, student, vocab), labels_N[part], target)
             del target   # [C, V]: its memory is wanted below
             ce = ce + ce_C.sum(dtype=torch.float64)
             kl = kl + kl_C.sum(dtype=torch.float64)
             if need_bias:
                 grad_bias[:vocab] += grad_CV.sum(0, dtype=exact)
             if need_hidden:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden[part])
+                torch.mm(grad_CV, weight_VD[:vocab], out=grad_hidden[part])
             if need_weight:
-                add_product(grad_weight[:vocab], grad_CV.T, h_CD, first=start == 0)
+                add_product(grad_weight[:vocab], grad_CV.T, h_CD)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden_ND.dtype
         ce = ce.to(exact)
@@ -907,7 +653,7 @@ class FusedDistillation(torch.autograd.Function):
                 into = torch.empty_like(grad, dtype=ctx.dtype)
                 grad = torch.mul(grad, grad_loss, out=into)
             scaled.append(grad)
-        return (*scaled, *[None] * 8)   # forward's other arguments have none
+        return (*scaled, *[None] * 7)   # forward's other arguments have none
 
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature,
@@ -915,43 +661,39 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     """-> loss, ce, kl: loss = alpha * ce + (1 - alpha) * kl, kl with its T^2, each / denominator.
 
     student_hidden [N, D]. student_head: Head or nn.Linear. labels [N], -100 is not counted: where
-    they lie on the host, dropping those positions does not make the GPU wait. teacher:
-    (teacher_hidden [N, Dt], teacher_head), a SparseTarget, or None at alpha 1. denominator: by
-    default the tokens counted here. chunk: tokens projected to the vocabulary at once. vocabulary:
-    from this id on both heads are padding, which is cut.
+    they lie on the host, dropping those positions does not make the GPU wait. teacher: DenseTarget
+    or a plain (hidden [N, Dt], head), SparseTarget, or None at alpha 1. denominator: by default
+    the tokens counted here. chunk: tokens projected to the vocabulary at once. vocabulary: from
+    this id on both heads are padding, which is cut.
     """
+    device = student_hidden.device
     student = as_head(student_head)
-    if not torch.is_grad_enabled():   # needs_input_grad does not know of no_grad
-        student_hidden = student_hidden.detach()
-        bias = None if student.bias is None else student.bias.detach()
-        student = student._replace(weight=student.weight.detach(), bias=bias)
+    vocab = len(student.weight[:vocabulary])
+    teacher_scaling = (1.0, None)
+    if teacher is not None and not isinstance(teacher, SparseTarget):
+        hidden, head = teacher
+        head = as_head(head)
+        teacher = DenseTarget(hidden, head)
+        teacher_scaling = (head.scale, head.softcap)
+        vocab = len(head.weight[:vocab])
+    if alpha >= 1:
+        teacher = None
     counted = (labels != -100).nonzero()[:, 0]
     if denominator is None:
         denominator = max(len(counted), 1)
     if len(counted) < len(labels):   # collate has dropped them already, others may not
         labels = labels[counted]
-        counted = counted.to(student_hidden.device)
+        counted = counted.to(device)
         student_hidden = student_hidden[counted]
-        teacher = select_tokens(teacher, counted)
-    labels = labels.to(student_hidden.device, non_blocking=True)
-    vocab = len(student.weight)
-    if vocabulary is not None:
-        vocab = min(vocab, vocabulary)
-    if teacher is not None and not isinstance(teacher, SparseTarget):
-        teacher_hidden, teacher_head = teacher
-        teacher_head = as_head(teacher_head)
-        vocab = min(vocab, len(teacher_head.weight))
-        bias = None if teacher_head.bias is None else teacher_head.bias[:vocab]
-        teacher = (teacher_hidden,
-                   teacher_head._replace(weight=teacher_head.weight[:vocab], bias=bias))
-    if alpha >= 1:
-        teacher = None
+        teacher = tokens_of(teacher, counted)
     if chunk is None:
-        chunk = chunk_size(
-            student_hidden.device, student_hidden.element_size(), len(student.weight))
+        chunk = chunk_size(device, student_hidden.element_size(), len(student.weight))
+    kernel = chunk_kernel(
+        vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature, divergence=divergence,
+        student_scaling=(student.scale, student.softcap), teacher_scaling=teacher_scaling)
     loss, ce, kl = FusedDistillation.apply(
-        student_hidden, student.weight, student.bias, labels, teacher,
-        (student.scale, student.softcap), alpha, temperature, divergence, chunk, vocab)
+        student_hidden, student.weight, student.bias, labels.to(device, non_blocking=True),
+        teacher, kernel, alpha, chunk, vocab, torch.is_grad_enabled())
     return loss / denominator, ce / denominator, kl / denominator
 
 
@@ -965,23 +707,18 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else that of the first candidate that has one, else None."""
+    names = [name for name in candidates if may_have_tokenizer(name)]
     if cfg.tokenizer:
         names = [cfg.tokenizer]
-    else:
-        names = [name for name in candidates if may_have_tokenizer(name)]
     if not names:
         return None
-    name = names[0]
-    missing = name.startswith(("/", ".", "~")) and not os.path.exists(name)
-    problem = ": no such path" if missing else " that can be read"
-    with reading(f"{name!r} has no tokenizer{problem}",
-                 "; is the name right? --tokenizer names another"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    with phase(f"reading the tokenizer of {names[0]}"):
+        return AutoTokenizer.from_pretrained(names[0], trust_remote_code=cfg.trust_remote_code)
 
 
 def may_have_tokenizer(name):
     """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet.
-    demo: no name was given, see run_demo."""
+    demo: no name was given."""
     if name == "demo" or name.startswith("layers:") or name.endswith(".json"):
         return False
     if os.path.isdir(name):
@@ -991,8 +728,8 @@ def may_have_tokenizer(name):
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    student_tokens = tokens_by_id(student)
-    teacher_tokens = tokens_by_id(teacher)
+    student_tokens = {i: token for token, i in student.get_vocab().items()}
+    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
     shared_ids = sorted(student_tokens.keys() & teacher_tokens.keys())
     clashing = [i for i in shared_ids if student_tokens[i] != teacher_tokens[i]]
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
@@ -1005,76 +742,66 @@ def compare_tokenizers(student, teacher, student_name, teacher_name):
         return
     raise UserError(
         f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
-        f"{problem}. Distil within one, or train on text that the teacher wrote (--mode generate, "
-        "then --alpha 1)")
+        f"{problem}. Distil within one, or train on text that the teacher wrote (--alpha 1)")
 
 
-def tokens_by_id(tokenizer):
-    return {i: token for token, i in tokenizer.get_vocab().items()}
+def vocabulary_of(tokenizer):
+    """How many ids it has: what a head has beyond them is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def bos_of(tokenizer):
+    """The id that this tokenizer puts before every text; None where it puts none. A model that
+    learned with it (Gemma, Llama) is lost without."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    return None
 
 
 # ---- datasets: raw rows of text or conversations
 
 
 def load_data(cfg, tokenizer):
-    """-> (train rows, eval rows), which can be indexed. A row is {"input_ids": [...], "targets":
-    which of them are, or None where all are}; one that holds several documents (packing documents)
-    has "starts" too: where each begins."""
+    """-> train rows, eval rows, which can be indexed. A row is {"input_ids": [...], "targets":
+    which of them are, "starts": where each of its documents begins}."""
     if tokenizer is None:
-        asked = f"student {cfg.student!r}"
-        if cfg.teacher != "demo":   # the default: none was named
-            asked += f" and teacher {cfg.teacher!r}"
-        way_out = "use --tokenizer" + model_inside(cfg.student) + model_inside(cfg.teacher)
-        raise UserError(f"no tokenizer comes with {asked}; {way_out}")
+        raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a "
+                        "tokenizer; name one with --tokenizer")
     if cfg.streaming:   # optional: streaming
         return load_stream(cfg, tokenizer)
-    with progress(f"reading dataset {cfg.dataset}"), node_first():
-        train_raw, eval_raw = load_splits(cfg)
+    with phase(f"reading dataset {cfg.dataset}"), node_first():
+        train_raw, eval_raw = read_raw(cfg)
+        if eval_raw is None and len(train_raw) > 1:
+            train_raw, eval_raw = hold_out_rows(train_raw, cfg.eval_samples)
     if cfg.mode == "eval" and eval_raw is not None:   # optional: eval
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-        return train_raw, take_first(eval_rows, cfg.eval_samples)   # nobody reads the former
-    train_rows = tokenize(cfg, train_raw, tokenizer, "train")
+        return None, take_first(eval_rows, cfg.eval_samples)
+    rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(train_rows) > 1:   # one long document: its last twentieth
-        eval_size = max(1, len(train_rows) // 20)
-        eval_rows = train_rows.skip(len(train_rows) - eval_size)
-        train_rows = train_rows.take(len(train_rows) - eval_size)
+    elif len(rows) > 1:   # one long document: its last twentieth
+        eval_size = max(1, len(rows) // 20)
+        eval_rows = rows.skip(len(rows) - eval_size)
+        rows = rows.take(len(rows) - eval_size)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
-    if RANK == 0:   # it reads all rows once: not on every rank
-        print0(describe_rows(train_rows, cfg.batch_size, cfg.seed))
-    return train_rows, take_first(eval_rows, cfg.eval_samples)
+    if cfg.packing == "documents":   # a held-out document stands alone
+        rows = PackedRows(rows, cfg.seq_len)
+    return rows, take_first(eval_rows, cfg.eval_samples)
 
 
 def take_first(rows, count):
     return rows.take(min(count, len(rows)))   # a dataset refuses to take more than it has
 
 
-def load_splits(cfg):
-    """-> raw rows of train, raw rows of eval: their own split, else a slice of train; None where
-    train is a single row, one long document."""
-    train_raw, eval_raw = read_splits(cfg)
-    check_columns(train_raw, cfg.dataset, cfg.text_column)
-    if cfg.max_samples is not None:
-        train_raw = take_first(train_raw, cfg.max_samples)
-    if eval_raw is not None:
-        return train_raw, eval_raw
-    if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
-        return train_raw, train_raw   # asked for by its name: nothing is held out of it
-    if len(train_raw) == 1:
-        return train_raw, None
-    with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
-        return hold_out_rows(train_raw, cfg.eval_samples, cfg.text_column)
-
-
-def read_splits(cfg, streaming=False):
+def read_raw(cfg, streaming=False):
     """-> raw rows of train, raw rows of eval; None where a slice of train has to do."""
-    train_raw = load_raw(cfg.dataset, cfg.dataset_config, cfg.train_split, streaming)
+    train_raw = read_split(cfg, cfg.train_split, streaming)
     eval_raw = None
     if cfg.eval_split != cfg.train_split:
-        eval_raw = load_raw(cfg.dataset, cfg.dataset_config, cfg.eval_split, streaming)
+        eval_raw = read_split(cfg, cfg.eval_split, streaming)
     missing = None
     if train_raw is None:
         missing = cfg.train_split
@@ -1083,6 +810,11 @@ def read_splits(cfg, streaming=False):
     if missing is not None:
         raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave "
                         "eval_split out to hold out a slice of train")
+    if cfg.max_samples is not None:
+        train_raw = train_raw.take(cfg.max_samples if streaming
+                                   else min(cfg.max_samples, len(train_raw)))
+    if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
+        return train_raw, train_raw   # asked for by its name: nothing is held out of it
     return train_raw, eval_raw
 
 
@@ -1096,101 +828,41 @@ FILE_KINDS = {   # ending -> the reader of `datasets`
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")   # one of these is in a save_to_disk folder
 
 
-def load_raw(dataset, dataset_config, split, streaming=False):
-    """One split of a file, a save_to_disk folder or a hub dataset; None where it has no such."""
-    kind = FILE_KINDS.get(os.path.splitext(dataset)[1].lower())
-    what = f"{kind} file"
-    if not kind:
-        what = "hub dataset (no network, no access?), data file or save_to_disk directory"
-    with reading_rows(dataset, f"dataset {dataset!r} could not be read as {what}"):
-        if kind:
-            return load_file(dataset, kind, split, streaming)
-        if any(os.path.exists(os.path.join(dataset, name)) for name in SAVED_BY_DATASETS):
-            return load_saved(dataset, split, streaming)
-        if os.path.isdir(dataset) and dataset != glob.escape(dataset):
-            raise UserError(f"dataset folder {dataset!r}: [, * and ? are read as a pattern of "
-                            "names; rename it")
-        try:
-            return datasets.load_dataset(dataset, dataset_config, split=split, streaming=streaming)
-        except ValueError as e:
-            if "Unknown split" in str(e) or "Bad split" in str(e):
-                return None
-            raise
+def read_split(cfg, split, streaming=False):
+    """Raw rows of a file, a save_to_disk folder or a hub dataset; None where it has no such split.
+    """
+    path = cfg.dataset
+    kind = FILE_KINDS.get(os.path.splitext(path)[1].lower())
+    if kind:
+        if split != "train":   # a file has no other
+            return None
+        options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
+        return datasets.load_dataset(   # which takes a name for a pattern
+            kind, data_files={"train": glob.escape(path)}, split="train", streaming=streaming,
+            **options)
+    if any(os.path.exists(os.path.join(path, name)) for name in SAVED_BY_DATASETS):
+        saved = datasets.load_from_disk(path)
+        if not isinstance(saved, dict):   # saved without splits
+            saved = {"train": saved}
+        rows = saved.get(split)
+        return rows.to_iterable_dataset() if streaming and rows is not None else rows
+    try:
+        return datasets.load_dataset(path, cfg.dataset_config, split=split, streaming=streaming)
+    except ValueError as e:
+        if "Unknown split" in str(e) or "Bad split" in str(e):
+            return None
+        raise
 
 
-def load_file(path, kind, split, streaming):
-    if not os.path.isfile(path):
-        problem = "is no file" if os.path.exists(path) else "does not exist"
-        raise UserError(f"dataset file {path!r} {problem}")
-    if os.path.getsize(path) == 0:
-        raise UserError(f"dataset file {path!r} is empty")
-    if kind == "json" and holds_no_object(path):   # a file of nulls kills the process in pyarrow
-        raise UserError(f"dataset file {path!r} holds no object with columns")
-    if split != "train":   # a file has no other
-        return None
-    options = {}
-    if kind == "text":
-        options["sample_by"] = "paragraph"   # a blank line ends a document
-    return datasets.load_dataset(   # which takes a name for a pattern
-        kind, data_files={"train": glob.escape(path)}, split="train", streaming=streaming,
-        **options)
-
-
-def holds_no_object(path):
-    with open(path, "rb") as f:
-        return not any(b"{" in block for block in iter(functools.partial(f.read, 2**20), b""))
-
-
-def load_saved(folder, split, streaming):
-    saved = datasets.load_from_disk(folder)
-    if isinstance(saved, dict):
-        saved = saved.get(split)
-    elif split != "train":   # saved without splits
-        saved = None
-    if streaming and saved is not None:
-        return saved.to_iterable_dataset()
-    return saved
-
-
-def check_columns(rows, dataset, text_column):
-    """There must be a column of text, or those of a conversation."""
-    with reading_rows(dataset, f"dataset {dataset!r}: a row cannot be read"):
-        first_rows = list(itertools.islice(rows, 100))
-    if not first_rows:
-        raise UserError(f"dataset {dataset!r} has no rows")
-    columns = {name for row in first_rows for name in row}
-    if columns & {text_column, *CONVERSATION_COLUMNS}:
-        return
-    if any(set(pair) <= columns for pair in CONVERSATIONS):
-        return
-    raise UserError(
-        f"dataset {dataset!r} has no text in column {text_column!r} and no known conversation "
-        f"columns; it has {', '.join(first_rows[0])}: name one with --text_column")
-
-
-def hold_out_rows(raw, eval_samples, text_column):
+def hold_out_rows(raw, eval_samples):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
     wanted = min(eval_samples, max(1, len(raw) // 20))
     gap = max(2, len(raw) // wanted)
-    for first in reversed(range(gap)):   # gap - 1, unless bad rows stand there
-        held_out = raw.select(range(first, len(raw), gap))
-        if any(is_usable(row, text_column) for row in held_out):
-            break
+    held_out = raw.select(range(gap - 1, len(raw), gap))
     # an array: select makes a fingerprint of it, a generator has none that another run finds again
-    kept = np.flatnonzero(np.arange(len(raw)) % gap != first)
+    kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)
     return raw.select(kept), held_out
-
-
-def is_usable(row, text_column):
-    """Whether it holds something to learn, as far as that can be seen before it is tokens."""
-    try:
-        conversation = conversation_of(row)
-    except BadRow:
-        return False
-    if conversation:
-        return any(message["role"] == "assistant" for message in conversation)
-    return isinstance(row.get(text_column), str) and row[text_column] != ""
 
 
 def stdlib_sources():   # optional: demo generate
@@ -1207,286 +879,126 @@ def stdlib_sources():   # optional: demo generate
                     yield os.path.relpath(path, root), f.read()
 
 
-# ---- rows of token ids
+# ---- rows of token ids, kept in the datasets cache
 
-
-ROWS_AT_ONCE = 1000   # texts among them are packed together, however many processes share the work
+FEATURES = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")),
+    targets=datasets.List(datasets.Value("bool")),
+    starts=datasets.List(datasets.Value("int32")),
+    dropped=datasets.Value("string"))   # why; "": it is not
+ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
 
 
 def tokenize(cfg, raw, tokenizer, split):
-    """-> a memory-mapped dataset of token rows, kept in the datasets cache: the same rows are not
-    tokenised twice. Beside it stands what was dropped."""
-    if split == "eval" and cfg.packing == "documents":
-        # a held-out document stands alone: the figures are those of packing rows, the intervals of
-        # mode eval over documents
-        cfg = dataclasses.replace(cfg, packing="rows")
-    features = TOKEN_FEATURES
-    if cfg.packing == "documents":
-        features = PACKED_FEATURES
-    fingerprint = fingerprint_rows(raw, tokenizer, cfg.text_column, cfg.seq_len, cfg.packing)
+    """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
+    encode = row_encoder(cfg, tokenizer)
+    workers = cfg.num_proc or 1
+    # a tokenizer's own threads do not survive the fork of a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
+
+    def encode_from(batch):   # the same thousand rows together, whoever takes them
+        start, = batch["start"]
+        return encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
+
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
     os.makedirs(folder, exist_ok=True)
-    dropped_path = os.path.join(folder, f"{fingerprint}.dropped")
-    batches = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
-    workers = min(cfg.num_proc or 1, len(batches))
-    # a tokenizer's own threads do not survive the fork of a worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers <= 1 else "false"
-    bad_row = f"dataset {cfg.dataset!r}, {split}: a row cannot be turned into tokens"
-    # only a process that works alone can say how far it is
-    total = len(raw) if workers <= 1 else None
-    showing = progress(f"tokenising {split}", total, unit="row")
-    with reading_rows(cfg.dataset, bad_row), showing as bar, node_first():
-        rows = batches.map(
-            functools.partial(
-                encode_batch, raw=raw, dataset=cfg.dataset, dropped_path=dropped_path,
-                encode_here=make_row_encoder(cfg, tokenizer),
-                update=bar.update if total else None),
-            batched=True, batch_size=1, remove_columns=["start"],
+    fingerprint = fingerprint_rows(cfg, raw, tokenizer)
+    starts = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
+    with phase(f"tokenising {split}"), node_first():
+        rows = starts.map(
+            encode_from, batched=True, batch_size=1, remove_columns=["start"], features=FEATURES,
             num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
-            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), features=features)
-        dropped = read_dropped(dropped_path)
-    reasons = in_words(dropped, lambda i: place_of(cfg.dataset, source_row(raw, i)))
+            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), desc=split)
+        rows, dropped = kept_rows(rows)
     if len(rows) == 0:
         raise UserError(f"dataset {cfg.dataset!r}, {split}: none of {len(raw)} rows has a target "
-                        f"token: {reasons or 'they are one token long'}")
+                        f"token: {reasons_in_words(dropped)}")
     if dropped:
-        print0(f"{split}: dropped {count_dropped(dropped)} of {len(raw)} rows: {reasons}")
-    return rows.with_format("numpy")
+        print0(f"{split}: dropped {dropped.total()} of {len(raw)} rows: "
+               + reasons_in_words(dropped))
+    return rows
 
 
-TOKEN_FEATURES = datasets.Features(input_ids=datasets.List(datasets.Value("int32")),
-                                   targets=datasets.List(datasets.Value("bool")))
-PACKED_FEATURES = datasets.Features(**TOKEN_FEATURES, starts=datasets.List(datasets.Value("int32")))
+def token_rows(columns):
+    """What row_encoder gives -> a dataset as tokenize has on disk."""
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
-def encode_batch(batch, raw, dataset, encode_here, dropped_path, update):
-    """The rows of raw from one start on -> token rows, as columns. update: told how many."""
-    start, = batch["start"]
-    rows = rows_from_columns(raw[start:start + ROWS_AT_ONCE])
-    warn_of_long_rows(rows)
-    columns, dropped = encode_here(
-        rows, lambda i: place_of(dataset, source_row(raw, start + i)))
-    if dropped:   # each process has a file of its own, or their lines would mix
-        append_jsonl(f"{dropped_path}-{os.getpid()}.jsonl", {"start": start, "dropped": dropped})
-    if update is not None:
-        update(len(rows))
-    return columns
+def kept_rows(rows):
+    """-> token rows less those that were dropped, and a Counter of why they were."""
+    reasons = np.array(rows["dropped"][:], dtype=object)
+    dropped = collections.Counter(reasons[reasons != ""].tolist())
+    if dropped:
+        rows = rows.select(np.flatnonzero(reasons == ""))
+    return rows.remove_columns("dropped").with_format("numpy"), dropped
 
 
-def read_dropped(path):
-    """What encode_batch wrote, in whatever processes -> {why: [how many, which first]}"""
-    by_start = {}   # a batch that was begun twice stands there twice
-    for file in glob.glob(f"{glob.escape(path)}-*.jsonl"):
-        by_start |= {entry["start"]: entry["dropped"] for entry in read_jsonl(file)}
-    dropped = {}
-    for start in sorted(by_start):
-        add_dropped(dropped, start, by_start[start])
-    return dropped
+def reasons_in_words(dropped):
+    return "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5)) or "no text"
 
 
-def add_dropped(dropped, start, some):
-    """[(i, why)] of rows from start on into {why: [how many, which first]}"""
-    for i, why in some:
-        count_and_first = dropped.setdefault(why, [0, start + i])
-        count_and_first[0] += 1
-
-
-def count_dropped(dropped):
-    return sum(count for count, _ in dropped.values())
-
-
-def in_words(dropped, place):
-    return "; ".join(f"{count} with {why} (first {place(row)})"
-                     for why, (count, row) in dropped.items())
-
-
-def source_row(raw, i):
-    """Which row of its source the row i of a selection is."""
-    if raw._indices is None:
-        return i
-    return raw._indices.column(0)[i].as_py()
-
-
-def place_of(dataset, row):
-    """In words: the line of a .jsonl file, else the number of the row, from 1 on."""
-    if dataset.lower().endswith(".jsonl") and os.path.isfile(dataset):
-        with open(dataset, "rb") as file:
-            lines = (number for number, line in enumerate(file, 1) if line.strip())
-            line = next(itertools.islice(lines, row, None), None)
-        if line is not None:
-            return f"{dataset!r}, line {line}"
-    return f"{dataset!r}, row {row + 1}"
-
-
-def warn_of_long_rows(rows):
-    longest = max((len(value) for row in rows for value in row.values() if isinstance(value, str)),
-                  default=0)
-    if longest > 10_000_000:
-        print0(f"a row of {longest:,} characters; a tokenizer takes a second or more for a million")
-
-
-def fingerprint_rows(raw, tokenizer, text_column, seq_len, packing):
-    """Of all that shapes token rows: the tokenizer as it would be saved, and the code. A fork that
-    edits `encode_rows`, or anything it calls, gets what it wrote and not what an older version left
-    in the cache."""
+def fingerprint_rows(cfg, raw, tokenizer):
+    """Of all that shapes token rows: the tokenizer as it would be saved, and the code, so that a
+    fork that edits it gets what it wrote and not what an older version left in the cache."""
+    saved = {}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        saved = {}
         for path in sorted(glob.glob(os.path.join(folder, "**"), recursive=True)):
             if os.path.isfile(path):
                 with open(path, "rb") as file:
-                    name = os.path.relpath(path, folder)
-                    saved[name] = hashlib.sha256(file.read()).hexdigest()
-    return digest(raw._fingerprint, str(raw.features), saved, code_of(encode_rows),
-                  ROWS_AT_ONCE, text_column, seq_len, packing)
+                    saved[path[len(folder):]] = hashlib.sha256(file.read()).hexdigest()
+    with open(__file__, encoding="utf-8") as file:
+        code = re.search(r"(?s)\n# ---- from raw rows\n.*\n# ---- to token rows\n", file.read())[0]
+    return digest(raw._fingerprint, str(raw.features), saved, code, ROWS_AT_ONCE,
+                  cfg.text_column, cfg.seq_len, *packing_of_texts(cfg))
 
 
-def code_of(function):
-    """{name: source or value} of a function of this file and of all of this file that it uses."""
-    code = {}
-    found = [function.__name__]
-    while found:
-        name = found.pop()
-        thing = inspect.unwrap(globals().get(name))
-        if name in code or name.startswith("__"):   # __name__ depends on how the file is run
-            continue
-        if getattr(thing, "__module__", None) == __name__:
-            code[name] = inspect.getsource(thing)
-            found += names_in(getattr(thing, "__code__", None))
-        elif isinstance(thing, (str, int, float, tuple, list, dict)):   # a table
-            code[name] = repr(thing)
-    return code
+def packing_of_texts(cfg):
+    """-> whether texts are joined, whether there may be conversations. Documents are rows until
+    PackedRows puts them together."""
+    return cfg.packing in ("auto", "blocks"), cfg.packing != "blocks"
 
 
-def names_in(code):
-    """Globals that compiled code mentions, also within its inner functions."""
-    if not inspect.iscode(code):
-        return []
-    inner = [name for constant in code.co_consts for name in names_in(constant)]
-    return [*code.co_names, *inner]
-
-
-def rows_digest(rows):
-    """16 characters that differ when any token row does, wherever the rows came from; None of a
-    stream, whose rows nobody has seen."""
-    if not isinstance(rows, datasets.Dataset):
-        return None
-    content = hashlib.sha256()
-    columns = [name for name in PACKED_FEATURES if name in rows.column_names]
-    for table in rows.with_format("arrow").iter(1000):
-        for name in columns:
-            lists = table[name].combine_chunks()
-            # as numbers: a bitmap is padded with bits of the rows that follow
-            content.update(lists.value_lengths().fill_null(-1).to_numpy())
-            content.update(lists.flatten().cast("int32").to_numpy())
-    return content.hexdigest()[:16]
-
-
-def describe_rows(rows, batch_size, seed):
-    """How much there is to train on, and how much of a batch is padding."""
-    lengths = []     # of the rows
-    documents = []   # of each document in rows of several
-    targets = 0
-    for table in rows.with_format("arrow").iter(1000):
-        row_lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
-        lengths.append(row_lengths)
-        targets += count_targets(table["targets"].combine_chunks(), row_lengths)
-        if "starts" in rows.column_names:
-            documents.append(document_lengths(table["starts"].combine_chunks(), row_lengths))
-    lengths = np.concatenate(lengths)
-    share = share_of_padding(lengths, batch_size, seed)
-    padding = f"{share:.1%} of {batch_size} rows together is padding"
-    what = f"{len(lengths):,} rows"
-    if documents:
-        documents = np.concatenate(documents)
-        share = share_of_padding(documents, batch_size, seed)
-        padding += f", with one document a row {share:.1%}"
-        what = f"{len(documents):,} documents in {what}"
-    return f"train: {what}, {lengths.sum():,} tokens, {targets:,} targets; {padding}"
-
-
-def count_targets(lists, row_lengths):
-    """Of token rows, as lists of arrow. The first token of a row is predicted from nothing."""
-    is_target = lists.flatten().to_numpy(zero_copy_only=False)
-    lengths = lists.value_lengths().fill_null(0).to_numpy()   # null: all are targets
-    firsts = np.cumsum(lengths) - lengths
-    counted = is_target.sum() - is_target[firsts[lengths > 0]].sum()
-    return int(counted) + int((row_lengths[lengths == 0] - 1).sum())
-
-
-def document_lengths(lists, row_lengths):
-    """lists: where documents begin in each row, as lists of arrow."""
-    row_ends = np.cumsum(row_lengths)
-    row_begins = np.repeat(row_ends - row_lengths, lists.value_lengths().to_numpy())
-    return np.diff(row_begins + lists.flatten().to_numpy(), append=row_ends[-1])
-
-
-def share_of_padding(lengths, batch_size, seed):
-    """Of rows of these lengths in batches of an epoch, each as wide as its longest."""
-    lengths = lengths[shuffled(len(lengths), seed, 0).numpy()]
-    begins = np.arange(0, len(lengths), batch_size)
-    rows_in_batch = np.diff(begins, append=len(lengths))
-    return 1 - lengths.sum() / (np.maximum.reduceat(lengths, begins) * rows_in_batch).sum()
-
-
-def make_encoder(cfg, tokenizer):
-    """-> a function of the columns alone."""
-    return functools.partial(encode, tokenizer=tokenizer, text_column=cfg.text_column,
-                             seq_len=cfg.seq_len, packing=cfg.packing)
-
-
-def encode(columns, tokenizer, text_column, seq_len, packing):
-    """Raw rows -> token rows, both as columns: {"input_ids": [...], "targets": [...]}."""
-    rows = rows_from_columns(columns)
-
-    def place(i):
-        return f"a row that begins {str(rows[i])[:80]!r}"
-
-    columns, _ = encode_rows(rows, place, tokenizer, text_column, seq_len, packing)
-    return columns
-
-
-def make_row_encoder(cfg, tokenizer):
+def row_encoder(cfg, tokenizer):
+    """-> a function of raw rows alone."""
+    join, talks = packing_of_texts(cfg)
     return functools.partial(encode_rows, tokenizer=tokenizer, text_column=cfg.text_column,
-                             seq_len=cfg.seq_len, packing=cfg.packing)
+                             seq_len=cfg.seq_len, join=join, talks=talks)
 
 
-def encode_rows(rows, place, tokenizer, text_column, seq_len, packing):
-    """Raw rows -> token rows as columns, and [(i, why)] of those that were dropped. First come the
-    conversations, one a row, then the texts, joined in blocks or each in rows of its own; packing
-    documents puts them together. place(i): in words, where row i is."""
-    conversations = {}
+# The text of the file from here on is part of the fingerprint of token rows.
+# ---- from raw rows
+
+
+def encode_rows(raw_rows, tokenizer, text_column, seq_len, join, talks):
+    """Raw rows -> token rows as columns: first the conversations, one a row, then the texts, joined
+    in blocks or each in rows of its own, then what was dropped: a row too, that says why."""
+    conversations = []
     texts = []
     dropped = []
-    for i, row in enumerate(rows):
+    for row in raw_rows:
         try:
             conversation = conversation_of(row)
-        except BadRow as e:
-            dropped.append((i, str(e)))
-            continue
-        if conversation:
-            conversations[i] = conversation
-        elif isinstance(row.get(text_column), str):
-            if row[text_column]:   # else it is read as well, and says nothing
-                texts.append(row[text_column])
-        else:
-            dropped.append((i, "no text and no conversation"))
-    if packing == "blocks" and conversations:
-        raise UserError(f"{place(min(conversations))}: a conversation; blocks are of plain text: "
-                        "use --packing rows or documents")
-    columns = encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
-    talks = encode_conversations(conversations, tokenizer, seq_len, place)
-    kept = {"input_ids": [], "targets": []}
-    for i, (ids, targets) in talks.items():
-        if any(targets[1:]):   # the first token has nothing to be predicted from
-            kept["input_ids"].append(ids)
-            kept["targets"].append(targets)
-        else:
-            dropped.append((i, f"no target within seq_len {seq_len}"))
-    columns = {name: kept[name] + columns[name] for name in kept}
-    if packing == "documents":
-        columns = pack_documents(rows_from_columns(columns), seq_len)
-    return columns, sorted(dropped)
+            if conversation is None:
+                texts.append(text_in(row, text_column))
+            elif talks:
+                conversations.append(conversation)
+            else:
+                raise ValueError("a conversation; blocks are of text: use --packing rows")
+        except Exception as e:   # whatever is strange about it
+            dropped.append(one_line(e))
+    rows = [*encode_conversations(conversations, tokenizer, seq_len, dropped),
+            *encode_texts(texts, tokenizer, seq_len, join)]
+    columns = {"input_ids": [], "targets": [], "starts": [], "dropped": []}
+    for ids, targets in rows:
+        columns["input_ids"].append(ids)
+        columns["targets"].append([False, *targets[1:]])   # the first is predicted from nothing
+        columns["starts"].append([0])
+        columns["dropped"].append("" if any(targets[1:]) else f"no target in {seq_len} tokens")
+    for name in ("input_ids", "targets", "starts"):
+        columns[name] += [[] for _ in dropped]
+    columns["dropped"] += dropped
+    return columns
 
 
 def rows_from_columns(columns):
@@ -1495,18 +1007,26 @@ def rows_from_columns(columns):
     return [dict(zip(columns, values, strict=True)) for values in rows]
 
 
+def text_in(row, text_column):
+    if text_column not in row:
+        raise ValueError(f"no column {text_column!r}, no conversation in {', '.join(row)}")
+    text = row[text_column] or ""
+    if not isinstance(text, str):
+        raise ValueError(f"column {text_column!r} holds {type(text).__name__}, not text")
+    return text
+
+
 def encode_texts(texts, tokenizer, seq_len, join):
-    """Each ends with EOS. Joined, or each by itself, they are cut into blocks of seq_len; the last
-    block may be shorter. A BOS begins each block, not each text: so it is predicted nowhere. Where
-    there is none, the blocks of a long text begin with the last token of the one before, or their
-    first would be predicted nowhere."""
+    """-> [(ids, which are targets)]. Each text ends with EOS. Joined, or each by itself, they are
+    cut into blocks of seq_len; the last one may be shorter. A BOS begins each block, not each text:
+    so it is predicted nowhere."""
+    texts = [text for text in texts if text]   # an empty one is read as well, and says nothing
+    if not texts:
+        return []
     eos = tokenizer.eos_token_id
     bos = bos_of(tokenizer)
-    encoded = patiently(tokenizer, texts, verbose=False)["input_ids"] if texts else []
     documents = []
-    for ids in encoded:
-        if bos is not None:   # the tokenizer's, and what stands written out in a text
-            ids = [i for i in ids[1:] if i != bos or i == eos]
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
         documents.append(ids)
@@ -1514,111 +1034,43 @@ def encode_texts(texts, tokenizer, seq_len, join):
         documents = [list(itertools.chain(*documents))]
     begin = [] if bos is None else [bos]
     room = seq_len - len(begin)
-    overlap = 0 if begin or join else 1
     blocks = []
     for ids in documents:
-        for i in range(0, len(ids) - overlap, room - overlap):
+        for i in range(0, len(ids), room):
             block = begin + ids[i:i + room]
             if len(block) > 1:   # one token would predict nothing
-                blocks.append(block)
-    return {"input_ids": blocks, "targets": [None] * len(blocks)}
+                blocks.append((block, [True] * len(block)))
+    return blocks
 
 
-def pack_documents(documents, seq_len):
-    """Token rows of a document each -> rows of several, as columns. `starts`: where in its row each
-    begins. The first token of a document is no target: it would be predicted from another."""
-    packed = {"input_ids": [], "targets": [], "starts": []}
-    lengths = [len(document["input_ids"]) for document in documents]
-    for members in fit_into_rows(lengths, seq_len):
-        ids = []
-        targets = []
-        starts = []
-        for i in members:
-            starts.append(len(ids))
-            ids += documents[i]["input_ids"]
-            is_target = documents[i]["targets"] or [True] * lengths[i]   # None: all
-            targets += [False, *is_target[1:]]
-        packed["input_ids"].append(ids)
-        packed["targets"].append(targets)
-        packed["starts"].append(starts)
-    return packed
-
-
-def fit_into_rows(lengths, seq_len):
-    """-> the numbers of the documents in each row: the longest first, each where it leaves the
-    least room. Rows, and what is in them, stand in the order of the documents."""
-    rows = []
-    free = []   # (room left, row), in rising order
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(free, (lengths[i], 0))
-        if place < len(free):
-            room, row = free.pop(place)
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(i)
-        bisect.insort(free, (room - lengths[i], row))
-    return sorted(sorted(row) for row in rows)
-
-
-def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        return bos
-    return None
-
-
-def patiently(tokenizer, texts, **options):
-    """tokenizer(texts), from which nothing gets through to Python, no signal either, for as long as
-    it takes: a minute for one text of 60 MB. So that works in a thread while this one waits."""
-    if sum(map(len, texts)) < 1_000_000:
-        return tokenizer(texts, **options)
-    done = queue.Queue()
-
-    def work():
-        try:
-            done.put((tokenizer(texts, **options), None))
-        except BaseException as e:
-            done.put((None, e))
-
-    threading.Thread(target=work, daemon=True).start()   # a second Ctrl-C does not wait for it
-    encoded, error = done.get()
-    if error is not None:
-        raise error
-    return encoded
-
-
-def encode_conversations(conversations, tokenizer, seq_len, place):
-    """{i: messages} -> {i: (ids, targets)}, cut at seq_len. Targets are the assistant's tokens with
-    their end marks."""
-    if not conversations:
-        return {}
+def encode_conversations(conversations, tokenizer, seq_len, dropped):
+    """-> [(ids, which are targets)], cut at seq_len. Targets are the assistant's tokens with their
+    end marks. What the chat template does not take is added to dropped."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special_tokens = {*tokenizer.all_special_tokens, *added}
     end_marks = sorted(special_tokens, key=len, reverse=True)   # one may begin with another
     write = functools.partial(
         tokenizer.apply_chat_template, tokenize=False,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    prompt = generation_prompt(write)
-    rendered = {}
-    for i, messages in conversations.items():
-        with reading(f"{place(i)}: the chat template does not take it"):
-            rendered[i] = render(messages, write, prompt, end_marks)
-    encode_some = functools.partial(
-        patiently, tokenizer,
-        add_special_tokens=not tokenizer.chat_template,   # a template has written them already
-        return_offsets_mapping=True, verbose=False)
-    enough = max(1_000_000, 64 * seq_len)   # characters, of a text that is cut at seq_len anyway
-    encoded = encode_some([text[:enough] for text, _ in rendered.values()])
-    talks = {}
-    for k, (i, (text, spans)) in enumerate(rendered.items()):
-        ids, offsets = encoded["input_ids"][k], encoded["offset_mapping"][k]
-        if len(text) > enough and len(ids) <= 2 * seq_len:   # runs of blanks, which are one token
-            whole = encode_some([text])
-            ids, offsets = whole["input_ids"][0], whole["offset_mapping"][0]
-        talks[i] = (ids[:seq_len], find_targets(offsets[:seq_len], spans))
+    prompt = generation_prompt(write) if conversations else ""
+    texts = []
+    spans_of_texts = []
+    for messages in conversations:
+        try:
+            text, spans = render(messages, write, prompt, end_marks)
+        except Exception as e:
+            dropped.append(f"the chat template: {one_line(e)}")
+            continue
+        texts.append(text)
+        spans_of_texts.append(spans)
+    if not texts:
+        return []
+    encoded = tokenizer(   # a template has written the special tokens already
+        texts, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True,
+        verbose=False)
+    talks = []
+    for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans_of_texts):
+        talks.append((ids[:seq_len], find_targets(offsets[:seq_len], spans)))
     return talks
 
 
@@ -1692,21 +1144,7 @@ def difference(text, other):
 
 
 def common_length(a, b):
-    """How many characters both begin with. By halves: a loop over characters takes seconds for some
-    MB."""
-    known = 0
-    possible = min(len(a), len(b))
-    while known < possible:
-        half = (known + possible + 1) // 2
-        if a[known:half] == b[known:half]:
-            known = half
-        else:
-            possible = half - 1
-    return known
-
-
-class BadRow(Exception):
-    """A row that cannot be read as what it seems to be: it is dropped, and counted by this."""
+    return len(os.path.commonprefix([a, b]))
 
 
 # Columns that hold a conversation each, as a list of messages.
@@ -1747,30 +1185,19 @@ def as_messages(role, content):
 
 def message_of(turn):
     """With a role, and a content that is text. ShareGPT has `from` and `value` for them."""
-    if not isinstance(turn, dict):
-        raise BadRow("a message that is no object")
     message = without_nulls(turn)
-    if "content" not in message and "value" in message:
-        sender = message.get("from")
-        role = SHAREGPT_ROLES.get(str(sender), message.get("role", sender))
-        message = {"role": role, "content": message["value"]}
-    if not isinstance(message.get("role"), str):
-        raise BadRow("a message without a role")
-    if set(message) == {"role"}:
-        raise BadRow("a message without content")
+    if "value" in message and "content" not in message:
+        sender = message["from"]
+        message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message["value"]}
     calls = message.pop("tool_calls", None)
-    if calls and not isinstance(calls, list):
-        raise BadRow("tool_calls that are no list")
     if calls:   # some templates ask only whether there is such a list
         message["tool_calls"] = [call_of(call) for call in calls]
-    return {**message, "content": text_of(message.get("content", ""))}
+    return {**message, "role": message["role"], "content": text_of(message.get("content", ""))}
 
 
 def call_of(call):
     """The arguments of a tool as the object that templates expect; APIs give them as its JSON."""
-    function = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(function, dict):
-        raise BadRow("a call of a tool that is no object")
+    function = call.get("function", call)
     if isinstance(function.get("arguments"), str):
         with contextlib.suppress(ValueError):
             function["arguments"] = json.loads(function["arguments"])
@@ -1788,18 +1215,95 @@ def without_nulls(value):
 
 
 def text_of(content):
-    """The content of a message, which may come in parts."""
+    """The content of a message, which may come in parts; a part that is no text is a KeyError."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        raise BadRow(f"a content that is {type(content).__name__}, not text")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise BadRow(f"a content part of type {str(kind)[:40]!r}")
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(part["text"] for part in content)
+
+
+# ---- to token rows
+
+
+class PackedRows:
+    """Rows of several documents each, put together when they are asked for."""
+
+    def __init__(self, documents, seq_len):
+        self.documents = documents
+        self.members = []   # of each row: numbers of documents
+        lengths = row_lengths(documents)
+        for start in range(0, len(lengths), 10_000):
+            for row in fit_into_rows(lengths[start:start + 10_000].tolist(), seq_len):
+                self.members.append([start + i for i in row])
+
+    def __len__(self):
+        return len(self.members)
+
+    def __getitem__(self, i):
+        return packed_row(self.documents[self.members[i]])   # at once: one look into the file
+
+
+def packed_row(documents):
+    """documents: columns. Each begins with a token that is no target: it would be predicted from
+    another document."""
+    lengths = [len(ids) for ids in documents["input_ids"]]
+    return {"input_ids": np.concatenate(list(documents["input_ids"])),
+            "targets": np.concatenate(list(documents["targets"])),
+            "starts": np.cumsum([0, *lengths[:-1]])}
+
+
+def fit_into_rows(lengths, seq_len):
+    """-> the numbers of the documents in each row: the longest first, each where it leaves the
+    least room. Rows, and what is in them, stand in the order of the documents."""
+    rows = []
+    free = []   # (room left, row), in rising order
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(free, (lengths[i], 0))
+        if place < len(free):
+            room, row = free.pop(place)
+        else:
+            room, row = seq_len, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(free, (room - lengths[i], row))
+    return sorted(sorted(row) for row in rows)
+
+
+def row_lengths(rows):
+    """In tokens, of a dataset of token rows."""
+    tables = rows.with_format("arrow").iter(1000)
+    return np.concatenate([lists_in(table, "input_ids").value_lengths().to_numpy()
+                           for table in tables])
+
+
+def lists_in(table, name):
+    return table[name].combine_chunks()
+
+
+def count_rows(rows):
+    """One look at all token rows -> {rows, tokens, targets, biggest (id), digest}; None of a stream
+    or a cache, which nobody reads in advance."""
+    if isinstance(rows, PackedRows):
+        rows = rows.documents
+    if not isinstance(rows, datasets.Dataset):
+        return None
+    facts = {"rows": len(rows), "tokens": 0, "targets": 0, "biggest": 0}
+    content = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(1000):
+        ids = lists_in(table, "input_ids")
+        numbers = ids.flatten().to_numpy()
+        is_target = lists_in(table, "targets").flatten().to_numpy(zero_copy_only=False)
+        facts["tokens"] += len(numbers)
+        facts["targets"] += int(is_target.sum())
+        facts["biggest"] = max(facts["biggest"], int(numbers.max()))
+        for part in (ids.value_lengths().to_numpy(), numbers, is_target):
+            content.update(np.ascontiguousarray(part))
+    return facts | {"digest": content.hexdigest()[:16]}
+
+
+def rows_digest(rows):
+    """16 characters that differ when any token row does, wherever the rows came from."""
+    facts = count_rows(rows)
+    return facts and facts["digest"]
 
 
 # ---- batches
@@ -1809,43 +1313,45 @@ def text_of(content):
 class Batch:
     """A micro-batch of one rank: B sequences, T positions, N counted tokens. Only host code looks
     at labels, so that nothing waits for the GPU to count them."""
+    rows: list                # the token rows it is made of
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no token sees it
     positions: torch.Tensor   # [N] of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
     real: torch.Tensor        # those of all tokens but padding: where block-wise compares states
     sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
-    by_student: bool = False  # whether it wrote them: no labels then   # optional: on_policy
     # [B, T] where rows hold several documents: they restart at each, which keeps attention within
     # it (see hidden_states). None: 0, 1, 2, ...
     position_ids: Any = None
+    by_student: bool = False  # whether it wrote them: no labels then   # optional: on_policy
+
+
+# what a rank gets for whom no row is left: it takes part all the same
+STAND_IN = {"input_ids": [0, 0], "targets": [False, False], "starts": [0]}
 
 
 def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
     masking: a position counts where its next token is a target, not where it is one itself."""
-    is_stand_in = not rows
-    if is_stand_in:   # nothing left for this rank, which takes part all the same: padding alone
-        rows = [{"input_ids": [0, 0], "targets": [False, False]}]
-    width = max(len(row["input_ids"]) for row in rows)
-    input_ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    labels_BT = torch.full((len(rows), width), -100)
-    is_real_BT = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
+    shown = rows or [STAND_IN]
+    width = max(len(row["input_ids"]) for row in shown)
+    input_ids_BT = torch.zeros(len(shown), width, dtype=torch.long)
+    labels_BT = torch.full((len(shown), width), -100)
+    is_real_BT = torch.zeros(len(shown), width, dtype=torch.bool)
+    for i, row in enumerate(shown):
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-        next_ids = ids[1:]
-        if row.get("targets") is not None:
-            next_is_target = torch.as_tensor(row["targets"])[1:]
-            next_ids = torch.where(next_is_target, next_ids, -100)
+        next_is_target = torch.as_tensor(row["targets"])[1:]
         input_ids_BT[i, :len(ids)] = ids
-        labels_BT[i, :len(next_ids)] = next_ids   # the last position has no next token
-        is_real_BT[i, :len(ids)] = not is_stand_in
+        # the last position has no next token
+        labels_BT[i, :len(ids) - 1] = torch.where(next_is_target, ids[1:], -100)
+        is_real_BT[i, :len(ids)] = bool(rows)
     position_ids = None
-    if any("starts" in row for row in rows):
-        position_ids = to_device(torch.stack([positions_in(row, width) for row in rows]))
+    if any(len(row["starts"]) > 1 for row in shown):
+        positions_BT = np.stack([positions_in(row, width) for row in shown])
+        position_ids = to_device(torch.from_numpy(positions_BT))
     labels = labels_BT.flatten()
     positions = (labels != -100).nonzero()[:, 0]
     return Batch(
-        input_ids=to_device(input_ids_BT), positions=to_device(positions),
+        rows=rows, input_ids=to_device(input_ids_BT), positions=to_device(positions),
         labels=pin(labels[positions]),
         real=to_device(is_real_BT.flatten().nonzero()[:, 0]),
         sparse=collate_sparse(rows), position_ids=position_ids)
@@ -1853,10 +1359,8 @@ def collate(rows):
 
 def positions_in(row, width):
     """-> [width]: each token's position in its document; padding is one more document."""
-    starts = [*row.get("starts", [0]), len(row["input_ids"])]
-    begin = torch.zeros(width + 1, dtype=torch.long)
-    begin[starts] = torch.as_tensor(starts)
-    return (torch.arange(width + 1) - begin.cummax(0)[0])[:width]
+    starts = np.array([*row["starts"], len(row["input_ids"])])
+    return np.arange(width) - np.repeat(starts, np.diff(starts, append=width))
 
 
 def collate_sparse(rows):
@@ -1877,33 +1381,25 @@ def to_device(tensor):
     return pin(tensor).to(DEVICE, non_blocking=True)
 
 
+@functools.lru_cache(1)
 def shuffled(count, seed, part):
     """The numbers below count, in an order that depends on nothing but seed and part: no state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
     return torch.randperm(count, generator=generator)
 
 
-def indexed_batches(rows, seed, global_batch, step):
-    """Endless (row numbers of a global batch, None) from `step` on. The position *is* the step: a
-    resume needs no other state, and has nothing to replay."""
-    steps_per_epoch = math.ceil(len(rows) / global_batch)
-    first = step % steps_per_epoch * global_batch
-    for epoch in itertools.count(step // steps_per_epoch):
-        order = shuffled(len(rows), seed, epoch)
-        for start in range(first, len(rows), global_batch):
-            yield order[start:start + global_batch].tolist(), None
-        first = 0   # only the first epoch may begin in its middle
+def batch_of_step(count, seed, global_batch, step):
+    """-> numbers of the rows, of count, in a global batch. The position *is* the step: a resume
+    needs no other state, and has nothing to replay."""
+    epoch, place = divmod(step, math.ceil(count / global_batch))
+    order = shuffled(count, seed, epoch)
+    return order[place * global_batch:(place + 1) * global_batch].tolist()
 
 
-def micro_batches(global_batches, rows, micro_steps, batch_size):
-    """Global batches -> (this rank's micro-batches, position after the step). Rank r takes every
-    WORLD-th sequence. A global batch holds row numbers; where rows is None, the rows themselves."""
-    for batch, position in global_batches:
-        mine = batch[RANK::WORLD]
-        if rows is not None:
-            mine = [rows[i] for i in mine]
-        starts = range(0, micro_steps * batch_size, batch_size)
-        yield [collate(mine[start:start + batch_size]) for start in starts], position
+def micro_batches(rows, micro_steps, batch_size):
+    """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row."""
+    starts = range(0, micro_steps * batch_size, batch_size)
+    return [collate(rows[start:start + batch_size]) for start in starts]
 
 
 def prefetch(endless, depth=2):
@@ -1916,42 +1412,9 @@ def prefetch(endless, depth=2):
             yield ahead.popleft().result()
 
 
-# ---- where in a file an error is
-
-
-@contextlib.contextmanager
-def reading_rows(dataset, what):
-    """reading(what), or the line of a file where that is what is wrong."""
-    with reading(what):
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as e:
-            explain_bad_file(dataset)
-            if isinstance(e, datasets.exceptions.DatasetGenerationError):   # says no reason itself
-                raise (e.__cause__ or e) from None
-            raise
-
-
-def explain_bad_file(path):
-    """A reader's message does not say where: name the first bad line. Returns if there is none."""
-    if not os.path.isfile(path) or not path.lower().endswith((".jsonl", ".json", ".csv", ".txt")):
-        return
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").strip()
-                if text and path.endswith(".jsonl") and not isinstance(json.loads(text), dict):
-                    raise ValueError("not an object with columns")
-            except (ValueError, RecursionError) as e:   # UnicodeDecodeError is the former
-                raise UserError(f"dataset file {path!r}, line {number}: {one_line(e, 100)}; mend "
-                                "or delete that line") from e
-
-
 # --------------------------------------------------------------------------------------------------
 # Models and FSDP: every rank begins with shapes alone and receives its shard of what rank 0 reads.
-# Hands on student and teacher as ShardedRoot, and what a model says of a batch.
+# Hands on student and teacher as ShardedRoot, what a model says of a batch, and a writer of texts.
 
 
 class ShardedRoot(nn.Module):
@@ -1961,13 +1424,9 @@ class ShardedRoot(nn.Module):
     which would make all logits at once. So whatever touches weights is a function(model, *args)
     that this forward runs: root(function, *args). Calling root.model itself meets shards."""
 
-    def __init__(self, model, build_stitches=None):
+    def __init__(self, model):
         super().__init__()
         self.model = model
-        # modules that block-wise trains beside the model: kept in checkpoints, not in final/
-        self.stitches = nn.ModuleDict()
-        if build_stitches is not None:
-            self.stitches = build_stitches(model)
 
     def forward(self, function, *args):
         return function(self.model, *args)
@@ -1980,6 +1439,19 @@ class ShardedRoot(nn.Module):
                 module.reshard()
 
 
+@contextlib.contextmanager
+def evaluating(root):
+    """Around forwards without gradients: no dropout either."""
+    was_training = root.training
+    root.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        root.train(was_training)
+        root.release()
+
+
 def compute_dtype(cfg):
     """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
     if cfg.dtype != "auto":
@@ -1990,68 +1462,83 @@ def compute_dtype(cfg):
     return torch.float32
 
 
-# ---- reading: whatever is wrong with a model's config, shapes or weights becomes one `error:`
-
-# above these the meta model alone would be made for hours
-LARGEST_SIZES = {"num_hidden_layers": 10_000, "hidden_size": 10**6, "vocab_size": 10**8}
-# lists in a config that hold one item a layer
-ONE_A_LAYER = (
-    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size",
-    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers",
-    "num_attention_heads_per_layer", "num_key_value_heads_per_layer")
+# ---- loading
 
 
-def model_config(name, cfg, role):
-    """Of a decoder-only model. role: what messages call it, student or teacher."""
-    where = where_it_was_sought(name)
-    with reading(f"{role} {name!r}: no model config could be read {where}"):
-        with node_first():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-        is_decoder_only = not getattr(config, "is_encoder_decoder", False) and (
-            type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map"))
-        shape = config.get_text_config()
-        for size, most in LARGEST_SIZES.items():
-            value = getattr(shape, size)
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{size} is {value!r}")
-    if not is_decoder_only:
-        raise UserError(f"{role} {name!r} is a {config.model_type} model, not a decoder-only "
-                        "language model")
-    return config
+def load_checked(cfg, role, tokenizer):
+    """A model that computes what this trainer believes it computes -> root, identity."""
+    name = cfg.student if role == "student" else cfg.teacher
+    with phase(f"reading {role} {name}"):
+        root, identity = load_model(cfg, role)
+        check_model(root, f"{role} {name!r}", cfg.seq_len, cfg.packing == "documents")
+    if role == "teacher":
+        theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name)
+        if theirs is not None:
+            compare_tokenizers(tokenizer, theirs, cfg.tokenizer or cfg.student, name)
+    return root, identity
 
 
-def where_it_was_sought(name):
-    if name.endswith(".json"):
-        return "as a file"
-    if os.path.isdir(name):
-        return "in that directory" + model_inside(name)
-    return ("as a local directory (there is none) or on the hub (no network, no access, or "
-            "HF_HUB_OFFLINE is set)")
+def load_model(cfg, role):
+    """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
+    teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
+    learns = role == "student"
+    is_cut = learns and cfg.student.startswith("layers:")
+    name = cfg.student if learns and not is_cut else cfg.teacher
+    source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    config, kept_layers = source_config, None
+    if is_cut:
+        config, kept_layers = cut_layers(source_config, cfg.student)
+    computes_in = compute_dtype(cfg)
+    if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
+        computes_in = torch.float32   # models trained in bf16 overflow in fp16
+    options = dict(dtype=torch.float32 if learns else computes_in,
+                   trust_remote_code=cfg.trust_remote_code, attn_implementation=cfg.attention)
+    make_root = ShardedRoot
+    if learns and cfg.blockwise:   # optional: blockwise
+        make_root = stitching(cfg, config)
+    with torch.device("meta"):
+        root = make_root(AutoModelForCausalLM.from_config(config, **options))
+    root.train(learns).requires_grad_(learns)
+    if learns and cfg.gradient_checkpointing:
+        recompute_activations(root.model)
+    if cfg.compile:
+        compile_layers(root.model)
+    if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
+        shard(root, cfg.fsdp if learns else "full_shard", computes_in, cfg.cpu_offload)
+    source = None
+    if RANK == 0:
+        source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
+    load_weights(root, source, cfg.cpu_offload)
+    if not name.endswith(".json"):   # what ends a text; the config alone may know less
+        with contextlib.suppress(OSError):   # there is no generation_config.json
+            ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+            root.model.generation_config.eos_token_id = ends
+    return root, from_rank0(identity_of(source) if RANK == 0 else None)
 
 
-def model_inside(name):
-    """What to say of a run's folder that was named in the place of its model."""
-    inside = os.path.join(name or "", "final")
-    return f" (a model is in {inside!r})" if os.path.isfile(f"{inside}/config.json") else ""
-
-
-def read_model(name, config, cfg, role, dtype, kept_layers=None):
+def read_model(name, config, kept_layers, seed, options):
     """A whole model on the host, memory-mapped until it is cast; a config alone (.json) makes
     random weights. kept_layers: the decoder layers that stay, by number."""
-    options = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-    with reading(f"{role} {name!r} could not be loaded"):
-        if name.endswith(".json"):
-            torch.manual_seed(cfg.seed)
-            return AutoModelForCausalLM.from_config(config, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, output_loading_info=True, **options)
+    if name.endswith(".json"):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     if info["missing_keys"]:   # transformers would fill them with random numbers
-        raise UserError(f"{role} {name!r} lacks weights, {sorted(info['missing_keys'])[0]} among "
-                        "them; is it whole?")
+        raise UserError(f"{name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is "
+                        "it whole?")
     if kept_layers is not None:
         path, layers = layers_of(model)
         model.set_submodule(path, nn.ModuleList(layers[i] for i in kept_layers))
     return model
+
+
+def identity_of(model):
+    """Of the weights as they were loaded, wherever their files lie: every n-th number of each."""
+    crc = 0
+    for parameter in model.parameters():
+        some = parameter.detach().flatten()[::parameter.numel() // 4096 | 1]
+        crc = zlib.crc32(some.float().numpy(), crc)
+    return crc
 
 
 def layers_of(model):
@@ -2064,19 +1551,25 @@ def layers_of(model):
                     "choose another model")
 
 
-def cut_layers(teacher_config, student, teacher):
-    """student layers:N of a teacher -> the student's config, and the numbers of the N evenly spaced
-    layers that it takes, the first and the last among them."""
+# lists in a config that hold one item a layer
+ONE_A_LAYER = (
+    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size",
+    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers",
+    "num_attention_heads_per_layer", "num_key_value_heads_per_layer")
+
+
+def cut_layers(teacher_config, student):
+    """student layers:N -> its config, and the numbers of the N evenly spaced layers of the teacher
+    that it takes, the first and the last among them."""
     depth = teacher_config.get_text_config().num_hidden_layers
-    wanted = student.removeprefix("layers:")
+    count = int(student.removeprefix("layers:"))
     if teacher_config.get_text_config() is not teacher_config:
-        raise UserError(f"{student} cannot be cut from {teacher!r}: its text model is part of a "
-                        "larger one; bring a checkpoint of the text model alone")
-    if not wanted.isdigit() or not 1 <= int(wanted) <= depth:
-        raise UserError(f"student {student!r}: write layers:N with N from 1 to the teacher's "
-                        f"{depth}")
-    count = int(wanted)
+        raise UserError(f"{student} cannot be cut: the teacher's text model is part of a larger "
+                        "one; bring a checkpoint of the text model alone")
+    if count > depth:
+        raise UserError(f"student {student!r}: the teacher has {depth} layers")
     kept_layers = [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
+    print0(f"student: layers {', '.join(map(str, kept_layers))} of the teacher's {depth}")
     values = teacher_config.to_dict()
     for key in ONE_A_LAYER:
         value = values.get(key)
@@ -2084,166 +1577,10 @@ def cut_layers(teacher_config, student, teacher):
             values[key] = [value[i] for i in kept_layers]
     depth_key = teacher_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values[depth_key] = count
-    with reading(f"{student} cannot be cut from {teacher!r}"):
-        return type(teacher_config).from_dict(values), kept_layers
-
-
-def identify_weights(name):
-    """-> revision (None: a directory), fingerprint of the weights: about 16,384 bytes of each file,
-    since to hash all of a 70B model takes minutes."""
-    revision = None
-    if os.path.isfile(name):   # a config alone: random weights
-        paths = [name]
-    else:
-        folder = os.path.dirname(transformers.utils.cached_file(name, "config.json"))
-        paths = weight_files(folder)
-        if not os.path.exists(name):
-            revision = os.path.basename(folder)
-    checksums = []
-    for path in paths:
-        content = np.memmap(path, np.uint8, "r")
-        every = content.size // 16384 | 1   # odd, so that it meets each byte of a number in turn
-        checksums.append(zlib.crc32(content[::every].tobytes()))
-    return revision, digest(checksums)
-
-
-def weight_files(folder):
-    """As transformers chooses them."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
-        if paths:
-            return paths
-    return []   # the hub may keep converted weights elsewhere; there the revision tells
-
-
-# ---- student and teacher, sharded
-
-
-def load_student(cfg):
-    """Weights in fp32, sharded as --fsdp says; layers and head compute in compute_dtype."""
-    if cfg.student.startswith("layers:"):
-        name = cfg.teacher
-        role = "teacher"
-        source_config = model_config(name, cfg, role)
-        config, kept_layers = cut_layers(source_config, cfg.student, name)
-        print0(f"student: layers {', '.join(map(str, kept_layers))} of the "
-               f"{source_config.num_hidden_layers} of teacher {name}")
-    else:
-        name = cfg.student
-        role = "student"
-        source_config = model_config(name, cfg, role)
-        config = source_config
-        kept_layers = None
-    build_stitches = None
-    if cfg.blockwise:   # optional: blockwise
-        build_stitches = stitching(cfg, config)
-    root = empty_root(name, config, cfg, role, torch.float32, build_stitches)
-    root.train()
-    root.requires_grad_()
-    if cfg.gradient_checkpointing:
-        recompute_activations(root.model)
-    if cfg.compile:
-        compile_layers(root.model)
-    source = None
-    if RANK == 0:
-        model = read_model(name, source_config, cfg, role, torch.float32, kept_layers)
-        source = ShardedRoot(model, build_stitches)
-    # full: gathered layers are dropped after the forward and gathered anew in the backward
-    drop_layers = cfg.fsdp in REDUCE_EACH
-    shard(root, plan_mesh(cfg.fsdp), compute_dtype(cfg), drop_layers, cfg.cpu_offload)
-    load_weights(root, source, cfg.cpu_offload)
-    settle_types(root)
-    with reading(f"{role} {name!r} does not run"):
-        fix_rope(root.model, cfg.seq_len)
-    return root
-
-
-def load_teacher(cfg, role="teacher"):
-    """Frozen, its weights in the type that it computes in."""
-    config = model_config(cfg.teacher, cfg, role)
-    dtype = compute_dtype(cfg)
-    if dtype == torch.float16 and config.dtype != torch.float16:
-        dtype = torch.float32   # models trained in bf16 overflow in fp16
-    root = empty_root(cfg.teacher, config, cfg, role, dtype)
-    root.eval()
-    root.requires_grad_(False)
-    if cfg.compile:
-        compile_layers(root.model)
-    source = None
-    if RANK == 0:
-        source = ShardedRoot(read_model(cfg.teacher, config, cfg, role, dtype))
-    if cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
-        shard(root, (WORLD,), dtype, drop_layers=True, cpu_offload=cfg.cpu_offload)
-    load_weights(root, source, cfg.cpu_offload)
-    with reading(f"teacher {cfg.teacher!r} does not run"):
-        fix_rope(root.model, cfg.seq_len)
-    return root
-
-
-def empty_root(name, config, cfg, role, dtype, build_stitches=None):
-    """Shapes without memory; refused where they cannot hold seq_len positions."""
-    with reading(f"{role} {name!r}: its config makes no model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-        positions = position_limit(model)
-        for parameter, tensor in model.named_parameters():
-            if not tensor.numel():   # some size in the config is 0
-                raise ValueError(f"{parameter} would be of shape {list(tensor.shape)}")
-    if cfg.seq_len > positions:
-        raise UserError(f"{role} {name!r} ({type(model).__name__}) has {positions} positions, "
-                        f"seq_len is {cfg.seq_len}; use --seq_len {positions} or less")
-    if model.can_generate():   # else its config's alone would stand in final/
-        with reading(f"{role} {name!r}: its generation_config.json"), node_first():
-            model.generation_config.eos_token_id = read_ends(name, config)
-    with torch.device("meta"):
-        return ShardedRoot(model, build_stitches)
-
-
-def read_ends(name, config):
-    """Ids that end a text: of generation_config.json, else of the model's config."""
-    if not name.endswith(".json"):   # which is a config alone
-        with contextlib.suppress(OSError):   # there is none
-            return transformers.GenerationConfig.from_pretrained(name).eos_token_id
-    return config.get_text_config().eos_token_id
-
-
-def position_limit(model):
-    """How many positions a model keeps in a table, learned or fixed: it has no more of them.
-    Infinite where they are computed, as by RoPE and ALiBi."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        is_table = any(word in name for word in ("position", "pos_e", "wpe"))
-        # OPT's begins with two rows of no use
-        if is_table and tensor.ndim == 2 and tensor.shape[0] in (limit, limit + 2):
-            return limit
-    return math.inf
-
-
-def fix_rope(model, seq_len):
-    """Some models change their rotary frequencies with the longest row of a batch (dynamic,
-    longrope): what a row gives would depend on what it is padded to. From here on theirs are those
-    of seq_len, whatever the batch."""
-    positions_1T = torch.arange(seq_len, device=DEVICE)[None]
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)   # a string, or {type of layer: string}
-        if isinstance(kinds, str) and depends_on_length(kinds):
-            module(positions_1T.float(), positions_1T)
-            module.rope_type = "default"
-        elif isinstance(kinds, dict) and any(map(depends_on_length, kinds.values())):
-            for layer_type in kinds:
-                module(positions_1T.float(), positions_1T, layer_type)
-            module.rope_type = dict.fromkeys(kinds, "default")
-
-
-def depends_on_length(rope_type):
-    return rope_type == "longrope" or "dynamic" in rope_type
+    return type(teacher_config).from_dict(values), kept_layers
 
 
 def recompute_activations(model):
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} cannot recompute activations: add "
-                        "--gradient_checkpointing false")
     if hasattr(model, "activation_checkpointing_enable"):   # its name in newer transformers
         enable = model.activation_checkpointing_enable
     else:
@@ -2264,42 +1601,28 @@ def compile_layers(model):
         layer.compile()
 
 
+# ---- shards
+
 # These keep nothing whole between micro-steps: each one's gradients are reduced to shards at once.
 # The others add them up where they are and reduce them once a step: less traffic, more memory.
 REDUCE_EACH = ("full_shard", "hybrid_shard")
 
 
-def plan_mesh(fsdp):
-    """(ranks to shard over), or (copies, ranks to shard each over)."""
-    if fsdp == "hybrid_shard":   # a copy a node
-        return WORLD // LOCAL_WORLD, LOCAL_WORLD
-    if fsdp == "no_shard":
-        return WORLD, 1
-    return (WORLD,)
-
-
-def shard(root, mesh_shape, dtype, drop_layers, cpu_offload):
+def shard(root, fsdp, dtype, cpu_offload):
     """Make FSDP units of the decoder layers, and of the root for what is left. They compute in
     dtype and reduce gradients in fp32. The root stays gathered after a forward: the backward begins
     with it, and the loss uses a teacher's head outside of the teacher's forward."""
-    names = ("shard",) if len(mesh_shape) == 1 else ("replicate", "shard")
+    shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}
+    mesh_shape = shapes.get(fsdp, (WORLD,))
+    names = ("replicate", "shard")[-len(mesh_shape):]
     options = dict(
         mesh=init_device_mesh(DEVICE.type, mesh_shape, mesh_dim_names=names),
         mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     if cpu_offload and CUDA:
         options["offload_policy"] = CPUOffloadPolicy()
-    for layer in layers_of(root.model)[1]:
-        fully_shard(layer, reshard_after_forward=drop_layers, **options)
+    for layer in layers_of(root.model)[1]:   # dropped: gathered anew in the backward
+        fully_shard(layer, reshard_after_forward=fsdp in REDUCE_EACH, **options)
     fully_shard(root, reshard_after_forward=False, **options)
-
-
-@torch.no_grad()
-def settle_types(root):
-    """At its first forward FSDP notes once for all in which type a unit reduces gradients: that of
-    the parameters which can be trained by then. A block that is frozen at that moment, and trained
-    later, would have none. So an empty forward comes first, while all of them can be."""
-    root(lambda model: None)
-    root.release()
 
 
 @torch.no_grad()
@@ -2318,6 +1641,7 @@ def load_weights(root, source, cpu_offload):
         # embeddings
         source_tensors.update(source.named_parameters(remove_duplicate=False))
         source_tensors.update(source.named_buffers())
+    # buffers too: those that are not persistent (of RoPE) are in no state dict
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if source is None:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
@@ -2349,36 +1673,40 @@ def full_tensor(tensor):
     return tensor.to(DEVICE)
 
 
-FINAL_MARK = ".simple_distill.json"   # in final/: which files of it are ours, and of which step
+@torch.no_grad()
+def count_not_finite(root):
+    """Of all weights, those that are infinite or not a number."""
+    count = 0
+    for p in root.parameters():
+        shard_here = p.to_local() if isinstance(p, DTensor) else p
+        count += shard_here.isfinite().logical_not().sum()
+    return int(all_sum(int(count))[0])
 
 
-def save_model(root, tokenizer, path, dtype, card, mark):
-    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole -> None, or
-    what went wrong, on every rank. card: its README.md."""
+FINAL_MARK = ".simple_distill.json"   # in final/: of which checkpoint it is
+
+
+def save_model(root, tokenizer, path, dtype, card, checkpoint):
+    """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole; what stood
+    there moves to final.old. card: its README.md. checkpoint: its digest."""
     full = {}
     kept_on = "cpu" if RANK == 0 else "meta"   # the other ranks drop each tensor at once
     for name, tensor in [*root.model.named_parameters(), *root.model.named_buffers()]:
         kept_as = dtype if tensor.is_floating_point() else tensor.dtype
         full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
-    problem = None
-    if RANK == 0:
-        aside = path + ".tmp"
-        remove_saved(aside)   # what a killed run left
-        try:
-            os.mkdir(aside)
-            write_json({"files": []}, os.path.join(aside, FINAL_MARK))
-            model = with_tensors(root.model, full)
-            model.to(dtype).save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
-                f.write(card)
-            write_json(mark | {"files": os.listdir(aside)}, os.path.join(aside, FINAL_MARK))
-            remove_saved(path)
-            os.rename(aside, path)
-        except Exception as e:   # a full disk comes as SafetensorError, or as others
-            problem = one_line(e)
-            remove_saved(aside)
-    return from_rank0(problem)
+    if RANK > 0:
+        return
+    aside = path + ".tmp"
+    shutil.rmtree(aside, ignore_errors=True)   # what a killed run left
+    with_tensors(root.model, full).to(dtype).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
+        f.write(card)
+    write_json({"checkpoint": checkpoint}, os.path.join(aside, FINAL_MARK))
+    if os.path.exists(path):
+        shutil.rmtree(path + ".old", ignore_errors=True)
+        os.rename(path, path + ".old")
+    os.rename(aside, path)
 
 
 def with_tensors(model, full):
@@ -2391,131 +1719,45 @@ def with_tensors(model, full):
     return copy
 
 
-def remove_saved(path):
-    """A model that save_model wrote, or began to write; nothing else."""
-    if not os.path.exists(os.path.join(path, FINAL_MARK)):
-        return
-    files = read_final_mark(path).get("files")
-    others = set(os.listdir(path)) - {FINAL_MARK, *files}
-    if files and others:
-        raise FileExistsError(f"{path} holds {sorted(others)[0]}, which is not ours")
-    shutil.rmtree(path)
-
-
-def read_final_mark(path):
-    """{} where there is none."""
-    try:
-        with open(os.path.join(path, FINAL_MARK), encoding="utf-8") as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-@torch.no_grad()
-def count_not_finite(root):
-    """Of all weights, those that are infinite or not a number."""
-    here = [local_tensor(p).isfinite().logical_not().sum() for p in root.parameters()]
-    return int(all_sum(int(torch.stack(here).sum()))[0])
-
-
-def local_tensor(tensor):
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 # ---- what a model says of a batch: functions that run inside a root
 
 
 @contextlib.contextmanager
-def known_documents(position_ids_BT=None):
-    """Around a forward without attention mask and cache. There transformers looks at the positions,
-    its own or ours, whether a row holds several documents: a number that the host needs at once, so
-    that it waits for the GPU twice a micro-step. We know the answer. Without position_ids a row is
-    one document; with them (they restart at each) the attention stays inside of documents.
-    -> what a model is called with besides."""
-    positions = {}
-    if position_ids_BT is not None:
-        positions["position_ids"] = position_ids_BT
-        # it stays: layers that recompute look it up in the backward, after this
-        if DEVICE.type == "cpu":
-            AttentionInterface.register("sdpa", attend_by_document)
-    own = getattr(masking_utils, "find_packed_sequence_indices", None)
-
+def known_documents(position_ids_BT):
+    """Around a forward without attention mask and cache. There transformers looks at the positions
+    whether a row holds several documents: a number that the host needs at once, so that it waits
+    for the GPU twice a micro-step. We know: without position_ids a row is one document."""
     def number_documents(positions_BT):
         """-> [B, T], for each token the number of its document; None: one a row."""
-        if position_ids_BT is not None:
-            before_B1 = positions_BT[:, :1] - 1
-            steps_BT = torch.diff(positions_BT, prepend=before_B1, dim=-1)
-            return (steps_BT != 1).cumsum(-1)
-        # positions that a model counts are one row for all; what it makes of each row's tokens
-        # (code of its own) has to be looked at
-        if len(positions_BT) > 1 and positions_BT.stride(0) > 0:
-            return own(positions_BT)
-        return None
+        if position_ids_BT is None:
+            return None
+        steps_BT = torch.diff(positions_BT, prepend=positions_BT[:, :1] - 1, dim=-1)
+        return (steps_BT != 1).cumsum(-1)
 
-    if own is None:   # another version asks in another way: it may wait, the answer is its own
-        yield positions
-        return
+    own = getattr(masking_utils, "find_packed_sequence_indices", None)
     masking_utils.find_packed_sequence_indices = number_documents
     try:
-        yield positions
+        yield
     finally:
         masking_utils.find_packed_sequence_indices = own
 
 
-transformers_sdpa = AttentionInterface()["sdpa"]
-
-
-def attend_by_document(module, query, key, value, attention_mask, **options):
-    """What transformers_sdpa gives, on a CPU in less time: over a row of several documents it
-    computes mostly what the mask then hides. The row is cut wherever the mask (True: seen) lets
-    nothing through between what is before and after, so that any mask is kept. Names as the models
-    call it; query, key, value [B, heads, T, width]."""
-    rows, _, length, _ = query.shape
-    one_mask_a_row = (
-        attention_mask is not None and attention_mask.dtype == torch.bool
-        and attention_mask.shape == (rows, 1, length, length)
-        and options.get("position_bias") is None and not torch.compiler.is_compiling())
-    if not one_mask_a_row:
-        return transformers_sdpa(module, query, key, value, attention_mask, **options)
-    cuts_BT = parts_begin(attention_mask[:, 0])
-    attended = []
-    for row in range(rows):
-        parts = []
-        begins = torch.nonzero(cuts_BT[row])[:, 0].tolist()
-        for begin, end in itertools.pairwise([*begins, length]):
-            own = slice(row, row + 1), slice(None), slice(begin, end)
-            mask = attention_mask[own][..., begin:end]
-            states, _ = transformers_sdpa(module, query[own], key[own], value[own], mask, **options)
-            parts.append(states)
-        attended.append(torch.cat(parts, dim=1))
-    return torch.cat(attended), None
-
-
-def parts_begin(sees_BTT):
-    """sees_BTT: [row, query, key] -> [B, T], True where nothing from here on sees or is seen by
-    anything before."""
-    here_T = torch.arange(sees_BTT.shape[-1], device=sees_BTT.device)
-    linked_BTT = sees_BTT | sees_BTT.mT | (here_T[:, None] == here_T)
-    first_linked_BT = linked_BTT.int().argmax(-1)
-    first_of_all_from_here_BT = first_linked_BT.flip(-1).cummin(-1).values.flip(-1)
-    return first_of_all_from_here_BT == here_T
-
-
 def hidden_states(model, input_ids_BT, position_ids_BT=None):
-    """-> [B, T, D] after the final norm, without the head."""
-    with known_documents(position_ids_BT) as positions:
+    """-> [B, T, D] after the final norm, without the head. position_ids restart at each document,
+    which keeps attention inside of it."""
+    positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    with known_documents(position_ids_BT):
         return model.base_model(input_ids=input_ids_BT, use_cache=False, **positions)[0]
 
 
 def counted_hidden(model, batch):
     """-> hidden states of the counted tokens [N, D], and the head to apply to them by chunks."""
     hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
-    return hidden_BTD.flatten(0, 1)[batch.positions], head_of(model)
+    return DenseTarget(hidden_BTD.flatten(0, 1)[batch.positions], head_of(model))
 
 
 def head_of(model):
-    """A new way of scaling logits is added here; check_head tells whether one is missing."""
+    """A new way of scaling logits is added here; check_model tells whether one is missing."""
     output = model.get_output_embeddings()
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None)   # Cohere
@@ -2523,6 +1765,12 @@ def head_of(model):
         scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)   # Granite
     softcap = getattr(config, "final_logit_softcapping", None)   # Gemma
     return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
+
+
+def head_logits(hidden, head, vocabulary=None):
+    """-> logits in fp32, of the first `vocabulary` ids."""
+    raw = nn.functional.linear(hidden, head.weight, head.bias)[..., :vocabulary]
+    return scale_and_softcap(raw, head.scale, head.softcap)[0]
 
 
 def distil_loss(model, batch, targets, denominator, **objective):
@@ -2545,69 +1793,66 @@ def teacher_targets(teacher):
     return from_batch if teacher is None else from_model
 
 
-# ---- the loss applies heads itself: is what it computes what the model computes?
+# ---- is what we compute with a model what the model computes?
 
 
-def head_error(model, ids_1T):
-    """Runs inside a root: how far hidden states times head_of are from the model's own logits, in
-    their standard deviations, and how far rounding may bring them."""
-    head = head_of(model)
-    model_logits = model(input_ids=ids_1T, use_cache=False).logits.float()
-    hidden = hidden_states(model, ids_1T)
-    raw = nn.functional.linear(hidden, head.weight, head.bias)
-    logits, _ = scale_and_softcap(raw, head.scale, head.softcap)
-    error = (logits - model_logits).abs().max() / model_logits.std().clamp_min(1e-6)
-    allowed = 1e-3 if hidden.dtype == torch.float32 else 0.1
-    return error, allowed
+def check_model(root, what, seq_len, packed):
+    """Refuse a model that sees later tokens, whose logits head_of does not reproduce, that has no
+    seq_len positions or, packed, lets documents see each other. what: role and name."""
+    what = f"{what} ({type(root.model).__name__})"
+    vocab = root.model.config.get_text_config().vocab_size
+    ids_1T = torch.arange(8, device=DEVICE)[None] % vocab
+    probe(root, f"{what} is no causal language model: its states change with later tokens",
+          look_ahead, ids_1T)
+    probe(root, f"{what}: hidden states times head miss its own logits; is it damaged, does it "
+          "need --dtype fp32, or head_of() in simple_distill.py to know its scaling?",
+          head_error, ids_1T)
+    with phase(f"running {what} on {seq_len} positions"), evaluating(root):
+        root(hidden_states, torch.arange(seq_len, device=DEVICE)[None] % vocab)
+    if packed:
+        documents = []
+        for length in (3, 5, 2, 4, 1):
+            ids = [(length * 7 + i) % vocab for i in range(length)]
+            documents.append({"input_ids": ids, "targets": [False] * length, "starts": [0]})
+        rows = []   # two: some kinds of attention look at positions only where a batch is one row
+        for members in (documents[:2], documents[2:]):
+            parts = {key: [row[key] for row in members] for key in documents[0]}
+            rows.append(packed_row(parts))
+        probe(root, f"{what} lets packed documents see each other; use --packing rows or blocks",
+              packing_error, collate(rows), collate(documents))
+
+
+def probe(root, what, function, *args):
+    """function(model, *args) -> how far something is off, how far rounding may bring it."""
+    with evaluating(root):
+        error, allowed = root(function, *args)
+    if not error <= allowed:   # also nan
+        raise UserError(f"{what} (off by {error:.2g}, {allowed:g} is allowed)")
 
 
 def look_ahead(model, ids_1T):
-    """Runs inside a root: how far the states of earlier tokens move with the last one, in units of
-    how far its own does."""
+    """How far the states of earlier tokens move with the last one, in units of how far its own
+    does."""
     other_1T = ids_1T.clone()
     other_1T[0, -1] = ids_1T[0, 0]
     moved_TD = (hidden_states(model, other_1T) - hidden_states(model, ids_1T))[0].abs().float()
-    return moved_TD[:-1].max() / moved_TD[-1].max().clamp_min(1e-6)
+    error = moved_TD[:-1].max() / moved_TD[-1].max().clamp_min(1e-6)
+    return error, 1e-3 if model.dtype == torch.float32 else 0.1
 
 
-def vocabulary_of(tokenizer):
-    """How many ids it has: what a head has beyond them is padding."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def check_head(root, role, name, tokenizer):
-    """Refuse a model whose vocabulary is too small, that sees later tokens, or whose logits head_of
-    does not reproduce."""
-    rows = root.model.config.get_text_config().vocab_size
-    biggest = vocabulary_of(tokenizer) - 1
-    if biggest >= rows:
-        raise UserError(f"the tokenizer has ids up to {biggest}, {role} {name!r} only {rows} rows; "
-                        "they do not match")
-    ids_1T = torch.arange(8, device=DEVICE)[None] % rows
-    was_training = root.training
-    root.eval()
-    # its first forward: here a config shows that makes a model, but none that runs
-    with torch.no_grad(), reading(f"{role} {name!r} does not run"):
-        error, allowed = root(head_error, ids_1T)
-        seen = root(look_ahead, ids_1T)
-    root.train(was_training)
-    root.release()
-    if not error.isfinite():
-        raise UserError(f"{role} {name!r} computes logits that are not finite: damaged, or "
-                        "--dtype fp32?")
-    if seen > allowed:
-        raise UserError(f"{role} {name!r} ({type(root.model).__name__}) is no causal language "
-                        "model: its states change with later tokens")
-    if error > allowed:
-        raise UserError(f"{role} {name!r} ({type(root.model).__name__}): hidden states times head "
-                        f"miss its own logits by {error:.2g} of their spread; teach its scaling to "
-                        "head_of() in simple_distill.py")
+def head_error(model, ids_1T):
+    """How far hidden states times head_of are from the model's own logits, in their standard
+    deviations."""
+    model_logits = model(input_ids=ids_1T, use_cache=False).logits.float()
+    hidden = hidden_states(model, ids_1T)
+    logits = head_logits(hidden, head_of(model))
+    error = (logits - model_logits).abs().max() / model_logits.std().clamp_min(1e-6)
+    return error, 1e-3 if hidden.dtype == torch.float32 else 0.1
 
 
 def packing_error(model, packed, alone):
-    """Runs inside a root: how far the states of documents that share rows are from those of each
-    alone, as a part of these, at the token where that is most; and how far rounding may bring them.
-    Two batches of the same tokens in the same order."""
+    """How far the states of documents that share rows are from those of each alone, as a part of
+    these, at the token where that is most. Two batches of the same tokens in the same order."""
     states = []
     for batch in (packed, alone):
         hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
@@ -2615,32 +1860,102 @@ def packing_error(model, packed, alone):
     packed_ND, alone_ND = states
     missed_N = (packed_ND - alone_ND).float().norm(dim=-1)
     error = (missed_N / alone_ND.float().norm(dim=-1).clamp_min(1e-6)).max()
-    allowed = 1e-3 if packed_ND.dtype == torch.float32 else 0.1
-    return error, allowed
+    return error, 1e-3 if packed_ND.dtype == torch.float32 else 0.1
 
 
-def check_packing(root, role, name):
-    """Refuse a model that lets a document see the one before it: by a state that runs on from token
-    to token, by attention of its own kind, or by positions that it counts itself."""
-    vocab = root.model.config.get_text_config().vocab_size
-    lengths = [3, 5, 2, 4, 1]
-    documents = []
-    for i, length in enumerate(lengths):
-        ids = [(sum(lengths[:i]) + k) % vocab for k in range(length)]
-        documents.append({"input_ids": ids, "targets": [True] * length})
-    rows = rows_from_columns(pack_documents(documents[:2], 8))
-    rows += rows_from_columns(pack_documents(documents[2:], 8))   # shorter: with padding
-    was_training = root.training
-    root.eval()
-    what = f"{role} {name!r} ({type(root.model).__name__})"
-    way_out = "use --packing rows, or blocks for plain text"
-    with torch.no_grad(), reading(f"{what} does not run with documents packed", f"; {way_out}"):
-        error, allowed = root(packing_error, collate(rows), collate(documents))
-    root.train(was_training)
-    root.release()
-    if not error <= allowed:
-        raise UserError(f"{what} lets packed documents see each other: states are off by "
-                        f"{error:.2g} of their size; {way_out}")
+# ---- the writer of texts
+
+
+def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
+    """-> [ids that the model writes after each prompt, with the end mark]: at most rooms[i] of
+    them; at temperature 0 the likeliest, else by random numbers of its own (seeds[i]). What a row
+    says depends neither on the rows beside it nor on how many ranks there are. Each rank comes with
+    its own prompts, maybe none: all weights are gathered once, so that nothing inside waits for
+    another rank (no synced_gpus)."""
+    with evaluating(root), gathered(root), torch.compiler.set_stance("force_eager"):
+        if not prompts:
+            return []
+        ids_BT, mask_BT = pad_left(prompts)
+        draw = make_draw(seeds, temperature, vocabulary, max(rooms))
+        written_BN = root(generate_ids, ids_BT, mask_BT, max(rooms), ends, draw).tolist()
+    return [cut_text(ids[:room], ends) for ids, room in zip(written_BN, rooms, strict=True)]
+
+
+def pad_left(prompts):
+    """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
+    width = max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, prompt in enumerate(prompts):
+        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
+        mask_BT[i, width - len(prompt):] = 1
+    return to_device(ids_BT), to_device(mask_BT)
+
+
+def make_draw(seeds, temperature, vocabulary, new):
+    """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
+    one at which the sum of probabilities passes a number from (0, 1]."""
+    numbers_BN = torch.stack([
+        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    numbers = iter(to_device(numbers_BN).unbind(1))
+
+    def draw(_, logits_BV):
+        logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
+        if temperature == 0:
+            return logits_BV
+        sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
+        passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
+        ids_B1 = torch.searchsorted(sums_BV, passed_B1)
+        return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
+    return draw
+
+
+def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
+    """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
+    usual = model.generation_config
+    model.generation_config = transformers.GenerationConfig()   # no top_k or penalty of its own
+    try:
+        ids = model.generate(
+            ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, use_cache=True,
+            eos_token_id=sorted(ends) or None, pad_token_id=0, synced_gpus=False,
+            logits_processor=[draw])
+    finally:
+        model.generation_config = usual
+    return ids[:, ids_BT.shape[1]:]
+
+
+def cut_text(ids, ends):
+    """Up to the first end mark, which belongs to it."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[:i + 1]
+    return ids
+
+
+def end_ids(model, tokenizer):
+    """Of generation config and tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    return (ends | {tokenizer.eos_token_id}) - {None}
+
+
+@contextlib.contextmanager
+def gathered(root):
+    """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
+    gather and drop each layer at each token, are off: without gradients they do nothing else."""
+    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    hooks = []
+    for unit in units:   # the root comes first
+        unit.unshard()
+        hooks.append((unit._forward_pre_hooks, unit._forward_hooks))
+        unit._forward_pre_hooks = collections.OrderedDict()
+        unit._forward_hooks = collections.OrderedDict()
+    try:
+        yield
+    finally:
+        for unit, (before, after) in zip(units, hooks, strict=True):
+            unit._forward_pre_hooks = before
+            unit._forward_hooks = after
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2655,37 +1970,19 @@ def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     parse_multipliers makes them.
     """
     names = {}   # parameter: its first name
-    tied = {}    # further name: the first one
     for name, parameter in named_parameters:
-        if parameter in names:
-            tied[name] = names[parameter]
-        else:
-            names[parameter] = name
+        names.setdefault(parameter, name)
     for pattern, _ in rules:
         if not any(pattern.search(name) for name in names.values()):
-            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches "
-                            + what_matches_instead(pattern, list(names.values()), tied))
+            raise UserError(
+                f"lr_multipliers: {pattern.pattern!r} matches none of the {len(names)} parameters "
+                "(of tied ones the first name counts); names look like "
+                + list(names.values())[len(names) // 2])
     rates = {}
     for parameter, name in names.items():
-        rates[parameter] = learning_rate * multiplier_of(name, rules, default_multiplier)
-    if not any(rates.values()):
-        raise UserError("every parameter is frozen (learning-rate multiplier 0); "
-                        "leave something to train")
+        multipliers = [multiplier for pattern, multiplier in rules if pattern.search(name)]
+        rates[parameter] = learning_rate * [*multipliers, default_multiplier][0]
     return rates
-
-
-def multiplier_of(name, rules, default_multiplier):
-    for pattern, multiplier in rules:
-        if pattern.search(name):
-            return multiplier
-    return default_multiplier
-
-
-def what_matches_instead(pattern, names, tied):
-    for name, first_name in tied.items():
-        if pattern.search(name):
-            return f"only {name}, which is tied to {first_name}; write a pattern for that"
-    return f"none of the {len(names)} parameters; names look like {names[len(names) // 2]}"
 
 
 def make_optimizer(parameters, rates, weight_decay):
@@ -2702,10 +1999,12 @@ def make_optimizer(parameters, rates, weight_decay):
         if rate > 0:
             groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
     frozen = sizes.pop(0, 0)
+    if not groups:
+        raise UserError("every parameter is frozen (lr_multipliers 0); leave something to train")
     trained = ", ".join(f"{size:,} parameters at {rate:g}" for rate, size in sizes.items())
     print0(f"{frozen:,} frozen; trains {trained}")
     optimizer = torch.optim.AdamW(
-        [dict(params=group, lr=rate, weight_decay=weight_decay if decays else 0.0)
+        [dict(params=group, lr=rate, initial_lr=rate, weight_decay=weight_decay if decays else 0.0)
          for (rate, decays), group in groups.items()],
         lr=max(sizes), fused=True)
     # the moments from the start: memory is known, and a checkpoint has where to load to
@@ -2718,75 +2017,42 @@ def make_optimizer(parameters, rates, weight_decay):
     return optimizer
 
 
-def scheduler_options(name, given_json, steps):
-    """lr_scheduler_kwargs, a JSON object or None -> what scheduler `name` takes besides lengths."""
-    given = json.loads(given_json or "{}")
-    function = transformers.optimization.TYPE_TO_SCHEDULER_FUNCTION[name]
-    takes = set(inspect.signature(function).parameters)
-    takes -= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-    alternatives = takes & {"min_lr", "min_lr_rate"}   # one is needed; all others have defaults
-    unknown = set(given) - takes
-    if unknown or (alternatives and len(alternatives & set(given)) != 1):
-        what_it_takes = ", ".join(sorted(takes)) or "nothing"
-        if alternatives:
-            what_it_takes += ", one of min_lr and min_lr_rate"
-        raise UserError(f"lr_scheduler_kwargs gives {', '.join(given) or 'nothing'}; "
-                        f"{name} takes {what_it_takes}")
-    if name == "warmup_stable_decay":
-        return {"num_decay_steps": max(1, steps // 5)} | given
-    return given
-
-
-def check_scheduler(cfg):
-    """Before any model is loaded: the length of the run does not matter yet."""
-    scheduler_options(cfg.lr_scheduler, cfg.lr_scheduler_kwargs, steps=1)
-
-
-def make_schedule(cfg, optimizer, steps):
-    """-> set_rates(step), which sets every group's rate for that step and returns the largest.
-
-    The rate follows from the step alone: there is nothing to save or to replay.
-    """
-    options = scheduler_options(cfg.lr_scheduler, cfg.lr_scheduler_kwargs, steps)
-    warmup_steps = round(cfg.warmup_ratio * steps)
-    try:
-        schedule = get_scheduler(cfg.lr_scheduler, optimizer, warmup_steps, steps, options)
-        multiplier_at = schedule.lr_lambdas[0]   # one for all groups
+def make_schedule(cfg, steps):
+    """-> a function step -> multiplier of all rates. It follows from the step alone: there is
+    nothing to save or to replay."""
+    options = json.loads(cfg.lr_scheduler_kwargs or "{}")
+    if cfg.lr_scheduler == "warmup_stable_decay":
+        options = {"num_decay_steps": max(1, steps // 5)} | options
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    with phase(f"making the schedule {cfg.lr_scheduler} ({options})"):
+        schedule = get_scheduler(
+            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
+        multiplier_at = schedule.lr_lambdas[0]
         multiplier_at(steps)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"lr_scheduler {cfg.lr_scheduler}: {one_line(e)}; "
-                        "give it with --lr_scheduler_kwargs") from None
+    return multiplier_at
 
-    def set_rates(step):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier_at(step)
-        return max(group["lr"] for group in optimizer.param_groups)
-    return set_rates
+
+def set_rates(optimizer, multiplier):
+    """-> the largest rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def new_scale_state(fp16):
     """Scalars on the device: the fp16 loss scale, good steps in a row, skipped in all, in a row."""
-    return {
-        "scale": torch.tensor(2.0 ** 14 if fp16 else 1.0, device=DEVICE),
-        "good": torch.tensor(0.0, device=DEVICE),
-        "skipped": torch.tensor(0.0, device=DEVICE),
-        "streak": torch.tensor(0.0, device=DEVICE),
-    }
+    values = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
+    return {name: torch.tensor(value, device=DEVICE) for name, value in values.items()}
 
 
-def optimizer_step(optimizer, max_grad_norm, scale_state, fp16, clipped_alone=()):
-    """One step on the gradients of scale * loss -> their norm, unscaled, before clipping.
-
-    clipped_alone: [(parameters, max norm), ...], each clipped by itself before the whole is; 0 for
-    max_grad_norm clips nothing.
+def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
+    """One step on the gradients of scale * loss -> their norm, unscaled, before clipping;
+    max_grad_norm 0 clips nothing.
 
     Fused AdamW divides gradients by its grad_scale and changes nothing where its found_inf is 1, so
     both carry tensors: clipping and unscaling are one division inside its kernel, a step that is
     not finite is skipped there, and the host never waits for a number.
     """
-    for parameters, max_norm in clipped_alone:
-        loss_scale = scale_state["scale"].item() if fp16 else 1.0
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm * loss_scale)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
                  if p.grad is not None]
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) / scale_state["scale"]
@@ -2808,9 +2074,9 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16, clipped_alone=()
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: whole or not at all. Tensors go through torch.distributed.checkpoint, so that another
-# number of ranks can read them; everything else stands in state.json. Random numbers need no state:
-# each step seeds itself.
+# Checkpoints: whole or not at all. Tensors go through torch.distributed.checkpoint to safetensors,
+# so that another number of ranks can read them; everything else stands in state.json. Random
+# numbers need no state: each step seeds itself.
 
 
 def tensors_of(root, moments, scale_state):
@@ -2827,58 +2093,39 @@ def tensors_of(root, moments, scale_state):
 
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """-> what went wrong (or None), the checkpoint's digest, on every rank. Written aside, synced,
-    renamed; nothing old is deleted before the new one stands. keep: how many stay."""
+    """-> its digest. Written aside, synced, renamed; nothing old is deleted before the new one
+    stands. keep: how many stay."""
     aside = os.path.join(folder, f"tmp-{step:08d}")
-    problem = None
+    if RANK == 0:   # what a kill left there would be read as ours
+        shutil.rmtree(aside, ignore_errors=True)
+    all_sum(0)
+    # a file is put together in host memory: few tensors a file
+    file_of = {name: 1 + i // TENSORS_A_FILE for i, name in enumerate(tensors)}
+    writer = HuggingFaceStorageWriter(aside, file_of, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=HOST)   # syncs each file
+    files = checksums(aside, from_rank0(sorted(os.listdir(aside))))
+    state = json.loads(json.dumps(state | {"files": files}))   # what a reader will see
+    state["digest"] = digest(state)
     if RANK == 0:
-        remove_checkpoint(aside)
-    all_sum(0)   # nobody writes before that is done
-    try:
-        dcp.save(tensors, checkpoint_id=aside)   # syncs each file
-        files = from_rank0(sorted(os.listdir(aside)))
-        state = json.loads(json.dumps(state | {"files": checksums(aside, files)}))
-        state["digest"] = digest(state)   # of what a reader will see
-        if RANK == 0:
-            write_state(aside, state)
-            final = os.path.join(folder, f"step-{step:08d}")
-            remove_checkpoint(final)
-            os.rename(aside, final)
-            sync(folder)
-            for old in checkpoints_in(folder)[keep:]:
-                remove_checkpoint(old)
-    except (OSError, dcp.api.CheckpointException) as e:
-        problem = one_line(unwrapped(e), 300)
-    problem = from_rank0(problem)
-    if problem:
-        if RANK == 0:
-            remove_checkpoint(aside)
-        print0(f"WARNING: checkpoint {step} could not be saved ({problem}); the run goes on, older "
-               "ones stay")
-    return problem, state.get("digest")
+        write_json(state, os.path.join(aside, "state.json"))
+        sync(os.path.join(aside, "state.json"), aside)
+        final = os.path.join(folder, f"step-{step:08d}")
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        sync(folder)
+        for old in checkpoints_in(folder)[keep:]:
+            shutil.rmtree(old)
+    return state["digest"]
 
 
-def unwrapped(error):
-    """What went wrong on the first rank that failed, where it comes wrapped by dcp."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error, _ = next(iter(error.failures.values()))   # of a rank: its error, its traceback
-    return error
-
-
-def write_state(folder, state):
-    """state.json beside the tensors: with a checksum of each file, and one of itself, by which a
-    checkpoint is known that the disk has lost or changed a part of."""
-    path = os.path.join(folder, "state.json")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(state, f, indent=1)
-    sync(path, folder)
+TENSORS_A_FILE = 16
 
 
 def checksums(folder, files):
     """{file: CRC-32, None where it cannot be read}. Each rank reads its share."""
     mine = {file: checksum(os.path.join(folder, file)) for file in files[RANK::WORLD]}
     shares = [None] * WORLD
-    dist.all_gather_object(shares, mine)
+    dist.all_gather_object(shares, mine, group=HOST)
     return {file: crc for share in shares for file, crc in share.items()}
 
 
@@ -2899,96 +2146,56 @@ def checkpoints_in(folder):
     return sorted(paths, reverse=True)
 
 
-def is_checkpoint_file(name):
-    return name.endswith(".distcp") or name in (".metadata", ".metadata.tmp", "state.json")
-
-
-def remove_checkpoint(folder):
-    """File by file, and only what a checkpoint is made of."""
-    if os.path.isdir(folder):
-        remove_files(folder, [name for name in os.listdir(folder) if is_checkpoint_file(name)])
-
-
 def find_checkpoint(resume, output_dir):
     """-> (path, state) of the newest checkpoint that is whole, or None. resume: auto, never or a
     path. What is damaged is named and passed over."""
     if resume == "never":
         return None
-    if resume == "auto":
-        paths = checkpoints_in(os.path.join(output_dir, "checkpoints"))
-    else:
-        paths = [resume.rstrip("/")]
-    paths = from_rank0(paths)   # on a shared disk others may not see yet what rank 0 sees
+    paths = from_rank0(checkpoints_in(os.path.join(output_dir, "checkpoints")))
+    if resume != "auto":
+        resume = resume.rstrip("/")
+        if paths and os.path.realpath(resume) not in map(os.path.realpath, paths):
+            raise UserError(f"{output_dir!r} holds another run than {resume!r}; choose another "
+                            "--output_dir")
+        paths = [resume]
     for path in paths:
         state, problem = from_rank0(read_state(path) if RANK == 0 else None)
-        if state is not None:
-            there = checksums(path, list(state["files"]))
-            damaged = [file for file, crc in state["files"].items() if there[file] != crc]
-            if not damaged:
-                return path, state
-            problem = f"{damaged[0]} is not what was written"
-        print0(f"checkpoint {path} is not readable ({problem}), passed over")
+        if state is not None and checksums(path, sorted(state["files"])) == state["files"]:
+            return path, state
+        print0(f"checkpoint {path} is not what was written{problem}, passed over")
     if paths:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
     return None
 
 
 def read_state(path):
-    """-> the state.json of a checkpoint (or None), what is wrong with it (or None)."""
+    """-> state.json of a checkpoint whose files are exactly those it lists (else None: another file
+    would be read too, and a missing one be missed by nobody), what is wrong."""
     try:
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-            state = json.load(f)
+        state = read_json(os.path.join(path, "state.json"))
         written = state.pop("digest")
-        if digest(state) != written or not isinstance(state["files"], dict):
-            raise ValueError("state.json is not what was written")
+        if digest(state) != written or {*os.listdir(path)} != {"state.json", *state["files"]}:
+            raise ValueError("other files, or another state.json")
         # a run from before there was some knob had it at its default
         state["config"] = result_knobs(Config()) | state["config"]
-        return state | {"digest": written}, None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        return None, one_line(e)
+        return state | {"digest": written}, ""
+    except Exception as e:   # whatever stands there
+        return None, f" ({one_line(e)})"
 
 
 def load_checkpoint(path, tensors):
     """In place, where `tensors` says, named as by tensors_of."""
     try:
-        dcp.load(tensors, storage_reader=TensorReader(path))
-    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
-        raise UserError(f"{path!r} is no checkpoint of this run: {one_line(unwrapped(e))}") from e
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), process_group=HOST)
+    except dcp.api.CheckpointException as e:   # which is no Exception
+        raise UserError(f"{path!r} is no checkpoint of this run: {reason_of(e)}") from e
     print0(f"resumes from {path}")
 
 
-class TensorReader(dcp.FileSystemReader):
-    """dcp's reader, but a stranger's checkpoint cannot run code: dcp unpickles whatever .metadata
-    names."""
-
-    def __init__(self, path):
-        super().__init__(path)
-        with open(os.path.join(path, ".metadata"), "rb") as f:
-            self.metadata = MetadataUnpickler(f).load()
-
-    def read_metadata(self, *args, **kwargs):
-        self.metadata.storage_meta.load_id = self.load_id
-        return self.metadata
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that describe tensors, and no other. Not BytesStorageMetadata: what is
-    stored so is unpickled too."""
-    HARMLESS = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "bool"},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},
-    }
-
-    def find_class(self, module, name):
-        if name not in self.HARMLESS.get(module, ()):
-            raise ValueError(f".metadata names {module}.{name}, which a checkpoint does not need")
-        return super().find_class(module, name)
+def reason_of(checkpoint_exception):
+    """What went wrong on the first rank that failed."""
+    error, _ = next(iter(checkpoint_exception.failures.values()))
+    return one_line(error, 300)
 
 
 def refuse_changes(there, here, where,
@@ -3022,80 +2229,45 @@ def plan_batch(cfg, state, world):
     return size, micro_steps, global_batch
 
 
-def check_output(output_dir):
-    """Before anything is written: what stands under our names has to be ours."""
-    def has_our_knobs(path):
-        with open(path, encoding="utf-8") as f:
-            knobs = json.load(f)
-        return {"student", "alpha", "output_dir"} <= knobs.keys() and knobs["mode"] != "cache"
-
-    def is_our_log(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            first = f.readline()
-        return not first.endswith("\n") or step_of(json.loads(first)) is not None
-
-    def is_our_final(path):
-        return set(os.listdir(path)) <= {FINAL_MARK, *read_final_mark(path).get("files", [])}
-
-    def is_our_checkpoint(path):
-        return all(is_checkpoint_file(name) for name in os.listdir(path))
-
-    refuse_foreign(os.path.join(output_dir, "config.json"), has_our_knobs)
-    refuse_foreign(os.path.join(output_dir, "log.jsonl"), is_our_log)
-    refuse_foreign(os.path.join(output_dir, "final"), is_our_final)
-    for path in checkpoints_in(os.path.join(output_dir, "checkpoints")):
-        refuse_foreign(path, is_our_checkpoint)
-
-
 def prepare_output(cfg, step):
     """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come, no
     checkpoint of them either. final/ stays until the next one is whole: it may be the student."""
     folder = os.path.join(cfg.output_dir, "checkpoints")
-    os.makedirs(folder, exist_ok=True)
-    newer = [path for path in checkpoints_in(folder) if int(path[-8:]) > step]
     if cfg.resume == "never":
-        for name in ("step", "tmp", "aside"):
-            for path in glob.glob(os.path.join(glob.escape(folder), f"{name}-????????*")):
-                remove_checkpoint(path)
-    elif newer:
-        set_aside(newer)
-    write_json(cfg, os.path.join(cfg.output_dir, "config.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder, exist_ok=True)
+    for path in checkpoints_in(folder):
+        if int(path[-8:]) > step:   # never to be continued from by itself
+            aside = os.path.join(folder, f"aside-{time.time_ns()}-{os.path.basename(path)}")
+            os.rename(path, aside)
+            print0(f"{path} is set aside as {aside}")
+    write_json(knobs_of(cfg), os.path.join(cfg.output_dir, "config.json"))
     cut_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
 
 
-def set_aside(checkpoints):
-    """They are of steps that are about to be trained again, or damaged: never to be continued from
-    by themselves, and not ours to delete."""
-    for path in checkpoints:
-        folder, name = os.path.split(path)
-        aside = os.path.join(folder, name.replace("step", "aside"))
-        taken = itertools.count(2)
-        while os.path.exists(aside):
-            aside = os.path.join(folder, f"{name.replace('step', 'aside')}-{next(taken)}")
-        os.rename(path, aside)
-    names = ", ".join(os.path.basename(path) for path in checkpoints)
-    print0(f"set aside as aside-... in {os.path.dirname(checkpoints[0])}: {names}")
-
-
 def cut_log(path, step):
-    """Drop the lines of steps that are about to be repeated: at step 0, all."""
-    kept = [row for row in read_jsonl(path) if step > 0 and step_of(row) <= step]
-    aside = path + ".tmp"
-    with open(aside, "w", encoding="utf-8") as f:
-        for row in kept:
-            f.write(json.dumps(row) + "\n")
-    os.replace(aside, path)
+    """Drop the lines of steps that are about to be repeated, and half a line that a kill left."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    if step_of(json.loads(line)) <= step:
+                        kept.append(line.rstrip("\n") + "\n")
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(f.name, path)
 
 
 def step_of(row):
     """Of a line of the log: its train/step, eval/step or block/step."""
-    return next((value for key, value in row.items() if key.endswith("/step")), None)
+    return next(value for key, value in row.items() if key.endswith("/step"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Train: a run is put together, begun, trained stage by stage and finished. train() says it in a few
 # lines; train_stage() is the loop. Optional modes compose the same pieces. main(), at the end of
-# the file, has opened the process group and locked output_dir, and each `demo` names files by then.
+# the file, has opened the process group and claimed output_dir.
 
 
 @dataclass
@@ -3111,9 +2283,10 @@ class Stage:
     rates: dict                # {parameter: peak learning rate}; the others are frozen
     weight_decay: float
     max_grad_norm: float       # of all gradients together; 0: no clipping
-    clipped_alone: list = field(default_factory=list)   # [(parameters, max norm), ...] before that
     # the field of Batch that the loss is a mean over: labels, or, where blocks are matched, real
     mean_over: str = "labels"
+    # [(parameters, max norm), ...] before that   # optional: blockwise
+    clipped_alone: list = field(default_factory=list)   # optional: blockwise
 
     @property
     def end(self):
@@ -3121,10 +2294,20 @@ class Stage:
 
 
 @dataclass
+class Progress:
+    """Where a run is: what a checkpoint keeps beside the tensors."""
+    step: int = 0
+    tokens: int = 0                         # trained on so far
+    position: Any = None                    # of a stream
+    best_loss: float = math.inf
+    first_scores: Optional[dict] = None     # held-out scores before training
+    wandb_id: Optional[str] = None
+    notes: dict = field(default_factory=dict)   # what a mode of its own wants to keep
+
+
+@dataclass
 class Run:
-    """What a run works with, and where it is. A checkpoint keeps the last block of fields, beside
-    the student's weights and the optimiser's moments; save() and resume() are each other's mirror.
-    """
+    """What a run works with."""
     cfg: Config
     result_knobs: dict         # all knobs that decide the result; compared at a resume ...
     inputs: dict               # ... as is what the files that they name held
@@ -3137,16 +2320,17 @@ class Run:
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
     checkpoint: Optional[tuple]   # (path, state) to continue from
+    vocabulary: Optional[int]  # from this id on heads are padding
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
     get_teacher_targets: Any   # ... and what it takes from the teacher
+    scale_state: dict          # see new_scale_state
+    progress: Progress
     started: float             # seconds since the epoch
-    free_memory: int           # bytes on this device before anything was loaded
-    broken_weights: int        # not finite from the beginning, as unused rows sometimes are
 
     stages: list = field(default_factory=list)
     stage: Optional[Stage] = None   # whose optimiser this is
     optimizer: Any = None
-    set_rates: Any = None           # step of the stage -> the largest rate, when all are set
+    multiplier_at: Any = None       # step of the stage -> what its rates are multiplied by
     batches: Any = None             # endless (micro-batches of this rank, position after the step)
     wandb: Any = None
     bar: Any = None
@@ -3159,14 +2343,6 @@ class Run:
     last_scores: Optional[dict] = None      # of the newest evaluation
     window_start: float = 0.0               # since when the tokens below are counted, for the speed
     window_tokens: float = 0.0
-
-    scale_state: dict = None                # see new_scale_state
-    step: int = 0
-    tokens: int = 0                         # trained on so far
-    position: Any = None                    # of a stream
-    best_loss: float = math.inf
-    first_scores: Optional[dict] = None     # held-out scores before training
-    notes: dict = field(default_factory=dict)   # what a mode of its own wants to keep
 
     @property
     def steps(self):
@@ -3182,8 +2358,8 @@ class Run:
     @property
     def epoch(self):
         if self.steps_per_epoch:
-            return self.step / self.steps_per_epoch
-        return (self.position or {}).get("epoch", 0)
+            return self.progress.step / self.steps_per_epoch
+        return (self.progress.position or {}).get("epoch", 0)
 
 
 def train(cfg):
@@ -3204,41 +2380,20 @@ def train(cfg):
 
 
 def load_everything(cfg):
-    """-> tokenizer, train rows (or a raw stream), eval rows, student, teacher (None at alpha 1)."""
+    """-> tokenizer, rows, eval rows, student, teacher (None at alpha 1), identity of its weights"""
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
-    student = load_checked_student(cfg, tokenizer)
-    teacher = load_checked_teacher(cfg, tokenizer) if cfg.alpha < 1 else None
-    return tokenizer, rows, eval_rows, student, teacher
-
-
-def load_checked_student(cfg, tokenizer):
-    with progress(f"reading student {cfg.student}"):
-        student = load_student(cfg)
-        check_head(student, "student", cfg.student, tokenizer)
-        if cfg.packing == "documents":
-            check_packing(student, "student", cfg.student)
-    return student
-
-
-def load_checked_teacher(cfg, tokenizer):
-    with progress(f"reading teacher {cfg.teacher}"):
-        teacher = load_teacher(cfg)
-        check_head(teacher, "teacher", cfg.teacher, tokenizer)
-        if cfg.packing == "documents":
-            check_packing(teacher, "teacher", cfg.teacher)
-    teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
-    if teacher_tokenizer is not None:
-        compare_tokenizers(
-            tokenizer, teacher_tokenizer, cfg.tokenizer or cfg.student, cfg.teacher)
-    return teacher
+    student, _ = load_checked(cfg, "student", tokenizer)
+    teacher, identity = None, None
+    if cfg.alpha < 1:
+        teacher, identity = load_checked(cfg, "teacher", tokenizer)
+    return tokenizer, rows, eval_rows, student, teacher, identity
 
 
 def start_run(cfg):
     """Load everything and check that it belongs together -> Run; None where it is finished."""
     started = time.time()
-    free = free_memory()
-    check_scheduler(cfg)
+    make_schedule(cfg, steps=1)   # would it? Before any model is loaded
     load = load_everything
     if cfg.cache_dir:   # optional: cache
         cfg = take_from_cache(cfg)
@@ -3246,74 +2401,61 @@ def start_run(cfg):
     knobs = result_knobs(cfg)
     if cfg.cache_dir:   # optional: cache
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
-    with progress("looking for a checkpoint, and whether it is whole"):
+    with phase("looking for a checkpoint"):
         checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
     state = None
+    progress = Progress()
     if checkpoint is not None:
         path, state = checkpoint
         refuse_changes(state["config"], knobs, path)
-        refuse_other_run(cfg, knobs)
         if is_finished(cfg, state):
-            print0(f"{cfg.output_dir} holds this run, finished at step {state['step']}: see "
-                   + os.path.join(cfg.output_dir, "final"))
+            print0(f"{cfg.output_dir} holds this run, finished: see its final/")
             return None
-    tokenizer, rows, eval_rows, student, teacher = load(cfg)
-    with progress("taking checksums of teacher and rows"):
-        inputs = from_rank0(identify_inputs(cfg, rows, eval_rows, teacher) if RANK == 0 else None)
+        progress = Progress(**state["progress"])
+    tokenizer, rows, eval_rows, student, teacher, identity = load(cfg)
+    with phase("reading the token rows once"):
+        facts = from_rank0([count_rows(rows), count_rows(eval_rows)] if RANK == 0 else None)
+    digests = [of_rows and of_rows["digest"] for of_rows in facts]
+    inputs = {"teacher's weights": identity, "rows to train on, rows held out": digests}
     if state is not None:
-        refuse_changes(state["inputs"], inputs, checkpoint[0])
+        refuse_changes(state["inputs"], inputs, path)
+    for of_rows in filter(None, facts):
+        print0(f"{of_rows['rows']:,} rows, {of_rows['tokens']:,} tokens, "
+               f"{of_rows['targets']:,} targets")
+        refuse_unknown_ids(of_rows["biggest"], tokenizer, [student, teacher])
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
-        warn_of_another_end(eval_rows, cfg.seq_len, student, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
-    broken_weights = count_not_finite(student)
-    if broken_weights:
-        print0(f"WARNING: {broken_weights} weights of student {cfg.student!r} are not finite")
     # Student and teacher are compared over the ids that the tokenizer has, and then CE is of the
     # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
     vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
     return Run(
         cfg=cfg, result_knobs=knobs, inputs=inputs, tokenizer=tokenizer, rows=rows,
         eval_rows=eval_rows, student=student, teacher=teacher, batch_size=batch_size,
-        micro_steps=micro_steps,
-        global_batch=global_batch, checkpoint=checkpoint, started=started, free_memory=free,
-        broken_weights=broken_weights,
+        micro_steps=micro_steps, global_batch=global_batch, checkpoint=checkpoint,
+        vocabulary=vocabulary, progress=progress, started=started,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
 
 
-def identify_inputs(cfg, rows, eval_rows, teacher):
-    """Digests of what a resume has to find unchanged, wherever it lies by then."""
-    weights = None
-    if teacher is not None:
-        _, weights = identify_weights(cfg.teacher)
-    return {"teacher's weights": weights, "rows to train on": rows_digest(rows),
-            "rows held out": rows_digest(eval_rows)}
-
-
-def refuse_other_run(cfg, knobs):
-    """--resume PATH may lead from elsewhere into this output_dir; the run in it stays one run."""
-    for path in checkpoints_in(os.path.join(cfg.output_dir, "checkpoints")):
-        state, _ = read_state(path)
-        if state is not None:
-            refuse_changes(state["config"], knobs, path, "choose another --output_dir")
+def refuse_unknown_ids(biggest, tokenizer, roots):
+    """A tokenizer may have ids that a head has not: they matter where a row holds one."""
+    for root in filter(None, roots):
+        rows = root.model.config.get_text_config().vocab_size
+        if biggest >= rows:
+            raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}; "
+                            f"{type(root.model).__name__} has {rows} ids: take it out, or another "
+                            "tokenizer")
 
 
 def is_finished(cfg, state):
     """final/ has to be of this very checkpoint, not of a shorter run before it."""
+    final = read_json(os.path.join(cfg.output_dir, "final", FINAL_MARK), {})
     same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
-    final = read_final_mark(os.path.join(cfg.output_dir, "final"))
-    return (same_length and state["step"] >= state["steps"]
+    return (same_length and state["progress"]["step"] >= state["steps"]
             and final.get("checkpoint") == state["digest"])
-
-
-def free_memory():
-    """Bytes that this device, or this host, has left."""
-    if CUDA:
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def distillation_stage(run, first_step=0):
@@ -3341,55 +2483,64 @@ def distillation_stage(run, first_step=0):
 def begin(run, stages):
     """From here on the run may write: resume, clear what is left of it, open log, batches, bar."""
     cfg = run.cfg
+    progress = run.progress
     run.stages = stages
-    if run.checkpoint and run.checkpoint[1]["step"] > run.steps:
-        path, state = run.checkpoint
+    if progress.step > run.steps:
         raise UserError(
-            f"{path!r} is of step {state['step']}, this run would end at {run.steps}. Raise "
-            "--max_steps or --num_epochs, or start over with --resume never")
-    print0(describe_run(run))
+            f"{run.checkpoint[0]!r} is of step {progress.step}, this run would end at {run.steps}. "
+            "Raise --max_steps or --num_epochs, or start over with --resume never")
+    print0(plan_in_words(run))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
-        wandb_id = None
         if run.checkpoint:
-            wandb_id = resume(run)   # which starts the stage that it is in
+            resume(run)   # which starts the stage that it is in
         else:
             start_stage(run, stages[0])
-        if RANK == 0:
-            with reading(f"output folder {cfg.output_dir!r} cannot be written"):
-                prepare_output(cfg, run.step)
-        all_sum(0)   # nobody goes on before that is done
-        run.wandb = start_wandb(cfg, wandb_id)
-        stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
-        if run.first_scores is None:
-            run.first_scores = scores(run, rows_before_training(run))
-        run.batches = prefetch(my_micro_batches(run))
+        with phase(f"preparing {cfg.output_dir}"):
+            if RANK == 0:
+                prepare_output(cfg, progress.step)
+            all_sum(0)   # nobody goes on before that is done
+        run.wandb = start_wandb(cfg, progress.wandb_id)
+        if run.wandb is not None:
+            progress.wandb_id = run.wandb.id
+            stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
+        if progress.first_scores is None:
+            progress.first_scores = scores(run, rows_before_training(run))
+        run.batches = prefetch(my_batches(run))
         stack.enter_context(contextlib.closing(run.batches))
         if cfg.on_policy:   # optional: on_policy
             run.batches = batches_by_student(run, run.batches)
         run.bar = stack.enter_context(tqdm(
-            total=run.steps, initial=run.step, disable=RANK > 0, dynamic_ncols=True,
+            total=run.steps, initial=progress.step, disable=RANK > 0, dynamic_ncols=True,
             mininterval=0.5))
         run.window_start = time.time()
         yield
 
 
-def my_micro_batches(run):
-    """-> endless (this rank's micro-batches of a step, position after it), from run.step on."""
+def my_batches(run):
+    """-> endless (this rank's micro-batches of a step, position after it), from where the run is
+    on. Rank r takes every WORLD-th sequence of a global batch."""
     if run.cfg.streaming:   # optional: streaming
-        return micro_batches(batches_of_stream(run), None, run.micro_steps, run.batch_size)
-    global_batches = indexed_batches(run.rows, run.cfg.seed, run.global_batch, run.step)
-    return micro_batches(global_batches, run.rows, run.micro_steps, run.batch_size)
+        for rows, position in batches_of_stream(run):
+            yield micro_batches(rows[RANK::WORLD], run.micro_steps, run.batch_size), position
+    for step in itertools.count(run.progress.step):
+        numbers = batch_of_step(len(run.rows), run.cfg.seed, run.global_batch, step)
+        rows = [run.rows[i] for i in numbers[RANK::WORLD]]
+        yield micro_batches(rows, run.micro_steps, run.batch_size), None
 
 
-def start_stage_at(run, step):
-    """Start the stage that goes on at `step` -> the tensors that a checkpoint of then holds for it:
-    load_checkpoint fills them in place."""
+def resume(run):
+    """Start the stage that goes on, fill its tensors from the checkpoint."""
+    path, state = run.checkpoint
+    step = run.progress.step
     unfinished = [stage for stage in run.stages if step < stage.end]
     stage = unfinished[0] if unfinished else run.stages[-1]
     start_stage(run, stage)
     # where a stage begins, the moments that were saved are of the stage before
     moments = {} if step == stage.first_step else run.optimizer.state
-    return tensors_of(run.student, moments, run.scale_state)
+    with phase(f"reading {path}"):
+        load_checkpoint(path, tensors_of(run.student, moments, run.scale_state))
+    run.saved_step = step
+    run.saved_digest = state["digest"]
 
 
 def start_stage(run, stage):
@@ -3397,7 +2548,7 @@ def start_stage(run, stage):
     run.stage = stage
     run.optimizer = None   # its moments go before the next ones come
     run.optimizer = make_optimizer(run.student.parameters(), stage.rates, stage.weight_decay)
-    run.set_rates = make_schedule(run.cfg, run.optimizer, stage.steps)
+    run.multiplier_at = make_schedule(run.cfg, stage.steps)
 
 
 # ---- the loop
@@ -3407,43 +2558,39 @@ def train_stage(run, stage):
     """Train what is left of a stage -> True at its end, False when a signal stopped it. What is due
     after its last step is the caller's: something may have to be done before it is saved."""
     cfg = run.cfg
-    fp16 = compute_dtype(cfg) == torch.float16
+    progress = run.progress
     if run.stage is not stage:   # begin() or a resume may have started it
         start_stage(run, stage)
-    while run.step < stage.end:
+    while progress.step < stage.end:
         micro, position = next(run.batches)
-        counted = sum(len(getattr(batch, stage.mean_over)) for batch in micro)
-        tokens, stopping = all_sum(counted, len(run.stop_requests))   # all ranks agree
+        # all ranks agree
+        tokens, stopping = all_sum(count_tokens(stage, micro), len(run.stop_requests))
         if stopping:
             stop(run)
             return False
-        run.position = position
-        seed_step(cfg.seed, run.step)
-        rate = run.set_rates(run.step - stage.first_step)
-        sums = add_gradients(run, stage, micro, tokens)
-        grad_norm = torch.zeros(())
-        if tokens:
-            grad_norm = optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state, fp16,
-                                       stage.clipped_alone)
-        else:
-            print0(f"step {run.step + 1}: not one valid target token in the whole batch; "
-                   "nothing changed")
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.tokens += int(tokens)
+        progress.position = position
+        seed_step(cfg.seed, progress.step)
+        rate = set_rates(run.optimizer, run.multiplier_at(progress.step - stage.first_step))
+        sums, grad_norm = one_step(run, stage, micro, tokens)
+        progress.step += 1
+        progress.tokens += int(tokens)
         run.window_tokens += tokens
         run.bar.update()
         stop_after_bad_steps(run)
-        if run.step % cfg.log_steps == 0 or run.step == stage.end:
+        if progress.step % cfg.log_steps == 0 or progress.step == stage.end:
             log_step(run, stage, sums, grad_norm, rate)
-        if run.step < stage.end:
+        if progress.step < stage.end:
             evaluate_and_save(run, stage)
     return True
 
 
-def add_gradients(run, stage, micro, tokens):
-    """Forward and backward of a step's micro-batches, `tokens` of them on all ranks -> loss, ce and
-    kl of this rank."""
+def count_tokens(stage, micro):
+    return sum(len(getattr(batch, stage.mean_over)) for batch in micro)
+
+
+def one_step(run, stage, micro, tokens):
+    """Forward and backward of the micro-batches, with `tokens` counted on all ranks, and a step of
+    the optimiser -> loss, ce and kl of this rank, norm of the gradient."""
     student = run.student
     sums = torch.zeros(3, device=DEVICE)
     for i, batch in enumerate(micro):
@@ -3457,7 +2604,17 @@ def add_gradients(run, stage, micro, tokens):
         (loss * weight).backward()
         sums += torch.stack([loss.detach(), ce, kl])
         del loss, targets   # its graph holds the head's gradient in fp32
-    return sums
+    grad_norm = torch.zeros(())
+    if tokens:
+        if stage.clipped_alone:   # optional: blockwise
+            clip_blocks(stage.clipped_alone, run.scale_state)
+        grad_norm = optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state,
+                                   compute_dtype(run.cfg) == torch.float16)
+    else:
+        print0(f"step {run.progress.step + 1}: not one valid target token in the whole batch; "
+               "nothing changed")
+    run.optimizer.zero_grad()
+    return sums, grad_norm
 
 
 def seed_step(seed, step):
@@ -3467,16 +2624,13 @@ def seed_step(seed, step):
 
 def stop_after_bad_steps(run):
     # .item() makes a GPU wait: there only every tenth step looks
-    if (run.step % 10 == 0 or not CUDA) and run.scale_state["streak"].item() >= 10:
+    step = run.progress.step
+    if (step % 10 == 0 or not CUDA) and run.scale_state["streak"].item() >= 10:
         save(run)
-        kept = "its checkpoint could not be saved"
-        if run.save_problem is None:
-            kept = "its checkpoint holds the last good weights"
-            if count_not_finite(run.student) > run.broken_weights:
-                kept = "weights of the student are not finite themselves"
         raise UserError(
-            f"loss or gradient was not finite for 10 steps in a row, up to step {run.step}; "
-            f"{kept}. Start over with --resume never and --learning_rate "
+            f"loss or gradient was not finite for 10 steps in a row, up to step {step}, whose "
+            f"checkpoint holds the last weights ({count_not_finite(run.student)} of them not "
+            "finite). Start over with --resume never and --learning_rate "
             f"{run.cfg.learning_rate / 4:g}, or with --dtype fp32")
 
 
@@ -3489,8 +2643,9 @@ def log_step(run, stage, sums, grad_norm, rate):
     skipped = int(run.scale_state["skipped"].item())
     entry = {
         "train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
-        "train/grad_norm": grad_norm.item(), "train/epoch": run.epoch, "train/step": run.step,
-        "train/tokens_per_second": speed, "train/skipped_steps": skipped}
+        "train/grad_norm": grad_norm.item(), "train/epoch": run.epoch,
+        "train/step": run.progress.step, "train/tokens_per_second": speed,
+        "train/skipped_steps": skipped}
     if run.cfg.on_policy:   # optional: on_policy
         entry |= take_rollout_figures(run)
     log(run, entry)
@@ -3513,24 +2668,26 @@ def log(run, entry):
         if run.log_problem is None:
             print0(f"WARNING: log.jsonl cannot be written ({one_line(e)}); the run goes on")
         run.log_problem = one_line(e)
-    run.wandb.log(entry, step=run.step)
+    if run.wandb is not None:
+        run.wandb.log(entry, step=run.progress.step)
 
 
 def evaluate_and_save(run, stage):
     """What is due after a step; after the last one of the run, both."""
     cfg = run.cfg
+    progress = run.progress
     paused = time.time()
-    last = run.step == run.steps
+    last = progress.step == run.steps
     judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
-    if last or (judged and is_due(run.step, cfg.eval_steps)):
-        run.last_scores = scores(run)
-        run.best_loss = min(run.best_loss, run.last_scores["loss"])
+    if last or (judged and is_due(progress.step, cfg.eval_steps)):
+        run.last_scores = scores(run, run.eval_rows)
+        progress.best_loss = min(progress.best_loss, run.last_scores["loss"])
         entry = run.last_scores | {
-            "min_loss": run.best_loss, "epoch": run.epoch, "step": run.step}
+            "min_loss": progress.best_loss, "epoch": run.epoch, "step": progress.step}
         log(run, {f"eval/{key}": value for key, value in entry.items()})
         shown = ", ".join(f"{key} {value:.4f}" for key, value in run.last_scores.items())
-        print0(f"step {run.step}: held-out {shown}")
-    if last or is_due(run.step, cfg.save_steps):
+        print0(f"step {progress.step}: held-out {shown}")
+    if last or is_due(progress.step, cfg.save_steps):
         save(run)
     run.window_start += time.time() - paused   # the speed is of training alone
 
@@ -3542,62 +2699,53 @@ def is_due(step, every):
 def save(run):
     """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
     cfg = run.cfg
-    run.saved_step = run.step
+    step = run.progress.step
     state = {
-        "step": run.step, "steps": run.steps, "epoch": run.epoch, "position": run.position,
-        "tokens": run.tokens, "best": run.best_loss, "before": run.first_scores,
-        "notes": run.notes, "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
-        "global_batch": run.global_batch, "wandb": run.wandb.id,
-        "length": [cfg.max_steps, cfg.num_epochs], "config": run.result_knobs,
-        "inputs": run.inputs}
-    with progress(f"writing checkpoint {run.step}"):
-        run.save_problem, run.saved_digest = save_checkpoint(
-            os.path.join(cfg.output_dir, "checkpoints"), run.step,
+        "progress": dataclasses.asdict(run.progress), "steps": run.steps,
+        "length": [cfg.max_steps, cfg.num_epochs],
+        "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
+        "global_batch": run.global_batch, "config": run.result_knobs, "inputs": run.inputs}
+    problem = None
+    try:
+        run.saved_digest = save_checkpoint(
+            os.path.join(cfg.output_dir, "checkpoints"), step,
             tensors_of(run.student, run.optimizer.state, run.scale_state), state,
             cfg.keep_checkpoints)
-
-
-def resume(run):
-    """Load the checkpoint to continue from -> the id of its wandb run."""
-    path, state = run.checkpoint
-    with progress(f"reading {path}"):
-        load_checkpoint(path, start_stage_at(run, state["step"]))
-    run.step = state["step"]
-    run.saved_step = state["step"]
-    run.saved_digest = state["digest"]
-    run.tokens = state["tokens"]
-    run.position = state["position"]
-    run.best_loss = state["best"]
-    run.first_scores = state["before"]
-    run.notes = state["notes"]
-    return state["wandb"]
+    except dcp.api.CheckpointException as e:
+        problem = reason_of(e)
+    except OSError as e:
+        problem = one_line(e, 300)
+    run.save_problem = from_rank0(problem)
+    run.saved_step = step
+    if run.save_problem:
+        print0(f"WARNING: checkpoint {step} could not be saved ({run.save_problem}); the run goes "
+               "on, older ones stay")
 
 
 def stop(run):
     run.stopped = True
-    if run.saved_step != run.step:
+    if run.saved_step != run.progress.step:
         save(run)
 
 
 # ---- evaluating
 
 
-def scores(run, rows=None):
-    """The student on the held-out rows."""
-    if rows is None:
-        rows = run.eval_rows
-    return evaluate(run.student, run.loss_fn, run.get_teacher_targets, rows, run.batch_size)
+def scores(run, rows):
+    """The student on held-out rows."""
+    return evaluate(run.student, run.loss_fn, run.get_teacher_targets, rows, run.batch_size,
+                    "evaluating the student")
 
 
 def rows_before_training(run):
     """A few of the held-out rows, evenly spaced: training is to start at once, and what these say
     of the student before it is only where it comes from."""
-    held_out = len(run.eval_rows)
-    count = min(4 * run.global_batch, held_out)
-    return [run.eval_rows[i * held_out // count] for i in range(count)]
+    held_out_rows = len(run.eval_rows)
+    count = min(4 * run.global_batch, held_out_rows)
+    return [run.eval_rows[i * held_out_rows // count] for i in range(count)]
 
 
-def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what="evaluating the student"):
+def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what):
     """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows. Every token
     counts once, whatever the number of ranks."""
     loss, ce, kl, *_ = mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size,
@@ -3605,53 +2753,32 @@ def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what="evaluat
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
-def rows_of_this_rank(rows, batch_size):
-    """Batches of row numbers: every rank runs every batch, with nothing in it where rows end."""
-    for start in range(0, len(rows), batch_size * WORLD):
-        yield range(start + RANK, min(start + batch_size * WORLD, len(rows)), WORLD)
-
-
-@torch.no_grad()
 def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_over, what):
     """What loss_fn returns, as means over the labels or the real tokens of rows. what: in words."""
-    was_training = root.training
-    root.eval()
     sums = 0
     tokens = 0
-    with progress(what, len(rows), unit="seq") as bar:
-        for mine in rows_of_this_rank(rows, batch_size):
-            batch = collate([rows[i] for i in mine])
+    with torch.no_grad():
+        for _, batch in held_out(root, rows, batch_size, what):
             values = root(loss_fn, batch, get_teacher_targets(batch), 1.0)
             sums += torch.stack(values).double()
             tokens += len(getattr(batch, mean_over))
-            bar.update(WORLD * len(mine))
-    root.train(was_training)
-    root.release()
     *sums, tokens = all_sum(*sums.tolist(), tokens)
     return [value / max(tokens, 1) for value in sums]
 
 
-@torch.no_grad()
-def continue_text(root, tokenizer, ids_1T, new=48, seed=None):
-    """-> seconds, the text that follows: greedy, or sampled with a seed."""
-    torch.manual_seed(seed or 0)
+def held_out(root, rows, batch_size, what):
+    """-> (row numbers, Batch) of this rank, one after the other, with the model in eval mode. Every
+    rank gets as many, with nothing in the last ones where rows end. Callers see to no_grad."""
+    was_training = root.training
     root.eval()
-    # the last token is never looked up
-    new = min(new, position_limit(root.model) + 1 - ids_1T.shape[1])
-    # the whole length, so that ranks stay in step and speeds can be compared
-    ends = root.model.generation_config.eos_token_id
-    root.model.generation_config.eos_token_id = None
-    options = dict(max_new_tokens=new, do_sample=seed is not None, pad_token_id=0)
-    start = time.time()
-    ids = root(lambda model: model.generate(
-        ids_1T, attention_mask=torch.ones_like(ids_1T), **options))
-    new_ids = ids[0, ids_1T.shape[1]:].tolist()   # waits for the GPU
-    seconds = time.time() - start
-    root.model.generation_config.eos_token_id = ends
+    at_once = batch_size * WORLD
+    with tqdm(total=len(rows), desc=what, disable=RANK > 0, leave=False, dynamic_ncols=True) as bar:
+        for start in range(0, len(rows), at_once):
+            numbers = range(start + RANK, min(start + at_once, len(rows)), WORLD)
+            yield numbers, collate([rows[i] for i in numbers])
+            bar.update(min(at_once, len(rows) - start))
+    root.train(was_training)
     root.release()
-    if tokenizer.eos_token_id in new_ids:
-        new_ids = new_ids[:new_ids.index(tokenizer.eos_token_id)]
-    return seconds, tokenizer.decode(new_ids)
 
 
 # ---- finishing
@@ -3659,245 +2786,194 @@ def continue_text(root, tokenizer, ids_1T, new=48, seed=None):
 
 def finish(run):
     """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
+    final = os.path.join(run.cfg.output_dir, "final")
     if run.stopped:
         saved = "" if run.save_problem else ", saved; the same command continues"
-        print0(f"stopped at step {run.step} of {run.steps}{saved}")
-    elif count_not_finite(run.student) > run.broken_weights:
-        raise UserError(
-            f"at step {run.step} weights of the student are not finite: no final/ is written. "
-            "Start over with --resume never and a lower --learning_rate, or with --dtype fp32")
+        print0(f"stopped at step {run.progress.step} of {run.steps}{saved}")
     elif run.save_problem is None:
-        run.last_scores = run.last_scores or scores(run)
-        teacher_scores = score_teacher(run) if run.teacher is not None else None
-        table = closing_table(run, teacher_scores)
-        run.save_problem = save_final(run, table)
-        print0(table)
-        print0(closing_words(run))
+        broken = count_not_finite(run.student)
+        if broken:
+            print0(f"WARNING: {broken} weights of the student are not finite")
+        run.last_scores = run.last_scores or scores(run, run.eval_rows)
+        results = closing_table(run)
+        print0(f"writing {final} ...")
+        problem = None
+        try:
+            save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg),
+                       model_card(run, results), run.saved_digest)
+        except Exception as e:   # a full disk comes as SafetensorError, or as others
+            problem = one_line(e, 300)
+        run.save_problem = from_rank0(problem)
+        print0(f"\n{results}\n{sample_in_words(run)}\n\ndone in {time.time() - run.started:.0f} s, "
+               f"{describe_peak()}: {final}")
     if run.save_problem is not None:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
                         f"{run.save_problem}; make room, then run it again")
     return not run.stopped
 
 
-def score_teacher(run):
-    """The teacher by itself on the held-out rows: its cross-entropy to their labels."""
-    alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
-                              vocabulary=vocabulary_of(run.tokenizer))
-    return evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size,
-                    "evaluating the teacher")
+def closing_table(run):
+    lines = []
+    if run.teacher is not None:   # by itself: its cross-entropy to the labels
+        alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
+                                  vocabulary=run.vocabulary)
+        lines.append(("teacher", run.teacher, evaluate(
+            run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size,
+            "evaluating the teacher")))
+    seen = len(rows_before_training(run))
+    lines.append((f"student before ({seen} sequences)", run.student, run.progress.first_scores))
+    lines.append((f"student after ({len(run.eval_rows)})", run.student, run.last_scores))
+    rows = []
+    for name, root, values in lines:
+        kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
+        rows.append([name, f"{values['perplexity']:.2f}", kl,
+                     f"{root.model.num_parameters():,}"])
+    return table(["held out", "perplexity", "KL to teacher", "parameters"], rows)
 
 
-def save_final(run, table):
-    """-> None, or what went wrong, on every rank."""
-    final = os.path.join(run.cfg.output_dir, "final")
-    mark = {"step": run.step, "checkpoint": run.saved_digest}
-    with progress(f"writing {final}"):
-        return save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg),
-                          model_card(run, table), mark)
+def sample_in_words(run):
+    ids = run.eval_rows[0]["input_ids"][:32].tolist()
+    ends = end_ids(run.student.model, run.tokenizer)
+    text, = write_texts(run.student, [ids], [0], [48], 0, ends, vocabulary_of(run.tokenizer))
+    return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
 MODEL_CARD = """\
 ---
 {front_matter}
-license:   # fill in, for example apache-2.0
 ---
 
 # {title}
 
-| | |
-|---|---|
 {facts}
 
-On what was held out ({held_out} sequences):
+On what was held out:
 
-```
-{table}
-```
+{results}
 
-How to load it, from the hub or from a folder:
+How to load it:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("NAME"{load_option})
-tokenizer = AutoTokenizer.from_pretrained("NAME"{load_option})
+model = AutoModelForCausalLM.from_pretrained("NAME")
+tokenizer = AutoTokenizer.from_pretrained("NAME")
 ```
 """
 
 
-def model_card(run, table):
-    """README.md of final/, as transformers writes them. Only the license is left to fill in."""
+def model_card(run, results):
+    """README.md of final/, as transformers writes them; a license is left to fill in."""
     cfg = run.cfg
-    teacher, dataset = sources_of(cfg)
-    size = f"{run.student.model.num_parameters():,} parameters"
+    bases = [cfg.teacher if cfg.student.startswith("layers:") else cfg.student]
     tags = ["simple_distill"]
-    title = f"{size}, trained on labels alone"
-    base_models = []
-    if teacher is not None:
+    if cfg.alpha < 1:
+        bases.append(cfg.teacher)
         tags.append("distillation")
-        title = f"{name_for_strangers(teacher)}, distilled into {size}"
-        base_models.append(name_for_strangers(teacher))
-    if cfg.student.startswith("layers:"):
-        base_models = [name_for_strangers(cfg.teacher)]
-    elif not cfg.student.endswith(".json"):
-        base_models.append(name_for_strangers(cfg.student))
+    data = [cfg.dataset]
     front_matter = huggingface_hub.ModelCardData(
-        base_model=base_models or None, datasets=[dataset] if is_hub_name(dataset) else None,
+        base_model=[name for name in dict.fromkeys(bases) if public_name(name) == name] or None,
+        datasets=[name for name in data if public_name(name) == name] or None,
         library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    facts = []
-    for name, fact in card_facts(run, teacher, dataset).items():
-        facts.append(f"| {name} | {printable(fact).replace('|', '/')} |")
-    brings_code = hasattr(run.student.model.config, "auto_map")
+    facts = facts_of(run)
     return MODEL_CARD.format(
-        front_matter=front_matter.to_yaml(), title=printable(title), facts="\n".join(facts),
-        held_out=len(run.eval_rows), table=table.strip("\n"),
-        load_option=", trust_remote_code=True" if brings_code else "")
+        front_matter=front_matter.to_yaml(), title=f"{facts['student']}, by simple_distill",
+        facts=table(["", ""], [[name, fact] for name, fact in facts.items()]), results=results)
 
 
-def sources_of(cfg):
-    """-> teacher (None: labels only) and dataset, as they were named"""
-    if cfg.cache_dir:   # optional: cache
-        manifest = read_manifest(cfg.cache_dir)
-        return manifest["teacher"], manifest["dataset"]
-    return cfg.teacher if cfg.alpha < 1 else None, cfg.dataset
-
-
-def card_facts(run, teacher, dataset):
-    """-> {row of the model card: what it says}"""
-    cfg = run.cfg
-    student = run.student.model
-    begun_from = name_for_strangers(cfg.student)
-    if cfg.student.startswith("layers:"):
-        count = cfg.student.removeprefix("layers:")
-        begun_from = f"{count} layers of {name_for_strangers(cfg.teacher)}"
-    elif cfg.student.endswith(".json"):
-        begun_from = "random weights"
-
-    targets = "none, labels only"
-    objective = "cross-entropy to the labels"
-    if teacher is not None:
-        targets = name_for_strangers(teacher)
-        kl = {"forward": "KL(teacher, student)", "reverse": "KL(student, teacher)"}.get(
-            cfg.divergence, f"{cfg.divergence.upper()}(teacher, student)")
-        objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x {kl}, "
-                     f"T {cfg.temperature:g}")
-        if cfg.cache_dir:   # optional: cache
-            targets += f", {describe_targets(cfg)}"
-        if cfg.on_policy:   # optional: on_policy
-            objective += (f"; a share of {cfg.on_policy:g} of the steps on texts that the student "
-                          f"wrote (on_policy), there T^2 x {kl} alone")
-        if cfg.blockwise:   # optional: blockwise
-            objective = f"hidden states by blocks and the head first, then {objective}"
-
-    data = name_for_strangers(dataset)
-    if cfg.dataset_config:
-        data += f" ({cfg.dataset_config})"
-    stages = ", ".join(f"{stage.name} {stage.steps}" for stage in run.stages)
-    return {
-        "teacher": targets,
-        "student": f"{type(student).__name__}, {student.num_parameters():,} parameters, "
-                   f"begun from {begun_from}",
-        "data": f"{data}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence"
-                + (", whole documents packed" if cfg.packing == "documents" else ""),
-        "objective": objective,
-        "steps": f"{stages}; {run.global_batch} sequences a step, {run.tokens:,} tokens learnt "
-                 f"from; peak learning rate {cfg.learning_rate:g}, seed {cfg.seed}",
-    }
-
-
-def name_for_strangers(name):
-    """A hub name, or the last part of a path: where it lay is nobody's business."""
-    if is_hub_name(name):
+def public_name(name):
+    """Of a path the last part: where it lay is nobody's business."""
+    if not os.path.exists(name):
         return name
     return os.path.basename(os.path.abspath(name).removesuffix("/final"))
 
 
-def closing_table(run, teacher_scores):
-    size = run.student.model.num_parameters()
-    before = "student before"
-    seen = len(rows_before_training(run))
-    if seen < len(run.eval_rows):
-        before += f" ({seen} of {len(run.eval_rows)})"
-    lines = [(before, run.first_scores, size), ("student after", run.last_scores, size)]
-    if teacher_scores is not None:
-        lines.insert(0, ("teacher", teacher_scores, run.teacher.model.num_parameters()))
-    width = len(before) + 1
-    text = [f"\n{'held out':<{width}}{'perplexity':>12}{'KL to teacher':>15}{'parameters':>15}"]
-    for name, values, parameters in lines:
-        kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
-        text.append(f"{name:<{width}}{values['perplexity']:>12.2f}{kl:>15}{parameters:>15,}")
-    return "\n".join(text)
-
-
-def closing_words(run):
-    """A sample of what the student writes, the time and the memory."""
-    ids = run.eval_rows[0]["input_ids"][:32]
-    ids_1T = torch.as_tensor(ids, dtype=torch.long, device=DEVICE)[None]
-    with progress("the student writes a sample"):
-        _, continuation = continue_text(run.student, run.tokenizer, ids_1T)
-    seconds = time.time() - run.started
-    return (f"\nsample: {run.tokenizer.decode(ids_1T[0])!r}\n     -> {continuation!r}\n\n"
-            f"done in {seconds:.0f} s, {describe_peak()}: "
-            + os.path.join(run.cfg.output_dir, "final"))
+def facts_of(run):
+    """-> {what: in words}, for the plan before a run and the model card after it"""
+    cfg = run.cfg
+    teacher = "none"
+    objective = "cross-entropy to the labels"
+    if cfg.alpha < 1:
+        teacher = public_name(cfg.teacher)
+        objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
+                     f"({cfg.divergence}), T {cfg.temperature:g}")
+        if cfg.cache_dir:   # optional: cache
+            teacher += f", {describe_cache_use(cfg)}"
+        if cfg.on_policy:   # optional: on_policy
+            objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
+    stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
+    return {
+        "student": f"{public_name(cfg.student)}, {run.student.model.num_parameters():,} parameters",
+        "teacher": teacher,
+        "data": f"{public_name(cfg.dataset)}, split {cfg.train_split}, at most {cfg.seq_len} "
+                f"tokens a sequence, packing {cfg.packing}",
+        "objective": objective,
+        "training": f"{stages} of {run.global_batch} sequences, learning rate "
+                    f"{cfg.learning_rate:g}, seed {cfg.seed}",
+    }
 
 
 # ---- what a run says before it begins
 
 
+def plan_in_words(run):
+    cfg = run.cfg
+    rows = "a stream"
+    if run.steps_per_epoch:
+        rows = f"{len(run.rows):,} sequences"
+    facts = facts_of(run) | {
+        "devices": f"{WORLD} x {DEVICE.type}, {compute_dtype(cfg)}; a step is {run.batch_size} x "
+                   f"{run.micro_steps} x {WORLD} of {rows}, {len(run.eval_rows)} held out",
+        "output": cfg.output_dir}
+    return "\n".join(f"{name:10} {fact}" for name, fact in facts.items())
+
+
 def rehearse(run, stages):
-    """--dry_run: the plan, one example as the model meets it, and what a step takes. Nothing is
-    written -> False, since nothing is done."""
+    """--dry_run: the plan, one example as the model meets it, and what a step takes on the longest
+    rows. Nothing is written -> False, since nothing is done."""
     run.stages = stages
     stage = stages[0]
-    print0(describe_run(run))
+    print0(plan_in_words(run))
     start_stage(run, stage)
-    batches = my_micro_batches(run)
-    for number in range(2):   # the first warms up, and compiles
-        micro, _ = next(batches)
-        if number == 0:
-            print0("an example, its targets in [[ ]]: " + show_targets(micro[0], run.tokenizer))
-        with progress("one step" if number else "a first step, which warms up"):
-            tokens, seconds = time_step(run, stage, micro)
-    done = run.checkpoint[1]["step"] if run.checkpoint else 0
-    left = run.steps - done
-    of = "" if len(stages) == 1 else f" of stage {stage.name}"
+    micro, _ = next(my_batches(run))
+    if not run.cfg.streaming:   # optional: streaming
+        rows = longest_rows(run.rows, run.batch_size * run.micro_steps)
+        micro = micro_batches(rows, run.micro_steps, run.batch_size)
+    print0("an example, its targets in [[ ]]: " + show_targets(micro[0].rows[0], run.tokenizer))
+    for _ in range(2):   # the first warms up, and compiles
+        seconds, tokens = time_step(run, stage, micro)
+    left = run.steps - run.progress.step
     average = seconds
     if run.cfg.on_policy:   # optional: on_policy
         average = rehearse_writing(run, stage, micro, seconds)
-    print0(f"a step{of} takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s): {left} steps "
-           f"about {left * average / 3600:.2f} hours, without evaluations; {describe_peak()}. "
-           "--dry_run: nothing was written")
+    print0(f"a step of the longest rows takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s), "
+           f"{left} steps at most {left * average / 3600:.2f} hours, without evaluations; "
+           f"{describe_peak()}. --dry_run: nothing was written")
     return False
 
 
+def longest_rows(rows, count):
+    """What takes most memory. A cache is not read through for it: there the first ones."""
+    if isinstance(rows, datasets.Dataset):
+        return [rows[i] for i in np.argsort(-row_lengths(rows), kind="stable")[:count].tolist()]
+    return [rows[i] for i in range(min(count, len(rows)))]
+
+
 def time_step(run, stage, micro):
-    """-> target tokens of a step that is made and comes to nothing, its seconds."""
-    tokens, = all_sum(sum(len(getattr(batch, stage.mean_over)) for batch in micro))
+    """A step that comes to nothing -> its seconds, its target tokens."""
+    tokens, = all_sum(count_tokens(stage, micro))
     start = time.time()
-    sums = add_gradients(run, stage, micro, max(tokens, 1))
-    optimizer_step(run.optimizer, stage.max_grad_norm, run.scale_state,
-                   compute_dtype(run.cfg) == torch.float16, stage.clipped_alone)
+    sums, _ = one_step(run, stage, micro, tokens)
     sums.tolist()   # waits for the GPU
-    run.optimizer.zero_grad()
-    return tokens, time.time() - start
+    return time.time() - start, tokens
 
 
-def show_targets(batch, tokenizer):
-    """The first row of a batch as text; what the student learns to say stands in [[ ]], between
-    documents ||."""
-    width = batch.input_ids.shape[1]
-    # a position counts where its next token is a target
-    targets = {position + 1 for position in batch.positions.tolist() if position < width - 1}
-    begins = set()
-    if batch.position_ids is not None:
-        begins = set((batch.position_ids[0] == 0).nonzero()[1:, 0].tolist())
+def show_targets(row, tokenizer):
+    """A row as text; what the student learns to say stands in [[ ]]."""
     shown = []
-    ids = batch.input_ids[0].tolist()
-    parts = itertools.groupby(range(width), key=lambda i: (i in targets, i in begins))
-    for (is_target, is_first), group in parts:
-        text = tokenizer.decode([ids[i] for i in group])
-        if is_first:
-            shown.append(" || ")
+    parts = itertools.groupby(zip(row["input_ids"], row["targets"]), key=lambda pair: pair[1])
+    for is_target, pairs in parts:
+        text = tokenizer.decode([int(i) for i, _ in pairs])
         shown.append(f"[[{text}]]" if is_target else text)
     return repr("".join(shown))
 
@@ -3917,190 +2993,21 @@ MEMORY_ADVICE = (
     "parameter, for gradients that are whole until the last of them")
 
 
-def describe_run(run):
-    """The plan: who learns from whom, how much of what, and whether it fits."""
-    cfg = run.cfg
-    dtype = str(compute_dtype(cfg)).removeprefix("torch.")
-    rows = "a stream"
-    if run.steps_per_epoch:
-        rows = f"{len(run.rows):,}"
-    steps = f"{run.steps} steps"
-    if len(run.stages) > 1:
-        steps += f" ({', '.join(f'{stage.name}: {stage.steps}' for stage in run.stages)})"
-    student_size = run.student.model.num_parameters()
-    parts = estimate_memory(run)
-    need = sum(parts.values())
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    memory = (f"memory a device, estimated: {need / 1e9:.2f} GB ({listed}), "
-              f"{run.free_memory / 1e9:.1f} free")
-    if need > run.free_memory:
-        memory += f"; if it runs out, turn {MEMORY_ADVICE}"
-    return (
-        f"student {cfg.student}: {student_size:,} parameters; {describe_teacher(run)}\n"
-        f"{WORLD} x {DEVICE.type}, {dtype}; {run.global_batch} sequences a step "
-        f"({run.batch_size} x {run.micro_steps} x {WORLD}) of {rows}, {steps}; "
-        f"{len(run.eval_rows)} held out; all goes to {cfg.output_dir}\n{memory}")
-
-
-def describe_teacher(run):
-    cfg = run.cfg
-    if cfg.alpha == 1:
-        return "no teacher (alpha 1)"
-    if cfg.cache_dir:   # optional: cache
-        return describe_cache_use(cfg)
-    return f"teacher {cfg.teacher}: {run.teacher.model.num_parameters():,}"
-
-
-def estimate_memory(run):
-    """-> {part: bytes a device} at the fuller of two moments: while the loss is formed, and where
-    the backward ends with the gradients of the student's root. (Within 10 % of a simulated H100.)
-    """
-    cfg = run.cfg
-    itemsize = compute_dtype(cfg).itemsize
-    shape = run.student.model.config.get_text_config()
-    student, student_root, layer = sizes(run.student)
-    # over how many devices weights, gradients and optimiser state are spread
-    share = {"no_shard": 1, "hybrid_shard": LOCAL_WORLD}.get(cfg.fsdp, WORLD)
-    trained = max(trained_parameters(stage) for stage in run.stages)
-    parts = {
-        "weights": 4 * student / share,   # fp32, as gradients and both moments of AdamW
-        "optimiser": 8 * trained / share,
-        "teacher": 0.0,
-    }
-    # roots stay gathered in the compute type, under some --fsdp the layers too
-    gathered = student_root * itemsize
-    dropped = cfg.fsdp in REDUCE_EACH
-    if not dropped:
-        gathered = student * itemsize
-    if run.teacher is not None:
-        teacher, teacher_root, _ = sizes(run.teacher)
-        teacher_itemsize = next(run.teacher.parameters()).element_size()
-        spread = cfg.shard_teacher and WORLD > 1
-        parts["teacher"] = teacher * teacher_itemsize / (WORLD if spread else 1)
-        if spread or cfg.cpu_offload:
-            gathered += teacher_root * teacher_itemsize
-    if cfg.cpu_offload and CUDA:   # in host memory
-        parts = dict.fromkeys(parts, 0.0)
-
-    one_layer, kept = activations_of(run, itemsize)
-    head = shape.vocab_size * shape.hidden_size
-    loss = loss_memory(run, shape.vocab_size, itemsize) + 4 * head
-    gradients = 4 * trained / share
-    before = gradients if run.micro_steps > 1 else 0.0   # of the micro-steps that went before
-    if run.micro_steps > 1 and not dropped:   # whole until the last micro-step
-        gradients = before = 4 * trained
-    in_loss = parts | {
-        "gradients": before, "gathered": gathered, "activations": kept, "loss": loss}
-    # the head's gradient: fp32 out of the loss, in the compute type, and to be reduced
-    in_backward = parts | {
-        "gradients": gradients, "gathered": gathered + 2 * layer * itemsize * dropped,
-        "activations": kept if cfg.gradient_checkpointing else one_layer,
-        "loss": (4 + 3 * itemsize) * head}
-    moments = [in_loss, in_backward]
-    if cfg.on_policy:   # optional: on_policy
-        moments.append(parts | memory_of_writing(run, itemsize))
-    parts = max(moments, key=lambda moment: sum(moment.values()))
-    if not CUDA:
-        add_host_memory(parts, shape.vocab_size >= COMPILED_VOCAB)
-    return parts
-
-
-def sizes(root):
-    """-> parameters of a model, those outside its layers, those of one layer."""
-    whole = root.model.num_parameters()
-    layers = layers_of(root.model)[1]
-    inside = sum(p.numel() for p in layers.parameters())
-    return whole, whole - inside, inside // len(layers)
-
-
-def activations_of(run, itemsize):
-    """-> bytes that the backward of one layer needs, and that all keep until their backward."""
-    shape = run.student.model.config.get_text_config()
-    tokens = run.batch_size * run.cfg.seq_len
-    width = shape.hidden_size
-    inner = getattr(shape, "intermediate_size", None) or 4 * width
-    if isinstance(inner, list):   # one a layer
-        inner = max(inner)
-    # queries, keys and values, where the config says how wide they are
-    heads = getattr(shape, "num_attention_heads", None)
-    kv_heads = getattr(shape, "num_key_value_heads", None)
-    attention = 10 * width
-    if isinstance(heads, int) and isinstance(kv_heads or heads, int):
-        head_width = getattr(shape, "head_dim", None) or width // heads
-        attention = head_width * (4 * heads + 6 * (kv_heads or heads))
-    one_layer = tokens * (8 * width + 4 * inner + attention) * itemsize
-    if run.cfg.gradient_checkpointing:
-        return one_layer, tokens * width * itemsize * shape.num_hidden_layers
-    return one_layer, one_layer * shape.num_hidden_layers
-
-
-def loss_memory(run, vocab, itemsize):
-    """Bytes of a chunk of logits, and of what is formed from them."""
-    tokens = run.batch_size * run.cfg.seq_len
-    compiled = vocab >= COMPILED_VOCAB
-    chunk = min(tokens, chunk_size(DEVICE, itemsize, vocab))
-    a_logit = 2 * itemsize   # the student's logit and its gradient
-    if run.teacher is not None:
-        a_logit += next(run.teacher.parameters()).element_size()
-    if run.cfg.divergence != "forward":
-        a_logit += 4 if compiled else 14
-    if not compiled:
-        a_logit += 22
-    return chunk * vocab * a_logit
-
-
-def add_host_memory(parts, compiled):
-    """What a CPU needs besides, measured: the libraries, with the compiler, and the gaps of a heap
-    that gives nothing back (see keep_freed_memory)."""
-    parts["process"] = 0.6e9 if compiled else 0.45e9
-    parts["gaps"] = 0.2 * sum(parts.values())
-
-
-def trained_parameters(stage):
-    return sum(p.numel() for p, rate in stage.rates.items() if rate)
-
-
-# ---- Weights & Biases
-
-
-class NoWandb:
-    """Swallows what a wandb run would be told."""
-
-    def __init__(self, run_id):
-        self.id = run_id   # kept in checkpoints: a resume elsewhere may have wandb again
-
-    def log(self, entry, step):
-        pass
-
-    def finish(self, exit_code):
-        pass
-
-
 def start_wandb(cfg, run_id):
-    """-> a run to log to, or one that swallows everything: nothing ever waits at a prompt."""
-    mode = os.environ.get("WANDB_MODE", "online")
-    if RANK > 0 or not cfg.use_wandb or mode == "disabled":
-        return NoWandb(run_id)
+    """-> a run to log to, or None: nothing ever waits at a prompt."""
+    if RANK > 0 or not cfg.use_wandb:
+        return None
     try:
         import wandb
-        if mode == "online" and not logged_in(wandb):
-            print0("wandb: going on without it (not logged in; run `wandb login`, or pass "
-                   "--no_use_wandb to silence this)")
-            return NoWandb(run_id)
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+            raise ValueError("not logged in: wandb login, or --no_use_wandb")
         return wandb.init(
             project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
-            resume="allow", config=dataclasses.asdict(cfg), dir=cfg.output_dir,
+            resume="allow", config=knobs_of(cfg), dir=cfg.output_dir,
             settings=wandb.Settings(console="off", silent=True, init_timeout=20))
     except Exception as e:
         print0(f"wandb: going on without it ({one_line(e)})")
-        return NoWandb(run_id)
-
-
-def logged_in(wandb):
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except (TypeError, AttributeError):   # a version without these options still has the key
-        return wandb.api.api_key
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7677,42 +6584,31 @@ def main(argv=None):
 
 def run_config(cfg):
     """Run what cfg asks for -> 0: done, or saved after a signal; 2: something the user can mend."""
-    with lasting_output():
-        try:
-            with process_group():
-                return run_in_group(cfg)
-        except UserError as e:   # there is no group
-            return explain(e, cfg)
-
-
-def run_in_group(cfg):
-    for library in (transformers, datasets):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    run_mode = choose_mode(cfg)
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+    if RANK > 0:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.utils.logging.disable_progress_bar()
     try:
-        with contextlib.ExitStack() as stack:
-            if cfg.mode != "cache":   # of which any number may be at work
-                stack.enter_context(lock(cfg.output_dir))
-            if cfg.mode == "train":
-                check_output(cfg.output_dir)
-            names = [cfg.teacher, cfg.student, cfg.tokenizer, cfg.dataset]
-            names += cfg.compare   # optional: eval
-            check_hub(names)
-            run_mode(cfg)
+        with process_group(), contextlib.ExitStack() as stack:
+            if not (cfg.dry_run or cfg.mode == "cache"):   # which claims its cache_dir
+                stack.enter_context(claim(cfg.output_dir, cfg.mode))
+            choose_mode(cfg)(cfg)
+        return 0
     except UserError as e:
         return explain(e, cfg)
     except torch.OutOfMemoryError as e:
         return explain(UserError(
             f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
-    except KeyboardInterrupt:   # the second one
-        fail_first()
+    except OSError as e:   # a full disk, or one that went away
+        return explain(UserError(f"{one_line(e, 300)}; what was finished stays, the same command "
+                                 "goes on"), cfg)
+    except KeyboardInterrupt:   # before there was anything to save
         return 130
     except Exception:
-        if WORLD > 1 and some_rank_failed():
-            return 2   # it has said why; what broke here is the connection to it
-        raise
-    return 0
+        if first_to_fail():
+            raise
+        return 2   # another rank has said why; what broke here is the connection to it
 
 
 def choose_mode(cfg):
@@ -7731,19 +6627,18 @@ def choose_mode(cfg):
 
 
 def explain(error, cfg):
-    """One `error:` line, once for all ranks -> the exit code. Where a reader failed, its traceback
+    """One `error:` line, once for all ranks -> the exit code. The traceback of what it comes from
     goes to output_dir/error.log, or to the terminal with --debug."""
-    if not fail_first():
+    if not first_to_fail():
         return 2
     print(f"error: {error}", file=sys.stderr)
-    if error.__cause__ is not None:
-        trace = "".join(traceback.format_exception(error.__cause__))
-        if cfg.debug:
-            print(trace, file=sys.stderr)
-        elif os.path.isdir(cfg.output_dir):   # it goes away with a run that was refused
-            with contextlib.suppress(OSError), open(
-                    os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
-                f.write(f"error: {error}\n{trace}\n")
+    trace = "".join(traceback.format_exception(error.__cause__ or error))
+    if cfg.debug:
+        print(trace, file=sys.stderr)
+    elif os.path.exists(os.path.join(cfg.output_dir, MARK)):
+        with contextlib.suppress(OSError), open(
+                os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
+            f.write(f"error: {error}\n{trace}\n")
     return 2
 
 
@@ -7751,8 +6646,6 @@ if __name__ == "__main__":
     try:
         code = run_config(CONFIG)
     except Exception:
-        if WORLD == 1:
-            raise
         traceback.print_exc()
         code = 1
     if code and WORLD > 1:   # an orderly end would wait for ranks that are gone
