@@ -9058,11 +9058,11 @@ def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, r
                   keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
-    line = 0
-    shown = ""
-    while "done in" not in shown:
-        line += every
+    for line in range(every, 999, every):
         shown = distil_apart(broken, **fields, change=DIES.format(files=files, line=line)).wait()
+        assert (broken / "checkpoints").is_dir(), shown
+        if "done in" in shown:
+            break
     assert line > 20   # or it never died
     distil_apart(whole, **fields).wait()
     assert_same_run(broken, whole)
@@ -9877,7 +9877,7 @@ def fault_of_a_try(prompt, attempt):   # optional: generate
     return faults[len(prompt) % len(faults)] if attempt == 1 else None
 
 
-@pytest.mark.campaign
+@pytest.mark.campaign   # optional: generate
 def test_freeze_replies_are_those_of_the_reference(   # optional: generate
         tmp_path, reference_package):
     results = []
