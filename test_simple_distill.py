@@ -8980,8 +8980,13 @@ def damage(newest, draw):
         shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
 
 
-def saved_twice(out):
-    return len(list(out.glob("checkpoints/step-*"))) > 1
+def saves_since(start, out):
+    """How many checkpoints are newer than that."""
+    count = 0
+    for path in out.glob("checkpoints/step-*"):
+        with contextlib.suppress(FileNotFoundError):   # deleted just now
+            count += path.stat().st_mtime > start
+    return count
 
 
 @pytest.mark.parametrize("kills, damaged", [
@@ -8992,7 +8997,7 @@ def saved_twice(out):
 @pytest.mark.parametrize("kind", KILLED)
 def test_runs_a_killed_run_ends_as_if_it_had_not_been(
         tmp_path, teacher, student, text, kind, kills, damaged):
-    """Killed again and again, at random. damaged: and each time the newest checkpoint of two is."""
+    """Killed again and again, at random. damaged: each time the newest checkpoint of two is."""
     ranks, more = KILLED[kind]
     if kind == "dropout":
         student = tiny_model(tmp_path / "dropout", **DROPOUT)
@@ -9002,15 +9007,15 @@ def test_runs_a_killed_run_ends_as_if_it_had_not_been(
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     draw = random.Random(kills)
-    begun = time.time()
     assert "done in" in distil_apart(whole, **fields).wait()
-    usual_seconds = time.time() - begun
     unfinished = 0
     for _ in range(kills):
+        start = time.time()
         run = distil_apart(broken, **fields)
-        end = time.time() + usual_seconds * draw.uniform(0.3, 0.9)
-        while time.time() < end or damaged and run.poll() is None and not saved_twice(broken):
-            time.sleep(0.005)
+        saves = 2 if damaged else draw.randrange(3)
+        while run.poll() is None and saves_since(start, broken) < saves:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
         run.signal(signal.SIGKILL).wait()
         unfinished += not (broken / "final").is_dir()
         if damaged:
@@ -9047,7 +9052,7 @@ TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
 
 
 @pytest.mark.parametrize("ranks, files, every", [
-    (1, OURS, 4),
+    (1, OURS, 6),
     pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
     pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
 ])
@@ -9320,9 +9325,11 @@ def test_runs_a_closed_terminal_saves(tmp_path, student, text):
     out = tmp_path / "run"
     fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "output_dir": out,
               "max_steps": 100_000}
-    process = spawn(*flags(**fields))
+    terminal, inside = pty.openpty()
+    process = spawn(*flags(**fields), stdout=inside, stderr=inside)
+    os.close(inside)
     wait_for_log(out, process)
-    process.stdout.close()
+    os.close(terminal)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
     stopped = log(out, "train")[-1]["train/step"]
@@ -9388,8 +9395,8 @@ def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
     cli(*flags(**run, output_dir=obeyed))
     edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
               tokenizer=str(evil))
-    step = obeyed / "checkpoints" / "step-00000001"
-    judged = dict(mode="eval", student=student, tokenizer=student, dataset=text)
+    judged = dict(   # optional: eval
+        mode="eval", student=student, tokenizer=student, dataset=text)
     commands = [
         run | dict(student=evil),
         run | dict(tokenizer=evil),
@@ -9404,7 +9411,8 @@ def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
              num_examples=1),
         judged | dict(student=evil),   # optional: eval
         judged | dict(compare=[evil]),   # optional: eval
-        judged | dict(student=step),   # optional: eval
+        judged | dict(   # optional: eval
+            student=obeyed / "checkpoints" / "step-00000001"),
     ]
     for i, command in enumerate(commands):
         result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
