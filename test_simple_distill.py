@@ -13,7 +13,6 @@ import atexit
 import base64   # optional: generate
 import collections
 import contextlib
-import ctypes
 import fcntl
 import functools
 import gc   # optional: generate
@@ -212,6 +211,7 @@ class Fork:
                 text=True)
             atexit.register(Fork.mother.kill)
         self.log = str(log)
+        Path(log).touch()   # a run may be killed before it opens it
         self.pids = []
         port = free_port()
         for rank in range(ranks):
