@@ -9748,8 +9748,8 @@ def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_pac
     reference, ours = results
     assert len(reference) > 5   # log, batches, weights
     assert ours.keys() == reference.keys()
-    for name in reference:
-        assert ours[name] == reference[name], name
+    for part in reference:
+        assert ours[part] == reference[part], part
 
 
 def fault_of_a_try(prompt, attempt):   # optional: generate
@@ -9890,41 +9890,30 @@ def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, studen
     checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F", "."],
                              cwd=folder, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
-    source = (folder / "simple_distill.py").read_text() + (folder / "config.py").read_text()
-    shown = subprocess.run(
-        [sys.executable, "-c", "import config; config.parse_or_exit(['--help'])"],
-        cwd=folder, capture_output=True, text=True).stdout
-    knobs = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
-    assert "learning_rate" in knobs
-    knobs = {name.removeprefix("no_") for name in knobs} - {"config", "help"}
-    unread = [name for name in knobs if not re.search(rf"\bcfg\.{name}\b", source)]
-    assert unread == []
+    knobs = (folder / "config.py").read_text()
+    source = (folder / "simple_distill.py").read_text() + knobs
+    names = re.findall(r"^    (\w+): (?:Literal\[$|.*= knob\()", knobs, re.MULTILINE)
+    assert "learning_rate" in names
+    assert [name for name in names if not re.search(rf"\bcfg\.{name}\b", source)] == []
     for name in without:
         assert f"# Optional: {name}:" not in source
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 2}
-    run = Fork(tmp_path / "log.txt", *flags(**fields, output_dir=out), package=folder)
-    assert "done in" in run.wait(), Path(run.log).read_text()[-3000:]
+    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, max_steps=2,
+                  output_dir=out)
+    shown = Fork(tmp_path / "log.txt", *words, package=folder).wait()
+    assert "done in" in shown, shown
     assert len(log(out, "train")) == 2
 
 
-def run_tests_of(folder, *words):
-    """The fork's own tests, as its owner would run them -> pytest's closing lines."""
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=folder,
-                         capture_output=True, text=True)
+@pytest.mark.parametrize("words", [
+    ["-k", "losses or optimiser or data_conversation"],
+    pytest.param([], marks=pytest.mark.campaign),
+], ids=["quick", "all"])
+def test_forks_smallest_passes_its_tests(tmp_path, words):
+    """As its owner would run them; that there are some, pytest sees to."""
+    fork(tmp_path / "smallest", OPTIONAL)
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words],
+                         cwd=tmp_path / "smallest", capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    return ran.stdout
-
-
-def test_forks_smallest_passes_its_quick_tests(tmp_path):
-    fork(tmp_path / "smallest", OPTIONAL)
-    shown = run_tests_of(tmp_path / "smallest", "-k", "losses or optimiser or data_conversation")
-    assert re.search(r"\d+ passed", shown)
-
-
-@pytest.mark.campaign
-def test_forks_smallest_passes_all_its_tests(tmp_path):
-    fork(tmp_path / "smallest", OPTIONAL)
-    run_tests_of(tmp_path / "smallest")
 
 
 def test_forks_refuse_an_unknown_chapter_and_a_folder_in_use(tmp_path):
