@@ -569,6 +569,17 @@ def logits_of_rows(model, coded):
 # Config: flags, files, their checks; bad input is one or two lines and exit code 2.
 
 
+def parse(*words):
+    return config.parse_config([str(word) for word in words])
+
+
+def refused(*words):
+    """-> the message."""
+    with pytest.raises(config.UserError) as caught:
+        parse(*words)
+    return str(caught.value)
+
+
 def read_config(out):
     return json.loads(Path(out, "config.json").read_text())
 
@@ -585,40 +596,46 @@ def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
     assert first.keys() == second.keys() == config.FIELDS.keys()
     assert {name for name in first if first[name] != second[name]} == {"output_dir"}
     assert quiet_log(out) == quiet_log(again)
-    assert "finished" in cli("--config", f"{out}/config.json").out   # as it stands, it is done
 
 
-def test_config_command_line_wins_over_the_file(tmp_path, out, student, text):
-    lines = [f"student: {student}", f"dataset: {text}", "alpha: 1.0", "max_steps: 7",
-             "learning_rate: 2e-4", "lr_multipliers: [embed=0]"]
-    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
-    cli("--config", tmp_path / "run.yaml", *flags(output_dir=out, max_steps=2, seq_len=32))
-    written = read_config(out)
-    assert written["max_steps"] == 2
-    assert written["learning_rate"] == 2e-4
-    assert written["lr_multipliers"] == ["embed=0"]
-    assert len(log(out, "train")) == 1
+# A file, and what it says: yaml's own idea of a value, `no` a False and 010 an 8, is not asked for.
+FILES = {
+    "a.yaml": ("resume: no\nmax_steps: 010\nalpha: 1e-1\ntokenizer: null\nuse_wandb: no\n"
+               "wandb_run_name: '--x'\nlr_multipliers: [a=1, 'b=0.5']\nstudent:\n",
+               dict(resume="no", max_steps=10, alpha=0.1, use_wandb=False, wandb_run_name="--x",
+                    lr_multipliers=["a=1", "b=0.5"])),
+    "one.yaml": ("lr_multipliers: a=1\nseed: 2\nseq_len: 64", dict(lr_multipliers=["a=1"], seed=2)),
+    "a.json": ('{\t"output_dir": "\\ud83d\\ude00", "learning_rate": 1e-05,\n\t"max_steps": null,'
+               ' "lr_multipliers": [], "use_wandb": false}',
+               dict(output_dir="\U0001f600", learning_rate=1e-5, use_wandb=False)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_a_file_is_as_if_typed_and_the_command_line_wins(tmp_path, name):
+    body, fields = FILES[name]
+    (tmp_path / name).write_text(body)
+    cfg = parse("--config", tmp_path / name, "--seq_len", 32)
+    assert {field: getattr(cfg, field) for field in fields} == fields
+    assert cfg.seq_len == 32
+    assert cfg.given - {"seq_len"} == set(fields)
 
 
 @pytest.mark.parametrize("words, unknown, nearest", [
-    (["--temprature", "2"], "temprature", "temperature"),
-    (["--learning-rat", "1"], "learning_rat", "learning_rate"),
-    (["--studnt=x"], "studnt", "student"),
-    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multiplier", "lr_multipliers"),
+    (["--temprature", "2"], "--temprature", "temperature"),
+    (["--learning-rat", "1"], "--learning-rat", "learning_rate"),
+    (["--studnt=x"], "--studnt", "student"),
+    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "--lr_multiplier", "lr_multipliers"),
+    (["--no_gradient_checkpoint"], "--no_gradient_checkpoint", "gradient_checkpointing"),
+    (["--config", "a.yaml"], "'temprature'", "temperature"),
+    (["--config", "a.json"], "'temprature'", "temperature"),
 ])
-def test_config_an_unknown_flag_names_the_nearest(words, unknown, nearest):
-    err = cli(*words, rc=2).err
-    assert f"--{unknown}" in err
-    assert nearest in err
-    assert len(err.strip().splitlines()) <= 2
-
-
-def test_config_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
-    for name, body in (("a.yaml", "temprature: 2\n"), ("a.json", '{"temprature": 2}')):
-        (tmp_path / name).write_text(body)
-        err = cli("--config", tmp_path / name, rc=2).err
-        assert "temprature" in err
-        assert "temperature" in err
+def test_config_what_is_unknown_names_the_nearest(tmp_path, monkeypatch, words, unknown, nearest):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("temprature: 2\n")
+    Path("a.json").write_text('{"temprature": 2}')
+    message = refused(*words)
+    assert unknown in message and f"did you mean {nearest}?" in message
 
 
 # What a train run on a file of plain text does not read, with values that are no defaults.
@@ -635,21 +652,22 @@ IDLE = {
 }
 
 
-def test_config_a_file_may_hold_what_other_modes_read(tmp_path, out, student, text):
+def test_config_a_file_may_hold_what_other_modes_read(tmp_path, capsys, student, text):
     """One file serves all modes; a line says what of it this one passes over."""
-    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "max_steps": 1}
+    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=1)
     (tmp_path / "run.json").write_text(json.dumps({**fields, **IDLE}))
-    shown = cli("--config", tmp_path / "run.json", "--output_dir", out).out
-    line, = [line for line in shown.splitlines() if "passed over" in line]
+    cfg = parse("--config", tmp_path / "run.json")
+    line, = capsys.readouterr().out.splitlines()
     assert line.rpartition(": ")[2].split(", ") == list(IDLE)
-    assert len(column(out, "train/loss")) == 1
+    assert cfg.given == set(fields)
+    assert [getattr(cfg, name) for name in IDLE] == [config.default_of(name) for name in IDLE]
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, out, student, text):
-    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, **{name: IDLE[name]}).err
-    assert name in err
-    assert not os.path.exists(out)
+def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    assert name in refused(*flags(**fields, **{name: IDLE[name]}))
+    parse(*flags(**fields, **{name: config.default_of(name) or None}))   # as it is anyway
 
 
 def test_config_every_field_is_read():
@@ -657,29 +675,6 @@ def test_config_every_field_is_read():
     source = Path(sd.__file__).read_text() + Path(config.__file__).read_text()
     unread = [name for name in config.FIELDS if not re.search(rf"\bcfg\.{name}\b", source)]
     assert unread == []
-
-
-def test_config_every_field_has_one_line_of_help():
-    shown = cli("--help").out
-    for name, field in config.FIELDS.items():
-        assert f"--{name}" in shown
-        assert field.metadata["help"]
-        assert "\n" not in field.metadata["help"]
-
-
-def test_config_help_is_grouped_by_chapter():
-    """The name and purpose of each section are a title, and its knobs stand below it."""
-    lines = cli("--help").out.splitlines()
-    starts = []
-    for section in config.SECTIONS:
-        titles = [line for line in lines if line.startswith(section.name)]
-        title, = [line for line in titles if section.purpose in line]
-        starts.append(lines.index(title))
-    ends = starts[1:] + [len(lines)]
-    for section, start, end in zip(config.SECTIONS, starts, ends):
-        below = "\n".join(lines[start:end])
-        shown = re.findall(r"^  --(?!no_)(\w+)", below, re.MULTILINE)
-        assert shown == config.knobs_in(section.name)
 
 
 # The arguments are those of simple_distill.py, which comes first.
@@ -696,21 +691,169 @@ print("torch imported:", "torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("word, code, shown", [
-    ("--help", 0, "--learning_rate"),
-    ("--learning_rat", 2, "did you mean learning_rate?"),
-])
-def test_config_help_and_a_typo_answer_without_torch(word, code, shown):
-    """Importing it takes seconds."""
+def run_and_look(word, code):
+    """-> what it says without importing torch, which takes seconds."""
     ran = subprocess.run(
         [sys.executable, "-c", RUN_AND_LOOK, HERE / "simple_distill.py", word], cwd=HERE,
         capture_output=True, text=True)
-    assert shown in ran.stdout + ran.stderr
-    assert f"exit code {code}\n" in ran.stdout, ran.stderr
-    assert "torch imported: False\n" in ran.stdout
+    assert f"exit code {code}\ntorch imported: False\n" in ran.stdout, ran.stderr
+    return ran.stdout + ran.stderr
 
 
-# ---- bad input: what its cases are made of
+def test_config_a_typo_answers_without_torch():
+    assert "error: cannot make sense of '--seeed'" in run_and_look("--seeed", code=2)
+
+
+def test_config_help_is_grouped_by_chapter():
+    """The name and purpose of each section are a title, and its knobs stand below it."""
+    lines = run_and_look("--help", code=0).splitlines()
+    starts = []
+    for section in config.SECTIONS:
+        starts.append(lines.index(f"{section.section} ({section.purpose}):"))
+    ends = starts[1:] + [len(lines)]
+    for section, start, end in zip(config.SECTIONS, starts, ends):
+        below = "\n".join(lines[start:end])
+        shown = re.findall(r"^  --(?!no_)(\w+)", below, re.MULTILINE)
+        assert shown == config.knobs_in(section.section)
+    assert all(field.metadata["help"] for field in config.FIELDS.values())
+
+
+NUMBERS = [name for name, field in config.FIELDS.items()
+           if re.search(r"\b(int|float)\b", str(field.type))]
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_config_a_number_has_a_range(name, value):
+    with pytest.raises(config.UserError, match=f"^{name} is "):
+        config.check_value(name, [1, value] if "list" in str(config.FIELDS[name].type) else value)
+
+
+@pytest.mark.parametrize("name, inside, outside", [
+    ("alpha", [0, 1], [-0.1, 1.1]),
+    ("temperature", [1e-9], [0]),
+    ("seq_len", [2], [1]),
+    ("batch_size", [1], [0]),
+    ("save_steps", [0], [-1]),
+    ("seed", [0, 2**28], [2**28 + 1]),
+])
+def test_config_a_range_holds_its_ends(name, inside, outside):
+    for value in inside:
+        config.check_value(name, value)
+    for value in outside:
+        with pytest.raises(config.UserError, match=f"^{name} is {value}; it must be"):
+            config.check_value(name, value)
+
+
+# words of a command line -> what the message says
+REFUSED = [
+    # no value of that kind
+    ("--temperature warm", "temperature 'warm'"),
+    ("--batch_size 1.5", "batch_size '1.5'"),
+    ("--lr_scheduler step", "lr_scheduler cosine"),
+    ("--mode learn", "mode train"),
+    ("--gradient_checkpointing perhaps", "gradient_checkpointing perhaps"),
+    ("--lr_multipliers (=1", "lr_multipliers '(=1'"),
+    ("--lr_multipliers =1", "lr_multipliers '=1'"),
+    ("--lr_multipliers a=-1", "lr_multipliers 'a=-1'"),
+    ("--student layers:0", "layers:N"),
+    ("--student layers:²", "layers:N"),
+
+    # flags
+    ("--alpha 0.1 --alpha 0.2", "alpha once"),
+    ("--batch-size 1 --batch_size=2", "batch_size once"),
+    ("train", "'train' --"),
+    ("--alpha", "alpha"),
+    ("--no_seed 3", "--no_seed"),
+    # nothing where a name should be, as from "$UNSET"
+    ("--tokenizer=\t", "tokenizer"),
+    ("--output_dir=", "output_dir"),
+    ("--lr_multipliers=", "lr_multipliers"),
+
+    # what does nothing beside the others
+    ("--cache_dir c --alpha 1", "cache_dir --alpha"),   # optional: cache
+    ("--cache_dir c --divergence jsd", "divergence --cache_dir"),   # optional: cache
+    ("--cache_dir c --dataset d", "dataset --cache_dir"),   # optional: cache
+    *[   # optional: cache
+        ("--cache_dir c --streaming", "streaming --cache_dir"),   # optional: streaming
+        ("--cache_dir c --blockwise", "blockwise --cache_dir"),   # optional: blockwise
+        ("--cache_dir c --on_policy 1", "on_policy --cache_dir"),   # optional: on_policy
+    ],
+    ("--mode cache --cache_dir c --cache_top_k 3", "--cache_method topk"),   # optional: cache
+    ("--blockwise --alpha 1", "blockwise --alpha"),   # optional: blockwise
+    ("--block_input teacher --lr_per_block 1",   # optional: blockwise
+     "block_input lr_per_block --blockwise true"),
+    ("--blockwise --block_input teacher --no_freeze_previous_blocks",   # optional: blockwise
+     "freeze_previous_blocks --block_input student"),
+    ("--blockwise --logit_loss_type ce --logit_loss_weight 0.3",   # optional: blockwise
+     "logit_loss_weight --logit_loss_type kl_div or mse"),
+    ("--blockwise --no_train_lm_head --logit_loss_type ce",   # optional: blockwise
+     "logit_loss_type --train_lm_head true"),
+    ("--on_policy 1 --alpha 1", "on_policy --alpha"),   # optional: on_policy
+    ("--on_policy 1 --packing documents", "on_policy --packing rows"),   # optional: on_policy
+    ("--max_new_tokens 9", "max_new_tokens --on_policy above 0"),   # optional: on_policy
+    ("--mode generate --teacher t", "teacher --provider local"),   # optional: generate
+    ("--lr_scheduler_kwargs {} --lr_scheduler constant", "lr_scheduler_kwargs constant"),
+    ("--warmup_ratio 0.1 --lr_scheduler constant", "warmup_ratio --lr_scheduler"),
+
+    # what cannot be done
+    ("--teacher t", "student"),
+    ("--max_steps 0", "max_steps"),
+    ("--num_epochs 0", "num_epochs"),
+    ("--streaming --teacher t --student s", "--max_steps"),   # optional: streaming
+    ("--mode cache", "--cache_dir"),   # optional: cache
+    *[   # optional: blockwise
+        ("--blockwise --streaming --max_steps 2", "blockwise --streaming"),   # optional: streaming
+    ],
+    ("--blockwise --block_input teacher --wd_per_block 1 2",   # optional: blockwise
+     "block_input wd_per_block"),
+    ("--on_policy 1 --on_policy_prompt 128", "128 seq_len"),   # optional: on_policy
+
+    # files
+    ("--config /nowhere", "/nowhere FileNotFoundError"),
+    ("--config list.yaml", "list.yaml mapping"),
+    ("--config broken.yaml", "broken.yaml ParserError"),
+    ("--config broken.json", "broken.json JSONDecodeError"),
+    ("--config twice.yaml", "seed once"),
+    ("--config nested.yaml", "nested.yaml line 2"),   # and no bomb of aliases
+    ("--config several.yaml", "'16'"),
+    ("--config itself.yaml", "'config'"),
+]
+
+
+@pytest.mark.parametrize("words, told", REFUSED)
+def test_config_refuses(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- 1\n- 2\n")
+    Path("broken.yaml").write_text("a: [1\n")
+    Path("broken.json").write_text('{"seed": ')
+    Path("twice.yaml").write_text("seed: 1\nseed: 2\n")
+    Path("nested.yaml").write_text("lr_multipliers: &a [x=1]\nlr_per_block: [*a, *a]\n")
+    Path("several.yaml").write_text("batch_size: [8, 16]\n")
+    Path("itself.yaml").write_text("config: list.yaml\n")
+    message = refused(*words.split(" "))
+    missing = [word for word in told.split() if word not in message]
+    assert not missing, (missing, message)
+
+
+# What goes together although one of it may not stand alone.
+@pytest.mark.parametrize("words", [
+    "--blockwise --max_steps 0",   # optional: blockwise
+    "--cache_dir c --seq_len 9 --packing rows --eval_samples 9 --temperature 2",   # optional: cache
+    "--cache_dir c --mode cache --dataset d --divergence forward",   # optional: cache
+    "--on_policy 1 --max_new_tokens 9 --on_policy_prompt 127",   # optional: on_policy
+    "--mode generate --provider local --teacher t --attention eager",   # optional: generate
+    "--teacher t --alpha 1",
+    "--lr_scheduler constant --warmup_ratio 0",
+])
+def test_config_takes(words):
+    parse(*words.split())
+
+
+# ---- bad input as a run meets it
+
+
+GOOD_LINE = '{"text": "one two three four five"}\n'
 
 
 def with_file(name, body):
@@ -737,22 +880,10 @@ def edit_config(**fields):
     return change
 
 
-def encoder_decoder(folder):
-    shape = dict(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
-    transformers.T5Config(**shape).save_pretrained(folder / "t5")
-    return dict(student=folder / "t5" / "config.json")
-
-
-def no_permission(folder):
-    (folder / "closed").mkdir(mode=0o555)
-    return dict(output_dir=folder / "closed" / "out")
-
-
-def yaml_file(body):
-    def make(folder):
-        (folder / "run.yaml").write_text(body)
-        return dict(config=folder / "run.yaml")
-    return make
+def truncate(name, size=0):
+    def change(path):
+        os.truncate(path / name, size)
+    return change
 
 
 def output_is_a_file(folder):
@@ -760,269 +891,34 @@ def output_is_a_file(folder):
     return dict(output_dir=folder / "file")
 
 
-def begun_cache(folder):   # optional: cache
-    (folder / "c").mkdir()
-    sd.write_manifest({}, folder / "c")
-    return dict(cache_dir=folder / "c")
-
-
-GOOD_LINE = '{"text": "one two three four five"}\n'
-BINARY = bytes(range(256)) * 9
-LATIN = (GOOD_LINE * 3 + '{"text": "Größe"}\n').encode("latin-1")
-FILL = dict(mode="cache", student=None, cache_dir="c")   # optional: cache
-FILL_TOPK = dict(**FILL, cache_method="topk")   # optional: cache
-MIN_LR_TWICE = '{"min_lr": 0, "min_lr_rate": 0}'
-
-# what is wrong -> (fields, or words, or a function of a folder that makes fields;
-#                   the words that the message has to hold)
+# what is wrong -> (fields, or a function of a folder that makes fields; words of the message)
 BAD_INPUT = {
-    # values out of range
-    "temperature 0": (dict(temperature=0), "temperature"),
-    "temperature negative": (dict(temperature=-1), "temperature"),
-    "temperature infinite": (dict(temperature="inf"), "temperature"),
-    "temperature no number": (dict(temperature="warm"), "temperature warm"),
-    "alpha 1.2": (dict(alpha=1.2), "alpha 1.2 between"),
-    "alpha -0.1": (dict(alpha=-0.1), "alpha"),
-    "alpha nan": (dict(alpha="nan"), "alpha"),
-    "batch 0": (dict(batch_size=0), "batch_size"),
-    "batch 1.5": (dict(batch_size=1.5), "batch_size 1.5"),
-    "seq_len 1": (dict(seq_len=1), "seq_len at least 2"),
-    "max_steps negative": (dict(max_steps=-5), "max_steps"),
-    "max_steps 0": (dict(max_steps=0), "max_steps"),
-    "epochs 0": (dict(num_epochs=0), "num_epochs"),
-    "rate 0": (dict(learning_rate=0), "learning_rate"),
-    "rate nan": (dict(learning_rate="nan"), "learning_rate"),
-    "warmup 2": (dict(warmup_ratio=2), "warmup_ratio"),
-    "decay negative": (dict(weight_decay=-1), "weight_decay"),
-    "clip negative": (dict(max_grad_norm=-1), "max_grad_norm"),
-    "accumulation 0": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps"),
-    "keep 0": (dict(keep_checkpoints=0), "keep_checkpoints"),
-    "log 0": (dict(log_steps=0), "log_steps"),
-    "save negative": (dict(save_steps=-1), "save_steps"),
-    "eval negative": (dict(eval_steps=-1), "eval_steps"),
-    "eval_samples 0": (dict(eval_samples=0), "eval_samples"),
-    "max_samples 0": (dict(max_samples=0), "max_samples"),
-    "seed negative": (dict(seed=-1), "seed"),
-    "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
-    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"),
-    "buffer negative": (   # optional: streaming
-        dict(streaming=True, max_steps=1, shuffle_buffer=-1), "shuffle_buffer"),
-    "num_proc 0": (dict(num_proc=0), "num_proc"),
-    "multiplier negative": (dict(default_lr_multiplier=-1), "default_lr_multiplier"),
-    "multiplier pattern": (dict(lr_multipliers="(=1"), "lr_multipliers"),
-    "multiplier matches nothing": (dict(lr_multipliers="zzz=1"), "zzz names"),
-    "everything frozen": (dict(default_lr_multiplier=0), "frozen"),
-    "half of nothing": (   # optional: blockwise
-        dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
-    "head epochs 0": (   # optional: blockwise
-        dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
-
-    # no such choice
-    "scheduler unknown": (dict(lr_scheduler="step"), "lr_scheduler cosine"),
-    "divergence unknown": (dict(divergence="tv"), "divergence"),
-    "mode unknown": (dict(mode="learn"), "mode"),
-    "fsdp unknown": (dict(fsdp="zero3"), "fsdp"),
-    "dtype unknown": (dict(dtype="int8"), "dtype"),
-    "bool": (dict(streaming="perhaps"), "streaming"),   # optional: streaming
-    "empty name": (dict(output_dir=" "), "output_dir"),
-
-    # flags
-    "flag twice": (["--alpha", "0.1", "--alpha", "0.2"], "alpha once"),
-    "flag unknown": (["--alhpa", "1"], "alhpa alpha"),
-    "stray word": (["train"], "train"),
-    "flag without value": (["--alpha"], "alpha"),
-    # a no_ that no flag has
-    "no_blockwise": (   # optional: blockwise
-        ["--no_blockwise"], "--no_blockwise --blockwise false"),
-    "no-streaming": (["--no-streaming"], "--streaming false"),   # optional: streaming
-    "no_seed": (["--no_seed", "3"], "--no_seed --seed"),
-    "no_alhpa": (["--no_alhpa"], "alpha"),
-
-    # what does not go together
-    "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"),   # optional: cache
-    "cache and reverse": (   # optional: cache
-        dict(cache_dir="c", divergence="reverse"), "divergence"),
-    "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"),   # optional: cache
-    "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),   # optional: cache
-    "cache begun": (begun_cache, "begun finished"),   # optional: cache
-    **{   # optional: cache
-        "cache and stream": (   # optional: streaming
-            dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
-    },
-    "k 0": (dict(**FILL_TOPK, cache_top_k=0), "cache_top_k"),   # optional: cache
-    "k above the vocabulary": (   # optional: cache
-        dict(**FILL_TOPK, cache_top_k=264), "cache_top_k 264 263"),
-    "draws 0": (dict(**FILL, cache_samples=0), "cache_samples"),   # optional: cache
-    "no teacher to correct": (   # optional: on_policy
-        dict(on_policy=1, alpha=1), "on_policy alpha"),
-    **{   # optional: on_policy
-        "student from a cache": (   # optional: cache
-            dict(cache_dir="c", on_policy=0.5), "on_policy 0.5 cache_dir 'c'"),
-        "student after the blocks": (   # optional: blockwise
-            dict(blockwise=True, on_policy=1, num_epochs=0), "on_policy --num_epochs"),
-    },
-    "prompts side by side": (   # optional: on_policy
-        dict(on_policy=1, packing="documents"), "on_policy --packing rows"),
-    "a prompt of all": (   # optional: on_policy
-        dict(on_policy=1, on_policy_prompt=32), "on_policy_prompt 32 seq_len 32"),
-    "more than all steps": (dict(on_policy=1.5), "on_policy between"),   # optional: on_policy
-    "texts that nobody writes": (   # optional: on_policy
-        dict(max_new_tokens=9), "max_new_tokens --on_policy"),
-    "a mode's unread field": (dict(api_model="x"), "api_model train"),   # optional: generate
-    "stream without steps": (dict(streaming=True), "max_steps"),   # optional: streaming
-
-    # models
-    "layers 0": (dict(student="layers:0"), "layers:N"),
-    "layers too many": (dict(student="layers:9"), "layers:N 2"),
-    "layers x": (dict(student="layers:x"), "layers:N"),
-    "layers of a cache, whose": (   # optional: cache
-        dict(cache_dir="c", teacher="demo", student="layers:1"), "layers:1 --teacher"),
-    "no such path": (dict(teacher="/nowhere/at/all", student="layers:1"), "/nowhere/at/all path"),
+    "flag": (dict(alpha=1.2), "alpha"),
+    "output is a file": (output_is_a_file, "file"),
     "resume nowhere": (dict(resume="/nowhere"), "/nowhere"),
-    "no student": (dict(student=None), "student"),
+    "schedule lacks": (dict(lr_scheduler="cosine_with_min_lr"), "min_lr"),
+    "schedule knows not": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}'), "num_cycle"),
+    "schedule of no json": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="{"), "cosine JSON"),
+    "matches nothing": (dict(lr_multipliers="zzz=1"), "zzz"),
+    "all frozen": (dict(default_lr_multiplier=0), "frozen"),
     "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"),
-    "student nowhere": (dict(student="no/where"), "no/where name"),
-    "teacher without config": (
-        broken_model("teacher", lambda path: (path / "config.json").unlink()), "teacher config"),
-    "teacher config is no json": (
-        broken_model("teacher", lambda path: (path / "config.json").write_text("{")),
-        "teacher config"),
-    "teacher without weights": (
-        broken_model("teacher", lambda path: (path / "model.safetensors").unlink()), "teacher"),
-    "truncated safetensors": (
-        broken_model("teacher", lambda path: os.truncate(path / "model.safetensors", 999)),
-        "teacher"),
-    "weights missing": (
-        broken_model("teacher", edit_config(num_hidden_layers=3)), "teacher lacks"),
-    "encoder-decoder": (encoder_decoder, "student t5"),
-    "unknown architecture": (broken_model("student", edit_config(model_type="novel")), "student"),
-    "tokenizer nowhere": (dict(tokenizer="/nowhere"), "tokenizer"),
-
-    # data
-    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl exist"),
-    "dataset name nowhere": (dict(dataset="no/where"), "no/where"),
+    "student nowhere": (dict(student="no/where"), "student no/where"),
+    "attention unknown": (dict(attention="sideways"), "sideways"),
+    "too many layers": (dict(student="layers:9"), "layers:9 2"),
+    "config of no json": (broken_model("teacher", truncate("config.json", 9)), "teacher"),
+    "weights cut off": (broken_model("teacher", truncate("model.safetensors", 999)), "teacher"),
+    "weights missing": (broken_model("teacher", edit_config(num_hidden_layers=3)), "layers.2"),
+    "architecture": (broken_model("student", edit_config(model_type="novel")), "student novel"),
+    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl"),
     "split nowhere": (dict(train_split="tarin"), "tarin"),
-    "empty file": (with_file("a.jsonl", ""), "a.jsonl empty"),
-    "blank file": (with_file("a.jsonl", "\n\n"), "a.jsonl"),
-    "binary file": (with_file("a.jsonl", BINARY), "a.jsonl line 1"),
-    "binary text": (with_file("a.txt", BINARY), "a.txt line"),
-    "wrong encoding": (with_file("a.jsonl", LATIN), "line 4"),
-    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "line 5"),
-    "a line that is no object": (
-        with_file("a.jsonl", GOOD_LINE * 2 + "3\n" + GOOD_LINE), "line 3"),
-    "no known column": (
-        with_file("a.jsonl", '{"body": "one two three", "id": 3}\n' * 9), "text body id"),
-    "text that is no text": (with_file("a.jsonl", '{"text": 3}\n' * 9), "text"),
-    "csv without text": (with_file("a.csv", "a,b\n1,2\n3,4\n"), "text a b"),
-    "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
-    "no assistant": (
-        with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
-    "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"),
-    "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-
-    # files and folders
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
-    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"),
-    "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
-    "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"),
-    "output is a file": (output_is_a_file, "directory file"),
-    # what yaml makes of it
-    "yaml key true": (yaml_file("true: 1\n"), "True"),
-    "yaml key no": (yaml_file("no: 1\n"), "False"),
-    "yaml key 5": (yaml_file("5: 1\n"), "5"),
-    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"),
-    "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),   # optional: eval
-    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"),   # optional: eval
-    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"),
-    "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
-    "yaml no value a block": (   # optional: blockwise
-        yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
-
-    # flags that would do nothing
-    "k of draws": (   # optional: cache
-        dict(**FILL, cache_top_k=32), "cache_top_k --cache_method topk"),
-    "draws of k": (   # optional: cache
-        dict(**FILL_TOPK, cache_samples=10), "cache_samples --cache_method sample"),
-    "weight of labels": (   # optional: blockwise
-        dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3),
-        "logit_loss_weight --logit_loss_type"),
-    "temperature of labels": (   # optional: blockwise
-        dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2),
-        "logit_loss_temperature --logit_loss_type kl_div"),
-    "no head phase": (   # optional: blockwise
-        dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"),
-        "lm_head_lr, logit_loss_type --train_lm_head true"),
-    "no stitches": (   # optional: blockwise
-        dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False),
-        "stitching_layer_bias --use_stitching_layers true"),
-    "all blocks at once": (   # optional: blockwise
-        dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False),
-        "freeze_previous_blocks --block_input student"),
-    "blocks without blockwise": (   # optional: blockwise
-        dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
-    "buffer without stream": (   # optional: streaming
-        dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
-    **{   # optional: eval
-        "buffer in eval": (   # optional: streaming
-            dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
-    },
-    "constant with kwargs": (
-        dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
-    "warmup and kwargs": (
-        dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'),
-        "lr_scheduler_kwargs constant"),
-    "constant with warmup": (
-        dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
-    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
-
-    # nothing where a name should be, as from "$UNSET"
-    "empty cache_dir": (dict(cache_dir=""), "cache_dir empty"),   # optional: cache
-    "empty tokenizer": (dict(tokenizer=""), "tokenizer empty"),
-    "empty resume": (dict(resume=""), "resume empty"),
-    "empty eval_split": (dict(eval_split=" "), "eval_split empty"),
-    "empty lr_multipliers": (dict(lr_multipliers=""), "lr_multipliers empty"),
-    "empty wandb_project": (dict(wandb_project="\t"), "wandb_project empty"),
-    "empty config": (dict(config=""), "--config No such file"),
-
-    # before any model is loaded
-    "stream without steps, early": (   # optional: streaming
-        dict(streaming=True, teacher="/nowhere"), "max_steps"),
-    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
-    "layers in eval": (   # optional: eval
-        dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
-    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
-    "min_lr missing": (
-        dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"),
-        "min_lr_rate lr_scheduler_kwargs"),
-    "min_lr twice": (
-        dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs=MIN_LR_TWICE,
-             teacher="/nowhere"),
-        "min_lr_rate one"),
-    "kwargs unknown": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"),
-        "num_cycle num_cycles"),
-    "kwargs of ours": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}',
-             teacher="/nowhere"),
-        "num_warmup_steps num_cycles"),
-    "kwargs a list": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
+    "empty file": (with_file("a.jsonl", ""), "a.jsonl"),
+    "binary file": (with_file("a.jsonl", bytes(range(256)) * 9), "a.jsonl"),
+    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "a.jsonl"),
+    "no parquet": (with_file("a.parquet", "PAR"), "a.parquet"),
+    "no known column": (with_file("a.jsonl", '{"body": "one two", "id": 3}\n' * 9), "text"),
+    "no target": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
 }
-if os.geteuid():   # root may write anywhere
-    BAD_INPUT["no permission"] = (no_permission, "closed")
-
-
-def command_of(fields, folder, **usual):
-    """A sound run, but for what a case of BAD_INPUT says -> command-line words."""
-    usual = {**PLAIN, **usual}
-    if isinstance(fields, list):
-        return [*flags(**usual), *fields]
-    if callable(fields):
-        fields = fields(folder)
-    if fields.get("mode", "train") != "train":   # which reads little of PLAIN
-        for name in set(PLAIN) - {"dtype", "seq_len"}:
-            del usual[name]
-    return flags(**{**usual, **fields})
 
 
 def files_in(folder):
@@ -1030,33 +926,23 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text,
-                                                    monkeypatch):
-    """And nothing is left behind or changed."""
-    fields, words = BAD_INPUT[case]
+def test_config_bad_input_is_a_line_or_two(case, tmp_path, teacher, student, text):
+    """And nothing is changed, or left behind but the traceback."""
+    fields, told = BAD_INPUT[case]
     folder = tmp_path / "given"
     folder.mkdir()
-    monkeypatch.chdir(folder)
-    command = command_of(fields, folder, teacher=teacher, student=student, dataset=text,
-                         output_dir=tmp_path / "out")
+    if callable(fields):
+        fields = fields(folder)
+    usual = dict(teacher=teacher, student=student, dataset=text, output_dir=tmp_path / "out")
     before = files_in(folder)
-    err = cli(*command, rc=2).err.strip()
-    assert err.startswith("error: "), err
-    assert len(err.splitlines()) <= 2 and len(err) < 600, err
-    missing = [word for word in words.split() if word not in err]
-    assert not missing, (missing, err)
-    assert not (tmp_path / "out").exists(), sorted((tmp_path / "out").rglob("*"))
+    err = cli(*flags(**{**PLAIN, **usual, **fields}), rc=2).err.strip()
+    line = err[err.index("error: "):]
+    assert len(line.splitlines()) <= 2 and len(line) < 600, err
+    missing = [word for word in told.split() if word not in line]
+    assert not missing, (missing, line)
+    left = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert left <= {".simple_distill", "error.log"}
     assert files_in(folder) == before
-
-
-def test_config_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
-    (tmp_path / "f.yaml").write_text("max_steps: 2\nlr_multipliers: [a=1]\n")
-    assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
-
-
-def test_config_no_check_vanishes_under_python_O():
-    tree = ast.parse(Path(config.__file__).read_text())
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9170,34 +9056,66 @@ def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
     process = spawn(*words, nproc=2, stderr=subprocess.PIPE)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
+    assert err.count("error: ") == 1 and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("name, value", [
-    ("NPROC", "0"), ("NPROC", "abc"), ("MASTER_PORT", "x"), ("NODE_RANK", "1"),
-])
+@pytest.mark.parametrize("name, value", [("NPROC", "0"), ("NPROC", "abc"), ("NODE_RANK", "1")])
 def test_runs_launcher_names_a_wrong_number(name, value):
     shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
-                           env={**os.environ, name: value})
+                           env={**os.environ, "NPROC": "1", name: value})
     assert shown.returncode == 2
-    assert shown.stderr.startswith(f"error: {name} is ") and value in shown.stderr
+    assert re.match(f"error: .*{name} (is )?{value} ", shown.stderr)
 
 
 def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    process = subprocess.Popen(
-        [HERE / "launch.sh", "--output_dir", tmp_path / "out"], env={**os.environ, **env},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    assert "waits for the others" in process.stdout.readline()
-    end = time.time() + 60
-    while not pids_of(f"node-rank 0 .*{tmp_path}") and time.time() < end:
+    process = spawn("--output_dir", tmp_path / "out", nproc=2, env=env)
+    assert "waits for all nodes" in process.stdout.readline()
+    while not pids_of(f"node-rank=0 .*{tmp_path}"):
         time.sleep(0.05)
-    time.sleep(1)
-    start = time.time()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert time.time() - start < 3
     assert not pids_of(str(tmp_path))
+
+
+# The leader of a session, which outlives its terminal -> how the launcher ended.
+SESSION = """
+import signal, subprocess, sys
+
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, lambda *_: None)
+process = subprocess.Popen(sys.argv[2:])
+with open(sys.argv[1], "w") as f:
+    print(process.wait(), file=f)
+"""
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
+def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text, closes):
+    """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
+    out = tmp_path / "run"
+    words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
+                     "output_dir": out, "max_steps": 100_000})
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code",
+         HERE / "launch.sh", *words_of(words)],
+        stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
+    os.close(other_end)
+    reader = threading.Thread(target=read_terminal, args=(terminal, process, 120), daemon=True)
+    reader.start()
+    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    if closes:
+        os.close(terminal)
+    else:
+        os.write(terminal, b"\x03")
+    process.wait(timeout=120)
+    assert (tmp_path / "code").read_text() == "0\n"
+    stopped = log(out, "train")[-1]["train/step"]
+    assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert not pids_of(str(out))
 
 
 def test_runs_a_closed_terminal_saves(tmp_path, student, text):
