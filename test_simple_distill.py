@@ -12,7 +12,6 @@ import ast
 import atexit
 import collections
 import contextlib
-import ctypes
 import fcntl
 import functools
 import gc   # optional: generate
@@ -97,8 +96,7 @@ class Result(NamedTuple):
 def words_of(args):
     """Arguments as words; --use_wandb false unless the test says otherwise."""
     words = [str(arg) for arg in args]
-    mode = words[words.index("--mode") + 1] if "--mode" in words else "train"
-    if mode == "train" and not any("use_wandb" in word for word in words):
+    if "--mode" not in words and not any("use_wandb" in word for word in words):
         words += ["--use_wandb", "false"]
     return words
 
@@ -113,11 +111,9 @@ def cli(*args, rc=0):
         except SystemExit as e:
             code = e.code or 0
     result = Result(code, out.getvalue(), err.getvalue())
-    command = shlex.join(words_of(args))
-    assert code == rc, f"exit code {code}, not {rc}: {command}\n{result.out}\n{result.err}"
+    assert code == rc, (shlex.join(words_of(args)), result)
     if rc == 2:
-        lines = result.err.strip().splitlines()
-        assert any(line.startswith("error: ") for line in lines), result.err
+        assert len(re.findall("^error: ", result.err, re.MULTILINE)) == 1, result.err
         assert "Traceback" not in result.err, result.err
     return result
 
@@ -128,9 +124,8 @@ def flags(**fields):
     for name, value in fields.items():
         if value is None:
             continue
-        values = value if isinstance(value, (list, tuple)) else [value]
         words.append(f"--{name}")
-        for x in values:
+        for x in value if isinstance(value, (list, tuple)) else [value]:
             words.append(str(x).lower() if isinstance(x, bool) else str(x))
     return words
 
@@ -152,11 +147,10 @@ def distil(out, rc=0, **fields):
 
 def spawn(*args, nproc=1, env=None, **popen):
     """The real thing as a process, in a session of its own: a signal reaches all of its ranks."""
-    command = [sys.executable, str(HERE / "simple_distill.py")]
+    command = [sys.executable, HERE / "simple_distill.py"]
     if nproc > 1:
-        command = [str(HERE / "launch.sh")]
+        command = [HERE / "launch.sh"]
     env = {**os.environ, "NPROC": str(nproc), **(env or {})}
-    env.setdefault("OMP_NUM_THREADS", "1")
     popen = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                  text=True) | popen
     return subprocess.Popen([*command, *words_of(args)], env=env, start_new_session=True, **popen)
@@ -185,7 +179,10 @@ def child(job):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         import simple_distill
+        exec(job["change"], vars(simple_distill))
         code = simple_distill.main(job["args"])
+    except SystemExit as e:
+        code = e.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -199,37 +196,37 @@ for line in sys.stdin:
     if pid == 0:
         child(job)
     print(pid, flush=True)
-    if job["wait"]:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 class Fork:
-    """A run in processes of its own, one a rank."""
+    """A run in processes of its own, one a rank. change: code that the package meets first."""
     mother = None
 
-    def __init__(self, log, *args, ranks=1, limit=0, package=HERE):
+    def __init__(self, log, *args, ranks=1, limit=0, package=HERE, change=""):
         if Fork.mother is None:
             Fork.mother = subprocess.Popen(
                 [sys.executable, "-c", MOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                text=True)
             atexit.register(Fork.mother.kill)
         self.log = str(log)
+        Path(log).touch()   # a run may be killed before it opens it
         self.pids = []
         port = free_port()
         for rank in range(ranks):
             env = rank_environment(rank, ranks, port) if ranks > 1 else {}
-            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False,
-                   "limit": limit, "package": str(package)}
+            job = {"args": words_of(args), "env": env, "log": self.log, "limit": limit,
+                   "package": str(package), "change": change}
             Fork.mother.stdin.write(json.dumps(job) + "\n")
             Fork.mother.stdin.flush()
             self.pids.append(int(Fork.mother.stdout.readline()))
 
-    def running(self):
-        return [pid for pid in self.pids if is_alive(pid)]
+    def poll(self):
+        """None while any of it runs, as of a Popen."""
+        return None if any(map(is_alive, self.pids)) else 0
 
     def signal(self, number):
-        for pid in self.running():
+        for pid in filter(is_alive, self.pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         return self
@@ -237,10 +234,16 @@ class Fork:
     def wait(self, seconds=180):
         """-> what it printed, once all of it has ended."""
         end = time.time() + seconds
-        while self.running():
+        while self.poll() is None:
             assert time.time() < end, Path(self.log).read_text()[-3000:]
             time.sleep(0.02)
         return Path(self.log).read_text()
+
+
+def distil_apart(out, ranks=1, change="", **fields):
+    """A plain run into `out`, in processes of its own, which print into out.txt -> Fork"""
+    words = flags(**{**PLAIN, "output_dir": out, **fields})
+    return Fork(f"{out}.txt", *words, ranks=ranks, change=change)
 
 
 def free_port():
@@ -265,10 +268,10 @@ def is_alive(pid):
 
 
 def wait_for_log(out, process, seconds=120):
-    """Until a process has logged its first step."""
+    """Until a process (a Popen, a Fork) has logged its first step."""
     end = time.time() + seconds
     while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
-        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
+        assert process.poll() is None and time.time() < end, "it ended, or is too slow"
         time.sleep(0.05)
 
 
@@ -307,14 +310,13 @@ def final_weights(out):
 def checkpoint(out, step):
     """All tensors of a checkpoint by name."""
     path = os.path.join(out, "checkpoints", f"step-{step:08d}")
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = dcp.HuggingFaceStorageReader(path)
     tensors = {}
-    for name, entry in metadata.items():
-        if hasattr(entry, "properties"):
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -7823,144 +7825,197 @@ def test_eval_of_a_split_by_name_is_of_its_first_eval_samples(eval_folder):
 # Runs: killed anywhere, on many ranks, a week of every mode: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {   # what the run is besides plain; ranks: how many processes
-    "map": {},
-    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
-    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
-    "dropout": dict(student="dropout"),
-    "2 ranks": dict(ranks=2, batch_size=2),
-    "documents": dict(packing="documents", seq_len=128),
-    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
+KILLED = {   # what the run is besides plain: (ranks, fields)
+    "map": (1, {}),
+    "stream": (1, dict(streaming=True, shuffle_buffer=7)),   # optional: streaming
+    "accumulation 3": (1, dict(batch_size=2, gradient_accumulation_steps=3)),
+    "dropout": (1, {}),
+    "2 ranks": (2, dict(batch_size=2)),
+    "documents": (1, dict(packing="documents", seq_len=128)),
+    "on policy": (1, dict(on_policy=0.5, max_new_tokens=6)),   # optional: on_policy
 }
 
 
-def half_saved(out):
-    """Whether a checkpoint is being written, or was when the run was killed."""
-    return bool(list(Path(out, "checkpoints").glob("tmp-*")))
+def assert_same_run(out, other):
+    assert same(final_weights(out), final_weights(other))
+    assert quiet_log(out) == quiet_log(other)
 
 
-def killed_run(tmp_path, teacher, student, text, kind, kills, seed, damage=False):
-    """A run that is killed again and again against one that is not: every second kill falls into a
-    save, the others anywhere. damage: each time the newest checkpoint loses a bit, where an older
-    one is left to fall back to."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4,
-              "max_steps": 12, "save_steps": 2, "eval_steps": 5, "eval_samples": 8, "alpha": 0.4,
-              "lr_scheduler": "cosine", **KILLED[kind]}
-    ranks = fields.pop("ranks", 1)
-    if fields["student"] == "dropout":
-        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
-    whole = str(tmp_path / "whole")
-    broken = str(tmp_path / "broken")
-    pick = random.Random(seed)
+def damage(newest, draw):
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file of another save."""
+    path = draw.choice(sorted(newest.iterdir()))
+    how = draw.choice(["turn", "lose", "add"])
+    if how == "turn":
+        flip(path, draw.random())
+    elif how == "lose":
+        path.unlink()
+    else:
+        older = min(newest.parent.glob("step-*"))
+        shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
 
-    def start(out):
-        return Fork(f"{out}.txt", *flags(**{**fields, "output_dir": out}), ranks=ranks)
 
-    begun = time.time()
-    assert "done in" in start(whole).wait()
-    usual_seconds = time.time() - begun
-    inside = 0
-    damaged = 0
-    for n in range(kills):
-        run = start(broken)
-        saved = Path(broken, "checkpoints")
-        if damage:
-            end = time.time() + 30
-            while time.time() < end and len(list(saved.glob("step-*"))) < 2:
-                time.sleep(0.005)
-            time.sleep(usual_seconds * pick.uniform(0, 0.1))
-        elif n % 2 == 0:
-            end = time.time() + 30
-            while time.time() < end and not half_saved(broken):
-                if os.path.isdir(f"{broken}/final"):
-                    break
-        else:
-            time.sleep(usual_seconds * pick.uniform(0.3, 0.9))
+def saves_since(start, out):
+    """How many checkpoints are newer than that."""
+    count = 0
+    for path in out.glob("checkpoints/step-*"):
+        with contextlib.suppress(FileNotFoundError):   # deleted just now
+            count += path.stat().st_mtime > start
+    return count
+
+
+@pytest.mark.parametrize("kills, damaged", [
+    (2, False),
+    pytest.param(12, False, marks=pytest.mark.campaign),
+    pytest.param(12, True, marks=pytest.mark.campaign),
+])
+@pytest.mark.parametrize("kind", KILLED)
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(
+        tmp_path, teacher, student, text, kind, kills, damaged):
+    """Killed again and again, at random. damaged: each time the newest checkpoint of two is."""
+    ranks, more = KILLED[kind]
+    if kind == "dropout":
+        student = tiny_model(tmp_path / "dropout", **DROPOUT)
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, max_steps=12,
+                  save_steps=2, eval_steps=5, eval_samples=8, alpha=0.4, lr_scheduler="cosine")
+    fields = dict(ranks=ranks) | fields | more
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    draw = random.Random(kills)
+    assert "done in" in distil_apart(whole, **fields).wait()
+    unfinished = 0
+    for _ in range(kills):
+        start = time.time()
+        run = distil_apart(broken, **fields)
+        saves = 2 if damaged else draw.randrange(3)
+        while run.poll() is None and saves_since(start, broken) < saves:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
         run.signal(signal.SIGKILL).wait()
-        inside += half_saved(broken)
-        checkpoints = sorted(saved.glob("step-*"))
-        if damage and len(checkpoints) > 1:
-            flip(pick.choice(sorted(checkpoints[-1].iterdir())), pick.random())
-            damaged += 1
-    shown = start(broken).wait()
-    assert os.path.isdir(f"{broken}/final"), shown[-3000:]
-    assert same(final_weights(whole), final_weights(broken)), shown
-    assert quiet_log(whole) == quiet_log(broken)
-    assert damage or kills < 2 or inside > 0, "no kill fell into a save"
-    assert not damage or damaged == kills
+        unfinished += not (broken / "final").is_dir()
+        if damaged:
+            damage(max(broken.glob("checkpoints/step-*")), draw)
+    shown = distil_apart(broken, **fields).wait()
+    assert unfinished or damaged, "no kill came before the end"
+    assert damaged == ("passed over" in shown), shown
+    assert_same_run(broken, whole)
 
 
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=3, seed=len(kind))
+# Rank 0 dies when it comes to the nth line of those that a save runs through: ours and torch's.
+DIES = """
+import sys
+lines = set()
+
+def watch(frame, event, value):
+    if frame.f_code.co_filename.endswith({files}):
+        lines.add((frame.f_code, frame.f_lineno))
+        if len(lines) == {line} and RANK == 0:
+            os.kill(os.getpid(), 9)
+        return watch
+
+def save_watched(*args, unwatched=save_checkpoint):
+    sys.settrace(watch)
+    try:
+        return unwatched(*args)
+    finally:
+        sys.settrace(None)
+
+save_checkpoint = save_watched
+"""
+OURS = ("simple_distill.py",)
+TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_twelve_kills(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=1)
+@pytest.mark.parametrize("ranks, files, every", [
+    (1, OURS, 6),
+    pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
+    pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
+])
+def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, ranks, files, every):
+    """While files are written, between checksums, rename and the deletion of the one before; each
+    run finds what the last one left. The other ranks end by themselves."""
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=2, save_steps=1,
+                  keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    for line in range(every, 999, every):
+        shown = distil_apart(broken, **fields, change=DIES.format(files=files, line=line)).wait()
+        assert (broken / "checkpoints").is_dir(), shown
+        if "done in" in shown:
+            break
+    assert line > 20   # or it never died
+    distil_apart(whole, **fields).wait()
+    assert_same_run(broken, whole)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_twelve_kills_and_as_many_flipped_bits(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=2, damage=True)
-
-
-@pytest.mark.parametrize("packing", [{}, dict(packing="documents", seq_len=128)])
-def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text, packing):
+@pytest.mark.parametrize("world_sizes, packing", [
+    ([2, 1, 2], {}),
+    ([2, 1, 2], dict(packing="documents", seq_len=128)),
+    ([4, 1, 3, 2], {}),
+])
+def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3,
-              "save_steps": 2, **packing}
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=3, save_steps=2)
+    fields |= packing
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=straight), ranks=2).wait()
-    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
-        words = flags(**fields, max_steps=steps, output_dir=moved)
-        shown = Fork(tmp_path / "b.txt", *words, ranks=ranks).wait()
-        assert Path(moved, "checkpoints", f"step-{steps:08d}").is_dir(), shown
-    assert distance(final_weights(moved), final_weights(straight)) < 1e-5
-    losses = zip(column(straight, "train/loss"), column(moved, "train/loss"), strict=True)
-    for loss, moved_loss in losses:
-        assert abs(loss - moved_loss) < 1e-5 * abs(loss)
-    refused = distil(moved, teacher=teacher, student=student, dataset=text, batch_size=5,
-                     max_steps=8, rc=2, **packing)
-    assert "6 sequences a step" in refused.err
+    for i, ranks in enumerate(world_sizes, 1):
+        shown = distil_apart(moved, ranks, **fields, max_steps=2 * i).wait()
+        assert (moved / f"checkpoints/step-{2 * i:08d}").is_dir(), shown
+    distil_apart(straight, world_sizes[0], **fields, max_steps=2 * i).wait()
+    assert_close(moved, straight, shown)
+    refused = distil(moved, rc=2, **fields | dict(batch_size=5, max_steps=99))
+    assert f"{3 * world_sizes[0]} sequences a step" in refused.err
+
+
+def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    first = distil_apart(out, **fields, max_steps=100_000)
+    wait_for_log(out, first)
+    assert "another run" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "stopped at step" in first.signal(signal.SIGTERM).wait()
+    step = log(out, "train")[-1]["train/step"]
+    assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
+
+
+FAILS_ALONE = """
+if RANK == 1:
+    def load_model(*args):
+        raise ValueError("on this rank only")
+"""
+
+
+def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, student, text):
+    run = distil_apart(out, 3, FAILS_ALONE, teacher=teacher, student=student, dataset=text)
+    shown = run.wait(seconds=60)
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
+    assert "ValueError: on this rank only" in shown
 
 
 @pytest.mark.parametrize("number, stream", [
     (signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}),   # optional: streaming
     (signal.SIGINT, {}),
+    (signal.SIGHUP, {}),
 ])
 def test_runs_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
-    """And the same command goes on with the batch after the last one it was trained on."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
+    """Though the terminal has gone; the same command goes on with the next batch."""
+    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, **stream)
     stopped_run = tmp_path / "run"
-    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run))
+    terminal, inside = pty.openpty()
+    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run), stdout=inside,
+                    stderr=inside)
+    os.close(inside)
     wait_for_log(stopped_run, process)
+    os.close(terminal)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, shown
-    assert "saved; the same command continues" in shown
+    assert process.wait(timeout=60) == 0
     stopped = log(stopped_run, "train")[-1]["train/step"]
-    assert Path(stopped_run, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert (stopped_run / f"checkpoints/step-{stopped:08d}").is_dir()
     for out in (stopped_run, tmp_path / "whole"):
         cli(*flags(**fields, max_steps=stopped + 3, output_dir=out))
     assert same(final_weights(stopped_run), final_weights(tmp_path / "whole"))
 
 
 # ---- many ranks, as processes over gloo
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, teacher, student, chat):
-    """A run of one process, and its fields. Rows of very different lengths, so that ranks count
-    different numbers of tokens."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3,
-                  temperature=2.0)
-    distil(out, **fields, batch_size=8)
-    return out, fields
 
 
 def assert_close(out, other, shown):
@@ -7971,18 +8026,8 @@ def assert_close(out, other, shown):
     assert distance(final_weights(out), final_weights(other)) < 1e-5
 
 
-@pytest.mark.parametrize("shard_teacher", [True, False])
-@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
-def test_runs_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
-    other, fields = alone
-    out = tmp_path / "run"
-    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": out,
-              "batch_size": 2, "gradient_accumulation_steps": 2}
-    shown = Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait()
-    assert_close(out, other, shown)
-
-
 FAMILIES = {
+    "llama": {},
     "qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2,
                       moe_intermediate_size=16, head_dim=8),
     "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0,
@@ -7991,115 +8036,84 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [
-    "full_shard",
-    pytest.param("shard_grad_op", marks=pytest.mark.campaign),
-    pytest.param("hybrid_shard", marks=pytest.mark.campaign),
-    "no_shard",
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
+@pytest.mark.parametrize("family, shard_teacher", [
+    ("llama", True),
+    ("llama", False),
+    ("qwen3 moe", True),
+    pytest.param("gemma2", True, marks=pytest.mark.campaign),
+    pytest.param("gpt2", True, marks=pytest.mark.campaign),
 ])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_runs_families_under_sharding(tmp_path, text, family, fsdp):
-    shape = FAMILIES[family]
-    teacher = tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **shape)
-    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **shape)
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 3,
-              "alpha": 0.5}
+def test_runs_two_ranks_are_one(tmp_path, chat, family, shard_teacher, fsdp):
+    shape = dict(hidden=16, **FAMILIES[family])
+    fields = dict(
+        teacher=tiny_model(tmp_path / "teacher", layers=3, seed=1, **shape),
+        student=tiny_model(tmp_path / "student", seed=2, **shape),
+        dataset=chat, max_steps=3, alpha=0.3, temperature=2.0)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    distil(one, **{**fields, "batch_size": 4})
-    words = flags(**fields, fsdp=fsdp, batch_size=2, output_dir=two)
-    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    distil(one, **fields, batch_size=8)
+    fields |= dict(batch_size=2, gradient_accumulation_steps=2, fsdp=fsdp)
+    shown = distil_apart(two, 2, **fields, shard_teacher=shard_teacher).wait()
     assert_close(two, one, shown)
-    AutoModelForCausalLM.from_pretrained(two / "final")
+    load(two / "final")
 
 
 LOADING = """
-import resource, sys
-sys.path.insert(0, {package!r})
-import simple_distill as sd
+import resource
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-with sd.process_group():
-    sd.load_student(sd.Config(student={first!r}))   # imports the model's code
-    before = peak()
-    root = sd.load_student(sd.Config(student={wide!r}, use_wandb=False))
-    whole = 4 * root.model.num_parameters()
-    shard = sum(4 * p.to_local().numel() for p in root.parameters())
-    print("RANK", sd.RANK, (peak() - before - shard) / whole, flush=True)
+def main(args):
+    with process_group():
+        load_model(Config(student={first!r}), "student")   # imports the model's code
+        before = peak()
+        root, _ = load_model(Config(student={wide!r}), "student")
+        whole = 4 * root.model.num_parameters()
+        shard = sum(4 * p.to_local().numel() for p in root.parameters())
+        print("RANK", RANK, (peak() - before - shard) / whole, flush=True)
+    return 0
 """
 
 
 def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
-    first = tiny_model(tmp_path / "first")
-    script = tmp_path / "load.py"
-    script.write_text(LOADING.format(package=str(HERE), wide=wide, first=first))
-    shown = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
-    assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
+    change = LOADING.format(first=tiny_model(tmp_path / "first"), wide=wide)
+    shown = Fork(tmp_path / "log.txt", ranks=2, change=change).wait()
+    extra = dict(re.findall(r"RANK (\d) (\S+)", shown))
+    assert float(extra["1"]) < 0.2, shown
 
 
-def test_runs_launcher_with_two_processes_and_sigterm(tmp_path, alone):
-    other, fields = alone
-    fields = {**PLAIN, **fields, "batch_size": 4}
-    process = spawn(*flags(**{**fields, "output_dir": tmp_path / "run"}), nproc=2)
-    shown, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, shown
-    assert_close(tmp_path / "run", other, shown)
-    endless = {**fields, "output_dir": tmp_path / "long", "max_steps": 100_000}
-    process = spawn(*flags(**endless), nproc=2)
-    wait_for_log(tmp_path / "long", process)
-    process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, shown
-    assert "stopped at step" in shown
-    assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
+@pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
+def test_runs_launcher_is_one_process(tmp_path, teacher, student, chat, nodes, processes):
+    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3)
+    distil(tmp_path / "one", **fields, batch_size=8)
+    words = flags(**PLAIN, **fields, output_dir=tmp_path / "two", batch_size=4)
+    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port())}
+    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)})
+                for rank in range(nodes)]
+    shown = [process.communicate(timeout=180)[0] for process in launched]
+    assert {process.returncode for process in launched} == {0}, shown
+    assert_close(tmp_path / "two", tmp_path / "one", shown)
+    assert "".join(shown).count("done in") == 1   # only rank 0 prints
 
 
-def test_runs_two_nodes_of_one_process(tmp_path, alone):
-    other, fields = alone
-    out = tmp_path / "run"
-    words = words_of(flags(**{**PLAIN, **fields, "output_dir": out, "batch_size": 4}))
-    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(free_port())}
-    nodes = []
-    for rank in (0, 1):
-        nodes.append(subprocess.Popen(
-            [HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    shown = [node.communicate(timeout=180)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], shown
-    assert_close(out, other, shown)
-    assert "done in" in shown[0] and "done in" not in shown[1]   # only rank 0 prints
-
-
-def test_runs_a_rank_that_dies_takes_the_job_down(tmp_path, alone):
-    _, fields = alone
-    out = tmp_path / "run"
-    endless = {**PLAIN, **fields, "output_dir": out, "batch_size": 4, "max_steps": 100_000}
-    process = spawn(*flags(**endless), nproc=2)
+def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
+    words = flags(**PLAIN, student=student, dataset=text, alpha=1.0, batch_size=4, output_dir=out,
+                  max_steps=100_000)
+    process = spawn(*words, nproc=2)
     wait_for_log(out, process)
     workers = pids_of(f"simple_distill.py.*{out}")
-    ranks = [pid for pid in workers if "RANK=1" in environment_of(pid)]
-    start = time.time()
-    os.kill(int(ranks[0]), signal.SIGKILL)
-    process.communicate(timeout=90)
+    rank_1, = [pid for pid in workers if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
+    os.kill(int(rank_1), signal.SIGKILL)
+    process.communicate(timeout=60)
     assert process.returncode != 0
-    assert time.time() - start < 60
 
 
 def pids_of(pattern):
     found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
     return found.stdout.split()
-
-
-def environment_of(pid):
-    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_runs_launcher_explains_itself():
@@ -8123,7 +8137,7 @@ def test_runs_launcher_names_a_wrong_number(name, value):
     shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
                            env={**os.environ, "NPROC": "1", name: value})
     assert shown.returncode == 2
-    assert re.match(f"error: .*{name} (is )?{value} ", shown.stderr)
+    assert re.match(rf"error: .*{name} (is )?{value}\b", shown.stderr)
 
 
 def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
@@ -8187,58 +8201,51 @@ def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text
     assert not pids_of(str(out))
 
 
-def test_runs_a_closed_terminal_saves(tmp_path, student, text):
-    """SIGHUP, and nobody reads what it says."""
-    out = tmp_path / "run"
-    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "output_dir": out,
-              "max_steps": 100_000}
-    process = spawn(*flags(**fields))
-    wait_for_log(out, process)
-    process.stdout.close()
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0
-    stopped = log(out, "train")[-1]["train/step"]
-    assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
-
-
 # ---- code that nobody allowed
 
 
-def plant_code(model, marks):
-    """A model folder whose config and tokenizer bring code of their own, which leaves a mark."""
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def plant_code(folder, marks):
+    """Config and tokenizer of a model get code of their own, which leaves a mark."""
     bases = {"configuration": ("EvilConfig", "LlamaConfig"),
              "modeling": ("EvilModel", "LlamaForCausalLM"),
              "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
     for file, (name, base) in bases.items():
-        (model / f"{file}_evil.py").write_text(
+        (folder / f"{file}_evil.py").write_text(
             f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
             f"class {name}({base}):\n    model_type = 'evil'\n")
-    knobs = json.loads((model / "config.json").read_text())
-    knobs |= {"model_type": "evil", "auto_map": {
+    edit_json(folder / "config.json", model_type="evil", auto_map={
         "AutoConfig": "configuration_evil.EvilConfig",
-        "AutoModelForCausalLM": "modeling_evil.EvilModel"}}
-    (model / "config.json").write_text(json.dumps(knobs))
-    plant_tokenizer(model)
+        "AutoModelForCausalLM": "modeling_evil.EvilModel"})
+    edit_json(folder / "tokenizer_config.json", **EVIL_TOKENIZER)
 
 
-def plant_tokenizer(folder):
-    knobs = json.loads((folder / "tokenizer_config.json").read_text())
-    knobs |= {"tokenizer_class": "EvilTokenizer", "auto_map": {
-        "AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(knobs))
+EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
+                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
 
 
-def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monkeypatch):
-    """Files of strangers that carry code, in each place where one may stand, under every mode."""
-    marks = tmp_path / "marks"
-    marks.mkdir()
+@pytest.fixture
+def marks(tmp_path, monkeypatch):
+    """A folder in which code that ran leaves a file."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
-    fields = dict(dataset=text, max_steps=1, alpha=1.0)
-    good = tmp_path / "good"
-    distil(good, student=student, **fields)
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
 
-    evil = Path(shutil.copytree(student, tmp_path / "evil"))
-    plant_code(evil, marks)
+
+@pytest.fixture
+def evil(tmp_path, student, marks):
+    """A model that brings code of its own."""
+    shutil.copytree(student, tmp_path / "evil")
+    plant_code(tmp_path / "evil", marks)
+    return tmp_path / "evil"
+
+
+def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
+    """Files of strangers that carry code, in each place where one may stand, under every mode."""
+    run = dict(PLAIN, student=student, dataset=text, max_steps=1, alpha=1.0)
     pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
     (pickled / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
@@ -8248,58 +8255,44 @@ def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monk
     yaml_file = tmp_path / "run.yaml"
     yaml_file.write_text(
         f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
-
     # a run of a stranger, which says of itself that its student's code may run
-    obeyed = Path(shutil.copytree(good, tmp_path / "obeyed"))
-    step = obeyed / "checkpoints" / "step-00000001"
-    state = json.loads((step / "state.json").read_text())
-    del state["digest"]
-    state["config"] |= {"trust_remote_code": True, "student": str(evil), "tokenizer": str(evil)}
-    state["digest"] = sd.digest(state)
-    (step / "state.json").write_text(json.dumps(state))
-    loaded = Path(shutil.copytree(good, tmp_path / "loaded"))
-    replant(loaded / "checkpoints" / "step-00000001", lambda _: Payload(marks / "metadata"))
-
-    from_victim = loaded / "checkpoints" / "step-00000001"
+    obeyed = tmp_path / "obeyed"
+    cli(*flags(**run, output_dir=obeyed))
+    edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
+              tokenizer=str(evil))
+    judged = dict(   # optional: eval
+        mode="eval", student=student, tokenizer=student, dataset=text)
     commands = [
-        dict(PLAIN, student=evil, **fields),
-        dict(PLAIN, student=student, tokenizer=evil, **fields),
-        dict(PLAIN, student=student, teacher=evil, **{**fields, "alpha": 0.5}),
-        dict(PLAIN, student=pickled, **fields),
-        dict(PLAIN, student=student, **{**fields, "dataset": script}),
-        dict(PLAIN, student=student, resume=from_victim, **fields),
+        run | dict(student=evil),
+        run | dict(tokenizer=evil),
+        run | dict(teacher=evil, alpha=0.5),
+        run | dict(student=pickled),
+        run | dict(dataset=script),
         dict(config=yaml_file),
+        dict(student=student, teacher=evil, blockwise=True, dataset=text),   # optional: blockwise
+        dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c",   # optional: cache
+             dataset=text),
+        dict(mode="generate", provider="local", teacher=evil,   # optional: generate
+             num_examples=1),
+        judged | dict(student=evil),   # optional: eval
+        judged | dict(compare=[evil]),   # optional: eval
+        judged | dict(   # optional: eval
+            student=obeyed / "checkpoints" / "step-00000001"),
     ]
-    if hasattr(sd, "train_blockwise"):   # optional: blockwise
-        commands.append(dict(student=student, teacher=evil, blockwise=True, dataset=text))
-    if hasattr(sd, "fill_cache"):   # optional: cache
-        commands.append(dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c", dataset=text))
-    if hasattr(sd, "generate"):   # optional: generate
-        commands.append(dict(mode="generate", provider="local", teacher=evil, num_examples=1))
-    if hasattr(sd, "report"):   # optional: eval
-        judged = dict(mode="eval", eval_samples=2, tokenizer=student, dataset=text)
-        commands.append({**judged, "student": evil})
-        commands.append({**judged, "student": student, "compare": [evil]})
-        commands.append({**judged, "student": step})
-        commands.append({**judged, "student": from_victim})
     for i, command in enumerate(commands):
         result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert result.err.count("error: ") == 1, result.err
         assert not os.listdir(marks), (command, result)
-        if evil in command.values() or command.get("compare"):
-            assert "--trust_remote_code" in result.err, result.err
+        if str(evil) in str(command):
+            assert "trust_remote_code" in result.err, result.err
 
 
-def test_runs_a_caches_tokenizer_runs_no_code(tmp_path, student, text):   # optional: cache
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    evil = Path(shutil.copytree(student, tmp_path / "evil"))
-    plant_code(evil, marks)
+def test_runs_a_caches_tokenizer_runs_no_code(   # optional: cache
+        tmp_path, student, text, marks, evil):
     cache = tmp_path / "cache"
     cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
-    for folder in [path.parent for path in cache.rglob("tokenizer_config.json")]:
-        shutil.copy(evil / "tokenization_evil.py", folder)
-        plant_tokenizer(folder)
+    for path in list(cache.rglob("tokenizer_config.json")):
+        shutil.copy(evil / "tokenization_evil.py", path.parent)
+        edit_json(path, **EVIL_TOKENIZER)
     cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
     assert not os.listdir(marks)
 
@@ -8316,194 +8309,155 @@ ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {},
 
 def break_json(value, draw):
     """A copy with one entry, at any depth, replaced, left out or renamed."""
-    value = json.loads(json.dumps(value))
-    if not isinstance(value, (dict, list)):
+    if not value or not isinstance(value, (dict, list)):
         return draw.choice(ODD_JSON)
-    here = value
-    while True:
-        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
-        if not keys:
-            return draw.choice(ODD_JSON)
-        key = draw.choice(keys)
-        if isinstance(here[key], (dict, list)) and here[key] and draw.random() < 0.6:
-            here = here[key]
-            continue
-        how = draw.random()
-        if how < 0.75:
-            here[key] = draw.choice(ODD_JSON)
-        elif how < 0.9:
-            del here[key]
-        elif isinstance(here, dict):
-            here[f"{key} "] = here.pop(key)
-        return value
+    broken = value.copy()
+    key = draw.choice(list(broken) if isinstance(broken, dict) else range(len(broken)))
+    how = draw.random()
+    if how < 0.6:
+        broken[key] = break_json(broken[key], draw)
+    elif how < 0.8:
+        broken[key] = draw.choice(ODD_JSON)
+    elif how < 0.9 or isinstance(broken, list):
+        del broken[key]
+    else:
+        broken[f"{key} "] = broken.pop(key)
+    return broken
 
 
 def break_bytes(content, draw):
     """Cut, with a byte changed, or with something in its middle."""
     at = draw.randrange(len(content) + 1)
-    how = draw.randrange(4)
-    if how == 0:
-        return content[:at]
-    if how == 1:
-        return content[:at] + bytes([draw.randrange(256)]) + content[at + 1:]
-    if how == 2:
-        odd = draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"])
-        return content[:at] + odd + content[at:]
-    return draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content])
+    return draw.choice([
+        content[:at],
+        content[:at] + bytes([draw.randrange(256)]) + content[at + 1:],
+        content[:at] + draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"]) + content[at:],
+        draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content]),
+    ])
 
 
 def break_file(path, draw):
     """As json where it is json, half of the time; else as bytes."""
-    path = Path(path)
     content = path.read_bytes()
-    if path.suffix == ".json" and draw.random() < 0.6:
-        content = json.dumps(break_json(json.loads(content), draw)).encode()
-    elif path.suffix == ".jsonl" and content and draw.random() < 0.6:
-        lines = content.splitlines()
-        i = draw.randrange(len(lines))
-        lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
-        content = b"\n".join(lines) + b"\n"
-    else:
-        content = break_bytes(content, draw)
-    path.write_bytes(content)
+    if path.suffix not in (".json", ".jsonl") or not content or draw.random() < 0.4:
+        path.write_bytes(break_bytes(content, draw))
+        return
+    lines = [content] if path.suffix == ".json" else content.splitlines()
+    i = draw.randrange(len(lines))
+    lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def files_below(*folders):
+    return {path: path.read_bytes()
+            for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 class Fuzz:
-    """Good things in a folder, from which each case takes a copy to break."""
+    """Good things in a folder, of which each case breaks a copy: case_x(folder, draw) -> flags of
+    a run into folder/out; what is of the user lies in folder/user."""
 
     def __init__(self, folder, student, text):
         self.folder = folder
         self.student = student
         self.good = folder / "good"
         self.good.mkdir()
-        shutil.copy(text, self.good / "text.jsonl")
+        self.text = self.good / "text.jsonl"
+        shutil.copy(text, self.text)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
-        rows = [{"messages": turns} for _ in range(6)]
-        rows += [{"messages": [*turns, *turns]} for _ in range(6)]
+        rows = [{"messages": turns * (1 + i // 6)} for i in range(12)]
         write_jsonl(self.good / "chat.jsonl", rows)
-        self.fields = dict(PLAIN, student=student, dataset=self.good / "text.jsonl", alpha=1.0,
-                           max_steps=1)
+        self.train = dict(PLAIN, student=student, dataset=self.text, alpha=1.0, max_steps=1)
+        self.cache = dict(mode="cache", teacher=student, dataset=self.text, seq_len=32,
+                          cache_chunk=16)
+        self.generate = dict(mode="generate", provider="local", teacher=student, num_examples=2,
+                             max_tokens=4)
 
-    def words(self, **fields):
-        return flags(**{**self.fields, **fields})
+    def copy_broken(self, name, to, draw, **fields):
+        """A copy of what a good run has left, one file of it broken."""
+        if not (self.folder / name).exists():
+            cli(*flags(**fields))
+        shutil.copytree(self.folder / name, to)
+        break_file(draw.choice(sorted(path for path in to.rglob("*") if path.is_file())), draw)
 
     def case_flags(self, case, draw):
-        skipped = ("output_dir", "max_steps", "cpu_offload", "mode", "config")
+        modes = {
+            "train": dict(student=self.student, dataset=self.text, alpha=1, max_steps=1),
+            "cache": self.cache | dict(cache_dir=case / "cache"),   # optional: cache
+            "generate": self.generate,   # optional: generate
+            "eval": dict(mode="eval", student=self.student,   # optional: eval
+                         dataset=self.text, eval_samples=1),
+        }
+        mode = modes[draw.choice(["train", *modes])]
+        skipped = {"output_dir", "max_steps", "cpu_offload", "mode", "config", *mode}
         name = draw.choice([name for name in config.FIELDS if name not in skipped])
-        mode = draw.choice(["train", "train", "cache", "generate", "eval"])
-        words = ["--output_dir", case / "out", "--mode", mode, f"--{name}", draw.choice(ODD)]
-        if mode == "train":
-            words += ["--student", self.student, "--dataset", self.good / "text.jsonl", "--alpha",
-                      "1", "--max_steps", "1"]
-        elif mode == "cache":
-            words += ["--teacher", self.student, "--dataset", self.good / "text.jsonl",
-                      "--cache_dir", case / "cache"]
-        elif mode == "eval":
-            words += ["--student", self.student, "--dataset", self.good / "text.jsonl",
-                      "--eval_samples", "1"]
-        else:
-            words += ["--provider", "local", "--teacher", self.student, "--num_examples", "1",
-                      "--max_tokens", "2"]
-        return words
+        return mode | {name: draw.choice(ODD)}
 
     def case_file(self, case, draw):
-        kind = draw.choice(["json", "yaml"])
-        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.good / "text.jsonl"),
+        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.text),
                 "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
-        path = case / f"run.{kind}"
+        path = case / "user" / f"run.{draw.choice(['json', 'yaml'])}"
         path.write_text(json.dumps(good))   # which is yaml too
         break_file(path, draw)
         if draw.random() < 0.2:
-            path.write_text("student: " + draw.choice(ODD).replace("\0", " ").replace(
-                "\ud800", "") + "\nstudent: x\n")
-        if draw.random() < 0.05:
-            path.chmod(0)
-        return ["--config", path, "--output_dir", case / "out", "--student", self.student,
-                "--dataset", self.good / "text.jsonl", "--max_steps", "1", "--alpha", "1"]
+            path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
+        return dict(config=path, student=self.student, dataset=self.text, max_steps=1, alpha=1)
 
     def case_rows(self, case, draw):
-        name = draw.choice(["text.jsonl", "chat.jsonl"])
-        path = case / name
-        shutil.copy(self.good / name, path)
+        path = case / "user" / draw.choice(["text.jsonl", "chat.jsonl"])
+        shutil.copy(self.good / path.name, path)
         for _ in range(draw.randrange(1, 4)):
-            if path.stat().st_size:
-                with contextlib.suppress(ValueError, IndexError):   # broken beyond that already
-                    break_file(path, draw)
+            with contextlib.suppress(ValueError):   # broken beyond that already
+                break_file(path, draw)
         if draw.random() < 0.15:
-            path = path.rename(case / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
+            path = path.rename(
+                path.parent / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
         more = {}
         more = draw.choice([{}, {"streaming": True}])   # optional: streaming
-        return self.words(dataset=path, output_dir=case / "out", **more)
+        return self.train | dict(dataset=path) | more
 
     def case_model(self, case, draw):
-        model = shutil.copytree(self.student, case / "model")
+        model = case / "user" / "model"
+        shutil.copytree(self.student, model)
         sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
                  "num_attention_heads", "num_key_value_heads", "head_dim")
-        file = draw.choice(["config.json", "config.json", "tokenizer.json",
-                            "tokenizer_config.json", "model.safetensors",
-                            "generation_config.json"])
-        if file == "config.json" and draw.random() < 0.5:
-            values = json.loads((model / file).read_text())
-            values[draw.choice(sizes)] = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
-            (model / file).write_text(json.dumps(values))
+        path = model / draw.choice([
+            "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+            "model.safetensors", "generation_config.json"])
+        if path.name == "config.json" and draw.random() < 0.5:
+            size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+            edit_json(path, **{draw.choice(sizes): size})
         else:
-            break_file(model / file, draw)
+            break_file(path, draw)
         if draw.random() < 0.1:
-            (model / file).unlink()
-        role = draw.choice(["student", "teacher"])
-        alpha = 1.0 if role == "student" else 0.5
-        return self.words(**{role: model}, alpha=alpha, output_dir=case / "out")
+            path.unlink()
+        return self.train | draw.choice([dict(student=model), dict(teacher=model, alpha=0.5)])
 
     def case_output(self, case, draw):
-        """What an earlier run left."""
-        out = self.folder / "finished"
-        if not out.exists():
-            distil(out, **{**self.fields, "max_steps": 2, "save_steps": 1})
-        shutil.copytree(out, case / "out")
-        files = [path for path in (case / "out").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
-        return self.words(max_steps=3, output_dir=case / "out")
+        """What an earlier run left; without its mark it is a folder of the user's."""
+        fields = self.train | dict(max_steps=2, save_steps=1)
+        self.copy_broken("finished", case / "out", draw, output_dir=self.folder / "finished",
+                         **fields)
+        if draw.random() < 0.2:
+            (case / "out" / sd.MARK).unlink(missing_ok=True)
+        return self.train | dict(max_steps=3)
 
     def case_cache(self, case, draw):   # optional: cache
-        cache = self.folder / "cache"
-        if not cache.exists():
-            cli(*flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
-                       cache_dir=cache, seq_len=32, cache_chunk=16))
-        shutil.copytree(cache, case / "cache")
-        files = [path for path in (case / "cache").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
+        self.copy_broken("cache", case / "cache", draw, cache_dir=self.folder / "cache",
+                         **self.cache)
         if draw.random() < 0.3:
-            return flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
-                         cache_dir=case / "cache", seq_len=32, cache_chunk=16,
-                         output_dir=case / "out")
-        fields = {**self.fields, "dataset": None, "alpha": 0.5, "seq_len": None}
-        return flags(**fields, cache_dir=case / "cache", output_dir=case / "out")
+            return self.cache | dict(cache_dir=case / "cache")
+        return self.train | dict(cache_dir=case / "cache", dataset=None, alpha=0.5, seq_len=None)
 
     def case_leftovers(self, case, draw):   # optional: generate
-        out = self.folder / "generated"
-        fields = dict(mode="generate", provider="local", teacher=self.student, num_examples=2,
-                      max_tokens=4)
-        if not out.exists():
-            sd.main(words_of(flags(**fields, output_dir=out)))
-        shutil.copytree(out, case / "out")
-        files = [path for path in (case / "out").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
+        self.copy_broken("generated", case / "out", draw, output_dir=self.folder / "generated",
+                         **self.generate)
         if draw.random() < 0.3:
-            prompts = write_jsonl(case / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+            prompts = case / "user" / "prompts.jsonl"
+            write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
             break_file(prompts, draw)
-            fields["prompts_file"] = prompts
-        return flags(**fields, output_dir=case / "out")
-
-    def case_environment(self, case, draw):
-        name = draw.choice([
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY",
-            "ALL_PROXY", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
-            "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "COLUMNS", "TMPDIR", "HOME", "TERM"])
-        value = draw.choice([text for text in ODD if "\0" not in text and "\ud800" not in text])
-        words = self.words(output_dir=case / "out")
-        if draw.random() < 0.3:
-            words = self.words(output_dir=case / "out", student="owner/name")
-        return {name: value}, words
+            return self.generate | dict(prompts_file=prompts)
+        return self.generate
 
 
 @pytest.mark.campaign
@@ -8517,150 +8471,114 @@ def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
     fuzz = Fuzz(tmp_path, student, text)
     monkeypatch.chdir(tmp_path)
     failures = []
-    answers = collections.Counter()
     first = int(os.environ.get("FUZZ_FROM", 0))
     for number in range(first, first + cases):
-        draw = random.Random(f"{kind} {number}")
         case = tmp_path / f"{kind}-{number}"
-        case.mkdir()
-        words = words_of(getattr(fuzz, f"case_{kind}")(case, draw))
-        watched = [path for path in (fuzz.good, Path(student), *case.iterdir())
-                   if path.name not in ("out", "cache")]
-        before = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
-        problem = problem_of(words, answers)
-        after = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
-        if before != after:
+        (case / "user").mkdir(parents=True)
+        fields = getattr(fuzz, f"case_{kind}")(case, random.Random(f"{kind} {number}"))
+        watched = [fuzz.good, Path(student), case / "user"]
+        if (case / "out").exists() and not (case / "out" / sd.MARK).exists():
+            watched.append(case / "out")
+        before = files_below(*watched)
+        words = words_of(flags(**fields, output_dir=case / "out"))
+        problem = problem_of(words)
+        if files_below(*watched) != before:
             problem = f"changed what is not its own; {problem}"
         if problem:
             failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
         shutil.rmtree(case)
-    print(answers)
     assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
 
 
-def problem_of(words, answers, seconds=60):
+def give_up(number, frame):
+    raise TimeoutError("more than a minute")
+
+
+def problem_of(words):
     """What is wrong with the answer to a command line, None where nothing is."""
     out = io.StringIO()
     err = io.StringIO()
-
-    def give_up(number, frame):
-        raise TimeoutError(f"more than {seconds} s")
-
-    handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = sd.main(words)
     except SystemExit as e:
-        code = e.code or 0
-    except BaseException as e:
-        place = traceback.extract_tb(e.__traceback__)
-        ours = [frame for frame in place if "simple_distill.py" in frame.filename
-                or "config.py" in frame.filename and "work" in frame.filename]
-        return (f"{type(e).__name__}: {str(e)[:200]} at "
-                + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(ours[-4:])))
+        code = e.code
+    except BaseException:
+        return traceback.format_exc()[-1500:]
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
         if sd.dist.is_initialized():
             sd.dist.destroy_process_group()
-    answers[code] += 1
-    if code not in (0, 2):
-        return f"exit code {code}"
-    if "Traceback" in err.getvalue() + out.getvalue():
-        return f"traceback: {err.getvalue()[-600:]}"
-    lines = err.getvalue().strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    if code == 2 and len(errors) != 1:
-        return f"{len(errors)} error lines: {err.getvalue()[-600:]!r}"
-    if code == 2 and len(errors[0]) > 2000:
-        return f"an error of {len(errors[0])} characters"
-    return None
+    errors = re.findall("^error: .*", err.getvalue(), re.MULTILINE)
+    if code in (0, None) and not errors:
+        return None
+    if code == 2 and len(errors) == 1 and len(errors[0]) < 2000 and "Trace" not in err.getvalue():
+        return None
+    return f"exit code {code}: {err.getvalue()[-600:]!r}"
 
 
 @pytest.mark.campaign
 def test_runs_fuzz_of_the_environment(tmp_path, student, text):
     """In processes of their own, since it is read when the package is imported."""
-    fuzz = Fuzz(tmp_path, student, text)
+    names = ("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HOME "
+             "HF_ENDPOINT HF_HUB_OFFLINE WANDB_MODE OMP_NUM_THREADS TOKENIZERS_PARALLELISM COLUMNS "
+             "TMPDIR HOME TERM").split()
+    values = [value for value in ODD if "\0" not in value and "\ud800" not in value]
+    fields = Fuzz(tmp_path, student, text).train
     failures = []
     for number in range(30):
-        case = tmp_path / f"environment-{number}"
-        case.mkdir()
-        env, words = fuzz.case_environment(case, random.Random(f"environment {number}"))
-        run = subprocess.run(
-            [sys.executable, HERE / "simple_distill.py", *words_of(words)], text=True, cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, capture_output=True, timeout=120)
-        if run.returncode not in (0, 2) or "Traceback" in run.stderr:
-            failures.append(f"{env}: exit code {run.returncode}\n{run.stderr[-600:]}")
+        draw = random.Random(f"environment {number}")
+        env = {draw.choice(names): draw.choice(values)}
+        fields["student"] = draw.choice([student, student, "owner/name"])
+        process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
+        shown, _ = process.communicate(timeout=120)
+        if process.returncode not in (0, 2) or "Traceback" in shown:
+            failures.append(f"{env}: exit code {process.returncode}\n{shown[-600:]}")
     assert not failures, "\n".join(failures)
 
 
 # ---- a week of runs, one after the other, as a user types them
 
-SHARDINGS = [
-    dict(fsdp="full_shard", shard_teacher=True, cpu_offload=False),
-    dict(fsdp="shard_grad_op", shard_teacher=True, cpu_offload=False),
-    dict(fsdp="hybrid_shard", shard_teacher=False, cpu_offload=False),
-    dict(fsdp="no_shard", shard_teacher=True, cpu_offload=True),
-]
 WEEK = [   # (processes, flags)
-    *[(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDINGS],
-    (2, dict(max_steps=6, goes_on=True)),   # in the output_dir of the run before
-    (1, dict(max_steps=8, goes_on=True)),
-    (1, dict(alpha=1, max_steps=3)),
-    (1, dict(divergence="reverse", temperature=2, max_steps=3)),
-    (1, dict(divergence="jsd", max_steps=3)),
-    (1, dict(student="layers:1", max_steps=3)),
-    (1, dict(dtype="bf16", gradient_checkpointing=True, max_steps=3)),
-    (1, dict(dtype="fp16", max_steps=3)),
-    (1, dict(compile=True, max_steps=3)),
-    (2, dict(streaming=True, max_steps=4)),   # optional: streaming
-    (1, dict(lr_multipliers=["mlp=0", "embed=0.1"], max_steps=3)),
-    (1, dict(num_epochs=2, eval_steps=5, gradient_accumulation_steps=2)),
+    (2, dict(fsdp="shard_grad_op", gradient_checkpointing=True, num_epochs=1, max_steps=None)),
+    (2, dict(fsdp="hybrid_shard", shard_teacher=False, divergence="reverse", temperature=2)),
+    (2, dict(fsdp="no_shard", cpu_offload=True, divergence="jsd")),
+    (2, dict(output_dir="three", eval_steps=1, save_steps=2)),
+    (2, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=6)),
+    (1, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=8)),
+    (1, dict(alpha=1, student="layers:1", lr_multipliers=["mlp=0", "embed=0.1"])),
+    (1, dict(dtype="bf16", compile=True, gradient_accumulation_steps=2)),
+    (1, dict(dtype="fp16", packing="documents", attention="sdpa")),
+    (2, dict(streaming=True)),   # optional: streaming
     (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
-    (2, dict(cache_dir="cache", max_steps=4)),   # optional: cache
-    (1, dict(cache_dir="cache", max_steps=3)),   # optional: cache
-    (1, dict(   # optional: cache
-        mode="cache", cache_dir="topk", cache_method="topk", cache_top_k=8)),
-    (1, dict(cache_dir="topk", max_steps=3)),   # optional: cache
-    (2, dict(blockwise=True, max_steps=2)),   # optional: blockwise
-    (1, dict(blockwise=True, block_input="teacher", num_epochs=0)),   # optional: blockwise
+    (2, dict(   # optional: cache
+        cache_dir="cache", teacher=None, dataset=None, seq_len=None)),
+    (2, dict(blockwise=True)),   # optional: blockwise
+    (1, dict(on_policy=0.5, max_new_tokens=4)),   # optional: on_policy
     (1, dict(   # optional: generate
-        mode="generate", provider="local", num_examples=3, max_tokens=8, concurrency=3)),
-    (2, dict(mode="eval", student="final")),   # optional: eval
-    (1, dict(   # optional: eval
-        mode="eval", student="final", compare=["final"], generate_comparisons=False)),
+        mode="generate", provider="local", num_examples=3, max_tokens=8)),
+    (2, dict(   # optional: eval
+        mode="eval", student="three/final", compare=["three/final"])),
 ]
 
 
 @pytest.mark.campaign
 def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
     """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    here = tmp_path / "here"
-    here.mkdir()
-    final = str(here / "out0" / "final")
-    out = None
+    folders = {"cache"}
     for i, (nproc, fields) in enumerate(WEEK):
-        fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **fields}
-        if fields.pop("goes_on", False):
-            fields |= dict(fsdp="full_shard", save_steps=2)
-        else:
-            out = f"out{i}"
-        fields["output_dir"] = out
-        if fields["student"] == "final":
-            fields["student"] = final
-        if "compare" in fields:
-            fields["compare"] = [final]
-        if "cache_dir" in fields:
-            fields["cache_dir"] = str(here / fields["cache_dir"])
+        fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, max_steps=4,
+                      output_dir=f"out{i}") | fields
+        folders.add(fields["output_dir"])
         words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
-        process = spawn(*words, nproc=nproc, cwd=here, env={"PYTHONWARNINGS": "default"})
+        process = spawn(*words, nproc=nproc, cwd=tmp_path, env={"PYTHONWARNINGS": "default"})
         shown, _ = process.communicate(timeout=600)
         assert process.returncode == 0, (fields, shown)
         assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
         assert "Traceback" not in shown, (fields, shown)
-    left = {path.name for path in here.iterdir()}
-    assert left <= {f"out{i}" for i in range(len(WEEK))} | {"cache", "topk"}
+    assert {path.name for path in tmp_path.iterdir()} <= folders
     assert pids_of(str(tmp_path)) == []
 
 
@@ -8670,16 +8588,23 @@ def is_read(name, fields):
 
 
 # --------------------------------------------------------------------------------------------------
-# Freeze: the same runs by this package and by a commit before it give the same weights, caches and
-# logs, bit for bit. REFERENCE=COMMIT names another commit; move it where a result is meant to
-# change.
+# Freeze: the same runs by this package and by a commit before it give the same batches, weights,
+# logs and reports, bit for bit, and what a cache holds is read the same. REFERENCE=COMMIT names
+# another commit; move it where a result is meant to change.
+#
+# Meant to differ from 58e7ff4, and left out: the files of checkpoints and caches; what log and
+# reports say of blocks and layers (figures are sums over tokens, after a linear map); intervals
+# (drawn otherwise); texts that provider local draws (by the one writer); the order of packed rows.
 
-REFERENCE = os.environ.get("REFERENCE", "e9529ff")   # before the house was rebuilt
+REFERENCE = os.environ.get("REFERENCE", "58e7ff4")   # before the house was halved
 
 TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
-CHAT_RUN = dict(teacher="teacher", student="student", dataset="chat", max_steps=3, eval_samples=8)
-BLOCKS = dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2,
-              distill_loss_type="mse", max_grad_norm_per_block=1.0)   # as defaults once were
+CHAT_RUN = TEXT_RUN | dict(dataset="chat", max_steps=3)
+CACHE = dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32)
+CACHED_RUN = TEXT_RUN | dict(teacher=None, dataset=None, seq_len=None, cache_dir="cache")
+BLOCKS = CHAT_RUN | dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2)
+STREAMED = {}
+STREAMED = dict(streaming=True)   # optional: streaming
 FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
     "forward": [(1, TEXT_RUN)],
     "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
@@ -8696,31 +8621,47 @@ FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, int
     "layers": [(1, TEXT_RUN | dict(student="layers:1"))],
     "2 ranks": [(2, CHAT_RUN | dict(batch_size=2))],
     "2 ranks, no_shard": [(2, TEXT_RUN | dict(fsdp="no_shard", shard_teacher=False))],
-    "resumed": [(1, TEXT_RUN | dict(max_steps=2)), (1, TEXT_RUN)],
+    "3 ranks, then 2": [
+        (3, TEXT_RUN | dict(batch_size=2, max_steps=2)), (2, TEXT_RUN | dict(batch_size=2))],
+    "killed": [(1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=True)),
+               (1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=False))],
     "stream": [   # optional: streaming
-        (1, TEXT_RUN | dict(streaming=True, shuffle_buffer=5))],
+        (2, TEXT_RUN | STREAMED | dict(max_steps=9, eval_steps=3))],
     "cache, sample": [   # optional: cache
-        (1, dict(mode="cache", teacher="teacher", dataset="chat", cache_dir="cache", seq_len=32)),
-        (1, CHAT_RUN | dict(teacher=None, dataset=None, cache_dir="cache"))],
-    # not the training from it: the mass of the bucket is summed another way since issue 16
+        (1, CACHE | dict(dataset="chat")), (1, CACHED_RUN)],
     "cache, topk": [   # optional: cache
-        (2, dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32,
-                 cache_method="topk", cache_top_k=9))],
+        (2, CACHE | dict(cache_method="topk", cache_top_k=9, temperature=2.0)), (1, CACHED_RUN)],
+    "cache of a stream": [   # optional: cache
+        (1, CACHE | STREAMED), (2, CACHED_RUN)],
     "blocks, student": [   # optional: blockwise
-        (1, CHAT_RUN | BLOCKS | dict(save_steps=2, eval_steps=2))],
+        (1, BLOCKS | dict(save_steps=2, eval_steps=2))],
     "blocks, teacher": [   # optional: blockwise
-        (1, CHAT_RUN | BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
+        (1, BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
     "blocks alone": [   # optional: blockwise
-        (1, CHAT_RUN | BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False,
-                                     lm_head_epochs=None))],
-    "generate": [   # optional: generate
-        (1, dict(mode="generate", provider="local", teacher="teacher", num_examples=4,
-                 max_tokens=8, concurrency=2))],
+        (1, BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False, lm_head_epochs=None,
+                          distill_loss_type="mse"))],
+    "on policy": [   # optional: on_policy
+        (2, CHAT_RUN | dict(on_policy=0.7, max_new_tokens=9, max_steps=6, batch_size=2))],
     "eval": [   # optional: eval
         (1, TEXT_RUN),
         (1, dict(mode="eval", teacher="teacher", student="final", compare="student",
                  dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
 }
+
+FIGURES = ("perplexity", "bits", "tokens", "accuracy", "agreement", "kl", "ece")
+# What each rank computes the loss of: ids, labels, and of a cache what was decoded from it.
+RECORD = """
+import hashlib
+
+def loss_recorded(model, batch, targets, *args, unrecorded=distil_loss, **objective):
+    tensors = [batch.input_ids, batch.labels, *(batch.sparse or ())]
+    content = b"".join(tensor.double().numpy().tobytes() for tensor in tensors)
+    with open({path!r} + str(RANK), "a") as f:
+        f.write(hashlib.sha256(content).hexdigest() + chr(10))
+    return unrecorded(model, batch, targets, *args, **objective)
+
+distil_loss = loss_recorded
+"""
 
 
 @pytest.fixture(scope="module")
@@ -8739,52 +8680,43 @@ def run_frozen(package, commands, inputs, folder):
         train = fields.get("mode", "train") == "train"
         fields = (PLAIN if train else {}) | fields | {"output_dir": folder / "out"}
         for name in ("teacher", "student", "dataset", "compare"):
-            if name in fields:
-                fields[name] = inputs.get(fields[name], fields[name])
-        if fields.get("student") == "final":
+            fields[name] = inputs.get(fields.get(name), fields.get(name))
+        if fields["student"] == "final":
             fields["student"] = folder / "out" / "final"
         if "cache_dir" in fields:
             fields["cache_dir"] = folder / "cache"
-        shown = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package).wait()
+        change = ""
+        if train and "killed" not in fields:
+            change = RECORD.format(path=str(folder / "batches"))
+        killed = fields.pop("killed", False)
+        run = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package,
+                   change=change)
+        if killed:
+            wait_for_log(folder / "out", run)
+            run.signal(signal.SIGKILL)
+        shown = run.wait()
         assert "error:" not in shown and "Traceback" not in shown, shown[-3000:]
+
+
+def figures_of(entry):
+    """Of a line of the log: without speeds, and what is meant to differ."""
+    return {k: v for k, v in entry.items() if not re.search(r"second|^block/\d", k)}
 
 
 def digest_of(folder):
     """-> {file: what two equal runs have in common of it}"""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if name == "out/log.jsonl":
-            digests[name] = log_of_then(folder / "out")
-        elif name == "out/report.json":
-            digests[name] = timeless_report(json.loads(path.read_text()))
-        elif path.suffix == ".jsonl":
-            digests[name] = [row["messages"] for row in read_lines(path)]
-        elif path.suffix == ".safetensors":
-            digests[name] = {}   # tensors alone: chunks of a cache bear its mark since then
-            for key, tensor in load_file(path).items():
-                content = tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else b""
-                digests[name][key] = hashlib.sha256(content).hexdigest()
+    digests = {"log": [figures_of(entry) for entry in log(folder / "out")]}
+    for path in sorted(folder.glob("batches*")):
+        digests[path.name] = path.read_text().split()
+    if (folder / "out" / "final").exists():
+        for name, tensor in final_weights(folder / "out").items():
+            content = tensor.view(torch.uint8).numpy().tobytes()
+            digests[name] = hashlib.sha256(content).hexdigest()
+    if (folder / "out" / "report.json").exists():
+        report = json.loads((folder / "out" / "report.json").read_text())
+        for label, figures in report["models"].items():
+            digests[label] = {name: figures[name] for name in FIGURES}
     return digests
-
-
-def log_of_then(out):
-    """Without what the reference did not log."""
-    later = re.compile(r"block/\d+/(median|explained)")
-    return [{k: v for k, v in entry.items() if not later.fullmatch(k)} for entry in quiet_log(out)]
-
-
-def timeless_report(report):
-    """Without speeds, memory and paths, and what the reference did not measure."""
-    passing = {"prefill", "generation", "memory", "name", "ratio", "own"}
-    models_ = {}
-    for label, figures in report["models"].items():
-        models_[label] = {k: v for k, v in figures.items() if k not in passing}
-        for layer in models_[label]["layers"]:
-            layer.pop("median", None)
-        for name in ("MSE / variance", "median token"):   # which of them is drawn
-            models_[label]["curves"].pop(name, None)
-    return models_
 
 
 @pytest.mark.campaign
@@ -8799,10 +8731,34 @@ def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_pac
         run_frozen(package, FROZEN[name], inputs, folder)
         results.append(digest_of(folder))
     reference, ours = results
-    assert reference
+    assert len(reference) > 5   # log, batches, weights
     assert ours.keys() == reference.keys()
-    for file in reference:
-        assert ours[file] == reference[file], file
+    for part in reference:
+        assert ours[part] == reference[part], part
+
+
+def fault_of_a_try(prompt, attempt):   # optional: generate
+    """Each prompt meets another one first."""
+    faults = [500, 429, "drop", None, "loop", "empty", "length", "no usage", "refusal"]
+    return faults[len(prompt) % len(faults)] if attempt == 1 else None
+
+
+@pytest.mark.campaign   # optional: generate
+def test_freeze_replies_are_those_of_the_reference(   # optional: generate
+        tmp_path, reference_package):
+    results = []
+    for package in (reference_package, HERE):
+        folder = tmp_path / f"by{len(results)}"
+        with ApiServer(fault=fault_of_a_try) as server:
+            fields = generate_fields(folder, server, 24)
+            shown = Fork(folder / "log.txt", *flags(**fields), package=package).wait()
+        results.append({})
+        for name in ("train.jsonl", "rejected.jsonl"):
+            rows = read_lines(folder / "out" / name)
+            results[-1][name] = sorted(json.dumps(row["messages"]) for row in rows)
+    reference, ours = results
+    assert min(map(len, reference.values())) > 2, shown
+    assert ours == reference
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8919,41 +8875,30 @@ def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, studen
     checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F", "."],
                              cwd=folder, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
-    source = (folder / "simple_distill.py").read_text() + (folder / "config.py").read_text()
-    shown = subprocess.run(
-        [sys.executable, "-c", "import config; config.parse_or_exit(['--help'])"],
-        cwd=folder, capture_output=True, text=True).stdout
-    knobs = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
-    assert "learning_rate" in knobs
-    knobs = {name.removeprefix("no_") for name in knobs} - {"config", "help"}
-    unread = [name for name in knobs if not re.search(rf"\bcfg\.{name}\b", source)]
-    assert unread == []
+    knobs = (folder / "config.py").read_text()
+    source = (folder / "simple_distill.py").read_text() + knobs
+    names = re.findall(r"^    (\w+): (?:Literal\[$|.*= knob\()", knobs, re.MULTILINE)
+    assert "learning_rate" in names
+    assert [name for name in names if not re.search(rf"\bcfg\.{name}\b", source)] == []
     for name in without:
         assert f"# Optional: {name}:" not in source
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 2}
-    run = Fork(tmp_path / "log.txt", *flags(**fields, output_dir=out), package=folder)
-    assert "done in" in run.wait(), Path(run.log).read_text()[-3000:]
+    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, max_steps=2,
+                  output_dir=out)
+    shown = Fork(tmp_path / "log.txt", *words, package=folder).wait()
+    assert "done in" in shown, shown
     assert len(log(out, "train")) == 2
 
 
-def run_tests_of(folder, *words):
-    """The fork's own tests, as its owner would run them -> pytest's closing lines."""
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=folder,
-                         capture_output=True, text=True)
+@pytest.mark.parametrize("words", [
+    ["-k", "losses or optimiser or data_conversation"],
+    pytest.param([], marks=pytest.mark.campaign),
+], ids=["quick", "all"])
+def test_forks_smallest_passes_its_tests(tmp_path, words):
+    """As its owner would run them; that there are some, pytest sees to."""
+    fork(tmp_path / "smallest", OPTIONAL)
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words],
+                         cwd=tmp_path / "smallest", capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    return ran.stdout
-
-
-def test_forks_smallest_passes_its_quick_tests(tmp_path):
-    fork(tmp_path / "smallest", OPTIONAL)
-    shown = run_tests_of(tmp_path / "smallest", "-k", "losses or optimiser or data_conversation")
-    assert re.search(r"\d+ passed", shown)
-
-
-@pytest.mark.campaign
-def test_forks_smallest_passes_all_its_tests(tmp_path):
-    fork(tmp_path / "smallest", OPTIONAL)
-    run_tests_of(tmp_path / "smallest")
 
 
 def test_forks_refuse_an_unknown_chapter_and_a_folder_in_use(tmp_path):
@@ -9004,21 +8949,16 @@ def test_package_the_top_level_is_six_files_and_five_requirements():
     assert sorted(required) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
 
 
-def test_package_names_are_true():
-    """config.py is the configuration and nothing else; few names cross."""
+def test_package_config_is_the_configuration_and_nothing_else():
     tree = ast.parse((HERE / "config.py").read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported & {"asyncio", "matplotlib", "safetensors", "zlib", "torch"} == set()
-    crossing = []
-    for node in ast.walk(ast.parse((HERE / "simple_distill.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "config":
-            crossing += [alias.name for alias in node.names]
-    assert 0 < len(crossing) < 10
+            imported.add(node.module)
+    names = {name.split(".")[0] for name in imported}
+    assert names.isdisjoint({"asyncio", "matplotlib", "safetensors", "zlib", "torch", "datasets"})
 
 
 def test_package_an_optional_chapter_borrows_from_none():
@@ -9044,58 +8984,52 @@ def readme_commands():
     demo)."""
     readme = (HERE / "README.md").read_text().replace("\\\n", " ")
     pattern = (r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*"
-               r"((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)")
+               r"(?:python simple_distill\.py|\./launch\.sh) (--[^`\n]*)")
     commands = []
     for line in re.findall(pattern, readme, re.MULTILINE):
-        words = shlex.split(re.sub(r"\s#.*", "", line))
-        if len(words) > 2 and "..." not in words and "--help" not in words:
-            if words not in commands:
-                commands.append(words)
+        words = [word for word in shlex.split(line, comments=True) if word[:1] != "$"]
+        if "..." not in words and "--help" not in words and words not in commands:
+            commands.append(words)
     return commands
 
 
 def read_flags(words):
-    """['--a', '1', '--b=2', '--c'] -> [('--a', '1'), ('--b', '2'), ('--c', None)]"""
-    pairs = []
+    """['--a', '1', '--b', '--c', '2', '3'] -> {'--a': ['1'], '--b': [], '--c': ['2', '3']}"""
+    given = {}
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            pairs.append((name, value if equals else None))
+            values = given[word] = []
         else:
-            pairs[-1] = (pairs[-1][0], word)
-    return pairs
+            values.append(word)
+    return given
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
 def test_package_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
     """As they stand there, on tiny models: names of models and data are replaced, lengths cut
     short, nothing else."""
-    given = dict(read_flags(command[1 if command[0].endswith("launch.sh") else 2:]))
-    mode = given.get("--mode", "train")
+    given = read_flags(command)
+    mode = given.get("--mode", ["train"])[0]
     if mode == "generate":
         pytest.skip("mode generate has tests of its own, with a server")
+    monkeypatch.chdir(tmp_path)
     replaced = {"--teacher": teacher, "--student": student, "--dataset": text,
                 "--tokenizer": teacher, "--compare": student}
-    given.pop("--dataset_config", None)
-    for name, value in given.items():
-        if name in replaced and not value.startswith(("layers:", "demo")):
-            given[name] = replaced[name]
+    for name in replaced.keys() & given.keys():
+        if not given[name][0].startswith(("layers:", "demo")):
+            given[name] = [replaced[name]]
     if "--config" in given:
-        (tmp_path / given["--config"]).write_text(
-            f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
-    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"}
+        Path(given["--config"][0]).write_text(f"teacher: {teacher}\nstudent: {student}\n")
+    given |= {"--seq_len": ["32"], "--output_dir": ["out"]}
+    given.pop("--dataset_config", None)
     if mode == "train":
-        short |= {"--max_steps": 2, "--log_steps": 1}
-    if "--cache_dir" not in given or mode == "cache":
-        short["--dataset"] = text
-    monkeypatch.chdir(tmp_path)
-    if "--cache_dir" in given and mode == "train":   # its other half comes first
-        cli("--mode", "cache", *flags(teacher=teacher, dataset=text, seq_len=32,
-                                      cache_dir=given["--cache_dir"], output_dir="out"))
-    words = []
-    for name, value in (short | given).items():
-        words += [name] if value is None else [name, value]
-    cli(*words)
+        given |= {"--max_steps": ["2"], "--log_steps": ["1"]}
+    if mode == "train" and "--cache_dir" in given:   # its other half comes first
+        cli(*flags(mode="cache", teacher=teacher, dataset=text, seq_len=32,
+                   cache_dir=given["--cache_dir"]))
+    else:
+        given["--dataset"] = [text]
+    cli(*[word for name, values in given.items() for word in (name, *values)])
 
 
 SKEWED = """
@@ -9217,19 +9151,8 @@ def our_loss(case):
 
 def our_eager_loss(case):
     """The same with the element-wise part as it runs where there is no compiler."""
-    compiled = torch.compile
-    kernel = sd.chunk_kernel
-    sd.torch.compile = uncompiled
-    sd.chunk_kernel = kernel.__wrapped__   # which remembers none
-    try:
+    with torch.compiler.set_stance("force_eager"):
         our_loss(case)
-    finally:
-        sd.torch.compile = compiled
-        sd.chunk_kernel = kernel
-
-
-def uncompiled(function, **_):
-    return function
 
 
 def its_matmuls(case):
@@ -9247,22 +9170,6 @@ def its_matmuls(case):
         grad_weight.addmm_(logits.T, h)
 
 
-def allocators():
-    """On a CPU everything is measured twice: with glibc's allocator as it comes, and as
-    process_group() sets it for a run."""
-    if ON_GPU:
-        yield "PyTorch's allocator"
-        return
-    mmap_max = -4
-    trim_threshold = -1
-    for name, most_maps, threshold in (
-            ("glibc as it comes", 65536, 131072),
-            ("glibc as the trainer sets it", 0, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(mmap_max, most_maps)
-        ctypes.CDLL(None).mallopt(trim_threshold, threshold)
-        yield name
-
-
 def bench_loss(vocab=32000):
     if ON_GPU:
         tokens, width, teacher_width = 8192, 2048, 4096
@@ -9270,41 +9177,20 @@ def bench_loss(vocab=32000):
         tokens, width, teacher_width = 1024 if vocab == 32000 else 512, 256, 512
     case = loss_case(vocab, tokens, width, teacher_width, counted=7 / 8)
     half = loss_case(vocab, tokens, width, teacher_width, counted=0.5)
-    full = loss_case(vocab, tokens, width, teacher_width)
     small = loss_case(vocab, 64, width, teacher_width)
-    cases = {
+    found = interleaved({
         "its matmuls": functools.partial(its_matmuls, case),
         "ours": functools.partial(our_loss, case),
         "ours, eager": functools.partial(our_eager_loss, case),
         "plain PyTorch": functools.partial(plain_loss, case),
-        "ours, none masked": functools.partial(our_loss, full),
         "ours, half masked": functools.partial(our_loss, half),
         "ours, 64 tokens": functools.partial(our_loss, small),
         "plain, 64 tokens": functools.partial(plain_loss, small),
-    }
-    with contextlib.suppress(ImportError):
-        cases["Liger fused JSD"] = liger_loss(case)
-    where = "bf16 cuda" if ON_GPU else "fp32 cpu"
-    for allocator in allocators():
-        found = interleaved(cases)
-        print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, "
-              f"Dt {teacher_width}, {where}, {allocator}")
-        for name, seconds in found.items():
-            ratio = seconds / found["its matmuls"]
-            print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
-
-
-def liger_loss(case):
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0,
-                                    compiled=ON_GPU, temperature=1.0)
-
-    def run():
-        loss = liger(case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_(),
-                     case.teacher_hidden, case.teacher_weight, case.labels)
-        loss.backward()
-
-    return run
+    })
+    print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, Dt {teacher_width}")
+    for name, seconds in found.items():
+        ratio = seconds / found["its matmuls"]
+        print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
 
 
 LOSSES = {"ours": our_loss, "ours, eager": our_eager_loss, "plain": plain_loss}
@@ -9370,8 +9256,10 @@ def our_step(folder, batches, alpha, **fields):
     cfg = sd.Config(
         student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json",
         alpha=alpha, use_wandb=False, **{"gradient_checkpointing": False} | fields)
-    student = sd.load_student(cfg)
-    teacher = sd.load_teacher(cfg) if alpha < 1 else None
+    student, _ = sd.load_model(cfg, "student")
+    teacher = None
+    if alpha < 1:
+        teacher, _ = sd.load_model(cfg, "teacher")
     rates = dict.fromkeys(student.parameters(), 1e-4)
     optimizer = sd.make_optimizer(student.parameters(), rates, 0.0)
     scale_state = sd.new_scale_state(False)
@@ -9386,6 +9274,10 @@ def our_step(folder, batches, alpha, **fields):
             optimizer.zero_grad()
 
     return step
+
+
+def token_row(ids, targets):
+    return {"input_ids": ids, "targets": targets, "starts": np.array([0])}
 
 
 def plain_step(student_shape, teacher_shape, ids_BT, loss_of):
@@ -9431,8 +9323,8 @@ def bench_step():
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
         transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
         transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
-        rows = torch.randint(0, vocab, (sequences, tokens))
-        batch = sd.collate([{"input_ids": row, "targets": None} for row in rows])
+        ids = np.random.default_rng(0).integers(0, vocab, (sequences, tokens))
+        batch = sd.collate([token_row(row, np.arange(tokens) > 0) for row in ids])
         cases = {
             "labels only": our_step(folder, [batch], alpha=1.0),
             "online": our_step(folder, [batch], alpha=0.5),
@@ -9445,13 +9337,12 @@ def bench_step():
             import trl   # noqa: F401
             cases["TRL's GKDTrainer"] = plain_step(student_shape, teacher_shape, batch.input_ids,
                                                    trl_step_loss)
-        for allocator in allocators():
-            found = interleaved(cases, rounds=5)
-            print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}, {allocator}")
-            for name, seconds in found.items():
-                speed = sequences * tokens / seconds
-                ratio = found["plain PyTorch"] / seconds
-                print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
+        found = interleaved(cases, rounds=5)
+    print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}")
+    for name, seconds in found.items():
+        speed = sequences * tokens / seconds
+        ratio = found["plain PyTorch"] / seconds
+        print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
 
 
 def smollm2_135m():
@@ -9461,46 +9352,32 @@ def smollm2_135m():
         tie_word_embeddings=True)
 
 
-def usual_batches(rows, batch_size, count):
-    """Of an epoch's batches those whose share of targets is nearest to that of all."""
-    order = sd.shuffled(len(rows), 0, 0).tolist()
-    batches = []
-    for i in range(len(rows) // batch_size):
-        numbers = order[i * batch_size:(i + 1) * batch_size]
-        batches.append(sd.collate([rows[k] for k in numbers]))
-    targets = sum(len(batch.labels) for batch in batches)
-    usual = targets / sum(batch.input_ids.numel() for batch in batches)
-    batches.sort(key=lambda batch: abs(len(batch.labels) / batch.input_ids.numel() - usual))
-    return batches[:count]
-
-
-def bench_documents(batch_size=8, seq_len=512, count=2):
+def bench_documents(batch_size=8, seq_len=512, count=3):
     """Conversations as long as GSM8K's are under SmolLM2's tokenizer (217 tokens, 126 of them
     targets), one a row and packed, for a student of SmolLM2-135M's shape."""
     pick = random.Random(0)
     documents = []
     for _ in range(1000):
         length = min(seq_len, round(pick.lognormvariate(5.32, 0.33)))
-        targets = [k > 0.42 * length for k in range(length)]
-        documents.append({"input_ids": [7] * length, "targets": targets})
-    kinds = {"one a row": documents,
-             "packed": sd.rows_from_columns(sd.pack_documents(documents, seq_len))}
+        documents.append(token_row(np.full(length, 7), np.arange(length) > 0.42 * length))
+    rows = datasets.Dataset.from_list(documents).with_format("numpy")
+    kinds = {"one a row": rows, "packed": sd.PackedRows(rows, seq_len)}
+    cases = {}
+    targets = {}
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
         smollm2_135m().save_pretrained(f"{folder}/student")
-        cases = {}
-        targets = {}
         for kind, rows in kinds.items():
-            batches = usual_batches(rows, batch_size, count)
+            batches = []
+            for i in range(count):
+                numbers = range(i * batch_size, (i + 1) * batch_size)
+                batches.append(sd.collate([rows[k] for k in numbers]))
             targets[kind] = sum(len(batch.labels) for batch in batches)
             cases[kind] = our_step(folder, batches, alpha=1.0, gradient_checkpointing=True)
         found = interleaved(cases, rounds=3)
     print(f"\nSmolLM2-135M's shape on labels, conversations in {batch_size} rows of {seq_len}")
     speeds = {kind: targets[kind] / seconds for kind, seconds in found.items()}
-    for kind, rows in kinds.items():
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        padding = sd.share_of_padding(lengths, batch_size, 0)
-        ratio = speeds[kind] / speeds["one a row"]
-        print(f"  {kind:<20}{padding:>8.1%} padding{speeds[kind]:>12,.0f} targets/s{ratio:>8.2f} x")
+    for kind, speed in speeds.items():
+        print(f"  {kind:<20}{speed:>12,.0f} targets/s{speed / speeds['one a row']:>8.2f} x")
 
 
 BENCHES = {
@@ -9520,6 +9397,7 @@ def bench(names):
     memory -> exit code."""
     if names:
         torch.set_num_threads(os.cpu_count())
+        sd.keep_freed_memory()   # as a run does
         for name in names:
             BENCHES[name]()
         return 0
