@@ -256,8 +256,8 @@ def table(header, rows):
 
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
-    "train": ("config.json", "log.jsonl", "checkpoints", "final"),
-    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
+    "train": (   # eval writes its report there too
+        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json"),
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
@@ -270,8 +270,7 @@ def claim(folder, mode, wait=False):
     """Makes a folder ours for as long as this lasts: what stands there under our names may be
     replaced. One run a folder; wait: until another one is done. The kernel drops the lock with its
     process."""
-    kind = mode.replace("eval", "train")   # a report may lie in the folder of its run
-    words = f"{kind} {from_rank0(time.time_ns())}"
+    words = f"{mode} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
         with phase(f"taking {folder} for this run alone"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
@@ -301,7 +300,7 @@ def mark_folder(folder, mode):
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
-    if there not in ("", mode.replace("eval", "train")):
+    if there not in ("", mode):
         raise UserError(f"{folder!r} is of mode {there}; choose another folder")
     return file
 
@@ -5381,7 +5380,8 @@ def run_config(cfg):
     try:
         with process_group(), contextlib.ExitStack() as stack:
             if not (cfg.dry_run or cfg.mode == "cache"):   # which marks its cache_dir
-                stack.enter_context(claim(cfg.output_dir, cfg.mode))
+                mode = cfg.mode.replace("eval", "train")   # a report lies beside its run
+                stack.enter_context(claim(cfg.output_dir, mode))
             choose_mode(cfg)(cfg)
         return 0
     except UserError as e:
