@@ -48,7 +48,6 @@ import sys
 import sysconfig   # optional: demo generate
 import tempfile
 import textwrap   # optional: generate
-import threading
 import time
 import traceback
 import urllib.parse   # optional: generate
@@ -1537,7 +1536,7 @@ def identity_of(model):
     crc = 0
     for parameter in model.parameters():
         some = parameter.detach().flatten()[::parameter.numel() // 4096 | 1]
-        crc = zlib.crc32(some.float().numpy(), crc)
+        crc = zlib.crc32(some.float().numpy().tobytes(), crc)
     return crc
 
 
