@@ -3535,7 +3535,7 @@ def begin_cache(cfg, tokenizer, manifest):
 def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
     """-> the paths of all chunks, once they are there; None where a signal stopped it. Ranks go
     from one forward to the next together: see open_teacher."""
-    total = None   # a stream has no length
+    total = math.inf   # a stream has no length
     if not isinstance(splits["train"], datasets.IterableDataset):
         total = sum(map(len, splits.values()))
     with tqdm(total=total, unit="row", disable=RANK > 0, leave=False) as bar:
@@ -3599,7 +3599,7 @@ def encode_block(cfg, tokenizer, columns):
 
 def write_chunks(chunks, ask, manifest, total):
     """Write the chunks of free_chunks; yields after each forward, its number of rows. The first
-    chunk tells what all will take. total: rows of all splits, None for a stream."""
+    chunk tells what all will take. total: rows of all splits, inf for a stream."""
     said = False
     for path, rows, first in chunks:
         kept = []
@@ -3618,11 +3618,9 @@ def say_size(path, rows, kept, total):
     targets = sum(row["targets"].sum() for row in rows)
     mass = sum(of_row.mass for of_row in kept)
     size = os.path.getsize(path)
-    in_all = "a stream has no length"
-    if total is not None:
-        in_all = f"about {size / len(rows) * total / 1e9:.3f} GB in all"
     print0(f"cache: {size / tokens:.1f} bytes a token, which hold {mass / targets:.1%} of the "
-           f"teacher's mass; {in_all}, {shutil.disk_usage(path).free / 1e9:.1f} GB free")
+           f"teacher's mass; about {size / len(rows) * total / 1e9:.3f} GB in all, "
+           f"{shutil.disk_usage(path).free / 1e9:.1f} GB free")
 
 
 def write_chunk(path, rows, kept, content):
@@ -3650,29 +3648,27 @@ def checksum_at(path, line, data, content):
 
 
 def keep(hidden_ND, head, number, manifest):
-    """Of the teacher at the targets of the row of this number -> Kept"""
-    # the same for a row of this number on any device
+    """Of the teacher, at the targets of the row of this number -> Kept"""
+    # draws of its own, the same on any device
     generator = torch.Generator().manual_seed(int(digest(manifest["seed"], number), 16) >> 1)
     shape = len(hidden_ND), manifest["size"]
     uniform_NS = torch.rand(shape, dtype=torch.float64, generator=generator).to(DEVICE)
     # 16 bytes an entry of [C, V]: log p, p, and the running sum of p in fp64
-    tokens_at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
+    at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
     parts = []
-    hidden_parts = hidden_ND.split(tokens_at_once)
-    for hidden_CD, uniform_CS in zip(hidden_parts, uniform_NS.split(tokens_at_once)):
+    for hidden_CD, uniform_CS in zip(hidden_ND.split(at_once), uniform_NS.split(at_once)):
         logits_CV = head_logits(hidden_CD, head, manifest["vocabulary"])   # without the padding
         logp_CV = torch.log_softmax(logits_CV / manifest["temperature"], -1)
         if manifest["method"] == "sample":
             parts.append(sample_entries(logp_CV, uniform_CS))
         else:
             parts.append(topk_entries(logp_CV, manifest["size"]))
-    entries, extra, masses = zip(*parts)
-    return Kept(torch.cat(entries).cpu().numpy(), torch.cat(extra).cpu().numpy(),
-                float(sum(masses)))
+    entries, extra, masses = map(torch.cat, zip(*parts))
+    return Kept(entries.cpu().numpy(), extra.cpu().numpy(), masses.sum().item())
 
 
 def sample_entries(logp_CV, uniform_CS):
-    """S draws a token -> an entry for each distinct id [E], extra [C], mass."""
+    """S draws a token -> an entry for each distinct id [E], extra [C], masses."""
     vocabulary = logp_CV.shape[1]
     cdf_CV = logp_CV.exp().cumsum(-1, dtype=torch.float64)
     heights_CS = uniform_CS * cdf_CV[:, -1:]   # which is not exactly 1
@@ -3686,38 +3682,37 @@ def sample_entries(logp_CV, uniform_CS):
     places_E, times_E = torch.unique_consecutive(
         draws_CS + vocabulary * line_C1, return_counts=True)
     entries_E = places_E % vocabulary * uniform_CS.shape[1] + times_E - 1
-    return entries_E, extra_C, logp_CV.flatten()[places_E].exp().sum()
+    return entries_E, extra_C, logp_CV.flatten()[places_E].exp()
 
 
 def topk_entries(logp_CV, size):
-    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing, mass."""
+    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing, masses.
+    """
     logp_CK, ids_CK = logp_CV.topk(size)
     mass_C1 = logp_CK.exp().sum(-1, keepdim=True)
     rest_C1 = (1 - mass_C1).clamp_min(0)
     logp_CE = torch.cat([logp_CK, rest_C1.log()], -1)
     codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255).long()
     entries_CE = 256 * nn.functional.pad(ids_CK, (0, 1)) + codes_CE
-    return entries_CE.flatten(), ids_CK.new_empty(0), mass_C1.sum()
+    return entries_CE.flatten(), ids_CK.new_empty(0), mass_C1
 
 
 def finish_cache(cache_dir, manifest, paths):
     """Read every row of all workers' chunks back; with their numbers the cache is full."""
     chunks = {"train": [], "eval": []}
-    tokens = biggest = 0
+    headers = []
     for path in tqdm(paths, desc="reading the cache back", unit="chunk", leave=False):
         rows = read_chunk(path, digest(manifest))
-        for numbers in rows:
-            tokens += int(numbers[0])
-            biggest = max(biggest, int(numbers[2]))
+        headers += [numbers[:3].tolist() for numbers in rows]
         split, _ = os.path.basename(path).split("-")
         chunks[split].append(len(rows))
-    bytes_per_token = sum(map(os.path.getsize, paths)) / tokens
-    rows = sum(map(sum, chunks.values()))
-    index = dict(rows=rows, tokens=tokens, bytes_per_token=bytes_per_token, biggest=biggest,
-                 chunks=chunks)
+    tokens, _, ids = zip(*headers)
+    size = sum(map(os.path.getsize, paths))
+    index = dict(rows=len(headers), tokens=sum(tokens), bytes_per_token=size / sum(tokens),
+                 biggest_id=max(ids), chunks=chunks)
     write_json(index, os.path.join(cache_dir, "index.json"))
-    print0(f"cache {cache_dir}: {rows:,} sequences, {tokens:,} tokens of {bytes_per_token:.1f} "
-           "bytes")
+    print0(f"cache {cache_dir}: {index['rows']:,} sequences, {index['tokens']:,} tokens of "
+           f"{index['bytes_per_token']:.1f} bytes")
 
 
 # ---- reading
@@ -3742,40 +3737,36 @@ def describe_cache_use(cfg):
 
 
 def load_with_cache(cfg):
-    """load_everything, where the cache is the dataset and the teacher."""
+    """load_everything, where the cache is the dataset and the teacher. Code in its tokenizer runs
+    only where this run allows it."""
     with phase(f"reading cache {cfg.cache_dir}"):
-        rows, eval_rows, tokenizer = open_cache(cfg)
+        manifest = read_manifest(cfg.cache_dir)
+        index = read_json(os.path.join(cfg.cache_dir, "index.json"))
+        if not index:
+            raise UserError(f"{cfg.cache_dir!r} holds no finished cache (it was begun, not "
+                            "finished); the same mode cache command finishes it")
+        folder = os.path.join(cfg.cache_dir, "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
+            raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache "
+                            "again with --force_regenerate")
+        theirs = load_tokenizer(cfg, cfg.student) or tokenizer
+        compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
     student, _ = load_checked(cfg, "student", tokenizer)
-    refuse_unknown_ids(read_index(cfg.cache_dir)["biggest"], tokenizer, [student])
+    refuse_unknown_ids(index["biggest_id"], tokenizer, [student])
+    rows = CacheRows(cfg.cache_dir, "train", manifest, index)
+    eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
     return tokenizer, rows, eval_rows, student, None, None
-
-
-def open_cache(cfg):
-    """-> train rows, eval rows, and the tokenizer as it was when the cache was filled; code in that
-    runs only where this run allows it."""
-    manifest = read_manifest(cfg.cache_dir)
-    chunks = read_index(cfg.cache_dir)["chunks"]
-    folder = os.path.join(cfg.cache_dir, "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
-        raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache again "
-                        "with --force_regenerate")
-    student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
-    compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
-                       f"{cfg.cache_dir}: {manifest['teacher']}")
-    rows = CacheRows(cfg.cache_dir, "train", manifest, chunks)
-    eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, chunks, at_most=cfg.eval_samples)
-    return rows, eval_rows, tokenizer
 
 
 class CacheRows:
     """The rows of a split, by number: nothing is read but what is asked for."""
 
-    def __init__(self, cache_dir, split, manifest, chunks, at_most=math.inf):
+    def __init__(self, cache_dir, split, manifest, index, at_most=math.inf):
         self.prefix = os.path.join(cache_dir, split)
         self.manifest = manifest
         self.content = digest(manifest)
-        self.starts = np.cumsum([0, *chunks[split]])   # of chunks; the last: the end
+        self.starts = np.cumsum([0, *index["chunks"][split]])   # of chunks; the last: the end
         self.length = int(min(self.starts[-1], at_most))
 
     def __len__(self):
@@ -3816,15 +3807,6 @@ def read_manifest(cache_dir):
         raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
                         "fills it, an older one with --force_regenerate")
     return manifest
-
-
-def read_index(cache_dir):
-    """Of a full cache."""
-    index = read_json(os.path.join(cache_dir, "index.json"))
-    if not index:
-        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); the "
-                        "same mode cache command finishes it")
-    return index
 
 
 # --------------------------------------------------------------------------------------------------
