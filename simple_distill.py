@@ -3479,7 +3479,7 @@ def fill_cache(cfg):
         rows, eval_rows = load_data(cfg, tokenizer)
         splits = {"train": rows, "eval": eval_rows}
         ask, identity = open_teacher(cfg, tokenizer)
-        with phase(f"opening cache {cfg.cache_dir}"):
+        with phase(f"comparing what is in {cfg.cache_dir}"):
             manifest = describe_cache(cfg, tokenizer, splits, identity)
             begin_cache(cfg, tokenizer, manifest)
         with stop_signals() as stop_requests:
@@ -3700,18 +3700,17 @@ def topk_entries(logp_CV, size):
 def finish_cache(cache_dir, manifest, paths):
     """Read every row of all workers' chunks back; with their numbers the cache is full."""
     chunks = {"train": [], "eval": []}
-    headers = []
+    tokens = biggest_id = 0
     for path in tqdm(paths, desc="reading the cache back", unit="chunk", leave=False):
         rows = read_chunk(path, digest(manifest))
-        headers += [numbers[:3].tolist() for numbers in rows]
+        tokens += sum(int(numbers[0]) for numbers in rows)
+        biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
         split, _ = os.path.basename(path).split("-")
         chunks[split].append(len(rows))
-    tokens, _, ids = zip(*headers)
-    size = sum(map(os.path.getsize, paths))
-    index = dict(rows=len(headers), tokens=sum(tokens), bytes_per_token=size / sum(tokens),
-                 biggest_id=max(ids), chunks=chunks)
+    index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
+                 bytes_per_token=sum(map(os.path.getsize, paths)) / tokens, biggest_id=biggest_id)
     write_json(index, os.path.join(cache_dir, "index.json"))
-    print0(f"cache {cache_dir}: {index['rows']:,} sequences, {index['tokens']:,} tokens of "
+    print0(f"cache {cache_dir} is full: {index['rows']:,} sequences, {tokens:,} tokens of "
            f"{index['bytes_per_token']:.1f} bytes")
 
 
@@ -3752,10 +3751,10 @@ def load_with_cache(cfg):
                             "again with --force_regenerate")
         theirs = load_tokenizer(cfg, cfg.student) or tokenizer
         compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
+        rows = CacheRows(cfg.cache_dir, "train", manifest, index)
+        eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
     student, _ = load_checked(cfg, "student", tokenizer)
     refuse_unknown_ids(index["biggest_id"], tokenizer, [student])
-    rows = CacheRows(cfg.cache_dir, "train", manifest, index)
-    eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
     return tokenizer, rows, eval_rows, student, None, None
 
 

@@ -5208,11 +5208,11 @@ def text_row(vocab, tokens):
             "starts": np.array([0])}
 
 
-def keep_and_read(hidden, head, *what, number=7, **more):
+def keep_and_read(hidden, head, *what, **more):
     """A row of plain text, through its bytes and back -> SparseTarget, bytes, what was kept."""
     manifest = cache_manifest(len(head.weight), *what, **more)
     row = text_row(len(head.weight), len(hidden) + 1)
-    kept = sd.keep(hidden, head, number, manifest)
+    kept = sd.keep(hidden, head, 7, manifest)
     data = sd.compress(sd.pack_row(row, kept))
     there = sd.unpack_row(sd.decompress(data), manifest)
     for name in row:
@@ -5241,33 +5241,41 @@ def test_cache_topk_is_what_the_teacher_says(vocab):
         assert (sparse.entropy - entropy).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("vocab,size,most", [   # most: bytes a token
-    (2, 1, 5), (300, 50, 99), (32000, 50, 52.3), (151936, 50, 73.8), (151936, 255, 300)])
-def test_cache_samples_are_counted_and_small(vocab, size, most):
+@pytest.mark.parametrize("vocab,size", [
+    (2, 1), (300, 50), (32000, 50), (151936, 50), (151936, 255)])
+def test_cache_samples_are_counted_and_small(vocab, size):
     hidden, head, probs = made_up_teacher(vocab, 200, sharp=5.0)
     sparse, data, kept = keep_and_read(hidden, head, "sample", size)
     # an id stands as often as it was drawn
     assert torch.allclose(sparse.probs, torch.full((200, size), 1 / size))
     assert (sparse.rest == 0).all()
-    distinct = [sorted(set(ids.tolist())) for ids in sparse.ids]
+    distinct = [torch.unique(ids) for ids in sparse.ids]
     assert sum(map(len, distinct)) == len(kept.entries)
-    held = sum(float(of_token[ids].sum()) for of_token, ids in zip(probs, distinct))
-    assert kept.mass == pytest.approx(held, rel=1e-4)
+    held = sum(of_token[ids].sum() for of_token, ids in zip(probs, distinct))
+    assert kept.mass == pytest.approx(held.item(), rel=1e-4)
     entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
     assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
     # ... which is the teacher's entropy on average
     entropy = -(probs * probs.log()).sum(-1)
     assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
-    assert len(data) / 201 < most
+    bits = len(kept.entries) * (vocab * size).bit_length() + 200 * (12 + vocab.bit_length())
+    if vocab >= 32000:   # as if nothing took a whole byte
+        assert len(data) < 1.02 * bits / 8
 
 
-def test_cache_draws_by_the_number_of_a_row_and_the_seed():
-    hidden, head, _ = made_up_teacher(300, 20)
-    draws = []
-    for number, seed in ((3, 0), (3, 0), (4, 0), (3, 1)):
-        _, data, _ = keep_and_read(hidden, head, "sample", 9, seed=seed, number=number)
-        draws.append(data)
-    assert [data == draws[0] for data in draws] == [True, True, False, False]
+@torch.no_grad()
+def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp_path):
+    """... by the seed and the number of the row: the same whoever fills the cache."""
+    fill_cache(teacher, cache_text, tmp_path, temperature=2, seed=5)
+    model = load(teacher)
+    for split, first, i in (("eval", 0, 3), ("train", 2**60, 0), ("train", 2**60, 39)):
+        row = rows_of_cache(tmp_path, split)[i]
+        ids_1T = torch.from_numpy(row["input_ids"])[None]
+        cdf = (model(ids_1T).logits[0, :-1].double() / 2).softmax(-1).cumsum(-1)
+        generator = torch.Generator().manual_seed(int(sd.digest(5, first + i), 16) >> 1)
+        numbers = torch.rand(len(cdf), 50, dtype=torch.float64, generator=generator)
+        draws = torch.searchsorted(cdf, numbers).sort(-1).values.numpy()
+        assert (draws == row["sparse"].ids).mean() > 0.99
 
 
 def test_cache_same_model_logs_no_kl():
@@ -5280,42 +5288,11 @@ def test_cache_same_model_logs_no_kl():
     # nor is the KL of what is listed and the rest ever negative, whatever the student says
     noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
     other_head = sd.Head(head.weight + 0.3 * noise)
-    for size in (1, 12, 64):
-        sparse, *_ = keep_and_read(hidden, head, "topk", size)
-        for i in range(200):
-            of_token = sd.SparseTarget(*[values[i:i + 1] for values in sparse])
-            _, _, kl = sd.distillation_loss(
-                hidden[i:i + 1], other_head, labels[:1], of_token, alpha=0.0, temperature=1.0)
-            assert kl > -1e-5
-
-
-def kl_gradient(hidden, student_weight, target, temperature):
-    """Of the student's head."""
-    weight = student_weight.clone().requires_grad_()
-    labels = torch.zeros(len(hidden), dtype=torch.long)
-    loss, _, _ = sd.distillation_loss(
-        hidden, sd.Head(weight), labels, target, alpha=0.0, temperature=temperature)
-    loss.backward()
-    return weight.grad.double()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_cache_sample_gradient_is_unbiased(temperature):
-    """The mean of n comes nearer to the whole teacher's as 1/sqrt(n); a bias would stay."""
-    hidden, head, _ = made_up_teacher(300, 60)
-    student_weight = torch.randn(300, 24, generator=torch.Generator().manual_seed(5)) * 0.3
-    whole = kl_gradient(hidden, student_weight, (hidden, head), temperature)
-    sampled = []
-    for seed in range(256):
-        sparse, *_ = keep_and_read(
-            hidden, head, "sample", 20, seed=seed, temperature=temperature)
-        sampled.append(kl_gradient(hidden, student_weight, sparse, temperature))
-    errors = {}
-    for n in (1, 4, 16, 64):
-        means = torch.stack(sampled).view(256 // n, n, *whole.shape).mean(1)
-        errors[n] = float((means - whole).norm(dim=(1, 2)).mean() / whole.norm())
-    for n in (4, 16, 64):
-        assert abs(errors[n] / errors[1] * n ** 0.5 - 1) < 0.25, errors
+    for size, i in itertools.product((1, 12, 64), range(0, 200, 4)):
+        sparse, *_ = keep_and_read(hidden[i:i + 1], head, "topk", size)
+        _, _, kl = sd.distillation_loss(
+            hidden[i:i + 1], other_head, labels[:1], sparse, alpha=0.0, temperature=1.0)
+        assert kl > -1e-5
 
 
 # ---- training from it
@@ -5394,11 +5371,6 @@ def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_tex
         fields = {"student": student, "cache_dir": full_cache, **fields}
         refused = train_from_cache(out=tmp_path / "out", rc=2, **fields)
         assert re.search(message, refused.err), (fields, message, refused.err)
-    cfg = sd.parse_config(flags(student=student, cache_dir=full_cache))
-    cfg.given |= {"seq_len"}   # a default that is typed is typed
-    with pytest.raises(sd.UserError, match="seq_len 32 there, 512 here"):
-        sd.take_from_cache(cfg)
-
     rows = cache_rows(100)
     rows[51]["text"] = rows[51]["text"][:-1] + "Q"
     edited = write_jsonl(tmp_path / "edited.jsonl", rows)
@@ -5438,11 +5410,10 @@ def test_cache_is_begun_anew_by_force_alone(copy_of, teacher, student, cache_tex
     assert not json.loads((copy_of / "config.json").read_text())["force_regenerate"]
     assert thesis.exists()
 
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))
-    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))   # not a folder of ours
     refused = fill_cache(teacher, cache_text, model, 2, force_regenerate=True)
-    assert "config.json" in refused.err
-    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert "'config.json' and no .simple_distill" in refused.err
+    assert (model / "model.safetensors").exists()
 
 
 # ---- damage, full disks, many workers
@@ -5484,7 +5455,7 @@ def test_cache_damage_is_found_and_mended(copy_of, teacher, student, cache_text,
         assert f"cache chunk '{path}' is damaged" in message
         remove, again = re.search("again: (.*)", message)[1].split("; ")
         os.remove(shlex.split(remove)[1])
-        cli(*shlex.split(again)[2:])   # less `python simple_distill.py`
+        assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
         assert chunk_files(copy_of) == whole
 
 
@@ -5523,16 +5494,6 @@ def test_cache_another_tokenizer_than_its_own_is_refused(copy_of, student, tmp_p
     tiny_tokenizer(CHATML).save_pretrained(copy_of / "tokenizer")
     refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
     assert "tokenizer' is not what was written" in refused.err
-
-
-def test_cache_damage_is_said_once_by_several_ranks(copy_of, student, tmp_path):
-    for path in copy_of.glob("train*"):
-        path.write_bytes(path.read_bytes()[:-1])
-    words = flags(**PLAIN, student=student, cache_dir=copy_of, alpha=0.3, max_steps=6, batch_size=4,
-                  output_dir=tmp_path / "out")
-    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
-    assert shown.count("error: ") == 1
-    assert "error: cache chunk" in shown and "Traceback" not in shown
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
@@ -5582,19 +5543,22 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     """... until that is gone, and stops on a signal meanwhile."""
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
+    log_path = tmp_path / "log.txt"
+    log_path.touch()
     words = cache_words(teacher, cache_text, copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
-        run = Fork(tmp_path / "log.txt", *words)
-        while "opening cache" not in Path(run.log).read_text():
+        run = Fork(log_path, *words)
+        while "comparing" not in log_path.read_text():
             time.sleep(0.1)
-        time.sleep(1.5)
+        time.sleep(2)
         run.signal(signal.SIGTERM)
         assert "stopped" in run.wait()
-        run = Fork(tmp_path / "log2.txt", *words)
-        time.sleep(1.5)
+        run = Fork(log_path, *words)
+        while log_path.read_text().count("comparing") < 2:
+            time.sleep(0.1)
         assert run.running()
-    run.wait()
+    assert "is full" in run.wait()
     assert chunk_files(copy_of) == whole
 
 
@@ -5715,21 +5679,12 @@ def bench_cached_step(vocab):
                               divergence="forward")[0]
         loss.backward()
 
-    def labels_only():
-        step(1.0, None)
-
-    def from_cache():
-        step(0.1, batch.sparse)
-
-    labels_only()   # compiles
-    from_cache()
-    labels_seconds = []
-    cache_seconds = []
-    for _ in range(5):   # alternating: a noisy machine is noisy for both
-        labels_seconds.append(best_seconds(labels_only, times=1))
-        cache_seconds.append(best_seconds(from_cache, times=1))
-    labels = min(labels_seconds)
-    cached = min(cache_seconds)
+    works = (functools.partial(step, 1.0, None), functools.partial(step, 0.1, batch.sparse))
+    seconds = [[], []]
+    for _ in range(6):   # alternating: a noisy machine is noisy for both; the first compiles
+        for work, taken in zip(works, seconds):
+            taken.append(best_seconds(work, times=1))
+    labels, cached = map(min, seconds)
     print(f"{vocab:8} {labels:12.3f} {cached:11.3f} {cached / labels:6.2f}")
 
 
