@@ -88,6 +88,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -128,10 +129,10 @@ def phase(doing):
     except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reasons = [one_line(e, 400)]
-        if isinstance(e, datasets.exceptions.DatasetGenerationError):   # says no reason itself
-            reasons.append(one_line(e.__cause__, 400))
-        raise UserError(f"while {doing}: {'; '.join(reasons)}") from e
+        reason = one_line(e, 400)
+        if e.__cause__:   # a reader's own message, which `datasets` hides behind another
+            reason += f" ({one_line(e.__cause__, 400)})"
+        raise UserError(f"while {doing}: {reason}") from e
 
 
 # ---- ranks
@@ -143,7 +144,7 @@ def process_group():
     ranks wait, for hours if need be, for one that downloads or tokenises; in a collective on GPUs
     whoever waits for a quarter of an hour waits for a rank that is gone."""
     global HOST, STORE
-    minutes = datetime.timedelta(minutes=15)
+    patience = dict(timeout=datetime.timedelta(minutes=15))
     if CUDA:
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")   # TF32
@@ -152,17 +153,15 @@ def process_group():
     STORE = dist.HashStore()   # alone, without opening a port
     if "RANK" in os.environ:
         with phase("joining the other ranks"):
-            STORE, _, _ = next(rendezvous("env://", timeout=minutes))
+            STORE, _, _ = next(rendezvous("env://", **patience))
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
-                            world_size=WORLD, timeout=minutes)
+                            world_size=WORLD, **patience)
     HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    failed = True
     try:
         yield
         all_sum(0)   # the store goes with its host: nobody leaves before all are done
-        failed = False
     finally:
-        if WORLD == 1 or not failed:   # else this would wait for ranks that are gone
+        if WORLD == 1:   # else it might wait for ranks that are gone: they just exit
             dist.destroy_process_group()
 
 
@@ -253,27 +252,21 @@ def sync(*paths):
 
 def table(header, rows):
     """Lists of strings -> markdown that is aligned, so that a terminal can show it too."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]   # the others stand on the right
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        text.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * (widths[0] + 2), *["-" * (width + 1) + ":" for width in widths[1:]]]
-    text.insert(1, f"|{'|'.join(rule)}|")
-    return "\n".join(text)
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * width for width in widths]
+    lines = [map(str.rjust, line, widths) for line in (header, rule, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ---- whose folder, and how to stop what is at work there
 
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
-WRITES = {   # mode: names that must be free in a folder without our mark
+WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
     "train": ("config.json", "log.jsonl", "checkpoints", "final"),
+    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
-    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
     "demo": ("corpus", "tokenizer", "student", "teacher", "teacher-shape"),   # optional: demo
 }
 
@@ -312,16 +305,21 @@ def claim(folder, mode, wait=False, alone=True):
 
 
 def mark_folder(folder, mode):
-    """-> the mark, open; refused where a folder without one holds a name that this mode writes."""
-    path = os.path.join(folder, MARK)
-    if not os.path.exists(path):
-        taken = [name for name in WRITES[mode] if os.path.lexists(os.path.join(folder, name))]
-        if taken:
-            raise UserError(
-                f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a version "
-                f"before; choose another folder, or make it ours: touch {shlex.quote(path)}")
+    """-> the mark of a folder, open. Refused: one without a mark that holds a name which this mode
+    writes, and one of another mode."""
     os.makedirs(folder, exist_ok=True)
-    return open(path, "a+", encoding="utf-8")
+    names = os.listdir(folder)
+    taken = [name for name in WRITES[mode] if name in names]
+    if taken and MARK not in names:
+        raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
+                        "version before; choose another folder, or make it ours with touch "
+                        + os.path.join(folder, MARK))
+    file = open(os.path.join(folder, MARK), "a+", encoding="utf-8")
+    file.seek(0)
+    there = file.read().split(" ")[0]
+    if there not in ("", mode):
+        raise UserError(f"{folder!r} is of mode {there}; choose another folder")
+    return file
 
 
 @contextlib.contextmanager
@@ -329,16 +327,13 @@ def stop_signals():
     """SIGTERM, Ctrl-C, or a terminal that closes: finish the step, save, exit 0. Yields
     stop_requests, empty so far."""
     stop_requests = []
-
-    def request_stop(number, frame):
-        stop_requests.append(number)
-
-    handlers_before = {number: signal.signal(number, request_stop)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        before[number] = signal.signal(number, lambda *_: stop_requests.append(1))
     try:
         yield stop_requests
     finally:
-        for number, handler in handlers_before.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -771,18 +766,19 @@ def load_data(cfg, tokenizer):
         return load_stream(cfg, tokenizer)
     with phase(f"reading dataset {cfg.dataset}"), node_first():
         train_raw, eval_raw = read_raw(cfg)
+        if cfg.max_samples is not None:
+            train_raw = take_first(train_raw, cfg.max_samples)
+        if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
+            eval_raw = train_raw   # asked for by its name: nothing is held out of it
         if eval_raw is None and len(train_raw) > 1:
             train_raw, eval_raw = hold_out_rows(train_raw, cfg.eval_samples)
     if cfg.mode == "eval" and eval_raw is not None:   # optional: eval
-        eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-        return None, take_first(eval_rows, cfg.eval_samples)
+        return None, take_first(tokenize(cfg, eval_raw, tokenizer, "eval"), cfg.eval_samples)
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document: its last twentieth
-        eval_size = max(1, len(rows) // 20)
-        eval_rows = rows.skip(len(rows) - eval_size)
-        rows = rows.take(len(rows) - eval_size)
+    elif len(rows) > 1:   # one long document
+        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -801,19 +797,12 @@ def read_raw(cfg, streaming=False):
     eval_raw = None
     if cfg.eval_split != cfg.train_split:
         eval_raw = read_split(cfg, cfg.eval_split, streaming)
-    missing = None
+        # where only the default is absent, no harm
+        if eval_raw is None and cfg.eval_split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave "
+                            "eval_split out to hold out a slice of train")
     if train_raw is None:
-        missing = cfg.train_split
-    elif eval_raw is None and cfg.eval_split not in (cfg.train_split, Config.eval_split):
-        missing = cfg.eval_split   # asked for by name; where only the default is absent, no harm
-    if missing is not None:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {missing!r}; name another, or leave "
-                        "eval_split out to hold out a slice of train")
-    if cfg.max_samples is not None:
-        train_raw = train_raw.take(cfg.max_samples if streaming
-                                   else min(cfg.max_samples, len(train_raw)))
-    if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
-        return train_raw, train_raw   # asked for by its name: nothing is held out of it
+        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}")
     return train_raw, eval_raw
 
 
@@ -897,7 +886,8 @@ def tokenize(cfg, raw, tokenizer, split):
 
     def encode_from(batch):   # the same thousand rows together, whoever takes them
         start, = batch["start"]
-        return encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
+        rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
+        return token_rows(rows).with_format("arrow")[:]
 
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
     os.makedirs(folder, exist_ok=True)
@@ -909,18 +899,18 @@ def tokenize(cfg, raw, tokenizer, split):
             num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
             cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), desc=split)
         rows, dropped = kept_rows(rows)
+    reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
     if len(rows) == 0:
-        raise UserError(f"dataset {cfg.dataset!r}, {split}: none of {len(raw)} rows has a target "
-                        f"token: {reasons_in_words(dropped)}")
+        raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
+                        f"token: {reasons}")
     if dropped:
-        print0(f"{split}: dropped {dropped.total()} of {len(raw)} rows: "
-               + reasons_in_words(dropped))
+        print0(f"{split}: dropped {dropped.total()} of {len(raw)} rows: {reasons}")
     return rows
 
 
-def token_rows(columns):
+def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+    return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
 def kept_rows(rows):
@@ -932,46 +922,34 @@ def kept_rows(rows):
     return rows.remove_columns("dropped").with_format("numpy"), dropped
 
 
-def reasons_in_words(dropped):
-    return "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5)) or "no text"
-
-
 def fingerprint_rows(cfg, raw, tokenizer):
     """Of all that shapes token rows: the tokenizer as it would be saved, and the code, so that a
     fork that edits it gets what it wrote and not what an older version left in the cache."""
-    saved = {}
+    saved = []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(glob.glob(os.path.join(folder, "**"), recursive=True)):
-            if os.path.isfile(path):
-                with open(path, "rb") as file:
-                    saved[path[len(folder):]] = hashlib.sha256(file.read()).hexdigest()
+            saved.append([path[len(folder):], checksum(path)])
     with open(__file__, encoding="utf-8") as file:
         code = re.search(r"(?s)\n# ---- from raw rows\n.*\n# ---- to token rows\n", file.read())[0]
-    return digest(raw._fingerprint, str(raw.features), saved, code, ROWS_AT_ONCE,
-                  cfg.text_column, cfg.seq_len, *packing_of_texts(cfg))
-
-
-def packing_of_texts(cfg):
-    """-> whether texts are joined, whether there may be conversations. Documents are rows until
-    PackedRows puts them together."""
-    return cfg.packing in ("auto", "blocks"), cfg.packing != "blocks"
+    joined = "rows" if cfg.packing == "documents" else cfg.packing   # which PackedRows joins
+    return digest(raw._fingerprint, str(raw.features), saved, code, cfg.text_column, cfg.seq_len,
+                  joined)
 
 
 def row_encoder(cfg, tokenizer):
     """-> a function of raw rows alone."""
-    join, talks = packing_of_texts(cfg)
     return functools.partial(encode_rows, tokenizer=tokenizer, text_column=cfg.text_column,
-                             seq_len=cfg.seq_len, join=join, talks=talks)
+                             seq_len=cfg.seq_len, packing=cfg.packing)
 
 
 # The text of the file from here on is part of the fingerprint of token rows.
 # ---- from raw rows
 
 
-def encode_rows(raw_rows, tokenizer, text_column, seq_len, join, talks):
-    """Raw rows -> token rows as columns: first the conversations, one a row, then the texts, joined
-    in blocks or each in rows of its own, then what was dropped: a row too, that says why."""
+def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
+    """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
+    or each in rows of its own, then what was dropped: a row too, that says why."""
     conversations = []
     texts = []
     dropped = []
@@ -979,40 +957,29 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, join, talks):
         try:
             conversation = conversation_of(row)
             if conversation is None:
-                texts.append(text_in(row, text_column))
-            elif talks:
+                texts.append(text_of(row[text_column] or ""))
+            elif packing != "blocks":
                 conversations.append(conversation)
             else:
                 raise ValueError("a conversation; blocks are of text: use --packing rows")
         except Exception as e:   # whatever is strange about it
-            dropped.append(one_line(e))
-    rows = [*encode_conversations(conversations, tokenizer, seq_len, dropped),
-            *encode_texts(texts, tokenizer, seq_len, join)]
-    columns = {"input_ids": [], "targets": [], "starts": [], "dropped": []}
-    for ids, targets in rows:
-        columns["input_ids"].append(ids)
-        columns["targets"].append([False, *targets[1:]])   # the first is predicted from nothing
-        columns["starts"].append([0])
-        columns["dropped"].append("" if any(targets[1:]) else f"no target in {seq_len} tokens")
-    for name in ("input_ids", "targets", "starts"):
-        columns[name] += [[] for _ in dropped]
-    columns["dropped"] += dropped
-    return columns
+            dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
+    encoded = encode_conversations(conversations, tokenizer, seq_len, dropped)
+    encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
+    rows = []
+    for ids, targets in encoded:   # the first token is predicted from nothing
+        why = "" if any(targets[1:]) else f"no target in {seq_len} tokens"
+        rows.append({"input_ids": ids, "targets": [False, *targets[1:]], "starts": [0],
+                     "dropped": why})
+    for why in dropped:
+        rows.append({"input_ids": [], "targets": [], "starts": [], "dropped": why})
+    return rows
 
 
 def rows_from_columns(columns):
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, values, strict=True)) for values in rows]
-
-
-def text_in(row, text_column):
-    if text_column not in row:
-        raise ValueError(f"no column {text_column!r}, no conversation in {', '.join(row)}")
-    text = row[text_column] or ""
-    if not isinstance(text, str):
-        raise ValueError(f"column {text_column!r} holds {type(text).__name__}, not text")
-    return text
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
@@ -1214,7 +1181,7 @@ def without_nulls(value):
 
 
 def text_of(content):
-    """The content of a message, which may come in parts; a part that is no text is a KeyError."""
+    """Text, or the content of a message, which may come in parts; anything else is an error."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
@@ -1270,32 +1237,27 @@ def fit_into_rows(lengths, seq_len):
 def row_lengths(rows):
     """In tokens, of a dataset of token rows."""
     tables = rows.with_format("arrow").iter(1000)
-    return np.concatenate([lists_in(table, "input_ids").value_lengths().to_numpy()
+    return np.concatenate([table["input_ids"].combine_chunks().value_lengths().to_numpy()
                            for table in tables])
-
-
-def lists_in(table, name):
-    return table[name].combine_chunks()
 
 
 def count_rows(rows):
     """One look at all token rows -> {rows, tokens, targets, biggest (id), digest}; None of a stream
     or a cache, which nobody reads in advance."""
-    if isinstance(rows, PackedRows):
-        rows = rows.documents
-    if not isinstance(rows, datasets.Dataset):
+    documents = getattr(rows, "documents", rows)   # of PackedRows
+    if not isinstance(documents, datasets.Dataset):
         return None
     facts = {"rows": len(rows), "tokens": 0, "targets": 0, "biggest": 0}
     content = hashlib.sha256()
-    for table in rows.with_format("arrow").iter(1000):
-        ids = lists_in(table, "input_ids")
-        numbers = ids.flatten().to_numpy()
-        is_target = lists_in(table, "targets").flatten().to_numpy(zero_copy_only=False)
-        facts["tokens"] += len(numbers)
+    for table in documents.with_format("arrow").iter(1000):
+        lists = table["input_ids"].combine_chunks()
+        ids = lists.flatten().to_numpy()
+        is_target = table["targets"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        for part in (lists.value_lengths().to_numpy(), ids, is_target):
+            content.update(part)
+        facts["tokens"] += len(ids)
         facts["targets"] += int(is_target.sum())
-        facts["biggest"] = max(facts["biggest"], int(numbers.max()))
-        for part in (ids.value_lengths().to_numpy(), numbers, is_target):
-            content.update(np.ascontiguousarray(part))
+        facts["biggest"] = max(facts["biggest"], int(ids.max()))
     return facts | {"digest": content.hexdigest()[:16]}
 
 
@@ -1332,27 +1294,23 @@ def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
     masking: a position counts where its next token is a target, not where it is one itself."""
     shown = rows or [STAND_IN]
-    width = max(len(row["input_ids"]) for row in shown)
-    input_ids_BT = torch.zeros(len(shown), width, dtype=torch.long)
-    labels_BT = torch.full((len(shown), width), -100)
-    is_real_BT = torch.zeros(len(shown), width, dtype=torch.bool)
-    for i, row in enumerate(shown):
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-        next_is_target = torch.as_tensor(row["targets"])[1:]
-        input_ids_BT[i, :len(ids)] = ids
-        # the last position has no next token
-        labels_BT[i, :len(ids) - 1] = torch.where(next_is_target, ids[1:], -100)
-        is_real_BT[i, :len(ids)] = bool(rows)
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in shown]
+    next_ids = []
+    for row, of_row in zip(shown, ids):
+        labels = torch.where(torch.as_tensor(row["targets"]), of_row, -100)
+        next_ids.append(nn.functional.pad(labels[1:], (0, 1), value=-100))   # the last has none
+    labels = pad_sequence(next_ids, batch_first=True, padding_value=-100).flatten()
+    is_real = pad_sequence([torch.full_like(of_row, bool(rows)) for of_row in ids], True)
+    input_ids_BT = pad_sequence(ids, batch_first=True)
     position_ids = None
     if any(len(row["starts"]) > 1 for row in shown):
+        width = input_ids_BT.shape[1]
         positions_BT = np.stack([positions_in(row, width) for row in shown])
         position_ids = to_device(torch.from_numpy(positions_BT))
-    labels = labels_BT.flatten()
-    positions = (labels != -100).nonzero()[:, 0]
+    counted = (labels != -100).nonzero()[:, 0]
     return Batch(
-        rows=rows, input_ids=to_device(input_ids_BT), positions=to_device(positions),
-        labels=pin(labels[positions]),
-        real=to_device(is_real_BT.flatten().nonzero()[:, 0]),
+        rows=rows, input_ids=to_device(input_ids_BT), positions=to_device(counted),
+        labels=pin(labels[counted]), real=to_device(is_real.flatten().nonzero()[:, 0]),
         sparse=collate_sparse(rows), position_ids=position_ids)
 
 
@@ -1562,9 +1520,6 @@ def cut_layers(teacher_config, student):
     that it takes, the first and the last among them."""
     depth = teacher_config.get_text_config().num_hidden_layers
     count = int(student.removeprefix("layers:"))
-    if teacher_config.get_text_config() is not teacher_config:
-        raise UserError(f"{student} cannot be cut: the teacher's text model is part of a larger "
-                        "one; bring a checkpoint of the text model alone")
     if count > depth:
         raise UserError(f"student {student!r}: the teacher has {depth} layers")
     kept_layers = [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
@@ -1672,16 +1627,6 @@ def full_tensor(tensor):
     return tensor.to(DEVICE)
 
 
-@torch.no_grad()
-def count_not_finite(root):
-    """Of all weights, those that are infinite or not a number."""
-    count = 0
-    for p in root.parameters():
-        shard_here = p.to_local() if isinstance(p, DTensor) else p
-        count += shard_here.isfinite().logical_not().sum()
-    return int(all_sum(int(count))[0])
-
-
 FINAL_MARK = ".simple_distill.json"   # in final/: of which checkpoint it is
 
 
@@ -1695,6 +1640,9 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
         full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
     if RANK > 0:
         return
+    broken = [name for name, tensor in full.items() if not tensor.isfinite().all()]
+    if broken:
+        print0(f"WARNING: not all weights of the student are finite: {', '.join(broken)[:300]}")
     aside = path + ".tmp"
     shutil.rmtree(aside, ignore_errors=True)   # what a killed run left
     with_tensors(root.model, full).to(dtype).save_pretrained(aside)
@@ -1800,23 +1748,22 @@ def check_model(root, what, seq_len, packed):
     seq_len positions or, packed, lets documents see each other. what: role and name."""
     what = f"{what} ({type(root.model).__name__})"
     vocab = root.model.config.get_text_config().vocab_size
-    ids_1T = torch.arange(8, device=DEVICE)[None] % vocab
+    ids_1T = torch.arange(seq_len, device=DEVICE)[None] % vocab
+    with phase(f"running {what} on {seq_len} positions"), evaluating(root):
+        root(hidden_states, ids_1T)
     probe(root, f"{what} is no causal language model: its states change with later tokens",
-          look_ahead, ids_1T)
+          look_ahead, ids_1T[:, :8])
     probe(root, f"{what}: hidden states times head miss its own logits; is it damaged, does it "
           "need --dtype fp32, or head_of() in simple_distill.py to know its scaling?",
-          head_error, ids_1T)
-    with phase(f"running {what} on {seq_len} positions"), evaluating(root):
-        root(hidden_states, torch.arange(seq_len, device=DEVICE)[None] % vocab)
+          head_error, ids_1T[:, :8])
     if packed:
         documents = []
         for length in (3, 5, 2, 4, 1):
-            ids = [(length * 7 + i) % vocab for i in range(length)]
-            documents.append({"input_ids": ids, "targets": [False] * length, "starts": [0]})
+            ids = np.arange(length, 2 * length) % vocab
+            documents.append({"input_ids": ids, "targets": ids > vocab, "starts": [0]})
         rows = []   # two: some kinds of attention look at positions only where a batch is one row
         for members in (documents[:2], documents[2:]):
-            parts = {key: [row[key] for row in members] for key in documents[0]}
-            rows.append(packed_row(parts))
+            rows.append(packed_row({key: [row[key] for row in members] for key in STAND_IN}))
         probe(root, f"{what} lets packed documents see each other; use --packing rows or blocks",
               packing_error, collate(rows), collate(documents))
 
@@ -1972,11 +1919,9 @@ def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     for name, parameter in named_parameters:
         names.setdefault(parameter, name)
     for pattern, _ in rules:
-        if not any(pattern.search(name) for name in names.values()):
-            raise UserError(
-                f"lr_multipliers: {pattern.pattern!r} matches none of the {len(names)} parameters "
-                "(of tied ones the first name counts); names look like "
-                + list(names.values())[len(names) // 2])
+        if not any(map(pattern.search, names.values())):
+            raise UserError(f"lr_multipliers: {pattern.pattern!r} matches no parameter (of tied "
+                            f"ones the first name counts) among {', '.join(names.values())}")
     rates = {}
     for parameter, name in names.items():
         multipliers = [multiplier for pattern, multiplier in rules if pattern.search(name)]
@@ -1997,11 +1942,10 @@ def make_optimizer(parameters, rates, weight_decay):
         parameter.requires_grad_(rate > 0)
         if rate > 0:
             groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
-    frozen = sizes.pop(0, 0)
+    print0("learning rate of so many parameters: "
+           + ", ".join(f"{rate:g} of {size:,}" for rate, size in sizes.items()))
     if not groups:
         raise UserError("every parameter is frozen (lr_multipliers 0); leave something to train")
-    trained = ", ".join(f"{size:,} parameters at {rate:g}" for rate, size in sizes.items())
-    print0(f"{frozen:,} frozen; trains {trained}")
     optimizer = torch.optim.AdamW(
         [dict(params=group, lr=rate, initial_lr=rate, weight_decay=weight_decay if decays else 0.0)
          for (rate, decays), group in groups.items()],
@@ -2146,10 +2090,10 @@ def checkpoints_in(folder):
 
 
 def find_checkpoint(resume, output_dir):
-    """-> (path, state) of the newest checkpoint that is whole, or None. resume: auto, never or a
-    path. What is damaged is named and passed over."""
+    """-> path, state of the newest checkpoint that is whole, or None, None. resume: auto, never or
+    a path. What is damaged is named and passed over."""
     if resume == "never":
-        return None
+        return None, None
     paths = from_rank0(checkpoints_in(os.path.join(output_dir, "checkpoints")))
     if resume != "auto":
         resume = resume.rstrip("/")
@@ -2164,7 +2108,7 @@ def find_checkpoint(resume, output_dir):
         print0(f"checkpoint {path} is not what was written{problem}, passed over")
     if paths:
         raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
-    return None
+    return None, None
 
 
 def read_state(path):
@@ -2237,7 +2181,7 @@ def prepare_output(cfg, step):
     os.makedirs(folder, exist_ok=True)
     for path in checkpoints_in(folder):
         if int(path[-8:]) > step:   # never to be continued from by itself
-            aside = os.path.join(folder, f"aside-{time.time_ns()}-{os.path.basename(path)}")
+            aside = os.path.join(folder, f"aside-{time.time_ns()}-{path[-8:]}")
             os.rename(path, aside)
             print0(f"{path} is set aside as {aside}")
     write_json(knobs_of(cfg), os.path.join(cfg.output_dir, "config.json"))
@@ -2251,16 +2195,12 @@ def cut_log(path, step):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
-                    if step_of(json.loads(line)) <= step:
-                        kept.append(line.rstrip("\n") + "\n")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(f.name, path)
-
-
-def step_of(row):
-    """Of a line of the log: its train/step, eval/step or block/step."""
-    return next(value for key, value in row.items() if key.endswith("/step"))
+                    row = json.loads(line)
+                    if max(row[key] for key in row if key.endswith("/step")) <= step:
+                        kept.append(row)
+    open(path, "w").close()
+    for row in kept:
+        append_jsonl(path, row)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2318,7 +2258,8 @@ class Run:
     batch_size: int            # sequences a rank and micro-step
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
-    checkpoint: Optional[tuple]   # (path, state) to continue from
+    checkpoint: Optional[str]  # to continue from
+    saved_digest: Optional[str]   # of the newest checkpoint
     vocabulary: Optional[int]  # from this id on heads are padding
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
     get_teacher_targets: Any   # ... and what it takes from the teacher
@@ -2336,7 +2277,6 @@ class Run:
     stop_requests: list = field(default_factory=list)   # filled by a signal
     stopped: bool = False
     saved_step: Optional[int] = None
-    saved_digest: Optional[str] = None      # of the newest checkpoint
     save_problem: Optional[str] = None      # why the last checkpoint could not be saved
     log_problem: Optional[str] = None       # why nothing can be logged any more
     last_scores: Optional[dict] = None      # of the newest evaluation
@@ -2401,27 +2341,24 @@ def start_run(cfg):
     if cfg.cache_dir:   # optional: cache
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
     with phase("looking for a checkpoint"):
-        checkpoint = find_checkpoint(cfg.resume, cfg.output_dir)
-    state = None
-    progress = Progress()
-    if checkpoint is not None:
-        path, state = checkpoint
+        path, state = find_checkpoint(cfg.resume, cfg.output_dir)
+    if state is not None:
         refuse_changes(state["config"], knobs, path)
         if is_finished(cfg, state):
             print0(f"{cfg.output_dir} holds this run, finished: see its final/")
             return None
-        progress = Progress(**state["progress"])
     tokenizer, rows, eval_rows, student, teacher, identity = load(cfg)
-    with phase("reading the token rows once"):
+    inputs = {"teacher's weights": identity}
+    with phase("reading all token rows once"):
         facts = from_rank0([count_rows(rows), count_rows(eval_rows)] if RANK == 0 else None)
-    digests = [of_rows and of_rows["digest"] for of_rows in facts]
-    inputs = {"teacher's weights": identity, "rows to train on, rows held out": digests}
+    for split, of_split in zip(("train", "held out"), facts):
+        if of_split is not None:
+            print0(f"{split}: {of_split}")
+            inputs[split] = of_split["digest"]
+            for root in filter(None, (student, teacher)):
+                check_ids(root, tokenizer, of_split["biggest"])
     if state is not None:
         refuse_changes(state["inputs"], inputs, path)
-    for of_rows in filter(None, facts):
-        print0(f"{of_rows['rows']:,} rows, {of_rows['tokens']:,} tokens, "
-               f"{of_rows['targets']:,} targets")
-        refuse_unknown_ids(of_rows["biggest"], tokenizer, [student, teacher])
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
@@ -2431,14 +2368,14 @@ def start_run(cfg):
     return Run(
         cfg=cfg, result_knobs=knobs, inputs=inputs, tokenizer=tokenizer, rows=rows,
         eval_rows=eval_rows, student=student, teacher=teacher, batch_size=batch_size,
-        micro_steps=micro_steps, global_batch=global_batch, checkpoint=checkpoint,
-        vocabulary=vocabulary, progress=progress, started=started,
+        micro_steps=micro_steps, global_batch=global_batch, checkpoint=path,
+        saved_digest=state and state["digest"],
+        progress=Progress(**state["progress"]) if state else Progress(),
+        vocabulary=vocabulary, started=started,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
-
-
 def refuse_unknown_ids(biggest, tokenizer, roots):
     """A tokenizer may have ids that a head has not: they matter where a row holds one."""
     for root in filter(None, roots):
@@ -2447,6 +2384,14 @@ def refuse_unknown_ids(biggest, tokenizer, roots):
             raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}; "
                             f"{type(root.model).__name__} has {rows} ids: take it out, or another "
                             "tokenizer")
+
+
+def check_ids(root, tokenizer, biggest):
+    """A tokenizer may have ids that a head has not: they matter where a row holds one."""
+    rows = root.model.config.get_text_config().vocab_size
+    if biggest >= rows:
+        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, "
+                        f"{type(root.model).__name__} has {rows}: take it out, or another tokenizer")
 
 
 def is_finished(cfg, state):
@@ -2486,7 +2431,7 @@ def begin(run, stages):
     run.stages = stages
     if progress.step > run.steps:
         raise UserError(
-            f"{run.checkpoint[0]!r} is of step {progress.step}, this run would end at {run.steps}. "
+            f"{run.checkpoint!r} is of step {progress.step}, this run would end at {run.steps}. "
             "Raise --max_steps or --num_epochs, or start over with --resume never")
     print0(plan_in_words(run))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
@@ -2529,17 +2474,15 @@ def my_batches(run):
 
 def resume(run):
     """Start the stage that goes on, fill its tensors from the checkpoint."""
-    path, state = run.checkpoint
     step = run.progress.step
     unfinished = [stage for stage in run.stages if step < stage.end]
     stage = unfinished[0] if unfinished else run.stages[-1]
     start_stage(run, stage)
     # where a stage begins, the moments that were saved are of the stage before
     moments = {} if step == stage.first_step else run.optimizer.state
-    with phase(f"reading {path}"):
-        load_checkpoint(path, tensors_of(run.student, moments, run.scale_state))
+    with phase(f"reading {run.checkpoint}"):
+        load_checkpoint(run.checkpoint, tensors_of(run.student, moments, run.scale_state))
     run.saved_step = step
-    run.saved_digest = state["digest"]
 
 
 def start_stage(run, stage):
@@ -2628,9 +2571,8 @@ def stop_after_bad_steps(run):
         save(run)
         raise UserError(
             f"loss or gradient was not finite for 10 steps in a row, up to step {step}, whose "
-            f"checkpoint holds the last weights ({count_not_finite(run.student)} of them not "
-            "finite). Start over with --resume never and --learning_rate "
-            f"{run.cfg.learning_rate / 4:g}, or with --dtype fp32")
+            "checkpoint holds the last weights. Start over with --resume never and "
+            f"--learning_rate {run.cfg.learning_rate / 4:g}, or with --dtype fp32")
 
 
 def log_step(run, stage, sums, grad_norm, rate):
@@ -2790,9 +2732,6 @@ def finish(run):
         saved = "" if run.save_problem else ", saved; the same command continues"
         print0(f"stopped at step {run.progress.step} of {run.steps}{saved}")
     elif run.save_problem is None:
-        broken = count_not_finite(run.student)
-        if broken:
-            print0(f"WARNING: {broken} weights of the student are not finite")
         run.last_scores = run.last_scores or scores(run, run.eval_rows)
         results = closing_table(run)
         print0(f"writing {final} ...")
@@ -2812,22 +2751,20 @@ def finish(run):
 
 
 def closing_table(run):
-    lines = []
+    scored = {}
     if run.teacher is not None:   # by itself: its cross-entropy to the labels
         alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
                                   vocabulary=run.vocabulary)
-        lines.append(("teacher", run.teacher, evaluate(
-            run.teacher, alone, teacher_targets(None), run.eval_rows, run.cfg.batch_size,
-            "evaluating the teacher")))
+        scored["teacher"] = evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows,
+                                     run.cfg.batch_size, "evaluating the teacher")
     seen = len(rows_before_training(run))
-    lines.append((f"student before ({seen} sequences)", run.student, run.progress.first_scores))
-    lines.append((f"student after ({len(run.eval_rows)})", run.student, run.last_scores))
+    scored[f"student before ({seen} sequences)"] = run.progress.first_scores
+    scored[f"student after ({len(run.eval_rows)})"] = run.last_scores
     rows = []
-    for name, root, values in lines:
+    for name, values in scored.items():
         kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
-        rows.append([name, f"{values['perplexity']:.2f}", kl,
-                     f"{root.model.num_parameters():,}"])
-    return table(["held out", "perplexity", "KL to teacher", "parameters"], rows)
+        rows.append([name, f"{values['perplexity']:.2f}", kl])
+    return table(["held out", "perplexity", "KL to teacher"], rows)
 
 
 def sample_in_words(run):
@@ -2839,10 +2776,14 @@ def sample_in_words(run):
 
 MODEL_CARD = """\
 ---
-{front_matter}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [simple_distill, distillation]
+base_model: {bases}
+license:   # fill in, for example apache-2.0
 ---
 
-# {title}
+# A student of simple_distill
 
 {facts}
 
@@ -2850,66 +2791,43 @@ On what was held out:
 
 {results}
 
-How to load it:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("NAME")
-tokenizer = AutoTokenizer.from_pretrained("NAME")
-```
+    model = AutoModelForCausalLM.from_pretrained("NAME")
+    tokenizer = AutoTokenizer.from_pretrained("NAME")
 """
 
 
 def model_card(run, results):
     """README.md of final/, as transformers writes them; a license is left to fill in."""
     cfg = run.cfg
-    bases = [cfg.teacher if cfg.student.startswith("layers:") else cfg.student]
-    tags = ["simple_distill"]
-    if cfg.alpha < 1:
-        bases.append(cfg.teacher)
-        tags.append("distillation")
-    data = [cfg.dataset]
-    front_matter = huggingface_hub.ModelCardData(
-        base_model=[name for name in dict.fromkeys(bases) if public_name(name) == name] or None,
-        datasets=[name for name in data if public_name(name) == name] or None,
-        library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    facts = facts_of(run)
-    return MODEL_CARD.format(
-        front_matter=front_matter.to_yaml(), title=f"{facts['student']}, by simple_distill",
-        facts=table(["", ""], [[name, fact] for name, fact in facts.items()]), results=results)
-
-
-def public_name(name):
-    """Of a path the last part: where it lay is nobody's business."""
-    if not os.path.exists(name):
-        return name
-    return os.path.basename(os.path.abspath(name).removesuffix("/final"))
+    bases = [cfg.student] if cfg.alpha == 1 else [cfg.student, cfg.teacher]
+    bases = [name for name in bases if not os.path.exists(name) and ":" not in name]
+    facts = "\n".join(f"- {name}: {fact}" for name, fact in facts_of(run).items())
+    return MODEL_CARD.format(bases=json.dumps(bases), facts=facts, results=results)
 
 
 def facts_of(run):
-    """-> {what: in words}, for the plan before a run and the model card after it"""
+    """-> {what: in words}, for the plan before a run and the model card after it. Of a path the
+    last parts: where it lay is nobody's business."""
     cfg = run.cfg
-    teacher = "none"
-    objective = "cross-entropy to the labels"
-    if cfg.alpha < 1:
-        teacher = public_name(cfg.teacher)
-        objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
-                     f"({cfg.divergence}), T {cfg.temperature:g}")
-        if cfg.cache_dir:   # optional: cache
-            teacher += f", {describe_cache_use(cfg)}"
-        if cfg.on_policy:   # optional: on_policy
-            objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
+    names = [os.sep.join(name.split(os.sep)[-2:]) for name in (cfg.student, cfg.teacher, cfg.dataset)]
+    student, teacher, dataset = names
+    objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
+                 f"({cfg.divergence}), T {cfg.temperature:g}")
+    if cfg.alpha == 1:
+        teacher, objective = "none", "cross-entropy to the labels"
+    if cfg.cache_dir:   # optional: cache
+        teacher += f", {describe_cache_use(cfg)}"
+    if cfg.on_policy:   # optional: on_policy
+        objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
     stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
     return {
-        "student": f"{public_name(cfg.student)}, {run.student.model.num_parameters():,} parameters",
+        "student": f"{student}, {run.student.model.num_parameters():,} parameters",
         "teacher": teacher,
-        "data": f"{public_name(cfg.dataset)}, split {cfg.train_split}, at most {cfg.seq_len} "
-                f"tokens a sequence, packing {cfg.packing}",
+        "data": f"{dataset}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence, "
+                f"packing {cfg.packing}",
         "objective": objective,
         "training": f"{stages} of {run.global_batch} sequences, learning rate "
-                    f"{cfg.learning_rate:g}, seed {cfg.seed}",
-    }
+                    f"{cfg.learning_rate:g}, seed {cfg.seed}"}
 
 
 # ---- what a run says before it begins
@@ -2935,27 +2853,21 @@ def rehearse(run, stages):
     print0(plan_in_words(run))
     start_stage(run, stage)
     micro, _ = next(my_batches(run))
-    if not run.cfg.streaming:   # optional: streaming
-        rows = longest_rows(run.rows, run.batch_size * run.micro_steps)
+    if isinstance(run.rows, datasets.Dataset):   # the longest: a batch of them takes most memory
+        longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
+        rows = [run.rows[i] for i in longest.tolist()]
         micro = micro_batches(rows, run.micro_steps, run.batch_size)
     print0("an example, its targets in [[ ]]: " + show_targets(micro[0].rows[0], run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
-    left = run.steps - run.progress.step
     average = seconds
     if run.cfg.on_policy:   # optional: on_policy
         average = rehearse_writing(run, stage, micro, seconds)
+    left = run.steps - run.progress.step
     print0(f"a step of the longest rows takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s), "
            f"{left} steps at most {left * average / 3600:.2f} hours, without evaluations; "
            f"{describe_peak()}. --dry_run: nothing was written")
     return False
-
-
-def longest_rows(rows, count):
-    """What takes most memory. A cache is not read through for it: there the first ones."""
-    if isinstance(rows, datasets.Dataset):
-        return [rows[i] for i in np.argsort(-row_lengths(rows), kind="stable")[:count].tolist()]
-    return [rows[i] for i in range(min(count, len(rows)))]
 
 
 def time_step(run, stage, micro):
