@@ -5044,7 +5044,7 @@ def gradients_of_a_cache(out, step):   # optional: cache
     student.load_state_dict(trained, strict=False)   # the tied head is not among them
     validation = os.path.join(knobs["dataset"], "validation.jsonl")
     ids = first_sequences(out, validation, count=64, length=128)
-    rows = [{"input_ids": sequence.numpy(), "targets": None} for sequence in ids]
+    rows = [text_row(1, 128) | {"input_ids": sequence.numpy()} for sequence in ids]
     positions = sd.collate(rows).positions
     with torch.no_grad():
         hidden = teacher.base_model(ids)[0].flatten(0, 1)[positions]
@@ -5075,14 +5075,12 @@ def first_sequences(out, path, count, length):   # optional: cache
 
 def targets_of_draws(hidden, head, rows):   # optional: cache
     """50 draws a target, through the cache's bytes and back."""
-    manifest = _cache_manifest(len(head.weight), "sample", 50)
-    packed = sd.pack_teacher(lambda batch: (hidden, head), rows, 0, manifest)
     sparse = []
-    for data, counts in packed:
-        row = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
-        sparse.append(row["sparse"])
-    columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*sparse)]
-    return sd.SparseTarget(*columns)
+    for i, row in enumerate(rows):
+        part, hidden = hidden.tensor_split([len(row["input_ids"]) - 1])
+        of_row, *_ = keep_and_read(part, head, "sample", 50, seed=i)
+        sparse.append(of_row)
+    return sd.SparseTarget(*map(torch.cat, zip(*sparse)))
 
 
 def top_12(hidden, head):   # optional: cache
