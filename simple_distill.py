@@ -39,9 +39,9 @@ import json
 import math
 import os
 import random   # optional: generate
-import re
+import re   # optional: blockwise generate eval
 import resource
-import shlex
+import shlex   # optional: cache
 import shutil
 import signal
 import sys
@@ -75,7 +75,7 @@ if __name__ == "__main__":   # --help and a typo are answered before the slow im
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
-import huggingface_hub
+import huggingface_hub   # optional: demo
 import numpy as np
 import safetensors.numpy   # optional: cache
 import torch
@@ -571,10 +571,6 @@ def chunk_kernel(worth_compiling, **options):
     return run
 
 
-def tokens_within(budget, itemsize, vocab):
-    return max(1, budget // (2 * itemsize * vocab))
-
-
 def chunk_size(device, itemsize, vocab):
     """How many tokens are projected to the vocabulary at once. On a GPU, where the loss is
     compiled, up to four times as many: every chunk passes the head's whole gradient through memory
@@ -584,7 +580,7 @@ def chunk_size(device, itemsize, vocab):
     if device.type == "cuda" and vocab >= COMPILED_VOCAB:
         share = torch.cuda.get_device_properties(device).total_memory // 40
         budget = min(max(share, budget), 4 * budget)
-    return tokens_within(budget, itemsize, vocab)
+    return max(1, budget // (2 * itemsize * vocab))
 
 
 def add_product(total, a, b):
@@ -700,39 +696,32 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 
 
 def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else that of the first candidate that has one, else None."""
-    names = [name for name in candidates if may_have_tokenizer(name)]
-    if cfg.tokenizer:
-        names = [cfg.tokenizer]
+    """--tokenizer, else that of the first candidate that may have one, else None. A folder shows
+    it; layers:N, a config .json and demo (no name was given) have none."""
+    names = [cfg.tokenizer] if cfg.tokenizer else []
+    for name in candidates:
+        has_none = name == "demo" or name.endswith(".json") or name.startswith("layers:")
+        if os.path.isdir(name):
+            has_none = not glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
+        if not has_none:
+            names.append(name)
     if not names:
         return None
     with phase(f"reading the tokenizer of {names[0]}"):
         return AutoTokenizer.from_pretrained(names[0], trust_remote_code=cfg.trust_remote_code)
 
 
-def may_have_tokenizer(name):
-    """layers:N and a config .json have none, a directory may; of a hub name nobody knows yet.
-    demo: no name was given."""
-    if name == "demo" or name.startswith("layers:") or name.endswith(".json"):
-        return False
-    if os.path.isdir(name):
-        return bool(glob.glob(os.path.join(glob.escape(name), "tokenizer*")))
-    return True
-
-
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    student_tokens = {i: token for token, i in student.get_vocab().items()}
-    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
-    shared_ids = sorted(student_tokens.keys() & teacher_tokens.keys())
-    clashing = [i for i in shared_ids if student_tokens[i] != teacher_tokens[i]]
+    ours = {i: token for token, i in student.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    clashing = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
+    problem = "they cut text differently"
     if clashing:
         i = clashing[0]
-        problem = f"token {i} is {student_tokens[i]!r} in one, {teacher_tokens[i]!r} in the other"
-    elif len(shared_ids) < 2 or student(probe)["input_ids"] != teacher(probe)["input_ids"]:
-        problem = "they share a vocabulary but cut text differently"
-    else:
+        problem = f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
+    elif student(probe)["input_ids"] == teacher(probe)["input_ids"]:
         return
     raise UserError(
         f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
@@ -821,19 +810,16 @@ def read_split(cfg, split, streaming=False):
     """
     path = cfg.dataset
     kind = FILE_KINDS.get(os.path.splitext(path)[1].lower())
+    if kind and split != "train":   # a file has no other
+        return None
     if kind:
-        if split != "train":   # a file has no other
-            return None
         options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
-        return datasets.load_dataset(   # which takes a name for a pattern
-            kind, data_files={"train": glob.escape(path)}, split="train", streaming=streaming,
-            **options)
+        # a name would be taken for a pattern
+        return datasets.load_dataset(kind, data_files=glob.escape(path), split=split,
+                                     streaming=streaming, **options)
     if any(os.path.exists(os.path.join(path, name)) for name in SAVED_BY_DATASETS):
         saved = datasets.load_from_disk(path)
-        if not isinstance(saved, dict):   # saved without splits
-            saved = {"train": saved}
-        rows = saved.get(split)
-        return rows.to_iterable_dataset() if streaming and rows is not None else rows
+        return saved.get(split) if isinstance(saved, dict) else {"train": saved}.get(split)
     try:
         return datasets.load_dataset(path, cfg.dataset_config, split=split, streaming=streaming)
     except ValueError as e:
@@ -880,25 +866,23 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
-    workers = cfg.num_proc or 1
-    # a tokenizer's own threads do not survive the fork of a worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
 
     def encode_from(batch):   # the same thousand rows together, whoever takes them
         start, = batch["start"]
         rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
         return token_rows(rows).with_format("arrow")[:]
 
+    # a tokenizer's own threads do not survive the fork of a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
     os.makedirs(folder, exist_ok=True)
     fingerprint = fingerprint_rows(cfg, raw, tokenizer)
     starts = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
     with phase(f"tokenising {split}"), node_first():
-        rows = starts.map(
-            encode_from, batched=True, batch_size=1, remove_columns=["start"], features=FEATURES,
-            num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
-            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"), desc=split)
-        rows, dropped = kept_rows(rows)
+        rows, dropped = kept_rows(starts.map(
+            encode_from, batched=True, batch_size=1, remove_columns="start", features=FEATURES,
+            num_proc=cfg.num_proc, new_fingerprint=fingerprint, desc=split,
+            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow")))
     reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
     if len(rows) == 0:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
@@ -915,23 +899,21 @@ def token_rows(rows):
 
 def kept_rows(rows):
     """-> token rows less those that were dropped, and a Counter of why they were."""
-    reasons = np.array(rows["dropped"][:], dtype=object)
-    dropped = collections.Counter(reasons[reasons != ""].tolist())
-    if dropped:
-        rows = rows.select(np.flatnonzero(reasons == ""))
-    return rows.remove_columns("dropped").with_format("numpy"), dropped
+    reasons = rows["dropped"][:]
+    kept = [i for i, why in enumerate(reasons) if not why]
+    rows = rows.select(kept).remove_columns("dropped").with_format("numpy")
+    return rows, collections.Counter(filter(None, reasons))
 
 
 def fingerprint_rows(cfg, raw, tokenizer):
     """Of all that shapes token rows: the tokenizer as it would be saved, and the code, so that a
     fork that edits it gets what it wrote and not what an older version left in the cache."""
-    saved = []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(glob.glob(os.path.join(folder, "**"), recursive=True)):
-            saved.append([path[len(folder):], checksum(path)])
+        saved = {path[len(folder):]: checksum(path)
+                 for path in glob.glob(os.path.join(folder, "**"), recursive=True)}
     with open(__file__, encoding="utf-8") as file:
-        code = re.search(r"(?s)\n# ---- from raw rows\n.*\n# ---- to token rows\n", file.read())[0]
+        code = file.read().split("\n# ---- between raw rows and token rows")[1]
     joined = "rows" if cfg.packing == "documents" else cfg.packing   # which PackedRows joins
     return digest(raw._fingerprint, str(raw.features), saved, code, cfg.text_column, cfg.seq_len,
                   joined)
@@ -943,8 +925,7 @@ def row_encoder(cfg, tokenizer):
                              seq_len=cfg.seq_len, packing=cfg.packing)
 
 
-# The text of the file from here on is part of the fingerprint of token rows.
-# ---- from raw rows
+# ---- between raw rows and token rows: this text is part of the fingerprint of the latter
 
 
 def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
@@ -958,19 +939,20 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
             conversation = conversation_of(row)
             if conversation is None:
                 texts.append(text_of(row[text_column] or ""))
-            elif packing != "blocks":
-                conversations.append(conversation)
-            else:
+            elif packing == "blocks":
                 raise ValueError("a conversation; blocks are of text: use --packing rows")
+            else:
+                conversations.append(conversation)
         except Exception as e:   # whatever is strange about it
             dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
+    texts = list(filter(None, texts))   # an empty one is read as well, and says nothing
     encoded = encode_conversations(conversations, tokenizer, seq_len, dropped)
     encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     rows = []
-    for ids, targets in encoded:   # the first token is predicted from nothing
-        why = "" if any(targets[1:]) else f"no target in {seq_len} tokens"
-        rows.append({"input_ids": ids, "targets": [False, *targets[1:]], "starts": [0],
-                     "dropped": why})
+    for ids, targets in encoded:
+        targets[0] = False   # it is predicted from nothing
+        why = "" if any(targets) else f"no target in {seq_len} tokens"
+        rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
     for why in dropped:
         rows.append({"input_ids": [], "targets": [], "starts": [], "dropped": why})
     return rows
@@ -986,27 +968,28 @@ def encode_texts(texts, tokenizer, seq_len, join):
     """-> [(ids, which are targets)]. Each text ends with EOS. Joined, or each by itself, they are
     cut into blocks of seq_len; the last one may be shorter. A BOS begins each block, not each text:
     so it is predicted nowhere."""
-    texts = [text for text in texts if text]   # an empty one is read as well, and says nothing
-    if not texts:
-        return []
-    eos = tokenizer.eos_token_id
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = bos_of(tokenizer)
-    documents = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        if eos is not None and ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        documents.append(ids)
-    if join:
-        documents = [list(itertools.chain(*documents))]
     begin = [] if bos is None else [bos]
     room = seq_len - len(begin)
+    documents = []
+    for ids in encode_all(tokenizer, texts, add_special_tokens=False)["input_ids"]:
+        documents.append(ids if ids[-1:] == end else ids + end)
+    if join:
+        documents = [list(itertools.chain(*documents))]
     blocks = []
     for ids in documents:
         for i in range(0, len(ids), room):
             block = begin + ids[i:i + room]
-            if len(block) > 1:   # one token would predict nothing
-                blocks.append((block, [True] * len(block)))
+            blocks.append((block, [True] * len(block)))
     return blocks
+
+
+def encode_all(tokenizer, texts, **options):
+    """All at once, on the tokenizer's own threads; it does not take an empty list."""
+    if not texts:
+        return {"input_ids": [], "offset_mapping": []}
+    return tokenizer(texts, verbose=False, **options)
 
 
 def encode_conversations(conversations, tokenizer, seq_len, dropped):
@@ -1018,9 +1001,9 @@ def encode_conversations(conversations, tokenizer, seq_len, dropped):
     write = functools.partial(
         tokenizer.apply_chat_template, tokenize=False,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    prompt = generation_prompt(write) if conversations else ""
+    prompt = generation_prompt(write)
+    spans_of = []
     texts = []
-    spans_of_texts = []
     for messages in conversations:
         try:
             text, spans = render(messages, write, prompt, end_marks)
@@ -1028,16 +1011,12 @@ def encode_conversations(conversations, tokenizer, seq_len, dropped):
             dropped.append(f"the chat template: {one_line(e)}")
             continue
         texts.append(text)
-        spans_of_texts.append(spans)
-    if not texts:
-        return []
-    encoded = tokenizer(   # a template has written the special tokens already
-        texts, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True,
-        verbose=False)
-    talks = []
-    for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans_of_texts):
-        talks.append((ids[:seq_len], find_targets(offsets[:seq_len], spans)))
-    return talks
+        spans_of.append(spans)
+    # a template has written the special tokens already
+    encoded = encode_all(tokenizer, texts, add_special_tokens=not tokenizer.chat_template,
+                         return_offsets_mapping=True)
+    return [(ids[:seq_len], find_targets(offsets[:seq_len], spans)) for ids, offsets, spans in
+            zip(encoded["input_ids"], encoded["offset_mapping"], spans_of)]
 
 
 def find_targets(offsets, spans):
@@ -1187,7 +1166,7 @@ def text_of(content):
     return "".join(part["text"] for part in content)
 
 
-# ---- to token rows
+# ---- between raw rows and token rows: up to here
 
 
 class PackedRows:
@@ -1247,7 +1226,7 @@ def count_rows(rows):
     documents = getattr(rows, "documents", rows)   # of PackedRows
     if not isinstance(documents, datasets.Dataset):
         return None
-    facts = {"rows": len(rows), "tokens": 0, "targets": 0, "biggest": 0}
+    tokens = targets = biggest = 0
     content = hashlib.sha256()
     for table in documents.with_format("arrow").iter(1000):
         lists = table["input_ids"].combine_chunks()
@@ -1255,16 +1234,11 @@ def count_rows(rows):
         is_target = table["targets"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         for part in (lists.value_lengths().to_numpy(), ids, is_target):
             content.update(part)
-        facts["tokens"] += len(ids)
-        facts["targets"] += int(is_target.sum())
-        facts["biggest"] = max(facts["biggest"], int(ids.max()))
-    return facts | {"digest": content.hexdigest()[:16]}
-
-
-def rows_digest(rows):
-    """16 characters that differ when any token row does, wherever the rows came from."""
-    facts = count_rows(rows)
-    return facts and facts["digest"]
+        tokens += len(ids)
+        targets += int(is_target.sum())
+        biggest = max(biggest, int(ids.max()))
+    return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest,
+                digest=content.hexdigest()[:16])
 
 
 # ---- batches
@@ -1294,30 +1268,25 @@ def collate(rows):
     """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
     masking: a position counts where its next token is a target, not where it is one itself."""
     shown = rows or [STAND_IN]
-    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in shown]
+    ids = []
     next_ids = []
-    for row, of_row in zip(shown, ids):
-        labels = torch.where(torch.as_tensor(row["targets"]), of_row, -100)
+    positions = []   # within documents; those of padding do not matter
+    for row in shown:
+        ids.append(torch.as_tensor(row["input_ids"], dtype=torch.long))
+        labels = torch.where(torch.as_tensor(row["targets"]), ids[-1], -100)
         next_ids.append(nn.functional.pad(labels[1:], (0, 1), value=-100))   # the last has none
-    labels = pad_sequence(next_ids, batch_first=True, padding_value=-100).flatten()
-    is_real = pad_sequence([torch.full_like(of_row, bool(rows)) for of_row in ids], True)
-    input_ids_BT = pad_sequence(ids, batch_first=True)
+        lengths = np.diff(row["starts"], append=len(ids[-1]))
+        positions.append(torch.cat([torch.arange(length) for length in lengths]))
     position_ids = None
     if any(len(row["starts"]) > 1 for row in shown):
-        width = input_ids_BT.shape[1]
-        positions_BT = np.stack([positions_in(row, width) for row in shown])
-        position_ids = to_device(torch.from_numpy(positions_BT))
+        position_ids = to_device(pad_sequence(positions, True))
+    labels = pad_sequence(next_ids, True, padding_value=-100).flatten()
+    is_real = pad_sequence([torch.full_like(of_row, bool(rows)) for of_row in ids], True)
     counted = (labels != -100).nonzero()[:, 0]
     return Batch(
-        rows=rows, input_ids=to_device(input_ids_BT), positions=to_device(counted),
+        rows=rows, input_ids=to_device(pad_sequence(ids, True)), positions=to_device(counted),
         labels=pin(labels[counted]), real=to_device(is_real.flatten().nonzero()[:, 0]),
         sparse=collate_sparse(rows), position_ids=position_ids)
-
-
-def positions_in(row, width):
-    """-> [width]: each token's position in its document; padding is one more document."""
-    starts = np.array([*row["starts"], len(row["input_ids"])])
-    return np.arange(width) - np.repeat(starts, np.diff(starts, append=width))
 
 
 def collate_sparse(rows):
@@ -1491,11 +1460,8 @@ def read_model(name, config, kept_layers, seed, options):
 
 def identity_of(model):
     """Of the weights as they were loaded, wherever their files lie: every n-th number of each."""
-    crc = 0
-    for parameter in model.parameters():
-        some = parameter.detach().flatten()[::parameter.numel() // 4096 | 1]
-        crc = zlib.crc32(some.float().numpy().tobytes(), crc)
-    return crc
+    some = [p.detach().flatten()[::p.numel() // 4096 | 1].float() for p in model.parameters()]
+    return zlib.crc32(torch.cat(some).numpy())
 
 
 def layers_of(model):
@@ -1934,25 +1900,24 @@ def make_optimizer(parameters, rates, weight_decay):
 
     Norms and biases, all that has one dimension, do not decay.
     """
-    groups = {}                     # (rate, decays): parameters
-    sizes = collections.Counter()   # rate: numbers in its parameters
+    groups = {}   # (rate, decays): parameters
     for parameter in parameters:
         rate = rates.get(parameter, 0)
-        sizes[rate] += parameter.numel()
         parameter.requires_grad_(rate > 0)
+        groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
+    trained = []
+    for (rate, decays), group in groups.items():
+        print0(f"learning rate {rate:g}, {'with' if decays else 'without'} decay: "
+               f"{sum(p.numel() for p in group):,} parameters")
         if rate > 0:
-            groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
-    print0("learning rate of so many parameters: "
-           + ", ".join(f"{rate:g} of {size:,}" for rate, size in sizes.items()))
-    if not groups:
+            trained.append(dict(params=group, lr=rate, initial_lr=rate,
+                                weight_decay=weight_decay if decays else 0.0))
+    if not trained:
         raise UserError("every parameter is frozen (lr_multipliers 0); leave something to train")
-    optimizer = torch.optim.AdamW(
-        [dict(params=group, lr=rate, initial_lr=rate, weight_decay=weight_decay if decays else 0.0)
-         for (rate, decays), group in groups.items()],
-        lr=max(sizes), fused=True)
+    optimizer = torch.optim.AdamW(trained, fused=True)
     # the moments from the start: memory is known, and a checkpoint has where to load to
-    for group in groups.values():
-        for parameter in group:
+    for group in trained:
+        for parameter in group["params"]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -1964,15 +1929,11 @@ def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
     options = json.loads(cfg.lr_scheduler_kwargs or "{}")
-    if cfg.lr_scheduler == "warmup_stable_decay":
-        options = {"num_decay_steps": max(1, steps // 5)} | options
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     with phase(f"making the schedule {cfg.lr_scheduler} ({options})"):
         schedule = get_scheduler(
             cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
-        multiplier_at = schedule.lr_lambdas[0]
-        multiplier_at(steps)
-    return multiplier_at
+        return schedule.lr_lambdas[0]
 
 
 def set_rates(optimizer, multiplier):
@@ -2191,14 +2152,14 @@ def prepare_output(cfg, step):
 def cut_log(path, step):
     """Drop the lines of steps that are about to be repeated, and half a line that a kill left."""
     kept = []
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    row = json.loads(line)
-                    if max(row[key] for key in row if key.endswith("/step")) <= step:
-                        kept.append(row)
-    open(path, "w").close()
+    with open(path, "a+", encoding="utf-8", errors="replace") as f:
+        f.seek(0)
+        for line in f:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if step and max(row[key] for key in row if key.endswith("/step")) <= step:
+                    kept.append(row)
+        f.truncate(0)
     for row in kept:
         append_jsonl(path, row)
 
@@ -2278,7 +2239,6 @@ class Run:
     stopped: bool = False
     saved_step: Optional[int] = None
     save_problem: Optional[str] = None      # why the last checkpoint could not be saved
-    log_problem: Optional[str] = None       # why nothing can be logged any more
     last_scores: Optional[dict] = None      # of the newest evaluation
     window_start: float = 0.0               # since when the tokens below are counted, for the speed
     window_tokens: float = 0.0
@@ -2376,14 +2336,6 @@ def start_run(cfg):
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
-def refuse_unknown_ids(biggest, tokenizer, roots):
-    """A tokenizer may have ids that a head has not: they matter where a row holds one."""
-    for root in filter(None, roots):
-        rows = root.model.config.get_text_config().vocab_size
-        if biggest >= rows:
-            raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}; "
-                            f"{type(root.model).__name__} has {rows} ids: take it out, or another "
-                            "tokenizer")
 
 
 def check_ids(root, tokenizer, biggest):
@@ -2433,7 +2385,7 @@ def begin(run, stages):
         raise UserError(
             f"{run.checkpoint!r} is of step {progress.step}, this run would end at {run.steps}. "
             "Raise --max_steps or --num_epochs, or start over with --resume never")
-    print0(plan_in_words(run))
+    print0(in_lines(facts_of(run)))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
         if run.checkpoint:
             resume(run)   # which starts the stage that it is in
@@ -2508,7 +2460,9 @@ def train_stage(run, stage):
         # all ranks agree
         tokens, stopping = all_sum(count_tokens(stage, micro), len(run.stop_requests))
         if stopping:
-            stop(run)
+            run.stopped = True
+            if run.saved_step != progress.step:
+                save(run)
             return False
         progress.position = position
         seed_step(cfg.seed, progress.step)
@@ -2598,17 +2552,12 @@ def log_step(run, stage, sums, grad_norm, rate):
 
 
 def log(run, entry):
-    """To log.jsonl, as strict JSON (no NaN), and to wandb. A full disk never costs the run."""
+    """To log.jsonl, as strict JSON (no NaN), and to wandb."""
     if RANK > 0:
         return
     finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
-    try:
+    with contextlib.suppress(OSError):   # a full disk: the next checkpoint says so
         append_jsonl(os.path.join(run.cfg.output_dir, "log.jsonl"), finite)
-        run.log_problem = None
-    except OSError as e:
-        if run.log_problem is None:
-            print0(f"WARNING: log.jsonl cannot be written ({one_line(e)}); the run goes on")
-        run.log_problem = one_line(e)
     if run.wandb is not None:
         run.wandb.log(entry, step=run.progress.step)
 
@@ -2663,12 +2612,6 @@ def save(run):
                "on, older ones stay")
 
 
-def stop(run):
-    run.stopped = True
-    if run.saved_step != run.progress.step:
-        save(run)
-
-
 # ---- evaluating
 
 
@@ -2698,8 +2641,8 @@ def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_ov
     """What loss_fn returns, as means over the labels or the real tokens of rows. what: in words."""
     sums = 0
     tokens = 0
-    with torch.no_grad():
-        for _, batch in held_out(root, rows, batch_size, what):
+    with evaluating(root):
+        for _, batch in held_out(rows, batch_size, what):
             values = root(loss_fn, batch, get_teacher_targets(batch), 1.0)
             sums += torch.stack(values).double()
             tokens += len(getattr(batch, mean_over))
@@ -2707,19 +2650,14 @@ def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_ov
     return [value / max(tokens, 1) for value in sums]
 
 
-def held_out(root, rows, batch_size, what):
-    """-> (row numbers, Batch) of this rank, one after the other, with the model in eval mode. Every
-    rank gets as many, with nothing in the last ones where rows end. Callers see to no_grad."""
-    was_training = root.training
-    root.eval()
+def held_out(rows, batch_size, what):
+    """-> (row numbers, Batch) of this rank, one after the other. Every rank gets as many, with
+    nothing in the last ones where rows end."""
     at_once = batch_size * WORLD
-    with tqdm(total=len(rows), desc=what, disable=RANK > 0, leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(rows), at_once):
-            numbers = range(start + RANK, min(start + at_once, len(rows)), WORLD)
-            yield numbers, collate([rows[i] for i in numbers])
-            bar.update(min(at_once, len(rows) - start))
-    root.train(was_training)
-    root.release()
+    starts = range(0, len(rows), at_once)
+    for start in tqdm(starts, what, disable=RANK > 0, leave=False, dynamic_ncols=True):
+        numbers = range(start + RANK, min(start + at_once, len(rows)), WORLD)
+        yield numbers, collate([rows[i] for i in numbers])
 
 
 # ---- finishing
@@ -2729,8 +2667,8 @@ def finish(run):
     """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
     final = os.path.join(run.cfg.output_dir, "final")
     if run.stopped:
-        saved = "" if run.save_problem else ", saved; the same command continues"
-        print0(f"stopped at step {run.progress.step} of {run.steps}{saved}")
+        print0(f"stopped at step {run.progress.step} of {run.steps}; what is saved goes on with "
+               "the same command")
     elif run.save_problem is None:
         run.last_scores = run.last_scores or scores(run, run.eval_rows)
         results = closing_table(run)
@@ -2801,16 +2739,20 @@ def model_card(run, results):
     cfg = run.cfg
     bases = [cfg.student] if cfg.alpha == 1 else [cfg.student, cfg.teacher]
     bases = [name for name in bases if not os.path.exists(name) and ":" not in name]
-    facts = "\n".join(f"- {name}: {fact}" for name, fact in facts_of(run).items())
-    return MODEL_CARD.format(bases=json.dumps(bases), facts=facts, results=results)
+    return MODEL_CARD.format(bases=json.dumps(bases), facts=in_lines(facts_of(run)),
+                             results=results)
+
+
+def in_lines(facts):
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
 def facts_of(run):
     """-> {what: in words}, for the plan before a run and the model card after it. Of a path the
     last parts: where it lay is nobody's business."""
     cfg = run.cfg
-    names = [os.sep.join(name.split(os.sep)[-2:]) for name in (cfg.student, cfg.teacher, cfg.dataset)]
-    student, teacher, dataset = names
+    student, teacher, dataset = [os.sep.join(name.split(os.sep)[-2:])
+                                 for name in (cfg.student, cfg.teacher, cfg.dataset)]
     objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
                  f"({cfg.divergence}), T {cfg.temperature:g}")
     if cfg.alpha == 1:
@@ -2824,25 +2766,14 @@ def facts_of(run):
         "student": f"{student}, {run.student.model.num_parameters():,} parameters",
         "teacher": teacher,
         "data": f"{dataset}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence, "
-                f"packing {cfg.packing}",
+                f"packing {cfg.packing}, {len(run.eval_rows)} held out",
         "objective": objective,
-        "training": f"{stages} of {run.global_batch} sequences, learning rate "
-                    f"{cfg.learning_rate:g}, seed {cfg.seed}"}
+        "training": f"{stages} of {run.global_batch} sequences ({run.batch_size} x "
+                    f"{run.micro_steps} x {WORLD}), learning rate {cfg.learning_rate:g}, seed "
+                    f"{cfg.seed}, {DEVICE.type}, {compute_dtype(cfg)}"}
 
 
 # ---- what a run says before it begins
-
-
-def plan_in_words(run):
-    cfg = run.cfg
-    rows = "a stream"
-    if run.steps_per_epoch:
-        rows = f"{len(run.rows):,} sequences"
-    facts = facts_of(run) | {
-        "devices": f"{WORLD} x {DEVICE.type}, {compute_dtype(cfg)}; a step is {run.batch_size} x "
-                   f"{run.micro_steps} x {WORLD} of {rows}, {len(run.eval_rows)} held out",
-        "output": cfg.output_dir}
-    return "\n".join(f"{name:10} {fact}" for name, fact in facts.items())
 
 
 def rehearse(run, stages):
@@ -2850,7 +2781,7 @@ def rehearse(run, stages):
     rows. Nothing is written -> False, since nothing is done."""
     run.stages = stages
     stage = stages[0]
-    print0(plan_in_words(run))
+    print0(in_lines(facts_of(run)))
     start_stage(run, stage)
     micro, _ = next(my_batches(run))
     if isinstance(run.rows, datasets.Dataset):   # the longest: a batch of them takes most memory
@@ -2910,7 +2841,7 @@ def start_wandb(cfg, run_id):
         return None
     try:
         import wandb
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+        if not (wandb.api.api_key or os.environ.get("WANDB_MODE")):   # offline, disabled
             raise ValueError("not logged in: wandb login, or --no_use_wandb")
         return wandb.init(
             project=cfg.wandb_project, entity=cfg.wandb_entity, name=cfg.wandb_run_name, id=run_id,
@@ -4383,25 +4314,21 @@ def side_by_side(prompts, rooms, limit):
 
 def pad_left(prompts):
     """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
-    width = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for i, prompt in enumerate(prompts):
-        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
-        mask_BT[i, width - len(prompt):] = 1
-    return to_device(ids_BT), to_device(mask_BT)
+    ids = [torch.as_tensor(prompt) for prompt in prompts]
+    rows = (ids, [torch.ones_like(of_row) for of_row in ids])
+    return [to_device(pad_sequence(some, True, padding_side="left")) for some in rows]
 
 
 def make_draw(seeds, temperature, vocabulary, new):
     """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
-    one at which the sum of probabilities passes a number from (0, 1]. Every row has numbers of its
-    own: what it says depends neither on the rows beside it nor on how many ranks there are."""
-    numbers_BN = torch.stack([
-        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    numbers = iter(to_device(numbers_BN).unbind(1))
+    one at which the sum of probabilities passes a number from (0, 1]."""
+    numbers = [1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    numbers = iter(to_device(torch.stack(numbers, 1)))
 
     def draw(_, logits_BV):
         logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
+        if temperature == 0:
+            return logits_BV
         sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
         passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
         ids_B1 = torch.searchsorted(sums_BV, passed_B1)
@@ -4423,13 +4350,10 @@ def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
     return ids[:, ids_BT.shape[1]:]
 
 
-def cut_text(ids, room, ends):
+def cut_text(ids, ends):
     """Up to the first end mark, which belongs to it."""
-    ids = ids[:room]
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[:i + 1]
-    return ids
+    found = [i for i, token in enumerate(ids) if token in ends]
+    return ids[:found[0] + 1] if found else ids
 
 
 @contextlib.contextmanager
@@ -5701,14 +5625,44 @@ def is_checkpoint(name):
     return os.path.exists(os.path.join(name, "state.json"))
 
 
-def load_model(cfg, name, label):
-    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
-    if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
-    path, state = find_checkpoint(name, cfg.output_dir)
-    root = load_student(config_of_run(cfg, name, state))
-    load_checkpoint(path, tensors_of(root, {}, {}))
-    return root.eval()
+def load_model(cfg, role):
+    """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
+    teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
+    learns = role == "student"
+    name = cfg.student if learns else cfg.teacher
+    is_cut = name.startswith("layers:")
+    if is_cut:
+        name = cfg.teacher
+    source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    config, kept_layers = source_config, None
+    if is_cut:
+        config, kept_layers = cut_layers(source_config, cfg.student)
+    computes_in = compute_dtype(cfg)
+    if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
+        computes_in = torch.float32   # models trained in bf16 overflow in fp16
+    options = dict(dtype=torch.float32 if learns else computes_in,
+                   trust_remote_code=cfg.trust_remote_code, attn_implementation=cfg.attention)
+    make_root = ShardedRoot
+    if learns and cfg.blockwise:   # optional: blockwise
+        make_root = stitching(cfg, config)
+    with torch.device("meta"):
+        root = make_root(AutoModelForCausalLM.from_config(config, **options))
+    root.train(learns).requires_grad_(learns)
+    if learns and cfg.gradient_checkpointing:
+        recompute_activations(root.model)
+    if cfg.compile:
+        compile_layers(root.model)
+    if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
+        shard(root, cfg.fsdp if learns else "full_shard", computes_in, cfg.cpu_offload)
+    source = None
+    if RANK == 0:
+        source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
+    load_weights(root, source, cfg.cpu_offload)
+    if not name.endswith(".json"):   # what ends a text; the config alone may know less
+        with contextlib.suppress(OSError):   # there is no generation_config.json
+            ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+            root.model.generation_config.eos_token_id = ends
+    return root, from_rank0(source and identity_of(source))
 
 
 def config_of_run(cfg, name, state):
@@ -6244,24 +6198,23 @@ def run_config(cfg):
         datasets.utils.logging.disable_progress_bar()
     try:
         with process_group(), contextlib.ExitStack() as stack:
-            if not (cfg.dry_run or cfg.mode == "cache"):   # which claims its cache_dir
+            if not (cfg.dry_run or cfg.mode == "cache"):   # which marks its cache_dir
                 stack.enter_context(claim(cfg.output_dir, cfg.mode))
             choose_mode(cfg)(cfg)
         return 0
     except UserError as e:
-        return explain(e, cfg)
+        return explain(cfg, e, f"{e}")
     except torch.OutOfMemoryError as e:
-        return explain(UserError(
-            f"rank {RANK} ran out of memory ({one_line(e)}); turn {MEMORY_ADVICE}"), cfg)
+        return explain(cfg, e, f"rank {RANK} ran out of memory; turn {MEMORY_ADVICE}")
     except OSError as e:   # a full disk, or one that went away
-        return explain(UserError(f"{one_line(e, 300)}; what was finished stays, the same command "
-                                 "goes on"), cfg)
+        return explain(cfg, e, f"{one_line(e, 300)}; what was finished stays, the same command "
+                       "goes on")
     except KeyboardInterrupt:   # before there was anything to save
         return 130
-    except Exception:
+    except Exception:   # a bug; or another rank's, and what broke here is the connection to it
         if first_to_fail():
-            raise
-        return 2   # another rank has said why; what broke here is the connection to it
+            traceback.print_exc()
+        return 1
 
 
 def choose_mode(cfg):
@@ -6279,29 +6232,23 @@ def choose_mode(cfg):
     return run_mode
 
 
-def explain(error, cfg):
-    """One `error:` line, once for all ranks -> the exit code. The traceback of what it comes from
-    goes to output_dir/error.log, or to the terminal with --debug."""
-    if not first_to_fail():
-        return 2
-    print(f"error: {error}", file=sys.stderr)
-    trace = "".join(traceback.format_exception(error.__cause__ or error))
-    if cfg.debug:
-        print(trace, file=sys.stderr)
-    elif os.path.exists(os.path.join(cfg.output_dir, MARK)):
-        with contextlib.suppress(OSError), open(
-                os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
-            f.write(f"error: {error}\n{trace}\n")
+def explain(cfg, error, words):
+    """One `error:` line, once for all ranks -> the exit code. The traceback goes to
+    output_dir/error.log, or to the terminal with --debug."""
+    if first_to_fail():
+        print(f"error: {words}", file=sys.stderr)
+        if cfg.debug:
+            traceback.print_exception(error)
+        elif os.path.exists(os.path.join(cfg.output_dir, MARK)):
+            with contextlib.suppress(OSError), open(
+                    os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
+                traceback.print_exception(error, file=f)
     return 2
 
 
 if __name__ == "__main__":
-    try:
-        code = run_config(CONFIG)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if code and WORLD > 1:   # an orderly end would wait for ranks that are gone
+    code = run_config(CONFIG)
+    if WORLD > 1:   # an orderly end would wait for ranks that are gone
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
