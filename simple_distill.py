@@ -3322,7 +3322,7 @@ def fill_cache(cfg):
         rows, eval_rows = load_data(cfg, tokenizer)
         splits = {"train": rows, "eval": eval_rows}
         ask, identity = open_teacher(cfg, tokenizer)
-        with phase(f"comparing what is in {cfg.cache_dir}"):
+        with phase(f"opening cache {cfg.cache_dir}"):
             manifest = describe_cache(cfg, tokenizer, splits, identity)
             begin_cache(cfg, tokenizer, manifest)
         with stop_signals() as stop_requests:

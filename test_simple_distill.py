@@ -5032,36 +5032,6 @@ def rows_of_cache(cache_dir, split="train"):
     return [rows[i] for i in range(len(rows))]
 
 
-# A package reads a cache of its own; older ones had their chunks in the manifest.
-DECODE = """
-import hashlib, sys
-import numpy as np
-import simple_distill as sd
-cache = sys.argv[1]
-known = [sd.read_manifest(cache)]
-if "chunks" not in known[0]:
-    known.append(sd.read_json(f"{cache}/index.json"))
-for split in ("train", "eval"):
-    rows = sd.CacheRows(cache, split, *known)
-    for row in map(rows.__getitem__, range(len(rows))):
-        starts = row.get("starts", [0])
-        row["targets"][starts] = False
-        content = hashlib.sha256()
-        for values in (row["input_ids"], row["targets"], starts, *row["sparse"]):
-            values = np.asarray(values, np.float64)
-            content.update(str(values.shape).encode() + values.tobytes())
-        print(split, content.hexdigest())
-"""
-
-
-def decoded_rows(package, cache_dir):
-    """-> a line for each row of a cache, as the package that filled it reads it: what two packages
-    that write other bytes have in common."""
-    ran = subprocess.run([sys.executable, "-c", DECODE, str(cache_dir)], cwd=package, check=True,
-                         capture_output=True, text=True)
-    return ran.stdout.splitlines()
-
-
 # ---- what is kept of a token
 
 
@@ -5431,7 +5401,7 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
         run.signal(signal.SIGTERM)
         assert "stopped" in run.wait()
         run = Fork(log_path, *words)
-        while log_path.read_text().count("comparing") < 2:
+        while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
         assert run.running()
     assert "is full" in run.wait()
@@ -5530,9 +5500,11 @@ def bench_cache():
 def bench_packing(vocab, method, size):
     """Of a row of 512 tokens."""
     hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
-    _, data, kept = keep_and_read(hidden, head, method, size)
+    _, _, kept = keep_and_read(hidden, head, method, size)
     manifest = cache_manifest(vocab, method, size)
-    row = text_row(vocab, 512)
+    ids = np.random.default_rng(0).integers(0, vocab, 512)
+    row = text_row(vocab, 512) | {"input_ids": ids}
+    data = sd.compress(sd.pack_row(row, kept))
     writing = best_seconds(lambda: sd.compress(sd.pack_row(row, kept)))
     reading = best_seconds(lambda: sd.unpack_row(sd.decompress(data), manifest))
     print(f"{vocab:8} {method + str(size):>10} {len(kept.entries) / 511:6.1f} "
