@@ -39,7 +39,7 @@ import json
 import math
 import os
 import random   # optional: generate
-import re   # optional: blockwise generate eval
+import re
 import resource
 import shlex   # optional: cache
 import shutil
@@ -1481,23 +1481,21 @@ ONE_A_LAYER = (
     "num_attention_heads_per_layer", "num_key_value_heads_per_layer")
 
 
-def cut_layers(teacher_config, student):
-    """student layers:N -> its config, and the numbers of the N evenly spaced layers of the teacher
-    that it takes, the first and the last among them."""
-    depth = teacher_config.get_text_config().num_hidden_layers
-    count = int(student.removeprefix("layers:"))
+def cut_layers(config, count):
+    """-> the config of a student of `count` evenly spaced layers, the first and the last among
+    them, and their numbers."""
+    depth = config.get_text_config().num_hidden_layers
     if count > depth:
-        raise UserError(f"student {student!r}: the teacher has {depth} layers")
+        raise UserError(f"layers:{count}: the teacher has {depth}")
     kept_layers = [round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
-    print0(f"student: layers {', '.join(map(str, kept_layers))} of the teacher's {depth}")
-    values = teacher_config.to_dict()
+    print0(f"student: layers {kept_layers} of the teacher's {depth}")
+    values = config.to_dict()
     for key in ONE_A_LAYER:
         value = values.get(key)
         if isinstance(value, list) and len(value) == depth:
             values[key] = [value[i] for i in kept_layers]
-    depth_key = teacher_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    values[depth_key] = count
-    return type(teacher_config).from_dict(values), kept_layers
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
+    return type(config).from_dict(values), kept_layers
 
 
 def recompute_activations(model):
@@ -2053,15 +2051,14 @@ def checkpoints_in(folder):
 def find_checkpoint(resume, output_dir):
     """-> path, state of the newest checkpoint that is whole, or None, None. resume: auto, never or
     a path. What is damaged is named and passed over."""
-    if resume == "never":
-        return None, None
     paths = from_rank0(checkpoints_in(os.path.join(output_dir, "checkpoints")))
-    if resume != "auto":
-        resume = resume.rstrip("/")
+    if resume == "never":
+        paths = []
+    elif resume != "auto":
         if paths and os.path.realpath(resume) not in map(os.path.realpath, paths):
             raise UserError(f"{output_dir!r} holds another run than {resume!r}; choose another "
                             "--output_dir")
-        paths = [resume]
+        paths = [resume.rstrip("/")]
     for path in paths:
         state, problem = from_rank0(read_state(path) if RANK == 0 else None)
         if state is not None and checksums(path, sorted(state["files"])) == state["files"]:
@@ -2096,9 +2093,10 @@ def load_checkpoint(path, tensors):
     print0(f"resumes from {path}")
 
 
-def reason_of(checkpoint_exception):
-    """What went wrong on the first rank that failed."""
-    error, _ = next(iter(checkpoint_exception.failures.values()))
+def reason_of(error):
+    """dcp's error holds those of all ranks that failed."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
     return one_line(error, 300)
 
 
@@ -2589,27 +2587,24 @@ def is_due(step, every):
 def save(run):
     """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
     cfg = run.cfg
-    step = run.progress.step
+    run.saved_step = run.progress.step
     state = {
         "progress": dataclasses.asdict(run.progress), "steps": run.steps,
         "length": [cfg.max_steps, cfg.num_epochs],
         "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
         "global_batch": run.global_batch, "config": run.result_knobs, "inputs": run.inputs}
+    tensors = tensors_of(run.student, run.optimizer.state, run.scale_state)
     problem = None
     try:
         run.saved_digest = save_checkpoint(
-            os.path.join(cfg.output_dir, "checkpoints"), step,
-            tensors_of(run.student, run.optimizer.state, run.scale_state), state,
+            os.path.join(cfg.output_dir, "checkpoints"), run.saved_step, tensors, state,
             cfg.keep_checkpoints)
-    except dcp.api.CheckpointException as e:
+    except (OSError, dcp.api.CheckpointException) as e:
         problem = reason_of(e)
-    except OSError as e:
-        problem = one_line(e, 300)
     run.save_problem = from_rank0(problem)
-    run.saved_step = step
     if run.save_problem:
-        print0(f"WARNING: checkpoint {step} could not be saved ({run.save_problem}); the run goes "
-               "on, older ones stay")
+        print0(f"WARNING: checkpoint {run.saved_step} could not be saved ({run.save_problem}); the "
+               "run goes on, older ones stay")
 
 
 # ---- evaluating
@@ -2624,9 +2619,8 @@ def scores(run, rows):
 def rows_before_training(run):
     """A few of the held-out rows, evenly spaced: training is to start at once, and what these say
     of the student before it is only where it comes from."""
-    held_out_rows = len(run.eval_rows)
-    count = min(4 * run.global_batch, held_out_rows)
-    return [run.eval_rows[i * held_out_rows // count] for i in range(count)]
+    count = min(4 * run.global_batch, len(run.eval_rows))
+    return [run.eval_rows[i * len(run.eval_rows) // count] for i in range(count)]
 
 
 def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what):
@@ -2707,8 +2701,8 @@ def closing_table(run):
 
 def sample_in_words(run):
     ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    ends = end_ids(run.student.model, run.tokenizer)
-    text, = write_texts(run.student, [ids], [0], [48], 0, ends, vocabulary_of(run.tokenizer))
+    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
+                        run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
@@ -5630,13 +5624,13 @@ def load_model(cfg, role):
     teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
     learns = role == "student"
     name = cfg.student if learns else cfg.teacher
-    is_cut = name.startswith("layers:")
-    if is_cut:
+    cut = re.fullmatch(r"layers:(\d+)", name)
+    if cut:
         name = cfg.teacher
     source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     config, kept_layers = source_config, None
-    if is_cut:
-        config, kept_layers = cut_layers(source_config, cfg.student)
+    if cut:
+        config, kept_layers = cut_layers(source_config, int(cut[1]))
     computes_in = compute_dtype(cfg)
     if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
         computes_in = torch.float32   # models trained in bf16 overflow in fp16
@@ -5658,10 +5652,9 @@ def load_model(cfg, role):
     if RANK == 0:
         source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
     load_weights(root, source, cfg.cpu_offload)
-    if not name.endswith(".json"):   # what ends a text; the config alone may know less
-        with contextlib.suppress(OSError):   # there is no generation_config.json
-            ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-            root.model.generation_config.eos_token_id = ends
+    with contextlib.suppress(OSError):   # what ends a text, where a file of its own says it
+        ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+        root.model.generation_config.eos_token_id = ends
     return root, from_rank0(source and identity_of(source))
 
 
@@ -5749,9 +5742,9 @@ def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
     return sums, bins
 
 
-def head_logits(hidden_CD, head, vocab):
-    """-> [C, vocab] in fp32"""
-    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
+def head_logits(hidden, head, vocabulary=None):
+    """-> logits in fp32, of the first `vocabulary` ids."""
+    raw = raw_logits(hidden, head, vocabulary)
     return scale_and_softcap(raw, head.scale, head.softcap)[0]
 
 
