@@ -3205,7 +3205,7 @@ def describe_cache(cfg, tokenizer, splits, identity):
         tokenizer=identify_tokenizer(tokenizer),
         dataset=cfg.dataset,
         dataset_fingerprint=digest(
-            rows_digest(splits["train"]), rows_digest(splits["eval"]), str(raw_rows)),
+            count_rows(splits["train"]), count_rows(splits["eval"]), str(raw_rows)),
         eval_samples=cfg.eval_samples,
         seq_len=cfg.seq_len,
         packing=cfg.packing,
