@@ -56,6 +56,7 @@ import warnings   # optional: generate
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from config import (
@@ -222,19 +223,15 @@ def digest(*things):
 
 def read_json(path, default=None):
     """default: where there is no such file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return default
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 
 def write_json(value, path):
     """The file is the old one or the new one, never half of it."""
-    aside = f"{path}.{os.getpid()}.tmp"   # workers of a cache may write at the same moment
-    with open(aside, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-    os.replace(aside, path)
+    aside = Path(f"{path}.{os.getpid()}.tmp")   # workers of a cache may write at the same moment
+    aside.write_text(json.dumps(value, indent=2))
+    aside.replace(path)
 
 
 def append_jsonl(path, row):
@@ -272,49 +269,38 @@ WRITES = {   # mode: what it writes, names that must be free in a folder without
 
 
 @contextlib.contextmanager
-def claim(folder, mode, wait=False, alone=True):
+def claim(folder, mode, wait=False):
     """Makes a folder ours for as long as this lasts: what stands there under our names may be
-    replaced. One run a folder; alone=False: workers of one cache share it. wait: until another run
-    is done. The kernel drops the lock with its process."""
-    path = os.path.join(folder, MARK)
-    ticket = str(from_rank0(time.time_ns())) if alone else ""
+    replaced. One run a folder; wait: until another one is done. The kernel drops the lock with its
+    process."""
+    words = f"{mode} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
-        with phase(f"opening {folder}"):
-            if RANK == 0:   # a second handle of a process, closed, would drop its lock
+        with phase(f"taking {folder} for this run alone"):
+            if RANK == 0:   # a second handle of this process, closed, would drop the lock
                 file = stack.enter_context(mark_folder(folder, mode))
-                how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-                try:
-                    fcntl.lockf(file, how if wait else how | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"another run is at work in {folder!r}; choose another folder")
-                file.seek(0)
-                there = file.read().split()[:1] or [mode]
-                if there != [mode] and (there, mode) != (["train"], "eval"):
-                    raise UserError(f"{folder!r} is of mode {there[0]}; choose another folder")
+                fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
-                file.write(f"{there[0]} {ticket}")
+                file.write(words)
                 file.flush()
-                os.fsync(file.fileno())   # a shared disk shows it to whoever opens it from here on
+                os.fsync(file)   # a shared disk shows it to whoever opens it from here on
             all_sum(0)
-            if RANK > 0:   # a node's own disk under that name would get checkpoints without a part
-                with open(path, encoding="utf-8") as f:
-                    if ticket not in f.read():
-                        raise UserError(f"rank {RANK} does not see what rank 0 writes in "
-                                        f"{folder!r}: it has to lie on a disk that all share")
+            # a node's own disk under that name would get checkpoints without a part
+            if RANK > 0 and Path(folder, MARK).read_text() != words:
+                raise UserError(f"rank {RANK} does not see what rank 0 writes in {folder!r}: it "
+                                "has to lie on a disk that all share")
         yield
 
 
 def mark_folder(folder, mode):
     """-> the mark of a folder, open. Refused: one without a mark that holds a name which this mode
     writes, and one of another mode."""
-    os.makedirs(folder, exist_ok=True)
-    names = os.listdir(folder)
-    taken = [name for name in WRITES[mode] if name in names]
-    if taken and MARK not in names:
+    path = Path(folder, MARK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = [name for name in WRITES[mode] if Path(folder, name).exists()]
+    if taken and not path.exists():
         raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
-                        "version before; choose another folder, or make it ours with touch "
-                        + os.path.join(folder, MARK))
-    file = open(os.path.join(folder, MARK), "a+", encoding="utf-8")
+                        f"version before; choose another folder, or make it ours: touch {path}")
+    file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
     if there not in ("", mode):
@@ -702,7 +688,7 @@ def load_tokenizer(cfg, *candidates):
     for name in candidates:
         has_none = name == "demo" or name.endswith(".json") or name.startswith("layers:")
         if os.path.isdir(name):
-            has_none = not glob.glob(os.path.join(glob.escape(name), "tokenizer*"))
+            has_none = not list(Path(name).glob("tokenizer*"))
         if not has_none:
             names.append(name)
     if not names:
@@ -802,26 +788,27 @@ FILE_KINDS = {   # ending -> the reader of `datasets`
     ".parquet": "parquet",
     ".txt": "text",
 }
-SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")   # one of these is in a save_to_disk folder
 
 
 def read_split(cfg, split, streaming=False):
     """Raw rows of a file, a save_to_disk folder or a hub dataset; None where it has no such split.
     """
-    path = cfg.dataset
-    kind = FILE_KINDS.get(os.path.splitext(path)[1].lower())
+    path = Path(cfg.dataset)
+    kind = FILE_KINDS.get(path.suffix.lower())
     if kind and split != "train":   # a file has no other
         return None
     if kind:
         options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
         # a name would be taken for a pattern
-        return datasets.load_dataset(kind, data_files=glob.escape(path), split=split,
+        return datasets.load_dataset(kind, data_files=glob.escape(cfg.dataset), split=split,
                                      streaming=streaming, **options)
-    if any(os.path.exists(os.path.join(path, name)) for name in SAVED_BY_DATASETS):
-        saved = datasets.load_from_disk(path)
-        return saved.get(split) if isinstance(saved, dict) else {"train": saved}.get(split)
+    if (path / "dataset_dict.json").exists():   # of save_to_disk
+        return datasets.load_from_disk(path).get(split)
+    if (path / "state.json").exists():   # the same, saved without splits
+        return {"train": datasets.load_from_disk(path)}.get(split)
     try:
-        return datasets.load_dataset(path, cfg.dataset_config, split=split, streaming=streaming)
+        return datasets.load_dataset(cfg.dataset, cfg.dataset_config, split=split,
+                                     streaming=streaming)
     except ValueError as e:
         if "Unknown split" in str(e) or "Bad split" in str(e):
             return None
@@ -874,15 +861,15 @@ def tokenize(cfg, raw, tokenizer, split):
 
     # a tokenizer's own threads do not survive the fork of a worker
     os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
-    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "simple_distill")
-    os.makedirs(folder, exist_ok=True)
-    fingerprint = fingerprint_rows(cfg, raw, tokenizer)
+    file = Path(datasets.config.HF_DATASETS_CACHE, "simple_distill",
+                f"{fingerprint_rows(cfg, raw, tokenizer)}.arrow")
+    file.parent.mkdir(parents=True, exist_ok=True)
     starts = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
     with phase(f"tokenising {split}"), node_first():
         rows, dropped = kept_rows(starts.map(
             encode_from, batched=True, batch_size=1, remove_columns="start", features=FEATURES,
-            num_proc=cfg.num_proc, new_fingerprint=fingerprint, desc=split,
-            cache_file_name=os.path.join(folder, f"{fingerprint}.arrow")))
+            num_proc=cfg.num_proc, new_fingerprint=file.stem, cache_file_name=str(file),
+            desc=split))
     reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
     if len(rows) == 0:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
@@ -910,13 +897,12 @@ def fingerprint_rows(cfg, raw, tokenizer):
     fork that edits it gets what it wrote and not what an older version left in the cache."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        saved = {path[len(folder):]: checksum(path)
-                 for path in glob.glob(os.path.join(folder, "**"), recursive=True)}
-    with open(__file__, encoding="utf-8") as file:
-        code = file.read().split("\n# ---- between raw rows and token rows")[1]
-    joined = "rows" if cfg.packing == "documents" else cfg.packing   # which PackedRows joins
+        saved = [checksum(path) for path in sorted(Path(folder).rglob("*"))]
+    text = Path(__file__).read_text(encoding="utf-8")
+    code = text.split("\n# ---- between raw rows and token rows")[1]
+    packing = cfg.packing.replace("documents", "rows")   # which PackedRows puts together
     return digest(raw._fingerprint, str(raw.features), saved, code, cfg.text_column, cfg.seq_len,
-                  joined)
+                  packing)
 
 
 def row_encoder(cfg, tokenizer):
@@ -1408,12 +1394,14 @@ def load_model(cfg, role):
     """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
     teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
     learns = role == "student"
-    is_cut = learns and cfg.student.startswith("layers:")
-    name = cfg.student if learns and not is_cut else cfg.teacher
+    name = cfg.student if learns else cfg.teacher
+    cut = re.fullmatch(r"layers:(\d+)", name)
+    if cut:
+        name = cfg.teacher
     source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     config, kept_layers = source_config, None
-    if is_cut:
-        config, kept_layers = cut_layers(source_config, cfg.student)
+    if cut:
+        config, kept_layers = cut_layers(source_config, int(cut[1]))
     computes_in = compute_dtype(cfg)
     if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
         computes_in = torch.float32   # models trained in bf16 overflow in fp16
@@ -1435,11 +1423,10 @@ def load_model(cfg, role):
     if RANK == 0:
         source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
     load_weights(root, source, cfg.cpu_offload)
-    if not name.endswith(".json"):   # what ends a text; the config alone may know less
-        with contextlib.suppress(OSError):   # there is no generation_config.json
-            ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-            root.model.generation_config.eos_token_id = ends
-    return root, from_rank0(identity_of(source) if RANK == 0 else None)
+    with contextlib.suppress(OSError):   # what ends a text, where a file of its own says it
+        ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+        root.model.generation_config.eos_token_id = ends
+    return root, from_rank0(source and identity_of(source))
 
 
 def read_model(name, config, kept_layers, seed, options):
@@ -1607,17 +1594,16 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
     broken = [name for name, tensor in full.items() if not tensor.isfinite().all()]
     if broken:
         print0(f"WARNING: not all weights of the student are finite: {', '.join(broken)[:300]}")
-    aside = path + ".tmp"
+    aside = Path(f"{path}.tmp")
     shutil.rmtree(aside, ignore_errors=True)   # what a killed run left
     with_tensors(root.model, full).to(dtype).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
-        f.write(card)
-    write_json({"checkpoint": checkpoint}, os.path.join(aside, FINAL_MARK))
-    if os.path.exists(path):
-        shutil.rmtree(path + ".old", ignore_errors=True)
-        os.rename(path, path + ".old")
-    os.rename(aside, path)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    write_json({"checkpoint": checkpoint}, aside / FINAL_MARK)
+    if path.exists():
+        shutil.rmtree(f"{path}.old", ignore_errors=True)
+        path.rename(f"{path}.old")
+    aside.rename(path)
 
 
 def with_tensors(model, full):
@@ -1997,7 +1983,7 @@ def tensors_of(root, moments, scale_state):
 def save_checkpoint(folder, step, tensors, state, keep):
     """-> its digest. Written aside, synced, renamed; nothing old is deleted before the new one
     stands. keep: how many stay."""
-    aside = os.path.join(folder, f"tmp-{step:08d}")
+    aside = folder / f"tmp-{step:08d}"
     if RANK == 0:   # what a kill left there would be read as ours
         shutil.rmtree(aside, ignore_errors=True)
     all_sum(0)
@@ -2009,11 +1995,11 @@ def save_checkpoint(folder, step, tensors, state, keep):
     state = json.loads(json.dumps(state | {"files": files}))   # what a reader will see
     state["digest"] = digest(state)
     if RANK == 0:
-        write_json(state, os.path.join(aside, "state.json"))
-        sync(os.path.join(aside, "state.json"), aside)
-        final = os.path.join(folder, f"step-{step:08d}")
+        write_json(state, aside / "state.json")
+        sync(aside / "state.json", aside)
+        final = folder / f"step-{step:08d}"
         shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
+        aside.rename(final)
         sync(folder)
         for old in checkpoints_in(folder)[keep:]:
             shutil.rmtree(old)
@@ -2025,7 +2011,7 @@ TENSORS_A_FILE = 16
 
 def checksums(folder, files):
     """{file: CRC-32, None where it cannot be read}. Each rank reads its share."""
-    mine = {file: checksum(os.path.join(folder, file)) for file in files[RANK::WORLD]}
+    mine = {file: checksum(folder / file) for file in files[RANK::WORLD]}
     shares = [None] * WORLD
     dist.all_gather_object(shares, mine, group=HOST)
     return {file: crc for share in shares for file, crc in share.items()}
@@ -2044,28 +2030,27 @@ def checksum(path):
 
 def checkpoints_in(folder):
     """Paths, the newest first."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "step-" + 8 * "[0-9]"))
-    return sorted(paths, reverse=True)
+    return sorted(Path(folder).glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def find_checkpoint(resume, output_dir):
     """-> path, state of the newest checkpoint that is whole, or None, None. resume: auto, never or
     a path. What is damaged is named and passed over."""
-    paths = from_rank0(checkpoints_in(os.path.join(output_dir, "checkpoints")))
+    paths = from_rank0(checkpoints_in(Path(output_dir, "checkpoints")))
     if resume == "never":
-        paths = []
-    elif resume != "auto":
-        if paths and os.path.realpath(resume) not in map(os.path.realpath, paths):
+        return None, None
+    if resume != "auto":
+        if paths and Path(resume).resolve() not in [path.resolve() for path in paths]:
             raise UserError(f"{output_dir!r} holds another run than {resume!r}; choose another "
                             "--output_dir")
-        paths = [resume.rstrip("/")]
+        paths = [Path(resume)]
     for path in paths:
         state, problem = from_rank0(read_state(path) if RANK == 0 else None)
         if state is not None and checksums(path, sorted(state["files"])) == state["files"]:
             return path, state
         print0(f"checkpoint {path} is not what was written{problem}, passed over")
     if paths:
-        raise UserError(f"{paths[0]!r} is no readable checkpoint; start over with --resume never")
+        raise UserError(f"'{paths[0]}' is no readable checkpoint; start over with --resume never")
     return None, None
 
 
@@ -2073,7 +2058,7 @@ def read_state(path):
     """-> state.json of a checkpoint whose files are exactly those it lists (else None: another file
     would be read too, and a missing one be missed by nobody), what is wrong."""
     try:
-        state = read_json(os.path.join(path, "state.json"))
+        state = read_json(path / "state.json")
         written = state.pop("digest")
         if digest(state) != written or {*os.listdir(path)} != {"state.json", *state["files"]}:
             raise ValueError("other files, or another state.json")
@@ -2089,7 +2074,7 @@ def load_checkpoint(path, tensors):
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), process_group=HOST)
     except dcp.api.CheckpointException as e:   # which is no Exception
-        raise UserError(f"{path!r} is no checkpoint of this run: {reason_of(e)}") from e
+        raise UserError(f"'{path}' is no checkpoint of this run: {reason_of(e)}") from e
     print0(f"resumes from {path}")
 
 
@@ -2134,17 +2119,16 @@ def plan_batch(cfg, state, world):
 def prepare_output(cfg, step):
     """output_dir as of `step`: nothing left of a run that starts over, no log of steps to come, no
     checkpoint of them either. final/ stays until the next one is whole: it may be the student."""
-    folder = os.path.join(cfg.output_dir, "checkpoints")
+    folder = Path(cfg.output_dir, "checkpoints")
     if cfg.resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for path in checkpoints_in(folder):
-        if int(path[-8:]) > step:   # never to be continued from by itself
-            aside = os.path.join(folder, f"aside-{time.time_ns()}-{path[-8:]}")
-            os.rename(path, aside)
+        if int(path.name[5:]) > step:   # never to be continued from by itself
+            aside = path.rename(folder / f"aside-{time.time_ns()}-{path.name}")
             print0(f"{path} is set aside as {aside}")
-    write_json(knobs_of(cfg), os.path.join(cfg.output_dir, "config.json"))
-    cut_log(os.path.join(cfg.output_dir, "log.jsonl"), step)
+    write_json(knobs_of(cfg), folder.parent / "config.json")
+    cut_log(folder.parent / "log.jsonl", step)
 
 
 def cut_log(path, step):
@@ -2217,7 +2201,7 @@ class Run:
     batch_size: int            # sequences a rank and micro-step
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
-    checkpoint: Optional[str]  # to continue from
+    checkpoint: Optional[Path]  # to continue from
     saved_digest: Optional[str]   # of the newest checkpoint
     vocabulary: Optional[int]  # from this id on heads are padding
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
@@ -2346,7 +2330,7 @@ def check_ids(root, tokenizer, biggest):
 
 def is_finished(cfg, state):
     """final/ has to be of this very checkpoint, not of a shorter run before it."""
-    final = read_json(os.path.join(cfg.output_dir, "final", FINAL_MARK), {})
+    final = read_json(Path(cfg.output_dir, "final", FINAL_MARK), {})
     same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
     return (same_length and state["progress"]["step"] >= state["steps"]
             and final.get("checkpoint") == state["digest"])
@@ -2381,7 +2365,7 @@ def begin(run, stages):
     run.stages = stages
     if progress.step > run.steps:
         raise UserError(
-            f"{run.checkpoint!r} is of step {progress.step}, this run would end at {run.steps}. "
+            f"'{run.checkpoint}' is of step {progress.step}, this run would end at {run.steps}. "
             "Raise --max_steps or --num_epochs, or start over with --resume never")
     print0(in_lines(facts_of(run)))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
@@ -2555,7 +2539,7 @@ def log(run, entry):
         return
     finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
     with contextlib.suppress(OSError):   # a full disk: the next checkpoint says so
-        append_jsonl(os.path.join(run.cfg.output_dir, "log.jsonl"), finite)
+        append_jsonl(Path(run.cfg.output_dir, "log.jsonl"), finite)
     if run.wandb is not None:
         run.wandb.log(entry, step=run.progress.step)
 
@@ -2597,7 +2581,7 @@ def save(run):
     problem = None
     try:
         run.saved_digest = save_checkpoint(
-            os.path.join(cfg.output_dir, "checkpoints"), run.saved_step, tensors, state,
+            Path(cfg.output_dir, "checkpoints"), run.saved_step, tensors, state,
             cfg.keep_checkpoints)
     except (OSError, dcp.api.CheckpointException) as e:
         problem = reason_of(e)
@@ -2659,7 +2643,7 @@ def held_out(rows, batch_size, what):
 
 def finish(run):
     """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
-    final = os.path.join(run.cfg.output_dir, "final")
+    final = Path(run.cfg.output_dir, "final")
     if run.stopped:
         print0(f"stopped at step {run.progress.step} of {run.steps}; what is saved goes on with "
                "the same command")
@@ -3340,7 +3324,7 @@ def open_teacher(cfg, tokenizer):
 
     def ask(rows, first, manifest):
         for row in rows:
-            refuse_unknown_ids(int(row["input_ids"].max()), tokenizer, [teacher])
+            check_ids(teacher, tokenizer, int(row["input_ids"].max()))
         hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
         kept = []
         for number, row in enumerate(rows, first):
@@ -3426,12 +3410,23 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
                 yield path, block_rows, first
 
 
+<<<<<<< HEAD
 def encode_block(cfg, tokenizer, columns):
     columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
     rows, _ = kept_rows(token_rows(columns))
     if cfg.packing == "documents":
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
+=======
+def claim(claims, byte):
+    """Lock one byte of an open file, which need not be that long -> whether no other process has.
+    Closing the file gives it back, and so does the kernel when a process dies."""
+    try:
+        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except BlockingIOError:
+        return False
+    return True
+>>>>>>> halve
 
 
 def write_chunks(chunks, ask, manifest, total):
@@ -3591,7 +3586,7 @@ def load_with_cache(cfg):
         rows = CacheRows(cfg.cache_dir, "train", manifest, index)
         eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
     student, _ = load_checked(cfg, "student", tokenizer)
-    refuse_unknown_ids(index["biggest_id"], tokenizer, [student])
+    check_ids(student, tokenizer, index["biggest_id"])
     return tokenizer, rows, eval_rows, student, None, None
 
 
@@ -4308,21 +4303,25 @@ def side_by_side(prompts, rooms, limit):
 
 def pad_left(prompts):
     """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
-    ids = [torch.as_tensor(prompt) for prompt in prompts]
-    rows = (ids, [torch.ones_like(of_row) for of_row in ids])
-    return [to_device(pad_sequence(some, True, padding_side="left")) for some in rows]
+    width = max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, prompt in enumerate(prompts):
+        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
+        mask_BT[i, width - len(prompt):] = 1
+    return to_device(ids_BT), to_device(mask_BT)
 
 
 def make_draw(seeds, temperature, vocabulary, new):
     """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
-    one at which the sum of probabilities passes a number from (0, 1]."""
-    numbers = [1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    numbers = iter(to_device(torch.stack(numbers, 1)))
+    one at which the sum of probabilities passes a number from (0, 1]. Every row has numbers of its
+    own: what it says depends neither on the rows beside it nor on how many ranks there are."""
+    numbers_BN = torch.stack([
+        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    numbers = iter(to_device(numbers_BN).unbind(1))
 
     def draw(_, logits_BV):
         logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
-        if temperature == 0:
-            return logits_BV
         sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
         passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
         ids_B1 = torch.searchsorted(sums_BV, passed_B1)
@@ -4344,10 +4343,13 @@ def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
     return ids[:, ids_BT.shape[1]:]
 
 
-def cut_text(ids, ends):
+def cut_text(ids, room, ends):
     """Up to the first end mark, which belongs to it."""
-    found = [i for i, token in enumerate(ids) if token in ends]
-    return ids[:found[0] + 1] if found else ids
+    ids = ids[:room]
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[:i + 1]
+    return ids
 
 
 @contextlib.contextmanager
@@ -5619,43 +5621,14 @@ def is_checkpoint(name):
     return os.path.exists(os.path.join(name, "state.json"))
 
 
-def load_model(cfg, role):
-    """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
-    teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
-    learns = role == "student"
-    name = cfg.student if learns else cfg.teacher
-    cut = re.fullmatch(r"layers:(\d+)", name)
-    if cut:
-        name = cfg.teacher
-    source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    config, kept_layers = source_config, None
-    if cut:
-        config, kept_layers = cut_layers(source_config, int(cut[1]))
-    computes_in = compute_dtype(cfg)
-    if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
-        computes_in = torch.float32   # models trained in bf16 overflow in fp16
-    options = dict(dtype=torch.float32 if learns else computes_in,
-                   trust_remote_code=cfg.trust_remote_code, attn_implementation=cfg.attention)
-    make_root = ShardedRoot
-    if learns and cfg.blockwise:   # optional: blockwise
-        make_root = stitching(cfg, config)
-    with torch.device("meta"):
-        root = make_root(AutoModelForCausalLM.from_config(config, **options))
-    root.train(learns).requires_grad_(learns)
-    if learns and cfg.gradient_checkpointing:
-        recompute_activations(root.model)
-    if cfg.compile:
-        compile_layers(root.model)
-    if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
-        shard(root, cfg.fsdp if learns else "full_shard", computes_in, cfg.cpu_offload)
-    source = None
-    if RANK == 0:
-        source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
-    load_weights(root, source, cfg.cpu_offload)
-    with contextlib.suppress(OSError):   # what ends a text, where a file of its own says it
-        ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-        root.model.generation_config.eos_token_id = ends
-    return root, from_rank0(source and identity_of(source))
+def load_model(cfg, name, label):
+    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
+    if not is_checkpoint(name):
+        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
+    path, state = find_checkpoint(name, cfg.output_dir)
+    root = load_student(config_of_run(cfg, name, state))
+    load_checkpoint(path, tensors_of(root, {}, {}))
+    return root.eval()
 
 
 def config_of_run(cfg, name, state):
@@ -5742,9 +5715,9 @@ def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
     return sums, bins
 
 
-def head_logits(hidden, head, vocabulary=None):
-    """-> logits in fp32, of the first `vocabulary` ids."""
-    raw = raw_logits(hidden, head, vocabulary)
+def head_logits(hidden_CD, head, vocab):
+    """-> [C, vocab] in fp32"""
+    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
     return scale_and_softcap(raw, head.scale, head.softcap)[0]
 
 
@@ -6228,13 +6201,13 @@ def choose_mode(cfg):
 def explain(cfg, error, words):
     """One `error:` line, once for all ranks -> the exit code. The traceback goes to
     output_dir/error.log, or to the terminal with --debug."""
+    folder = Path(cfg.output_dir)
     if first_to_fail():
         print(f"error: {words}", file=sys.stderr)
         if cfg.debug:
             traceback.print_exception(error)
-        elif os.path.exists(os.path.join(cfg.output_dir, MARK)):
-            with contextlib.suppress(OSError), open(
-                    os.path.join(cfg.output_dir, "error.log"), "a", encoding="utf-8") as f:
+        elif (folder / MARK).exists():
+            with contextlib.suppress(OSError), open(folder / "error.log", "a") as f:
                 traceback.print_exception(error, file=f)
     return 2
 
