@@ -3295,20 +3295,23 @@ def decompress(data):
 def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
     of ranks; the same command goes on where it was stopped."""
-    with claim(cfg.cache_dir, "cache", alone=False):
-        tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
-        rows, eval_rows = load_data(cfg, tokenizer)
-        splits = {"train": rows, "eval": eval_rows}
-        ask, identity = open_teacher(cfg, tokenizer)
-        with phase(f"opening cache {cfg.cache_dir}"):
-            manifest = describe_cache(cfg, tokenizer, splits, identity)
-            begin_cache(cfg, tokenizer, manifest)
-        with stop_signals() as stop_requests:
-            paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
-        if paths is None:
-            print0("stopped; the same command goes on")
-        elif RANK == 0:
-            finish_cache(cfg.cache_dir, manifest, paths)
+    if RANK == 0:
+        with mark_folder(cfg.cache_dir, "cache") as mark:   # nobody's alone: workers may come and go
+            mark.truncate(0)
+            mark.write("cache ")
+    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    rows, eval_rows = load_data(cfg, tokenizer)
+    splits = {"train": rows, "eval": eval_rows}
+    ask, identity = open_teacher(cfg, tokenizer)
+    with phase(f"opening cache {cfg.cache_dir}"):
+        manifest = describe_cache(cfg, tokenizer, splits, identity)
+        begin_cache(cfg, tokenizer, manifest)
+    with stop_signals() as stop_requests:
+        paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
+    if paths is None:
+        print0("stopped; the same command goes on")
+    elif RANK == 0:
+        finish_cache(cfg.cache_dir, manifest, paths)
 
 
 def open_teacher(cfg, tokenizer):
@@ -3410,23 +3413,12 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
                 yield path, block_rows, first
 
 
-<<<<<<< HEAD
 def encode_block(cfg, tokenizer, columns):
     columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
     rows, _ = kept_rows(token_rows(columns))
     if cfg.packing == "documents":
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
-=======
-def claim(claims, byte):
-    """Lock one byte of an open file, which need not be that long -> whether no other process has.
-    Closing the file gives it back, and so does the kernel when a process dies."""
-    try:
-        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except BlockingIOError:
-        return False
-    return True
->>>>>>> halve
 
 
 def write_chunks(chunks, ask, manifest, total):
