@@ -3296,7 +3296,7 @@ def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
     of ranks; the same command goes on where it was stopped."""
     if RANK == 0:
-        with mark_folder(cfg.cache_dir, "cache") as mark:   # nobody's alone: workers may come and go
+        with mark_folder(cfg.cache_dir, "cache") as mark:   # no lock: there may be many workers
             mark.truncate(0)
             mark.write("cache ")
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
@@ -3340,19 +3340,20 @@ def open_teacher(cfg, tokenizer):
 
 def begin_cache(cfg, tokenizer, manifest):
     """A new cache gets all but its chunks; one that is there must be of the same content."""
-    here = functools.partial(os.path.join, cfg.cache_dir)
-    if os.path.exists(here("manifest.json")) and not cfg.force_regenerate:
+    folder = Path(cfg.cache_dir)
+    manifest_path = folder / "manifest.json"
+    if manifest_path.exists() and not cfg.force_regenerate:
         there = read_manifest(cfg.cache_dir)
         refuse_changes(there, manifest, cfg.cache_dir, "empty it: --force_regenerate")
     elif RANK == 0:
-        write_json({}, here("index.json"))
+        write_json({}, folder / "index.json")
         if cfg.force_regenerate:
-            shutil.rmtree(here("tokenizer"), ignore_errors=True)
-            for path in glob.glob(os.path.join(glob.escape(cfg.cache_dir), "*.safetensors")):
-                os.remove(path)
-        write_json(knobs_of(cfg) | {"force_regenerate": False}, here("config.json"))
-        tokenizer.save_pretrained(here("tokenizer"))
-        write_json(manifest, here("manifest.json"))   # last: from here on there is a cache
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            for path in folder.glob("*.safetensors"):
+                path.unlink()
+        write_json(knobs_of(cfg) | {"force_regenerate": False}, folder / "config.json")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(manifest, manifest_path)   # last: from here on there is a cache
     all_sum(0)   # nobody goes on before that
 
 
@@ -3376,7 +3377,7 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
                 if stop:
                     return None
                 bar.update(int(all_rows))
-            missing, = all_sum(sum(not os.path.exists(path) for path in paths))
+            missing, = all_sum(sum(not path.exists() for path in paths))
             if not missing:
                 return paths
             time.sleep(1)   # another worker has a chunk; it may die with it
@@ -3390,18 +3391,18 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
     what another worker does. As a block may hold any number of rows, theirs begin 2^32 apart."""
     size = manifest["chunk"]
     numbers = {"eval": 0, "train": 2**60}   # where those of chunks, and of rows, begin
-    with open(os.path.join(cfg.cache_dir, "claims"), "a") as claims:
+    with Path(cfg.cache_dir, "claims").open("a") as claims:
         for split, rows in splits.items():
             is_stream = isinstance(rows, datasets.IterableDataset)
             blocks = rows.iter(size) if is_stream else range(0, len(rows), size)
             for chunk, block in enumerate(blocks):
-                path = os.path.join(cfg.cache_dir, f"{split}-{chunk:08d}.safetensors")
+                path = Path(cfg.cache_dir, f"{split}-{chunk:08d}.safetensors")
                 paths.append(path)
                 try:   # one byte, which the file need not have; given back when a worker dies
                     fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, numbers[split] + chunk)
                 except BlockingIOError:   # another worker has it
                     continue
-                if os.path.exists(path):
+                if path.exists():
                     continue
                 first = numbers[split] + chunk * size
                 if is_stream:
@@ -3441,7 +3442,7 @@ def say_size(path, rows, kept, total):
     tokens = sum(len(row["input_ids"]) for row in rows)
     targets = sum(row["targets"].sum() for row in rows)
     mass = sum(of_row.mass for of_row in kept)
-    size = os.path.getsize(path)
+    size = path.stat().st_size
     print0(f"cache: {size / tokens:.1f} bytes a token, which hold {mass / targets:.1%} of the "
            f"teacher's mass; about {size / len(rows) * total / 1e9:.3f} GB in all, "
            f"{shutil.disk_usage(path).free / 1e9:.1f} GB free")
@@ -3459,15 +3460,15 @@ def write_chunk(path, rows, kept, content):
         parts.append(checksum_at(path, line, data, content) + data)
     tensors = {"rows": np.frombuffer(b"".join(parts), np.uint8),
                "ends": np.cumsum([0, *map(len, parts)])}
-    with open(path + ".tmp", "wb") as f:
-        f.write(safetensors.numpy.save(tensors))
-    sync(f.name)
-    os.replace(f.name, path)
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(safetensors.numpy.save(tensors))
+    sync(aside)
+    aside.rename(path)
 
 
 def checksum_at(path, line, data, content):
     """Of a row's bytes and of where they belong. content: digest of the manifest."""
-    place = f"{content} {os.path.basename(path)} {line}"
+    place = f"{content} {path.name} {line}"
     return zlib.crc32(data, zlib.crc32(place.encode())).to_bytes(4, "little")
 
 
@@ -3529,11 +3530,12 @@ def finish_cache(cache_dir, manifest, paths):
         rows = read_chunk(path, digest(manifest))
         tokens += sum(int(numbers[0]) for numbers in rows)
         biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
-        split, _ = os.path.basename(path).split("-")
+        split, _ = path.name.split("-")
         chunks[split].append(len(rows))
+    size = sum(path.stat().st_size for path in paths)
     index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
-                 bytes_per_token=sum(map(os.path.getsize, paths)) / tokens, biggest_id=biggest_id)
-    write_json(index, os.path.join(cache_dir, "index.json"))
+                 bytes_per_token=size / tokens, biggest_id=biggest_id)
+    write_json(index, Path(cache_dir, "index.json"))
     print0(f"cache {cache_dir} is full: {index['rows']:,} sequences, {tokens:,} tokens of "
            f"{index['bytes_per_token']:.1f} bytes")
 
@@ -3564,14 +3566,14 @@ def load_with_cache(cfg):
     only where this run allows it."""
     with phase(f"reading cache {cfg.cache_dir}"):
         manifest = read_manifest(cfg.cache_dir)
-        index = read_json(os.path.join(cfg.cache_dir, "index.json"))
+        index = read_json(Path(cfg.cache_dir, "index.json"))
         if not index:
             raise UserError(f"{cfg.cache_dir!r} holds no finished cache (it was begun, not "
                             "finished); the same mode cache command finishes it")
-        folder = os.path.join(cfg.cache_dir, "tokenizer")
+        folder = Path(cfg.cache_dir, "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
         if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
-            raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache "
+            raise UserError(f"cache tokenizer '{folder}' is not what was written; fill the cache "
                             "again with --force_regenerate")
         theirs = load_tokenizer(cfg, cfg.student) or tokenizer
         compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
@@ -3586,7 +3588,7 @@ class CacheRows:
     """The rows of a split, by number: nothing is read but what is asked for."""
 
     def __init__(self, cache_dir, split, manifest, index, at_most=math.inf):
-        self.prefix = os.path.join(cache_dir, split)
+        self.prefix = f"{cache_dir}/{split}"
         self.manifest = manifest
         self.content = digest(manifest)
         self.starts = np.cumsum([0, *index["chunks"][split]])   # of chunks; the last: the end
@@ -3598,7 +3600,8 @@ class CacheRows:
     def __getitem__(self, i):
         chunk = int(np.searchsorted(self.starts, i, "right")) - 1
         line = i - int(self.starts[chunk])
-        numbers, = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", self.content, [line])
+        path = Path(f"{self.prefix}-{chunk:08d}.safetensors")
+        numbers, = read_chunk(path, self.content, [line])
         return unpack_row(numbers, self.manifest)
 
 
@@ -3616,16 +3619,16 @@ def read_chunk(path, content, lines=None):
                 rows.append(decompress(written[4:]))
         return rows
     except Exception as e:
-        folder = shlex.quote(os.path.dirname(path))   # where the cache lies now: it may be a copy
+        folder = shlex.quote(str(path.parent))   # where the cache lies now: it may be a copy
         raise UserError(
-            f"cache chunk {path!r} is damaged or of another cache ({one_line(e)}); to make it, and "
-            f"only it, again: rm {shlex.quote(path)}; python simple_distill.py --config "
+            f"cache chunk '{path}' is damaged or of another cache ({one_line(e)}); to make it, and "
+            f"only it, again: rm {shlex.quote(str(path))}; python simple_distill.py --config "
             f"{folder}/config.json --cache_dir {folder}") from e
 
 
 def read_manifest(cache_dir):
     """Of a cache that was begun, at least."""
-    manifest = read_json(os.path.join(cache_dir, "manifest.json"), {})
+    manifest = read_json(Path(cache_dir, "manifest.json"), {})
     if manifest.get("format") != 2:
         raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
                         "fills it, an older one with --force_regenerate")

@@ -5378,7 +5378,7 @@ def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
     for name in list(chunks)[::2]:
         os.remove(pieces / name)
     first = list(chunks)[0]
-    (pieces / f"{first}.tmp").write_bytes(b"half")   # what a dead worker left
+    (pieces / first).with_suffix(".tmp").write_bytes(b"half")   # what a dead worker left
     words = cache_words(teacher, cache_text, pieces, **fields)
     shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
     assert "error: " not in shown
