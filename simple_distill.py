@@ -2327,8 +2327,8 @@ def check_ids(root, tokenizer, biggest):
     """A tokenizer may have ids that a head has not: they matter where a row holds one."""
     rows = root.model.config.get_text_config().vocab_size
     if biggest >= rows:
-        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, "
-                        f"{type(root.model).__name__} has {rows}: take it out, or another tokenizer")
+        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, beyond "
+                        f"the {rows} ids of {type(root.model).__name__}: take it out")
 
 
 def is_finished(cfg, state):
