@@ -5569,6 +5569,13 @@ def test_blockwise_a_state_of_zeros_counts_nothing():
     assert student.grad.isfinite().all() and not student.grad[2].any()
 
 
+def test_blockwise_clips_what_the_loss_scale_magnified():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 2.0 ** 14)
+    sd.clip_blocks([([p], 0.5)], {"scale": torch.tensor(2.0 ** 14)})   # the norm is 2
+    torch.testing.assert_close(p.grad, torch.full((4,), 2.0 ** 12))
+
+
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
     """Every row begins with a token whose state is 300 times as large in the teacher: what is
     explained is of the others. All rows in one batch, as the mean is a batch's."""
