@@ -4792,6 +4792,30 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words,
     assert resolved.given == cfg.given
 
 
+def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
+    """In an order that no package leads, each in one split; also where a kill left half of it."""
+    library = tmp_path / "lib"
+    library.mkdir()
+    names = sorted([f"m{i}.py" for i in range(60)], key=sd.digest)
+    for name in names:
+        (library / name).write_text(f"x = {name!r}\n")
+    (library / "empty.py").write_text("\n")
+    monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    splits = {"train": [], "validation": []}
+    for name in names:
+        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
+        splits[split].append({"text": f"x = {name!r}\n"})
+    folder = str(tmp_path / "demo")
+    for _ in range(2):
+        sd.write_demo_files(folder)
+        for split, rows in splits.items():
+            assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    for name in ("student", "teacher-shape"):
+        assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
+
+
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
         tmp_path, out, teacher, student, text):
     """The control is the run with --alpha 1, and what is done is not trained again."""
