@@ -21,14 +21,12 @@ vocabulary, K kept teacher entries a token.
 """
 import ast   # optional: generate
 import asyncio   # optional: generate
-import base64   # optional: generate
 import bisect
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno   # optional: generate
 import fcntl
 import functools
 import glob
@@ -51,8 +49,6 @@ import tempfile
 import textwrap   # optional: generate
 import time
 import traceback
-import urllib.parse   # optional: generate
-import urllib.request   # optional: generate
 import warnings   # optional: generate
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -274,7 +270,8 @@ def claim(folder, mode, wait=False):
     """Makes a folder ours for as long as this lasts: what stands there under our names may be
     replaced. One run a folder; wait: until another one is done. The kernel drops the lock with its
     process."""
-    words = f"{mode} {from_rank0(time.time_ns())}"
+    kind = mode.replace("eval", "train")   # a report may lie in the folder of its run
+    words = f"{kind} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
         with phase(f"taking {folder} for this run alone"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
@@ -304,7 +301,7 @@ def mark_folder(folder, mode):
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
-    if there not in ("", mode):
+    if there not in ("", mode.replace("eval", "train")):
         raise UserError(f"{folder!r} is of mode {there}; choose another folder")
     return file
 
@@ -825,6 +822,11 @@ def hold_out_rows(raw, eval_samples):
     # an array: select makes a fingerprint of it, a generator has none that another run finds again
     kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)
     return raw.select(kept), held_out
+
+
+def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
+    """The layer of a teacher that stands as deep in it as layer i of a student in that."""
+    return round((i + 1) * teacher_depth / depth) - 1
 
 
 def stdlib_sources():   # optional: demo generate
@@ -1914,9 +1916,9 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    options = json.loads(cfg.lr_scheduler_kwargs or "{}")
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    with phase(f"making the schedule {cfg.lr_scheduler} ({options})"):
+    with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
+        options = json.loads(cfg.lr_scheduler_kwargs or "{}")
         schedule = get_scheduler(
             cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
         return schedule.lr_lambdas[0]
@@ -3812,38 +3814,37 @@ def explain_bad_disk(folder):
 
 def train_blockwise(cfg):
     """Block by block, then the head, then as usual -> True when done, False when stopped."""
+    # start_run has run the student by then, while all of it could be trained: FSDP notes at the
+    # first forward, once for all, in which type a unit reduces gradients
     run = start_run(cfg)
     if run is None:
         return True
-    stages = block_stages(run)
-    blocks_end = max(stage.end for stage in stages if stage.mean_over == "real")
+    parts = parameters_by_part(run)
+    stages = block_stages(run, parts)
+    last_block = [stage for stage in stages if stage.mean_over == "real"][-1]
     if cfg.dry_run:
         return rehearse(run, stages)
     with begin(run, stages):
-        if "block_figures" not in run.notes:
+        if "block_figures" not in run.progress.notes:
             measure_blocks(run)
         for stage in stages:
-            if run.step >= stage.end:   # done before a resume
+            if run.progress.step >= stage.end:   # done before a resume
                 continue
             if not train_stage(run, stage):
                 break
-            if stage.end == blocks_end:
+            if stage is last_block:
                 measure_blocks(run)
-                if cfg.initialize_head_from_teacher and head_may_change(run):
-                    initialize_head(run.student, run.teacher)
+                if cfg.initialize_head_from_teacher:
+                    initialize_head(run, parts["head"])
             evaluate_and_save(run, stage)
-    if not run.stopped:
-        print0(block_table(run))
     return finish(run)
 
 
 # ---- which block learns from which, and when
 
 
-def match_blocks(cfg, student_config, teacher_config):
+def match_blocks(cfg, student_shape, teacher_shape):
     """-> {block of the student: block of the teacher}, refused where they cannot be matched."""
-    student_shape = student_config.get_text_config()
-    teacher_shape = teacher_config.get_text_config()
     depth = student_shape.num_hidden_layers
     teacher_depth = teacher_shape.num_hidden_layers
     if depth > teacher_depth:
@@ -3857,150 +3858,113 @@ def match_blocks(cfg, student_config, teacher_config):
         if count not in (1, depth):
             raise UserError(f"{name} has {count} values; give one, or one for each of the "
                             f"student's {depth} blocks")
-    return {i: round((i + 1) * teacher_depth / depth) - 1 for i in range(depth)}
+    return {i: teacher_layer(i, depth, teacher_depth) for i in range(depth)}
 
 
-def block_stages(run):
+def parameters_by_part(run):
+    """-> {block number, "head" or "embeddings": {parameter: multiplier of its rate, 0: frozen}}. A
+    block's stitches belong to it, the final norm to the head, a tied head to the embeddings."""
+    model = run.student.model
+    multipliers = learning_rates(
+        model.named_parameters(remove_duplicate=False), parse_multipliers(run.cfg.lr_multipliers),
+        run.cfg.default_lr_multiplier, learning_rate=1.0)
+    path, _ = layers_of(model)
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    head.discard(model.get_input_embeddings().weight)
+    parts = collections.defaultdict(dict)
+    for name, p in run.student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        if block:
+            part = int(block[1])
+        else:
+            part = "head" if p in head else "embeddings"
+        parts[part][p] = multipliers.get(p, 1.0)   # a stitch has the rate of its block
+    return parts
+
+
+def block_stages(run, parts):
     """-> [Stage, ...]: one a block, or one for all of them (block_input teacher), then norm and
     head, then plain distillation."""
-    cfg = run.cfg
-    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
-    check_head_is_free(cfg, run.student.model)
-    parts = parameters_by_part(run.student)
-    if cfg.block_input == "teacher":
-        stages = [stage_of_all_blocks(run, pairs, parts)]
-    else:
-        stages = []
-        for block in pairs:
-            first_step = stages[-1].end if stages else 0
-            stages.append(stage_of_block(run, pairs, parts, block, first_step))
-    if cfg.train_lm_head:
-        stages.append(stage_of_head(run, parts, first_step=stages[-1].end))
-    multiply_rates(stages, multipliers_of_student(run))
+    pairs = run.student.pairs
+    groups = [{i: j} for i, j in pairs.items()]
+    if run.cfg.block_input == "teacher":
+        groups = [pairs]
+    stages = []
+    first_step = 0
+    for group in groups:
+        stages.append(stage_of_blocks(run, parts, group, first_step))
+        first_step = stages[-1].end
+    if run.cfg.train_lm_head:
+        stages.append(stage_of_head(run, parts["head"], first_step))
+    for stage in stages:
+        if not any(stage.rates.values()):
+            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
+                            "would train; leave something of it free, or for the head "
+                            "--train_lm_head false")
     distillation = distillation_stage(run, first_step=stages[-1].end)
     if distillation.steps:
         stages.append(distillation)
     return stages
 
 
-def parameters_by_part(student):
-    """-> {block number, "head" or "embeddings": [parameters]}. A block's stitches belong to it, the
-    final norm to the head, a head that is tied to the embeddings to them."""
-    model = student.model
-    path, _ = layers_of(model)
-    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head.discard(model.get_input_embeddings().weight)
-    parts = collections.defaultdict(list)
-    for name, p in student.named_parameters():
-        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        if block:
-            parts[int(block[1])].append(p)
-        elif p in head:
-            parts["head"].append(p)
-        else:
-            parts["embeddings"].append(p)
-    return parts
-
-
-def check_head_is_free(cfg, model):
-    """A head that is to be trained must not be the embeddings: the blocks build on those."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if tied and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(model).__name__} ties its head whatever its config says: "
-                        "--train_lm_head false --initialize_head_from_teacher false")
-
-
-def stage_of_block(run, pairs, parts, block, first_step):
-    """A block alone on the student's own stream; the first one also learns the embeddings, and with
-    freeze_previous_blocks false each also goes on with what stands before it."""
+def stage_of_blocks(run, parts, pairs, first_step):
+    """A block on the student's own stream; the first one also learns the embeddings, and with
+    freeze_previous_blocks false each goes on with what stands before it. Or all blocks at once,
+    each fed by the teacher: none sees another, each is clipped alone."""
     cfg = run.cfg
-    trained = [block]
-    if block == 0 or not cfg.freeze_previous_blocks:
-        trained += ["embeddings", *range(block)]
-    rate = one_of(cfg.lr_per_block, block)
-    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher,
-                                                   {block: pairs[block]})
-    return Stage(
-        name=f"block {block}", first_step=first_step,
-        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, block)), loss_fn=loss_fn,
-        get_teacher_targets=get_teacher_targets,
-        rates={p: rate for part in trained for p in parts[part]},
-        weight_decay=one_of(cfg.wd_per_block, block),
-        max_grad_norm=one_of(cfg.max_grad_norm_per_block, block), mean_over="real")
-
-
-def stage_of_all_blocks(run, pairs, parts):
-    """All blocks at once, each fed by the teacher: none sees another, each is clipped alone."""
-    cfg = run.cfg
+    fed_by_teacher = cfg.block_input == "teacher"
     rates = {}
     clipped_alone = []
-    for block in pairs:
-        rate = one_of(cfg.lr_per_block, block)
-        rates |= {p: rate for p in parts[block]}
-        max_norm = one_of(cfg.max_grad_norm_per_block, block)
-        if max_norm:
-            clipped_alone.append((parts[block], max_norm))
-    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher, pairs)
+    for i in pairs:
+        trained = [i]
+        if not fed_by_teacher and (i == 0 or not cfg.freeze_previous_blocks):
+            trained += ["embeddings", *range(i)]
+        rate = one_of(cfg.lr_per_block, i)
+        rates |= {p: rate * times for part in trained for p, times in parts[part].items()}
+        max_norm = one_of(cfg.max_grad_norm_per_block, i)
+        if fed_by_teacher and max_norm:
+            clipped_alone.append((parts[i], max_norm))
     return Stage(
-        name="blocks", first_step=0, steps=steps_of_epochs(run, cfg.epochs_per_block[0]),
-        loss_fn=loss_fn, get_teacher_targets=get_teacher_targets, rates=rates,
-        weight_decay=cfg.wd_per_block[0], max_grad_norm=0, clipped_alone=clipped_alone,
+        name="blocks" if fed_by_teacher else f"block {i}", first_step=first_step,
+        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, i)),
+        loss_fn=functools.partial(block_loss, run, pairs),
+        get_teacher_targets=functools.partial(run.teacher, around_blocks, pairs.values(), {}),
+        rates=rates, weight_decay=one_of(cfg.wd_per_block, i),
+        max_grad_norm=0 if fed_by_teacher else max_norm, clipped_alone=clipped_alone,
         mean_over="real")
 
 
-def stage_of_head(run, parts, first_step):
+def stage_of_head(run, head, first_step):
     """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
     cfg = run.cfg
-    alpha = 1 - cfg.logit_loss_weight
-    divergence = cfg.logit_loss_type
-    if cfg.logit_loss_type == "ce":
-        alpha = 1.0
-    if cfg.logit_loss_type == "kl_div":
-        divergence = "forward"
+    alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+    loss_fn = functools.partial(
+        distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
+        divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
+        vocabulary=run.vocabulary)
     return Stage(
         name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
-        loss_fn=functools.partial(distil_loss, alpha=alpha, divergence=divergence,
-                                  temperature=cfg.logit_loss_temperature,
-                                  vocabulary=vocabulary_of(run.tokenizer)),
-        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
-        rates={p: cfg.lm_head_lr for p in parts["head"]}, weight_decay=cfg.lm_head_wd,
-        max_grad_norm=cfg.lm_head_max_grad_norm)
-
-
-def multipliers_of_student(run):
-    """{parameter: learning-rate multiplier}, 0: frozen. Stitches are no part of the student."""
-    return learning_rates(
-        run.student.model.named_parameters(remove_duplicate=False),
-        parse_multipliers(run.cfg.lr_multipliers), run.cfg.default_lr_multiplier,
-        learning_rate=1.0)
-
-
-def multiply_rates(stages, multipliers):
-    """What is frozen is frozen in every phase; a stitch has the rate of its block."""
-    for stage in stages:
-        stage.rates = {p: rate * multipliers.get(p, 1.0) for p, rate in stage.rates.items()}
-        if not any(stage.rates.values()):
-            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
-                            "would train; leave something of it free, or for the head "
-                            "--train_lm_head false")
-
-
-def head_may_change(run):
-    multipliers = multipliers_of_student(run)
-    if all(multipliers[p] for p in parameters_by_part(run.student)["head"]):
-        return True
-    print0("blockwise: lr_multipliers freeze the student's norm or head, which stay as they are in "
-           "place of the teacher's")
-    return False
+        loss_fn=loss_fn, get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        rates={p: cfg.lm_head_lr * multiplier for p, multiplier in head.items()},
+        weight_decay=cfg.lm_head_wd, max_grad_norm=cfg.lm_head_max_grad_norm)
 
 
 def one_of(values, block):
     """One value for all blocks, or one a block."""
-    return values[block] if len(values) > 1 else values[0]
+    return values[block % len(values)]
 
 
 def steps_of_epochs(run, epochs):
     return max(1, math.ceil(epochs * run.steps_per_epoch))
+
+
+def clip_blocks(clipped_alone, scale_state):
+    """[(parameters, max norm), ...]: gradients of scale * loss, each group's by itself, without
+    asking the GPU."""
+    for parameters, max_norm in clipped_alone:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale_state["scale"]
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 # ---- hidden states at both ends of a block
@@ -4024,14 +3988,13 @@ class RecordedLayer:
         return output
 
 
-def around_blocks(model, batch, blocks, other_inputs):
+def around_blocks(model, blocks, other_inputs, batch):
     """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each.
     other_inputs: {block: hidden states that it is fed}. Layers after the last block do not run."""
     path, layers = layers_of(model)
     parent_path, _, name = path.rpartition(".")
-    recorded = []
-    for i, layer in enumerate(layers[:max(blocks) + 1]):
-        recorded.append(RecordedLayer(layer, other_inputs.get(i)))
+    recorded = [RecordedLayer(layer, other_inputs.get(i))
+                for i, layer in enumerate(layers[:max(blocks) + 1])]
     # an entry in __dict__ hides the registered layers for the time of one forward
     attributes = vars(model.get_submodule(parent_path))
     attributes[name] = recorded
@@ -4040,74 +4003,51 @@ def around_blocks(model, batch, blocks, other_inputs):
     return {i: recorded[i].recorded for i in blocks}
 
 
+def block_errors(run, pairs, model, batch, teacher_states):
+    """Runs inside the student: yields, for one block after the other, the error [N], the student's
+    states, stitched to the teacher's width, and the teacher's, [N, D] each, without padding."""
+    cfg = run.cfg
+    stitches = run.student.stitches
+    dtype = model.get_input_embeddings().weight.dtype
+    inputs = {}
+    if cfg.block_input == "teacher":
+        for i, j in pairs.items():
+            inputs[i] = stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+    student_states = around_blocks(model, pairs, inputs, batch)
+    for i, j in pairs.items():
+        student_ND = student_states[i][1].flatten(0, 1)[batch.real].to(dtype)
+        student_ND = stitches[f"up{i}"](student_ND).float()
+        teacher_ND = teacher_states[j][1].flatten(0, 1)[batch.real].float()
+        error_N = hidden_error(
+            student_ND, teacher_ND, cfg.distill_loss_type, cfg.distill_loss_temperature)
+        yield error_N, student_ND, teacher_ND
+
+
 def hidden_error(student_ND, teacher_ND, kind, temperature):
     """-> [N]. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
     if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
-        logp = torch.log_softmax(student_ND.float() / temperature, -1)
-        logq = torch.log_softmax(teacher_ND.float() / temperature, -1)
+        logp = torch.log_softmax(student_ND / temperature, -1)
+        logq = torch.log_softmax(teacher_ND / temperature, -1)
         terms = logq.exp() * (logq - logp) - logq.exp() + logp.exp()
         return temperature ** 2 * terms.sum(-1)
-    if kind == "mse":
-        return (student_ND.float() - teacher_ND.float()).square().mean(-1)
+    if kind == "cosine":   # 1 - cos, as half the squared distance of unit vectors
+        student_ND = nn.functional.normalize(student_ND)
+        teacher_ND = nn.functional.normalize(teacher_ND)
+        return (student_ND - teacher_ND).square().sum(-1) / 2
+    error_N = (student_ND - teacher_ND).square().mean(-1)
     if kind == "relative":   # |s - t|^2 / |t|^2: a sink, 100 times as large, weighs as any token
-        missed_N = (student_ND.float() - teacher_ND.float()).square().mean(-1)
-        size_N = teacher_ND.float().square().mean(-1)
+        size_N = teacher_ND.square().mean(-1)
         # a state of zeros (padding_idx) has no size: it counts nothing
-        return (missed_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
-    # 1 - cos, as half the squared distance of unit vectors
-    student_ND = nn.functional.normalize(student_ND.float(), dim=-1)
-    teacher_ND = nn.functional.normalize(teacher_ND.float(), dim=-1)
-    return (student_ND - teacher_ND).square().sum(-1) / 2
+        error_N = (error_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
+    return error_N
 
 
-def make_block_states(cfg, student, teacher, pairs):
-    """-> block_states and get_teacher_targets: block_states yields, for one block after the other,
-    the student's states, stitched to the teacher's width, and the teacher's: [N, D] each, without
-    padding."""
-    fed_by_teacher = cfg.block_input == "teacher"
-
-    def get_teacher_targets(batch):
-        with torch.no_grad():
-            return teacher(around_blocks, batch, pairs.values(), {})
-
-    def block_states(model, batch, teacher_states):
-        dtype = model.get_input_embeddings().weight.dtype
-
-        def stitch(name, hidden):
-            hidden = hidden.to(dtype)
-            if name in student.stitches:
-                hidden = student.stitches[name](hidden)
-            return hidden
-
-        def real(hidden_BTD):   # without padding
-            return hidden_BTD.flatten(0, 1)[batch.real]
-
-        inputs = {}
-        if fed_by_teacher:
-            for i, j in pairs.items():
-                inputs[i] = stitch(f"down{i}", teacher_states[j][0])
-        student_states = around_blocks(model, batch, pairs, inputs)
-        for i, j in pairs.items():
-            yield stitch(f"up{i}", real(student_states[i][1])), real(teacher_states[j][1])
-
-    return block_states, get_teacher_targets
-
-
-def make_block_loss(cfg, student, teacher, pairs):
-    """-> loss_fn and get_teacher_targets of a Stage that trains the blocks in pairs. loss_fn hands
-    on the error of each block after loss, ce and kl (which are 0)."""
-    block_states, get_teacher_targets = make_block_states(cfg, student, teacher, pairs)
-
-    def loss_fn(model, batch, teacher_states, denominator):
-        errors = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
-            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                   cfg.distill_loss_temperature)
-            errors.append(error_N.sum() / denominator)
-        ce, kl = errors[0].new_zeros(2)
-        return sum(errors), ce, kl, *errors
-
-    return loss_fn, get_teacher_targets
+def block_loss(run, pairs, model, batch, teacher_states, denominator):
+    """-> the sum of the blocks' mean errors; ce and kl, which are 0."""
+    loss = 0
+    for error_N, _, _ in block_errors(run, pairs, model, batch, teacher_states):
+        loss = loss + error_N.sum() / denominator
+    return loss, *loss.new_zeros(2)
 
 
 # ---- how near the blocks are
@@ -4117,154 +4057,98 @@ ORDINARY = 3   # times the median |t| of its batch: a state above that is a sink
 
 
 def measure_blocks(run):
-    """How far every block is on held-out rows, now: kept in run.notes, logged and shown."""
-    figures = judge_blocks(run)
-    run.notes.setdefault("block_figures", []).append(figures)
+    """How far every block is on held-out rows, now: kept in the run's notes, logged and shown.
+    loss: the mean error of a token. explained: the share of the teacher's variance that the student
+    has, below 0 where the mean of t would be nearer."""
+    blocks = run.student.pairs.values()
+    means = mean_over_rows(
+        run.student, functools.partial(sums_of_blocks, run),
+        functools.partial(run.teacher, around_blocks, blocks, {}), run.eval_rows, run.batch_size,
+        "real", "measuring the blocks")
+    figures = {"block/step": run.progress.step}
+    for i, (error, missed, variance) in enumerate(np.reshape(means, (-1, 3)).tolist()):
+        figures[f"block/{i}/loss"] = error
+        figures[f"block/{i}/explained"] = 1 - missed / max(variance, 1e-30)
+    run.progress.notes.setdefault("block_figures", []).append(figures)
     print0(block_table(run))
-    entry = {}
-    for i, of_block in enumerate(figures):
-        entry |= {f"block/{i}/{name}": value for name, value in of_block.items()}
-    log(run, entry | {"block/step": run.step})
+    log(run, figures)
 
 
-@torch.no_grad()
-def judge_blocks(run):
-    """-> a dict a block: loss, the mean error of a token; median, that of the median token;
-    explained, the share of the teacher's variance that the student has at ordinary positions."""
-    cfg = run.cfg
-    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
-    block_states, get_teacher_targets = make_block_states(cfg, run.student, run.teacher, pairs)
-
-    def judge(model, batch, teacher_states):
-        errors = []
-        sums = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
-            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                   cfg.distill_loss_temperature)
-            errors.append(error_N.cpu())
-            sums.append(sums_of_ordinary(student_ND, teacher_ND))
-        return errors, torch.stack(sums).cpu()
-
-    was_training = run.student.training
-    run.student.eval()
-    ordinary_sums = 0
-    my_errors = [[] for _ in pairs]
-    totals = [0.0] * len(pairs)
-    with progress("measuring the blocks", len(run.eval_rows), unit="seq") as bar:
-        for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
-            batch = collate([run.eval_rows[k] for k in mine])
-            errors, sums = run.student(judge, batch, get_teacher_targets(batch))
-            ordinary_sums += sums
-            for i, error_N in enumerate(errors):
-                my_errors[i].append(error_N)
-                totals[i] += error_N.sum().item()
-            bar.update(WORLD * len(mine))
-    run.student.train(was_training)
-    run.student.release()
-    dist.all_reduce(ordinary_sums)
-    totals = all_sum(*totals)
-
-    figures = []
-    for i in pairs:
-        of_ranks = [None] * WORLD
-        dist.all_gather_object(of_ranks, torch.cat(my_errors[i]))
-        error_N = torch.cat(of_ranks)
-        figures.append(dict(
-            loss=totals[i] / len(error_N), median=error_N.median().item(),
-            explained=share_explained(ordinary_sums[i])))
-    return figures
-
-
-def sums_of_ordinary(student_ND, teacher_ND):
-    """Over the ordinary positions of a batch -> [3 + D] in fp64: how many they are, the sums of
-    |s - t|^2 and |t|^2, and that of t."""
-    size_N = teacher_ND.float().norm(dim=-1)
-    is_ordinary_N = size_N <= ORDINARY * size_N.median()
-    teacher_ND = teacher_ND[is_ordinary_N].double()
-    missed_ND = student_ND[is_ordinary_N].double() - teacher_ND
-    scalars = [is_ordinary_N.sum(), missed_ND.square().sum(), teacher_ND.square().sum()]
-    return torch.cat([torch.stack(scalars), teacher_ND.sum(0)])
-
-
-def share_explained(sums):
-    """1 - sum |s - t|^2 / sum |t - mean|^2; below 0 where the mean of t would be nearer."""
-    count, missed, squares, *total = sums.tolist()
-    variance = squares - sum(x * x for x in total) / count
-    return 1 - missed / variance if variance > 0 else 0.0
+def sums_of_blocks(run, model, batch, teacher_states, _):
+    """Runs inside the student: -> for each block the sum of its errors, and over the ordinary
+    positions those of |s - t|^2 and |t - mean|^2 (mean: of this batch). 0 of a batch of nothing."""
+    sums = []
+    for error_N, student_ND, teacher_ND in block_errors(
+            run, run.student.pairs, model, batch, teacher_states):
+        size_N = teacher_ND.norm(dim=-1)
+        ordinary_N = size_N <= ORDINARY * size_N.median()
+        student_ND = student_ND[ordinary_N].double()
+        teacher_ND = teacher_ND[ordinary_N].double()
+        missed_ND = student_ND - teacher_ND
+        spread_ND = teacher_ND - teacher_ND.mean(0)
+        sums += [error_N.sum().double(), missed_ND.square().sum(), spread_ND.square().sum()]
+    return sums
 
 
 def block_table(run):
     """The errors that were measured: once before and, after the blocks, once more."""
-    pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
-    measured = run.notes["block_figures"]
-    columns = f"{run.cfg.distill_loss_type:>12}{'median token':>14}{'explained':>11}"
-    lines = [f"\n{'held out':<22}{'before':>12}", f"{'block':<7}{'teacher block':<15}{columns}"]
-    if len(measured) > 1:
-        lines[0] += f"{'after':>37}"
-        lines[1] += columns
-    for i, j in pairs.items():
-        line = f"{i:<7}{j:<15}"
-        for figures in measured:
-            of_block = figures[i]
-            line += (f"{of_block['loss']:>12.4g}{of_block['median']:>14.4g}"
-                     f"{of_block['explained']:>11.1%}")
-        lines.append(line)
-    lines.append("explained: of the variance of the teacher's states t, where |t| is at most "
-                 f"{ORDINARY} times its median")
-    return "\n".join(lines)
+    header = ["block", "teacher block"]
+    rows = [[str(i), str(j)] for i, j in run.student.pairs.items()]
+    for when, figures in zip(("before", "after"), run.progress.notes["block_figures"]):
+        header += [f"{run.cfg.distill_loss_type} {when}", f"explained {when}"]
+        for i, row in enumerate(rows):
+            row += [f"{figures[f'block/{i}/loss']:.4g}", f"{figures[f'block/{i}/explained']:.1%}"]
+    return (f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
+            f"|t| is at most {ORDINARY} times its median")
 
 
 # ---- stitches, and the head
 
 
 def stitching(cfg, config):
-    teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    untie_head(cfg, config)
-
-    def build(model):
-        return make_stitches(cfg, config, teacher_config,
-                             model.get_output_embeddings().bias is not None)
-    return build
-
-
-def untie_head(cfg, student_config):
-    """A head that is to be trained is untied from the embeddings, which the blocks build on."""
-    shape = student_config.get_text_config()
+    """-> the function that makes a root of the student. A head that is to be trained is untied in
+    its config from the embeddings, which the blocks build on."""
+    shape = config.get_text_config()
     learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
-    if getattr(shape, "tie_word_embeddings", False) and learns_head:
-        student_config.tie_word_embeddings = False
+    if learns_head and getattr(shape, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
         shape.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks "
                "build on")
+    teacher_config = AutoConfig.from_pretrained(
+        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
+    return functools.partial(StitchedRoot, cfg=cfg, shape=shape,
+                             teacher_shape=teacher_config.get_text_config())
 
 
-def make_stitches(cfg, student_config, teacher_config, head_has_bias):
-    """-> the linear maps between the widths: up<i> from block i of the student to the teacher's
-    width, down<i> (block_input teacher) the other way."""
-    made = nn.ModuleDict()
-    if not cfg.use_stitching_layers:
-        return made
-    pairs = match_blocks(cfg, student_config, teacher_config)
-    width = student_config.get_text_config().hidden_size
-    teacher_width = teacher_config.get_text_config().hidden_size
-    # the last stitch is folded into the head: where that has no bias, a stitch's would not fit
-    folded = (width != teacher_width and cfg.initialize_head_from_teacher and not head_has_bias)
-    torch.manual_seed(cfg.seed)
-    for i in pairs:
-        last = i + 1 == len(pairs)
-        bias = cfg.stitching_layer_bias and not (folded and last)
-        made[f"up{i}"] = nn.Linear(width, teacher_width, bias)
-    if cfg.block_input == "teacher":
-        for i in pairs:
-            made[f"down{i}"] = nn.Linear(teacher_width, width, cfg.stitching_layer_bias)
-    for p in made.parameters():
-        if p.ndim == 1:
-            nn.init.zeros_(p)
-        elif width == teacher_width:
-            nn.init.eye_(p)
-        else:
-            nn.init.xavier_uniform_(p)
-    return made
+class StitchedRoot(ShardedRoot):
+    """The student beside the linear maps between the widths: up<i> from its block i to the
+    teacher's width, down<i> (block_input teacher) the other way. A checkpoint keeps them, final/
+    does not. pairs: {block of the student: block of the teacher}."""
+
+    def __init__(self, model, cfg, shape, teacher_shape):
+        super().__init__(model)
+        self.pairs = match_blocks(cfg, shape, teacher_shape)
+        self.stitches = nn.ModuleDict()
+        width = shape.hidden_size
+        teacher_width = teacher_shape.hidden_size
+        stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
+        # the last one becomes a part of the head, which mostly has no place for a bias
+        folded = width != teacher_width and cfg.initialize_head_from_teacher
+        torch.manual_seed(cfg.seed)
+        for i in self.pairs:
+            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(self.pairs))
+            self.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
+        if cfg.block_input == "teacher":
+            for i in self.pairs:
+                self.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
+        for p in self.stitches.parameters():
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            elif width == teacher_width:
+                nn.init.eye_(p)
+            else:
+                nn.init.xavier_uniform_(p)
 
 
 def final_norm(model):
@@ -4279,45 +4163,40 @@ def final_norm(model):
     return norm
 
 
-def head_and_norm(model):
-    """Runs inside a root -> the head's weight [V, D], bias [V] or None and scale; what the final
-    norm multiplies by and adds [D]. That shows on states of size 1, whatever its weight means
-    (Gemma's is off by one)."""
+def head_and_gain(model):
+    """Runs inside a root -> the head, and what the final norm multiplies by [D]. That shows on
+    states of size 1, whatever its weight means (Gemma's is off by one)."""
     head = head_of(model)
     norm = final_norm(model)
     probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
-    plus = norm(probe).float()
-    minus = norm(-probe).float()
-    gain = (plus - minus) / 2 * probe
-    shift = (plus + minus) / 2
-    return head.weight.float(), head.bias, head.scale, gain, shift
+    return head, (norm(probe).float() - norm(-probe).float()) / 2 * probe
 
 
 @torch.no_grad()
-def initialize_head(student, teacher):
-    """The teacher's norm and head at equal width. Else what they make of stitched states, folded
-    into the student's: weight * gain * stitch as the weight, the shifts as the bias."""
-    weight, bias, scale, gain, shift = teacher(head_and_norm)
-    _, _, student_scale, student_gain, student_shift = student(head_and_norm)
+def initialize_head(run, multipliers):
+    """The teacher's norm and head at equal width. Else the head is weight * gain * stitch, on top
+    of a norm that undoes the stitch's scale. What a LayerNorm adds is left to the head phase."""
+    student = run.student
+    output = student.model.get_output_embeddings()
+    if output.weight not in multipliers or not all(multipliers.values()):
+        print0("blockwise: the student's norm or head is frozen or, whatever the config says, tied "
+               "to the embeddings: both stay as they are in place of the teacher's")
+        return
+    head, gain = run.teacher(head_and_gain)
+    student_head, student_gain = student(head_and_gain)
     student.release()
-    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    weight = head.weight.float()
+    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.float()
     if len(gain) != len(student_gain):
-        last = len(layers_of(student.model)[1]) - 1
-        stitch = student.stitches[f"up{last}"]
-        stitch_weight = full_tensor(stitch.weight)
-        if stitch.bias is not None:
-            shift = shift + gain * full_tensor(stitch.bias)
-        bias = bias + weight @ shift
-        weight = weight * gain @ stitch_weight
-        shift = student_shift
-        gain = len(gain) ** 0.5 / stitch_weight.norm()   # the norm undoes the stitch's scale
-    head = student.model.get_output_embeddings()
-    for p, new in zip(head.parameters(), (weight, bias)):
+        stitch = full_tensor(student.stitches[f"up{max(student.pairs)}"].weight)
+        weight = weight * gain @ stitch
+        gain = len(gain) ** 0.5 / stitch.norm()
+    scale = head.scale / student_head.scale
+    for p, new in zip(output.parameters(), (weight, bias)):
         padded_tail = full_tensor(p)[len(new):]
-        copy_from_rank0(p, torch.cat([new[:len(p)] * (scale / student_scale), padded_tail]))
-    # norms are moved by the difference, since what their weight means is not known
-    for p, change in zip(final_norm(student.model).parameters(),
-                         (gain - student_gain, shift - student_shift)):
+        copy_from_rank0(p, torch.cat([new[:len(p)] * scale, padded_tail]))
+    # the norm's weight is moved by the difference, since what it means is not known
+    for p, change in zip(final_norm(student.model).parameters(), [gain - student_gain]):
         copy_from_rank0(p, full_tensor(p) + change)
 
 
@@ -4478,8 +4357,9 @@ def rehearse_writing(run, stage, micro, seconds):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: generate: a model behind an API, or one of our own, answers prompts; filters judge the
-# replies. Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1
-# trains on. Prompts and filters stand first: they are made to be edited.
+# replies. replies.jsonl grows as they come; at the end of each run train.jsonl and rejected.jsonl
+# are made of it anew: --dataset output_dir/train.jsonl --alpha 1 trains on the former. Prompts and
+# filters stand first: they are made to be edited, and old replies are judged again for nothing.
 TASKS = {
     "implement": "Write {thing} in {language}.",
     "complete": "Complete this function; give all of it.",
@@ -4526,40 +4406,22 @@ BUGS = [   # (what stands in the code, what is put in its place)
 
 @dataclass
 class Job:
-    """A prompt to ask, and what asking it has cost so far."""
-    prompt_id: str           # digest of the messages: the same in every run
+    """A prompt to ask."""
+    messages: list       # [{"role": ..., "content": ...}, ...], the assistant's turn is next
     category: str
-    messages: list           # [{"role": ..., "content": ...}, ...], the assistant's turn is next
-    number: int              # its place among all prompts, asked already or not
-    min_chars: int           # a shorter reply is rejected
-    max_prompt_tokens: int   # an upper bound
-    worst_usd: float         # the most that one try can cost
-    billed_tries: int = 0    # tries that the provider may send a bill for
-    held_usd: float = 0.0    # what is set aside for these tries and the next one
-    held_bytes: int = 0      # room on the disk that is kept for its row
-
-
-@dataclass
-class Reply:
-    text: Optional[str]   # None: there is none, and finish_reason says why
-    finish_reason: str
-    prompt_tokens: Optional[int] = None       # None: the provider did not say
-    completion_tokens: Optional[int] = None
-    other_parts: str = ""   # kinds of what it says that is no text
+    prompt_id: str       # digest of the messages: the same in every run
+    worst_usd: float     # the most that one try can cost
+    cost: float = 0.0    # USD of its tries in this run, at their worst where nobody said
 
 
 def parse_categories(items):
     """["implement=3", "debug"] -> {"implement": 3.0, "debug": 1.0}; none: all tasks alike."""
     weights = {}
     for item in items or TASKS:
-        name, equals, text = item.partition("=")
-        try:
-            weights[name] = float(text) if equals else 1.0
-        except ValueError:
-            weights[name] = math.nan
+        name, _, weight = item.partition("=")
+        weights[name] = float(weight or 1)
         if name not in TASKS or not 0 < weights[name] < math.inf:
-            names = ", ".join(TASKS)
-            raise UserError(f"categories {item}: write name or name=weight; the names are {names}")
+            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
     return weights
 
 
@@ -4571,8 +4433,8 @@ def stdlib_functions(rng):
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node):
                 continue
-            if 5 < node.end_lineno - node.lineno < 30:
-                function = lines[node.lineno - 1:node.end_lineno]
+            function = lines[node.lineno - 1:node.end_lineno]
+            if 6 < len(function) <= 30:
                 yield "\n".join(line[node.col_offset:] for line in function)
 
 
@@ -4583,11 +4445,7 @@ def compose_prompt(category, function, rng):
     bugs = [bug for bug in BUGS if bug[0] in function]
     bug = rng.choice(bugs) if bugs else None
     language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
-    trait = rng.choice(TRAITS)
-    thing = rng.choice(THINGS)
-    form = rng.choice(FORMS)
-    level = rng.choice(LEVELS)
-    limit = rng.choice(LIMITS)
+    trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
 
     code = function
     if category == "complete":
@@ -4614,70 +4472,40 @@ def compose_prompts(categories, seed):
         misses += 1
         # the category that is most behind its share
         name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
-        skipped = rng.choice(range(20))
-        function = next(itertools.islice(functions, skipped, None))
+        function = next(itertools.islice(functions, rng.choice(range(20)), None))
         text = compose_prompt(name, function, rng)
-        if text is None or text in seen:
-            continue
-        seen.add(text)
-        asked[name] += 1
-        misses = 0
-        yield name, [{"role": "user", "content": text}]
+        if text and text not in seen:
+            misses = 0
+            seen.add(text)
+            asked[name] += 1
+            yield name, [{"role": "user", "content": text}]
     raise UserError(f"category {name} has few more than {asked[name]:,} prompts; "
                     "lower num_examples or its weight")
-
-
-def join_parts(content):
-    """A turn's content, text or [{"type": "text", "text": ...}, ...] -> its text, and the kinds of
-    the parts that are none. What a model thought is not what it said, and is passed over."""
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not isinstance(content, list):
-        raise TypeError(f"content {content!r} is no text")
-    texts = []
-    others = []
-    for part in content:
-        kind = part.get("type", "text")
-        if kind in ("text", "output_text"):
-            texts.append(part["text"])
-        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
-            others.append(str(kind))
-    return "".join(texts), others
 
 
 def parse_prompt_row(row):
     """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = []
-    for turn in turns:
-        text, others = join_parts(turn["content"])
-        if others or turn["content"] is None or not isinstance(turn["role"], str):
-            raise TypeError(f"{turn!r} has no role, or content that is no text")
-        messages.append({"role": turn["role"], "content": text})
+    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in turns]
     if messages[-1]["role"] == "assistant":
         raise ValueError("it ends with a reply")
-    category = row.get("category", "own")
-    if not isinstance(category, str):
-        raise TypeError(f"category {category!r} is no text")
-    return category, messages
+    return str(row.get("category", "own")), messages
 
 
 def read_prompts(path):
-    """Yields (category, messages) of the user's own prompts: lines of a .txt, or .jsonl rows."""
-    with reading(f"prompts_file {path!r} cannot be read"):
-        lines = open(path, "rb")
-    with lines:
-        for number, line in enumerate(lines, 1):
-            with reading(f"prompts_file {path!r}, line {number}, is no UTF-8 text, or no row "
-                         'like {"prompt": TEXT} or {"messages": [...]}'):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if "\0" in text:
-                    raise ValueError("it holds a null byte")
-                if not text:
-                    continue
-                row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
-                prompt = parse_prompt_row(row)
-            yield prompt
+    """Yields (category, messages) of the user's own prompts: lines of a .txt, rows of a .jsonl, or
+    a list of rows in a .json."""
+    with open(path, encoding="utf-8-sig") as f:
+        rows = json.load(f) if path.endswith(".json") else [line for line in f if line.strip()]
+    for number, row in enumerate(rows, 1):
+        try:
+            if path.endswith(".jsonl"):
+                row = json.loads(row)
+            elif not path.endswith(".json"):
+                row = {"prompt": row.strip()}
+            yield parse_prompt_row(row)
+        except Exception as e:
+            raise UserError(f"{path!r}, row {number}: {one_line(e)}") from e
 
 
 def usd(cfg, prompt_tokens, completion_tokens):
@@ -4688,32 +4516,26 @@ def usd(cfg, prompt_tokens, completion_tokens):
 
 def all_prompts(cfg):
     """-> {prompt_id: Job} of num_examples different prompts, in the order they are asked."""
+    count = cfg.num_examples or 100
+    prompts = compose_prompts(cfg.categories, cfg.seed)
     if cfg.prompts_file:
+        count = cfg.num_examples
         prompts = read_prompts(cfg.prompts_file)
-        min_chars = 1   # own prompts may want a word or a label
-        count = cfg.num_examples or math.inf
-    else:
-        prompts = compose_prompts(cfg.categories, cfg.seed)
-        min_chars = 20
-        count = cfg.num_examples or 100
     jobs = {}
     for category, messages in prompts:
-        prompt_id = digest(messages)
-        if prompt_id not in jobs:
-            # each token is a byte or more, and the chat format takes less than 64 a turn
-            texts = [message["content"].encode(errors="replace") for message in messages]
-            max_prompt_tokens = sum(64 + len(text) for text in texts)
-            worst_usd = usd(cfg, max_prompt_tokens, cfg.max_tokens)
-            jobs[prompt_id] = Job(prompt_id, category, messages, len(jobs), min_chars,
-                                  max_prompt_tokens, worst_usd)
+        # each token is a byte or more, and the chat format takes less than 64 a turn
+        sizes = [64 + len(turn["content"].encode(errors="replace")) for turn in messages]
+        worst_usd = usd(cfg, sum(sizes), cfg.max_tokens)
+        job = Job(messages, category, digest(messages), worst_usd)
+        jobs.setdefault(job.prompt_id, job)
         if len(jobs) == count:
             break
     if not jobs:
-        raise UserError(f"prompts_file {cfg.prompts_file} holds no prompt")
+        raise UserError(f"prompts_file {cfg.prompts_file!r} holds no prompt")
     return jobs
 
 
-# Filters: each says whether it rejects a reply. find_flaws lists them, in order.
+# Filters: find_flaw lists them, in order.
 
 CODE_BLOCK = re.compile(r"""
     ^[ \t]* (?: [-*+][ ]+ | \d+[.)][ ]+ )?   # begins a line, or an item of a list
@@ -4754,14 +4576,6 @@ def plain_words(text):
     return " ".join(re.sub(r"(?m)```(\w*\s*$)?", " ", text).split())
 
 
-def is_cut_off(finish_reason):
-    return finish_reason in ("length", "max_tokens", "model_context_window_exceeded")
-
-
-def is_too_short(reply, min_chars):
-    return len(plain_words(reply)) < min_chars
-
-
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
@@ -4784,758 +4598,339 @@ def is_broken_code(reply):
     return False
 
 
-def is_refusal(reply, finish_reason):
-    if finish_reason in ("refusal", "content_filter"):
-        return True
-    return "```" not in reply and REFUSAL.match(plain_words(reply)) is not None
-
-
-def repeats_prompt(prompt, reply):
-    asked = plain_words(prompt)
-    said = plain_words(reply)
+def repeats_prompt(asked, said):
     if not len(asked) / 2 < len(said) < 1.2 * len(asked):
         return False   # a short piece of the prompt may be just what it asks for
     return said in asked or asked in said
 
 
-def find_flaws(prompt, reply, finish_reason, min_chars=1):
-    """-> {filter: whether it rejects the reply}; the first that does is the reason that is kept"""
+def find_flaw(prompt, reply, finish_reason, min_chars=1):
+    """-> the first filter that rejects the reply, None: it passes"""
     reply = reply.replace("\r\n", "\n")
-    return {
-        "cut off": is_cut_off(finish_reason),
-        "empty or too short": is_too_short(reply, min_chars),
+    said = plain_words(reply)
+    refused = "```" not in reply and REFUSAL.match(said)
+    flaws = {
+        "cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
+        "empty or too short": len(said) < min_chars,
         "repetition loop": is_loop(reply),
         "code does not parse": is_broken_code(reply),
-        "refusal": is_refusal(reply, finish_reason),
-        "repeats the prompt": repeats_prompt(prompt, reply),
+        "refusal": refused or finish_reason in ("refusal", "content_filter"),
+        "repeats the prompt": repeats_prompt(plain_words(prompt), said),
     }
+    return next((name for name, found in flaws.items() if found), None)
 
 
-def grade_reply(job, reply):
-    """-> the row to write; its `reason` is the filter that rejects it, or why there is no reply"""
-    row = {
-        "messages": job.messages,
-        "category": job.category,
-        "prompt_id": job.prompt_id,
-        "finish_reason": reply.finish_reason,
-        "usage": {
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        },
-    }
-    if reply.text is None:
-        row["finish_reason"] = None
-        row["reason"] = reply.finish_reason
-        return row
-    row["messages"] = [*job.messages, {"role": "assistant", "content": reply.text}]
-    prompt = job.messages[-1]["content"]
-    flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
-    reasons = [name for name, found in flaws.items() if found]
-    if reply.other_parts:
-        reasons.insert(0, f"not text: {reply.other_parts}")
-    if reasons:
-        row["reason"] = reasons[0]
-    return row
+def find_duplicate(prompt, reply, seen):
+    """-> "duplicate" where more than 0.9 of the runs of 5 words stand in earlier replies, else None
+    and they are seen (60 bytes a run)."""
+    words = re.findall(r"\w+|[^\w\s]", reply.lower())
+    runs = {hash(tuple(words[i:i + 5])) for i in range(len(words) - 4)}
+    if len(words) < 20:   # a label answers many prompts, and each pair is an example of its own
+        runs = {hash((prompt, *words))}
+    if len(runs & seen) > 0.9 * len(runs):
+        return "duplicate"
+    seen |= runs
 
 
-# Files: train.jsonl and rejected.jsonl grow a row at a time; duplicates are found at the end.
+# Asking. spent_usd in summary.json is raised by the worst case before a try leaves, and lowered
+# only by an answer or by a refusal. So at any moment, kill -9 included, what was billed <= what
+# stands there <= max_cost. What a kill leaves in flight stays counted at its worst.
 
-
-class Paths(NamedTuple):
-    folder: str
-    train: str
-    rejected: str
-    summary: str
-    config: str
-
-
-def paths_in(folder):
-    names = ("train.jsonl", "rejected.jsonl", "summary.json", "config.json")
-    return Paths(folder, *[os.path.join(folder, name) for name in names])
-
-
-def read_replies(train_path, rejected_path):
-    """-> {prompt_id: row}. Where a kill or a failure left two rows, a reply counts more than a
-    failure, and a copy in rejected more than the one in train."""
-    def precedence(row):
-        answered = row.get("finish_reason", "") is not None
-        return answered, "reason" in row
-
-    rows = read_jsonl(rejected_path) + read_jsonl(train_path)
-    return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
-
-
-def is_config(path):
-    """Whether a run of ours has written it."""
-    with open(path, encoding="utf-8") as f:
-        return {"mode", "output_dir", "seed"} <= set(json.load(f))
-
-
-def is_summary(path):
-    with open(path, encoding="utf-8") as f:
-        summary = json.load(f)
-    spent = summary["spent_usd"]
-    settings = summary.get("settings", {})   # there were none before they were compared
-    return type(spent) in (int, float) and 0 <= spent < math.inf and isinstance(settings, dict)
-
-
-def check_row(row):
-    """Raises where it has another form than grade_reply and record_reply give it."""
-    forms = {"messages": list, "prompt_id": str, "usage": dict, "cost": (int, float)}
-    for name, form in forms.items():
-        if not isinstance(row[name], form):
-            raise TypeError(f"{name} is {row[name]!r}")
-    if not 0 <= row["cost"] < math.inf:
-        raise ValueError(f"cost is {row['cost']}")
-    for message in row["messages"]:
-        if not isinstance(message["content"], str):
-            raise TypeError(f"content {message['content']!r} is no text")
-    if row["finish_reason"] is None and "reason" not in row:
-        raise ValueError("there is no reply, and no reason why")
-
-
-def is_half_row(line):
-    """Whether it is what a kill leaves at the end of a file of ours."""
-    start = b'{"messages": ['
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return start.startswith(line[:len(start)])
-    return False
-
-
-def refuse_foreign_rows(path):
-    """Before read_jsonl, which mends the end of the file."""
-    if not os.path.lexists(path):
-        return
-    with reading(f"{path!r} cannot be read"), open(path, "rb") as f:
-        lines = f.read().split(b"\n")
-    if is_half_row(lines[-1]):   # or nothing
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                check_row(json.loads(line))
-        except Exception as e:
-            raise UserError(
-                f"{path!r}, line {number}, is no row of mode generate ({one_line(e, 100)}); "
-                "nothing was changed: choose another --output_dir, or move that file away"
-            ) from None   # with a cause, error.log would be written beside it
-
-
-def read_past(paths, settings):
-    """Earlier runs in this folder -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent
-    in all. Refuses what is not ours, and what was written with other settings."""
-    refuse_foreign_rows(paths.train)
-    refuse_foreign_rows(paths.rejected)
-    refuse_foreign(paths.summary, is_summary)
-    refuse_foreign(paths.config, is_config)
-    with reading(f"the rows in {paths.folder!r} cannot be read and mended"):
-        rows = read_replies(paths.train, paths.rejected)
-    cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
-    answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
-    spent = sum(cost.values())
-    if os.path.exists(paths.summary):
-        with open(paths.summary, encoding="utf-8") as f:
-            summary = json.load(f)
-        spent = max(spent, summary["spent_usd"])   # with what a kill left in flight
-        if rows and "settings" in summary:
-            refuse_changes(summary["settings"], settings, paths.folder,
-                           way_out="choose another --output_dir")
-    return cost, answered, spent
-
-
-def write_rows(path, rows):
-    aside = path + ".tmp"
-    try:
-        with open(aside, "w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(aside, path)
-    except OSError:   # a full disk needs its room back
-        os.remove(aside)
-        raise
-
-
-def words_and_signs(text):
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def sketch_words(words):
-    """The 64 smallest hashes of all runs of 5 words: two sketches overlap about as the texts do."""
-    runs = [" ".join(words[i:i + 5]) for i in range(len(words) - 4)]
-    return sorted({zlib.crc32(run.encode()) for run in runs})[:64]
-
-
-def are_near(sketch, other):
-    """More than 0.8 of the smallest hashes of the two together are in both."""
-    smallest = sorted({*sketch, *other})[:64]
-    in_both = set(sketch) & set(other) & set(smallest)
-    return len(in_both) > 0.8 * len(smallest)
-
-
-def mark_duplicates(rows):
-    """Give each kept row that says what an earlier one says a reason to be rejected."""
-    seen = set()   # hashes: the words themselves would fill gigabytes
-    sketches = collections.defaultdict(list)   # one of a sketch's first hashes -> such sketches
-    for row in rows:
-        if "reason" in row:
-            continue
-        prompt = words_and_signs(row["messages"][-2]["content"])
-        reply = words_and_signs(row["messages"][-1]["content"])
-        if len(reply) < 20:
-            # a label answers many prompts, and each pair is an example of its own
-            text = hash((*reply, None, *prompt))
-            sketch = []
-        else:
-            text = hash(tuple(reply))
-            sketch = sketch_words(reply)
-        candidates = [other for first in sketch[:8] for other in sketches[first]]
-        if text in seen:
-            row["reason"] = "exact duplicate"
-        elif any(are_near(sketch, other) for other in candidates):
-            row["reason"] = "near duplicate"
-        else:
-            for first in sketch[:8]:
-                if len(sketches[first]) < 50:   # what everybody says is no evidence, and costs time
-                    sketches[first].append(sketch)
-        seen.add(text)
-
-
-def drop_duplicates(train_path, rejected_path, order):
-    """Sort both files by order (of prompt_ids) and move copies to rejected -> {fate: rows}.
-
-    At the end of a run, so that it does not matter who answered first.
-    """
-    numbers = {prompt_id: number for number, prompt_id in enumerate(order)}
-    rows = list(read_replies(train_path, rejected_path).values())
-    rows.sort(key=lambda row: numbers.get(row["prompt_id"], -1))
-    mark_duplicates(rows)
-    # rejected first: a kill between the two leaves a row in both, never in none
-    write_rows(rejected_path, [row for row in rows if "reason" in row])
-    write_rows(train_path, [row for row in rows if "reason" not in row])
-    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
-    filters = find_flaws("", "", "stop")   # for their names
-    names = ["kept", "not text", *filters, "exact duplicate", "near duplicate", "failed"]
-    return {name: fates[name] for name in names}
-
-
-# Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
-
-MAX_SILENCE = 120     # seconds that a server may turn everything away before a request is given up
-MAX_COUNT = 10**7     # tokens: a server that says more than this of a reply says nothing
+PAUSES = (1, 2, 4, 8, 16, 32, 32)   # seconds between the tries of a request
+MAX_COUNT = 10**7                   # tokens: who says that a reply had more says nothing
+USAGE = {   # what they call the tokens in and out
+    "openai": ("prompt_tokens", "completion_tokens"),
+    "anthropic": ("input_tokens", "output_tokens"),
+}
 
 
 @dataclass
-class Ledger:
-    """What this run may spend, has spent and has seen, and why it should stop."""
+class Asking:
+    """What is known of all prompts of this folder, what they have cost, and why to stop."""
     cfg: Config
-    paths: Paths
-    settings: dict        # what decides the rows of this folder
-    past_cost: dict       # prompt_id -> USD of its row of an earlier run
-    spent: float          # USD of all runs, with what is set aside for requests in flight
+    rows: dict            # prompt_id -> its last row in replies.jsonl
+    spent_usd: float      # of all runs, with what is set aside for tries in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
-    secrets: list            # which no file and no error may show
-    disk_room: Any           # a file of nothing: its bytes are kept for the rows in flight
-    held_bytes: int = 0      # so many, for so many requests
-    tokens: int = 0          # of this run
-    answered: bool = False   # the teacher has answered once in this run
-    out_of_money: bool = False
-    stop_error: Optional[UserError] = None
-    first_failure: Optional[str] = None
-    refused_since: Optional[float] = None   # the first refusal after the last answer
-    trouble: str = "none"                   # the last refusal
-    # of the last requests, whether each failed
-    recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=50))
+    failures: int = 0     # in a row
+    error: str = ""       # why no other request would fare better
 
     def stopping(self):
-        return bool(self.stop_requests or self.stop_error)
+        return self.error or self.stop_requests
 
-    def stop(self, message):
-        if not self.stopping():   # what came first counts
-            self.stop_error = UserError(message)
+    def change(self, job, change_usd):
+        job.cost += change_usd
+        self.spent_usd += change_usd
+        write_json({"spent_usd": self.spent_usd}, path_in(self.cfg, "summary.json"))
 
-    def ended(self):
-        if self.stop_error:
-            return str(self.stop_error)
-        if self.stop_requests:
-            return "stopped by a signal"
-        if self.out_of_money:
-            return "max_cost is reached"
-        if self.first_failure:
-            return "all is asked; the same command asks again what failed"
-        return "all is answered"
-
-    def write_summary(self, spent, **more):
-        write_json({"spent_usd": spent, "settings": self.settings, **more}, self.paths.summary)
-
-    def reserve(self, job):
-        """Set the worst case of one more try aside -> whether max_cost and the disk allow it.
-
-        It is spent before the try leaves, on disk too: the cap holds over kills and restarts.
-        """
-        needed = (job.billed_tries + 1) * job.worst_usd
-        # none: no prices, or the try before was refused and cost nothing
-        missing = max(0, needed - job.held_usd)
-        if missing and self.spent + missing > (self.cfg.max_cost or math.inf):
+    def hold(self, job):
+        """Set aside the worst case of one more try -> whether max_cost allows it."""
+        if self.spent_usd + job.worst_usd > (self.cfg.max_cost or math.inf):
             return False
-        try:
-            self.hold_room(job)
-            if missing:
-                self.write_summary(self.spent + missing)
-        except OSError as e:
-            self.stop_without_room(e)
-            return False
-        self.spent += missing
-        job.held_usd = max(job.held_usd, needed)
+        self.change(job, job.worst_usd)
         return True
 
-    def hold_room(self, job):
-        """Keep room on the disk for the row of a request before it leaves: what is paid for can be
-        written. A token is about 4 bytes; this is for 16."""
-        if job.held_bytes:
-            return
-        size = 4096 + 2 * job.max_prompt_tokens + min(16 * self.cfg.max_tokens, 2**24)
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]   # of one file: ulimit -f
-        rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
-        if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        handle = self.disk_room.fileno()
-        try:
-            if os.fstat(handle).st_size < self.held_bytes + size:
-                os.posix_fallocate(handle, 0, self.held_bytes + size)
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise   # anything else: a file system on which nothing can be kept
-        self.held_bytes += size
-        job.held_bytes = size
-
-    def stop_without_room(self, e):
-        self.stop(f"{self.paths.folder!r} has no room for another reply ({e.strerror}); make room, "
-                  "and the same command goes on")
-
-    def write_row(self, path, row):
-        """-> whether it is written. A full disk gets back what was held for this row, and for those
-        that are written already."""
-        size = file_size(path)
-        for _ in range(2):
-            try:
-                append_jsonl(path, row)
-                return True
-            except OSError as e:
-                self.stop_without_room(e)
-                self.disk_room.truncate(self.held_bytes)
-                if file_size(path) > size:
-                    os.truncate(path, size)   # half a row
-        return False
-
-    def record_reply(self, job, reply):
-        """Replace what was set aside by what it cost, write the row, stop where too many fail."""
-        usage = (reply.prompt_tokens, reply.completion_tokens)
-        if None not in usage:
-            cost = (job.billed_tries - 1) * job.worst_usd + usd(self.cfg, *usage)
-            self.tokens += sum(usage)
-        else:
-            cost = job.billed_tries * job.worst_usd   # nobody said: the worst case
-        self.spent = self.spent + cost - job.held_usd
-        self.held_bytes -= job.held_bytes
-        failed = reply.text is None
-        if failed and self.stopping():
-            return   # no row: a later run asks again
-
-        row = grade_reply(job, reply)
-        row["model"] = self.cfg.api_model or self.cfg.teacher
-        # with what it cost when it failed: only the last row of a prompt counts
-        row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
-        if not self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row):
-            return   # it is longer than what was held
-        if failed:
-            self.first_failure = self.first_failure or reply.finish_reason
-        else:
-            self.answered = True
-            self.refused_since = None
-        # what failed in an earlier run may always fail; it must not stop each later run
-        self.recent.append(failed and job.prompt_id not in self.past_cost)
-        if sum(self.recent) > 10:
-            self.stop(f"{sum(self.recent)} of the last {len(self.recent)} requests failed, "
-                      f"the last: {reply.finish_reason}")
-        progress = f"{self.tokens:,} tokens"
-        if self.spent > 0:
-            progress += f", {self.spent:.4f} USD"
-        self.bar.set_postfix_str(progress, refresh=False)
+    def record(self, job, said):
+        """said: {"reply", "finish_reason", "usage"}, or {"reason": why there is none}"""
+        if said.get("usage"):   # else nobody knows, and the worst case stays
+            self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
+        if "reply" in said:
+            job.messages.append({"role": "assistant", "content": said.pop("reply")})
+        row = {**vars(job), "model": self.cfg.api_model or self.cfg.teacher, **said}
+        del row["worst_usd"]
+        append_jsonl(path_in(self.cfg, "replies.jsonl"), row)
         self.bar.update()
+        if "reason" not in row:
+            self.failures = 0
+        else:
+            # what failed in an earlier run may always fail: it must not stop each later one
+            self.failures += job.prompt_id not in self.rows
+            if self.failures >= 10 or not answered(self.rows):
+                self.error = f"{self.cfg.provider}, model {row['model']}: {row['reason']}"
+        self.rows[job.prompt_id] = row
 
 
-def file_size(path):
-    return os.path.getsize(path) if os.path.exists(path) else 0
+def answered(rows):
+    return {prompt_id for prompt_id, row in rows.items() if "reason" not in row}
+
+
+def path_in(cfg, name):
+    return os.path.join(cfg.output_dir, name)
 
 
 def api_key(cfg):
     return os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"
 
 
-def find_secrets(cfg):
-    """The key, and what the URLs of servers and proxies say before their @, in each of its forms;
-    the longest first."""
-    provider = cfg.provider.upper()
-    secrets = {os.environ.get(f"{provider}_API_KEY", "").strip()}
-    base = cfg.api_base or os.environ.get(f"{provider}_BASE_URL", "")
-    for url in (base, *urllib.request.getproxies().values()):
-        login = url.rpartition("@")[0].rpartition("://")[2]
-        password = login.partition(":")[2] or login
-        plain = urllib.parse.unquote(login)
-        basic = base64.b64encode(plain.encode()).decode()   # as it travels
-        secrets |= {login, password, plain, urllib.parse.unquote(password), basic}
-    return sorted(secrets, key=len, reverse=True)
-
-
-def hide_secrets(secrets, text, shortest=4):
-    """Some servers repeat what they are sent, in errors and in replies. There a short one is a
-    word: a reply that says `pass` does not give a password away."""
-    for secret in secrets:
-        if len(secret) >= shortest:
-            text = text.replace(secret, "***")
-    return text
+def hide_key(cfg, text):
+    """Some servers repeat what they are sent, in errors and in replies. A short one (none, EMPTY)
+    is a word."""
+    key = api_key(cfg)
+    return text.replace(key, "***") if len(key) >= 8 else text
 
 
 def request_body(cfg, messages):
     """-> what the provider's API takes for one conversation"""
-    body = {"messages": messages, "model": cfg.api_model}
+    # OpenAI itself renamed it
+    longest = "max_tokens" if cfg.api_base or cfg.provider != "openai" else "max_completion_tokens"
+    body = {"model": cfg.api_model, "messages": messages, longest: cfg.max_tokens}
     if cfg.api_temperature is not None:
         body["temperature"] = cfg.api_temperature
-    if cfg.provider == "openai" and not cfg.api_base:   # OpenAI itself renamed it
-        body["max_completion_tokens"] = cfg.max_tokens
-    else:
-        body["max_tokens"] = cfg.max_tokens
-    if cfg.provider == "anthropic":
-        system = [message["content"] for message in messages if message["role"] == "system"]
-        body["messages"] = [message for message in messages if message["role"] != "system"]
-        if system:
-            body["system"] = "\n\n".join(system)
+    system = [turn["content"] for turn in messages if turn["role"] == "system"]
+    if cfg.provider == "anthropic" and system:
+        body["messages"] = [turn for turn in messages if turn["role"] != "system"]
+        body["system"] = "\n\n".join(system)
     return body
 
 
-def token_count(usage, name):
-    """-> what a server says of tokens; None where that is no count"""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and 0 <= count <= MAX_COUNT else None
-
-
-def read_response(cfg, response, secrets):
-    """The JSON of an answer -> Reply; raises where it has another form."""
-    usage = response.get("usage")
+def read_answer(cfg, text):
+    """The JSON of an answer -> what record takes. Of a list of parts those that are text: what a
+    model thought is not what it said. usage None: the server says nothing of it, or nonsense."""
+    answer = json.loads(text)
+    usage = answer.get("usage") or {}
+    usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
+    if not all(count in range(MAX_COUNT) for count in usage.values()):
+        usage = None
     if cfg.provider == "openai":
-        choice = response["choices"][0]
-        content = choice["message"].get("content")
-        finish_reason = choice.get("finish_reason")
-        counts = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
-    else:
-        content = response["content"]
-        finish_reason = response.get("stop_reason")
-        counts = token_count(usage, "input_tokens"), token_count(usage, "output_tokens")
-    text, others = join_parts(content)
-    # all of an answer that is kept
-    strings = text, str(finish_reason or ""), ", ".join(others)
-    text, finish_reason, other_parts = [hide_secrets(secrets, string, 8) for string in strings]
-    return Reply(text, finish_reason, *counts, other_parts)
+        answer = answer["choices"][0]
+        answer |= answer["message"]
+    content = answer["content"] or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if "text" in part)
+    return {
+        "reply": content,
+        "finish_reason": answer.get("finish_reason") or answer.get("stop_reason"),
+        "usage": usage,
+    }
 
 
-def http_status(error):
-    return getattr(error, "status_code", None) or 0
-
-
-def may_pass(sdk, error):
-    """Whether the same request may succeed later: rate limits, overload, time-outs, drops."""
-    status = http_status(error)
-    if status < 400:
-        return isinstance(error, (sdk.APIConnectionError, TimeoutError))
-    advice = error.response.headers.get("x-should-retry")   # both providers send it
-    if advice in ("true", "false"):
-        return advice == "true"
-    return status in (408, 409, 429) or status >= 500
-
-
-def retry_after(error):
-    """-> the seconds that a server wants to be left alone, 0: it does not say"""
-    response = getattr(error, "response", None)
-    headers = {} if response is None else response.headers
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("retry-after-ms")) / 1000
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("retry-after"))
-    with contextlib.suppress(ValueError, TypeError, OverflowError):   # a date
-        moment = email.utils.parsedate_to_datetime(headers.get("retry-after"))
-        return moment.timestamp() - time.time()
-    return 0.0
-
-
-def give_up(ledger, sdk, error):
-    """An error that stays -> Reply; it stops the run where no other request would fare better."""
-    cfg = ledger.cfg
-    status = http_status(error)
-    message = hide_secrets(ledger.secrets, one_line(error, 9999))[:300]
-    # an earlier run has left rows: then it is the prompt that is not accepted
-    is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
-    never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
-    if status in (401, 402, 404) or (never_worked and not is_the_prompt):
-        ledger.stop(f"{cfg.provider}, model {cfg.api_model}: {message}")
-    return Reply(None, f"failed: {message}")
-
-
-async def ask_api(ledger, client, job):
-    """Ask until there is an answer, or patience or money ends -> Reply."""
-    cfg = ledger.cfg
-    sdk = importlib.import_module(cfg.provider)
-    path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
-    body = request_body(cfg, job.messages)
-    for retry in itertools.count():
-        if ledger.stopping() or job.billed_tries == 6 or not ledger.reserve(job):
-            return Reply(None, "failed: no answer in 6 tries, or no money for another")
-        job.billed_tries += 1
+async def ask(asking, sdk, create, job):
+    """Try until there is an answer -> what record takes; None: no more may be asked."""
+    cfg = asking.cfg
+    # of a try; the SDK's time-out is one of each read, which a trickle never meets
+    seconds = 2 * cfg.request_timeout
+    may_pass = (
+        TimeoutError, sdk.APIConnectionError, sdk.RateLimitError, sdk.InternalServerError)
+    for pause in (*PAUSES, None):
+        if asking.stopping() or not asking.hold(job):
+            return None
+        answer = ""
         try:
-            # post: the typed methods cost twice the time and change from version to version
-            request = client.post(path, body=body, cast_to=object)
-            # the SDK's time-out is one of each read: a server that trickles never meets it
-            response = await asyncio.wait_for(request, 2 * cfg.request_timeout)
-            return read_response(cfg, response, ledger.secrets)
-        except Exception as e:   # the SDK's own, or an answer of another form
-            error = e
-        if http_status(error) >= 400:   # refused: free, and what is set aside serves the next try
-            job.billed_tries -= 1
-        # At least as long as the server says, and longer each time: with only the former all
-        # requests that a busy server turned away come back at the same moment.
-        backoff = min(0.5 * 2**retry, 8) * random.uniform(0.75, 1)
-        seconds = max(backoff, retry_after(error))
-        now = time.monotonic()
-        ledger.refused_since = ledger.refused_since or now
-        ledger.trouble = hide_secrets(ledger.secrets, one_line(error))
-        silence = now + seconds - ledger.refused_since   # by the next try, if nobody is answered
-        patience = 20 if ledger.answered else 2
-        if retry >= patience or silence > MAX_SILENCE or not may_pass(sdk, error):
-            return give_up(ledger, sdk, error)
-        while time.monotonic() < now + seconds and not ledger.stopping():
-            await asyncio.sleep(min(0.2, seconds))
+            request = create(**request_body(cfg, job.messages))
+            response = await asyncio.wait_for(request, seconds)
+            answer = hide_key(cfg, response.http_response.text)
+            return read_answer(cfg, answer)
+        except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
+            problem = e
+        if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
+            asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
+        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")
+        words = f"no reply (a try has {seconds:g} s): {words[:300]}"
+        words = str(UserError(words))   # as a terminal may show it
+        asking.bar.set_postfix_str(words)
+        if pause is None or not isinstance(problem, may_pass):
+            return {"reason": f"failed: {words}"}
+        await asyncio.sleep(pause * random.uniform(0.7, 1))   # not all at once
 
 
-def make_client(cfg, secrets):
-    """The provider's own client. It reads the environment too: proxies, certificates."""
+async def ask_all_api(asking, jobs):
+    """In this order, cfg.concurrency at a time, until all is answered, a stop, or max_cost."""
+    cfg = asking.cfg
     sdk = importlib.import_module(cfg.provider)
-    make = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
-    try:
-        with reading(f"provider {cfg.provider}: no client with this api_base, and the proxies and "
-                     "certificates of the environment"):
-            return make(
-                api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-                max_retries=0,   # ask_api tries again, because it knows about money
-                # of its own making, it has a destructor that fails where its making failed
-                http_client=sdk.DefaultAsyncHttpxClient())
-    except UserError as e:   # without its traceback, which may show a password
-        raise UserError(hide_secrets(secrets, str(e))) from None
+    is_openai = cfg.provider == "openai"
+    make = sdk.AsyncOpenAI if is_openai else sdk.AsyncAnthropic
+    with phase(f"making a client of {cfg.provider}"):   # by the environment: proxies, certificates
+        client = make(
+            api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+            max_retries=0,   # ask tries again, because it knows about money
+            # of its own making, it has a destructor that fails where its making failed
+            http_client=sdk.DefaultAsyncHttpxClient())
+    typed = client.chat.completions if is_openai else client.messages
+    create = typed.with_raw_response.create   # a server may say what the types would hide
+    to_ask = iter(jobs)   # of all workers
 
-
-class Heartbeat:
-    """A word when nothing comes for 10 s, 20 s, 40 s, ..., and when a stop is heard."""
-
-    def __init__(self):
-        self.since = time.monotonic()   # of the last answer
-        self.next_word = 10             # seconds after it
-        self.stop_said = False
-
-    def answered(self):
-        self.since = time.monotonic()
-        self.next_word = 10
-
-    def speak(self, ledger, in_flight):
-        seconds = time.monotonic() - self.since
-        if in_flight and ledger.stopping() and not self.stop_said:
-            self.stop_said = True
-            print0(f"stopping; {in_flight} requests in flight may be paid for and are awaited, at "
-                   f"most {2 * ledger.cfg.request_timeout:g} s; a second signal stops at once")
-        if seconds > self.next_word:
-            self.next_word *= 2
-            print0(f"no answer for {seconds:.0f} s, {in_flight} requests in flight; the last "
-                   f"refusal: {ledger.trouble}")
-
-
-async def ask_all_api(ledger, jobs):
-    """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
-    cfg = ledger.cfg
-    heartbeat = Heartbeat()
-    waiting = collections.deque(jobs)
-    in_flight = {}   # task -> job
-    async with make_client(cfg, ledger.secrets) as client:
-        while True:
-            width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
-            while waiting and len(in_flight) < width and not ledger.stopping():
-                if not ledger.reserve(waiting[0]):
-                    break   # what is in flight may cost less than is set aside for it
-                job = waiting.popleft()
-                in_flight[asyncio.create_task(ask_api(ledger, client, job))] = job
-            if not in_flight:
+    async def work():
+        for job in to_ask:
+            said = await ask(asking, sdk, create, job)
+            if said is None:
                 break
-            # even when stopping: what is in flight is paid for
-            done, _ = await asyncio.wait(
-                in_flight, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                ledger.record_reply(in_flight.pop(task), task.result())
-                heartbeat.answered()
-            heartbeat.speak(ledger, len(in_flight))
-    ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
+            asking.record(job, said)
+
+    async with client:
+        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
 
 
-def load_local_teacher(cfg):
-    tokenizer = load_tokenizer(cfg, cfg.teacher)
-    if tokenizer is None:
-        raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
-    teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    dtype = compute_dtype(cfg)
-    with progress(f"reading teacher {cfg.teacher}"):
-        model = read_model(cfg.teacher, teacher_config, cfg, "teacher", dtype)
-    tokenizer.padding_side = "left"   # a reply continues its prompt
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    teacher = ShardedRoot(model).eval()
-    teacher.requires_grad_(False)
-    if cfg.cpu_offload:   # a layer at a time comes to the device, where ids and cache are
-        shard(teacher, (WORLD,), dtype, drop_layers=True, cpu_offload=True)
-    else:
-        teacher.to(DEVICE)
-    return tokenizer, teacher
-
-
-class ReplyProgress:
-    """What generate() calls a streamer: it hears of each token of a batch, which may take minutes,
-    and shows beside the bar how many there are."""
-
-    def __init__(self, bar, max_tokens):
-        self.bar = bar
-        self.max_tokens = max_tokens
-        self.tokens = -1   # the first that it hears of is the prompt
-        self.shown = time.monotonic()
-
-    def put(self, _):
-        self.tokens += 1
-        if time.monotonic() - self.shown > 0.5:
-            self.shown = time.monotonic()
-            self.bar.set_postfix_str(
-                f"this batch: token {self.tokens:,} of at most {self.max_tokens:,}")
-
-    def end(self):
-        pass
-
-
-def generate_replies(cfg, tokenizer, teacher, jobs, bar):
-    """-> [Reply] of one batch; the same after a resume, if the batch is the same."""
-    inputs = tokenizer.apply_chat_template(
-        [job.messages for job in jobs], add_generation_prompt=True, padding=True,
-        return_dict=True, return_tensors="pt").to(DEVICE)
-    sampling = {}   # the model's own
-    if cfg.api_temperature is not None:
-        sampling["do_sample"] = cfg.api_temperature > 0
-        sampling["temperature"] = cfg.api_temperature or 1.0
-    torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)
-    streamer = ReplyProgress(bar, cfg.max_tokens)
-    ids_BT = teacher(lambda model: model.generate(
-        **inputs, max_new_tokens=cfg.max_tokens, streamer=streamer, **sampling))
-    replies_BT = ids_BT[:, inputs["input_ids"].shape[1]:]
-
-    replies = []
-    for ids, mask in zip(replies_BT.tolist(), inputs["attention_mask"], strict=True):
-        ended = len(ids) < cfg.max_tokens or ids[-1] == tokenizer.pad_token_id
-        replies.append(Reply(
-            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            finish_reason="stop" if ended else "length",
-            prompt_tokens=mask.sum().item(),
-            completion_tokens=sum(token != tokenizer.pad_token_id for token in ids)))
-    return replies
-
-
-def ask_all_local(ledger, jobs):
-    """In prompt order, a batch at a time, until all is answered or the ledger says stop."""
-    cfg = ledger.cfg
-    tokenizer, teacher = load_local_teacher(cfg)
-    # batches of all prompts, not of those that are left: a resumed run then draws the same
-    for _, group in itertools.groupby(jobs, lambda job: job.number // cfg.concurrency):
-        if ledger.stopping():
+def ask_all_local(asking, jobs):
+    """In this order, cfg.concurrency at a time, until all is answered or a stop."""
+    cfg = asking.cfg
+    with phase(f"reading teacher {cfg.teacher}"):
+        tokenizer = load_tokenizer(cfg, cfg.teacher)
+        if tokenizer is None:
+            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
+                            "--tokenizer")
+        if not tokenizer.chat_template:
+            template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+            tokenizer.chat_template = template
+        prompts = [
+            tokenizer.apply_chat_template(
+                job.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for job in jobs]
+        longest = max(map(len, prompts)) + cfg.max_tokens
+        teacher, _ = load_model(cfg, "teacher")
+        check_model(teacher, f"teacher {cfg.teacher!r}", longest, packed=False)
+    ends = end_ids(teacher.model, tokenizer)
+    temperature = cfg.api_temperature
+    if temperature is None:
+        temperature = 1.0
+        with contextlib.suppress(OSError):   # there is no generation_config.json
+            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher).temperature
+            temperature = usual or 1.0
+    for start in range(0, len(jobs), cfg.concurrency):
+        if asking.stopping():
             break
-        batch = list(group)
-        replies = generate_replies(cfg, tokenizer, teacher, batch, ledger.bar)
-        for job, reply in zip(batch, replies, strict=True):
-            ledger.record_reply(job, reply)
+        some = slice(start, start + cfg.concurrency)
+        # what it says hangs on seed and prompt alone: a resumed run draws the same
+        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
+        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
+                            temperature, ends, vocabulary_of(tokenizer))
+        for job, prompt, ids in zip(jobs[some], prompts[some], texts):
+            asking.record(job, {
+                "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "finish_reason": "stop" if ids[-1] in ends else "length",
+                "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
+            })
 
 
-def finish_files(ledger, order):
-    """Duplicates go, the summary is written -> the table of what became of each prompt."""
-    paths = ledger.paths
-    fates = drop_duplicates(paths.train, paths.rejected, order)
-    if ledger.first_failure and not fates["kept"]:
-        ledger.stop(f"nothing was kept, {fates['failed']} prompts failed, the first: "
-                    f"{ledger.first_failure.removeprefix('failed: ')}; see {paths.rejected!r}")
-    ledger.write_summary(ledger.spent, tokens_this_time=ledger.tokens, ended=ledger.ended(),
-                         **fates)
-    total = max(1, sum(fates.values()))
-    lines = [f"  {name:20}{count:8,}{count / total:8.1%}" for name, count in fates.items()]
-    last = f"{ledger.tokens:,} tokens"
-    if ledger.spent > 0:
-        last += f", {ledger.spent:.4f} USD"
-    last += f"; {ledger.ended()}"
-    if fates["kept"]:
-        last += f"; --dataset {paths.train} trains on it"
-    else:
-        last += f"; nothing was kept, see {paths.rejected}"
-    lines.append(last)
-    if fates["cut off"] > 0.1 * total:
-        max_tokens = ledger.cfg.max_tokens
-        lines.append(f"{fates['cut off'] / total:.0%} of the replies did not end within max_tokens "
-                     f"{max_tokens}: --max_tokens {4 * max_tokens}, in another --output_dir")
-    return "\n".join(lines)
+# Files
+
+
+def read_replies(path):
+    """-> {prompt_id: its last row}. Half a row, as a kill leaves it, is none."""
+    rows = {}
+    with open(path, "a+b") as f:
+        f.write(b"\n")   # so that what comes is no part of it
+        f.seek(0)
+        for line in f:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                rows[row["prompt_id"]] = row
+    return rows
+
+
+def write_rows(path, rows):
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def sort_out(asking, jobs):
+    """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
+    say what became of them."""
+    cfg = asking.cfg
+    rows = [asking.rows[name] for name in {**jobs, **asking.rows} if name in asking.rows]
+    min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
+    seen = set()
+    for row in rows:
+        if "reason" not in row:
+            *_, prompt, reply = [turn["content"] for turn in row["messages"]]
+            flaw = find_flaw(prompt, reply, row["finish_reason"], min_chars)
+            flaw = flaw or find_duplicate(prompt, reply, seen)
+            if flaw:
+                row["reason"] = flaw
+    train = path_in(cfg, "train.jsonl")
+    write_rows(train, [row for row in rows if "reason" not in row])
+    write_rows(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
+
+    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
+    write_json({"spent_usd": asking.spent_usd, **fates}, path_in(cfg, "summary.json"))
+    print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
+    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
+           f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
+           f"{train} trains on what is kept")
+
+
+# What decides the rows of a folder; not where the server stands: it may move.
+DECIDING = (
+    "provider", "categories", "max_tokens", "api_temperature", "api_model",
+    "seed", "teacher", "tokenizer", "dtype",
+)
 
 
 def generate(cfg):
-    """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
-    paths = paths_in(cfg.output_dir)
-    # what decides the rows; not where the server stands: it may move
-    deciding = {*knobs_in("generate"), *knobs_in("api"), "seed", "teacher", "tokenizer", "dtype"}
-    settings = {name: value for name, value in result_knobs(cfg).items() if name in deciding}
-    jobs = all_prompts(cfg)
-    past_cost, answered, spent = read_past(paths, settings)
-    todo = [job for job in jobs.values() if job.prompt_id not in answered]
-    prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
-    worst_usd = sum(job.worst_usd for job in todo)
-    plan = (f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
-            f"{len(todo) * cfg.max_tokens:,} come back")
-    if cfg.price_in is not None:
-        plan += f", for {worst_usd:.2f} USD at these prices"
-    print0(plan)
+    """Ask what has no reply yet; leave replies.jsonl, and what is made of it, in output_dir."""
+    config_path = path_in(cfg, "config.json")
+    with phase(f"reading {cfg.prompts_file or 'functions to ask about'} and {cfg.output_dir}"):
+        jobs = all_prompts(cfg)
+        rows = read_replies(path_in(cfg, "replies.jsonl"))
+        config_there = read_json(config_path, {})
+        spent_usd = read_json(path_in(cfg, "summary.json"), {}).get("spent_usd", 0.0)
+    done = answered(rows)
+    if done:
+        settings = {name: getattr(cfg, name) for name in DECIDING}
+        refuse_changes(config_there, config_there | settings, cfg.output_dir,
+                       way_out="choose another --output_dir")
+    write_json(knobs_of(cfg), config_path)
 
-    bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
-    with reading(f"cannot write into {cfg.output_dir!r}"):
-        # without a name: a kill leaves nothing of it
-        disk_room = tempfile.TemporaryFile(dir=cfg.output_dir)
-    with disk_room, stop_signals() as stop_requests, bar:
-        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar,
-                        find_secrets(cfg), disk_room)
-        with reading(f"cannot write into {cfg.output_dir!r}"):
-            write_json(cfg.public(), paths.config)
-            ledger.write_summary(spent)
-        if cfg.provider == "local":
-            ask_all_local(ledger, todo)
-        else:
-            asyncio.run(ask_all_api(ledger, todo))
-    try:   # the room that was held is free again
-        print0(finish_files(ledger, list(jobs)))
-    except OSError as e:   # all rows are there, in the order of their arrival, copies among them
-        ledger.stop_without_room(e)
-    if ledger.stop_error:
-        raise ledger.stop_error
+    to_ask = [job for job in jobs.values() if job.prompt_id not in done]
+    print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most "
+           f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
+           "what is in flight, which may be paid for")
+    bar = tqdm(total=len(to_ask), unit="prompt")
+    with bar, stop_signals() as stop_requests:
+        asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
+        if cfg.provider != "local":
+            asyncio.run(ask_all_api(asking, to_ask))
+        elif to_ask:
+            ask_all_local(asking, to_ask)
+    sort_out(asking, jobs)
+    if asking.error:
+        raise UserError(asking.error)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: eval: what was lost, what was gained, was the teacher worth it? Each model is loaded,
-# scored, compared with the teacher layer by layer and tried out (report, at the end, goes through
-# them); that becomes figures with intervals, and these report.json, report.md and report.png.
+# scored, compared with the teacher layer by layer and tried out (measure_model); that becomes
+# figures with intervals (judge_models), and these report.md, report.json and report.png.
 BINS = 15   # of confidence, for the calibration error and the reliability curve
 NEW_TOKENS = 48   # of a continuation
 METRICS = dict(   # as the table names them, in its order
@@ -5547,19 +4942,26 @@ METRICS = dict(   # as the table names them, in its order
     prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes",
 )
 LEGEND = (
-    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that "
-    "shape; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large as "
-    "its final/ will be."
+    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of "
+    "sequences; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large "
+    "as its final/ will be. Layers (in report.png): the share of the teacher's variance that the "
+    "best linear map from a layer leaves unexplained, and linear CKA. A model with another "
+    "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
+PANELS = (   # of the picture: title, x, y
+    ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
+    ("Layers against the teacher's", "layer", "share unexplained, CKA (dotted)"),
+    ("Quality against size", "parameters", "bits a byte, held out, and 95 %"),
+    ("Reliability", "confidence", "share right"),
+)
+CURVES = {   # panel, line; o is the model's marker
+    "train/ce_loss": (0, "-"), "train/kl_loss": (0, ":"), "eval/ce_loss": (0, "o"),
+    "unexplained": (1, "o-"), "CKA": (1, "o:"), "reliability": (3, "o-"),
+}
+STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # of models
 
 
-REPORT_MARK = "Written by simple_distill --mode eval"   # stands in each file of a report
-REPORT_FILES = ("report.json", "report.md", "report.png")
-
-
-def is_report(path):
-    with open(path, "rb") as f:
-        return REPORT_MARK.encode() in f.read()
+# ---- which models, and the rows of each
 
 
 def name_models(cfg):
@@ -5567,7 +4969,7 @@ def name_models(cfg):
     the name of its folder."""
     student = cfg.student
     if student == "demo":   # none was named
-        student = os.path.join(cfg.output_dir, "final")
+        student = f"{cfg.output_dir}/final"
     names = {"teacher": cfg.teacher, "student": student}
     for path in cfg.compare:
         label = os.path.basename(path.rstrip("/").removesuffix("/final"))
@@ -5578,41 +4980,51 @@ def name_models(cfg):
 
 
 def is_checkpoint(name):
-    return os.path.exists(os.path.join(name, "state.json"))
+    return Path(name, "state.json").exists()
 
 
-def load_model(cfg, name, label):
-    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
+def load_any(cfg, name):
+    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it.
+    Whether code of strangers runs is for this run to say."""
     if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
-    path, state = find_checkpoint(name, cfg.output_dir)
-    root = load_student(config_of_run(cfg, name, state))
+        root, _ = load_model(dataclasses.replace(cfg, teacher=name), "teacher")
+        return root
+    path, state = find_checkpoint(name, name)
+    knobs = state["config"] | dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+    knobs.pop("cache", None)   # optional: cache
+    root, _ = load_model(Config(**knobs), "student")
     load_checkpoint(path, tensors_of(root, {}, {}))
-    return root.eval()
+    return root
 
 
-def config_of_run(cfg, name, state):
-    """The Config of the run that checkpoint `name` is of. A file does not decide what is allowed:
-    whether code of strangers runs is for this run to say."""
-    with reading(f"checkpoint {name!r}: its state.json tells no run of this version"):
-        stored = dict(state["config"])
-        if stored.get("cache"):   # optional: cache
-            stored["cache_dir"] = stored["cache"]   # a digest, no path: enough to need no teacher
-        stored.pop("cache", None)
-        stored |= dict(dtype=cfg.dtype, seq_len=cfg.seq_len,
-                       trust_remote_code=cfg.trust_remote_code)
-        try:
-            return Config.from_json(stored)
-        except UserError as e:   # names the knob, but not whose it is
-            raise ValueError(e) from e
+def read_losses(name):
+    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
+    is of; nothing where there is none."""
+    path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
+    losses = collections.defaultdict(list)
+    if path.is_file():
+        with path.open(encoding="utf-8") as f:   # a run may be writing its last line
+            entries = [json.loads(line) for line in f if line.endswith("}\n")]
+        for entry in entries:
+            for key, value in entry.items():
+                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                    step = entry[f"{key.split('/')[0]}/step"]
+                    losses[key].append((int(step), float(value)))
+    return losses
 
 
-def retokenize(rows, tokenizer, other):
-    """The counted text of each row under another tokenizer: the same bytes, after its BOS, or EOS
-    where it has none, in place of the first token, which is never counted."""
-    if rows[0]["targets"] is not None:
-        raise UserError("models with different tokenizers are compared on plain text; here prompts "
-                        "are masked")
+def rows_for(cfg, name, tokenizer, rows):
+    """-> the rows as a model reads them, its tokenizer. Where that cuts like `tokenizer` it is that
+    one; else the rows are the same bytes, after its BOS, or EOS where it has none, in place of the
+    first token, which is never counted."""
+    other = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name) or tokenizer
+    try:
+        compare_tokenizers(other, tokenizer, name, cfg.teacher)
+        return rows, tokenizer
+    except UserError:
+        if not all(row["targets"][1:].all() for row in rows):
+            raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
+                            "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
     other_eos = other.eos_token or ""
     begin = bos_of(other)
@@ -5621,161 +5033,161 @@ def retokenize(rows, tokenizer, other):
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other_eos)
-        ids = other(text, add_special_tokens=False, verbose=False)["input_ids"]
-        retokenized.append({"input_ids": [begin, *ids]})
-    return retokenized
+        ids = np.array([begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        targets = np.arange(len(ids)) > 0
+        retokenized.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+    return retokenized, other
 
 
-def prompts_for(other, tokenizer, prompts):
-    """Prompts of plain text, each after the other tokenizer's BOS instead of this one's."""
-    bos = "" if bos_of(tokenizer) is None else tokenizer.bos_token
-    other_bos = "" if bos_of(other) is None else other.bos_token
-    return [other_bos + prompt.removeprefix(bos) for prompt in prompts]
+def beginnings(rows):
+    """Of three rows (fewer where there are fewer): up to the first target, and at least 32 ids."""
+    prompts = []
+    for i in range(0, len(rows), -(-len(rows) // 3)):
+        width = max(32, rows[i]["targets"].argmax())
+        prompts.append(rows[i]["input_ids"][:width].tolist())
+    return prompts
 
 
-def rows_for(other, tokenizer, rows, name, teacher_name):
-    """-> (rows as the other tokenizer cuts them, whether it cuts like the teacher's)"""
-    try:
-        compare_tokenizers(tokenizer, other, teacher_name, name)
-    except UserError:
-        return retokenize(rows, tokenizer, other), False
-    return rows, True
+# ---- one model: scores, layers, speed
 
 
-@torch.no_grad()
-def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
-    """One pass over the rows of all ranks, over the ids below vocabulary. -> sums a sequence
-    [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with its T^2); and sums
-    a bin of confidence [BINS, 3]: tokens, hits, confidence."""
+def score(cfg, root, reference, rows, vocabulary, what):
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    -> sums a sequence [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
+    its T^2); and sums a bin of confidence (p of the top-1) [BINS, 3]: tokens, hits, confidence."""
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)
     bins = torch.zeros(BINS, 3, dtype=torch.float64)
-    for mine in rows_of_this_rank(rows, batch_size):
-        batch = collate([rows[i] for i in mine])
-        hidden_ND, head = root(counted_hidden, batch)
-        reference_ND, reference_head = reference(counted_hidden, batch)
-        # padded tails are cut
-        vocab = min(vocabulary, len(head.weight), len(reference_head.weight))
-        width = batch.input_ids.shape[1]
-        row_N = torch.tensor(mine, dtype=torch.long)[(batch.positions // width).cpu()]
-        chunk = max(1, LOGITS_BUDGET // (24 * vocab))   # six fp32 [C, V] at a time
-        for start in range(0, len(row_N), chunk):
-            part = slice(start, start + chunk)
-            terms = score_tokens(
-                head_logits(hidden_ND[part], head, vocab),
-                head_logits(reference_ND[part], reference_head, vocab),
-                batch.labels[part].to(DEVICE),
-                temperature,
-            )
-            add_terms(terms, row_N[part], sums, bins)
-        bar.update(WORLD * len(mine))
-    dist.all_reduce(sums)
-    dist.all_reduce(bins)
-    root.release()
-    reference.release()
-    return sums, bins
-
-
-def head_logits(hidden_CD, head, vocab):
-    """-> [C, vocab] in fp32"""
-    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
-    return scale_and_softcap(raw, head.scale, head.softcap)[0]
-
-
-def score_tokens(logits_CV, reference_CV, labels_C, temperature):
-    """-> [C, 6] on the host: what score sums a sequence, and the confidence: p of the top-1."""
-    best, top = logits_CV.max(-1)
-    log_total = logits_CV.logsumexp(-1)
-    label_logit = logits_CV.gather(1, labels_C[:, None])[:, 0]
-    logp = torch.log_softmax(logits_CV / temperature, -1)
-    logq = torch.log_softmax(reference_CV / temperature, -1)
-    kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature**2
-    terms = [
-        torch.ones_like(kl),
-        log_total - label_logit,
-        top == labels_C,
-        top == reference_CV.argmax(-1),
-        kl,
-        (best - log_total).exp(),
-    ]
-    return torch.stack([x.double().cpu() for x in terms], 1)
-
-
-def add_terms(terms_C6, row_C, sums, bins):
-    """Adds the terms of each token to its row of sums and to its bin of confidence."""
-    sums.index_add_(0, row_C, terms_C6[:, :5])
-    confidence = terms_C6[:, 5]
-    bin_C = (confidence * BINS).long().clamp(max=BINS - 1)
-    bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
+    with evaluating(reference), evaluating(root):
+        for numbers, batch in held_out(rows, cfg.batch_size, what):
+            hidden_ND, head = root(counted_hidden, batch)
+            reference_ND, reference_head = reference(counted_hidden, batch)
+            row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
+            row_N = row_B[batch.positions.cpu() // batch.input_ids.shape[1]]
+            for part_C in torch.arange(len(row_N)).split(chunk):
+                logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
+                reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
+                labels_C = batch.labels[part_C].to(DEVICE)
+                best, top = logits_CV.max(-1)
+                log_total = logits_CV.logsumexp(-1)
+                logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
+                logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
+                terms = [
+                    torch.ones_like(best),
+                    log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
+                    top == labels_C,
+                    top == reference_CV.argmax(-1),
+                    torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
+                    (best - log_total).exp(),
+                ]
+                terms_C6 = torch.stack([term.double().cpu() for term in terms], 1)
+                sums.index_add_(0, row_N[part_C], terms_C6[:, :5])
+                bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
+                bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+    dist.all_reduce(sums, group=HOST)
+    dist.all_reduce(bins, group=HOST)
+    return sums.numpy(), bins.tolist()
 
 
 def layer_outputs(model, batch):
-    """Runs inside a root: [B, T, D] after each layer."""
-    with known_documents(batch.position_ids) as positions:
-        outputs = model.base_model(
-            batch.input_ids, use_cache=False, output_hidden_states=True, **positions)
-    return outputs.hidden_states[1:]   # the first is of the embeddings
+    """Runs inside a root: [N, D] of the counted tokens after each layer."""
+    outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
+    states = outputs.hidden_states[1:]   # the first is of the embeddings
+    return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
-@torch.no_grad()
-def layer_errors(root, teacher, batch):
-    """How far each layer of a student is from the layer of the teacher at the same depth."""
-    states = root(layer_outputs, batch)
-    teacher_states = teacher(layer_outputs, batch)
-    errors = []
-    for i in range(len(states)):
-        # The same layers as block-wise mode matches, but a student may be the deeper one here.
-        j = max(0, round((i + 1) * len(teacher_states) / len(states)) - 1)
-        x_ND = states[i].flatten(0, 1)[batch.positions].double()
-        y_NE = teacher_states[j].flatten(0, 1)[batch.positions].double()
-        errors.append(dict(student=i + 1, teacher=j + 1, **compare_states(x_ND, y_NE)))
-    root.release()
-    teacher.release()
-    return errors
+def compare_layers(root, teacher, batch):
+    """How much each layer of a student tells of the teacher's layer at its depth."""
+    with evaluating(teacher), evaluating(root):
+        states = root(layer_outputs, batch)
+        teacher_states = teacher(layer_outputs, batch)
+    layers = []
+    for i, x_ND in enumerate(states):   # a student may be the deeper one here
+        j = max(0, teacher_layer(i, len(states), len(teacher_states)))
+        share, cka = compare_states(x_ND, teacher_states[j])
+        layers.append(dict(student=i + 1, teacher=j + 1, share=share, cka=cka))
+    return layers
 
 
 def compare_states(x_ND, y_NE):
-    """MSE from x to y (other width: after the best linear map), MSE / variance of y, both of which
-    a few huge states decide; |x - y|^2 / |y|^2 of the median token, which they do not; linear CKA.
-    """
-    tokens, width = x_ND.shape
-    xc = x_ND - x_ND.mean(0)
-    yc = y_NE - y_NE.mean(0)
-    xx = xc.T @ xc
-    xy = xc.T @ yc
-    yy = yc.T @ yc
-    if x_ND.shape == y_NE.shape:
-        missed = x_ND - y_NE
-    else:
-        # Fitted on the tokens that it is judged on: each row of the map and its bias explain one
-        # token for nothing, and those are left out of the average.
-        fitted = xc @ torch.linalg.pinv(xx, hermitian=True) @ xy
-        missed = (yc - fitted) * math.sqrt(tokens / max(tokens - width - 1, 1))
-    mse = missed.square().mean().item()
+    """-> the share of y's variance that the best linear map from x leaves unexplained (None: too
+    few tokens), linear CKA."""
+    x_ND = x_ND.double()
+    y_NE = y_NE.double()
+    x_ND = x_ND - x_ND.mean(0)
+    y_NE = y_NE - y_NE.mean(0)
+    xx = x_ND.T @ x_ND
+    xy = x_ND.T @ y_NE
+    yy = y_NE.T @ y_NE
     cka = (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
-    size_N = y_NE.square().sum(-1).clamp_min(1e-30)
-    median = (missed.square().sum(-1) / size_N).median().item()
-    return dict(mse=mse, share=mse / yc.square().mean().item(), median=median, cka=cka)
+    # Fitted on the tokens that it is judged on: each row of the map and its bias explain one token
+    # for nothing, and those are left out of the average.
+    tokens, width = x_ND.shape
+    if tokens <= width + 1:
+        return None, cka
+    missed = y_NE - x_ND @ torch.linalg.pinv(xx, hermitian=True) @ xy
+    missed *= math.sqrt(tokens / (tokens - width - 1))
+    return (missed.square().mean() / y_NE.square().mean()).item(), cka
 
 
-def try_out(root, tokenizer, input_ids_BT, prompts, seed, allocated):
-    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt.
-    allocated: bytes that were in use before the model was loaded."""
+def try_out(root, tokenizer, rows, batch_size, limit):
+    """-> tokens a second, and [greedy, sampled] continuations of each beginning. limit: how long a
+    row may become."""
+    def write(prompts, new, temperature=0.0):
+        """-> new tokens a second, the texts up to the end mark; but always written in full."""
+        rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
+        start = time.time()
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
+                          vocabulary_of(tokenizer))
+        speed = sum(rooms) / (time.time() - start)
+        eos = tokenizer.eos_token or "\0"
+        return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
+
+    prompts = beginnings(rows)
+    _, greedy = write(prompts, NEW_TOKENS)
+    _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
+    batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
+    rows_a_second, _ = max(write(batch, 1) for _ in range(3))
+    generation, _ = max(write(prompts[:1], NEW_TOKENS) for _ in range(3))
+    return dict(prefill=rows_a_second * sum(map(len, batch)) / len(batch), generation=generation,
+                texts=list(zip(greedy, sampled)))
+
+
+def measure_model(cfg, label, name, teacher, tokenizer, rows):
+    """-> root, figures. teacher: None where this is the teacher."""
+    allocated = torch.cuda.memory_allocated()
+    with phase(f"reading {label} {name}"):
+        root = load_any(cfg, name)
+        curves = read_losses(name) if teacher else {}   # its own are of another run
+        rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
+        limit = max(len(row["input_ids"]) for row in rows)
+        check_model(root, f"{label} {name!r}", limit, packed=False)
+    same = own_tokenizer is tokenizer
+    teacher = teacher or root
+    reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
+    sums, bins = score(
+        cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
+    print0(f"layers of {label}, then what it writes, by the clock ...")
+    layers = []
+    if reference is not root:   # on the same rows on every rank
+        probe = list(itertools.islice(rows, 8192 // cfg.seq_len + 1))
+        layers = compare_layers(root, teacher, collate(probe))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    prefill_seconds = [continue_text(root, tokenizer, input_ids_BT, 1)[0] for _ in range(3)]
-    greedy_seconds = []
-    texts = []
-    for prompt in prompts:
-        encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        ids_1T = encoded["input_ids"].to(DEVICE)
-        seconds, greedy = continue_text(root, tokenizer, ids_1T, NEW_TOKENS)
-        _, sampled = continue_text(root, tokenizer, ids_1T, NEW_TOKENS, seed=seed)
-        greedy_seconds.append(seconds)
-        texts.append([greedy, sampled])
-    peak = torch.cuda.max_memory_allocated() - allocated if CUDA else None
-    prefill = input_ids_BT.numel() / min(prefill_seconds)
-    generation = NEW_TOKENS / min(greedy_seconds)
-    return dict(prefill=prefill, generation=generation, texts=texts, memory=peak)
+    trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
+    memory = torch.cuda.max_memory_allocated() - allocated if CUDA else None
+    parameters = root.model.num_parameters()
+    # a hub name, or a checkpoint, whose files hold more than the weights: as saved
+    files = glob.glob(f"{glob.escape(name)}/model*.safetensors")
+    disk = sum(map(os.path.getsize, files)) or parameters * compute_dtype(cfg).itemsize
+    figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
+                   layers=layers, sums=sums, bins=bins, curves=curves, **trial)
+    figures["own"] = score_own_texts(   # optional: on_policy
+        cfg, root, teacher if same else None, tokenizer, rows)
+    return root, figures
+
+
+# ---- figures with intervals
 
 
 def interval(top, bottom, seed):
@@ -5784,147 +5196,77 @@ def interval(top, bottom, seed):
     n = len(top)
     rng = np.random.default_rng(seed)
     middle = top.sum() / bottom.sum()
-    redrawn = []
-    for _ in range(20):   # 2,000 samples, 100 at a time to save memory
-        picks = rng.integers(0, n, (100, n))
-        redrawn.append(top[picks].sum(1) / bottom[picks].sum(1))
-    off = np.concatenate(redrawn) - middle
+    off = []
+    for _ in range(2000):
+        picks = rng.integers(0, n, n)
+        off.append(top[picks].sum() / bottom[picks].sum() - middle)
     # The bootstrap's variance is (n - 1) / n of what it estimates; t's 97.5 % point with n - 1
     # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
     low, high = middle + widen * np.quantile(off, (0.025, 0.975))
-    return [float(middle), float(low), float(high)]
+    return middle, low, high
 
 
-def compute_metrics(models, tables, sizes, seed):
+def judge_models(models, sizes, seed):
     """Adds to the figures of each model those of its sums a sequence (see score) and of the bytes
-    of each, what they are of the teacher's, its curves, and the student's lead over it."""
-    for label, figures in models.items():
-        figures.update(measure_quality(tables[label], figures["bins"], sizes, seed))
-        figures["curves"] |= collect_curves(figures)
-        if not figures.pop("same_tokenizer"):   # these need one vocabulary
-            figures["agreement"] = None
-            figures["kl"] = None
-    for label, figures in models.items():
-        figures["ratio"] = {}
-        for key in METRICS:
-            whole = models["teacher"][key]
-            if figures[key] is not None and whole:   # the teacher's KL is 0
-                figures["ratio"][key] = figures[key] / whole
-        ahead = tables["student"][:, 1] - tables[label][:, 1]
-        figures["student_against_it"] = judge_difference(ahead / math.log(2), sizes, seed)
-
-
-def measure_quality(table, bins, sizes, seed):
-    counts, nats, *_ = table.T
-    tokens, _, right, agreed, kl = table.sum(0).tolist()
-    perplexity, *perplexity_95 = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
-    bits, *bits_95 = interval(nats / math.log(2), sizes, seed)
-    ece = sum(abs(hits - confidence) for _, hits, confidence in bins) / tokens
-    return dict(
-        perplexity=perplexity, perplexity_95=perplexity_95, bits=bits, bits_95=bits_95,
-        tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens, kl=kl / tokens,
-        ece=ece,
-    )
-
-
-def judge_difference(bits, sizes, seed):
-    """bits of each sequence, the student's less the other's -> their difference a byte."""
-    difference, low, high = interval(bits, sizes, seed)
-    if high < 0:
-        verdict = "better"
-    elif low > 0:
-        verdict = "worse"
-    else:
+    of each, the student's lead over it, and the points of its curves."""
+    student_nats = models["student"]["sums"][:, 1]
+    for figures in models.values():
+        sums = figures.pop("sums")
+        counts, nats, *_ = sums.T
+        tokens, _, right, agreed, kl = sums.sum(0).tolist()
+        around = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
+        figures["perplexity"], *figures["perplexity_95"] = around
+        figures["bits"], *figures["bits_95"] = interval(nats / math.log(2), sizes, seed)
+        figures["tokens"] = int(tokens)
+        figures["accuracy"] = right / tokens
+        same = figures.pop("same_tokenizer")   # these need one vocabulary
+        figures["agreement"] = agreed / tokens if same else None
+        figures["kl"] = kl / tokens if same else None
+        bins = figures["bins"]
+        figures["ece"] = sum(abs(hits - p) for _, hits, p in bins) / tokens
+        difference, low, high = interval((student_nats - nats) / math.log(2), sizes, seed)
         verdict = "no significant difference"
-    return dict(difference=difference, interval=[low, high], verdict=verdict)
+        if high < 0:
+            verdict = "better"
+        elif low > 0:
+            verdict = "worse"
+        figures["student_against_it"] = dict(
+            difference=difference, interval=[low, high], verdict=verdict)
+        layers = figures["layers"]
+        figures["curves"] |= {
+            "unexplained": [(layer["student"], layer["share"]) for layer in layers],
+            "CKA": [(layer["student"], layer["cka"]) for layer in layers],
+            "reliability": [(p / n, hits / n) for n, hits, p in bins if n],
+        }
 
 
-def collect_curves(figures):
-    """-> {name: [(x, y), ...]} for the picture, beside the losses."""
-    layers = figures["layers"]
-    curves = {}
-    curves["median token"] = [(layer["student"], layer["median"]) for layer in layers]
-    curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
-    curves["reliability"] = [
-        (confidence / count, hits / count) for count, hits, confidence in figures["bins"] if count
-    ]
-    return curves
-
-
-def read_losses(name):
-    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
-    is of; nothing where there is none."""
-    paths = [os.path.join(name, up, "log.jsonl") for up in ("..", "../..")]
-    paths = [path for path in paths if os.path.isfile(path)]
-    if not paths:
-        return {}
-    losses = {}
-    with reading(f"model {name!r}: {paths[0]!r} beside it is damaged"):
-        with open(paths[0], encoding="utf-8") as f:
-            # Not read_jsonl, which mends the file: the run may be writing its last line.
-            entries = [json.loads(line) for line in f if line.endswith("}\n")]
-        for entry in entries:
-            for key, value in entry.items():
-                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                    step = entry[key.split("/")[0] + "/step"]
-                    losses.setdefault(key, []).append((int(step), float(value)))
-    return losses
-
-
-def disk_bytes(name, parameters, dtype):
-    """Of its weights; a hub name or a checkpoint, which has none of its own: as saved in dtype."""
-    files = glob.glob(os.path.join(glob.escape(name), "*.safetensors"))
-    return sum(os.path.getsize(file) for file in files) or parameters * dtype.itemsize
+# ---- the report
 
 
 def draw_report(path, models):
-    """Four panels; shades, lines and markers tell models apart in grey too."""
+    """Shades and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    (training, layers), (quality, reliability) = figure.subplots(2, 2)
-    styles = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for panel, (title, x, y) in zip(panels, PANELS):
+        panel.set(title=title, xlabel=x, ylabel=y)
+    _, layers, quality, reliability = panels
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    quality.set_xscale("log")
+    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
     for i, (label, figures) in enumerate(models.items()):
-        color, marker = styles[i % len(styles)]
-        for panel, key, line in (
-            (training, "train/ce_loss", "-"),
-            (training, "train/kl_loss", ":"),
-            (training, "eval/ce_loss", marker),
-            (layers, "median token", marker + "-"),
-            (layers, "CKA", marker + ":"),
-            (reliability, "reliability", marker + "-"),
-        ):
+        color, marker = STYLES[i % len(STYLES)]
+        for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                xs, ys = zip(*points, strict=True)
-                panel.plot(xs, ys, line, color=color, markersize=5, label=f"{label}: {key}")
+                xs, ys = zip(*points)
+                panels[panel].plot(xs, ys, line.replace("o", marker), color=color, markersize=5)
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
-        bits = figures["bits"]
-        around = [[abs(x - bits)] for x in figures["bits_95"]]
-        quality.errorbar(size, bits, around, fmt=marker, color=color, capsize=3, label=label)
-    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
-
-    training.set(title="Training", xlabel="step", ylabel="nats a token")
-    layers.set(
-        title="Layers against the teacher's", xlabel="student layer",
-        ylabel="relative error of the median token; CKA",
-    )
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    quality.set(
-        title="Quality against size", xlabel="parameters", xscale="log",
-        ylabel="bits a byte, held out, 95 %",
-    )
-    sizes = sorted({figures["parameters"] for figures in models.values()})
-    quality.set_xticks(sizes, [tqdm.format_sizeof(size) for size in sizes])
-    quality.minorticks_off()
-    quality.margins(0.25)
-    reliability.set(
-        title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)
-    )
-    for panel in (training, layers, quality, reliability):
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": REPORT_MARK})
+        bits = [*figures["bits_95"], figures["bits"]]
+        quality.plot([size] * 3, bits, marker + "-", color=color, label=label)
+    figure.legend(loc="outside lower center", ncols=len(models), frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def show_number(x):
@@ -5935,170 +5277,84 @@ def show_number(x):
     return f"{x:,.0f}"
 
 
-def show_figure(label, figures, key):
+def show_figure(models, label, key):
     """The cell of a model in the table: value (low to high), so many x of the teacher's."""
-    shown = show_number(figures[key])
-    if key + "_95" in figures:
-        low, high = figures[key + "_95"]
-        shown += f" ({show_number(low)} to {show_number(high)})"
-    if label != "teacher" and key in figures["ratio"]:
-        shown += f", {show_number(figures['ratio'][key])} x"
+    value = models[label][key]
+    shown = show_number(value)
+    if key + "_95" in models[label]:
+        low, high = map(show_number, models[label][key + "_95"])
+        shown += f" ({low} to {high})"
+    whole = models["teacher"][key]
+    if label != "teacher" and whole and value is not None:   # the teacher's KL is 0
+        shown += f", {show_number(value / whole)} x"
     return shown
 
 
-def markdown_table(header, rows):
-    """-> lines, an empty one before and after."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return ["", *lines, ""]
-
-
-def summary_lines(setting, models):
-    """The beginning of report.md, printed too: verdicts, the table, how it was measured."""
+def write_report(folder, setting, models, prompts):
+    """The beginning of report.md, verdicts and the table, is printed too. The picture comes last:
+    what it is made from stands by then."""
     lines = [f"# {models['student']['name']}: the report", ""]
     for label, figures in models.items():
+        against = figures["student_against_it"]
+        low, high = against["interval"]
         if label != "student":
-            against = figures["student_against_it"]
-            low, high = against["interval"]
             lines.append(
                 f"- student against {label}: {against['difference']:+.4f} bits a byte "
                 f"({low:+.4f} to {high:+.4f}): {against['verdict']}"
             )
     rows = []
     for key, title in METRICS.items():
-        cells = [show_figure(label, figures, key) for label, figures in models.items()]
-        rows.append([title, *cells])
-    lines += markdown_table(["", *models], rows)
+        rows.append([title, *[show_figure(models, label, key) for label in models]])
     settings = ", ".join(f"{key} {value}" for key, value in setting.items())
-    return [*lines, f"{settings}. {LEGEND}", ""]
-
-
-def detail_lines(models, prompts):
-    """The rest of report.md: the layers of each model, then continuations of the prompts."""
-    lines = []
-    for label, figures in models.items():
-        rows = [[show_number(x) for x in layer.values()] for layer in figures["layers"]]
-        if rows:
-            header = ["layer", "teacher's", "MSE", "MSE / variance", "median token", "CKA"]
-            lines += [f"## Layers of {label}", *markdown_table(header, rows)]
+    lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
+    print0("\n".join(lines))
+    lines += ["![report.png: training, layers, quality against size, reliability](report.png)", ""]
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
         for label, figures in models.items():
             lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
         lines.append("")
-    return lines
-
-
-def write_report(folder, setting, models, prompts):
-    """report.json, report.png and report.md -> the beginning of the last"""
-    summary = summary_lines(setting, models)
+    Path(folder, "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_json(dict(setting=setting, models=models, prompts=prompts), f"{folder}/report.json")
     try:
-        draw_report(os.path.join(folder, "report.png"), models)
-        summary += ["![training, layers, quality against size, reliability](report.png)", ""]
+        draw_report(f"{folder}/report.png", models)
     except ImportError:
-        summary += ["No report.png: pip install matplotlib", ""]
-    everything = dict(about=REPORT_MARK, setting=setting, models=models, prompts=prompts)
-    write_json(everything, os.path.join(folder, "report.json"))
-    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join([*summary, *detail_lines(models, prompts), REPORT_MARK + ".", ""]))
-    return "\n".join(["", *summary])
-
-
-def choose_prompts(rows, tokenizer):
-    """The beginnings of three rows (fewer where there are fewer): up to the first counted token,
-    and at least 32 tokens."""
-    prompts = []
-    for i in range(0, len(rows), -(-len(rows) // 3)):
-        first_counted = int(collate([rows[i]]).positions[0])
-        prompts.append(tokenizer.decode(rows[i]["input_ids"][:max(32, first_counted + 1)]))
-    return prompts
-
-
-def counted_bytes(rows, tokenizer):
-    """-> the length of the counted text of each row, in UTF-8."""
-    sizes = []
-    for row in rows:
-        text = tokenizer.decode(collate([row]).labels, skip_special_tokens=True)
-        sizes.append(len(text.encode()))
-    return sizes
+        print0("No report.png: pip install matplotlib")
 
 
 def report(cfg):
-    """What was lost, what was gained, was the teacher worth it? -> report.md, report.json and
-    report.png in output_dir."""
-    for file in REPORT_FILES:
-        refuse_foreign(os.path.join(cfg.output_dir, file), is_report)
+    """-> {label: figures}, which are in output_dir's report.md, report.json and report.png."""
     names = name_models(cfg)
-    losses = {"teacher": {}}
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
-            model_config(name, cfg, label)
-        if label != "teacher":
-            losses[label] = read_losses(name)
+            with phase(f"looking for {label} {name}"):
+                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
                         "or lower --seq_len")
-    probe_rows = min(len(rows), 8192 // cfg.seq_len + 1)
-    probe_batch = collate([rows[i] for i in range(probe_rows)])   # for layers, same on every rank
-    prompts = choose_prompts(rows, tokenizer)
-    dtype = compute_dtype(cfg)
-    unnamed = dataclasses.replace(cfg, tokenizer=None)   # to find the one that a model brings
-
-    models = {}   # {label: figures}
-    tables = {}   # {label: sums a sequence}
+    models = {}
     teacher = None
     for label, name in names.items():
-        allocated = torch.cuda.memory_allocated()
-        with progress(f"reading {label} {name}"):
-            root = load_model(cfg, name, label)
-            teacher = teacher or root   # which comes first, and stays
-            model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
-            check_head(root, label, name, model_tokenizer)
-        rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
-        reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-        vocabulary = vocabulary_of(tokenizer if same else model_tokenizer)   # of rows_here
-        with progress(f"evaluating {label}", len(rows_here), unit="seq") as bar:
-            sums, bins = score(root, reference, rows_here, vocabulary, cfg.batch_size,
-                               cfg.temperature, bar)
-        tables[label] = sums.numpy()
-        layers = []
-        if reference is not root:
-            with progress(f"comparing the layers of {label}"):
-                layers = layer_errors(root, teacher, probe_batch)
-        numbers = range(cfg.batch_size)   # there may be fewer rows
-        prefill_ids = collate([rows_here[i % len(rows_here)] for i in numbers]).input_ids
-        parameters = root.model.num_parameters()
-        own_prompts = prompts if same else prompts_for(model_tokenizer, tokenizer, prompts)
-        with progress(f"{label} writes, by the clock"):
-            trial = try_out(root, model_tokenizer, prefill_ids, own_prompts, cfg.seed, allocated)
-        models[label] = dict(
-            name=name, same_tokenizer=same, parameters=parameters,
-            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
-            curves=losses[label], **trial,
-        )
-        models[label]["own"] = score_own_texts(   # optional: on_policy
-            cfg, root, teacher if same else None, tokenizer, rows)
+        root, models[label] = measure_model(cfg, label, name, teacher, tokenizer, rows)
+        teacher = teacher or root   # which comes first, and stays
         del root   # before the next one is read
-
+    sizes = []   # of the counted text of each row, in UTF-8
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"][row["targets"]], skip_special_tokens=True)
+        sizes.append(len(text.encode()))
+    judge_models(models, np.array(sizes), cfg.seed)
+    setting = dict(
+        dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
+        device=DEVICE.type, dtype=str(compute_dtype(cfg)),
+        temperature=cfg.temperature, batch_size=cfg.batch_size,
+        own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
+    )
+    prompts = tokenizer.batch_decode(beginnings(rows) if cfg.generate_comparisons else [])
     if RANK == 0:
-        sizes = counted_bytes(rows, tokenizer)
-        setting = dict(
-            dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
-            device=DEVICE.type, dtype=str(dtype).removeprefix("torch."),
-            temperature=cfg.temperature, prefill=list(prefill_ids.shape),
-            own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
-        )
-        with progress("writing the report"):
-            compute_metrics(models, tables, np.array(sizes), cfg.seed)
-            if not cfg.generate_comparisons:
-                prompts = []
-            summary = write_report(cfg.output_dir, setting, models, prompts)
-        print0(summary)
+        write_report(cfg.output_dir, setting, models, prompts)
+    return models
 
 
 # --------------------------------------------------------------------------------------------------
