@@ -6371,7 +6371,8 @@ def test_on_policy_what_is_written_counts_alone(student):
     rows = [{"input_ids": np.arange(10), "targets": np.arange(10) >= begin} for begin in (1, 7, 9)]
     with sd.process_group():
         root, _ = sd.load_model(cfg, "student")
-        texts, other = [sd.rows_by_student(cfg, root, rows, step, range(3), {0}, 263) for step in (3, 4)]
+        texts, other = [sd.rows_by_student(cfg, root, rows, step, range(3), {0}, 263)
+                        for step in (3, 4)]
     assert ids_of(texts) != ids_of(other)
     for row, prompt in zip(texts, (5, 7, 9)):
         ids = row["input_ids"].tolist()
