@@ -4678,6 +4678,30 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words,
     assert resolved.given == cfg.given
 
 
+def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
+    """In an order that no package leads, each in one split; also where a kill left half of it."""
+    library = tmp_path / "lib"
+    library.mkdir()
+    names = sorted([f"m{i}.py" for i in range(60)], key=sd.digest)
+    for name in names:
+        (library / name).write_text(f"x = {name!r}\n")
+    (library / "empty.py").write_text("\n")
+    monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    splits = {"train": [], "validation": []}
+    for name in names:
+        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
+        splits[split].append({"text": f"x = {name!r}\n"})
+    folder = str(tmp_path / "demo")
+    for _ in range(2):
+        sd.write_demo_files(folder)
+        for split, rows in splits.items():
+            assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    for name in ("student", "teacher-shape"):
+        assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
+
+
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
         tmp_path, out, teacher, student, text):
     """The control is the run with --alpha 1, and what is done is not trained again."""
@@ -6050,7 +6074,8 @@ def test_on_policy_what_is_written_counts_alone(student):
     rows = [{"input_ids": np.arange(10), "targets": np.arange(10) >= begin} for begin in (1, 7, 9)]
     with sd.process_group():
         root, _ = sd.load_model(cfg, "student")
-        texts, other = [sd.write_rows(cfg, root, rows, step, range(3), {0}, 263) for step in (3, 4)]
+        texts, other = [sd.rows_by_student(cfg, root, rows, step, range(3), {0}, 263)
+                        for step in (3, 4)]
     assert ids_of(texts) != ids_of(other)
     for row, prompt in zip(texts, (5, 7, 9)):
         ids = row["input_ids"].tolist()
