@@ -7895,16 +7895,19 @@ with open(sys.argv[1], "w") as f:
 """
 
 
+@pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
     words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
                      "output_dir": out, "max_steps": 100_000})
     terminal, other_end = pty.openpty()
+    command = [HERE / program, *words_of(words)]
+    if program.endswith(".py"):
+        command.insert(0, sys.executable)
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code",
-         HERE / "launch.sh", *words_of(words)],
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code", *command],
         stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
     os.close(other_end)
 
