@@ -2540,7 +2540,7 @@ def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packin
            max_steps=1, save_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL,
            max_grad_norm=0, packing=packing, gradient_checkpointing=recompute)
     want = layers_0_and_2(weights(path))
-    assert same(final_weights(out), want)
+    assert distance(final_weights(out), want) < 1e-20
     student = load(f"{out}/final")
     teacher = load(path)
     assert student.config.num_hidden_layers == 2
@@ -2764,11 +2764,11 @@ def test_models_logits_of_a_head_are_formed_in_fp32():
 
 
 @pytest.fixture
-def four_ranks(monkeypatch):
-    """Rank 0 of two nodes with two ranks each; the others send nothing."""
-    for name, value in dict(WORLD=4, LOCAL_WORLD=2, HOST=None).items():
+def eight_ranks(monkeypatch):
+    """Rank 0 of four nodes with two ranks each; the others send nothing."""
+    for name, value in dict(WORLD=8, LOCAL_WORLD=2, HOST=None).items():
         monkeypatch.setattr(sd, name, value)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     torch.distributed.destroy_process_group()
 
@@ -2778,19 +2778,19 @@ def is_shard(p):
 
 
 @pytest.mark.parametrize("fsdp, share, dropped", [
-    ("full_shard", 4, True),
-    ("shard_grad_op", 4, False),
+    ("full_shard", 8, True),
+    ("shard_grad_op", 8, False),
     ("hybrid_shard", 2, True),
     ("no_shard", 1, False),
 ])
-def test_models_shards(four_ranks, student, fsdp, share, dropped):
+def test_models_shards(eight_ranks, student, fsdp, share, dropped):
     """How much a rank holds, and whether a layer is whole until the backward. The teacher, which
     has none, is always in as many parts as can be, or whole everywhere."""
     whole, _ = loaded(student, "teacher", fsdp=fsdp, shard_teacher=False)
     assert not any(map(is_shard, whole.parameters()))
     for role in ("student", "teacher"):
         if role == "teacher":
-            share, dropped = 4, True
+            share, dropped = 8, True
         root, _ = loaded(student, role, fsdp=fsdp)
         norm = root.model.model.layers[0].input_layernorm
         with torch.no_grad():
@@ -2822,8 +2822,7 @@ def test_models_evaluating_leaves_all_as_it_was(group, tmp_path):
     assert not teacher.training
 
 
-@pytest.mark.parametrize("fields", [
-    dict(cpu_offload=True), dict(attention="eager"), dict(attention="sdpa")], ids=str)
+@pytest.mark.parametrize("fields", [dict(cpu_offload=True), dict(attention="eager")], ids=str)
 def test_models_how_it_computes_changes_nothing(tmp_path, teacher, student, text, fields):
     for name, knobs in (("usual", {}), ("other", fields)):
         distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3,
@@ -2891,15 +2890,16 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
 # ---- probes
 
 
-PROBED = [   # error, allowed -> refused
-    (0.1, 0.1, False), (0.11, 0.1, True), (math.nan, 0.1, True), (math.inf, math.inf, False)]
-
-
-@pytest.mark.parametrize("error, allowed, bad", PROBED)
-def test_models_a_probe_refuses_what_is_off(group, student, error, allowed, bad):
+def test_models_a_probe_refuses_what_is_off_or_not_finite(group, student):
     root, _ = loaded(student)
-    with pytest.raises(config.UserError, match="^it bends ") if bad else contextlib.nullcontext():
-        sd.probe(root, "it bends", lambda model, *numbers: numbers, error, allowed)
+
+    def probe(*error_and_allowed):
+        sd.probe(root, "it bends", lambda model, *numbers: numbers, *error_and_allowed)
+
+    probe(0.1, 0.1)
+    for error in (0.11, math.nan):
+        with pytest.raises(config.UserError, match="^it bends "):
+            probe(error, 0.1)
     assert root.training
 
 
@@ -2937,7 +2937,7 @@ SEES = "later tokens"
 MIXES = "see each other"
 # (model, knobs) -> words of the error; the class of the model is always among them
 WRONG = {
-    "llama beyond its positions": (dict(max_position_embeddings=16), PACKED, None),
+    "beyond its positions": (dict(max_position_embeddings=16), PACKED, None),
     "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), {},
                  SEES),
     "BERT": (dict(cls="BertConfig"), {}, SEES),
