@@ -2711,6 +2711,12 @@ def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
     assert loaded(moved, "teacher")[1] == identity
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_models_tied_embeddings_are_one_tensor(group, tmp_path, role):
+    root, _ = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), role)
+    assert root.model.lm_head.weight is root.model.transformer.wte.weight
+
+
 # ---- precision
 
 
@@ -2871,6 +2877,9 @@ def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, st
     assert waits.count == 0
     assert all(p.grad is not None for p in student.parameters())
     assert transformers.masking_utils.find_packed_sequence_indices is own
+    with sd.known_documents(batch.position_ids):
+        documents = transformers.masking_utils.find_packed_sequence_indices(torch.arange(9)[None])
+    assert (documents is None) == (starts == [0])   # then attention needs no mask
 
 
 @pytest.mark.campaign
