@@ -1058,63 +1058,171 @@ def test_config_no_check_vanishes_under_python_O():
 
 
 # --------------------------------------------------------------------------------------------------
-# Runtime: one run a directory, digests.
+# Runtime: phases, files, one run a folder, ranks, signals.
 
 
-def test_runtime_a_digest_sees_the_middle_of_a_long_array():
-    other = np.arange(5000)
-    other[2500] = 0
-    assert sd.digest([np.arange(5000)]) != sd.digest([other])
+@pytest.mark.parametrize("error, shown", [
+    (ValueError("a\nb"), "while reading x: ValueError: a b (KeyError: 'row 17')"),
+    (config.UserError("in our words"), "in our words"),
+    (torch.OutOfMemoryError("full"), "full"),
+])
+def test_runtime_a_phase_says_what_it_does_and_why_it_failed(capsys, error, shown):
+    kind = config.UserError if isinstance(error, ValueError) else type(error)
+    with pytest.raises(kind) as caught, sd.phase("reading x"):
+        raise error from KeyError("row 17")
+    assert str(caught.value) == shown
+    assert capsys.readouterr().out == "reading x ...\n"
 
 
-def test_runtime_one_run_a_directory(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    distil(out, **fields, max_steps=1)
-    with sd.process_group(), sd.lock(out):
-        pass   # it was left free
-    handle = os.open(out, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
-    try:
-        assert "another run" in distil(out, rc=2, **fields, max_steps=2).err
-    finally:
-        os.close(handle)
+@pytest.mark.parametrize("debug", [False, True])
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student,
+                                                                           debug):
+    (tmp_path / "bad.jsonl").write_text('{"text": \n')
+    words = flags(student=student, alpha=1.0, dataset=tmp_path / "bad.jsonl", debug=debug,
+                  output_dir=tmp_path / "out")
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+        assert sd.main(words) == 2
+    assert shown.getvalue().count("error: while reading dataset") == 1
+    assert ("Traceback" in shown.getvalue()) == debug
+    assert (tmp_path / "out" / "error.log").exists() != debug
 
 
-def test_runtime_control_characters_never_reach_the_terminal(capsys):
-    sd.print0("name\x1b[31m\n")
-    assert capsys.readouterr().out == "name\\x1b[31m\n\n"
-    assert str(config.UserError("a\x1b]0;b\x07")) == "a\\x1b]0;b\\x07"
+def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch, capsys):
+    for rank in (1, 0):
+        monkeypatch.setattr(sd, "RANK", rank)
+        sd.print0("rank", rank)
+    assert capsys.readouterr().out == "rank 0\n"
+    with open("/dev/full", "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        sd.print0("nobody reads it")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            gone.close()
 
 
-def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": \n')
-    out = tmp_path / "out"
-    out.mkdir()
-    fields = dict(student=student, alpha=1.0, dataset=bad, max_steps=1)
-    assert "Traceback" not in distil(out, rc=2, **fields).err
-    assert "Traceback" in (out / "error.log").read_text()
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        words = flags(**{**PLAIN, **fields}, output_dir=tmp_path / "other", debug=True)
-        assert sd.main(words_of(words)) == 2
-    assert err.getvalue().startswith("error: ") and "Traceback" in err.getvalue()
+# ---- files
 
 
-TWO_DISKS = """
-import os, sys
-rank = int(os.environ["RANK"])
-os.makedirs(f"node{rank}", exist_ok=True)
-os.chdir(f"node{rank}")   # each rank has an `out` of its own
+def test_runtime_a_digest_is_of_all_that_it_is_given():
+    digests = {sd.digest(*things) for things in ((1, 2), (2, 1), ([1, 2],), ("1", 2), (1,))}
+    assert len(digests) == 5
+    assert sd.digest({"a": 1, "b": 2}) == sd.digest({"b": 2, "a": 1})
+    with pytest.raises(TypeError):   # its str leaves out the middle
+        sd.digest(np.arange(5000))
+
+
+def test_runtime_a_json_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    assert sd.read_json(path, 7) == 7
+    sd.write_json({"a": [1, "é"]}, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def fill_the_disk(path, text):
+        path.write_bytes(text[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError):
+        sd.write_json({"b": 2}, path)
+    assert sd.read_json(path) == {"a": [1, "é"]}
+
+
+def test_runtime_lines_are_appended_whatever_they_hold(tmp_path):
+    for word in ("é\n", "half \ud800"):
+        sd.append_jsonl(tmp_path / "a.jsonl", {"a": word})
+    assert read_lines(tmp_path / "a.jsonl") == [{"a": "é\n"}, {"a": "half ?"}]
+
+
+def test_runtime_a_table_is_aligned():
+    lines = sd.table(["model", "loss"], [["a", "1.25"], ["longer", "10"]]).split("\n")
+    assert [line.replace(" ", "") for line in lines] == [
+        "|model|loss|", "|------|----|", "|a|1.25|", "|longer|10|"]
+    assert {len(line) for line in lines} == {17}
+
+
+# ---- one run a folder
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_text()
+            for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("files, refusal", [
+    ({"notes.txt": "mine"}, None),
+    ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
+    ({"final/notes.txt": "mine"}, "holds 'final'"),
+    ({sd.MARK: "", "final/notes.txt": "mine"}, None),   # touched by its owner, or half written
+    ({sd.MARK: "train 12345", "config.json": "{}"}, None),
+    ({sd.MARK: "trains 12345"}, "of mode trains"),
+])
+def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out, files, refusal):
+    for name, content in files.items():
+        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(out, name).write_text(content)
+    expected = contextlib.nullcontext()
+    if refusal:
+        expected = pytest.raises(config.UserError, match=refusal)
+    with expected, sd.process_group(), sd.claim(out, "train"):
+        mark = Path(out, sd.MARK).read_text()
+        assert re.fullmatch(r"train \d{6,}", mark)
+        files = {**files, sd.MARK: mark}
+    assert files_in(out) == files
+
+
+HOLD = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import simple_distill as sd
-from config import UserError
+with sd.process_group(), sd.claim(sys.argv[2], "train"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(HERE), out], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    while "held" not in holder.stdout.readline():
+        assert holder.poll() is None
+    mark = files_in(out)[sd.MARK]
+    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
+    assert f"taking {out} for this run alone" in err
+    assert files_in(out)[sd.MARK] == mark
+    threading.Timer(0.5, holder.kill).start()
+    with sd.process_group(), sd.claim(out, "train", wait=True):
+        assert holder.wait(60) < 0
+
+
+# ---- ranks
+
+RANKS = """
+import contextlib, json, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
 with sd.process_group():
+    seen = [sd.all_sum(sd.RANK, 2), sd.from_rank0(sd.RANK + 5)]
+    with contextlib.suppress(ValueError), sd.node_first():
+        if sd.RANK == 0:
+            time.sleep(1)
+            open("done", "w").close()
+            raise ValueError   # which the others then meet themselves
+        seen.append(os.path.exists("done"))
+    with sd.claim("shared", "train"):
+        pass
+    os.makedirs(f"node{sd.RANK}/out")   # a disk of its own, with the mark of an older run
+    os.chdir(f"node{sd.RANK}")
+    open("out/.simple_distill", "w").write("train 12345")
     try:
-        with sd.lock("out"):
-            print("went on")
-    except UserError as e:
-        print(e)
+        with sd.claim("out", "train"):
+            seen.append("went on")
+    except sd.UserError as e:
+        seen.append(str(e))
+    print(json.dumps(seen), flush=True)
+    if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
+        time.sleep(2)
+        print(sd.first_to_fail(), sd.first_to_fail())
 """
 
 
@@ -1127,169 +1235,40 @@ def run_ranks(source, folder, *args, ranks=2):
         processes.append(subprocess.Popen(
             [sys.executable, "-c", source, str(HERE), *map(str, args)], cwd=folder, env=env,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    return [process.communicate(timeout=120)[0] for process in processes]
+    try:
+        return [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
-def test_runtime_more_processes_than_gpus_are_refused(monkeypatch):
-    """NCCL would say "invalid device ordinal", or hang, a rank."""
-    monkeypatch.setattr(sd, "CUDA", True)
-    monkeypatch.setattr(sd, "LOCAL_WORLD", 8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(config.UserError, match="8 processes .* 2 GPUs: use NPROC=2"):
-        with sd.process_group():
-            pass
+def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
+    first, second = run_ranks(RANKS, tmp_path)
+    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on"], first
+    seen, failed = second.splitlines()[-2:]
+    assert json.loads(seen)[:3] == [[1, 4], 5, True]
+    assert "rank 1 does not see what rank 0 writes in 'out'" in seen
+    assert failed == "True False"   # it speaks for all, once
 
 
-def test_runtime_a_node_with_a_disk_of_its_own_is_refused(tmp_path):
-    for shown in run_ranks(TWO_DISKS, tmp_path):
-        assert "1 of 2 ranks do not see what rank 0 writes in 'out'" in shown, shown
-        assert "went on" not in shown
-
-
-STUCK = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
-        {failure}
-    time.sleep(1000)   # as in a collective on a GPU, which nothing interrupts
-"""
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("failure", [
-    "sd.fail_first(); os._exit(2)",   # as explain() and the end of the file do
-    "raise ZeroDivisionError",        # a bug
-])
-def test_runtime_a_rank_that_is_stuck_when_another_fails_ends(tmp_path, failure):
-    start = time.time()
-    run_ranks(STUCK.format(failure=failure), tmp_path)
-    assert time.time() - start < 90
-
-
-TOLD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
-        raise ZeroDivisionError
-    while not sd.some_rank_failed():
-        time.sleep(0.1)
-    print("was told")
-"""
-
-
-def test_runtime_a_bug_on_one_rank_is_told_to_the_others(tmp_path):
-    """They would wait for it in their next collective; and its own end waits for nobody."""
-    told, failed = run_ranks(TOLD, tmp_path)
-    assert "ZeroDivisionError" in failed
-    assert "was told" in told
-
-
-LATE = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:
-        time.sleep(3)
-        print("failed" if sd.some_rank_failed() else "all is well")
-"""
-
-
-def test_runtime_rank_0_does_not_leave_with_the_store_before_all_are_done(tmp_path):
-    assert "all is well" in run_ranks(LATE, tmp_path)[1]
-
-
-def test_runtime_only_the_host_waits_for_a_day(monkeypatch):
-    """A collective on GPUs, where a rank is gone, ends after minutes: its time-out is the group's
-    first."""
-    timeouts = []
-    init = torch.distributed.init_process_group
-
-    def noting(backend, timeout, **options):
-        timeouts.append(timeout)
-        init(backend, timeout=timeout, **options)
-
-    monkeypatch.setattr(torch.distributed, "init_process_group", noting)
+def test_runtime_only_the_host_waits_for_a_day():
+    """A collective on GPUs, where a rank is gone, ends after minutes."""
     with sd.process_group():
-        host = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-        timeouts.append(host.options._timeout)
-    assert [timeout.total_seconds() / 60 for timeout in timeouts] == [15, 24 * 60]
+        groups = [torch.distributed.group.WORLD, sd.HOST]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
+    assert minutes == [15, 24 * 60]
 
 
-def test_runtime_a_child_keeps_no_lock_and_ends_with_its_parent(tmp_path):
-    """As a worker that tokenises: its parent is killed, and the folder is free at once."""
-    source = f"""
-import os, sys, time
-sys.path.insert(0, {str(HERE)!r})
-import simple_distill as sd
-with sd.process_group(), sd.lock({str(tmp_path / "out")!r}):
-    child = os.fork()
-    if child == 0:
-        time.sleep(1000)
-    print(child, flush=True)
-    time.sleep(1000)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    assert is_alive(child)
-    parent.kill()
-    parent.wait()
-    end = time.time() + 5
-    while is_alive(child) and time.time() < end:
-        time.sleep(0.02)
-    assert not is_alive(child)
-    with sd.process_group(), sd.lock(tmp_path / "out"):
-        pass
-
-
-def test_runtime_a_hub_that_is_not_there_is_asked_once(monkeypatch, capsys):
-    """For a name of the hub only; from then on libraries take what is on this machine."""
-    hub = sd.huggingface_hub.constants
-    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    with sd.process_group():
-        sd.check_hub(["demo", "layers:4", "/some/path", "shape.json", None, str(HERE)])
-        assert not hub.HF_HUB_OFFLINE
-        sd.check_hub(["demo", "owner/name"])
-    assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert "only what is on this machine is used" in capsys.readouterr().out
-
-
-def test_runtime_what_takes_a_while_says_so_and_what_does_not_is_silent(capsys):
-    """Also where nothing else is written meanwhile, and where something is."""
-    with sd.progress("a moment", 7):
-        print("a word")
-        sd.print0("another")
-    assert capsys.readouterr() == ("a word\nanother\n", "")
-    for total, shown in ((None, "a while ... 00:"), (7, "a while:  43%")):
-        seen = ""
-        with sd.progress("a while", total) as bar:
-            bar.update(3)
-            end = time.time() + 60
-            while shown not in seen and time.time() < end:
-                time.sleep(0.05)
-                seen += capsys.readouterr().err
-        assert shown in seen
-        assert capsys.readouterr().err.endswith(" \r")   # it is cleared
-
-
-def test_runtime_output_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
-    reader, writer = os.pipe()
-    os.close(reader)   # as `| head` does
-    full = open("/dev/full", "w")
-    with open(writer, "w") as broken:
-        monkeypatch.setattr(sys, "stdout", broken)
-        monkeypatch.setattr(sys, "stderr", full)
-        with sd.lasting_output():
-            for _ in range(3):
-                print("x" * 100_000, flush=True)
-                print("y" * 100_000, file=sys.stderr, flush=True)
-    full.close()
+def test_runtime_any_number_of_signals_only_asks_to_stop():
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    before = [signal.getsignal(number) for number in numbers]
+    with sd.stop_signals() as requests:
+        assert not requests
+        for count, number in enumerate(numbers * 2, 1):
+            signal.raise_signal(number)
+            assert len(requests) == count
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1555,82 +1534,43 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: formats, splits, targets, tokenizers, batches.
+# Data: tokenizers, formats, splits, targets, packing, batches.
 
 
-def test_data_longer_prompts_change_nothing_but_the_context(tmp_path, student):
-    """In a model whose attention adds nothing a token sees only itself: then only counted tokens
-    can make a difference."""
-    blind = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
-    teacher = tiny_model(tmp_path / "teacher", seed=5)
-
-    def silence(tensors):
-        for name in tensors:
-            if "o_proj" in name:
-                tensors[name].zero_()
-
-    edit_weights(blind, silence)
-    grads = []
-    losses = []
-    for name, prompt in (("short", "a"), ("long", prose(30))):
-        rows = [{**row, "prompt": prompt} for row in talk(8)]
-        out = str(tmp_path / name)
-        distil(out, student=blind, teacher=teacher, alpha=1.0, batch_size=8, max_steps=1,
-               seq_len=400, dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]),
-               max_grad_norm=0)
-        losses.append(column(out, "train/loss"))
-        grads.append({k: v for k, v in gradients(out).items() if "o_proj" not in k})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert distance(grads[0], grads[1]) < 1e-6
+# ---- tokenizers
 
 
-def test_data_the_label_is_the_next_token(tmp_path, out):
-    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift
-    is missing or doubled."""
-    path = tiny_model(tmp_path / "abc", hidden=264, layers=1)
-    order = tiny_tokenizer().encode("abcdefgh<|endoftext|>")
-
-    def learn_by_heart(tensors):
-        for name in tensors:
-            tensors[name].fill_(1 if "norm" in name else 0)
-        for token, following in zip(order, order[1:] + order[:1]):
-            tensors["model.embed_tokens.weight"][token, token] = 1
-            tensors["lm_head.weight"][following, token] = 2
-
-    edit_weights(path, learn_by_heart)
-    dataset = write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40)
-    distil(out, student=path, dataset=dataset, alpha=1.0, max_steps=1, learning_rate=STILL)
-    assert column(out, "train/ce_loss")[0] < 1e-6
-    assert column(out, "eval/ce_loss")[0] < 1e-6
+@pytest.mark.parametrize("ours, theirs, problem", [
+    (dict(roll=1), {}, f"token {len(SPECIAL)} is "),   # the first that differs
+    (dict(merges=("t u", "u r")), dict(merges=("u r", "t u")), "they cut text differently"),
+])
+def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, text, ours, theirs,
+                                                         problem):
+    names = []
+    for name, options in (("student", ours), ("teacher", theirs)):
+        tokenizer = tiny_tokenizer(**options)
+        names.append(tiny_model(tmp_path / name, len(tokenizer), tokenizer=tokenizer))
+    err = distil(out, rc=2, student=names[0], teacher=names[1], dataset=text, max_steps=1).err
+    assert problem in err
 
 
-def test_data_collate_shifts_before_it_masks():
-    rows = [
-        {"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]},
-        {"input_ids": [9, 10], "targets": None},
-    ]
-    batch = sd.collate(rows)
-    assert batch.positions.tolist() == [1, 2, 4]
-    assert batch.labels.tolist() == [7, 8, 10]
-
-
-def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, teacher, text):
-    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(roll=1))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    err = distil(out, rc=2, teacher=teacher, student=other, dataset=text, max_steps=1).err
-    assert f"token {len(SPECIAL)} " in err   # the first that differs, and what both make of it
-    assert repr(letters[0]) in err
-    assert repr(letters[1]) in err
-    assert not os.path.exists(out)
-
-
-def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
-    one = tiny_tokenizer(merges=("t u", "u r"))
-    two = tiny_tokenizer(merges=("u r", "t u"))
-    assert one.get_vocab() == two.get_vocab()
-    teacher = tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one)
-    student = tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two)
-    distil(out, rc=2, teacher=teacher, student=student, dataset=text, max_steps=1)
+@pytest.mark.parametrize("named, candidates, found", [
+    (None, ["demo", "layers:2", "shape.json", "bare", "a", "b"], "a"),
+    ("b", ["a"], "b"),
+    (None, ["bare", "demo"], None),
+])
+def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "broken"):
+        tiny_tokenizer().save_pretrained(name)
+    os.mkdir("bare")
+    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), *candidates)
+    assert (tokenizer and tokenizer.name_or_path) == found
+    Path("broken", "tokenizer.json").write_text("{")
+    with pytest.raises(config.UserError, match="tokenizer of broken"):   # and no other is taken
+        sd.load_tokenizer(config.Config(), "broken", "a")
+    with pytest.raises(config.UserError, match="name one with --tokenizer"):
+        sd.load_data(config.Config(), None)
 
 
 # ---- which tokens are targets
@@ -1638,11 +1578,8 @@ def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    targets = row["targets"]
-    if targets is None:
-        targets = [True] * len(row["input_ids"])
     runs = []
-    pairs = zip(targets, row["input_ids"])
+    pairs = zip(row["targets"], row["input_ids"], strict=True)
     for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
         if is_target:
             runs.append(tokenizer.decode([int(token) for _, token in run]))
@@ -1650,8 +1587,7 @@ def target_runs(row, tokenizer):
 
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return sd.rows_from_columns(sd.encode(columns, tokenizer, "text", seq_len, packing))
+    return sd.row_encoder(config.Config(seq_len=seq_len, packing=packing), tokenizer)(rows)
 
 
 def user(content):
@@ -1667,11 +1603,6 @@ TWO_TURNS = [
     user("hello there"), assistant("hello there"),
     user("2+2?"), assistant("It is 4.\nTruly."),
 ]
-MARKED = CHATML.replace(
-    "{{ m['content'] }}<|im_end|>",
-    "{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
@@ -1682,11 +1613,15 @@ THINKING = (
     "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
 NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
 
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I') }}{% endif %}"
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
+
 
 @pytest.mark.parametrize("template, end_mark", [
     pytest.param(CHATML, "<|im_end|>", id="chatml"),
+    pytest.param(NEEDS_SYSTEM + CHATML, "<|im_end|>", id="needs_system"),
     pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
-    pytest.param(MARKED, "<|im_end|>", id="marked"),
     pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
     pytest.param(NO_END, "", id="no_end"),
     pytest.param(None, "<|endoftext|>", id="none"),
@@ -1702,31 +1637,13 @@ def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template
 
 
 @pytest.mark.parametrize("said, shown", [
-    ("  spaced out \n", "spaced out"),
-    ("x", "x"),
-    ("<|im", "<|im"),
-    ("user", "user"),
-    ("é日本🙂", "é日本🙂"),
-    ("<|eot_id|>", "<|eot_id|>"),
-    ("assistant", "assistant"),
+    ("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"),
+    ("é日本🙂", "é日本🙂"), ("assistant", "assistant"),
 ])
 def test_data_odd_answers_are_found_exactly(said, shown):
     tokenizer = tiny_tokenizer(LLAMA3)
     row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    runs = target_runs(row, tokenizer)
-    if shown in SPECIAL:
-        # an answer that is itself an end mark: nothing can tell them apart, and nothing else may
-        # be counted
-        assert all(set(run) <= set("<|eot_id|>") for run in runs)
-    else:
-        assert runs == [shown + "<|eot_id|>"] * 2
-
-
-def test_data_templates_that_rewrite_earlier_turns():
-    tokenizer = tiny_tokenizer(THINKING)
-    turns = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>d")]
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
+    assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
 
 
 # ---- thoughts and calls of tools, by the templates of those models, shortened
@@ -1849,12 +1766,12 @@ TOOL_TURNS = [
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
     {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"},
 ]
+SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
 
 @pytest.mark.parametrize("template, targets", [
-    pytest.param(QWEN3, [
-        '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>',
-        "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
+    pytest.param(
+        QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
     pytest.param(LLAMA31, [
         '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
         id="llama3.1"),
@@ -1866,53 +1783,58 @@ TOOL_TURNS = [
         '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
         "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
 ])
-def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets):
+@pytest.mark.parametrize("arguments", [{"at": "sky"}, '{"at": "sky"}'])
+def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets, arguments):
     """Read from a file, so that each message has the fields of all others, as nulls; arguments come
     as an object or, as APIs give them, as JSON in a string."""
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"extra_special_tokens": [
         "<|user|>", "<|assistant|>", "<|observation|>"]})
-    for i, arguments in enumerate(({"at": "sky"}, '{"at": "sky"}')):
-        call = {**CALL, "function": {"name": "look", "arguments": arguments}}
-        turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
-        rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
-        train, _ = rows_of(write_splits(tmp_path / str(i), rows, rows), tokenizer, seq_len=512)
-        assert target_runs(train[0], tokenizer) == targets
-        mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
-        assert target_runs(train[1], tokenizer) in (
-            [targets[0]], [mark],
-            ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
+    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
+    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
+    rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, seq_len=512)
+    assert target_runs(train[0], tokenizer) == targets
+    mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
+    assert target_runs(train[1], tokenizer) in (
+        [targets[0]], [mark],
+        ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
 
 
-def test_data_the_thoughts_of_qwen3_are_targets_where_its_template_keeps_them():
-    tokenizer = tiny_tokenizer(QWEN3)
-    turns = [
-        user("a"), assistant("<think>\nhm\n</think>\n\nb"),
-        user("c"), {"role": "assistant", "content": "", "reasoning_content": "look",
-                    "tool_calls": [CALL]},
-        {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
-    ]
+THOUGHTS = [
+    user("a"), assistant("<think>\nhm\n</think>\n\nb"),
+    user("c"),
+    {**assistant(""), "reasoning_content": "look", "tool_calls": [CALL]},
+    {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
+]
+
+
+@pytest.mark.parametrize("template, turns, targets", [
+    (THINKING, [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>d")],
+     ["b<|im_end|>", "<think>d<|im_end|>"]),
+    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
+                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
+    (QWEN3, [*THOUGHTS, user("e"), assistant("f")],
+     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
+    (QWEN3, [user("a"), assistant("")], []),   # says nothing
+    (None, [assistant("abc")], ["bc<|endoftext|>"]),   # its first token follows nothing
+])
+def test_data_templates_that_change_earlier_turns(template, turns, targets):
+    tokenizer = tiny_tokenizer(template)
     row, = encode([{"messages": turns}], tokenizer)
-    call = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
-    assert target_runs(row, tokenizer) == [
-        "b<|im_end|>", "<think>\nlook\n</think>\n\n" + call,
-        "<think>\nso\n</think>\n\nd<|im_end|>"]
-    row, = encode([{"messages": [*turns, user("e"), assistant("f")]}], tokenizer)
-    assert target_runs(row, tokenizer) == [
-        "b<|im_end|>", call, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]
-    assert not encode([{"messages": [user("a"), assistant("")]}], tokenizer)   # says nothing
+    assert target_runs(row, tokenizer) == targets
 
 
-# ---- from files to rows
+# ---- from raw rows to token rows
 
 
 def rows_of(dataset, tokenizer=None, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
-    cfg = config.Config(**{**usual, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+    cfg = config.Config(**{"dataset": str(dataset), "seq_len": 64, **fields})
+    with sd.process_group():
         train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
-        return [dict(row) for row in train], [dict(row) for row in held_out]
+    train = train or []
+    return [train[i] for i in range(len(train))], list(held_out)
 
 
 def ids_of(rows):
@@ -1923,63 +1845,66 @@ def decoded(rows):
     return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
 
 
-STYLES = {
-    "messages": {"messages": [user("why?"), assistant("so")]},
-    "response": {"prompt": "why?", "response": "so"},
-    "completion": {"prompt": "why?", "completion": "so"},
-    "answer": {"question": "why?", "answer": "so"},
-    "output": {"instruction": "why?", "output": "so"},
-    "empty_input": {"instruction": "why?", "input": "", "output": "so"},
-}
+WHY_SO = [user("why?"), assistant("so")]
+PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
+NULLS = {"name": None, "tool_calls": None}
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_data_conversation_columns(tmp_path, style, suffix):
-    rows = [STYLES[style]] * 4
-    path = str(tmp_path / f"d.{suffix}")
-    if suffix == "jsonl":
-        write_jsonl(path, rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    tokenizer = tiny_tokenizer(CHATML)
-    train, held_out = rows_of(path, tokenizer)
-    for row in train + held_out:
-        assert target_runs(row, tokenizer) == ["so<|im_end|>"]
-        shown = tokenizer.decode(row["input_ids"])
-        assert shown.startswith("<|im_start|>user\nwhy?<|im_end|>")
+@pytest.mark.parametrize("row, messages", [
+    ({"messages": WHY_SO}, WHY_SO),
+    ({"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]}, WHY_SO),
+    ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
+     WHY_SO),
+    ({"prompt": "why?", "response": "so", "text": "unread"}, WHY_SO),
+    ({"prompt": "why?", "completion": "so"}, WHY_SO),
+    ({"prompt": [user("why?")], "completion": [assistant("so")]}, WHY_SO),
+    ({"messages": None, "prompt": None, "question": "why?", "answer": "so"}, WHY_SO),
+    ({"instruction": "why?", "input": "", "output": "so"}, WHY_SO),
+    ({"instruction": "add", "input": "1, 2", "output": "3"},
+     [user("add\n\n1, 2"), assistant("3")]),
+    ({"messages": [], "prompt": "why?", "response": None, "text": "one"}, None),
+    ({"messages": "why?", "text": "one"}, None),
+])
+def test_data_conversations_of_every_format(row, messages):
+    assert sd.conversation_of(row) == messages
 
 
-def test_data_instruction_with_input_shows_both(tmp_path):
-    tokenizer = tiny_tokenizer(CHATML)
-    row, = encode([{"instruction": "add", "input": "1 and 2", "output": "3"}], tokenizer)
-    shown = tokenizer.decode(row["input_ids"])
-    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant")
-    assert target_runs(row, tokenizer) == ["3<|im_end|>"]
+PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
+MIXED = [
+    {"text": "plain one"},
+    {"messages": WHY_SO},
+    {"text": "", "id": 1},   # neither said nor wrong
+    {"text": None},
+    {"text": "plain two"},
+    {"messages": [user("q"), {"content": "nobody said this"}]},
+    {"messages": [user(PICTURE), assistant("a picture")]},
+    {"id": 7},
+    {"messages": [user("only asked")]},
+    {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]},
+]
+REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
+           "KeyError: 'text' among id", "no target in 64 tokens", "no system role"]
 
 
-def test_data_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out,
-                                                                                student):
+def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
+    tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
+    rows, dropped = sd.kept_rows(sd.token_rows(encode(MIXED, tokenizer, 64)))
+    assert [target_runs(row, tokenizer) for row in rows] == [
+        ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
+    assert dropped.total() == len(REASONS)
+    for reason in REASONS:
+        assert sum(reason in why for why in dropped) == 1, (reason, dropped)
+
+
+def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
     sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
     rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    train, _ = rows_of(path, seq_len=16)
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), seq_len=16)
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
     assert [sum(row["targets"]) for row in train] == [11, 11, 11]
-    shown = distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=16)
-    assert "dropped 2 of 5" in shown.out + shown.err
-
-
-def test_data_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
-    docs = [prose(5 + i, i) for i in range(6)]
-    path = write_splits(
-        tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out text here"}])
-    train, held_out = rows_of(path, seq_len=16)
-    stream = tiny_tokenizer().encode("".join(doc + "<|endoftext|>" for doc in docs))
-    assert ids_of(train) == [stream[i:i + 16] for i in range(0, len(stream), 16)]
-    for row in train:
-        assert row["targets"] is None or all(row["targets"])
-    assert decoded(held_out)[0] == "held out text he"
+    shown = capsys.readouterr().out
+    assert "train: dropped 2 of 5 rows: 2 x no target in 16 tokens" in shown
+    assert "eval: dropped" not in shown
 
 
 def llama_tokenizer(**fields):
@@ -1989,43 +1914,49 @@ def llama_tokenizer(**fields):
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
 
 
-@pytest.mark.parametrize("kind", ["gemma", "llama"])
-def test_data_blocks_of_text_begin_with_the_tokenizers_bos(tmp_path, kind):
-    """As part of seq_len, and nowhere else, though a text has it written out: no label is one."""
-    tokenizer = tiny_tokenizer(bos=True) if kind == "gemma" else llama_tokenizer(add_bos_token=True)
-    bos = tokenizer.bos_token_id
-    assert tokenizer("one")["input_ids"][0] == bos
-    docs = [prose(5 + i, i) for i in range(6)] + [tokenizer.bos_token + "one two"]
-    path = write_splits(tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out"}])
-    train, held_out = rows_of(path, tokenizer, seq_len=16)
-    stream = []
-    for doc in docs:
-        ids = tokenizer(doc, add_special_tokens=False)["input_ids"]
-        stream += [i for i in ids if i != bos] + [tokenizer.eos_token_id]
-    assert ids_of(train) == [[bos, *stream[i:i + 15]] for i in range(0, len(stream), 15)]
-    for row in train + held_out:
-        assert row["targets"] is None
-        assert row["input_ids"][0] == bos
-        assert bos not in sd.collate([row]).labels
-        assert len(sd.collate([row]).labels) == len(row["input_ids"]) - 1
-
-
-@pytest.mark.parametrize("kind, expected", [
-    ("gpt", "d5359dc494097716"),
-    ("llama", "da49177e39b83bc4"),
+@pytest.mark.parametrize("packing", ["blocks", "rows"])
+@pytest.mark.parametrize("tokenizer, begin", [
+    pytest.param(tiny_tokenizer(), [], id="gpt"),   # it has a BOS, and puts it nowhere
+    pytest.param(tiny_tokenizer(bos=True), [1], id="gemma"),
+    pytest.param(llama_tokenizer(add_bos_token=True), [1], id="llama"),
 ])
-def test_data_blocks_without_bos_are_those_of_old(tmp_path, kind, expected):
-    """Of tokenizers that add none, also where one has the token; by the digest of the version
-    before."""
-    tokenizer = tiny_tokenizer() if kind == "gpt" else llama_tokenizer(add_bos_token=False)
-    rows = encode([{"text": prose(5 + i, i)} for i in range(6)], tokenizer, seq_len=16)
-    assert sd.rows_digest(datasets.Dataset.from_list(rows, features=sd.TOKEN_FEATURES)) == expected
+def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin, packing):
+    docs = [prose(5 + i, i) for i in range(6)]
+    streams = tokenizer(docs, add_special_tokens=False)["input_ids"]
+    for ids in streams:
+        ids.append(tokenizer.eos_token_id)
+    docs[-1] += tokenizer.eos_token   # it ends so already
+    if packing == "blocks":
+        streams = [list(itertools.chain(*streams))]
+    room = 16 - len(begin)
+    expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
+    rows = encode([{"text": doc} for doc in docs], tokenizer, 16, packing)
+    assert [row["input_ids"] for row in rows] == expected
+    for row in rows:
+        assert row["starts"] == [0]
+        assert row["targets"] == [False] + [True] * (len(row["input_ids"]) - 1)
+        assert bool(row["dropped"]) == (len(row["input_ids"]) == 1)
+
+
+@pytest.mark.parametrize("template, packing, why", [
+    pytest.param(None, "blocks", "use --packing rows", id="blocks"),
+    # which writes nothing of a single message
+    pytest.param("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "auto",
+                 "no target in 16 tokens", id="template"),
+])
+def test_data_dropped_as_it_has_to_be(template, packing, why):
+    rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
+    encoded = encode(rows, tiny_tokenizer(template), 16, packing)
+    kept, dropped = sd.kept_rows(sd.token_rows(encoded))
+    assert len(kept) == 1
+    [reason] = dropped.elements()
+    assert why in reason
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
     docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
     rows = [{"text": doc} for doc in docs]
-    table = datasets.Dataset.from_dict({"text": docs, "other": list(range(25))})
+    table = datasets.Dataset.from_list(rows)
     write_jsonl(tmp_path / "d.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows))
     table.to_csv(str(tmp_path / "d.csv"))
@@ -2035,139 +1966,118 @@ def test_data_every_local_format_gives_the_same_rows(tmp_path):
     datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
     want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
     assert len(want[0]) > 20
-    assert len(want[1]) >= 1
     for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
         assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
 
 
-def test_data_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, chat):
-    """In a process of its own: forking with threads about, a deadlock would take the other tests
-    along."""
-    fields = dict(student=student, dataset=chat, alpha=1.0, batch_size=8, max_steps=1, seq_len=256)
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    distil(one, **fields)
-    process = spawn(*flags(**PLAIN | fields, output_dir=two, num_proc=2))
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, shown
-    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), rel=1e-6)
+# ---- what is kept of them
 
 
-def kept_files():
-    """Of tokenised rows."""
-    return set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
+SEVERAL = """
+import contextlib, io, sys
+sys.path.insert(0, sys.argv[1])
+import datasets, test_simple_distill as t, simple_distill as sd
+
+def broken(*args, **options):
+    raise ZeroDivisionError
+
+for run, processes in (("one", None), ("two", 2), ("two", 2), ("two", None)):
+    datasets.config.HF_DATASETS_CACHE = f"{sys.argv[3]}/{run}"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), sd.process_group():
+        cfg = t.config.Config(dataset=sys.argv[2], seq_len=64, num_proc=processes)
+        train, _ = sd.load_data(cfg, t.tiny_tokenizer())
+    dropped = [line for line in said.getvalue().split("\\n") if "train: dropped" in line]
+    print("rows:", sd.count_rows(train), dropped)
+    if run == "two":
+        sd.encode_rows = broken   # from here on they come from the disk
+"""
 
 
-def test_data_tokenised_rows_are_kept_for_the_next_run(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)])
-    before = kept_files()
-    first = ids_of(rows_of(path)[0])
-    after_first = kept_files()
-    assert after_first != before
-    assert ids_of(rows_of(path)[0]) == first
-    assert kept_files() == after_first
-    assert ids_of(rows_of(path, seq_len=32)[0]) != first
-    assert kept_files() != after_first
+def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
+    """Joined by the thousand, whoever does it, and what was dropped with them. In a process of its
+    own, for the forks."""
+    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
+    rows[::500] = [{"messages": [{"content": "nobody said this"}]}] * 5
+    path = write_splits(tmp_path / "d", rows, rows[1:2])
+    ran = subprocess.run([sys.executable, "-c", SEVERAL, str(HERE), path, str(tmp_path)],
+                         text=True, capture_output=True)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
+    assert len(found) == 4, ran.stderr
+    assert len(set(found)) == 1, found
+    assert "train: dropped 5 of 2500 rows: 5 x KeyError: 'role' among" in found[0]
 
 
-def test_data_formats_run_through_the_command_line(tmp_path, student, text):
-    table = datasets.load_dataset("json", data_files=text, split="train")
-    table.to_parquet(str(tmp_path / "d.parquet"))
-    fields = dict(student=student, alpha=1.0, max_steps=2)
-    distil(tmp_path / "jsonl", dataset=text, **fields)
-    distil(tmp_path / "parquet", dataset=tmp_path / "d.parquet", **fields)
-    assert same(final_weights(tmp_path / "jsonl"), final_weights(tmp_path / "parquet"))
+def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
+    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
 
+    def fingerprint(tokenizer=None, raw=raw, **fields):
+        cfg = config.Config(**{"packing": "rows", **fields})
+        return sd.fingerprint_rows(cfg, raw, tokenizer or tiny_tokenizer())
 
-def test_data_text_column_and_unknown_columns(tmp_path, out, student):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"body": prose(20, i), "id": i} for i in range(10)])
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1)
-    err = distil(out, rc=2, **fields).err
-    assert "'text'" in err
-    assert "body" in err
-    assert "id" in err
-    distil(out, **fields, text_column="body")
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "<|im_end|>"
+    same = {fingerprint(), fingerprint(packing="documents")}
+    other = [
+        fingerprint(other_end), fingerprint(tiny_tokenizer(CHATML)),
+        fingerprint(raw=raw.rename_column("prompt", "question")), fingerprint(packing="auto"),
+        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
+    marker = "\n# ---- between raw rows and token rows"
+    parts = Path(sd.__file__).read_text().split(marker)
+    assert len(parts) == 3
+    monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
+    for i, found in enumerate((same.add, other.append, same.add)):
+        edited = [*parts]
+        edited[i] += "# an edit"
+        Path(sd.__file__).write_text(marker.join(edited))
+        found(fingerprint())
+    assert len(same) == 1
+    assert len({*same, *other}) == 9
 
 
 # ---- packing
 
 
 def documents_of(rows):
-    """-> {(ids, which are targets) of a document: how often}, of rows that hold one or several."""
+    """-> {((id, is it a target), ...) of a document: how often}; a row holds one or several."""
     documents = collections.Counter()
     for row in rows:
-        ids = list(map(int, row["input_ids"]))
-        targets = [True] * len(ids)   # None: all are
-        if row["targets"] is not None:
-            targets = list(map(bool, row["targets"]))
-        starts = list(map(int, row.get("starts", [0])))
-        for start, end in itertools.pairwise([*starts, len(ids)]):
-            # the first is no target whatever it says: nothing comes before it
-            documents[tuple(ids[start:end]), tuple(targets[start + 1:end])] += 1
+        tokens = list(zip(row["input_ids"], row["targets"], strict=True))
+        for start, end in itertools.pairwise([*row["starts"], len(tokens)]):
+            documents[tuple(tokens[start:end])] += 1
     return documents
 
 
-def padding_by_hand(lengths, batch_size, seed=0):
-    """Of an epoch, batch after batch."""
-    order = sd.shuffled(len(lengths), seed, 0).tolist()
-    places = 0
-    for i in range(0, len(order), batch_size):
-        batch = [lengths[k] for k in order[i:i + batch_size]]
-        places += max(batch) * len(batch)
-    return 1 - sum(lengths) / places
-
-
-@pytest.mark.parametrize("kind", ["talk", "text", "text after bos"])
-def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path, kind):
-    """Those of packing rows, several a row; an epoch counts each of their targets once, and no
-    label crosses from one into the next."""
-    tokenizer = tiny_tokenizer(CHATML, bos=kind == "text after bos")
-    rows = talk(150) if kind == "talk" else [{"text": prose(1 + i % 40, i)} for i in range(150)]
+def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
+    rows = talk(150)
     path = write_splits(tmp_path / "d", rows, rows[:9])
+    tokenizer = tiny_tokenizer(CHATML)
     apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
     packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
     assert documents_of(packed) == documents_of(apart)
-    assert len(apart) >= len(rows)
-    if kind != "talk":   # a long text goes on in another document: all of its tokens are predicted
-        predicted = [i for row in apart for i in row["input_ids"][1:]]
-        expected = []
-        for row in rows:
-            ids = tokenizer.encode(row["text"] + "<|endoftext|>", add_special_tokens=False)
-            expected += ids if tokenizer("a")["input_ids"][0] == 1 else ids[1:]
-        assert predicted == expected
+    assert len(apart) == 150
     assert len(packed) < len(apart) / 1.3
     assert max(len(row["input_ids"]) for row in packed) <= 128
-    for row in packed:
-        assert row["starts"][0] == 0
-        assert not any(row["targets"][start] for start in row["starts"])
     # held-out documents stand alone: what is measured on them does not depend on the packing
     assert ids_of(packed_held_out) == ids_of(held_out)
-    assert not any("starts" in row for row in packed_held_out)
-
-    labels = {}
-    for name, rows_here in (("apart", apart), ("packed", packed)):
-        batches = sd.indexed_batches(rows_here, 0, 4, 0)
-        counted = collections.Counter()
-        for numbers, _ in itertools.islice(batches, math.ceil(len(rows_here) / 4)):
-            batch = sd.collate([rows_here[i] for i in numbers])
-            before = batch.input_ids.flatten()[batch.positions].tolist()
-            counted.update(zip(before, batch.labels.tolist(), strict=True))
-        labels[name] = counted
-    assert labels["packed"] == labels["apart"]
 
 
-def test_data_documents_begin_at_position_0_and_so_does_padding():
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
-         "starts": [0, 2]},
-        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0, 1]},
-    ]
-    batch = sd.collate(rows)
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
-    assert batch.labels.tolist() == [6, 8, 9, 3]
-    assert sd.collate([{**row, "starts": [0]} for row in rows]).position_ids.tolist() == [
-        [0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
-    assert sd.collate([{"input_ids": [5, 6], "targets": None}]).position_ids is None
+def token_dataset(documents):
+    """Of [(ids, targets)], as it lies on disk."""
+    rows = [{"input_ids": ids, "targets": targets, "starts": [0], "dropped": ""}
+            for ids, targets in documents]
+    return sd.kept_rows(sd.token_rows(rows))[0]
+
+
+def test_data_packed_rows_are_a_view_of_any_number_of_documents():
+    """They are put together ten thousand at a time."""
+    documents = token_dataset(([i] * (1 + i % 4), [False] + [True] * (i % 4))
+                              for i in range(10_050))
+    packed = sd.PackedRows(documents, 64)
+    rows = [packed[i] for i in range(len(packed))]
+    assert documents_of(rows) == documents_of(documents)
+    assert max(len(row["input_ids"]) for row in rows) == 64
+    assert len(rows) <= math.ceil(10_050 * 2.5 / 64) + 1
 
 
 def test_data_as_few_rows_as_the_documents_need():
@@ -2182,419 +2092,194 @@ def test_data_as_few_rows_as_the_documents_need():
     assert sd.fit_into_rows([3, 5, 2, 6], 8) == [[0, 1], [2, 3]]
 
 
-def test_data_totals_and_padding_are_said(tmp_path, student, out):
-    rows = talk(30)
-    path = write_splits(tmp_path / "d", rows, rows[:2])
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=128, batch_size=4)
-    apart, _ = rows_of(path, seq_len=128)
-    packed, _ = rows_of(path, seq_len=128, packing="documents")
-    lengths = [len(row["input_ids"]) for row in apart]
-    tokens = sum(lengths)
-    targets = sum(sum(row["targets"][1:]) for row in apart)
-    share = padding_by_hand(lengths, 4)
-    totals = f"{tokens:,} tokens, {targets:,} targets"
-    shown = distil(f"{out}-rows", **fields).out
-    assert f"train: 30 rows, {totals}; {share:.1%} of 4 rows together is padding\n" in shown
-    packed_share = padding_by_hand([len(row["input_ids"]) for row in packed], 4)
-    assert packed_share < share / 2
-    share = padding_by_hand([len(ids) for ids, _ in documents_of(packed).elements()], 4)
-    shown = distil(f"{out}-documents", **fields, packing="documents").out
-    assert (f"train: 30 documents in {len(packed)} rows, {totals}; {packed_share:.1%} of 4 rows "
-            f"together is padding, with one document a row {share:.1%}\n") in shown
-    text = write_splits(tmp_path / "text", [{"text": "abcdef"}] * 8, [TEXT_ROW])
-    shown = distil(f"{out}-text", **{**fields, "dataset": text, "seq_len": 16}).out
-    assert "train: 4 rows, 56 tokens, 52 targets; 12.5% of 4 rows" in shown
-
-
-def test_data_blocks_are_of_text_alone(tmp_path, out, student, chat):
-    err = distil(out, rc=2, student=student, dataset=chat, alpha=1.0, packing="blocks").err
-    assert "row 1: a conversation; blocks are of plain text: use --packing rows or" in err
-    text = [{"text": prose(5 + i, i)} for i in range(9)]
-    assert encode(text, tiny_tokenizer(), 16, "blocks") == encode(text, tiny_tokenizer(), 16)
-
-
-def test_data_a_dry_run_shows_where_documents_begin(tmp_path, out, student):
-    rows = [{"prompt": "a", "response": "bc"}, {"prompt": "d", "response": "ef"}]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    shown = distil(out, student=student, dataset=path, alpha=1.0, packing="documents", dry_run=True)
-    first = "'a\\n[[bc<|endoftext|>]] || d\\n[[ef<|endoftext|>]]'"
-    assert first in shown.out, shown.out
+def test_data_rows_are_counted_and_known_by_their_content():
+    """By all of it, and by nothing else: a resume compares it."""
+    documents = [([i % 50, 7, 8], [False, True, True]) for i in range(1500)]
+    rows = token_dataset(documents)
+    found = sd.count_rows(rows)
+    digest = found.pop("digest")
+    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49)
+    for edit in (
+        [([48, 9, 8], [False, True, True]), documents[-1]],    # another id
+        [documents[-2], ([49, 7, 8], [False, True, False])],   # another target
+        [([48, 7], [False, True]), ([8, 49, 7, 8], [True, False, True, True])],   # cut elsewhere
+    ):
+        assert sd.count_rows(token_dataset(documents[:-2] + edit))["digest"] != digest, edit
+    packed = sd.count_rows(sd.PackedRows(rows, 30))
+    assert packed == dict(rows=150, tokens=4500, targets=3000, biggest=49, digest=digest)
+    assert sd.count_rows(rows.to_iterable_dataset()) is None
 
 
 # ---- splits
 
 
-def test_data_held_out_rows_are_never_trained_on(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": f"answer {i:03d}"} for i in range(100)]
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    train, held_out = rows_of(path)
-    assert held_out
-    assert len(train) + len(held_out) == 100
-    assert len(set(decoded(train + held_out))) == 100   # so that none is in both
-    assert [ids_of(rows) for rows in rows_of(path)] == [ids_of(train), ids_of(held_out)]
-    assert len(rows_of(path, eval_samples=2)[1]) <= 2
+@pytest.mark.parametrize("length, wanted, expected", [
+    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98]),
+])
+def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wanted, expected):
+    raw = datasets.Dataset.from_dict({"n": list(range(length))})
+    train, held_out = sd.hold_out_rows(raw, wanted)
+    assert held_out["n"][:] == expected
+    assert train["n"][:] == [i for i in range(length) if i not in expected]
 
 
-def numbers_in(rows):
-    return set(re.findall(r"<(\d{3})>", "".join(decoded(rows))))
+@pytest.mark.parametrize("fields, expected", [
+    ({}, (38, 2)),   # there is no validation
+    (dict(eval_split="test", eval_samples=4), (40, 4)),
+    (dict(eval_split="test", max_samples=7), (7, 6)),
+    (dict(max_samples=7), (6, 1)),
+    (dict(train_split="test", eval_split="train"), (6, 40)),
+    (dict(eval_split="train"), (38, 2)),
+    (dict(mode="eval", eval_split="train", eval_samples=5), (0, 5)),   # optional: eval
+    (dict(eval_split="absent"), "no split 'absent'"),
+    (dict(train_split="absent"), "no split 'absent'"),
+])
+@pytest.mark.parametrize("kind", ["folder", "saved"])
+def test_data_splits_by_their_role(tmp_path, kind, fields, expected):
+    splits = dict(train=talk(40), test=talk(6))
+    path = str(tmp_path / "d")
+    if kind == "folder":
+        os.mkdir(path)
+        for name, rows in splits.items():
+            write_jsonl(f"{path}/{name}.jsonl", rows)
+    else:
+        tables = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        datasets.DatasetDict(tables).save_to_disk(path)
+    if isinstance(expected, str):
+        with pytest.raises(config.UserError, match=expected):
+            rows_of(path, **fields)
+        return
+    train, held_out = rows_of(path, seq_len=256, **fields)
+    assert (len(train), len(held_out)) == expected
 
 
-def test_data_text_that_is_held_out_is_in_no_block_of_train(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    train, held_out = rows_of(path)
-    assert numbers_in(held_out)
-    assert not numbers_in(train) & numbers_in(held_out)
+def test_data_a_file_has_one_split(text):
+    for fields in (dict(train_split="validation"), dict(eval_split="test")):
+        with pytest.raises(config.UserError, match="no split '(validation|test)'"):
+            rows_of(text, **fields)
 
 
-def test_data_eval_split_is_used_where_there_is_one(tmp_path, out, student, chat):
-    assert [len(rows) for rows in rows_of(chat, seq_len=256)] == [8, 4]
-    five = datasets.Dataset.from_list(talk(5))
-    three = datasets.Dataset.from_list(talk(3))
-    saved = tmp_path / "saved"
-    datasets.DatasetDict(train=five, other=three).save_to_disk(str(saved))
-    named = rows_of(saved, eval_split="other", seq_len=256)
-    assert [len(rows) for rows in named] == [5, 3]
-    swapped = rows_of(saved, train_split="other", eval_split="train", seq_len=256)
-    assert [len(rows) for rows in swapped] == [3, 5]
-    fields = dict(student=student, dataset=saved, alpha=1.0, max_steps=1)
-    assert "absent" in distil(out, rc=2, **fields, eval_split="absent").err
-    assert "absent" in distil(out, rc=2, **fields, train_split="absent").err
-
-
-def test_data_max_samples_takes_the_first_rows(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": "a"} for i in range(40)]
-    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
-    numbers = [re.search(r"\d+", shown)[0] for shown in decoded(train)]
-    assert numbers == [f"{i:03d}" for i in range(7)]
-
-
-def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
+def test_data_one_long_document_is_evaluated_on_blocks_of_its_own(tmp_path):
     (tmp_path / "d.txt").write_text(prose(2000))
     train, held_out = rows_of(tmp_path / "d.txt")
-    assert len(held_out) >= 1
-    assert "".join(decoded(train + held_out)) == prose(2000) + "<|endoftext|>"
+    ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
+    blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
+    assert sorted(ids_of(train + held_out)) == sorted(blocks)
+    assert len(held_out) == len(blocks) // 20
+    (tmp_path / "d.txt").write_text("a" * 70)
+    assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
+    (tmp_path / "d.txt").write_text("a" * 60)
+    with pytest.raises(config.UserError, match="nothing is left to evaluate on"):
+        rows_of(tmp_path / "d.txt")
 
 
-def splits_of(**fields):
-    return sd.load_splits(config.Config(**fields))
+# ---- what can be wrong with a dataset
 
 
-def test_data_splits_by_their_role(tmp_path, text):
-    """One file has one split, train; asked for by its own name it is all evaluated, and a name it
-    has not is refused by that name."""
-    with pytest.raises(config.UserError, match="no split 'validation'"):
-        splits_of(dataset=text, train_split="validation")
-    with pytest.raises(config.UserError, match="no split 'test'"):
-        splits_of(dataset=text, eval_split="test")
-    train, held_out = splits_of(dataset=text, eval_split="train")
-    assert len(train) + len(held_out) == 40
-    assert len(held_out) == 2
-    _, whole = splits_of(mode="eval", dataset=text, eval_split="train")   # optional: eval
-    assert len(whole) == 40   # optional: eval
+@pytest.mark.parametrize("row", [
+    {"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}, {"body": "no text"}])
+def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
+    path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
+    with pytest.raises(config.UserError, match="none of the 8 rows of .*useless.jsonl"):
+        rows_of(path)
+    if "body" in row:
+        assert rows_of(path, text_column="body")[0]
 
 
-TEXT_ROW = {"text": "one two"}
-PROMPT_ROW = {"prompt": "c", "response": "d"}
-SHAREGPT_ROW = {"conversations": [{"role": "user", "value": "a"},
-                                  {"role": "assistant", "value": "b"}]}
-TURNS_ROW = {"prompt": [user("a")], "response": "b"}
-
-
-@pytest.mark.parametrize("first, other, sequences", [
-    ({"messages": "hi", "text": "one two"}, TEXT_ROW, 1),   # texts share a block
-    ({"text": None}, TEXT_ROW, 1),
-    ({"prompt": "a", "response": None}, PROMPT_ROW, 2),
-    (SHAREGPT_ROW, SHAREGPT_ROW, 3),
-    (TURNS_ROW, TURNS_ROW, 3),
+@pytest.mark.parametrize("name, content", [
+    ("broken.jsonl", '{"text": \n'), ("empty.jsonl", ""), ("half.parquet", "PAR1"),
+    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None),
 ])
-def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, other, sequences):
-    """Columns in another's style, and rows without a value at the beginning."""
-    path = write_jsonl(tmp_path / "data.jsonl", [first, other, other])
-    table = datasets.load_dataset(
-        "json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-    encoded = sd.encode(table[:], tiny_tokenizer(), "text", 99, "auto")
-    splits_of(dataset=path)   # does not refuse it
-    assert len(encoded["input_ids"]) == sequences
+def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    dataset = tmp_path / Path(name).parts[0] if "/" in name else path
+    with pytest.raises(config.UserError, match=f"reading dataset {dataset}: ") as caught:
+        rows_of(dataset)
+    assert len(str(caught.value).splitlines()) == 1
 
 
-# ---- order and size
-
-
-def test_data_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, student):
-    """Rows of equal length and a student that stands still: the mean of the steps, weighted by
-    rows, is the mean of the rows."""
-    rows = [{"prompt": prose(2, i), "response": f"{prose(9, i):.9}"} for i in range(10)]
-    dataset = write_splits(tmp_path / "d", rows, rows)
-    distil(out, student=student, dataset=dataset, seq_len=256, alpha=1.0, batch_size=4,
-           num_epochs=2, learning_rate=STILL)
-    losses = column(out, "train/loss")
-    first_epoch = losses[:3]
-    second_epoch = losses[3:]
-    mean = column(out, "eval/loss")[-1]
-    for epoch in (first_epoch, second_epoch):
-        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(mean, rel=1e-6)
-    assert first_epoch != second_epoch
-
-
-def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
-    long_line = json.dumps({"text": "word " * 2_000_000}) + "\n"
-    (tmp_path / "a.jsonl").write_text(long_line + GOOD_LINE * 9)
-    distil(out, student=student, alpha=1, dataset=tmp_path / "a.jsonl", max_steps=1, eval_samples=4)
-    assert len(column(out, "train/loss")) == 1
-
-
-# ---- what a row is worth: digests, and what encode depends on
-
-
-def train_rows_of(dataset, tokenizer=None, **fields):
-    """What load_data hands on to train on, as it is."""
-    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
-    cfg = config.Config(**{**usual, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-        return sd.load_data(cfg, tokenizer or tiny_tokenizer())[0]
-
-
-def test_data_rows_digest_is_of_every_row_and_of_nothing_else(tmp_path):
-    """Not of the file's name, size or age: resume compares it."""
-    rows = talk(300)
-    train = train_rows_of(write_splits(tmp_path / "d", rows, rows[:1]))
-    before = sd.rows_digest(train)
-    assert re.fullmatch("[0-9a-f]{16}", before)
-    moved = train_rows_of(write_splits(tmp_path / "other", rows, rows[:1]))
-    assert sd.rows_digest(moved) == before
-    text = train_rows_of(write_splits(tmp_path / "text", [{"text": prose(99)}], [TEXT_ROW]))
-    assert sd.rows_digest(text) != before   # no targets, which is: all of them
-    for i in (0, 150, 299):
-        edited = [*rows]
-        edited[i] = {**rows[i], "response": rows[i]["response"].swapcase()}   # as long as before
-        path = write_splits(tmp_path / f"edited-{i}", edited, rows[:1])
-        assert sd.rows_digest(train_rows_of(path)) != before, i
-    half = train_rows_of(write_splits(tmp_path / "half", rows[:150], rows[:1]))
-    assert sd.rows_digest(half) == sd.rows_digest(train.take(150)) != before
-    assert sd.rows_digest(train.to_iterable_dataset()) is None
-
-
-def test_data_everything_that_encode_depends_on_is_in_the_fingerprint(tmp_path, monkeypatch):
-    """What is changed without changing the vocabulary: the marks, the templates, the tables, the
-    code, also of a helper that a fork has added."""
-    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
-
-    def fingerprint(tokenizer):
-        return sd.fingerprint_rows(raw, tokenizer, "text", 64, "rows")
-
-    seen = [fingerprint(tiny_tokenizer())]
-    assert fingerprint(tiny_tokenizer()) == seen[0]
-    assert sd.fingerprint_rows(raw, tiny_tokenizer(), "text", 64, "documents") != seen[0]
-
-    def is_new(tokenizer=None):
-        seen.append(fingerprint(tokenizer or tiny_tokenizer()))
-        return seen[-1] not in seen[:-1]
-
-    other_end = tiny_tokenizer()
-    other_end.eos_token = "<|im_end|>"
-    assert is_new(other_end)
-    other_added = tiny_tokenizer()
-    other_added.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
-    assert is_new(other_added)
-    assert is_new(tiny_tokenizer(CHATML))
-    monkeypatch.setattr(sd, "PLAIN_TEMPLATE", NO_END)
-    assert is_new()
-    monkeypatch.setattr(sd, "CONVERSATIONS", (("ask", "say"),))
-    assert is_new()
-    monkeypatch.setattr(sd, "ROWS_AT_ONCE", 10)
-    assert is_new()
-    assert "difference" in sd.code_of(sd.encode_rows)   # called by what encode_rows calls
-    assert "RANK" not in sd.code_of(sd.encode_rows)   # of which every rank would find another
-    raw = raw.rename_column("prompt", "question")
-    assert is_new()
-
-
-def test_data_blocks_of_text_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Rows are packed by the thousand, whoever does it. In a process of its own, for the forks."""
-    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    script = tmp_path / "count.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import datasets, test_simple_distill as t, simple_distill as sd\n"
-        "for n in (None, 2, 3):\n"
-        "    datasets.config.HF_DATASETS_CACHE = f'{sys.argv[2]}/{n}'\n"
-        "    train = t.train_rows_of(sys.argv[1], num_proc=n)\n"
-        "    print('rows:', len(train), sd.rows_digest(train))\n")
-    ran = subprocess.run([sys.executable, script, path, tmp_path], text=True, capture_output=True)
-    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
-    assert len(found) == 3, ran.stderr
-    assert len(set(found)) == 1, found
-
-
-# ---- rows of every kind, beside each other
-
-PARTS = [{"type": "text", "text": "by "}, {"type": "text", "text": "parts"}]
-PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
-MIXED = [
-    {"text": "plain one"},
-    {"messages": [user("q"), assistant("a")]},
-    {"messages": [user("q"), {"content": "nobody said this"}]},   # line 3
-    {"messages": [user(PARTS), assistant(PARTS)]},
-    {"messages": [user(PICTURE), assistant("a picture")]},        # line 5
-    {"text": "plain two"},
-    {"id": 7},                                                    # line 7
-    {"messages": [user("only asked")]},                           # line 8
-    {"messages": ["no message"]},                                 # line 9
-    {"messages": [{"role": "user"}, assistant("b")]},             # line 10
-    {"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": "look"}]},
-    {"text": None},                                               # line 12
-]
-DROPPED = [
-    "1 with a message without a role", "line 3", "1 with a content part of type 'image_url'",
-    "line 5", "2 with no text and no conversation", "line 7", "1 with no target within seq_len 64",
-    "line 8", "1 with a message that is no object", "line 9", "1 with a message without content",
-    "line 10", "1 with tool_calls that are no list", "line 11",
-]
-
-
-def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(tmp_path, out, student):
-    """And none that is bad is all there is to evaluate on."""
-    path = write_jsonl(tmp_path / "mixed.jsonl", MIXED)
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=2, seq_len=64)
-    run = distil(out, **fields)
-    for words in DROPPED:
-        assert words in run.out, (words, run.out)
-    again = distil(out, **fields, resume="never")   # from the rows that were kept
-    said = [line for line in run.out.splitlines() if "dropped" in line]
-    assert said[0].startswith("train: dropped 8 of 11 rows: ")
-    assert [line for line in again.out.splitlines() if "dropped" in line] == said
-
-
-def test_data_texts_beside_conversations_are_kept():
-    tokenizer = tiny_tokenizer(CHATML)
-    names = ("text", "messages", "id")
-    rows = [{"text": ""}, *MIXED]   # an empty text, as wikitext has many, is no document
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64, "auto"))
-    texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
-    assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
-    talks = [target_runs(row, tokenizer) for row in rows if row["targets"] is not None]
-    assert talks == [["a<|im_end|>"], ["by parts<|im_end|>"]]
-
-
-def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path):
-    for row in ({"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}):
-        path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
-        with pytest.raises(config.UserError, match="useless.jsonl.*none of .* rows"):
-            rows_of(path)
-
-
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
-SYSTEM_ROW = {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]}
-
-
-def test_data_a_row_that_the_template_refuses_is_named(tmp_path):
-    """By its line in the file, though blank lines and held-out rows stand before it."""
-    rows = [{"messages": [user("q"), assistant("a")]}] * 40
-    path = write_jsonl(tmp_path / "d.jsonl", rows[:30])
-    with open(path, "a") as file:
-        file.write("\n\n" + json.dumps(SYSTEM_ROW) + "\n")
-    write_jsonl(tmp_path / "rest.jsonl", rows[30:])
-    with open(path, "a") as file:
-        file.write(Path(tmp_path / "rest.jsonl").read_text())
-    with pytest.raises(config.UserError, match="d.jsonl', line 33: .*no system role"):
-        rows_of(path, tiny_tokenizer(NO_SYSTEM + CHATML))
-
-
-# ---- what can be wrong with a dataset's file
-
-
-@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "[!x]ata1.jsonl"])
+@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl"])
 def test_data_names_are_names_and_no_patterns(tmp_path, name):
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
-    path = write_jsonl(tmp_path / name, [{"text": "this file"}] * 3)
-    train, _ = rows_of(path)
+    train, _ = rows_of(write_jsonl(tmp_path / name, [{"text": "this file"}] * 3))
     assert "this file" in decoded(train)[0]
-    (tmp_path / "d[1]").mkdir()
-    write_splits(tmp_path / "d1", [TEXT_ROW], [TEXT_ROW])
-    with pytest.raises(config.UserError, match="pattern"):
-        rows_of(tmp_path / "d[1]")
 
 
-def unreadable_files(folder):
-    """-> names of datasets that cannot be read, each in another way."""
-    (folder / "empty").mkdir()
-    (folder / "folder.jsonl").mkdir()
-    (folder / "saved").mkdir()
-    (folder / "saved" / "state.json").write_text("[]")
-    (folder / "odd.csv").write_text('a,b\n1,2,3,4\n"')
-    (folder / "deep.jsonl").write_text('{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
-    (folder / "odd.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
-    (folder / "half.parquet").write_bytes(b"PAR1")
-    os.symlink(folder / "loop.jsonl", folder / "loop.jsonl")
-    names = [str(path) for path in folder.iterdir()]
-    return [*names, "a\0b", "a\0b.jsonl", "x" * 5000, "y" * 5000 + ".jsonl", "s3://x/y", "~no/x"]
+# ---- batches
 
 
-def test_data_whatever_cannot_be_read_is_one_error(tmp_path, monkeypatch):
-    for name in unreadable_files(tmp_path):
-        with pytest.raises(config.UserError, match="dataset") as caught:
-            sd.load_splits(config.Config(dataset=name))
-        assert len(str(caught.value).splitlines()) == 1
-
-    def forbidden(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", path)
-
-    path = write_jsonl(tmp_path / "closed.jsonl", [TEXT_ROW])
-    monkeypatch.setattr(datasets, "load_dataset", forbidden)
-    monkeypatch.setattr(sd, "open", forbidden, raising=False)   # root may read everything
-    with pytest.raises(config.UserError, match="closed.jsonl.*Permission denied"):
-        sd.load_splits(config.Config(dataset=path))
-
-
-def test_data_a_long_conversation_is_encoded_no_further_than_it_is_used(monkeypatch):
-    encode_all = sd.patiently
-    sizes = []
-
-    def spy(tokenizer, texts, **options):
-        sizes.append(sum(map(len, texts)))
-        return encode_all(tokenizer, texts, **options)
-
-    monkeypatch.setattr(sd, "patiently", spy)
-    # runs of blanks are a token each, as in some vocabularies
-    tokenizer = tiny_tokenizer(CHATML, merges=[f"{'Ġ' * 2**k} {'Ġ' * 2**k}" for k in range(12)])
-    row, = encode([{"messages": [user("q"), assistant("ab" * 10_000_000)]}], tokenizer, seq_len=64)
-    assert sizes == [1_000_000]
-    assert len(row["input_ids"]) == 64
-    blanks = [{"messages": [user("q"), assistant(" " * 1_200_000 + "!")]}]
-    row, = encode(blanks, tokenizer, seq_len=512)
-    assert sizes[2] > 1_200_000   # the head was too short
-    assert target_runs(row, tokenizer)[0].endswith("!<|im_end|>")
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_data_collate_shifts_before_it_masks_and_positions_restart(kind):
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
+         "starts": [0, 2]},
+        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0]},
+    ]
+    rows = [{name: kind(values) for name, values in row.items()} for row in rows]
+    batch = sd.collate(rows)
+    assert batch.rows is rows
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
+    assert batch.positions.tolist() == [0, 2, 3, 6]
+    assert batch.labels.tolist() == [6, 8, 9, 3]
+    assert batch.real.tolist() == list(range(8))
+    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2]
+    assert batch.position_ids[1, :3].tolist() == [0, 1, 2]
+    assert sd.collate(rows[1:]).position_ids is None
 
 
-class Alarm(Exception):
-    pass
+def test_data_a_rank_without_rows_gets_a_batch_that_counts_nothing():
+    batch = sd.collate([])
+    assert batch.rows == []
+    assert batch.input_ids.numel() > 0
+    assert batch.positions.numel() == batch.labels.numel() == batch.real.numel() == 0
 
 
-def test_data_a_signal_is_heard_while_a_long_text_is_encoded():
-    """And something is said of it."""
-    def ring(number, frame):
-        raise Alarm
+@pytest.mark.parametrize("count, size", [(10, 4), (8, 4), (3, 5)])
+def test_data_a_step_knows_its_rows(count, size):
+    """An epoch has every row once, in an order of its own."""
+    steps = math.ceil(count / size)
+    for epoch in (0, 1, 2):
+        plain = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=plain).tolist()
+        found = [sd.batch_of_step(count, 7, size, epoch * steps + i) for i in range(steps)]
+        assert found == [order[i:i + size] for i in range(0, count, size)]
 
-    before = signal.signal(signal.SIGALRM, ring)
-    threads = set(threading.enumerate())
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(Alarm):
-            sd.encode_texts(["word " * 300_000], tiny_tokenizer(), 64, join=True)
-        at_work, = set(threading.enumerate()) - threads
-        assert at_work.daemon   # nobody waits for it at the end
-        at_work.join()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        sd.warn_of_long_rows([{"text": "x" * 11_000_000}])
-    assert "11,000,000 characters" in shown.getvalue()
+
+def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
+    rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
+    run = types.SimpleNamespace(
+        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+    monkeypatch.setattr(sd, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(sd, "RANK", rank)
+        run.progress = types.SimpleNamespace(step=1)   # of a resume: five rows are left there
+        batches = sd.my_batches(run)
+        for step in (1, 2):
+            mine = sd.batch_of_step(13, 0, 8, step)[rank::2]
+            micro, _ = next(batches)
+            found = [[row["input_ids"][0] for row in batch.rows] for batch in micro]
+            assert found == [mine[:2], mine[2:]]
+
+
+def test_data_prefetch_is_two_ahead_and_in_order():
+    made = []
+
+    def numbers():
+        for i in range(7):
+            made.append(i)
+            yield i
+        raise ZeroDivisionError
+
+    ahead = sd.prefetch(numbers())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.3)
+    assert made == [0, 1, 2, 3, 4]
+    assert [next(ahead) for _ in range(4)] == [3, 4, 5, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
 
 
 # --------------------------------------------------------------------------------------------------
