@@ -5594,6 +5594,13 @@ def test_blockwise_a_state_of_zeros_counts_nothing():
     assert student.grad.isfinite().all() and not student.grad[2].any()
 
 
+def test_blockwise_clips_what_the_loss_scale_magnified():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 2.0 ** 14)
+    sd.clip_blocks([([p], 0.5)], {"scale": torch.tensor(2.0 ** 14)})   # the norm is 2
+    torch.testing.assert_close(p.grad, torch.full((4,), 2.0 ** 12))
+
+
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
     """Every row begins with a token whose state is 300 times as large in the teacher: what is
     explained is of the others. All rows in one batch, as the mean is a batch's."""
@@ -7694,7 +7701,7 @@ def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
     fields = dict(student=student, dataset=text, alpha=1.0)
     first = distil_apart(out, **fields, max_steps=100_000)
     wait_for_log(out, first)
-    assert "another run" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
     step = log(out, "train")[-1]["train/step"]
     assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
@@ -7890,16 +7897,19 @@ with open(sys.argv[1], "w") as f:
 """
 
 
+@pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
     words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
                      "output_dir": out, "max_steps": 100_000})
     terminal, other_end = pty.openpty()
+    command = [HERE / program, *words_of(words)]
+    if program.endswith(".py"):
+        command.insert(0, sys.executable)
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code",
-         HERE / "launch.sh", *words_of(words)],
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code", *command],
         stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
     os.close(other_end)
 
