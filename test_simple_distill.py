@@ -4698,7 +4698,7 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
             assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
     tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
     assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
-    assert len(tokenizer.encode("x = 'm")) < 4   # it has learnt from them
+    assert len(tokenizer.encode("x = 'm")) < 6   # it has learnt from them
     for name in ("student", "teacher-shape"):
         assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
 
