@@ -7538,7 +7538,7 @@ def assert_same_run(out, other):
 
 
 def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file of another save."""
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
     path = draw.choice(sorted(newest.iterdir()))
     how = draw.choice(["turn", "lose", "add"])
     if how == "turn":
@@ -7546,8 +7546,7 @@ def damage(newest, draw):
     elif how == "lose":
         path.unlink()
     else:
-        older = min(newest.parent.glob("step-*"))
-        shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
+        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
