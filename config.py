@@ -440,6 +440,8 @@ def check_value(name, value):
 
 def check_training(cfg):
     parse_multipliers(cfg.lr_multipliers)
+    if cfg.student.startswith("layers:") and not re.fullmatch(r"layers:[1-9][0-9]*", cfg.student):
+        raise UserError(f"student {cfg.student!r}; write layers:N, N >= 1")
     homeless = cfg.mode == "train" and cfg.student == "demo" and cfg.teacher != "demo"
     if homeless and cfg.alpha < 1:
         raise UserError(f"teacher {cfg.teacher!r} has no student; name one, for example "

@@ -21,19 +21,18 @@ vocabulary, K kept teacher entries a token.
 """
 import ast   # optional: generate
 import asyncio   # optional: generate
-import base64   # optional: generate
 import bisect
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno   # optional: generate
 import fcntl
 import functools
 import glob
 import hashlib
 import importlib   # optional: generate
+import inspect   # optional: demo
 import itertools
 import json
 import math
@@ -50,8 +49,6 @@ import tempfile
 import textwrap   # optional: generate
 import time
 import traceback
-import urllib.parse   # optional: generate
-import urllib.request   # optional: generate
 import warnings   # optional: generate
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -146,18 +143,18 @@ def process_group():
     whoever waits for a quarter of an hour waits for a rank that is gone."""
     global HOST, STORE
     patience = dict(timeout=datetime.timedelta(minutes=15))
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-        torch.set_float32_matmul_precision("high")   # TF32
-    else:
-        keep_freed_memory()
     STORE = dist.HashStore()   # alone, without opening a port
-    if "RANK" in os.environ:
-        with phase("joining the other ranks"):
+    with phase(f"starting rank {RANK} of {WORLD}"):
+        if CUDA:
+            torch.cuda.set_device(DEVICE)
+            torch.set_float32_matmul_precision("high")   # TF32
+        else:
+            keep_freed_memory()
+        if "RANK" in os.environ:
             STORE, _, _ = next(rendezvous("env://", **patience))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
-                            world_size=WORLD, **patience)
-    HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
+                                world_size=WORLD, **patience)
+        HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     try:
         yield
         all_sum(0)   # the store goes with its host: nobody leaves before all are done
@@ -259,8 +256,8 @@ def table(header, rows):
 
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
-    "train": ("config.json", "log.jsonl", "checkpoints", "final"),
-    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
+    "train": (   # eval writes its report there too
+        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json"),
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
@@ -285,7 +282,8 @@ def claim(folder, mode, wait=False):
                 os.fsync(file)   # a shared disk shows it to whoever opens it from here on
             all_sum(0)
             # a node's own disk under that name would get checkpoints without a part
-            if RANK > 0 and Path(folder, MARK).read_text() != words:
+            mark = Path(folder, MARK)
+            if RANK > 0 and not (mark.exists() and mark.read_text() == words):
                 raise UserError(f"rank {RANK} does not see what rank 0 writes in {folder!r}: it "
                                 "has to lie on a disk that all share")
         yield
@@ -719,15 +717,6 @@ def vocabulary_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        return bos
-    return None
-
-
 # ---- datasets: raw rows of text or conversations
 
 
@@ -752,8 +741,10 @@ def load_data(cfg, tokenizer):
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document
-        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
+    elif len(rows) > 1:   # one long document: its last twentieth
+        eval_size = max(1, len(rows) // 20)
+        eval_rows = rows.skip(len(rows) - eval_size)
+        rows = rows.take(len(rows) - eval_size)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -826,6 +817,11 @@ def hold_out_rows(raw, eval_samples):
     return raw.select(kept), held_out
 
 
+def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
+    """The layer of a teacher that stands as deep in it as layer i of a student in that."""
+    return round((i + 1) * teacher_depth / depth) - 1
+
+
 def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
     root = sysconfig.get_paths()["stdlib"]
@@ -841,14 +837,6 @@ def stdlib_sources():   # optional: demo generate
 
 
 # ---- rows of token ids, kept in the datasets cache
-
-FEATURES = datasets.Features(
-    input_ids=datasets.List(datasets.Value("int32")),
-    targets=datasets.List(datasets.Value("bool")),
-    starts=datasets.List(datasets.Value("int32")),
-    dropped=datasets.Value("string"))   # why; "": it is not
-ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
-
 
 def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
@@ -881,7 +869,8 @@ def tokenize(cfg, raw, tokenizer, split):
 
 def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    columns = {name: [row[name] for row in rows] for name in FEATURES}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 def kept_rows(rows):
@@ -913,6 +902,13 @@ def row_encoder(cfg, tokenizer):
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
 
+FEATURES = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")),
+    targets=datasets.List(datasets.Value("bool")),
+    starts=datasets.List(datasets.Value("int32")),
+    dropped=datasets.Value("string"))   # why; "": it is not
+ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
+
 
 def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
@@ -936,7 +932,7 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     rows = []
     for ids, targets in encoded:
-        targets[0] = False   # it is predicted from nothing
+        targets = [False, *targets[1:]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
         rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
     for why in dropped:
@@ -948,6 +944,15 @@ def rows_from_columns(columns):
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def bos_of(tokenizer):
+    """The id that this tokenizer puts before every text; None where it puts none. A model that
+    learned with it (Gemma, Llama) is lost without."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    return None
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
@@ -1912,9 +1917,9 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    options = json.loads(cfg.lr_scheduler_kwargs or "{}")
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    with phase(f"making the schedule {cfg.lr_scheduler} ({options})"):
+    unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
+    with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
+        options = json.loads(cfg.lr_scheduler_kwargs or "{}")
         schedule = get_scheduler(
             cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
         return schedule.lr_lambdas[0]
@@ -2324,8 +2329,8 @@ def check_ids(root, tokenizer, biggest):
     """A tokenizer may have ids that a head has not: they matter where a row holds one."""
     rows = root.model.config.get_text_config().vocab_size
     if biggest >= rows:
-        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, "
-                        f"{type(root.model).__name__} has {rows}: take it out, or another tokenizer")
+        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, beyond "
+                        f"the {rows} ids of {type(root.model).__name__}: take it out")
 
 
 def is_finished(cfg, state):
@@ -2832,12 +2837,12 @@ def start_wandb(cfg, run_id):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: streaming: a dataset that is read as it comes, in constant memory and disk. It has no
-# length. Hands on load_stream (in place of load_data) and batches_of_stream (of indexed_batches).
+# length. Hands on load_stream (in place of load_data) and batches_of_stream (of batch_of_step).
 
 
 def load_stream(cfg, tokenizer):
     """-> (train stream of raw rows, eval rows)."""
-    with progress(f"reading dataset {cfg.dataset}"), node_first():
+    with phase(f"reading the beginning of dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     return stream, take_first(eval_rows, cfg.eval_samples)
@@ -2845,15 +2850,16 @@ def load_stream(cfg, tokenizer):
 
 def split_stream(cfg):
     """-> stream of train, raw rows of eval: the head of their own split, else that of train."""
-    stream, eval_stream = read_splits(cfg, streaming=True)
-    first_rows = stream.take(100)   # a look at the stream itself would move it
-    check_columns(first_rows, cfg.dataset, cfg.text_column)
+    stream, eval_stream = read_raw(cfg, streaming=True)
     if cfg.max_samples is not None:
         stream = stream.take(cfg.max_samples)
-    with reading_rows(cfg.dataset, f"dataset {cfg.dataset!r}: a row cannot be read"):
-        if eval_stream is not None:
-            return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
-        return hold_out_head(stream, cfg.eval_samples)
+    if eval_stream is not None:
+        return stream, read_head(eval_stream, cfg.eval_samples, cfg.seq_len)
+    wanted = min(cfg.eval_samples, 256)
+    first_rows = list(stream.take(wanted + 1))   # a look at the stream itself would move it
+    if len(first_rows) <= wanted:   # that was the whole stream: a twentieth of it
+        wanted = max(1, len(first_rows) // 20)
+    return stream.skip(wanted), table_of(first_rows[:wanted])
 
 
 def read_head(stream, eval_samples, seq_len):
@@ -2869,105 +2875,59 @@ def read_head(stream, eval_samples, seq_len):
     return table_of(first_rows)
 
 
-def hold_out_head(stream, eval_samples):
-    """-> what follows, and the first rows to evaluate on; of a short stream a twentieth, at least
-    one."""
-    wanted = min(eval_samples, 256)
-    first_rows = list(stream.take(wanted + 1))
-    if len(first_rows) <= wanted:   # that was the whole stream
-        wanted = max(1, len(first_rows) // 20)
-    eval_raw = table_of(first_rows[:wanted])
-    rest = stream.skip(len(eval_raw))
-    rest.rows_before = len(eval_raw)   # for the place of a row that is named
-    return rest, eval_raw
-
-
-def columns_of(rows):
-    """Not every row of a stream has every column."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
 def table_of(rows):
-    return datasets.Dataset.from_dict(columns_of(rows), on_mixed_types="use_json")
+    """Not every row of a stream has every column; Dataset.from_list takes those of the first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 def batches_of_stream(run):
-    """-> endless (rows of a global batch, position after it), from run.position on."""
-    encode_here = make_row_encoder(run.cfg, run.tokenizer)
-    return streamed_batches(
-        run.rows, run.cfg.dataset, encode_here, run.cfg.seed, run.cfg.shuffle_buffer,
-        run.global_batch, run.position)
-
-
-def streamed_batches(stream, dataset, encode_here, seed, shuffle_buffer, global_batch, position):
-    """Endless (rows of a global batch, position after it); position None is the beginning.
+    """-> endless (rows of a global batch, position after it), from where the run is.
 
     A resume is exact. The stream is cut into windows of shuffle_buffer raw rows, and each window is
     encoded and shuffled whole, in an order that its number decides. So all there is to remember is
     where the window began in the stream and how many of its sequences are used: a resume encodes
     that one window again and goes on, as quick at step 100,000 as at 10. (The shuffle buffer that
     `datasets` has is refilled at a resume, and then holds other rows.)"""
-    size = shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
+    cfg = run.cfg
+    stream = run.rows
+    encode_here = row_encoder(cfg, run.tokenizer)
+    size = cfg.shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
+    position = run.progress.position
     if position is None:
-        position = {"epoch": 0, "window": 0, "used": 0, "source": beginning}
-    position = {"first_row": 0, **position}   # of the window, in its epoch
-    rows_before = getattr(stream, "rows_before", 0)
-
-    def place(row):
-        return place_of(dataset, rows_before + row)
-
+        position = dict(epoch=0, window=0, used=0, found=0, source=beginning)
     stream.load_state_dict(position["source"])
     raw_rows = iter(stream)
     pending = []
-    dropped = {}
-    said = 0
-    is_barren = position["first_row"] == 0   # whether nothing of this epoch was of use so far
     while True:
-        window = read_window(raw_rows, size, dataset, position["first_row"])
-        ended = len(window) < size
-        rows = encode_window(window, position["first_row"], place, encode_here, dropped)
-        is_barren = is_barren and not rows
-        if position["epoch"] == 0 and count_dropped(dropped) > 2 * said:   # not at each window
-            said = count_dropped(dropped)
-            print0(f"dropped {said} of the first {position['first_row'] + len(window)} rows: "
-                   + in_words(dropped, place))
-        if shuffle_buffer:
-            order = shuffled(len(rows), seed, position["window"]).tolist()
-        else:
-            order = list(range(len(rows)))
+        with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
+            raw = list(itertools.islice(raw_rows, size))
+            rows, dropped = kept_rows(token_rows(encode_here(raw)))
+            for root in filter(None, [run.student, run.teacher]):
+                check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
+        if dropped and position["window"] == 0:   # not at each window
+            print0(f"of the first {len(raw)} rows dropped: {dict(dropped.most_common(5))}")
+        if cfg.packing == "documents" and len(rows):
+            rows = PackedRows(rows, cfg.seq_len)
+        order = range(len(rows))
+        if cfg.shuffle_buffer:
+            order = shuffled(len(rows), cfg.seed, position["window"]).tolist()
         for used in range(position["used"], len(rows)):
             pending.append(rows[order[used]])
-            if len(pending) == global_batch:   # nothing is left over that a position had to keep
+            if len(pending) == run.global_batch:   # what is left over no position has to keep
                 yield pending, {**position, "used": used + 1}
                 pending = []
-        if ended and is_barren:
-            reasons = in_words(dropped, place) or "they are one token long"
-            raise UserError(f"dataset {dataset!r}: no row of the stream has a target token: "
-                            + reasons)
-        position = {
-            "epoch": position["epoch"] + int(ended), "window": position["window"] + 1, "used": 0,
-            "source": beginning if ended else stream.state_dict(),
-            "first_row": 0 if ended else position["first_row"] + len(window)}
-        if ended:
-            is_barren = True
-            dropped = {}
+        found = position["found"] + len(rows)   # in this epoch so far
+        position = dict(epoch=position["epoch"], window=position["window"] + 1, used=0,
+                        found=found, source=stream.state_dict())
+        if len(raw) < size:   # the end
+            if found == 0:
+                raise UserError(f"no row of the stream {cfg.dataset} holds a target token")
+            position |= dict(epoch=position["epoch"] + 1, found=0, source=beginning)
             stream.load_state_dict(beginning)
             raw_rows = iter(stream)
-
-
-def read_window(raw_rows, size, dataset, first_row):
-    with reading_rows(dataset, f"dataset {dataset!r}: a row after row {first_row} cannot be read"):
-        return list(itertools.islice(raw_rows, size))
-
-
-def encode_window(raw_rows, first_row, place, encode_here, dropped):
-    """-> token rows; what is dropped is added to dropped."""
-    warn_of_long_rows(raw_rows)
-    columns, dropped_here = encode_here(raw_rows, lambda i: place(first_row + i))
-    add_dropped(dropped, first_row, dropped_here)
-    return rows_from_columns(columns)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2980,270 +2940,202 @@ DEMO_SHAPE = dict(   # of both models
     vocab_size=DEMO_VOCAB, num_hidden_layers=2, initializer_range=0.05,
     max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     pad_token_id=0)
-DEMO_STUDENT = dict(hidden_size=64, intermediate_size=192, num_attention_heads=4)
-DEMO_TEACHER = dict(hidden_size=192, intermediate_size=512, num_attention_heads=6)
+DEMO_SHAPES = {   # what else each has, by the name of its folder
+    "teacher-shape": dict(hidden_size=192, intermediate_size=512, num_attention_heads=6),
+    "student": dict(hidden_size=64, intermediate_size=192, num_attention_heads=4),
+}
 
 
 def run_demo(run_mode, cfg):
     """A mode with a file for each `demo`. The whole demo ends with the report of what it made."""
-    if "demo" not in (cfg.teacher, cfg.student, cfg.dataset):
-        return run_mode(cfg)
     resolved = resolve_demo(cfg)
     if resolved is None:   # a signal stopped the training of the teacher
         return False
     done = run_mode(resolved)
     if done and is_whole_demo(cfg):   # optional: eval
-        if has_demo_knobs(cfg):
-            return answer_demo(resolved)
-        report_demo(resolved)
+        return answer_demo(resolved)
     return done
 
 
 def is_whole_demo(cfg):   # optional: eval
-    if cfg.mode != "train" or cfg.dry_run:   # a finished run is "done" on a dry run too
-        return False
-    names = {cfg.teacher, cfg.student, cfg.dataset}
-    return names == {"demo"} and cfg.alpha < 1 and not uses_cache(cfg)
-
-
-def has_demo_knobs(cfg):   # optional: eval
-    """Whether all that decides the result is as the demo has it; any seed will do."""
-    demo = Config(**demo_knobs(), seed=cfg.seed)
-    lengths = ("max_steps", "batch_size", "gradient_accumulation_steps")
-    same_length = all(getattr(cfg, name) == getattr(demo, name) for name in lengths)
-    return same_length and result_knobs(cfg) == result_knobs(demo)
+    """Whether labels alone would be a control: everything is the demo's, and a teacher helps."""
+    others = [
+        cfg.mode != "train",
+        cfg.dry_run,
+        cfg.alpha == 1,
+        cfg.cache_dir,   # optional: cache
+        cfg.blockwise,   # optional: blockwise
+        cfg.on_policy,   # optional: on_policy
+    ]
+    return {cfg.teacher, cfg.student, cfg.dataset} == {"demo"} and not any(others)
 
 
 def answer_demo(cfg):   # optional: eval
     """Was the teacher worth it? A student of the same start, data and steps learns from the labels
     alone, the report compares both, and one line says how that came out. -> False when a signal
     stopped it: the next run goes on where this one was."""
-    control = os.path.join(cfg.output_dir, "labels-only")
-    control_cfg = dataclasses.replace(cfg, alpha=1.0, output_dir=control, use_wandb=False)
-    if cfg.resume != "never":
-        control_cfg.resume = "auto"   # --resume PATH is a checkpoint of the other student
+    control = f"{cfg.output_dir}/labels-only"
+    resume = "never" if cfg.resume == "never" else "auto"   # a PATH is of the other student
+    control_cfg = dataclasses.replace(
+        cfg, alpha=1.0, output_dir=control, resume=resume, use_wandb=False)
     print0(f"\ndemo: and now the same student on labels alone, in {control}")
-    with lock(control):
-        check_output(control)
+    with claim(control, "train"):
         if not train(control_cfg):
             return False
-    report_demo(cfg, compare=[os.path.join(control, "final")])
+    figures = report(dataclasses.replace(
+        cfg, mode="eval", student=f"{cfg.output_dir}/final", compare=[f"{control}/final"]))
     if RANK == 0:
-        with open(os.path.join(cfg.output_dir, "report.json"), encoding="utf-8") as f:
-            models = json.load(f)["models"]
-        print0(did_teacher_pay(models["student"], models["labels-only"], cfg.max_steps))
+        print0(did_teacher_pay(figures["student"], figures["labels-only"]))
     return True
 
 
-def did_teacher_pay(student, control, steps):   # optional: eval
+def did_teacher_pay(student, control):   # optional: eval
     """From the report's figures of both."""
     verdict = control["student_against_it"]
     low, high = verdict["interval"]
     answer = {"better": "The teacher paid", "worse": "The teacher did not pay"}.get(
         verdict["verdict"], "Whether the teacher paid, this run cannot tell")
     return (f"{answer}: held-out perplexity {student['perplexity']:.2f}, on labels alone "
-            f"{control['perplexity']:.2f} after the same {steps} steps; "
+            f"{control['perplexity']:.2f} after the same steps; "
             f"{verdict['difference']:+.4f} bits a byte (95 %: {low:+.4f} to {high:+.4f})")
-
-
-def report_demo(cfg, compare=()):   # optional: eval
-    final = os.path.join(cfg.output_dir, "final")
-    report(dataclasses.replace(cfg, mode="eval", student=final, compare=list(compare)))
-
-
-def uses_cache(cfg):
-    """Whether a cache stands in for teacher and dataset."""
-    if cfg.cache_dir:   # optional: cache
-        return cfg.mode == "train"
-    return False
 
 
 def resolve_demo(cfg):
     """-> cfg with a file for each `demo`, made where it is missing; None where a signal stopped it.
     """
-    training = cfg.mode == "train"
-    online = cfg.alpha < 1 and not uses_cache(cfg)
-    needs_teacher = not training or online or cfg.student.startswith("layers:")
     folder = demo_folder(cfg)
-    files = {}
-    if cfg.dataset == "demo" and not uses_cache(cfg):
-        files["dataset"] = os.path.join(folder, "corpus")
-    if cfg.student == "demo" and cfg.mode != "eval":   # there it is what output_dir holds
-        files["student"] = os.path.join(folder, "student", "config.json")
-        files["tokenizer"] = cfg.tokenizer or os.path.join(folder, "tokenizer")
-    if cfg.teacher == "demo" and needs_teacher:
-        files["teacher"] = os.path.join(folder, "teacher", "final")
-    say_what_is_the_demos(cfg, files)
-    made_here = [path for path in files.values() if path.startswith(folder)]
-    if made_here and not make_demo(cfg, folder, with_teacher="teacher" in files):
+    places = {
+        "teacher": f"{folder}/teacher/final",
+        "student": f"{folder}/student/config.json",
+        "dataset": f"{folder}/corpus",
+    }
+    if cfg.mode == "eval":   # there the student is what output_dir holds
+        del places["student"]
+    if cfg.mode == "train" and cfg.alpha == 1 and not cfg.student.startswith("layers:"):
+        del places["teacher"]
+    if cfg.mode == "train" and cfg.cache_dir:   # optional: cache
+        places = {"student": places["student"]}   # a cache is teacher and dataset
+    files = {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
+    if not files:
+        return cfg
+    print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
+    if not make_demo(cfg, folder, with_teacher="teacher" in files):
         return None
-    resolved = dataclasses.replace(cfg, **files)
-    resolved.given = cfg.given
-    return resolved
-
-
-def say_what_is_the_demos(cfg, files):
-    """Where some was named, and the demo stands in for the rest: not what everybody expects."""
-    roles = ("teacher", "student", "dataset")
-    if not uses_cache(cfg) and not any(role in cfg.given for role in roles):
-        return   # the demo itself
-    for role in roles:
-        if role in files and role not in cfg.given:
-            print0(f"no --{role} given: it is the demo's, {files[role]}")
+    if "student" in files:
+        files["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
+    return dataclasses.replace(cfg, **files)
 
 
 def demo_folder(cfg):
     """Beside other caches of Hugging Face libraries, named by all that the files depend on."""
-    depends = digest(sys.version, DEMO_SHAPE, DEMO_STUDENT, DEMO_TEACHER, demo_knobs(),
-                     str(compute_dtype(cfg)), inspect.getsource(write_demo_files))
-    home = huggingface_hub.constants.HF_HOME
-    return os.path.join(home, "simple_distill", f"demo-{depends}")
+    depends = digest(sys.version, DEMO_SHAPE, DEMO_SHAPES, demo_knobs(), str(compute_dtype(cfg)),
+                     inspect.getsource(write_demo_files))
+    return f"{huggingface_hub.constants.HF_HOME}/simple_distill/demo-{depends}"
 
 
 def make_demo(cfg, folder, with_teacher):
     """Make what is missing; another run that does so already is waited for. -> False when a signal
     stopped it: the next run goes on where this one was."""
-    with lock(folder, wait=True):
-        if RANK == 0:
-            with progress("demo: writing its text and a tokenizer"):
+    with claim(folder, "demo", wait=True):
+        with phase("preparing the demo's text and tokenizer"):
+            if RANK == 0 and not os.path.exists(f"{folder}/student/config.json"):
                 write_demo_files(folder)
-        all_sum(0)   # nobody goes on before that is done
-        final = os.path.join(folder, "teacher", "final")
-        if not with_teacher or os.path.exists(final):
+            all_sum(0)   # nobody goes on before that is done
+        if not with_teacher or os.path.exists(f"{folder}/teacher/final"):
             return True
         knobs = demo_knobs() | dict(alpha=1.0, eval_steps=0)
         teacher_cfg = Config(
-            dataset=os.path.join(folder, "corpus"), tokenizer=os.path.join(folder, "tokenizer"),
-            student=os.path.join(folder, "teacher-shape", "config.json"), use_wandb=False,
-            output_dir=os.path.join(folder, "teacher"), dtype=cfg.dtype, log_steps=cfg.log_steps,
-            **knobs)
+            dataset=f"{folder}/corpus", tokenizer=f"{folder}/tokenizer",
+            student=f"{folder}/teacher-shape/config.json", output_dir=f"{folder}/teacher",
+            dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, **knobs)
         print0(f"demo: first the teacher, {teacher_cfg.max_steps} steps, kept in {folder}")
         return train(teacher_cfg)
 
 
 def write_demo_files(folder):
-    """Corpus, tokenizer and model shapes, once; every twentieth module is held out whole."""
-    done = os.path.join(folder, "student", "config.json")   # written last
-    if os.path.exists(done):
-        return
-    corpus = os.path.join(folder, "corpus")
-    os.makedirs(corpus, exist_ok=True)
+    """Corpus, tokenizer and model shapes; every twentieth module is held out whole."""
     texts = {"train": [], "validation": []}
-    for name, text in sorted(stdlib_sources(), key=name_digest):   # no package stands first
+    for name, text in sorted(stdlib_sources(), key=lambda source: digest(source[0])):
         if text.strip():
             split = "validation" if int(digest(name), 16) % 20 == 0 else "train"
             texts[split].append(text)
+    os.makedirs(f"{folder}/corpus", exist_ok=True)
     for split in texts:
-        with open(os.path.join(corpus, f"{split}.jsonl"), "w", encoding="utf-8") as f:
-            for text in texts[split]:
-                f.write(json.dumps({"text": text}) + "\n")
+        with open(f"{folder}/corpus/{split}.jsonl", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in texts[split])
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"],
-                            show_progress=False)
+                            show_progress=False)   # it writes to stdout
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
-    for name, shape in (("teacher-shape", DEMO_TEACHER), ("student", DEMO_STUDENT)):
-        config = transformers.LlamaConfig(**DEMO_SHAPE, **shape)
-        config.save_pretrained(os.path.join(folder, name))
-
-
-def name_digest(source):
-    name, _ = source
-    return digest(name)
+    tokenizer.save_pretrained(f"{folder}/tokenizer")
+    for name, shape in DEMO_SHAPES.items():   # the student's last: it says that all is there
+        transformers.LlamaConfig(**DEMO_SHAPE, **shape).save_pretrained(f"{folder}/{name}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: cache: what the teacher says of each token, a few bits an entry, on disk beside the
+# Optional: cache: what the teacher says of each token, a few bytes an entry, on disk beside the
 # token itself, so that training needs neither teacher nor dataset. Any number of workers fill a
 # cache in mode cache; open_cache hands on rows like those of load_data, with their SparseTarget.
 #
 #     config.json                  the config that began it: the same command again is --config this
 #     tokenizer/
-#     manifest.json                all that shapes the content; once the cache is full, its size too
+#     manifest.json                all that shapes the content
+#     index.json                   rows a chunk and what all of it came to; {} until it is full
 #     claims                       a locked byte for each chunk that somebody is at work on
 #     train-00000000.safetensors   a chunk: a fixed range of sequences
 #     eval-00000000.safetensors
 #
-# What is read is what was written, or is refused with the command that makes it again: a manifest
-# has its digest, a chunk checksums of its rows and its table, and a mark of its cache and place.
+# What is read is what was written, or is refused with the command that makes it again: a row has a
+# checksum of its bytes and of where they belong, in which cache, chunk and line.
 
 
-# ---- what the manifest says
-
-
-def describe_cache(cfg, tokenizer, splits, dtype):
-    """The manifest of an empty cache. splits: the rows of each; those of train may be a stream."""
+def describe_cache(cfg, tokenizer, splits, identity):
+    """The manifest. splits: the rows of each; those of train may be a stream. identity: what is to
+    be said of the teacher, see open_teacher."""
     vocabulary = vocabulary_of(tokenizer)
+    size = cfg.cache_samples
+    codes = size
     if cfg.cache_method == "topk":
-        check_top_k(cfg)
         size = min(cfg.cache_top_k, vocabulary)
-        code_bits = 8
-        extra_bits = 0
-    else:
-        size = cfg.cache_samples
-        code_bits = (size - 1).bit_length()
-        extra_bits = 12
+        codes = 256
     raw_rows = []
-    if isinstance(splits["train"], datasets.IterableDataset):   # nobody has seen all of a stream
-        raw_rows = list(itertools.islice(splits["train"], 64))
-    rows_of_splits = [rows_digest(splits["train"]), rows_digest(splits["eval"])]
-    revision, weights = identify_weights(cfg.teacher)
-    begin = {}
-    if bos_of(tokenizer) is not None:   # caches of tokenizers without one have no such entry
-        begin["bos"] = bos_of(tokenizer)
-    if cfg.packing != Config.packing:   # nor have caches from before there was the knob
-        begin["packing"] = cfg.packing
-    return begin | dict(
-        teacher=cfg.teacher,
-        revision=revision,
-        weights=weights,
-        dtype=dtype,
+    if isinstance(splits["train"], datasets.IterableDataset):   # optional: streaming
+        raw_rows = list(splits["train"].take(64))   # nobody has seen all of it
+    return identity | dict(
+        format=2,
         vocabulary=vocabulary,
-        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
+        tokenizer=identify_tokenizer(tokenizer),
         dataset=cfg.dataset,
-        dataset_fingerprint=digest(rows_of_splits, raw_rows),
+        dataset_fingerprint=digest(
+            count_rows(splits["train"]), count_rows(splits["eval"]), str(raw_rows)),
         eval_samples=cfg.eval_samples,
         seq_len=cfg.seq_len,
+        packing=cfg.packing,
         temperature=cfg.temperature,
         method=cfg.cache_method,
         size=size,               # draws a token, or the likeliest tokens that are kept
+        codes=codes,             # how many there are, see below
         seed=cfg.seed,           # of the draws
         chunk=cfg.cache_chunk,   # sequences a file
         # sequences a forward: what shares a batch changes the last bits of logits
-        group=max(1, 4096 // cfg.seq_len),
-        bits=[(vocabulary - 1).bit_length(), code_bits, extra_bits])   # see below
+        group=max(1, 4096 // cfg.seq_len))
 
 
-def with_packing(manifest):
-    """A manifest names it only where it is not the default."""
-    return {"packing": Config.packing} | manifest
-
-
-def check_top_k(cfg):
-    """Ids of the model's padding are no tokens, but to ask for that many is no mistake."""
-    entries = model_config(cfg.teacher, cfg, "teacher").get_text_config().vocab_size
-    if cfg.cache_top_k > entries:
-        raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
-                        "tokens; lower it")
-
-
-def content_digest(manifest):
-    """Of what decides the content of a cache, which chunks bear; not of what it came out to."""
-    return digest({name: manifest[name] for name in manifest if name not in NO_CONTENT})
+def identify_tokenizer(tokenizer):
+    return digest(tokenizer.get_vocab(), tokenizer.chat_template)
 
 
 # ---- what a row looks like on disk
 #
-# A row is three fields of numbers of fixed width, end to end, without a gap:
+# A row is whole numbers: how many tokens, how many entries, the largest id, and then
 #
-#     text      a token: its id and, in the lowest bit, whether it is a target     id_bits + 1
-#               (packing documents: below that another, whether a document begins with it)
-#     entries   an id that the teacher lists and, above it, a code               id_bits + code_bits
-#     extra     a target: what else is kept of it                                      extra_bits
+#     text      a token: 4 * its id + 2 where a document begins with it + 1 where it is a target
+#     entries   codes * an id that the teacher lists + a code
+#     extra     a target: what else is kept of it
 #
-# A target is predicted from the token before it, so the first token of a row is never one.
+# A target is predicted from the token before it, so the first token of a document is never one.
 #
 # method sample: an entry for each distinct id that was drawn, in rising order, target after target;
 #     code = times drawn - 1. extra = 256 * entropy, rounded, at most 4095.
@@ -3253,52 +3145,32 @@ def content_digest(manifest):
 #     0.0193 * sqrt(-log p) + 0.0001. extra: nothing.
 
 
-class RowCounts(NamedTuple):
-    """A line of a chunk's table, but for where the row ends; the sums of many."""
-    rows: int       # 1; 0 for the filler
-    tokens: int
-    targets: int
-    entries: int
-    mass: float     # of the teacher's distribution that the entries hold, summed over targets
-    checksum: int   # of the row's bytes
+class Kept(NamedTuple):
+    """Of the teacher, at the targets of a row."""
+    entries: np.ndarray
+    extra: np.ndarray
+    mass: float   # of the teacher's distribution that the entries hold, summed over targets
 
 
-def holds_starts(manifest):
-    """Whether each token has a bit for whether a document begins with it."""
-    return manifest.get("packing") == "documents"
+def pack_row(row, kept):
+    text = 4 * np.asarray(row["input_ids"]) + row["targets"]
+    text[row["starts"]] += 2
+    numbers = [len(text), len(kept.entries), text.max() // 4]
+    return np.concatenate([numbers, text, kept.entries, kept.extra])
 
 
-def pack_row(ids, is_target, starts, entries, extra, manifest):
-    id_bits, code_bits, extra_bits = manifest["bits"]
-    text = ids << 1 | is_target
-    text_bits = id_bits + 1
-    if holds_starts(manifest):
-        text <<= 1
-        text[starts] |= 1
-        text_bits += 1
-    return pack((text, text_bits), (entries, id_bits + code_bits), (extra, extra_bits))
-
-
-def unpack_row(data, tokens, targets, entries, manifest):
-    """Bytes, and how many numbers they hold -> a row like those of load_data, with its SparseTarget
-    in arrays: manifest["size"] ids a target."""
-    id_bits, code_bits, extra_bits = manifest["bits"]
-    text_bits = id_bits + 1 + holds_starts(manifest)
-    text, listed, extra = unpack(
-        data, (tokens, text_bits), (entries, id_bits + code_bits), (targets, extra_bits))
-    ids = listed & ((1 << id_bits) - 1)
-    codes = listed >> id_bits
+def unpack_row(numbers, manifest):
+    """-> a row like those of load_data, with its SparseTarget in arrays: manifest["size"] ids a
+    target."""
+    tokens, entries = numbers[:2]
+    text, listed, extra = np.split(numbers[3:], [tokens, tokens + entries])
+    ids, codes = np.divmod(listed, manifest["codes"])
     if manifest["method"] == "sample":
         sparse = decode_samples(ids, codes, extra, manifest["size"])
     else:
         sparse = decode_topk(ids, codes, manifest["size"])
-    row = {}
-    if holds_starts(manifest):
-        starts = np.flatnonzero(text % 2)
-        if len(starts):   # rows that are held out have none
-            row["starts"] = starts
-        text >>= 1
-    return row | {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": sparse}
+    return {"input_ids": text // 4, "targets": text % 2 == 1,
+            "starts": np.flatnonzero(text & 2), "sparse": sparse}
 
 
 def decode_samples(ids, codes, extra, size):
@@ -3325,26 +3197,16 @@ def decode_topk(ids, codes, size):
         entropy=entropy.astype(np.float32))
 
 
-def pack(*fields):
-    """(values, bits), ... -> bytes, each value in its bits, the highest first. Arrow's widths of 8,
-    16 and 32 would take a third more."""
-    parts = []
-    for values, bits in fields:
-        value_bytes = np.asarray(values, ">u4").view(np.uint8).reshape(-1, 4)
-        value_bits = np.unpackbits(value_bytes, axis=1)   # [values, 32]
-        parts.append(value_bits[:, 32 - bits:].ravel())
-    return np.packbits(np.concatenate(parts)).tobytes()
+def compress(numbers):
+    """-> bytes. The lowest byte of all numbers first, the highest last: like stands beside like,
+    and takes a little less than every number in the fewest bits."""
+    number_bytes = np.asarray(numbers, "<u4").view(np.uint8).reshape(-1, 4)
+    return zlib.compress(number_bytes.T.tobytes(), 1)
 
 
-def unpack(data, *fields):
-    """Bytes, (how many values, bits), ... -> the values of each field."""
-    ends = np.cumsum([count * bits for count, bits in fields])
-    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), ends)   # one more: filler bits
-    found = []
-    for part, (count, bits) in zip(parts, fields):
-        value_bits = np.pad(part.reshape(count, bits), ((0, 0), (32 - bits, 0)))
-        found.append(np.packbits(value_bits).view(">u4").astype(np.int64))
-    return found
+def decompress(data):
+    bytes_4N = np.frombuffer(zlib.decompress(data), np.uint8).reshape(4, -1)
+    return 256 ** np.arange(4) @ bytes_4N
 
 
 # ---- filling
@@ -3353,297 +3215,205 @@ def unpack(data, *fields):
 def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
     of ranks; the same command goes on where it was stopped."""
-    refuse_foreign_folder(cfg.cache_dir)
+    if RANK == 0:
+        with mark_folder(cfg.cache_dir, "cache") as mark:   # no lock: there may be many workers
+            mark.truncate(0)
+            mark.write("cache ")
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
-    teacher = load_checked_teacher(cfg, tokenizer)
-    get_teacher_targets = teacher_targets(teacher)
-    splits = {"eval": eval_rows, "train": rows}
-    sequences = None   # a stream has no length
-    if isinstance(rows, datasets.Dataset):
-        sequences = len(rows) + len(eval_rows)
-    with explain_bad_disk(cfg.cache_dir), stop_signals() as stop_requests:
-        manifest = begin_cache(cfg, tokenizer, splits)
-        all_sum(0)   # nobody goes on before there is a cache
-        probed = eval_rows
-        if sequences and holds_starts(manifest):   # whose rows are longer than those held out
-            probed = rows
-        probe = [probed[i] for i in range(min(len(probed), manifest["group"]))]
-        with progress("judging the size of the cache by a few sequences"):
-            packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
-        total, done = plan_cache(cfg, packed, sequences)
-        with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
-            while True:
-                paths = []
-                chunks = missing_chunks(
-                    cfg.cache_dir, splits, manifest, make_encoder(cfg, tokenizer), paths)
-                forwards = write_chunks(chunks, get_teacher_targets, manifest)
-                stopped = write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar)
-                missing, = all_sum(sum(not os.path.exists(path) for path in paths))
-                if stopped or not missing:
-                    break
-                time.sleep(1)   # another worker has a chunk; it may die with it
-        if stopped:
-            print0("stopped; the same command goes on")
-        elif RANK == 0:
-            finish_cache(cfg, manifest, paths)
-
-
-def refuse_foreign_folder(cache_dir):
-    """A folder that holds something else under our names, such as a model's, is not touched."""
-    config = os.path.join(cache_dir, "config.json")   # what a cache begins with
-    refuse_foreign(config, is_cache_config)
-    names = [os.path.join(cache_dir, name) for name in ("tokenizer", "manifest.json")]
-    for path in [*names, *chunks_in(cache_dir)]:
-        refuse_foreign(path, lambda _: os.path.exists(config))
-
-
-def is_cache_config(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)["mode"] == "cache"
-
-
-def chunks_in(cache_dir):
-    """Paths of what is named like a chunk."""
-    paths = []
-    for split in ("eval", "train"):
-        name = f"{split}-" + 8 * "[0-9]" + ".safetensors"
-        paths += sorted(glob.glob(os.path.join(glob.escape(cache_dir), name)))
-    return paths
-
-
-def is_chunk(path):
-    """Of any cache."""
-    with safetensors.safe_open(path, "numpy") as file:
-        return "chunk" in file.metadata()
-
-
-def begin_cache(cfg, tokenizer, splits):
-    """-> the manifest. A new cache is begun; one that is there must be of the same content."""
-    manifest = describe_cache(cfg, tokenizer, splits, str(compute_dtype(cfg)))
-    os.makedirs(cfg.cache_dir, exist_ok=True)
-    refuse_foreign_folder(cfg.cache_dir)   # new/../model leads to model only where new is
-    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
-    if os.path.exists(manifest_path) and not cfg.force_regenerate:
-        here = with_packing(manifest)
-        old = with_packing(read_any_manifest(cfg.cache_dir))
-        old = {name: old.get(name) for name in here}   # less what finish_cache added
-        refuse_changes(old, here, cfg.cache_dir, "empty it: --force_regenerate")
+    splits = {"train": rows, "eval": eval_rows}
+    ask, identity = open_teacher(cfg, tokenizer)
+    with phase(f"opening cache {cfg.cache_dir}"):
+        manifest = describe_cache(cfg, tokenizer, splits, identity)
+        begin_cache(cfg, tokenizer, manifest)
+    with stop_signals() as stop_requests:
+        paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
+    if paths is None:
+        print0("stopped; the same command goes on")
     elif RANK == 0:
+        finish_cache(cfg.cache_dir, manifest, paths)
+
+
+def open_teacher(cfg, tokenizer):
+    """-> ask, and what a manifest says of the teacher. Another teacher is another such function:
+    ask(rows, first, manifest) gives a Kept a row. first: the number of the first row, by which its
+    draws are the same whoever makes them. All ranks ask together, also one that has no rows left,
+    since a sharded teacher needs them all."""
+    teacher, weights = load_checked(cfg, "teacher", tokenizer)
+    get_teacher_targets = teacher_targets(teacher)
+    identity = dict(
+        teacher=cfg.teacher, weights=weights, dtype=str(compute_dtype(cfg)),
+        revision=getattr(teacher.model.config, "_commit_hash", None))   # None: a directory
+
+    def ask(rows, first, manifest):
+        for row in rows:
+            check_ids(teacher, tokenizer, int(row["input_ids"].max()))
+        hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
+        kept = []
+        for number, row in enumerate(rows, first):
+            row_hidden_ND, hidden_ND = hidden_ND.tensor_split([int(row["targets"].sum())])
+            kept.append(keep(row_hidden_ND, head, number, manifest))
+        return kept
+
+    return ask, identity
+
+
+def begin_cache(cfg, tokenizer, manifest):
+    """A new cache gets all but its chunks; one that is there must be of the same content."""
+    folder = Path(cfg.cache_dir)
+    manifest_path = folder / "manifest.json"
+    if manifest_path.exists() and not cfg.force_regenerate:
+        there = read_manifest(cfg.cache_dir)
+        refuse_changes(there, manifest, cfg.cache_dir, "empty it: --force_regenerate")
+    elif RANK == 0:
+        write_json({}, folder / "index.json")
         if cfg.force_regenerate:
-            empty_cache(cfg.cache_dir)
-        write_json(dataclasses.replace(cfg, force_regenerate=False),
-                   os.path.join(cfg.cache_dir, "config.json"))
-        folder = os.path.join(cfg.cache_dir, "tokenizer")
-        # what the tokenizer of a cache before may have had, and this one has not
-        remove_files(folder, ["chat_template.jinja", "added_tokens.json",
-                              "special_tokens_map.json"])
-        tokenizer.save_pretrained(folder)
-        begun = manifest | {"tokenizer_files": tokenizer_checksums(folder)}
-        write_manifest(begun, cfg.cache_dir)   # last: from here on there is a cache
-    return manifest
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            for path in folder.glob("*.safetensors"):
+                path.unlink()
+        write_json(knobs_of(cfg) | {"force_regenerate": False}, folder / "config.json")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(manifest, manifest_path)   # last: from here on there is a cache
+    all_sum(0)   # nobody goes on before that
 
 
-def empty_cache(cache_dir):
-    """Of its chunks; of no other file, whatever its name."""
-    paths = chunks_in(cache_dir)
-    for path in paths:
-        refuse_foreign(path, is_chunk)
-    for path in paths:
-        os.remove(path)
+def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
+    """-> the paths of all chunks, once they are there; None where a signal stopped it. Ranks go
+    from one forward to the next together: see open_teacher."""
+    total = math.inf   # a stream has no length
+    if not isinstance(splits["train"], datasets.IterableDataset):
+        total = sum(map(len, splits.values()))
+    with tqdm(total=total, unit="row", disable=RANK > 0, leave=False) as bar:
+        while True:
+            paths = []
+            chunks = free_chunks(cfg, tokenizer, splits, manifest, paths)
+            forwards = write_chunks(chunks, ask, manifest, total)
+            all_rows = True
+            while all_rows:
+                rows = next(forwards, 0)
+                if not rows:
+                    ask([], 0, manifest)
+                all_rows, stop = all_sum(rows, len(stop_requests))
+                if stop:
+                    return None
+                bar.update(int(all_rows))
+            missing, = all_sum(sum(not path.exists() for path in paths))
+            if not missing:
+                return paths
+            time.sleep(1)   # another worker has a chunk; it may die with it
 
 
-def tokenizer_checksums(folder):
-    """{file: CRC-32} of what is kept of the tokenizer."""
-    return {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-
-
-def write_manifest(manifest, cache_dir):
-    marked = manifest | {"digest": digest(manifest)}   # by which a change is known
-    write_json(marked, os.path.join(cache_dir, "manifest.json"))
-
-
-def plan_cache(cfg, packed, sequences):
-    """Say what it will take, judged by a few packed rows; refused without room. sequences: of all
-    splits, None for a stream. -> tokens in all (None for a stream), tokens done."""
-    counts = sum_counts([row_counts for _, row_counts in packed])
-    bytes_per_token = sum(len(data) for data, _ in packed) / counts.tokens
-    total = None
-    if sequences is not None:
-        total = int(counts.tokens / counts.rows * sequences)
-    written = sum(os.path.getsize(path) for path in chunks_in(cfg.cache_dir))
-    need = max(0, (total or 0) * bytes_per_token - written) / 1e9
-    free = shutil.disk_usage(cfg.cache_dir).free / 1e9
-    to_write = f"{need:.3f} GB to write" if total else "a stream has no length"
-    print0(f"cache {cfg.cache_dir}: about {bytes_per_token:.1f} bytes a token "
-           f"({counts.entries / counts.targets:.1f} ids that hold "
-           f"{counts.mass / counts.targets:.1%} of the teacher's mass), {to_write}, "
-           f"{free:.1f} GB free")
-    if cfg.temperature > 1:
-        print0("WARNING: above temperature 1 a cache grows and keeps less: see the share")
-    if need > free:
-        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: "
-                        "make room")
-    return total, min(int(written / bytes_per_token), total or 0)
-
-
-def sum_counts(many):
-    return RowCounts(*(sum(column) for column in zip(*many)))
-
-
-def write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar):
-    """Go through forwards until no rank has any left, every rank one at a time: a sharded teacher
-    needs them all. -> whether a signal stopped it."""
-    while True:
-        tokens = 0
-        problem = None
-        try:
-            tokens = next(forwards, 0)
-        except OSError as e:
-            problem = e
-        if not tokens:   # the others may still need this rank
-            pack_teacher(get_teacher_targets, [], 0, manifest)
-        all_tokens, stop, failed = all_sum(tokens, len(stop_requests), problem is not None)
-        if failed:
-            raise problem or OSError("another rank could not write")
-        bar.update(int(all_tokens))
-        if stop:
-            return True
-        if not all_tokens:
-            return False
-
-
-def missing_chunks(cache_dir, splits, manifest, encode_columns, paths):
+def free_chunks(cfg, tokenizer, splits, manifest, paths):
     """Claim the chunks that are not there and that no living worker has, one after the other
     -> (path, rows, number of the first row), ...; the paths of all chunks are added to paths.
 
     A stream is cut into blocks of raw rows, each packed on its own, so that nobody has to tokenise
-    what another worker does. Numbers only have to be the same for every worker: those of train
-    begin at 2^60, and those of a stream's blocks, which hold any number of rows, 2^32 apart."""
-    chunk_size = manifest["chunk"]
-    content = content_digest(manifest)
-    with open(os.path.join(cache_dir, "claims"), "a") as claims:
-        for split_number, (split, rows) in enumerate(splits.items()):
-            split_start = split_number << 60
-            stored = isinstance(rows, datasets.Dataset)
-            blocks = range(0, len(rows), chunk_size) if stored else rows.iter(chunk_size)
+    what another worker does. As a block may hold any number of rows, theirs begin 2^32 apart."""
+    size = manifest["chunk"]
+    numbers = {"eval": 0, "train": 2**60}   # where those of chunks, and of rows, begin
+    with Path(cfg.cache_dir, "claims").open("a") as claims:
+        for split, rows in splits.items():
+            is_stream = isinstance(rows, datasets.IterableDataset)
+            blocks = rows.iter(size) if is_stream else range(0, len(rows), size)
             for chunk, block in enumerate(blocks):
-                path = os.path.join(cache_dir, f"{split}-{chunk:08d}.safetensors")
+                path = Path(cfg.cache_dir, f"{split}-{chunk:08d}.safetensors")
                 paths.append(path)
-                if not claim(claims, split_start + chunk):
+                try:   # one byte, which the file need not have; given back when a worker dies
+                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, numbers[split] + chunk)
+                except BlockingIOError:   # another worker has it
                     continue
-                if os.path.exists(path):
-                    read_chunk(path, content)   # refused where it is another
+                if path.exists():
                     continue
-                first = split_start + chunk * chunk_size
-                if stored:
-                    columns = rows[block:block + chunk_size]
-                else:
-                    columns = encode_columns(block)
+                first = numbers[split] + chunk * size
+                if is_stream:
+                    block_rows = encode_block(cfg, tokenizer, block)
                     first += chunk << 32
-                yield path, rows_from_columns(columns), first
+                else:
+                    end = min(block + size, len(rows))
+                    block_rows = [rows[i] for i in range(block, end)]
+                yield path, block_rows, first
 
 
-def claim(claims, byte):
-    """Lock one byte of an open file, which need not be that long -> whether no other process has.
-    Closing the file gives it back, and so does the kernel when a process dies."""
-    try:
-        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except BlockingIOError:
-        return False
-    return True
+def encode_block(cfg, tokenizer, columns):
+    columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
+    rows, _ = kept_rows(token_rows(columns))
+    if cfg.packing == "documents":
+        rows = PackedRows(rows, cfg.seq_len)
+    return [rows[i] for i in range(len(rows))]
 
 
-def write_chunks(chunks, get_teacher_targets, manifest):
-    """Write the chunks of missing_chunks; yields after each forward, its number of tokens."""
+def write_chunks(chunks, ask, manifest, total):
+    """Write the chunks of free_chunks; yields after each forward, its number of rows. The first
+    chunk tells what all will take. total: rows of all splits, inf for a stream."""
+    said = False
     for path, rows, first in chunks:
-        packed = []
+        kept = []
         for start in range(0, len(rows), manifest["group"]):
             group = rows[start:start + manifest["group"]]
-            packed += pack_teacher(get_teacher_targets, group, first + start, manifest)
-            yield sum(len(row["input_ids"]) for row in group)
-        write_chunk(path, packed, content_digest(manifest))
+            kept += ask(group, first + start, manifest)
+            yield len(group)
+        write_chunk(path, rows, kept, digest(manifest))
+        if rows and not said:
+            say_size(path, rows, kept, total)
+            said = True
 
 
-def write_chunk(path, packed, content):
+def say_size(path, rows, kept, total):
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    targets = sum(row["targets"].sum() for row in rows)
+    mass = sum(of_row.mass for of_row in kept)
+    size = path.stat().st_size
+    print0(f"cache: {size / tokens:.1f} bytes a token, which hold {mass / targets:.1%} of the "
+           f"teacher's mass; about {size / len(rows) * total / 1e9:.3f} GB in all, "
+           f"{shutil.disk_usage(path).free / 1e9:.1f} GB free")
+
+
+def write_chunk(path, rows, kept, content):
     """A chunk appears whole or not at all. Safetensors: mapped into memory, sliced, no code in it.
 
-    rows     the bytes of all rows, end to end
-    table    a line a row: where it ends in rows, then its RowCounts
-    metadata which chunk of which cache this is, and the checksum of the table
+    rows   the rows, end to end: 4 bytes of checksum_at, then its numbers, compressed
+    ends   where each begins and ends
     """
-    filler = b"-"   # line 0: all there is of a chunk without rows, and where the first row begins
-    packed = [(filler, RowCounts(0, 0, 0, 0, 0, zlib.crc32(filler))), *packed]
-    ends = np.cumsum([len(data) for data, _ in packed])
-    table = np.column_stack([ends, [counts for _, counts in packed]])
-    row_bytes = b"".join(data for data, _ in packed)
-    tensors = {"rows": np.frombuffer(row_bytes, np.uint8), "table": table}
-    # one value: safetensors writes several in any order
-    metadata = {"chunk": f"{chunk_mark(path, content)} {zlib.crc32(table)}"}
-    with open(path + ".tmp", "wb") as f:
-        f.write(safetensors.numpy.save(tensors, metadata))
-    sync(f.name)
-    os.replace(f.name, path)
+    parts = []
+    for line, (row, of_row) in enumerate(zip(rows, kept, strict=True)):
+        data = compress(pack_row(row, of_row))
+        parts.append(checksum_at(path, line, data, content) + data)
+    tensors = {"rows": np.frombuffer(b"".join(parts), np.uint8),
+               "ends": np.cumsum([0, *map(len, parts)])}
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(safetensors.numpy.save(tensors))
+    sync(aside)
+    aside.rename(path)
 
 
-def chunk_mark(path, content):
-    """Its split and number, as it is named, and the content_digest of its cache."""
-    return f"{os.path.basename(path).removesuffix('.safetensors')} of cache {content}"
+def checksum_at(path, line, data, content):
+    """Of a row's bytes and of where they belong. content: digest of the manifest."""
+    place = f"{content} {path.name} {line}"
+    return zlib.crc32(data, zlib.crc32(place.encode())).to_bytes(4, "little")
 
 
-@torch.no_grad()
-def pack_teacher(get_teacher_targets, rows, first, manifest):
-    """One teacher forward -> (bytes, RowCounts) a row. first: the number of the first row, by which
-    its draws are the same whoever makes them. Without rows: only takes part in the forward."""
-    hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
-    packed = []
-    for number, row in enumerate(rows, first):
-        ids = np.asarray(row["input_ids"])
-        is_target = np.ones(len(ids), bool)   # of plain text, every token
-        if row["targets"] is not None:
-            is_target = np.asarray(row["targets"])
-        targets = int(is_target[1:].sum())
-        row_hidden_ND, hidden_ND = hidden_ND.tensor_split([targets])
-        uniform_NS = draw_uniform(targets, manifest["size"], manifest["seed"], number)
-        entries, extra, mass = teacher_entries(row_hidden_ND, head, uniform_NS, manifest)
-        data = pack_row(ids, is_target, row.get("starts", []), entries, extra, manifest)
-        counts = RowCounts(1, len(ids), targets, len(entries), mass, zlib.crc32(data))
-        packed.append((data, counts))
-    return packed
-
-
-def draw_uniform(targets, size, seed, number):
-    """-> [targets, size] in [0, 1), the same for a row of this number on any device."""
-    generator = torch.Generator().manual_seed(int(digest(seed, number), 16) >> 1)
-    return torch.rand(targets, size, dtype=torch.float64, generator=generator).to(DEVICE)
-
-
-def teacher_entries(hidden_ND, head, uniform_NS, manifest):
-    """What is kept of the teacher at the targets of a row -> entries, extra (see above), mass."""
-    id_bits, _, _ = manifest["bits"]
+def keep(hidden_ND, head, number, manifest):
+    """Of the teacher, at the targets of the row of this number -> Kept"""
+    # draws of its own, the same on any device
+    generator = torch.Generator().manual_seed(int(digest(manifest["seed"], number), 16) >> 1)
+    shape = len(hidden_ND), manifest["size"]
+    uniform_NS = torch.rand(shape, dtype=torch.float64, generator=generator).to(DEVICE)
     # 16 bytes an entry of [C, V]: log p, p, and the running sum of p in fp64
-    tokens_at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
-    entries = []
-    extra = []
-    masses = []
-    hidden_parts = hidden_ND.split(tokens_at_once)
-    for hidden_CD, uniform_CS in zip(hidden_parts, uniform_NS.split(tokens_at_once)):
-        raw_CV = nn.functional.linear(hidden_CD, head.weight, head.bias)
-        raw_CV = raw_CV[:, :manifest["vocabulary"]]   # without the padding
-        logits_CV, _ = scale_and_softcap(raw_CV, head.scale, head.softcap)
+    at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
+    parts = []
+    for hidden_CD, uniform_CS in zip(hidden_ND.split(at_once), uniform_NS.split(at_once)):
+        logits_CV = head_logits(hidden_CD, head, manifest["vocabulary"])   # without the padding
         logp_CV = torch.log_softmax(logits_CV / manifest["temperature"], -1)
         if manifest["method"] == "sample":
-            ids, codes, part_extra, mass = sample_entries(logp_CV, uniform_CS)
+            parts.append(sample_entries(logp_CV, uniform_CS))
         else:
-            ids, codes, part_extra, mass = topk_entries(logp_CV, manifest["size"])
-        entries.append((ids + (codes.long() << id_bits)).cpu().numpy())
-        extra.append(part_extra.cpu().numpy())
-        masses.append(mass.item())
-    return np.concatenate(entries), np.concatenate(extra), np.sum(masses)
+            parts.append(topk_entries(logp_CV, manifest["size"]))
+    entries, extra, masses = map(torch.cat, zip(*parts))
+    return Kept(entries.cpu().numpy(), extra.cpu().numpy(), masses.sum().item())
 
 
 def sample_entries(logp_CV, uniform_CS):
-    """S draws a token -> distinct ids [E] and their codes [E], entropy code [C], their mass."""
+    """S draws a token -> an entry for each distinct id [E], extra [C], masses."""
     vocabulary = logp_CV.shape[1]
     cdf_CV = logp_CV.exp().cumsum(-1, dtype=torch.float64)
     heights_CS = uniform_CS * cdf_CV[:, -1:]   # which is not exactly 1
@@ -3651,122 +3421,97 @@ def sample_entries(logp_CV, uniform_CS):
     draws_CS = draws_CS.sort(-1)[0]
     # the entropy as these draws show it: student = teacher logs a KL of 0, not of noise around 0
     entropy_C = -logp_CV.gather(-1, draws_CS).mean(-1)
-    extra_C = (entropy_C * 256).round().clamp_max(4095)
+    extra_C = (entropy_C * 256).round().clamp_max(4095).long()
     line_C1 = torch.arange(len(draws_CS), device=draws_CS.device)[:, None]
     # places in [C, V] end to end: what two tokens have drawn stays apart
     places_E, times_E = torch.unique_consecutive(
         draws_CS + vocabulary * line_C1, return_counts=True)
-    mass = logp_CV.flatten()[places_E].exp().sum()
-    return places_E % vocabulary, times_E - 1, extra_C, mass
+    entries_E = places_E % vocabulary * uniform_CS.shape[1] + times_E - 1
+    return entries_E, extra_C, logp_CV.flatten()[places_E].exp()
 
 
 def topk_entries(logp_CV, size):
-    """The likeliest K = size ids a token and the rest -> ids and codes [C * (K + 1)], nothing, the
-    mass without the rest."""
+    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing, masses.
+    """
     logp_CK, ids_CK = logp_CV.topk(size)
-    rest_C1 = (1 - logp_CK.exp().sum(-1, keepdim=True)).clamp_min(0)
+    mass_C1 = logp_CK.exp().sum(-1, keepdim=True)
+    rest_C1 = (1 - mass_C1).clamp_min(0)
     logp_CE = torch.cat([logp_CK, rest_C1.log()], -1)
-    codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255)
-    ids_CE = nn.functional.pad(ids_CK, (0, 1))
-    nothing_C = torch.zeros(len(logp_CV))   # of 0 bits
-    return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
+    codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255).long()
+    entries_CE = 256 * nn.functional.pad(ids_CK, (0, 1)) + codes_CE
+    return entries_CE.flatten(), ids_CK.new_empty(0), mass_C1
 
 
-NO_CONTENT = ("tokenizer_files", "rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
-
-
-def finish_cache(cfg, manifest, paths):
-    """Read back the tables of all workers' chunks; with their sums the manifest is complete."""
-    chunk_counts = []
-    content = content_digest(manifest)
-    with progress("reading the cache back", len(paths), unit="chunk") as bar:
-        for path in paths:
-            table, _ = read_chunk(path, content)
-            chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
-            bar.update()
-    counts = sum_counts(chunk_counts)
-    rows_per_chunk = {"train": [], "eval": []}
-    for path, in_chunk in zip(paths, chunk_counts):
-        split, _ = os.path.basename(path).split("-")
-        rows_per_chunk[split].append(int(in_chunk.rows))
-    bytes_per_token = sum(os.path.getsize(path) for path in paths) / counts.tokens
-    mass_kept = counts.mass / counts.targets
-    complete = read_any_manifest(cfg.cache_dir) | dict(
-        rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
-        mass_kept=mass_kept, chunks=rows_per_chunk)
-    write_manifest(complete, cfg.cache_dir)
-    print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
-           f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
+def finish_cache(cache_dir, manifest, paths):
+    """Read every row of all workers' chunks back; with their numbers the cache is full."""
+    chunks = {"train": [], "eval": []}
+    tokens = biggest_id = 0
+    for path in tqdm(paths, desc="reading the cache back", unit="chunk", leave=False):
+        rows = read_chunk(path, digest(manifest))
+        tokens += sum(int(numbers[0]) for numbers in rows)
+        biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
+        split, _ = path.name.split("-")
+        chunks[split].append(len(rows))
+    size = sum(path.stat().st_size for path in paths)
+    index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
+                 bytes_per_token=size / tokens, biggest_id=biggest_id)
+    write_json(index, Path(cache_dir, "index.json"))
+    print0(f"cache {cache_dir} is full: {index['rows']:,} sequences, {tokens:,} tokens of "
+           f"{index['bytes_per_token']:.1f} bytes")
 
 
 # ---- reading
 
-TAKEN_FROM_CACHE = ("seq_len", "temperature", "packing")
-
 
 def take_from_cache(cfg):
-    """-> cfg of a training run with the cache's value of what was not typed."""
-    manifest = with_packing(read_manifest(cfg.cache_dir))
-    taken = {name: manifest[name] for name in TAKEN_FROM_CACHE if name not in cfg.given}
-    resolved = dataclasses.replace(cfg, **taken)
-    resolved.given = cfg.given   # is no field, which replace would carry over
-    return resolved
+    """-> cfg of a training run, with what the cache has decided; refused where something else was
+    typed."""
+    with phase(f"opening cache {cfg.cache_dir}"):
+        manifest = read_manifest(cfg.cache_dir)
+        names = ("teacher", "dataset", "seq_len", "temperature", "packing")
+        decided = {name: manifest[name] for name in names}
+        typed = {name: getattr(cfg, name) for name in names if name in cfg.given}
+        refuse_changes(decided, decided | typed, cfg.cache_dir, "fill another --cache_dir")
+    print0(f"the cache is of {decided}")
+    return dataclasses.replace(cfg, **decided)
 
 
 def describe_cache_use(cfg):
-    """What the plan of a training run says of its teacher."""
-    words = f"teacher: cache {cfg.cache_dir}"
-    taken = [name for name in TAKEN_FROM_CACHE if name not in cfg.given]
-    if "packing" in taken and cfg.packing == Config.packing:
-        taken.remove("packing")
-    if taken:
-        values = " and ".join(f"{name} {getattr(cfg, name)}" for name in taken)
-        words += f", which sets {values}"
-    return words
-
-
-def describe_targets(cfg):
-    """What a model card says of them."""
     manifest = read_manifest(cfg.cache_dir)
-    if manifest["method"] == "topk":
-        return f"kept as its {manifest['size']} likeliest tokens"
-    return f"kept as {manifest['size']} draws a token"
-
-
-def open_cache(cfg):
-    """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is
-    stored."""
-    manifest = read_manifest(cfg.cache_dir)
-    refuse_other_targets(cfg, manifest)
-    refuse_other_data(cfg)
-    tokenizer = read_tokenizer(cfg, manifest)
-    if manifest.get("bos") != bos_of(tokenizer):
-        raise UserError(f"cache_dir {cfg.cache_dir!r} was filled by a version whose blocks "
-                        "of text do not begin with the tokenizer's BOS; its mode cache command "
-                        "with --force_regenerate fills it again")
-    student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
-    compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
-                       f"{cfg.cache_dir}: {manifest['teacher']}")
-    rows = CacheRows(cfg.cache_dir, "train", manifest)
-    eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, at_most=cfg.eval_samples)
-    return rows, eval_rows, tokenizer, manifest
+    return f"of each token {manifest['size']} ids, method {manifest['method']}"
 
 
 def load_with_cache(cfg):
-    """load_everything, where the cache is the dataset and the teacher."""
-    rows, eval_rows, tokenizer, _ = open_cache(cfg)
-    student = load_checked_student(cfg, tokenizer)
-    return tokenizer, rows, eval_rows, student, None
+    """load_everything, where the cache is the dataset and the teacher. Code in its tokenizer runs
+    only where this run allows it."""
+    with phase(f"reading cache {cfg.cache_dir}"):
+        manifest = read_manifest(cfg.cache_dir)
+        index = read_json(Path(cfg.cache_dir, "index.json"))
+        if not index:
+            raise UserError(f"{cfg.cache_dir!r} holds no finished cache (it was begun, not "
+                            "finished); the same mode cache command finishes it")
+        folder = Path(cfg.cache_dir, "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
+            raise UserError(f"cache tokenizer '{folder}' is not what was written; fill the cache "
+                            "again with --force_regenerate")
+        theirs = load_tokenizer(cfg, cfg.student) or tokenizer
+        compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
+        rows = CacheRows(cfg.cache_dir, "train", manifest, index)
+        eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
+    student, _ = load_checked(cfg, "student", tokenizer)
+    check_ids(student, tokenizer, index["biggest_id"])
+    return tokenizer, rows, eval_rows, student, None, None
 
 
 class CacheRows:
     """The rows of a split, by number: nothing is read but what is asked for."""
 
-    def __init__(self, cache_dir, split, manifest, at_most=math.inf):
-        self.prefix = os.path.join(cache_dir, split)
+    def __init__(self, cache_dir, split, manifest, index, at_most=math.inf):
+        self.prefix = f"{cache_dir}/{split}"
         self.manifest = manifest
-        self.content = content_digest(manifest)
-        self.starts = np.cumsum([0, *manifest["chunks"][split]])   # of chunks; the last: the end
+        self.content = digest(manifest)
+        self.starts = np.cumsum([0, *index["chunks"][split]])   # of chunks; the last: the end
         self.length = int(min(self.starts[-1], at_most))
 
     def __len__(self):
@@ -3774,117 +3519,40 @@ class CacheRows:
 
     def __getitem__(self, i):
         chunk = int(np.searchsorted(self.starts, i, "right")) - 1
-        line = i - int(self.starts[chunk]) + 1   # of its table, which begins with the filler
-        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", self.content, line)
-        counts = RowCounts(*table[line, 1:])
-        return unpack_row(
-            data, int(counts.tokens), int(counts.targets), int(counts.entries), self.manifest)
+        line = i - int(self.starts[chunk])
+        path = Path(f"{self.prefix}-{chunk:08d}.safetensors")
+        numbers, = read_chunk(path, self.content, [line])
+        return unpack_row(numbers, self.manifest)
 
 
-def read_chunk(path, content, line=0):
-    """-> its table, the bytes of the row of that line (0: the filler); both as they were written.
-    content: content_digest of the cache. Mapped anew each time, 50 us: nothing has to be kept."""
-    cache_dir = os.path.dirname(path)
-    with reading(f"cache chunk {path!r} is damaged or another", again(cache_dir, path)):
+def read_chunk(path, content, lines=None):
+    """-> the numbers of each of its rows, or of some, as they were written. content: digest of the
+    manifest. Mapped anew each time, 20 us: nothing has to be kept."""
+    try:
+        rows = []
         with safetensors.safe_open(path, "numpy") as file:
-            mark, _, table_checksum = file.metadata()["chunk"].rpartition(" ")
-            if mark != chunk_mark(path, content):
-                raise ValueError(f"it is {mark}, not {chunk_mark(path, content)}")
-            table = file.get_tensor("table")
-            start = int(table[line - 1, 0]) if line > 0 else 0
-            data = file.get_slice("rows")[start:int(table[line, 0])].tobytes()
-            if zlib.crc32(table) != int(table_checksum) or zlib.crc32(data) != table[line, -1]:
-                raise ValueError("wrong checksum")
-    return table, data
-
-
-def again(cache_dir, path):
-    """The command that mends a file of a cache: of the cache as it lies here, whatever folder its
-    config names, since it may be a copy."""
-    config = os.path.join(cache_dir, "config.json")
-    return (f"; to make it, and only it, again: rm {shlex.quote(path)}; python simple_distill.py "
-            f"--config {shlex.quote(config)} --cache_dir {shlex.quote(cache_dir)}")
+            ends = file.get_tensor("ends").tolist()
+            for line in lines or range(len(ends) - 1):
+                written = file.get_slice("rows")[ends[line]:ends[line + 1]].tobytes()
+                if written[:4] != checksum_at(path, line, written[4:], content):
+                    raise ValueError("wrong checksum")
+                rows.append(decompress(written[4:]))
+        return rows
+    except Exception as e:
+        folder = shlex.quote(str(path.parent))   # where the cache lies now: it may be a copy
+        raise UserError(
+            f"cache chunk '{path}' is damaged or of another cache ({one_line(e)}); to make it, and "
+            f"only it, again: rm {shlex.quote(str(path))}; python simple_distill.py --config "
+            f"{folder}/config.json --cache_dir {folder}") from e
 
 
 def read_manifest(cache_dir):
-    """Of a full cache."""
-    if not os.path.exists(os.path.join(cache_dir, "manifest.json")):
-        raise UserError(f"{cache_dir!r} holds no cache; mode cache begins one")
-    manifest = read_any_manifest(cache_dir)
-    if "chunks" not in manifest:
-        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); the "
-                        "same mode cache command finishes it")
+    """Of a cache that was begun, at least."""
+    manifest = read_json(Path(cache_dir, "manifest.json"), {})
+    if manifest.get("format") != 2:
+        raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
+                        "fills it, an older one with --force_regenerate")
     return manifest
-
-
-def read_any_manifest(cache_dir):
-    """Of a cache that was begun, at least. Its values are as they were written, all of them."""
-    path = os.path.join(cache_dir, "manifest.json")
-    with reading(f"cache manifest {path!r} is damaged or edited", again(cache_dir, path)):
-        with open(path, encoding="utf-8") as f:
-            manifest = json.load(f)
-        written = manifest.pop("digest")
-        if digest(manifest) != written:
-            raise ValueError("it is not what was written")
-    return manifest
-
-
-def read_tokenizer(cfg, manifest):
-    """As it was when the cache was filled; code in it runs only where this run allows it."""
-    folder = os.path.join(cfg.cache_dir, "tokenizer")
-    what = f"cache tokenizer {folder!r} is damaged, edited or not allowed"
-    # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
-    with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
-        for name, crc in manifest["tokenizer_files"].items():
-            if checksum(os.path.join(folder, name)) != crc:
-                raise ValueError(f"{name} is not what was written")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-
-
-def read_cache_config(cache_dir):
-    path = os.path.join(cache_dir, "config.json")
-    with reading(f"cache config {path!r} is damaged", "; choose another --cache_dir"):
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
-
-
-# ---- refusals
-
-
-def refuse_other_targets(cfg, manifest):
-    """What is stored was computed by one teacher, at one temperature, on rows of one length."""
-    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, packing=cfg.packing,
-                teacher=cfg.teacher)
-    same_path = os.path.realpath(cfg.teacher) == os.path.realpath(manifest["teacher"])
-    if cfg.teacher == "demo" or same_path:   # demo: the default, none was named
-        here["teacher"] = manifest["teacher"]
-    there = {name: with_packing(manifest)[name] for name in here}
-    refuse_changes(there, here, cfg.cache_dir, "fill another --cache_dir")
-
-
-def refuse_other_data(cfg):
-    """The cache is the dataset: what it has decided may be left out or said again."""
-    # the first two are compared above; the others do not decide what the rows hold
-    passed_over = ("seq_len", "packing", "eval_samples", "shuffle_buffer", "num_proc")
-    here = {}
-    for name in knobs_in("data"):
-        if name in passed_over:
-            continue
-        # a config.json names every knob: one that has its default decides nothing
-        if name in cfg.given and getattr(cfg, name) != getattr(Config, name):
-            here[name] = getattr(cfg, name)
-    decided = read_cache_config(cfg.cache_dir)
-    there = {name: decided.get(name) for name in here}
-    refuse_changes(there, here, cfg.cache_dir, "leave it out")
-
-
-@contextlib.contextmanager
-def explain_bad_disk(folder):
-    try:
-        yield
-    except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished "
-                        "chunks stay; make room or mend it, and the same command goes on") from e
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3895,38 +3563,37 @@ def explain_bad_disk(folder):
 
 def train_blockwise(cfg):
     """Block by block, then the head, then as usual -> True when done, False when stopped."""
+    # start_run has run the student by then, while all of it could be trained: FSDP notes at the
+    # first forward, once for all, in which type a unit reduces gradients
     run = start_run(cfg)
     if run is None:
         return True
-    stages = block_stages(run)
-    blocks_end = max(stage.end for stage in stages if stage.mean_over == "real")
+    parts = parameters_by_part(run)
+    stages = block_stages(run, parts)
+    last_block = [stage for stage in stages if stage.mean_over == "real"][-1]
     if cfg.dry_run:
         return rehearse(run, stages)
     with begin(run, stages):
-        if "block_figures" not in run.notes:
+        if "block_figures" not in run.progress.notes:
             measure_blocks(run)
         for stage in stages:
-            if run.step >= stage.end:   # done before a resume
+            if run.progress.step >= stage.end:   # done before a resume
                 continue
             if not train_stage(run, stage):
                 break
-            if stage.end == blocks_end:
+            if stage is last_block:
                 measure_blocks(run)
-                if cfg.initialize_head_from_teacher and head_may_change(run):
-                    initialize_head(run.student, run.teacher)
+                if cfg.initialize_head_from_teacher:
+                    initialize_head(run, parts["head"])
             evaluate_and_save(run, stage)
-    if not run.stopped:
-        print0(block_table(run))
     return finish(run)
 
 
 # ---- which block learns from which, and when
 
 
-def match_blocks(cfg, student_config, teacher_config):
+def match_blocks(cfg, student_shape, teacher_shape):
     """-> {block of the student: block of the teacher}, refused where they cannot be matched."""
-    student_shape = student_config.get_text_config()
-    teacher_shape = teacher_config.get_text_config()
     depth = student_shape.num_hidden_layers
     teacher_depth = teacher_shape.num_hidden_layers
     if depth > teacher_depth:
@@ -3940,150 +3607,113 @@ def match_blocks(cfg, student_config, teacher_config):
         if count not in (1, depth):
             raise UserError(f"{name} has {count} values; give one, or one for each of the "
                             f"student's {depth} blocks")
-    return {i: round((i + 1) * teacher_depth / depth) - 1 for i in range(depth)}
+    return {i: teacher_layer(i, depth, teacher_depth) for i in range(depth)}
 
 
-def block_stages(run):
+def parameters_by_part(run):
+    """-> {block number, "head" or "embeddings": {parameter: multiplier of its rate, 0: frozen}}. A
+    block's stitches belong to it, the final norm to the head, a tied head to the embeddings."""
+    model = run.student.model
+    multipliers = learning_rates(
+        model.named_parameters(remove_duplicate=False), parse_multipliers(run.cfg.lr_multipliers),
+        run.cfg.default_lr_multiplier, learning_rate=1.0)
+    path, _ = layers_of(model)
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
+    head.discard(model.get_input_embeddings().weight)
+    parts = collections.defaultdict(dict)
+    for name, p in run.student.named_parameters():
+        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        if block:
+            part = int(block[1])
+        else:
+            part = "head" if p in head else "embeddings"
+        parts[part][p] = multipliers.get(p, 1.0)   # a stitch has the rate of its block
+    return parts
+
+
+def block_stages(run, parts):
     """-> [Stage, ...]: one a block, or one for all of them (block_input teacher), then norm and
     head, then plain distillation."""
-    cfg = run.cfg
-    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
-    check_head_is_free(cfg, run.student.model)
-    parts = parameters_by_part(run.student)
-    if cfg.block_input == "teacher":
-        stages = [stage_of_all_blocks(run, pairs, parts)]
-    else:
-        stages = []
-        for block in pairs:
-            first_step = stages[-1].end if stages else 0
-            stages.append(stage_of_block(run, pairs, parts, block, first_step))
-    if cfg.train_lm_head:
-        stages.append(stage_of_head(run, parts, first_step=stages[-1].end))
-    multiply_rates(stages, multipliers_of_student(run))
+    pairs = run.student.pairs
+    groups = [{i: j} for i, j in pairs.items()]
+    if run.cfg.block_input == "teacher":
+        groups = [pairs]
+    stages = []
+    first_step = 0
+    for group in groups:
+        stages.append(stage_of_blocks(run, parts, group, first_step))
+        first_step = stages[-1].end
+    if run.cfg.train_lm_head:
+        stages.append(stage_of_head(run, parts["head"], first_step))
+    for stage in stages:
+        if not any(stage.rates.values()):
+            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
+                            "would train; leave something of it free, or for the head "
+                            "--train_lm_head false")
     distillation = distillation_stage(run, first_step=stages[-1].end)
     if distillation.steps:
         stages.append(distillation)
     return stages
 
 
-def parameters_by_part(student):
-    """-> {block number, "head" or "embeddings": [parameters]}. A block's stitches belong to it, the
-    final norm to the head, a head that is tied to the embeddings to them."""
-    model = student.model
-    path, _ = layers_of(model)
-    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head.discard(model.get_input_embeddings().weight)
-    parts = collections.defaultdict(list)
-    for name, p in student.named_parameters():
-        block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
-        if block:
-            parts[int(block[1])].append(p)
-        elif p in head:
-            parts["head"].append(p)
-        else:
-            parts["embeddings"].append(p)
-    return parts
-
-
-def check_head_is_free(cfg, model):
-    """A head that is to be trained must not be the embeddings: the blocks build on those."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if tied and (cfg.train_lm_head or cfg.initialize_head_from_teacher):
-        raise UserError(f"{type(model).__name__} ties its head whatever its config says: "
-                        "--train_lm_head false --initialize_head_from_teacher false")
-
-
-def stage_of_block(run, pairs, parts, block, first_step):
-    """A block alone on the student's own stream; the first one also learns the embeddings, and with
-    freeze_previous_blocks false each also goes on with what stands before it."""
+def stage_of_blocks(run, parts, pairs, first_step):
+    """A block on the student's own stream; the first one also learns the embeddings, and with
+    freeze_previous_blocks false each goes on with what stands before it. Or all blocks at once,
+    each fed by the teacher: none sees another, each is clipped alone."""
     cfg = run.cfg
-    trained = [block]
-    if block == 0 or not cfg.freeze_previous_blocks:
-        trained += ["embeddings", *range(block)]
-    rate = one_of(cfg.lr_per_block, block)
-    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher,
-                                                   {block: pairs[block]})
-    return Stage(
-        name=f"block {block}", first_step=first_step,
-        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, block)), loss_fn=loss_fn,
-        get_teacher_targets=get_teacher_targets,
-        rates={p: rate for part in trained for p in parts[part]},
-        weight_decay=one_of(cfg.wd_per_block, block),
-        max_grad_norm=one_of(cfg.max_grad_norm_per_block, block), mean_over="real")
-
-
-def stage_of_all_blocks(run, pairs, parts):
-    """All blocks at once, each fed by the teacher: none sees another, each is clipped alone."""
-    cfg = run.cfg
+    fed_by_teacher = cfg.block_input == "teacher"
     rates = {}
     clipped_alone = []
-    for block in pairs:
-        rate = one_of(cfg.lr_per_block, block)
-        rates |= {p: rate for p in parts[block]}
-        max_norm = one_of(cfg.max_grad_norm_per_block, block)
-        if max_norm:
-            clipped_alone.append((parts[block], max_norm))
-    loss_fn, get_teacher_targets = make_block_loss(cfg, run.student, run.teacher, pairs)
+    for i in pairs:
+        trained = [i]
+        if not fed_by_teacher and (i == 0 or not cfg.freeze_previous_blocks):
+            trained += ["embeddings", *range(i)]
+        rate = one_of(cfg.lr_per_block, i)
+        rates |= {p: rate * times for part in trained for p, times in parts[part].items()}
+        max_norm = one_of(cfg.max_grad_norm_per_block, i)
+        if fed_by_teacher and max_norm:
+            clipped_alone.append((parts[i], max_norm))
     return Stage(
-        name="blocks", first_step=0, steps=steps_of_epochs(run, cfg.epochs_per_block[0]),
-        loss_fn=loss_fn, get_teacher_targets=get_teacher_targets, rates=rates,
-        weight_decay=cfg.wd_per_block[0], max_grad_norm=0, clipped_alone=clipped_alone,
+        name="blocks" if fed_by_teacher else f"block {i}", first_step=first_step,
+        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, i)),
+        loss_fn=functools.partial(block_loss, run, pairs),
+        get_teacher_targets=functools.partial(run.teacher, around_blocks, pairs.values(), {}),
+        rates=rates, weight_decay=one_of(cfg.wd_per_block, i),
+        max_grad_norm=0 if fed_by_teacher else max_norm, clipped_alone=clipped_alone,
         mean_over="real")
 
 
-def stage_of_head(run, parts, first_step):
+def stage_of_head(run, head, first_step):
     """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
     cfg = run.cfg
-    alpha = 1 - cfg.logit_loss_weight
-    divergence = cfg.logit_loss_type
-    if cfg.logit_loss_type == "ce":
-        alpha = 1.0
-    if cfg.logit_loss_type == "kl_div":
-        divergence = "forward"
+    alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
+    loss_fn = functools.partial(
+        distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
+        divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
+        vocabulary=run.vocabulary)
     return Stage(
         name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
-        loss_fn=functools.partial(distil_loss, alpha=alpha, divergence=divergence,
-                                  temperature=cfg.logit_loss_temperature,
-                                  vocabulary=vocabulary_of(run.tokenizer)),
-        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
-        rates={p: cfg.lm_head_lr for p in parts["head"]}, weight_decay=cfg.lm_head_wd,
-        max_grad_norm=cfg.lm_head_max_grad_norm)
-
-
-def multipliers_of_student(run):
-    """{parameter: learning-rate multiplier}, 0: frozen. Stitches are no part of the student."""
-    return learning_rates(
-        run.student.model.named_parameters(remove_duplicate=False),
-        parse_multipliers(run.cfg.lr_multipliers), run.cfg.default_lr_multiplier,
-        learning_rate=1.0)
-
-
-def multiply_rates(stages, multipliers):
-    """What is frozen is frozen in every phase; a stitch has the rate of its block."""
-    for stage in stages:
-        stage.rates = {p: rate * multipliers.get(p, 1.0) for p, rate in stage.rates.items()}
-        if not any(stage.rates.values()):
-            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
-                            "would train; leave something of it free, or for the head "
-                            "--train_lm_head false")
-
-
-def head_may_change(run):
-    multipliers = multipliers_of_student(run)
-    if all(multipliers[p] for p in parameters_by_part(run.student)["head"]):
-        return True
-    print0("blockwise: lr_multipliers freeze the student's norm or head, which stay as they are in "
-           "place of the teacher's")
-    return False
+        loss_fn=loss_fn, get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        rates={p: cfg.lm_head_lr * multiplier for p, multiplier in head.items()},
+        weight_decay=cfg.lm_head_wd, max_grad_norm=cfg.lm_head_max_grad_norm)
 
 
 def one_of(values, block):
     """One value for all blocks, or one a block."""
-    return values[block] if len(values) > 1 else values[0]
+    return values[block % len(values)]
 
 
 def steps_of_epochs(run, epochs):
     return max(1, math.ceil(epochs * run.steps_per_epoch))
+
+
+def clip_blocks(clipped_alone, scale_state):
+    """[(parameters, max norm), ...]: gradients of scale * loss, each group's by itself, without
+    asking the GPU."""
+    for parameters, max_norm in clipped_alone:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale_state["scale"]
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 # ---- hidden states at both ends of a block
@@ -4107,14 +3737,13 @@ class RecordedLayer:
         return output
 
 
-def around_blocks(model, batch, blocks, other_inputs):
+def around_blocks(model, blocks, other_inputs, batch):
     """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each.
     other_inputs: {block: hidden states that it is fed}. Layers after the last block do not run."""
     path, layers = layers_of(model)
     parent_path, _, name = path.rpartition(".")
-    recorded = []
-    for i, layer in enumerate(layers[:max(blocks) + 1]):
-        recorded.append(RecordedLayer(layer, other_inputs.get(i)))
+    recorded = [RecordedLayer(layer, other_inputs.get(i))
+                for i, layer in enumerate(layers[:max(blocks) + 1])]
     # an entry in __dict__ hides the registered layers for the time of one forward
     attributes = vars(model.get_submodule(parent_path))
     attributes[name] = recorded
@@ -4123,74 +3752,51 @@ def around_blocks(model, batch, blocks, other_inputs):
     return {i: recorded[i].recorded for i in blocks}
 
 
+def block_errors(run, pairs, model, batch, teacher_states):
+    """Runs inside the student: yields, for one block after the other, the error [N], the student's
+    states, stitched to the teacher's width, and the teacher's, [N, D] each, without padding."""
+    cfg = run.cfg
+    stitches = run.student.stitches
+    dtype = model.get_input_embeddings().weight.dtype
+    inputs = {}
+    if cfg.block_input == "teacher":
+        for i, j in pairs.items():
+            inputs[i] = stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+    student_states = around_blocks(model, pairs, inputs, batch)
+    for i, j in pairs.items():
+        student_ND = student_states[i][1].flatten(0, 1)[batch.real].to(dtype)
+        student_ND = stitches[f"up{i}"](student_ND).float()
+        teacher_ND = teacher_states[j][1].flatten(0, 1)[batch.real].float()
+        error_N = hidden_error(
+            student_ND, teacher_ND, cfg.distill_loss_type, cfg.distill_loss_temperature)
+        yield error_N, student_ND, teacher_ND
+
+
 def hidden_error(student_ND, teacher_ND, kind, temperature):
     """-> [N]. The gradient is exactly 0 where both agree: Adam makes whole steps of noise."""
     if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
-        logp = torch.log_softmax(student_ND.float() / temperature, -1)
-        logq = torch.log_softmax(teacher_ND.float() / temperature, -1)
+        logp = torch.log_softmax(student_ND / temperature, -1)
+        logq = torch.log_softmax(teacher_ND / temperature, -1)
         terms = logq.exp() * (logq - logp) - logq.exp() + logp.exp()
         return temperature ** 2 * terms.sum(-1)
-    if kind == "mse":
-        return (student_ND.float() - teacher_ND.float()).square().mean(-1)
+    if kind == "cosine":   # 1 - cos, as half the squared distance of unit vectors
+        student_ND = nn.functional.normalize(student_ND)
+        teacher_ND = nn.functional.normalize(teacher_ND)
+        return (student_ND - teacher_ND).square().sum(-1) / 2
+    error_N = (student_ND - teacher_ND).square().mean(-1)
     if kind == "relative":   # |s - t|^2 / |t|^2: a sink, 100 times as large, weighs as any token
-        missed_N = (student_ND.float() - teacher_ND.float()).square().mean(-1)
-        size_N = teacher_ND.float().square().mean(-1)
+        size_N = teacher_ND.square().mean(-1)
         # a state of zeros (padding_idx) has no size: it counts nothing
-        return (missed_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
-    # 1 - cos, as half the squared distance of unit vectors
-    student_ND = nn.functional.normalize(student_ND.float(), dim=-1)
-    teacher_ND = nn.functional.normalize(teacher_ND.float(), dim=-1)
-    return (student_ND - teacher_ND).square().sum(-1) / 2
+        error_N = (error_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
+    return error_N
 
 
-def make_block_states(cfg, student, teacher, pairs):
-    """-> block_states and get_teacher_targets: block_states yields, for one block after the other,
-    the student's states, stitched to the teacher's width, and the teacher's: [N, D] each, without
-    padding."""
-    fed_by_teacher = cfg.block_input == "teacher"
-
-    def get_teacher_targets(batch):
-        with torch.no_grad():
-            return teacher(around_blocks, batch, pairs.values(), {})
-
-    def block_states(model, batch, teacher_states):
-        dtype = model.get_input_embeddings().weight.dtype
-
-        def stitch(name, hidden):
-            hidden = hidden.to(dtype)
-            if name in student.stitches:
-                hidden = student.stitches[name](hidden)
-            return hidden
-
-        def real(hidden_BTD):   # without padding
-            return hidden_BTD.flatten(0, 1)[batch.real]
-
-        inputs = {}
-        if fed_by_teacher:
-            for i, j in pairs.items():
-                inputs[i] = stitch(f"down{i}", teacher_states[j][0])
-        student_states = around_blocks(model, batch, pairs, inputs)
-        for i, j in pairs.items():
-            yield stitch(f"up{i}", real(student_states[i][1])), real(teacher_states[j][1])
-
-    return block_states, get_teacher_targets
-
-
-def make_block_loss(cfg, student, teacher, pairs):
-    """-> loss_fn and get_teacher_targets of a Stage that trains the blocks in pairs. loss_fn hands
-    on the error of each block after loss, ce and kl (which are 0)."""
-    block_states, get_teacher_targets = make_block_states(cfg, student, teacher, pairs)
-
-    def loss_fn(model, batch, teacher_states, denominator):
-        errors = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
-            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                   cfg.distill_loss_temperature)
-            errors.append(error_N.sum() / denominator)
-        ce, kl = errors[0].new_zeros(2)
-        return sum(errors), ce, kl, *errors
-
-    return loss_fn, get_teacher_targets
+def block_loss(run, pairs, model, batch, teacher_states, denominator):
+    """-> the sum of the blocks' mean errors; ce and kl, which are 0."""
+    loss = 0
+    for error_N, _, _ in block_errors(run, pairs, model, batch, teacher_states):
+        loss = loss + error_N.sum() / denominator
+    return loss, *loss.new_zeros(2)
 
 
 # ---- how near the blocks are
@@ -4200,154 +3806,98 @@ ORDINARY = 3   # times the median |t| of its batch: a state above that is a sink
 
 
 def measure_blocks(run):
-    """How far every block is on held-out rows, now: kept in run.notes, logged and shown."""
-    figures = judge_blocks(run)
-    run.notes.setdefault("block_figures", []).append(figures)
+    """How far every block is on held-out rows, now: kept in the run's notes, logged and shown.
+    loss: the mean error of a token. explained: the share of the teacher's variance that the student
+    has, below 0 where the mean of t would be nearer."""
+    blocks = run.student.pairs.values()
+    means = mean_over_rows(
+        run.student, functools.partial(sums_of_blocks, run),
+        functools.partial(run.teacher, around_blocks, blocks, {}), run.eval_rows, run.batch_size,
+        "real", "measuring the blocks")
+    figures = {"block/step": run.progress.step}
+    for i, (error, missed, variance) in enumerate(np.reshape(means, (-1, 3)).tolist()):
+        figures[f"block/{i}/loss"] = error
+        figures[f"block/{i}/explained"] = 1 - missed / max(variance, 1e-30)
+    run.progress.notes.setdefault("block_figures", []).append(figures)
     print0(block_table(run))
-    entry = {}
-    for i, of_block in enumerate(figures):
-        entry |= {f"block/{i}/{name}": value for name, value in of_block.items()}
-    log(run, entry | {"block/step": run.step})
+    log(run, figures)
 
 
-@torch.no_grad()
-def judge_blocks(run):
-    """-> a dict a block: loss, the mean error of a token; median, that of the median token;
-    explained, the share of the teacher's variance that the student has at ordinary positions."""
-    cfg = run.cfg
-    pairs = match_blocks(cfg, run.student.model.config, run.teacher.model.config)
-    block_states, get_teacher_targets = make_block_states(cfg, run.student, run.teacher, pairs)
-
-    def judge(model, batch, teacher_states):
-        errors = []
-        sums = []
-        for student_ND, teacher_ND in block_states(model, batch, teacher_states):
-            error_N = hidden_error(student_ND, teacher_ND, cfg.distill_loss_type,
-                                   cfg.distill_loss_temperature)
-            errors.append(error_N.cpu())
-            sums.append(sums_of_ordinary(student_ND, teacher_ND))
-        return errors, torch.stack(sums).cpu()
-
-    was_training = run.student.training
-    run.student.eval()
-    ordinary_sums = 0
-    my_errors = [[] for _ in pairs]
-    totals = [0.0] * len(pairs)
-    with progress("measuring the blocks", len(run.eval_rows), unit="seq") as bar:
-        for mine in rows_of_this_rank(run.eval_rows, run.batch_size):
-            batch = collate([run.eval_rows[k] for k in mine])
-            errors, sums = run.student(judge, batch, get_teacher_targets(batch))
-            ordinary_sums += sums
-            for i, error_N in enumerate(errors):
-                my_errors[i].append(error_N)
-                totals[i] += error_N.sum().item()
-            bar.update(WORLD * len(mine))
-    run.student.train(was_training)
-    run.student.release()
-    dist.all_reduce(ordinary_sums)
-    totals = all_sum(*totals)
-
-    figures = []
-    for i in pairs:
-        of_ranks = [None] * WORLD
-        dist.all_gather_object(of_ranks, torch.cat(my_errors[i]))
-        error_N = torch.cat(of_ranks)
-        figures.append(dict(
-            loss=totals[i] / len(error_N), median=error_N.median().item(),
-            explained=share_explained(ordinary_sums[i])))
-    return figures
-
-
-def sums_of_ordinary(student_ND, teacher_ND):
-    """Over the ordinary positions of a batch -> [3 + D] in fp64: how many they are, the sums of
-    |s - t|^2 and |t|^2, and that of t."""
-    size_N = teacher_ND.float().norm(dim=-1)
-    is_ordinary_N = size_N <= ORDINARY * size_N.median()
-    teacher_ND = teacher_ND[is_ordinary_N].double()
-    missed_ND = student_ND[is_ordinary_N].double() - teacher_ND
-    scalars = [is_ordinary_N.sum(), missed_ND.square().sum(), teacher_ND.square().sum()]
-    return torch.cat([torch.stack(scalars), teacher_ND.sum(0)])
-
-
-def share_explained(sums):
-    """1 - sum |s - t|^2 / sum |t - mean|^2; below 0 where the mean of t would be nearer."""
-    count, missed, squares, *total = sums.tolist()
-    variance = squares - sum(x * x for x in total) / count
-    return 1 - missed / variance if variance > 0 else 0.0
+def sums_of_blocks(run, model, batch, teacher_states, _):
+    """Runs inside the student: -> for each block the sum of its errors, and over the ordinary
+    positions those of |s - t|^2 and |t - mean|^2 (mean: of this batch). 0 of a batch of nothing."""
+    sums = []
+    for error_N, student_ND, teacher_ND in block_errors(
+            run, run.student.pairs, model, batch, teacher_states):
+        size_N = teacher_ND.norm(dim=-1)
+        ordinary_N = size_N <= ORDINARY * size_N.median()
+        student_ND = student_ND[ordinary_N].double()
+        teacher_ND = teacher_ND[ordinary_N].double()
+        missed_ND = student_ND - teacher_ND
+        spread_ND = teacher_ND - teacher_ND.mean(0)
+        sums += [error_N.sum().double(), missed_ND.square().sum(), spread_ND.square().sum()]
+    return sums
 
 
 def block_table(run):
     """The errors that were measured: once before and, after the blocks, once more."""
-    pairs = match_blocks(run.cfg, run.student.model.config, run.teacher.model.config)
-    measured = run.notes["block_figures"]
-    columns = f"{run.cfg.distill_loss_type:>12}{'median token':>14}{'explained':>11}"
-    lines = [f"\n{'held out':<22}{'before':>12}", f"{'block':<7}{'teacher block':<15}{columns}"]
-    if len(measured) > 1:
-        lines[0] += f"{'after':>37}"
-        lines[1] += columns
-    for i, j in pairs.items():
-        line = f"{i:<7}{j:<15}"
-        for figures in measured:
-            of_block = figures[i]
-            line += (f"{of_block['loss']:>12.4g}{of_block['median']:>14.4g}"
-                     f"{of_block['explained']:>11.1%}")
-        lines.append(line)
-    lines.append("explained: of the variance of the teacher's states t, where |t| is at most "
-                 f"{ORDINARY} times its median")
-    return "\n".join(lines)
+    header = ["block", "teacher block"]
+    rows = [[str(i), str(j)] for i, j in run.student.pairs.items()]
+    for when, figures in zip(("before", "after"), run.progress.notes["block_figures"]):
+        header += [f"{run.cfg.distill_loss_type} {when}", f"explained {when}"]
+        for i, row in enumerate(rows):
+            row += [f"{figures[f'block/{i}/loss']:.4g}", f"{figures[f'block/{i}/explained']:.1%}"]
+    return (f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
+            f"|t| is at most {ORDINARY} times its median")
 
 
 # ---- stitches, and the head
 
 
 def stitching(cfg, config):
-    teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    untie_head(cfg, config)
-
-    def build(model):
-        return make_stitches(cfg, config, teacher_config,
-                             model.get_output_embeddings().bias is not None)
-    return build
-
-
-def untie_head(cfg, student_config):
-    """A head that is to be trained is untied from the embeddings, which the blocks build on."""
-    shape = student_config.get_text_config()
+    """-> the function that makes a root of the student. A head that is to be trained is untied in
+    its config from the embeddings, which the blocks build on."""
+    shape = config.get_text_config()
     learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
-    if getattr(shape, "tie_word_embeddings", False) and learns_head:
-        student_config.tie_word_embeddings = False
+    if learns_head and getattr(shape, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
         shape.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks "
                "build on")
+    teacher_config = AutoConfig.from_pretrained(
+        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
+    return functools.partial(StitchedRoot, cfg=cfg, shape=shape,
+                             teacher_shape=teacher_config.get_text_config())
 
 
-def make_stitches(cfg, student_config, teacher_config, head_has_bias):
-    """-> the linear maps between the widths: up<i> from block i of the student to the teacher's
-    width, down<i> (block_input teacher) the other way."""
-    made = nn.ModuleDict()
-    if not cfg.use_stitching_layers:
-        return made
-    pairs = match_blocks(cfg, student_config, teacher_config)
-    width = student_config.get_text_config().hidden_size
-    teacher_width = teacher_config.get_text_config().hidden_size
-    # the last stitch is folded into the head: where that has no bias, a stitch's would not fit
-    folded = (width != teacher_width and cfg.initialize_head_from_teacher and not head_has_bias)
-    torch.manual_seed(cfg.seed)
-    for i in pairs:
-        last = i + 1 == len(pairs)
-        bias = cfg.stitching_layer_bias and not (folded and last)
-        made[f"up{i}"] = nn.Linear(width, teacher_width, bias)
-    if cfg.block_input == "teacher":
-        for i in pairs:
-            made[f"down{i}"] = nn.Linear(teacher_width, width, cfg.stitching_layer_bias)
-    for p in made.parameters():
-        if p.ndim == 1:
-            nn.init.zeros_(p)
-        elif width == teacher_width:
-            nn.init.eye_(p)
-        else:
-            nn.init.xavier_uniform_(p)
-    return made
+class StitchedRoot(ShardedRoot):
+    """The student beside the linear maps between the widths: up<i> from its block i to the
+    teacher's width, down<i> (block_input teacher) the other way. A checkpoint keeps them, final/
+    does not. pairs: {block of the student: block of the teacher}."""
+
+    def __init__(self, model, cfg, shape, teacher_shape):
+        super().__init__(model)
+        self.pairs = match_blocks(cfg, shape, teacher_shape)
+        self.stitches = nn.ModuleDict()
+        width = shape.hidden_size
+        teacher_width = teacher_shape.hidden_size
+        stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
+        # the last one becomes a part of the head, which mostly has no place for a bias
+        folded = width != teacher_width and cfg.initialize_head_from_teacher
+        torch.manual_seed(cfg.seed)
+        for i in self.pairs:
+            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(self.pairs))
+            self.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
+        if cfg.block_input == "teacher":
+            for i in self.pairs:
+                self.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
+        for p in self.stitches.parameters():
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            elif width == teacher_width:
+                nn.init.eye_(p)
+            else:
+                nn.init.xavier_uniform_(p)
 
 
 def final_norm(model):
@@ -4362,45 +3912,40 @@ def final_norm(model):
     return norm
 
 
-def head_and_norm(model):
-    """Runs inside a root -> the head's weight [V, D], bias [V] or None and scale; what the final
-    norm multiplies by and adds [D]. That shows on states of size 1, whatever its weight means
-    (Gemma's is off by one)."""
+def head_and_gain(model):
+    """Runs inside a root -> the head, and what the final norm multiplies by [D]. That shows on
+    states of size 1, whatever its weight means (Gemma's is off by one)."""
     head = head_of(model)
     norm = final_norm(model)
     probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
-    plus = norm(probe).float()
-    minus = norm(-probe).float()
-    gain = (plus - minus) / 2 * probe
-    shift = (plus + minus) / 2
-    return head.weight.float(), head.bias, head.scale, gain, shift
+    return head, (norm(probe).float() - norm(-probe).float()) / 2 * probe
 
 
 @torch.no_grad()
-def initialize_head(student, teacher):
-    """The teacher's norm and head at equal width. Else what they make of stitched states, folded
-    into the student's: weight * gain * stitch as the weight, the shifts as the bias."""
-    weight, bias, scale, gain, shift = teacher(head_and_norm)
-    _, _, student_scale, student_gain, student_shift = student(head_and_norm)
+def initialize_head(run, multipliers):
+    """The teacher's norm and head at equal width. Else the head is weight * gain * stitch, on top
+    of a norm that undoes the stitch's scale. What a LayerNorm adds is left to the head phase."""
+    student = run.student
+    output = student.model.get_output_embeddings()
+    if output.weight not in multipliers or not all(multipliers.values()):
+        print0("blockwise: the student's norm or head is frozen or, whatever the config says, tied "
+               "to the embeddings: both stay as they are in place of the teacher's")
+        return
+    head, gain = run.teacher(head_and_gain)
+    student_head, student_gain = student(head_and_gain)
     student.release()
-    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    weight = head.weight.float()
+    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.float()
     if len(gain) != len(student_gain):
-        last = len(layers_of(student.model)[1]) - 1
-        stitch = student.stitches[f"up{last}"]
-        stitch_weight = full_tensor(stitch.weight)
-        if stitch.bias is not None:
-            shift = shift + gain * full_tensor(stitch.bias)
-        bias = bias + weight @ shift
-        weight = weight * gain @ stitch_weight
-        shift = student_shift
-        gain = len(gain) ** 0.5 / stitch_weight.norm()   # the norm undoes the stitch's scale
-    head = student.model.get_output_embeddings()
-    for p, new in zip(head.parameters(), (weight, bias)):
+        stitch = full_tensor(student.stitches[f"up{max(student.pairs)}"].weight)
+        weight = weight * gain @ stitch
+        gain = len(gain) ** 0.5 / stitch.norm()
+    scale = head.scale / student_head.scale
+    for p, new in zip(output.parameters(), (weight, bias)):
         padded_tail = full_tensor(p)[len(new):]
-        copy_from_rank0(p, torch.cat([new[:len(p)] * (scale / student_scale), padded_tail]))
-    # norms are moved by the difference, since what their weight means is not known
-    for p, change in zip(final_norm(student.model).parameters(),
-                         (gain - student_gain, shift - student_shift)):
+        copy_from_rank0(p, torch.cat([new[:len(p)] * scale, padded_tail]))
+    # the norm's weight is moved by the difference, since what it means is not known
+    for p, change in zip(final_norm(student.model).parameters(), [gain - student_gain]):
         copy_from_rank0(p, full_tensor(p) + change)
 
 
@@ -4416,7 +3961,7 @@ def batches_by_student(run, batches):
     then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
     for micro, position in batches:
         is_last_stage = run.stage is run.stages[-1]
-        if is_last_stage and is_on_policy(run.cfg.on_policy, run.cfg.seed, run.step):
+        if is_last_stage and is_on_policy(run.cfg.on_policy, run.cfg.seed, run.progress.step):
             micro = write_batches(run, micro)
         yield micro, position
 
@@ -4428,34 +3973,53 @@ def is_on_policy(share, seed, step):
 
 def write_batches(run, micro):
     """This rank's micro-batches of a step -> the same with the student's texts. What there was to
-    see is added to run.notes, so that a resumed run logs the same."""
-    start = time.time()
-    rows = [rows_of(batch) for batch in micro]
-    prompts = [prompt_of(ids, is_target, prompt_tokens(run.cfg))
-               for some in rows for ids, is_target in some]
-    seeds = [seed_of_text(run.cfg.seed, run.step, RANK + WORLD * i) for i in range(len(prompts))]
-    with progress("the student writes"):
-        texts, cut = write_texts(
-            run.student, run.tokenizer, prompts, seeds, run.cfg.max_new_tokens,
-            run.cfg.on_policy_temperature, run.cfg.seq_len)
-    written = iter(as_rows(prompts, texts))
-    micro = [collate(list(itertools.islice(written, len(some)))) for some in rows]
+    see is added to the notes of the progress, so that a resumed run logs the same."""
+    progress = run.progress
+    rows = [row for batch in micro for row in batch.rows]
+    numbers = range(RANK, WORLD * len(rows), WORLD)   # in the global batch
+    ends = end_ids(run.student.model, run.tokenizer)
+    rows = rows_by_student(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
+    tokens = sum(row["targets"].sum() for row in rows)
+    cut = sum(row["input_ids"][-1] not in ends for row in rows)
+    figures = all_sum(len(rows), tokens, cut)   # of all ranks, once all are done
+    progress.notes.setdefault("rollouts", []).append(figures)
+    micro = micro_batches(rows, run.micro_steps, run.batch_size)
     for batch in micro:
         batch.by_student = True
-    figures = all_sum(len(texts), sum(map(len, texts)), cut)   # of all ranks, once all are done
-    figures.append(time.time() - start)
-    before = run.notes.get("rollouts", [0, 0, 0, 0])
-    run.notes["rollouts"] = [a + b for a, b in zip(before, figures, strict=True)]
     return micro
+
+
+def rows_by_student(cfg, root, rows, step, numbers, ends, vocabulary):
+    """Token rows -> token rows of which the targets are what a model writes after their prompts.
+    They stay within seq_len; what is drawn follows from step and number."""
+    prompts = [prompt_of(row, cfg) for row in rows]
+    rooms = [min(cfg.max_new_tokens, cfg.seq_len - len(prompt)) for prompt in prompts]
+    seeds = [int(digest("text", cfg.seed, step, number), 16) for number in numbers]
+    texts = write_texts(root, prompts, seeds, rooms, cfg.on_policy_temperature, ends, vocabulary)
+    written = []
+    for prompt, text in zip(prompts, texts):
+        ids = np.array(prompt + text)
+        targets = np.arange(len(ids)) >= len(prompt)
+        written.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+    return written
+
+
+def prompt_of(row, cfg):
+    """The first tokens of plain text; of a conversation all before its last run of targets."""
+    targets = row["targets"]
+    begin = np.flatnonzero(targets[1:] > targets[:-1])[-1] + 1
+    if begin == 1:   # all of it are targets: the first token never is
+        begin = min(cfg.on_policy_prompt or max(1, cfg.seq_len // 4), len(targets) - 1)
+    return row["input_ids"][:begin].tolist()
 
 
 def take_rollout_figures(run):
     """Of what was written since the last line of the log; nothing where nothing was."""
-    texts, tokens, cut, seconds = run.notes.pop("rollouts", [0, 0, 0, 0])
-    if not texts:
+    steps = run.progress.notes.pop("rollouts", [])
+    if not steps:
         return {}
-    return {"train/rollout_length": tokens / texts, "train/rollout_cut": cut / texts,
-            "train/rollout_tokens_per_second": tokens / seconds}
+    texts, tokens, cut = np.sum(steps, axis=0).tolist()
+    return {"train/rollout_length": tokens / texts, "train/rollout_cut": cut / texts}
 
 
 def loss_by_writer(loss_fn, model, batch, targets, denominator):
@@ -4465,166 +4029,10 @@ def loss_by_writer(loss_fn, model, batch, targets, denominator):
     return loss_fn(model, batch, targets, denominator)
 
 
-# ---- prompts
-
-
-def rows_of(batch):
-    """-> [(ids, which of them are targets)] of a Batch, less its padding."""
-    rows, width = batch.input_ids.shape
-    lengths = torch.bincount(batch.real.cpu() // width, minlength=rows).tolist()
-    is_target = torch.zeros(rows * width, dtype=torch.bool)
-    is_target[batch.positions.cpu() + 1] = True   # a position counts where its next token is one
-    is_target_BT = is_target.view(rows, width).tolist()
-    ids_BT = batch.input_ids.tolist()
-    return [(ids_BT[i][:length], is_target_BT[i][:length])
-            for i, length in enumerate(lengths) if length]
-
-
-def prompt_of(ids, is_target, prompt_tokens):
-    """The first tokens of plain text; of a conversation all before its last run of targets."""
-    begin = max(i for i, counted in enumerate(is_target) if counted)
-    while begin > 1 and is_target[begin - 1]:
-        begin -= 1
-    if begin == 1:   # all of it are targets: the first token never is
-        return ids[:min(prompt_tokens, len(ids) - 1)]
-    return ids[:begin]
-
-
-def prompt_tokens(cfg):
-    return cfg.on_policy_prompt or max(1, cfg.seq_len // 4)
-
-
-def seed_of_text(seed, step, number):
-    """number: of the sequence in the global batch, whatever rank writes it."""
-    return int(digest("text", seed, step, number), 16)
-
-
-def as_rows(prompts, texts):
-    """Token rows of which the texts are the targets."""
-    return [{"input_ids": prompt + text,
-             "targets": [False] * len(prompt) + [True] * len(text)}
-            for prompt, text in zip(prompts, texts, strict=True)]
-
-
-# ---- writing
-
-
-@torch.no_grad()
-def write_texts(root, tokenizer, prompts, seeds, max_new_tokens, temperature, seq_len):
-    """-> [ids that the model writes after each prompt, with the end mark], how many of them have
-    none. A row stays within seq_len. Each rank comes with its own prompts, maybe none: all weights
-    are gathered once, so that nothing inside waits for another rank (no synced_gpus)."""
-    ends = end_ids(root.model, tokenizer)
-    rooms = [min(max_new_tokens, seq_len - len(prompt)) for prompt in prompts]
-    draw_of = functools.partial(
-        make_draw, temperature=temperature, vocabulary=vocabulary_of(tokenizer), new=max_new_tokens)
-    was_training = root.training
-    root.eval()   # no dropout; and layers that recompute would drop the KV cache
-    written = [None] * len(prompts)
-    with gathered(root), torch.compiler.set_stance("force_eager"):   # lengths change all the time
-        for group in side_by_side(prompts, rooms, position_limit(root.model)):
-            ids_BT, mask_BT = pad_left([prompts[i] for i in group])
-            draw = draw_of([seeds[i] for i in group])
-            most = max(rooms[i] for i in group)
-            ids = root(generate_ids, ids_BT, mask_BT, most, ends, draw).tolist()
-            for i, text in zip(group, ids, strict=True):
-                written[i] = text
-    root.train(was_training)
-    texts = [cut_text(ids, room, ends) for ids, room in zip(written, rooms, strict=True)]
-    return texts, sum(text[-1] not in ends for text in texts)
-
-
-def side_by_side(prompts, rooms, limit):
-    """-> lists of numbers of prompts to write after at once: all, but where positions stand in a
-    table, a long prompt must not come to its end while a short one has room left."""
-    groups = [[]]
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        group = [*groups[-1], i]
-        longest = len(prompts[group[0]])
-        if longest + max(rooms[k] for k in group) <= limit + 1:   # the last token is not looked up
-            groups[-1] = group
-        else:
-            groups.append([i])
-    return [sorted(group) for group in groups if group]
-
-
-def pad_left(prompts):
-    """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
-    width = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for i, prompt in enumerate(prompts):
-        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
-        mask_BT[i, width - len(prompt):] = 1
-    return to_device(ids_BT), to_device(mask_BT)
-
-
-def make_draw(seeds, temperature, vocabulary, new):
-    """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
-    one at which the sum of probabilities passes a number from (0, 1]. Every row has numbers of its
-    own: what it says depends neither on the rows beside it nor on how many ranks there are."""
-    numbers_BN = torch.stack([
-        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    numbers = iter(to_device(numbers_BN).unbind(1))
-
-    def draw(_, logits_BV):
-        logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
-        sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
-        passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
-        ids_B1 = torch.searchsorted(sums_BV, passed_B1)
-        return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
-    return draw
-
-
-def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
-    """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
-    usual = model.generation_config
-    model.generation_config = transformers.GenerationConfig()   # no top_k or penalty of its own
-    try:
-        ids = model.generate(
-            ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, use_cache=True,
-            eos_token_id=sorted(ends) or None, pad_token_id=0, synced_gpus=False,
-            logits_processor=[draw])
-    finally:
-        model.generation_config = usual
-    return ids[:, ids_BT.shape[1]:]
-
-
-def cut_text(ids, room, ends):
-    """Up to the first end mark, which belongs to it."""
-    ids = ids[:room]
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[:i + 1]
-    return ids
-
-
-@contextlib.contextmanager
-def gathered(root):
-    """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
-    gather and drop each layer at each token, are off: without gradients they do nothing else."""
-    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    hooks = []
-    for unit in units:   # the root comes first
-        unit.unshard()
-        hooks.append((unit._forward_pre_hooks, unit._forward_hooks))
-        unit._forward_pre_hooks = collections.OrderedDict()
-        unit._forward_hooks = collections.OrderedDict()
-    try:
-        yield
-    finally:
-        for unit, (before, after) in zip(units, hooks, strict=True):
-            unit._forward_pre_hooks = before
-            unit._forward_hooks = after
-        root.release()
-
-
-# ---- mode eval: what training on policy moves
-
 OWN_TEXTS = 64   # of so many held-out rows, evenly spaced
 
 
-def score_own_texts(cfg, root, teacher, tokenizer, rows):
+def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     """-> the mean divergence a token from the teacher on what a model writes after held-out
     prompts. teacher None: they have no vocabulary in common."""
     if teacher is None:
@@ -4632,85 +4040,43 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):
     if teacher is root:
         return 0.0
     count = min(OWN_TEXTS, len(rows))
-    numbers = [i * len(rows) // count for i in range(count)]
-    shares = [None] * WORLD
-    mine = []
-    with progress("writing after held-out prompts", count, unit="text") as bar:
-        for some in rows_of_this_rank(numbers, cfg.batch_size):
-            prompts = []
-            for i in some:
-                (ids, is_target), = rows_of(collate([rows[numbers[i]]]))
-                prompts.append(prompt_of(ids, is_target, prompt_tokens(cfg)))
-            seeds = [seed_of_text(cfg.seed, "held out", i) for i in some]
-            texts, _ = write_texts(root, tokenizer, prompts, seeds, cfg.max_new_tokens,
-                                   cfg.on_policy_temperature, cfg.seq_len)
-            mine += as_rows(prompts, texts)
-            bar.update(WORLD * len(some))
-    dist.all_gather_object(shares, mine)
-    written = [row for share in shares for row in share]
-    loss_fn = functools.partial(
-        distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
-        vocabulary=vocabulary_of(tokenizer))
+    rows = [rows[i * len(rows) // count] for i in range(count)]
+    ends = end_ids(root.model, tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
+    written = [None] * count   # each rank writes its rows of them, and reads no others
+    for numbers, batch in held_out(rows, cfg.batch_size, "writing after held-out prompts"):
+        texts = rows_by_student(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
+        for i, row in zip(numbers, texts):
+            written[i] = row
+    loss_fn = functools.partial(distil_loss, alpha=0.0, temperature=cfg.temperature,
+                                divergence=cfg.divergence, vocabulary=vocabulary)
     divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), written,
                                     cfg.batch_size, "labels", "evaluating own texts")
     return divergence
 
 
-# ---- where texts end
-
-
-def end_ids(model, tokenizer):
-    """Of generation config and tokenizer."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return (ends | {tokenizer.eos_token_id}) - {None}
-
-
 def check_writer(cfg, student, teacher, tokenizer):
-    """Refuse a student that would not write what it believes; and a pair that does not end its
-    texts alike: the student would learn ends at which it does not stop, and its texts would grow
-    from step to step."""
-    ids_1T = torch.arange(8, device=DEVICE)[None] % vocabulary_of(tokenizer)
-    student.eval()
-    with torch.no_grad(), reading(f"student {cfg.student!r} cannot write"):
-        error, allowed = student(writing_error, ids_1T)
-    student.train()
-    student.release()
-    if not error <= allowed:
-        raise UserError(
-            f"student {cfg.student!r} ({type(student.model).__name__}) writes something else beside"
-            f" a longer prompt, with a KV cache, than alone: its logits are off by {error:.2g} of "
-            "their spread; on_policy needs another student")
+    """Refuse a student that would not write what it believes. Its texts end where its own or the
+    teacher's end: else it would learn ends at which it does not stop, and write on and on."""
+    # beside a short prompt a long one goes on beyond seq_len; the last token is not looked up
+    longest = cfg.seq_len + cfg.max_new_tokens - 1
+    ids_1T = torch.arange(longest, device=DEVICE)[None] % vocabulary_of(tokenizer)
+    with phase(f"trying student {cfg.student} as a writer, at up to {longest} positions"):
+        probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
+              "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
+              writing_error, ids_1T)
     teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
     ends = end_ids(student.model, tokenizer)
-    teacher_ends = end_ids(teacher.model, teacher_tokenizer or tokenizer)
-    if ends != teacher_ends:
-        raise UserError(
-            f"on_policy: student {cfg.student!r} ends its texts with {name_ids(ends, tokenizer)}, "
-            f"teacher {cfg.teacher!r} with {name_ids(teacher_ends, tokenizer)}. Give both the same "
-            "eos_token_id in generation_config.json (a config .json: in it) and the same eos_token "
-            "in the tokenizer")
-
-
-def warn_of_another_end(rows, seq_len, student, tokenizer):
-    """Conversations whose end mark ends nothing: the student would write on after it."""
-    ends = end_ids(student.model, tokenizer)
-    last = set()   # of the targets of a whole conversation
-    for row in rows:
-        (ids, is_target), = rows_of(collate([row]))
-        if len(ids) < seq_len and not all(is_target[1:]):
-            last.add([token for token, counted in zip(ids, is_target) if counted][-1])
-    if len(last) == 1 and not last & ends:   # else they have no end mark of their own
-        print0(f"WARNING: conversations end with {name_ids(last, tokenizer)}, the student's texts "
-               f"with {name_ids(ends, tokenizer)}: it will write on after the former. Add it to "
-               "eos_token_id in generation_config.json, of the teacher too")
+    ends |= end_ids(teacher.model, teacher_tokenizer or tokenizer)
+    student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
 
 def writing_error(model, ids_1T):
     """Runs inside a root: how far the logits that a text is drawn from, after a prompt beside a
     longer one, are from those of the same ids alone, in their standard deviations, and how far
     rounding may bring them."""
-    prompts = [ids_1T[0, :3].tolist(), ids_1T[0].tolist()]
+    hidden_states(model, ids_1T)   # a table of positions that is too short fails here
+    prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
     def keep(_, logits_BV):
@@ -4724,49 +4090,25 @@ def writing_error(model, ids_1T):
     return error, 1e-3 if alone.dtype == torch.float32 else 0.5
 
 
-def name_ids(ids, tokenizer):
-    return ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in sorted(ids)) or "none"
-
-
-# ---- what it takes
-
-
-def memory_of_writing(run, itemsize):
-    """{part: bytes a device} while the student writes, beside what is always held."""
-    shape = run.student.model.config.get_text_config()
-    rows = run.batch_size * run.micro_steps
-    heads = getattr(shape, "num_attention_heads", None) or 1
-    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-    head_width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    cache = 2 * kv_heads * head_width * shape.num_hidden_layers * run.cfg.seq_len
-    return {"gathered": sizes(run.student)[0] * itemsize, "KV cache": rows * cache * itemsize,
-            "logits": rows * shape.vocab_size * (itemsize + 12)}
-
-
 def rehearse_writing(run, stage, micro, seconds):
     """--dry_run: time a step whose texts the student writes -> seconds of a step on average."""
     if stage is not run.stages[-1]:
         return seconds
-    for number in range(2):   # the first warms up
+    for _ in range(2):   # the first warms up
         start = time.time()
         written = write_batches(run, micro)
-        if number == 0:
-            print0("an example that the student wrote: "
-                   + show_targets(written[0], run.tokenizer))
         writing = time.time() - start
-        _, learning = time_step(run, stage, written)
-    figures = take_rollout_figures(run)
-    share = run.cfg.on_policy
-    print0(f"a step on policy takes {writing + learning:.2f} s, {writing:.2f} of them to write "
-           f"({figures['train/rollout_tokens_per_second']:,.0f} tokens/s, "
-           f"{figures['train/rollout_length']:.0f} a text)")
-    return (1 - share) * seconds + share * (writing + learning)
+        learning, _ = time_step(run, stage, written)
+    print0("the student wrote: " + show_targets(written[0].rows[0], run.tokenizer))
+    print0(f"a step on policy takes {writing + learning:.2f} s, {writing:.2f} of them to write")
+    return seconds + run.cfg.on_policy * (writing + learning - seconds)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: generate: a model behind an API, or one of our own, answers prompts; filters judge the
-# replies. Hands on output_dir/train.jsonl, one conversation a row, which --dataset FILE --alpha 1
-# trains on. Prompts and filters stand first: they are made to be edited.
+# replies. replies.jsonl grows as they come; at the end of each run train.jsonl and rejected.jsonl
+# are made of it anew: --dataset output_dir/train.jsonl --alpha 1 trains on the former. Prompts and
+# filters stand first: they are made to be edited, and old replies are judged again for nothing.
 TASKS = {
     "implement": "Write {thing} in {language}.",
     "complete": "Complete this function; give all of it.",
@@ -4813,40 +4155,22 @@ BUGS = [   # (what stands in the code, what is put in its place)
 
 @dataclass
 class Job:
-    """A prompt to ask, and what asking it has cost so far."""
-    prompt_id: str           # digest of the messages: the same in every run
+    """A prompt to ask."""
+    messages: list       # [{"role": ..., "content": ...}, ...], the assistant's turn is next
     category: str
-    messages: list           # [{"role": ..., "content": ...}, ...], the assistant's turn is next
-    number: int              # its place among all prompts, asked already or not
-    min_chars: int           # a shorter reply is rejected
-    max_prompt_tokens: int   # an upper bound
-    worst_usd: float         # the most that one try can cost
-    billed_tries: int = 0    # tries that the provider may send a bill for
-    held_usd: float = 0.0    # what is set aside for these tries and the next one
-    held_bytes: int = 0      # room on the disk that is kept for its row
-
-
-@dataclass
-class Reply:
-    text: Optional[str]   # None: there is none, and finish_reason says why
-    finish_reason: str
-    prompt_tokens: Optional[int] = None       # None: the provider did not say
-    completion_tokens: Optional[int] = None
-    other_parts: str = ""   # kinds of what it says that is no text
+    prompt_id: str       # digest of the messages: the same in every run
+    worst_usd: float     # the most that one try can cost
+    cost: float = 0.0    # USD of its tries in this run, at their worst where nobody said
 
 
 def parse_categories(items):
     """["implement=3", "debug"] -> {"implement": 3.0, "debug": 1.0}; none: all tasks alike."""
     weights = {}
     for item in items or TASKS:
-        name, equals, text = item.partition("=")
-        try:
-            weights[name] = float(text) if equals else 1.0
-        except ValueError:
-            weights[name] = math.nan
+        name, _, weight = item.partition("=")
+        weights[name] = float(weight or 1)
         if name not in TASKS or not 0 < weights[name] < math.inf:
-            names = ", ".join(TASKS)
-            raise UserError(f"categories {item}: write name or name=weight; the names are {names}")
+            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
     return weights
 
 
@@ -4858,8 +4182,8 @@ def stdlib_functions(rng):
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node):
                 continue
-            if 5 < node.end_lineno - node.lineno < 30:
-                function = lines[node.lineno - 1:node.end_lineno]
+            function = lines[node.lineno - 1:node.end_lineno]
+            if 6 < len(function) <= 30:
                 yield "\n".join(line[node.col_offset:] for line in function)
 
 
@@ -4870,11 +4194,7 @@ def compose_prompt(category, function, rng):
     bugs = [bug for bug in BUGS if bug[0] in function]
     bug = rng.choice(bugs) if bugs else None
     language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
-    trait = rng.choice(TRAITS)
-    thing = rng.choice(THINGS)
-    form = rng.choice(FORMS)
-    level = rng.choice(LEVELS)
-    limit = rng.choice(LIMITS)
+    trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
 
     code = function
     if category == "complete":
@@ -4901,70 +4221,40 @@ def compose_prompts(categories, seed):
         misses += 1
         # the category that is most behind its share
         name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
-        skipped = rng.choice(range(20))
-        function = next(itertools.islice(functions, skipped, None))
+        function = next(itertools.islice(functions, rng.choice(range(20)), None))
         text = compose_prompt(name, function, rng)
-        if text is None or text in seen:
-            continue
-        seen.add(text)
-        asked[name] += 1
-        misses = 0
-        yield name, [{"role": "user", "content": text}]
+        if text and text not in seen:
+            misses = 0
+            seen.add(text)
+            asked[name] += 1
+            yield name, [{"role": "user", "content": text}]
     raise UserError(f"category {name} has few more than {asked[name]:,} prompts; "
                     "lower num_examples or its weight")
-
-
-def join_parts(content):
-    """A turn's content, text or [{"type": "text", "text": ...}, ...] -> its text, and the kinds of
-    the parts that are none. What a model thought is not what it said, and is passed over."""
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not isinstance(content, list):
-        raise TypeError(f"content {content!r} is no text")
-    texts = []
-    others = []
-    for part in content:
-        kind = part.get("type", "text")
-        if kind in ("text", "output_text"):
-            texts.append(part["text"])
-        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
-            others.append(str(kind))
-    return "".join(texts), others
 
 
 def parse_prompt_row(row):
     """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = []
-    for turn in turns:
-        text, others = join_parts(turn["content"])
-        if others or turn["content"] is None or not isinstance(turn["role"], str):
-            raise TypeError(f"{turn!r} has no role, or content that is no text")
-        messages.append({"role": turn["role"], "content": text})
+    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in turns]
     if messages[-1]["role"] == "assistant":
         raise ValueError("it ends with a reply")
-    category = row.get("category", "own")
-    if not isinstance(category, str):
-        raise TypeError(f"category {category!r} is no text")
-    return category, messages
+    return str(row.get("category", "own")), messages
 
 
 def read_prompts(path):
-    """Yields (category, messages) of the user's own prompts: lines of a .txt, or .jsonl rows."""
-    with reading(f"prompts_file {path!r} cannot be read"):
-        lines = open(path, "rb")
-    with lines:
-        for number, line in enumerate(lines, 1):
-            with reading(f"prompts_file {path!r}, line {number}, is no UTF-8 text, or no row "
-                         'like {"prompt": TEXT} or {"messages": [...]}'):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if "\0" in text:
-                    raise ValueError("it holds a null byte")
-                if not text:
-                    continue
-                row = json.loads(text) if path.endswith(".jsonl") else {"prompt": text}
-                prompt = parse_prompt_row(row)
-            yield prompt
+    """Yields (category, messages) of the user's own prompts: lines of a .txt, rows of a .jsonl, or
+    a list of rows in a .json."""
+    with open(path, encoding="utf-8-sig") as f:
+        rows = json.load(f) if path.endswith(".json") else [line for line in f if line.strip()]
+    for number, row in enumerate(rows, 1):
+        try:
+            if path.endswith(".jsonl"):
+                row = json.loads(row)
+            elif not path.endswith(".json"):
+                row = {"prompt": row.strip()}
+            yield parse_prompt_row(row)
+        except Exception as e:
+            raise UserError(f"{path!r}, row {number}: {one_line(e)}") from e
 
 
 def usd(cfg, prompt_tokens, completion_tokens):
@@ -4975,32 +4265,26 @@ def usd(cfg, prompt_tokens, completion_tokens):
 
 def all_prompts(cfg):
     """-> {prompt_id: Job} of num_examples different prompts, in the order they are asked."""
+    count = cfg.num_examples or 100
+    prompts = compose_prompts(cfg.categories, cfg.seed)
     if cfg.prompts_file:
+        count = cfg.num_examples
         prompts = read_prompts(cfg.prompts_file)
-        min_chars = 1   # own prompts may want a word or a label
-        count = cfg.num_examples or math.inf
-    else:
-        prompts = compose_prompts(cfg.categories, cfg.seed)
-        min_chars = 20
-        count = cfg.num_examples or 100
     jobs = {}
     for category, messages in prompts:
-        prompt_id = digest(messages)
-        if prompt_id not in jobs:
-            # each token is a byte or more, and the chat format takes less than 64 a turn
-            texts = [message["content"].encode(errors="replace") for message in messages]
-            max_prompt_tokens = sum(64 + len(text) for text in texts)
-            worst_usd = usd(cfg, max_prompt_tokens, cfg.max_tokens)
-            jobs[prompt_id] = Job(prompt_id, category, messages, len(jobs), min_chars,
-                                  max_prompt_tokens, worst_usd)
+        # each token is a byte or more, and the chat format takes less than 64 a turn
+        sizes = [64 + len(turn["content"].encode(errors="replace")) for turn in messages]
+        worst_usd = usd(cfg, sum(sizes), cfg.max_tokens)
+        job = Job(messages, category, digest(messages), worst_usd)
+        jobs.setdefault(job.prompt_id, job)
         if len(jobs) == count:
             break
     if not jobs:
-        raise UserError(f"prompts_file {cfg.prompts_file} holds no prompt")
+        raise UserError(f"prompts_file {cfg.prompts_file!r} holds no prompt")
     return jobs
 
 
-# Filters: each says whether it rejects a reply. find_flaws lists them, in order.
+# Filters: find_flaw lists them, in order.
 
 CODE_BLOCK = re.compile(r"""
     ^[ \t]* (?: [-*+][ ]+ | \d+[.)][ ]+ )?   # begins a line, or an item of a list
@@ -5041,14 +4325,6 @@ def plain_words(text):
     return " ".join(re.sub(r"(?m)```(\w*\s*$)?", " ", text).split())
 
 
-def is_cut_off(finish_reason):
-    return finish_reason in ("length", "max_tokens", "model_context_window_exceeded")
-
-
-def is_too_short(reply, min_chars):
-    return len(plain_words(reply)) < min_chars
-
-
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
@@ -5071,758 +4347,339 @@ def is_broken_code(reply):
     return False
 
 
-def is_refusal(reply, finish_reason):
-    if finish_reason in ("refusal", "content_filter"):
-        return True
-    return "```" not in reply and REFUSAL.match(plain_words(reply)) is not None
-
-
-def repeats_prompt(prompt, reply):
-    asked = plain_words(prompt)
-    said = plain_words(reply)
+def repeats_prompt(asked, said):
     if not len(asked) / 2 < len(said) < 1.2 * len(asked):
         return False   # a short piece of the prompt may be just what it asks for
     return said in asked or asked in said
 
 
-def find_flaws(prompt, reply, finish_reason, min_chars=1):
-    """-> {filter: whether it rejects the reply}; the first that does is the reason that is kept"""
+def find_flaw(prompt, reply, finish_reason, min_chars=1):
+    """-> the first filter that rejects the reply, None: it passes"""
     reply = reply.replace("\r\n", "\n")
-    return {
-        "cut off": is_cut_off(finish_reason),
-        "empty or too short": is_too_short(reply, min_chars),
+    said = plain_words(reply)
+    refused = "```" not in reply and REFUSAL.match(said)
+    flaws = {
+        "cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
+        "empty or too short": len(said) < min_chars,
         "repetition loop": is_loop(reply),
         "code does not parse": is_broken_code(reply),
-        "refusal": is_refusal(reply, finish_reason),
-        "repeats the prompt": repeats_prompt(prompt, reply),
+        "refusal": refused or finish_reason in ("refusal", "content_filter"),
+        "repeats the prompt": repeats_prompt(plain_words(prompt), said),
     }
+    return next((name for name, found in flaws.items() if found), None)
 
 
-def grade_reply(job, reply):
-    """-> the row to write; its `reason` is the filter that rejects it, or why there is no reply"""
-    row = {
-        "messages": job.messages,
-        "category": job.category,
-        "prompt_id": job.prompt_id,
-        "finish_reason": reply.finish_reason,
-        "usage": {
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        },
-    }
-    if reply.text is None:
-        row["finish_reason"] = None
-        row["reason"] = reply.finish_reason
-        return row
-    row["messages"] = [*job.messages, {"role": "assistant", "content": reply.text}]
-    prompt = job.messages[-1]["content"]
-    flaws = find_flaws(prompt, reply.text, reply.finish_reason, job.min_chars)
-    reasons = [name for name, found in flaws.items() if found]
-    if reply.other_parts:
-        reasons.insert(0, f"not text: {reply.other_parts}")
-    if reasons:
-        row["reason"] = reasons[0]
-    return row
+def find_duplicate(prompt, reply, seen):
+    """-> "duplicate" where more than 0.9 of the runs of 5 words stand in earlier replies, else None
+    and they are seen (60 bytes a run)."""
+    words = re.findall(r"\w+|[^\w\s]", reply.lower())
+    runs = {hash(tuple(words[i:i + 5])) for i in range(len(words) - 4)}
+    if len(words) < 20:   # a label answers many prompts, and each pair is an example of its own
+        runs = {hash((prompt, *words))}
+    if len(runs & seen) > 0.9 * len(runs):
+        return "duplicate"
+    seen |= runs
 
 
-# Files: train.jsonl and rejected.jsonl grow a row at a time; duplicates are found at the end.
+# Asking. spent_usd in summary.json is raised by the worst case before a try leaves, and lowered
+# only by an answer or by a refusal. So at any moment, kill -9 included, what was billed <= what
+# stands there <= max_cost. What a kill leaves in flight stays counted at its worst.
 
-
-class Paths(NamedTuple):
-    folder: str
-    train: str
-    rejected: str
-    summary: str
-    config: str
-
-
-def paths_in(folder):
-    names = ("train.jsonl", "rejected.jsonl", "summary.json", "config.json")
-    return Paths(folder, *[os.path.join(folder, name) for name in names])
-
-
-def read_replies(train_path, rejected_path):
-    """-> {prompt_id: row}. Where a kill or a failure left two rows, a reply counts more than a
-    failure, and a copy in rejected more than the one in train."""
-    def precedence(row):
-        answered = row.get("finish_reason", "") is not None
-        return answered, "reason" in row
-
-    rows = read_jsonl(rejected_path) + read_jsonl(train_path)
-    return {row["prompt_id"]: row for row in sorted(rows, key=precedence)}   # the last one stays
-
-
-def is_config(path):
-    """Whether a run of ours has written it."""
-    with open(path, encoding="utf-8") as f:
-        return {"mode", "output_dir", "seed"} <= set(json.load(f))
-
-
-def is_summary(path):
-    with open(path, encoding="utf-8") as f:
-        summary = json.load(f)
-    spent = summary["spent_usd"]
-    settings = summary.get("settings", {})   # there were none before they were compared
-    return type(spent) in (int, float) and 0 <= spent < math.inf and isinstance(settings, dict)
-
-
-def check_row(row):
-    """Raises where it has another form than grade_reply and record_reply give it."""
-    forms = {"messages": list, "prompt_id": str, "usage": dict, "cost": (int, float)}
-    for name, form in forms.items():
-        if not isinstance(row[name], form):
-            raise TypeError(f"{name} is {row[name]!r}")
-    if not 0 <= row["cost"] < math.inf:
-        raise ValueError(f"cost is {row['cost']}")
-    for message in row["messages"]:
-        if not isinstance(message["content"], str):
-            raise TypeError(f"content {message['content']!r} is no text")
-    if row["finish_reason"] is None and "reason" not in row:
-        raise ValueError("there is no reply, and no reason why")
-
-
-def is_half_row(line):
-    """Whether it is what a kill leaves at the end of a file of ours."""
-    start = b'{"messages": ['
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return start.startswith(line[:len(start)])
-    return False
-
-
-def refuse_foreign_rows(path):
-    """Before read_jsonl, which mends the end of the file."""
-    if not os.path.lexists(path):
-        return
-    with reading(f"{path!r} cannot be read"), open(path, "rb") as f:
-        lines = f.read().split(b"\n")
-    if is_half_row(lines[-1]):   # or nothing
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                check_row(json.loads(line))
-        except Exception as e:
-            raise UserError(
-                f"{path!r}, line {number}, is no row of mode generate ({one_line(e, 100)}); "
-                "nothing was changed: choose another --output_dir, or move that file away"
-            ) from None   # with a cause, error.log would be written beside it
-
-
-def read_past(paths, settings):
-    """Earlier runs in this folder -> {prompt_id: USD}, the prompt_ids that have a reply, USD spent
-    in all. Refuses what is not ours, and what was written with other settings."""
-    refuse_foreign_rows(paths.train)
-    refuse_foreign_rows(paths.rejected)
-    refuse_foreign(paths.summary, is_summary)
-    refuse_foreign(paths.config, is_config)
-    with reading(f"the rows in {paths.folder!r} cannot be read and mended"):
-        rows = read_replies(paths.train, paths.rejected)
-    cost = {prompt_id: row["cost"] for prompt_id, row in rows.items()}
-    answered = {prompt_id for prompt_id, row in rows.items() if row["finish_reason"] is not None}
-    spent = sum(cost.values())
-    if os.path.exists(paths.summary):
-        with open(paths.summary, encoding="utf-8") as f:
-            summary = json.load(f)
-        spent = max(spent, summary["spent_usd"])   # with what a kill left in flight
-        if rows and "settings" in summary:
-            refuse_changes(summary["settings"], settings, paths.folder,
-                           way_out="choose another --output_dir")
-    return cost, answered, spent
-
-
-def write_rows(path, rows):
-    aside = path + ".tmp"
-    try:
-        with open(aside, "w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(aside, path)
-    except OSError:   # a full disk needs its room back
-        os.remove(aside)
-        raise
-
-
-def words_and_signs(text):
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def sketch_words(words):
-    """The 64 smallest hashes of all runs of 5 words: two sketches overlap about as the texts do."""
-    runs = [" ".join(words[i:i + 5]) for i in range(len(words) - 4)]
-    return sorted({zlib.crc32(run.encode()) for run in runs})[:64]
-
-
-def are_near(sketch, other):
-    """More than 0.8 of the smallest hashes of the two together are in both."""
-    smallest = sorted({*sketch, *other})[:64]
-    in_both = set(sketch) & set(other) & set(smallest)
-    return len(in_both) > 0.8 * len(smallest)
-
-
-def mark_duplicates(rows):
-    """Give each kept row that says what an earlier one says a reason to be rejected."""
-    seen = set()   # hashes: the words themselves would fill gigabytes
-    sketches = collections.defaultdict(list)   # one of a sketch's first hashes -> such sketches
-    for row in rows:
-        if "reason" in row:
-            continue
-        prompt = words_and_signs(row["messages"][-2]["content"])
-        reply = words_and_signs(row["messages"][-1]["content"])
-        if len(reply) < 20:
-            # a label answers many prompts, and each pair is an example of its own
-            text = hash((*reply, None, *prompt))
-            sketch = []
-        else:
-            text = hash(tuple(reply))
-            sketch = sketch_words(reply)
-        candidates = [other for first in sketch[:8] for other in sketches[first]]
-        if text in seen:
-            row["reason"] = "exact duplicate"
-        elif any(are_near(sketch, other) for other in candidates):
-            row["reason"] = "near duplicate"
-        else:
-            for first in sketch[:8]:
-                if len(sketches[first]) < 50:   # what everybody says is no evidence, and costs time
-                    sketches[first].append(sketch)
-        seen.add(text)
-
-
-def drop_duplicates(train_path, rejected_path, order):
-    """Sort both files by order (of prompt_ids) and move copies to rejected -> {fate: rows}.
-
-    At the end of a run, so that it does not matter who answered first.
-    """
-    numbers = {prompt_id: number for number, prompt_id in enumerate(order)}
-    rows = list(read_replies(train_path, rejected_path).values())
-    rows.sort(key=lambda row: numbers.get(row["prompt_id"], -1))
-    mark_duplicates(rows)
-    # rejected first: a kill between the two leaves a row in both, never in none
-    write_rows(rejected_path, [row for row in rows if "reason" in row])
-    write_rows(train_path, [row for row in rows if "reason" not in row])
-    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
-    filters = find_flaws("", "", "stop")   # for their names
-    names = ["kept", "not text", *filters, "exact duplicate", "near duplicate", "failed"]
-    return {name: fates[name] for name in names}
-
-
-# Asking: money is set aside before a try leaves, and what it did cost is written when it is over.
-
-MAX_SILENCE = 120     # seconds that a server may turn everything away before a request is given up
-MAX_COUNT = 10**7     # tokens: a server that says more than this of a reply says nothing
+PAUSES = (1, 2, 4, 8, 16, 32, 32)   # seconds between the tries of a request
+MAX_COUNT = 10**7                   # tokens: who says that a reply had more says nothing
+USAGE = {   # what they call the tokens in and out
+    "openai": ("prompt_tokens", "completion_tokens"),
+    "anthropic": ("input_tokens", "output_tokens"),
+}
 
 
 @dataclass
-class Ledger:
-    """What this run may spend, has spent and has seen, and why it should stop."""
+class Asking:
+    """What is known of all prompts of this folder, what they have cost, and why to stop."""
     cfg: Config
-    paths: Paths
-    settings: dict        # what decides the rows of this folder
-    past_cost: dict       # prompt_id -> USD of its row of an earlier run
-    spent: float          # USD of all runs, with what is set aside for requests in flight
+    rows: dict            # prompt_id -> its last row in replies.jsonl
+    spent_usd: float      # of all runs, with what is set aside for tries in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
-    secrets: list            # which no file and no error may show
-    disk_room: Any           # a file of nothing: its bytes are kept for the rows in flight
-    held_bytes: int = 0      # so many, for so many requests
-    tokens: int = 0          # of this run
-    answered: bool = False   # the teacher has answered once in this run
-    out_of_money: bool = False
-    stop_error: Optional[UserError] = None
-    first_failure: Optional[str] = None
-    refused_since: Optional[float] = None   # the first refusal after the last answer
-    trouble: str = "none"                   # the last refusal
-    # of the last requests, whether each failed
-    recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=50))
+    failures: int = 0     # in a row
+    error: str = ""       # why no other request would fare better
 
     def stopping(self):
-        return bool(self.stop_requests or self.stop_error)
+        return self.error or self.stop_requests
 
-    def stop(self, message):
-        if not self.stopping():   # what came first counts
-            self.stop_error = UserError(message)
+    def change(self, job, change_usd):
+        job.cost += change_usd
+        self.spent_usd += change_usd
+        write_json({"spent_usd": self.spent_usd}, path_in(self.cfg, "summary.json"))
 
-    def ended(self):
-        if self.stop_error:
-            return str(self.stop_error)
-        if self.stop_requests:
-            return "stopped by a signal"
-        if self.out_of_money:
-            return "max_cost is reached"
-        if self.first_failure:
-            return "all is asked; the same command asks again what failed"
-        return "all is answered"
-
-    def write_summary(self, spent, **more):
-        write_json({"spent_usd": spent, "settings": self.settings, **more}, self.paths.summary)
-
-    def reserve(self, job):
-        """Set the worst case of one more try aside -> whether max_cost and the disk allow it.
-
-        It is spent before the try leaves, on disk too: the cap holds over kills and restarts.
-        """
-        needed = (job.billed_tries + 1) * job.worst_usd
-        # none: no prices, or the try before was refused and cost nothing
-        missing = max(0, needed - job.held_usd)
-        if missing and self.spent + missing > (self.cfg.max_cost or math.inf):
+    def hold(self, job):
+        """Set aside the worst case of one more try -> whether max_cost allows it."""
+        if self.spent_usd + job.worst_usd > (self.cfg.max_cost or math.inf):
             return False
-        try:
-            self.hold_room(job)
-            if missing:
-                self.write_summary(self.spent + missing)
-        except OSError as e:
-            self.stop_without_room(e)
-            return False
-        self.spent += missing
-        job.held_usd = max(job.held_usd, needed)
+        self.change(job, job.worst_usd)
         return True
 
-    def hold_room(self, job):
-        """Keep room on the disk for the row of a request before it leaves: what is paid for can be
-        written. A token is about 4 bytes; this is for 16."""
-        if job.held_bytes:
-            return
-        size = 4096 + 2 * job.max_prompt_tokens + min(16 * self.cfg.max_tokens, 2**24)
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]   # of one file: ulimit -f
-        rows_size = max(file_size(self.paths.train), file_size(self.paths.rejected))
-        if limit != resource.RLIM_INFINITY and rows_size + self.held_bytes + size > limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        handle = self.disk_room.fileno()
-        try:
-            if os.fstat(handle).st_size < self.held_bytes + size:
-                os.posix_fallocate(handle, 0, self.held_bytes + size)
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise   # anything else: a file system on which nothing can be kept
-        self.held_bytes += size
-        job.held_bytes = size
-
-    def stop_without_room(self, e):
-        self.stop(f"{self.paths.folder!r} has no room for another reply ({e.strerror}); make room, "
-                  "and the same command goes on")
-
-    def write_row(self, path, row):
-        """-> whether it is written. A full disk gets back what was held for this row, and for those
-        that are written already."""
-        size = file_size(path)
-        for _ in range(2):
-            try:
-                append_jsonl(path, row)
-                return True
-            except OSError as e:
-                self.stop_without_room(e)
-                self.disk_room.truncate(self.held_bytes)
-                if file_size(path) > size:
-                    os.truncate(path, size)   # half a row
-        return False
-
-    def record_reply(self, job, reply):
-        """Replace what was set aside by what it cost, write the row, stop where too many fail."""
-        usage = (reply.prompt_tokens, reply.completion_tokens)
-        if None not in usage:
-            cost = (job.billed_tries - 1) * job.worst_usd + usd(self.cfg, *usage)
-            self.tokens += sum(usage)
-        else:
-            cost = job.billed_tries * job.worst_usd   # nobody said: the worst case
-        self.spent = self.spent + cost - job.held_usd
-        self.held_bytes -= job.held_bytes
-        failed = reply.text is None
-        if failed and self.stopping():
-            return   # no row: a later run asks again
-
-        row = grade_reply(job, reply)
-        row["model"] = self.cfg.api_model or self.cfg.teacher
-        # with what it cost when it failed: only the last row of a prompt counts
-        row["cost"] = cost + self.past_cost.get(job.prompt_id, 0)
-        if not self.write_row(self.paths.rejected if "reason" in row else self.paths.train, row):
-            return   # it is longer than what was held
-        if failed:
-            self.first_failure = self.first_failure or reply.finish_reason
-        else:
-            self.answered = True
-            self.refused_since = None
-        # what failed in an earlier run may always fail; it must not stop each later run
-        self.recent.append(failed and job.prompt_id not in self.past_cost)
-        if sum(self.recent) > 10:
-            self.stop(f"{sum(self.recent)} of the last {len(self.recent)} requests failed, "
-                      f"the last: {reply.finish_reason}")
-        progress = f"{self.tokens:,} tokens"
-        if self.spent > 0:
-            progress += f", {self.spent:.4f} USD"
-        self.bar.set_postfix_str(progress, refresh=False)
+    def record(self, job, said):
+        """said: {"reply", "finish_reason", "usage"}, or {"reason": why there is none}"""
+        if said.get("usage"):   # else nobody knows, and the worst case stays
+            self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
+        if "reply" in said:
+            job.messages.append({"role": "assistant", "content": said.pop("reply")})
+        row = {**vars(job), "model": self.cfg.api_model or self.cfg.teacher, **said}
+        del row["worst_usd"]
+        append_jsonl(path_in(self.cfg, "replies.jsonl"), row)
         self.bar.update()
+        if "reason" not in row:
+            self.failures = 0
+        else:
+            # what failed in an earlier run may always fail: it must not stop each later one
+            self.failures += job.prompt_id not in self.rows
+            if self.failures >= 10 or not answered(self.rows):
+                self.error = f"{self.cfg.provider}, model {row['model']}: {row['reason']}"
+        self.rows[job.prompt_id] = row
 
 
-def file_size(path):
-    return os.path.getsize(path) if os.path.exists(path) else 0
+def answered(rows):
+    return {prompt_id for prompt_id, row in rows.items() if "reason" not in row}
+
+
+def path_in(cfg, name):
+    return os.path.join(cfg.output_dir, name)
 
 
 def api_key(cfg):
     return os.environ.get(f"{cfg.provider.upper()}_API_KEY", "").strip() or "none"
 
 
-def find_secrets(cfg):
-    """The key, and what the URLs of servers and proxies say before their @, in each of its forms;
-    the longest first."""
-    provider = cfg.provider.upper()
-    secrets = {os.environ.get(f"{provider}_API_KEY", "").strip()}
-    base = cfg.api_base or os.environ.get(f"{provider}_BASE_URL", "")
-    for url in (base, *urllib.request.getproxies().values()):
-        login = url.rpartition("@")[0].rpartition("://")[2]
-        password = login.partition(":")[2] or login
-        plain = urllib.parse.unquote(login)
-        basic = base64.b64encode(plain.encode()).decode()   # as it travels
-        secrets |= {login, password, plain, urllib.parse.unquote(password), basic}
-    return sorted(secrets, key=len, reverse=True)
-
-
-def hide_secrets(secrets, text, shortest=4):
-    """Some servers repeat what they are sent, in errors and in replies. There a short one is a
-    word: a reply that says `pass` does not give a password away."""
-    for secret in secrets:
-        if len(secret) >= shortest:
-            text = text.replace(secret, "***")
-    return text
+def hide_key(cfg, text):
+    """Some servers repeat what they are sent, in errors and in replies. A short one (none, EMPTY)
+    is a word."""
+    key = api_key(cfg)
+    return text.replace(key, "***") if len(key) >= 8 else text
 
 
 def request_body(cfg, messages):
     """-> what the provider's API takes for one conversation"""
-    body = {"messages": messages, "model": cfg.api_model}
+    # OpenAI itself renamed it
+    longest = "max_tokens" if cfg.api_base or cfg.provider != "openai" else "max_completion_tokens"
+    body = {"model": cfg.api_model, "messages": messages, longest: cfg.max_tokens}
     if cfg.api_temperature is not None:
         body["temperature"] = cfg.api_temperature
-    if cfg.provider == "openai" and not cfg.api_base:   # OpenAI itself renamed it
-        body["max_completion_tokens"] = cfg.max_tokens
-    else:
-        body["max_tokens"] = cfg.max_tokens
-    if cfg.provider == "anthropic":
-        system = [message["content"] for message in messages if message["role"] == "system"]
-        body["messages"] = [message for message in messages if message["role"] != "system"]
-        if system:
-            body["system"] = "\n\n".join(system)
+    system = [turn["content"] for turn in messages if turn["role"] == "system"]
+    if cfg.provider == "anthropic" and system:
+        body["messages"] = [turn for turn in messages if turn["role"] != "system"]
+        body["system"] = "\n\n".join(system)
     return body
 
 
-def token_count(usage, name):
-    """-> what a server says of tokens; None where that is no count"""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and 0 <= count <= MAX_COUNT else None
-
-
-def read_response(cfg, response, secrets):
-    """The JSON of an answer -> Reply; raises where it has another form."""
-    usage = response.get("usage")
+def read_answer(cfg, text):
+    """The JSON of an answer -> what record takes. Of a list of parts those that are text: what a
+    model thought is not what it said. usage None: the server says nothing of it, or nonsense."""
+    answer = json.loads(text)
+    usage = answer.get("usage") or {}
+    usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
+    if not all(count in range(MAX_COUNT) for count in usage.values()):
+        usage = None
     if cfg.provider == "openai":
-        choice = response["choices"][0]
-        content = choice["message"].get("content")
-        finish_reason = choice.get("finish_reason")
-        counts = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
-    else:
-        content = response["content"]
-        finish_reason = response.get("stop_reason")
-        counts = token_count(usage, "input_tokens"), token_count(usage, "output_tokens")
-    text, others = join_parts(content)
-    # all of an answer that is kept
-    strings = text, str(finish_reason or ""), ", ".join(others)
-    text, finish_reason, other_parts = [hide_secrets(secrets, string, 8) for string in strings]
-    return Reply(text, finish_reason, *counts, other_parts)
+        answer = answer["choices"][0]
+        answer |= answer["message"]
+    content = answer["content"] or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if "text" in part)
+    return {
+        "reply": content,
+        "finish_reason": answer.get("finish_reason") or answer.get("stop_reason"),
+        "usage": usage,
+    }
 
 
-def http_status(error):
-    return getattr(error, "status_code", None) or 0
-
-
-def may_pass(sdk, error):
-    """Whether the same request may succeed later: rate limits, overload, time-outs, drops."""
-    status = http_status(error)
-    if status < 400:
-        return isinstance(error, (sdk.APIConnectionError, TimeoutError))
-    advice = error.response.headers.get("x-should-retry")   # both providers send it
-    if advice in ("true", "false"):
-        return advice == "true"
-    return status in (408, 409, 429) or status >= 500
-
-
-def retry_after(error):
-    """-> the seconds that a server wants to be left alone, 0: it does not say"""
-    response = getattr(error, "response", None)
-    headers = {} if response is None else response.headers
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("retry-after-ms")) / 1000
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("retry-after"))
-    with contextlib.suppress(ValueError, TypeError, OverflowError):   # a date
-        moment = email.utils.parsedate_to_datetime(headers.get("retry-after"))
-        return moment.timestamp() - time.time()
-    return 0.0
-
-
-def give_up(ledger, sdk, error):
-    """An error that stays -> Reply; it stops the run where no other request would fare better."""
-    cfg = ledger.cfg
-    status = http_status(error)
-    message = hide_secrets(ledger.secrets, one_line(error, 9999))[:300]
-    # an earlier run has left rows: then it is the prompt that is not accepted
-    is_the_prompt = status in (400, 413, 422) and len(ledger.past_cost) > 0
-    never_worked = isinstance(error, (sdk.APIError, TimeoutError)) and not ledger.answered
-    if status in (401, 402, 404) or (never_worked and not is_the_prompt):
-        ledger.stop(f"{cfg.provider}, model {cfg.api_model}: {message}")
-    return Reply(None, f"failed: {message}")
-
-
-async def ask_api(ledger, client, job):
-    """Ask until there is an answer, or patience or money ends -> Reply."""
-    cfg = ledger.cfg
-    sdk = importlib.import_module(cfg.provider)
-    path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
-    body = request_body(cfg, job.messages)
-    for retry in itertools.count():
-        if ledger.stopping() or job.billed_tries == 6 or not ledger.reserve(job):
-            return Reply(None, "failed: no answer in 6 tries, or no money for another")
-        job.billed_tries += 1
+async def ask(asking, sdk, create, job):
+    """Try until there is an answer -> what record takes; None: no more may be asked."""
+    cfg = asking.cfg
+    # of a try; the SDK's time-out is one of each read, which a trickle never meets
+    seconds = 2 * cfg.request_timeout
+    may_pass = (
+        TimeoutError, sdk.APIConnectionError, sdk.RateLimitError, sdk.InternalServerError)
+    for pause in (*PAUSES, None):
+        if asking.stopping() or not asking.hold(job):
+            return None
+        answer = ""
         try:
-            # post: the typed methods cost twice the time and change from version to version
-            request = client.post(path, body=body, cast_to=object)
-            # the SDK's time-out is one of each read: a server that trickles never meets it
-            response = await asyncio.wait_for(request, 2 * cfg.request_timeout)
-            return read_response(cfg, response, ledger.secrets)
-        except Exception as e:   # the SDK's own, or an answer of another form
-            error = e
-        if http_status(error) >= 400:   # refused: free, and what is set aside serves the next try
-            job.billed_tries -= 1
-        # At least as long as the server says, and longer each time: with only the former all
-        # requests that a busy server turned away come back at the same moment.
-        backoff = min(0.5 * 2**retry, 8) * random.uniform(0.75, 1)
-        seconds = max(backoff, retry_after(error))
-        now = time.monotonic()
-        ledger.refused_since = ledger.refused_since or now
-        ledger.trouble = hide_secrets(ledger.secrets, one_line(error))
-        silence = now + seconds - ledger.refused_since   # by the next try, if nobody is answered
-        patience = 20 if ledger.answered else 2
-        if retry >= patience or silence > MAX_SILENCE or not may_pass(sdk, error):
-            return give_up(ledger, sdk, error)
-        while time.monotonic() < now + seconds and not ledger.stopping():
-            await asyncio.sleep(min(0.2, seconds))
+            request = create(**request_body(cfg, job.messages))
+            response = await asyncio.wait_for(request, seconds)
+            answer = hide_key(cfg, response.http_response.text)
+            return read_answer(cfg, answer)
+        except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
+            problem = e
+        if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
+            asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
+        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")
+        words = f"no reply (a try has {seconds:g} s): {words[:300]}"
+        words = str(UserError(words))   # as a terminal may show it
+        asking.bar.set_postfix_str(words)
+        if pause is None or not isinstance(problem, may_pass):
+            return {"reason": f"failed: {words}"}
+        await asyncio.sleep(pause * random.uniform(0.7, 1))   # not all at once
 
 
-def make_client(cfg, secrets):
-    """The provider's own client. It reads the environment too: proxies, certificates."""
+async def ask_all_api(asking, jobs):
+    """In this order, cfg.concurrency at a time, until all is answered, a stop, or max_cost."""
+    cfg = asking.cfg
     sdk = importlib.import_module(cfg.provider)
-    make = sdk.AsyncOpenAI if cfg.provider == "openai" else sdk.AsyncAnthropic
-    try:
-        with reading(f"provider {cfg.provider}: no client with this api_base, and the proxies and "
-                     "certificates of the environment"):
-            return make(
-                api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-                max_retries=0,   # ask_api tries again, because it knows about money
-                # of its own making, it has a destructor that fails where its making failed
-                http_client=sdk.DefaultAsyncHttpxClient())
-    except UserError as e:   # without its traceback, which may show a password
-        raise UserError(hide_secrets(secrets, str(e))) from None
+    is_openai = cfg.provider == "openai"
+    make = sdk.AsyncOpenAI if is_openai else sdk.AsyncAnthropic
+    with phase(f"making a client of {cfg.provider}"):   # by the environment: proxies, certificates
+        client = make(
+            api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
+            max_retries=0,   # ask tries again, because it knows about money
+            # of its own making, it has a destructor that fails where its making failed
+            http_client=sdk.DefaultAsyncHttpxClient())
+    typed = client.chat.completions if is_openai else client.messages
+    create = typed.with_raw_response.create   # a server may say what the types would hide
+    to_ask = iter(jobs)   # of all workers
 
-
-class Heartbeat:
-    """A word when nothing comes for 10 s, 20 s, 40 s, ..., and when a stop is heard."""
-
-    def __init__(self):
-        self.since = time.monotonic()   # of the last answer
-        self.next_word = 10             # seconds after it
-        self.stop_said = False
-
-    def answered(self):
-        self.since = time.monotonic()
-        self.next_word = 10
-
-    def speak(self, ledger, in_flight):
-        seconds = time.monotonic() - self.since
-        if in_flight and ledger.stopping() and not self.stop_said:
-            self.stop_said = True
-            print0(f"stopping; {in_flight} requests in flight may be paid for and are awaited, at "
-                   f"most {2 * ledger.cfg.request_timeout:g} s; a second signal stops at once")
-        if seconds > self.next_word:
-            self.next_word *= 2
-            print0(f"no answer for {seconds:.0f} s, {in_flight} requests in flight; the last "
-                   f"refusal: {ledger.trouble}")
-
-
-async def ask_all_api(ledger, jobs):
-    """In prompt order, cfg.concurrency at a time, until all is answered or the ledger says stop."""
-    cfg = ledger.cfg
-    heartbeat = Heartbeat()
-    waiting = collections.deque(jobs)
-    in_flight = {}   # task -> job
-    async with make_client(cfg, ledger.secrets) as client:
-        while True:
-            width = cfg.concurrency if ledger.answered else 1   # a wrong key costs one request
-            while waiting and len(in_flight) < width and not ledger.stopping():
-                if not ledger.reserve(waiting[0]):
-                    break   # what is in flight may cost less than is set aside for it
-                job = waiting.popleft()
-                in_flight[asyncio.create_task(ask_api(ledger, client, job))] = job
-            if not in_flight:
+    async def work():
+        for job in to_ask:
+            said = await ask(asking, sdk, create, job)
+            if said is None:
                 break
-            # even when stopping: what is in flight is paid for
-            done, _ = await asyncio.wait(
-                in_flight, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                ledger.record_reply(in_flight.pop(task), task.result())
-                heartbeat.answered()
-            heartbeat.speak(ledger, len(in_flight))
-    ledger.out_of_money = len(waiting) > 0 and not ledger.stopping()
+            asking.record(job, said)
+
+    async with client:
+        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
 
 
-def load_local_teacher(cfg):
-    tokenizer = load_tokenizer(cfg, cfg.teacher)
-    if tokenizer is None:
-        raise UserError(f"teacher {cfg.teacher!r} has no tokenizer; use --tokenizer")
-    teacher_config = model_config(cfg.teacher, cfg, "teacher")
-    dtype = compute_dtype(cfg)
-    with progress(f"reading teacher {cfg.teacher}"):
-        model = read_model(cfg.teacher, teacher_config, cfg, "teacher", dtype)
-    tokenizer.padding_side = "left"   # a reply continues its prompt
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    teacher = ShardedRoot(model).eval()
-    teacher.requires_grad_(False)
-    if cfg.cpu_offload:   # a layer at a time comes to the device, where ids and cache are
-        shard(teacher, (WORLD,), dtype, drop_layers=True, cpu_offload=True)
-    else:
-        teacher.to(DEVICE)
-    return tokenizer, teacher
-
-
-class ReplyProgress:
-    """What generate() calls a streamer: it hears of each token of a batch, which may take minutes,
-    and shows beside the bar how many there are."""
-
-    def __init__(self, bar, max_tokens):
-        self.bar = bar
-        self.max_tokens = max_tokens
-        self.tokens = -1   # the first that it hears of is the prompt
-        self.shown = time.monotonic()
-
-    def put(self, _):
-        self.tokens += 1
-        if time.monotonic() - self.shown > 0.5:
-            self.shown = time.monotonic()
-            self.bar.set_postfix_str(
-                f"this batch: token {self.tokens:,} of at most {self.max_tokens:,}")
-
-    def end(self):
-        pass
-
-
-def generate_replies(cfg, tokenizer, teacher, jobs, bar):
-    """-> [Reply] of one batch; the same after a resume, if the batch is the same."""
-    inputs = tokenizer.apply_chat_template(
-        [job.messages for job in jobs], add_generation_prompt=True, padding=True,
-        return_dict=True, return_tensors="pt").to(DEVICE)
-    sampling = {}   # the model's own
-    if cfg.api_temperature is not None:
-        sampling["do_sample"] = cfg.api_temperature > 0
-        sampling["temperature"] = cfg.api_temperature or 1.0
-    torch.manual_seed(int(digest(cfg.seed, jobs[0].prompt_id), 16) % 2**63)
-    streamer = ReplyProgress(bar, cfg.max_tokens)
-    ids_BT = teacher(lambda model: model.generate(
-        **inputs, max_new_tokens=cfg.max_tokens, streamer=streamer, **sampling))
-    replies_BT = ids_BT[:, inputs["input_ids"].shape[1]:]
-
-    replies = []
-    for ids, mask in zip(replies_BT.tolist(), inputs["attention_mask"], strict=True):
-        ended = len(ids) < cfg.max_tokens or ids[-1] == tokenizer.pad_token_id
-        replies.append(Reply(
-            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            finish_reason="stop" if ended else "length",
-            prompt_tokens=mask.sum().item(),
-            completion_tokens=sum(token != tokenizer.pad_token_id for token in ids)))
-    return replies
-
-
-def ask_all_local(ledger, jobs):
-    """In prompt order, a batch at a time, until all is answered or the ledger says stop."""
-    cfg = ledger.cfg
-    tokenizer, teacher = load_local_teacher(cfg)
-    # batches of all prompts, not of those that are left: a resumed run then draws the same
-    for _, group in itertools.groupby(jobs, lambda job: job.number // cfg.concurrency):
-        if ledger.stopping():
+def ask_all_local(asking, jobs):
+    """In this order, cfg.concurrency at a time, until all is answered or a stop."""
+    cfg = asking.cfg
+    with phase(f"reading teacher {cfg.teacher}"):
+        tokenizer = load_tokenizer(cfg, cfg.teacher)
+        if tokenizer is None:
+            raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
+                            "--tokenizer")
+        if not tokenizer.chat_template:
+            template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
+            tokenizer.chat_template = template
+        prompts = [
+            tokenizer.apply_chat_template(
+                job.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for job in jobs]
+        longest = max(map(len, prompts)) + cfg.max_tokens
+        teacher, _ = load_model(cfg, "teacher")
+        check_model(teacher, f"teacher {cfg.teacher!r}", longest, packed=False)
+    ends = end_ids(teacher.model, tokenizer)
+    temperature = cfg.api_temperature
+    if temperature is None:
+        temperature = 1.0
+        with contextlib.suppress(OSError):   # there is no generation_config.json
+            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher).temperature
+            temperature = usual or 1.0
+    for start in range(0, len(jobs), cfg.concurrency):
+        if asking.stopping():
             break
-        batch = list(group)
-        replies = generate_replies(cfg, tokenizer, teacher, batch, ledger.bar)
-        for job, reply in zip(batch, replies, strict=True):
-            ledger.record_reply(job, reply)
+        some = slice(start, start + cfg.concurrency)
+        # what it says hangs on seed and prompt alone: a resumed run draws the same
+        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
+        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
+                            temperature, ends, vocabulary_of(tokenizer))
+        for job, prompt, ids in zip(jobs[some], prompts[some], texts):
+            asking.record(job, {
+                "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "finish_reason": "stop" if ids[-1] in ends else "length",
+                "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)},
+            })
 
 
-def finish_files(ledger, order):
-    """Duplicates go, the summary is written -> the table of what became of each prompt."""
-    paths = ledger.paths
-    fates = drop_duplicates(paths.train, paths.rejected, order)
-    if ledger.first_failure and not fates["kept"]:
-        ledger.stop(f"nothing was kept, {fates['failed']} prompts failed, the first: "
-                    f"{ledger.first_failure.removeprefix('failed: ')}; see {paths.rejected!r}")
-    ledger.write_summary(ledger.spent, tokens_this_time=ledger.tokens, ended=ledger.ended(),
-                         **fates)
-    total = max(1, sum(fates.values()))
-    lines = [f"  {name:20}{count:8,}{count / total:8.1%}" for name, count in fates.items()]
-    last = f"{ledger.tokens:,} tokens"
-    if ledger.spent > 0:
-        last += f", {ledger.spent:.4f} USD"
-    last += f"; {ledger.ended()}"
-    if fates["kept"]:
-        last += f"; --dataset {paths.train} trains on it"
-    else:
-        last += f"; nothing was kept, see {paths.rejected}"
-    lines.append(last)
-    if fates["cut off"] > 0.1 * total:
-        max_tokens = ledger.cfg.max_tokens
-        lines.append(f"{fates['cut off'] / total:.0%} of the replies did not end within max_tokens "
-                     f"{max_tokens}: --max_tokens {4 * max_tokens}, in another --output_dir")
-    return "\n".join(lines)
+# Files
+
+
+def read_replies(path):
+    """-> {prompt_id: its last row}. Half a row, as a kill leaves it, is none."""
+    rows = {}
+    with open(path, "a+b") as f:
+        f.write(b"\n")   # so that what comes is no part of it
+        f.seek(0)
+        for line in f:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                rows[row["prompt_id"]] = row
+    return rows
+
+
+def write_jsonl(path, rows):
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def sort_out(asking, jobs):
+    """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
+    say what became of them."""
+    cfg = asking.cfg
+    rows = [asking.rows[name] for name in {**jobs, **asking.rows} if name in asking.rows]
+    min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
+    seen = set()
+    for row in rows:
+        if "reason" not in row:
+            *_, prompt, reply = [turn["content"] for turn in row["messages"]]
+            flaw = find_flaw(prompt, reply, row["finish_reason"], min_chars)
+            flaw = flaw or find_duplicate(prompt, reply, seen)
+            if flaw:
+                row["reason"] = flaw
+    train = path_in(cfg, "train.jsonl")
+    write_jsonl(train, [row for row in rows if "reason" not in row])
+    write_jsonl(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
+
+    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
+    write_json({"spent_usd": asking.spent_usd, **fates}, path_in(cfg, "summary.json"))
+    print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
+    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
+           f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
+           f"{train} trains on what is kept")
+
+
+# What decides the rows of a folder; not where the server stands: it may move.
+DECIDING = (
+    "provider", "categories", "max_tokens", "api_temperature", "api_model",
+    "seed", "teacher", "tokenizer", "dtype",
+)
 
 
 def generate(cfg):
-    """Ask what has no reply yet; leave train.jsonl, rejected.jsonl, summary.json in output_dir."""
-    paths = paths_in(cfg.output_dir)
-    # what decides the rows; not where the server stands: it may move
-    deciding = {*knobs_in("generate"), *knobs_in("api"), "seed", "teacher", "tokenizer", "dtype"}
-    settings = {name: value for name, value in result_knobs(cfg).items() if name in deciding}
-    jobs = all_prompts(cfg)
-    past_cost, answered, spent = read_past(paths, settings)
-    todo = [job for job in jobs.values() if job.prompt_id not in answered]
-    prompt_tokens = sum(job.max_prompt_tokens for job in todo) // 4   # about 4 bytes a token
-    worst_usd = sum(job.worst_usd for job in todo)
-    plan = (f"{len(todo):,} of {len(jobs):,} prompts to ask, ~{prompt_tokens:,} tokens; at most "
-            f"{len(todo) * cfg.max_tokens:,} come back")
-    if cfg.price_in is not None:
-        plan += f", for {worst_usd:.2f} USD at these prices"
-    print0(plan)
+    """Ask what has no reply yet; leave replies.jsonl, and what is made of it, in output_dir."""
+    config_path = path_in(cfg, "config.json")
+    with phase(f"reading {cfg.prompts_file or 'functions to ask about'} and {cfg.output_dir}"):
+        jobs = all_prompts(cfg)
+        rows = read_replies(path_in(cfg, "replies.jsonl"))
+        config_there = read_json(config_path, {})
+        spent_usd = read_json(path_in(cfg, "summary.json"), {}).get("spent_usd", 0.0)
+    done = answered(rows)
+    if done:
+        settings = {name: getattr(cfg, name) for name in DECIDING}
+        refuse_changes(config_there, config_there | settings, cfg.output_dir,
+                       way_out="choose another --output_dir")
+    write_json(knobs_of(cfg), config_path)
 
-    bar = tqdm(total=len(todo), unit="prompt", dynamic_ncols=True, mininterval=0.5)
-    with reading(f"cannot write into {cfg.output_dir!r}"):
-        # without a name: a kill leaves nothing of it
-        disk_room = tempfile.TemporaryFile(dir=cfg.output_dir)
-    with disk_room, stop_signals() as stop_requests, bar:
-        ledger = Ledger(cfg, paths, settings, past_cost, spent, stop_requests, bar,
-                        find_secrets(cfg), disk_room)
-        with reading(f"cannot write into {cfg.output_dir!r}"):
-            write_json(cfg.public(), paths.config)
-            ledger.write_summary(spent)
-        if cfg.provider == "local":
-            ask_all_local(ledger, todo)
-        else:
-            asyncio.run(ask_all_api(ledger, todo))
-    try:   # the room that was held is free again
-        print0(finish_files(ledger, list(jobs)))
-    except OSError as e:   # all rows are there, in the order of their arrival, copies among them
-        ledger.stop_without_room(e)
-    if ledger.stop_error:
-        raise ledger.stop_error
+    to_ask = [job for job in jobs.values() if job.prompt_id not in done]
+    print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most "
+           f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
+           "what is in flight, which may be paid for")
+    bar = tqdm(total=len(to_ask), unit="prompt")
+    with bar, stop_signals() as stop_requests:
+        asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
+        if cfg.provider != "local":
+            asyncio.run(ask_all_api(asking, to_ask))
+        elif to_ask:
+            ask_all_local(asking, to_ask)
+    sort_out(asking, jobs)
+    if asking.error:
+        raise UserError(asking.error)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: eval: what was lost, what was gained, was the teacher worth it? Each model is loaded,
-# scored, compared with the teacher layer by layer and tried out (report, at the end, goes through
-# them); that becomes figures with intervals, and these report.json, report.md and report.png.
+# scored, compared with the teacher layer by layer and tried out (measure_model); that becomes
+# figures with intervals (judge_models), and these report.md, report.json and report.png.
 BINS = 15   # of confidence, for the calibration error and the reliability curve
 NEW_TOKENS = 48   # of a continuation
 METRICS = dict(   # as the table names them, in its order
@@ -5834,19 +4691,26 @@ METRICS = dict(   # as the table names them, in its order
     prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes",
 )
 LEGEND = (
-    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of that "
-    "shape; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large as "
-    "its final/ will be."
+    "In brackets 95 % (bootstrap over sequences); x: of the teacher. Prefill: a batch of "
+    "sequences; generation: batch 1; memory: while generating, GPUs only. A checkpoint is as large "
+    "as its final/ will be. Layers (in report.png): the share of the teacher's variance that the "
+    "best linear map from a layer leaves unexplained, and linear CKA. A model with another "
+    "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
+PANELS = (   # of the picture: title, x, y
+    ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
+    ("Layers against the teacher's", "layer", "share unexplained, CKA (dotted)"),
+    ("Quality against size", "parameters", "bits a byte, held out, and 95 %"),
+    ("Reliability", "confidence", "share right"),
+)
+CURVES = {   # panel, line; o is the model's marker
+    "train/ce_loss": (0, "-"), "train/kl_loss": (0, ":"), "eval/ce_loss": (0, "o"),
+    "unexplained": (1, "o-"), "CKA": (1, "o:"), "reliability": (3, "o-"),
+}
+STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # of models
 
 
-REPORT_MARK = "Written by simple_distill --mode eval"   # stands in each file of a report
-REPORT_FILES = ("report.json", "report.md", "report.png")
-
-
-def is_report(path):
-    with open(path, "rb") as f:
-        return REPORT_MARK.encode() in f.read()
+# ---- which models, and the rows of each
 
 
 def name_models(cfg):
@@ -5854,7 +4718,7 @@ def name_models(cfg):
     the name of its folder."""
     student = cfg.student
     if student == "demo":   # none was named
-        student = os.path.join(cfg.output_dir, "final")
+        student = f"{cfg.output_dir}/final"
     names = {"teacher": cfg.teacher, "student": student}
     for path in cfg.compare:
         label = os.path.basename(path.rstrip("/").removesuffix("/final"))
@@ -5865,41 +4729,51 @@ def name_models(cfg):
 
 
 def is_checkpoint(name):
-    return os.path.exists(os.path.join(name, "state.json"))
+    return Path(name, "state.json").exists()
 
 
-def load_model(cfg, name, label):
-    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it."""
+def load_any(cfg, name):
+    """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it.
+    Whether code of strangers runs is for this run to say."""
     if not is_checkpoint(name):
-        return load_teacher(dataclasses.replace(cfg, teacher=name), label)
-    path, state = find_checkpoint(name, cfg.output_dir)
-    root = load_student(config_of_run(cfg, name, state))
+        root, _ = load_model(dataclasses.replace(cfg, teacher=name), "teacher")
+        return root
+    path, state = find_checkpoint(name, name)
+    knobs = state["config"] | dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
+    knobs.pop("cache", None)   # optional: cache
+    root, _ = load_model(Config(**knobs), "student")
     load_checkpoint(path, tensors_of(root, {}, {}))
-    return root.eval()
+    return root
 
 
-def config_of_run(cfg, name, state):
-    """The Config of the run that checkpoint `name` is of. A file does not decide what is allowed:
-    whether code of strangers runs is for this run to say."""
-    with reading(f"checkpoint {name!r}: its state.json tells no run of this version"):
-        stored = dict(state["config"])
-        if stored.get("cache"):   # optional: cache
-            stored["cache_dir"] = stored["cache"]   # a digest, no path: enough to need no teacher
-        stored.pop("cache", None)
-        stored |= dict(dtype=cfg.dtype, seq_len=cfg.seq_len,
-                       trust_remote_code=cfg.trust_remote_code)
-        try:
-            return Config.from_json(stored)
-        except UserError as e:   # names the knob, but not whose it is
-            raise ValueError(e) from e
+def read_losses(name):
+    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
+    is of; nothing where there is none."""
+    path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
+    losses = collections.defaultdict(list)
+    if path.is_file():
+        with path.open(encoding="utf-8") as f:   # a run may be writing its last line
+            entries = [json.loads(line) for line in f if line.endswith("}\n")]
+        for entry in entries:
+            for key, value in entry.items():
+                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                    step = entry[f"{key.split('/')[0]}/step"]
+                    losses[key].append((int(step), float(value)))
+    return losses
 
 
-def retokenize(rows, tokenizer, other):
-    """The counted text of each row under another tokenizer: the same bytes, after its BOS, or EOS
-    where it has none, in place of the first token, which is never counted."""
-    if rows[0]["targets"] is not None:
-        raise UserError("models with different tokenizers are compared on plain text; here prompts "
-                        "are masked")
+def rows_for(cfg, name, tokenizer, rows):
+    """-> the rows as a model reads them, its tokenizer. Where that cuts like `tokenizer` it is that
+    one; else the rows are the same bytes, after its BOS, or EOS where it has none, in place of the
+    first token, which is never counted."""
+    other = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name) or tokenizer
+    try:
+        compare_tokenizers(other, tokenizer, name, cfg.teacher)
+        return rows, tokenizer
+    except UserError:
+        if not all(row["targets"][1:].all() for row in rows):
+            raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
+                            "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
     other_eos = other.eos_token or ""
     begin = bos_of(other)
@@ -5908,161 +4782,161 @@ def retokenize(rows, tokenizer, other):
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other_eos)
-        ids = other(text, add_special_tokens=False, verbose=False)["input_ids"]
-        retokenized.append({"input_ids": [begin, *ids]})
-    return retokenized
+        ids = np.array([begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        targets = np.arange(len(ids)) > 0
+        retokenized.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+    return retokenized, other
 
 
-def prompts_for(other, tokenizer, prompts):
-    """Prompts of plain text, each after the other tokenizer's BOS instead of this one's."""
-    bos = "" if bos_of(tokenizer) is None else tokenizer.bos_token
-    other_bos = "" if bos_of(other) is None else other.bos_token
-    return [other_bos + prompt.removeprefix(bos) for prompt in prompts]
+def beginnings(rows):
+    """Of three rows (fewer where there are fewer): up to the first target, and at least 32 ids."""
+    prompts = []
+    for i in range(0, len(rows), -(-len(rows) // 3)):
+        width = max(32, rows[i]["targets"].argmax())
+        prompts.append(rows[i]["input_ids"][:width].tolist())
+    return prompts
 
 
-def rows_for(other, tokenizer, rows, name, teacher_name):
-    """-> (rows as the other tokenizer cuts them, whether it cuts like the teacher's)"""
-    try:
-        compare_tokenizers(tokenizer, other, teacher_name, name)
-    except UserError:
-        return retokenize(rows, tokenizer, other), False
-    return rows, True
+# ---- one model: scores, layers, speed
 
 
-@torch.no_grad()
-def score(root, reference, rows, vocabulary, batch_size, temperature, bar):
-    """One pass over the rows of all ranks, over the ids below vocabulary. -> sums a sequence
-    [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with its T^2); and sums
-    a bin of confidence [BINS, 3]: tokens, hits, confidence."""
+def score(cfg, root, reference, rows, vocabulary, what):
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    -> sums a sequence [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
+    its T^2); and sums a bin of confidence (p of the top-1) [BINS, 3]: tokens, hits, confidence."""
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)
     bins = torch.zeros(BINS, 3, dtype=torch.float64)
-    for mine in rows_of_this_rank(rows, batch_size):
-        batch = collate([rows[i] for i in mine])
-        hidden_ND, head = root(counted_hidden, batch)
-        reference_ND, reference_head = reference(counted_hidden, batch)
-        # padded tails are cut
-        vocab = min(vocabulary, len(head.weight), len(reference_head.weight))
-        width = batch.input_ids.shape[1]
-        row_N = torch.tensor(mine, dtype=torch.long)[(batch.positions // width).cpu()]
-        chunk = max(1, LOGITS_BUDGET // (24 * vocab))   # six fp32 [C, V] at a time
-        for start in range(0, len(row_N), chunk):
-            part = slice(start, start + chunk)
-            terms = score_tokens(
-                head_logits(hidden_ND[part], head, vocab),
-                head_logits(reference_ND[part], reference_head, vocab),
-                batch.labels[part].to(DEVICE),
-                temperature,
-            )
-            add_terms(terms, row_N[part], sums, bins)
-        bar.update(WORLD * len(mine))
-    dist.all_reduce(sums)
-    dist.all_reduce(bins)
-    root.release()
-    reference.release()
-    return sums, bins
-
-
-def head_logits(hidden_CD, head, vocab):
-    """-> [C, vocab] in fp32"""
-    raw = nn.functional.linear(hidden_CD, head.weight, head.bias)[:, :vocab]
-    return scale_and_softcap(raw, head.scale, head.softcap)[0]
-
-
-def score_tokens(logits_CV, reference_CV, labels_C, temperature):
-    """-> [C, 6] on the host: what score sums a sequence, and the confidence: p of the top-1."""
-    best, top = logits_CV.max(-1)
-    log_total = logits_CV.logsumexp(-1)
-    label_logit = logits_CV.gather(1, labels_C[:, None])[:, 0]
-    logp = torch.log_softmax(logits_CV / temperature, -1)
-    logq = torch.log_softmax(reference_CV / temperature, -1)
-    kl = torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * temperature**2
-    terms = [
-        torch.ones_like(kl),
-        log_total - label_logit,
-        top == labels_C,
-        top == reference_CV.argmax(-1),
-        kl,
-        (best - log_total).exp(),
-    ]
-    return torch.stack([x.double().cpu() for x in terms], 1)
-
-
-def add_terms(terms_C6, row_C, sums, bins):
-    """Adds the terms of each token to its row of sums and to its bin of confidence."""
-    sums.index_add_(0, row_C, terms_C6[:, :5])
-    confidence = terms_C6[:, 5]
-    bin_C = (confidence * BINS).long().clamp(max=BINS - 1)
-    bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
+    with evaluating(reference), evaluating(root):
+        for numbers, batch in held_out(rows, cfg.batch_size, what):
+            hidden_ND, head = root(counted_hidden, batch)
+            reference_ND, reference_head = reference(counted_hidden, batch)
+            row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
+            row_N = row_B[batch.positions.cpu() // batch.input_ids.shape[1]]
+            for part_C in torch.arange(len(row_N)).split(chunk):
+                logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
+                reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
+                labels_C = batch.labels[part_C].to(DEVICE)
+                best, top = logits_CV.max(-1)
+                log_total = logits_CV.logsumexp(-1)
+                logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
+                logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
+                terms = [
+                    torch.ones_like(best),
+                    log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
+                    top == labels_C,
+                    top == reference_CV.argmax(-1),
+                    torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
+                    (best - log_total).exp(),
+                ]
+                terms_C6 = torch.stack([term.double().cpu() for term in terms], 1)
+                sums.index_add_(0, row_N[part_C], terms_C6[:, :5])
+                bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
+                bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+    dist.all_reduce(sums, group=HOST)
+    dist.all_reduce(bins, group=HOST)
+    return sums.numpy(), bins.tolist()
 
 
 def layer_outputs(model, batch):
-    """Runs inside a root: [B, T, D] after each layer."""
-    with known_documents(batch.position_ids) as positions:
-        outputs = model.base_model(
-            batch.input_ids, use_cache=False, output_hidden_states=True, **positions)
-    return outputs.hidden_states[1:]   # the first is of the embeddings
+    """Runs inside a root: [N, D] of the counted tokens after each layer."""
+    outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
+    states = outputs.hidden_states[1:]   # the first is of the embeddings
+    return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
-@torch.no_grad()
-def layer_errors(root, teacher, batch):
-    """How far each layer of a student is from the layer of the teacher at the same depth."""
-    states = root(layer_outputs, batch)
-    teacher_states = teacher(layer_outputs, batch)
-    errors = []
-    for i in range(len(states)):
-        # The same layers as block-wise mode matches, but a student may be the deeper one here.
-        j = max(0, round((i + 1) * len(teacher_states) / len(states)) - 1)
-        x_ND = states[i].flatten(0, 1)[batch.positions].double()
-        y_NE = teacher_states[j].flatten(0, 1)[batch.positions].double()
-        errors.append(dict(student=i + 1, teacher=j + 1, **compare_states(x_ND, y_NE)))
-    root.release()
-    teacher.release()
-    return errors
+def compare_layers(root, teacher, batch):
+    """How much each layer of a student tells of the teacher's layer at its depth."""
+    with evaluating(teacher), evaluating(root):
+        states = root(layer_outputs, batch)
+        teacher_states = teacher(layer_outputs, batch)
+    layers = []
+    for i, x_ND in enumerate(states):   # a student may be the deeper one here
+        j = max(0, teacher_layer(i, len(states), len(teacher_states)))
+        share, cka = compare_states(x_ND, teacher_states[j])
+        layers.append(dict(student=i + 1, teacher=j + 1, share=share, cka=cka))
+    return layers
 
 
 def compare_states(x_ND, y_NE):
-    """MSE from x to y (other width: after the best linear map), MSE / variance of y, both of which
-    a few huge states decide; |x - y|^2 / |y|^2 of the median token, which they do not; linear CKA.
-    """
-    tokens, width = x_ND.shape
-    xc = x_ND - x_ND.mean(0)
-    yc = y_NE - y_NE.mean(0)
-    xx = xc.T @ xc
-    xy = xc.T @ yc
-    yy = yc.T @ yc
-    if x_ND.shape == y_NE.shape:
-        missed = x_ND - y_NE
-    else:
-        # Fitted on the tokens that it is judged on: each row of the map and its bias explain one
-        # token for nothing, and those are left out of the average.
-        fitted = xc @ torch.linalg.pinv(xx, hermitian=True) @ xy
-        missed = (yc - fitted) * math.sqrt(tokens / max(tokens - width - 1, 1))
-    mse = missed.square().mean().item()
+    """-> the share of y's variance that the best linear map from x leaves unexplained (None: too
+    few tokens), linear CKA."""
+    x_ND = x_ND.double()
+    y_NE = y_NE.double()
+    x_ND = x_ND - x_ND.mean(0)
+    y_NE = y_NE - y_NE.mean(0)
+    xx = x_ND.T @ x_ND
+    xy = x_ND.T @ y_NE
+    yy = y_NE.T @ y_NE
     cka = (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
-    size_N = y_NE.square().sum(-1).clamp_min(1e-30)
-    median = (missed.square().sum(-1) / size_N).median().item()
-    return dict(mse=mse, share=mse / yc.square().mean().item(), median=median, cka=cka)
+    # Fitted on the tokens that it is judged on: each row of the map and its bias explain one token
+    # for nothing, and those are left out of the average.
+    tokens, width = x_ND.shape
+    if tokens <= width + 1:
+        return None, cka
+    missed = y_NE - x_ND @ torch.linalg.pinv(xx, hermitian=True) @ xy
+    missed *= math.sqrt(tokens / (tokens - width - 1))
+    return (missed.square().mean() / y_NE.square().mean()).item(), cka
 
 
-def try_out(root, tokenizer, input_ids_BT, prompts, seed, allocated):
-    """-> tokens a second, peak bytes, and [greedy, sampled] continuations of each prompt.
-    allocated: bytes that were in use before the model was loaded."""
+def try_out(root, tokenizer, rows, batch_size, limit):
+    """-> tokens a second, and [greedy, sampled] continuations of each beginning. limit: how long a
+    row may become."""
+    def write(prompts, new, temperature=0.0):
+        """-> new tokens a second, the texts up to the end mark; but always written in full."""
+        rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
+        start = time.time()
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
+                          vocabulary_of(tokenizer))
+        speed = sum(rooms) / (time.time() - start)
+        eos = tokenizer.eos_token or "\0"
+        return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
+
+    prompts = beginnings(rows)
+    _, greedy = write(prompts, NEW_TOKENS)
+    _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
+    batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
+    rows_a_second, _ = max(write(batch, 1) for _ in range(3))
+    generation, _ = max(write(prompts[:1], NEW_TOKENS) for _ in range(3))
+    return dict(prefill=rows_a_second * sum(map(len, batch)) / len(batch), generation=generation,
+                texts=list(zip(greedy, sampled)))
+
+
+def measure_model(cfg, label, name, teacher, tokenizer, rows):
+    """-> root, figures. teacher: None where this is the teacher."""
+    allocated = torch.cuda.memory_allocated()
+    with phase(f"reading {label} {name}"):
+        root = load_any(cfg, name)
+        curves = read_losses(name) if teacher else {}   # its own are of another run
+        rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
+        limit = max(len(row["input_ids"]) for row in rows)
+        check_model(root, f"{label} {name!r}", limit, packed=False)
+    same = own_tokenizer is tokenizer
+    teacher = teacher or root
+    reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
+    sums, bins = score(
+        cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
+    print0(f"layers of {label}, then what it writes, by the clock ...")
+    layers = []
+    if reference is not root:   # on the same rows on every rank
+        probe = list(itertools.islice(rows, 8192 // cfg.seq_len + 1))
+        layers = compare_layers(root, teacher, collate(probe))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    prefill_seconds = [continue_text(root, tokenizer, input_ids_BT, 1)[0] for _ in range(3)]
-    greedy_seconds = []
-    texts = []
-    for prompt in prompts:
-        encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        ids_1T = encoded["input_ids"].to(DEVICE)
-        seconds, greedy = continue_text(root, tokenizer, ids_1T, NEW_TOKENS)
-        _, sampled = continue_text(root, tokenizer, ids_1T, NEW_TOKENS, seed=seed)
-        greedy_seconds.append(seconds)
-        texts.append([greedy, sampled])
-    peak = torch.cuda.max_memory_allocated() - allocated if CUDA else None
-    prefill = input_ids_BT.numel() / min(prefill_seconds)
-    generation = NEW_TOKENS / min(greedy_seconds)
-    return dict(prefill=prefill, generation=generation, texts=texts, memory=peak)
+    trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
+    memory = torch.cuda.max_memory_allocated() - allocated if CUDA else None
+    parameters = root.model.num_parameters()
+    # a hub name, or a checkpoint, whose files hold more than the weights: as saved
+    files = glob.glob(f"{glob.escape(name)}/model*.safetensors")
+    disk = sum(map(os.path.getsize, files)) or parameters * compute_dtype(cfg).itemsize
+    figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
+                   layers=layers, sums=sums, bins=bins, curves=curves, **trial)
+    figures["own"] = score_own_texts(   # optional: on_policy
+        cfg, root, teacher if same else None, tokenizer, rows)
+    return root, figures
+
+
+# ---- figures with intervals
 
 
 def interval(top, bottom, seed):
@@ -6071,147 +4945,77 @@ def interval(top, bottom, seed):
     n = len(top)
     rng = np.random.default_rng(seed)
     middle = top.sum() / bottom.sum()
-    redrawn = []
-    for _ in range(20):   # 2,000 samples, 100 at a time to save memory
-        picks = rng.integers(0, n, (100, n))
-        redrawn.append(top[picks].sum(1) / bottom[picks].sum(1))
-    off = np.concatenate(redrawn) - middle
+    off = []
+    for _ in range(2000):
+        picks = rng.integers(0, n, n)
+        off.append(top[picks].sum() / bottom[picks].sum() - middle)
     # The bootstrap's variance is (n - 1) / n of what it estimates; t's 97.5 % point with n - 1
     # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
     low, high = middle + widen * np.quantile(off, (0.025, 0.975))
-    return [float(middle), float(low), float(high)]
+    return middle, low, high
 
 
-def compute_metrics(models, tables, sizes, seed):
+def judge_models(models, sizes, seed):
     """Adds to the figures of each model those of its sums a sequence (see score) and of the bytes
-    of each, what they are of the teacher's, its curves, and the student's lead over it."""
-    for label, figures in models.items():
-        figures.update(measure_quality(tables[label], figures["bins"], sizes, seed))
-        figures["curves"] |= collect_curves(figures)
-        if not figures.pop("same_tokenizer"):   # these need one vocabulary
-            figures["agreement"] = None
-            figures["kl"] = None
-    for label, figures in models.items():
-        figures["ratio"] = {}
-        for key in METRICS:
-            whole = models["teacher"][key]
-            if figures[key] is not None and whole:   # the teacher's KL is 0
-                figures["ratio"][key] = figures[key] / whole
-        ahead = tables["student"][:, 1] - tables[label][:, 1]
-        figures["student_against_it"] = judge_difference(ahead / math.log(2), sizes, seed)
-
-
-def measure_quality(table, bins, sizes, seed):
-    counts, nats, *_ = table.T
-    tokens, _, right, agreed, kl = table.sum(0).tolist()
-    perplexity, *perplexity_95 = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
-    bits, *bits_95 = interval(nats / math.log(2), sizes, seed)
-    ece = sum(abs(hits - confidence) for _, hits, confidence in bins) / tokens
-    return dict(
-        perplexity=perplexity, perplexity_95=perplexity_95, bits=bits, bits_95=bits_95,
-        tokens=int(tokens), accuracy=right / tokens, agreement=agreed / tokens, kl=kl / tokens,
-        ece=ece,
-    )
-
-
-def judge_difference(bits, sizes, seed):
-    """bits of each sequence, the student's less the other's -> their difference a byte."""
-    difference, low, high = interval(bits, sizes, seed)
-    if high < 0:
-        verdict = "better"
-    elif low > 0:
-        verdict = "worse"
-    else:
+    of each, the student's lead over it, and the points of its curves."""
+    student_nats = models["student"]["sums"][:, 1]
+    for figures in models.values():
+        sums = figures.pop("sums")
+        counts, nats, *_ = sums.T
+        tokens, _, right, agreed, kl = sums.sum(0).tolist()
+        around = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
+        figures["perplexity"], *figures["perplexity_95"] = around
+        figures["bits"], *figures["bits_95"] = interval(nats / math.log(2), sizes, seed)
+        figures["tokens"] = int(tokens)
+        figures["accuracy"] = right / tokens
+        same = figures.pop("same_tokenizer")   # these need one vocabulary
+        figures["agreement"] = agreed / tokens if same else None
+        figures["kl"] = kl / tokens if same else None
+        bins = figures["bins"]
+        figures["ece"] = sum(abs(hits - p) for _, hits, p in bins) / tokens
+        difference, low, high = interval((student_nats - nats) / math.log(2), sizes, seed)
         verdict = "no significant difference"
-    return dict(difference=difference, interval=[low, high], verdict=verdict)
+        if high < 0:
+            verdict = "better"
+        elif low > 0:
+            verdict = "worse"
+        figures["student_against_it"] = dict(
+            difference=difference, interval=[low, high], verdict=verdict)
+        layers = figures["layers"]
+        figures["curves"] |= {
+            "unexplained": [(layer["student"], layer["share"]) for layer in layers],
+            "CKA": [(layer["student"], layer["cka"]) for layer in layers],
+            "reliability": [(p / n, hits / n) for n, hits, p in bins if n],
+        }
 
 
-def collect_curves(figures):
-    """-> {name: [(x, y), ...]} for the picture, beside the losses."""
-    layers = figures["layers"]
-    curves = {}
-    curves["median token"] = [(layer["student"], layer["median"]) for layer in layers]
-    curves["CKA"] = [(layer["student"], layer["cka"]) for layer in layers]
-    curves["reliability"] = [
-        (confidence / count, hits / count) for count, hits, confidence in figures["bins"] if count
-    ]
-    return curves
-
-
-def read_losses(name):
-    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
-    is of; nothing where there is none."""
-    paths = [os.path.join(name, up, "log.jsonl") for up in ("..", "../..")]
-    paths = [path for path in paths if os.path.isfile(path)]
-    if not paths:
-        return {}
-    losses = {}
-    with reading(f"model {name!r}: {paths[0]!r} beside it is damaged"):
-        with open(paths[0], encoding="utf-8") as f:
-            # Not read_jsonl, which mends the file: the run may be writing its last line.
-            entries = [json.loads(line) for line in f if line.endswith("}\n")]
-        for entry in entries:
-            for key, value in entry.items():
-                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                    step = entry[key.split("/")[0] + "/step"]
-                    losses.setdefault(key, []).append((int(step), float(value)))
-    return losses
-
-
-def disk_bytes(name, parameters, dtype):
-    """Of its weights; a hub name or a checkpoint, which has none of its own: as saved in dtype."""
-    files = glob.glob(os.path.join(glob.escape(name), "*.safetensors"))
-    return sum(os.path.getsize(file) for file in files) or parameters * dtype.itemsize
+# ---- the report
 
 
 def draw_report(path, models):
-    """Four panels; shades, lines and markers tell models apart in grey too."""
+    """Shades and markers tell models apart in grey too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    (training, layers), (quality, reliability) = figure.subplots(2, 2)
-    styles = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for panel, (title, x, y) in zip(panels, PANELS):
+        panel.set(title=title, xlabel=x, ylabel=y)
+    _, layers, quality, reliability = panels
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    quality.set_xscale("log")
+    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
     for i, (label, figures) in enumerate(models.items()):
-        color, marker = styles[i % len(styles)]
-        for panel, key, line in (
-            (training, "train/ce_loss", "-"),
-            (training, "train/kl_loss", ":"),
-            (training, "eval/ce_loss", marker),
-            (layers, "median token", marker + "-"),
-            (layers, "CKA", marker + ":"),
-            (reliability, "reliability", marker + "-"),
-        ):
+        color, marker = STYLES[i % len(STYLES)]
+        for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                xs, ys = zip(*points, strict=True)
-                panel.plot(xs, ys, line, color=color, markersize=5, label=f"{label}: {key}")
+                xs, ys = zip(*points)
+                panels[panel].plot(xs, ys, line.replace("o", marker), color=color, markersize=5)
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
-        bits = figures["bits"]
-        around = [[abs(x - bits)] for x in figures["bits_95"]]
-        quality.errorbar(size, bits, around, fmt=marker, color=color, capsize=3, label=label)
-    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
-
-    training.set(title="Training", xlabel="step", ylabel="nats a token")
-    layers.set(
-        title="Layers against the teacher's", xlabel="student layer",
-        ylabel="relative error of the median token; CKA",
-    )
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    quality.set(
-        title="Quality against size", xlabel="parameters", xscale="log",
-        ylabel="bits a byte, held out, 95 %",
-    )
-    sizes = sorted({figures["parameters"] for figures in models.values()})
-    quality.set_xticks(sizes, [tqdm.format_sizeof(size) for size in sizes])
-    quality.minorticks_off()
-    quality.margins(0.25)
-    reliability.set(
-        title="Reliability", xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1)
-    )
-    for panel in (training, layers, quality, reliability):
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": REPORT_MARK})
+        bits = [*figures["bits_95"], figures["bits"]]
+        quality.plot([size] * 3, bits, marker + "-", color=color, label=label)
+    figure.legend(loc="outside lower center", ncols=len(models), frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def show_number(x):
@@ -6222,170 +5026,84 @@ def show_number(x):
     return f"{x:,.0f}"
 
 
-def show_figure(label, figures, key):
+def show_figure(models, label, key):
     """The cell of a model in the table: value (low to high), so many x of the teacher's."""
-    shown = show_number(figures[key])
-    if key + "_95" in figures:
-        low, high = figures[key + "_95"]
-        shown += f" ({show_number(low)} to {show_number(high)})"
-    if label != "teacher" and key in figures["ratio"]:
-        shown += f", {show_number(figures['ratio'][key])} x"
+    value = models[label][key]
+    shown = show_number(value)
+    if key + "_95" in models[label]:
+        low, high = map(show_number, models[label][key + "_95"])
+        shown += f" ({low} to {high})"
+    whole = models["teacher"][key]
+    if label != "teacher" and whole and value is not None:   # the teacher's KL is 0
+        shown += f", {show_number(value / whole)} x"
     return shown
 
 
-def markdown_table(header, rows):
-    """-> lines, an empty one before and after."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return ["", *lines, ""]
-
-
-def summary_lines(setting, models):
-    """The beginning of report.md, printed too: verdicts, the table, how it was measured."""
+def write_report(folder, setting, models, prompts):
+    """The beginning of report.md, verdicts and the table, is printed too. The picture comes last:
+    what it is made from stands by then."""
     lines = [f"# {models['student']['name']}: the report", ""]
     for label, figures in models.items():
+        against = figures["student_against_it"]
+        low, high = against["interval"]
         if label != "student":
-            against = figures["student_against_it"]
-            low, high = against["interval"]
             lines.append(
                 f"- student against {label}: {against['difference']:+.4f} bits a byte "
                 f"({low:+.4f} to {high:+.4f}): {against['verdict']}"
             )
     rows = []
     for key, title in METRICS.items():
-        cells = [show_figure(label, figures, key) for label, figures in models.items()]
-        rows.append([title, *cells])
-    lines += markdown_table(["", *models], rows)
+        rows.append([title, *[show_figure(models, label, key) for label in models]])
     settings = ", ".join(f"{key} {value}" for key, value in setting.items())
-    return [*lines, f"{settings}. {LEGEND}", ""]
-
-
-def detail_lines(models, prompts):
-    """The rest of report.md: the layers of each model, then continuations of the prompts."""
-    lines = []
-    for label, figures in models.items():
-        rows = [[show_number(x) for x in layer.values()] for layer in figures["layers"]]
-        if rows:
-            header = ["layer", "teacher's", "MSE", "MSE / variance", "median token", "CKA"]
-            lines += [f"## Layers of {label}", *markdown_table(header, rows)]
+    lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
+    print0("\n".join(lines))
+    lines += ["![report.png: training, layers, quality against size, reliability](report.png)", ""]
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
         lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
         for label, figures in models.items():
             lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
         lines.append("")
-    return lines
-
-
-def write_report(folder, setting, models, prompts):
-    """report.json, report.png and report.md -> the beginning of the last"""
-    summary = summary_lines(setting, models)
+    Path(folder, "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_json(dict(setting=setting, models=models, prompts=prompts), f"{folder}/report.json")
     try:
-        draw_report(os.path.join(folder, "report.png"), models)
-        summary += ["![training, layers, quality against size, reliability](report.png)", ""]
+        draw_report(f"{folder}/report.png", models)
     except ImportError:
-        summary += ["No report.png: pip install matplotlib", ""]
-    everything = dict(about=REPORT_MARK, setting=setting, models=models, prompts=prompts)
-    write_json(everything, os.path.join(folder, "report.json"))
-    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join([*summary, *detail_lines(models, prompts), REPORT_MARK + ".", ""]))
-    return "\n".join(["", *summary])
-
-
-def choose_prompts(rows, tokenizer):
-    """The beginnings of three rows (fewer where there are fewer): up to the first counted token,
-    and at least 32 tokens."""
-    prompts = []
-    for i in range(0, len(rows), -(-len(rows) // 3)):
-        first_counted = int(collate([rows[i]]).positions[0])
-        prompts.append(tokenizer.decode(rows[i]["input_ids"][:max(32, first_counted + 1)]))
-    return prompts
-
-
-def counted_bytes(rows, tokenizer):
-    """-> the length of the counted text of each row, in UTF-8."""
-    sizes = []
-    for row in rows:
-        text = tokenizer.decode(collate([row]).labels, skip_special_tokens=True)
-        sizes.append(len(text.encode()))
-    return sizes
+        print0("No report.png: pip install matplotlib")
 
 
 def report(cfg):
-    """What was lost, what was gained, was the teacher worth it? -> report.md, report.json and
-    report.png in output_dir."""
-    for file in REPORT_FILES:
-        refuse_foreign(os.path.join(cfg.output_dir, file), is_report)
+    """-> {label: figures}, which are in output_dir's report.md, report.json and report.png."""
     names = name_models(cfg)
-    losses = {"teacher": {}}
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
-            model_config(name, cfg, label)
-        if label != "teacher":
-            losses[label] = read_losses(name)
+            with phase(f"looking for {label} {name}"):
+                AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
                         "or lower --seq_len")
-    probe_rows = min(len(rows), 8192 // cfg.seq_len + 1)
-    probe_batch = collate([rows[i] for i in range(probe_rows)])   # for layers, same on every rank
-    prompts = choose_prompts(rows, tokenizer)
-    dtype = compute_dtype(cfg)
-    unnamed = dataclasses.replace(cfg, tokenizer=None)   # to find the one that a model brings
-
-    models = {}   # {label: figures}
-    tables = {}   # {label: sums a sequence}
+    models = {}
     teacher = None
     for label, name in names.items():
-        allocated = torch.cuda.memory_allocated()
-        with progress(f"reading {label} {name}"):
-            root = load_model(cfg, name, label)
-            teacher = teacher or root   # which comes first, and stays
-            model_tokenizer = load_tokenizer(unnamed, name) or tokenizer
-            check_head(root, label, name, model_tokenizer)
-        rows_here, same = rows_for(model_tokenizer, tokenizer, rows, name, cfg.teacher)
-        reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-        vocabulary = vocabulary_of(tokenizer if same else model_tokenizer)   # of rows_here
-        with progress(f"evaluating {label}", len(rows_here), unit="seq") as bar:
-            sums, bins = score(root, reference, rows_here, vocabulary, cfg.batch_size,
-                               cfg.temperature, bar)
-        tables[label] = sums.numpy()
-        layers = []
-        if reference is not root:
-            with progress(f"comparing the layers of {label}"):
-                layers = layer_errors(root, teacher, probe_batch)
-        numbers = range(cfg.batch_size)   # there may be fewer rows
-        prefill_ids = collate([rows_here[i % len(rows_here)] for i in numbers]).input_ids
-        parameters = root.model.num_parameters()
-        own_prompts = prompts if same else prompts_for(model_tokenizer, tokenizer, prompts)
-        with progress(f"{label} writes, by the clock"):
-            trial = try_out(root, model_tokenizer, prefill_ids, own_prompts, cfg.seed, allocated)
-        models[label] = dict(
-            name=name, same_tokenizer=same, parameters=parameters,
-            disk=disk_bytes(name, parameters, dtype), layers=layers, bins=bins.tolist(),
-            curves=losses[label], **trial,
-        )
-        models[label]["own"] = score_own_texts(   # optional: on_policy
-            cfg, root, teacher if same else None, tokenizer, rows)
+        root, models[label] = measure_model(cfg, label, name, teacher, tokenizer, rows)
+        teacher = teacher or root   # which comes first, and stays
         del root   # before the next one is read
-
+    sizes = []   # of the counted text of each row, in UTF-8
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"][row["targets"]], skip_special_tokens=True)
+        sizes.append(len(text.encode()))
+    judge_models(models, np.array(sizes), cfg.seed)
+    setting = dict(
+        dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
+        device=DEVICE.type, dtype=str(compute_dtype(cfg)),
+        temperature=cfg.temperature, batch_size=cfg.batch_size,
+        own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
+    )
+    prompts = tokenizer.batch_decode(beginnings(rows) if cfg.generate_comparisons else [])
     if RANK == 0:
-        sizes = counted_bytes(rows, tokenizer)
-        setting = dict(
-            dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,
-            device=DEVICE.type, dtype=str(dtype).removeprefix("torch."),
-            temperature=cfg.temperature, prefill=list(prefill_ids.shape),
-            own_texts=f"{cfg.divergence}, {cfg.max_new_tokens} tokens",   # optional: on_policy
-        )
-        with progress("writing the report"):
-            compute_metrics(models, tables, np.array(sizes), cfg.seed)
-            if not cfg.generate_comparisons:
-                prompts = []
-            summary = write_report(cfg.output_dir, setting, models, prompts)
-        print0(summary)
+        write_report(cfg.output_dir, setting, models, prompts)
+    return models
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6412,7 +5130,8 @@ def run_config(cfg):
     try:
         with process_group(), contextlib.ExitStack() as stack:
             if not (cfg.dry_run or cfg.mode == "cache"):   # which marks its cache_dir
-                stack.enter_context(claim(cfg.output_dir, cfg.mode))
+                mode = cfg.mode.replace("eval", "train")   # a report lies beside its run
+                stack.enter_context(claim(cfg.output_dir, mode))
             choose_mode(cfg)(cfg)
         return 0
     except UserError as e:

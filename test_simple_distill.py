@@ -10,26 +10,23 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
 import argparse
 import ast
 import atexit
-import base64   # optional: generate
 import collections
 import contextlib
-import ctypes
 import fcntl
 import functools
 import gc   # optional: generate
 import hashlib
 import http.server   # optional: generate
+import importlib   # optional: generate
 import io
 import itertools
 import json
 import math
-import multiprocessing   # optional: generate
 import os
 import pickle
 import pty
 import random
 import re
-import resource   # optional: cache
 import select
 import shlex
 import shutil
@@ -98,8 +95,7 @@ class Result(NamedTuple):
 def words_of(args):
     """Arguments as words; --use_wandb false unless the test says otherwise."""
     words = [str(arg) for arg in args]
-    mode = words[words.index("--mode") + 1] if "--mode" in words else "train"
-    if mode == "train" and not any("use_wandb" in word for word in words):
+    if "--mode" not in words and not any("use_wandb" in word for word in words):
         words += ["--use_wandb", "false"]
     return words
 
@@ -114,11 +110,9 @@ def cli(*args, rc=0):
         except SystemExit as e:
             code = e.code or 0
     result = Result(code, out.getvalue(), err.getvalue())
-    command = shlex.join(words_of(args))
-    assert code == rc, f"exit code {code}, not {rc}: {command}\n{result.out}\n{result.err}"
+    assert code == rc, (shlex.join(words_of(args)), result)
     if rc == 2:
-        lines = result.err.strip().splitlines()
-        assert any(line.startswith("error: ") for line in lines), result.err
+        assert len(re.findall("^error: ", result.err, re.MULTILINE)) == 1, result.err
         assert "Traceback" not in result.err, result.err
     return result
 
@@ -129,9 +123,8 @@ def flags(**fields):
     for name, value in fields.items():
         if value is None:
             continue
-        values = value if isinstance(value, (list, tuple)) else [value]
         words.append(f"--{name}")
-        for x in values:
+        for x in value if isinstance(value, (list, tuple)) else [value]:
             words.append(str(x).lower() if isinstance(x, bool) else str(x))
     return words
 
@@ -153,11 +146,10 @@ def distil(out, rc=0, **fields):
 
 def spawn(*args, nproc=1, env=None, **popen):
     """The real thing as a process, in a session of its own: a signal reaches all of its ranks."""
-    command = [sys.executable, str(HERE / "simple_distill.py")]
+    command = [sys.executable, HERE / "simple_distill.py"]
     if nproc > 1:
-        command = [str(HERE / "launch.sh")]
+        command = [HERE / "launch.sh"]
     env = {**os.environ, "NPROC": str(nproc), **(env or {})}
-    env.setdefault("OMP_NUM_THREADS", "1")
     popen = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                  text=True) | popen
     return subprocess.Popen([*command, *words_of(args)], env=env, start_new_session=True, **popen)
@@ -186,7 +178,10 @@ def child(job):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         import simple_distill
+        exec(job["change"], vars(simple_distill))
         code = simple_distill.main(job["args"])
+    except SystemExit as e:
+        code = e.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -200,37 +195,37 @@ for line in sys.stdin:
     if pid == 0:
         child(job)
     print(pid, flush=True)
-    if job["wait"]:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 class Fork:
-    """A run in processes of its own, one a rank."""
+    """A run in processes of its own, one a rank. change: code that the package meets first."""
     mother = None
 
-    def __init__(self, log, *args, ranks=1, limit=0, package=HERE):
+    def __init__(self, log, *args, ranks=1, limit=0, package=HERE, change=""):
         if Fork.mother is None:
             Fork.mother = subprocess.Popen(
                 [sys.executable, "-c", MOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                text=True)
             atexit.register(Fork.mother.kill)
         self.log = str(log)
+        Path(log).touch()   # a run may be killed before it opens it
         self.pids = []
         port = free_port()
         for rank in range(ranks):
             env = rank_environment(rank, ranks, port) if ranks > 1 else {}
-            job = {"args": words_of(args), "env": env, "log": self.log, "wait": False,
-                   "limit": limit, "package": str(package)}
+            job = {"args": words_of(args), "env": env, "log": self.log, "limit": limit,
+                   "package": str(package), "change": change}
             Fork.mother.stdin.write(json.dumps(job) + "\n")
             Fork.mother.stdin.flush()
             self.pids.append(int(Fork.mother.stdout.readline()))
 
-    def running(self):
-        return [pid for pid in self.pids if is_alive(pid)]
+    def poll(self):
+        """None while any of it runs, as of a Popen."""
+        return None if any(map(is_alive, self.pids)) else 0
 
     def signal(self, number):
-        for pid in self.running():
+        for pid in filter(is_alive, self.pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         return self
@@ -238,10 +233,16 @@ class Fork:
     def wait(self, seconds=180):
         """-> what it printed, once all of it has ended."""
         end = time.time() + seconds
-        while self.running():
+        while self.poll() is None:
             assert time.time() < end, Path(self.log).read_text()[-3000:]
             time.sleep(0.02)
         return Path(self.log).read_text()
+
+
+def distil_apart(out, ranks=1, change="", **fields):
+    """A plain run into `out`, in processes of its own, which print into out.txt -> Fork"""
+    words = flags(**{**PLAIN, "output_dir": out, **fields})
+    return Fork(f"{out}.txt", *words, ranks=ranks, change=change)
 
 
 def free_port():
@@ -266,10 +267,10 @@ def is_alive(pid):
 
 
 def wait_for_log(out, process, seconds=120):
-    """Until a process has logged its first step."""
+    """Until a process (a Popen, a Fork) has logged its first step."""
     end = time.time() + seconds
     while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
-        assert process.poll() is None and time.time() < end, process.communicate(timeout=5)
+        assert process.poll() is None and time.time() < end, "it ended, or is too slow"
         time.sleep(0.05)
 
 
@@ -308,14 +309,13 @@ def final_weights(out):
 def checkpoint(out, step):
     """All tensors of a checkpoint by name."""
     path = os.path.join(out, "checkpoints", f"step-{step:08d}")
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    reader = dcp.HuggingFaceStorageReader(path)
     tensors = {}
-    for name, entry in metadata.items():
-        if hasattr(entry, "properties"):
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -567,6 +567,17 @@ def logits_of_rows(model, coded):
 # Config: flags, files, their checks; bad input is one or two lines and exit code 2.
 
 
+def parse(*words):
+    return config.parse_config([str(word) for word in words])
+
+
+def refused(*words):
+    """-> the message."""
+    with pytest.raises(config.UserError) as caught:
+        parse(*words)
+    return str(caught.value)
+
+
 def read_config(out):
     return json.loads(Path(out, "config.json").read_text())
 
@@ -583,40 +594,46 @@ def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
     assert first.keys() == second.keys() == config.FIELDS.keys()
     assert {name for name in first if first[name] != second[name]} == {"output_dir"}
     assert quiet_log(out) == quiet_log(again)
-    assert "finished" in cli("--config", f"{out}/config.json").out   # as it stands, it is done
 
 
-def test_config_command_line_wins_over_the_file(tmp_path, out, student, text):
-    lines = [f"student: {student}", f"dataset: {text}", "alpha: 1.0", "max_steps: 7",
-             "learning_rate: 2e-4", "lr_multipliers: [embed=0]"]
-    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
-    cli("--config", tmp_path / "run.yaml", *flags(output_dir=out, max_steps=2, seq_len=32))
-    written = read_config(out)
-    assert written["max_steps"] == 2
-    assert written["learning_rate"] == 2e-4
-    assert written["lr_multipliers"] == ["embed=0"]
-    assert len(log(out, "train")) == 1
+# A file, and what it says: yaml's own idea of a value, `no` a False and 010 an 8, is not asked for.
+FILES = {
+    "a.yaml": ("resume: no\nmax_steps: 010\nalpha: 1e-1\ntokenizer: null\nuse_wandb: no\n"
+               "wandb_run_name: '--x'\nlr_multipliers: [a=1, 'b=0.5']\nstudent:\n",
+               dict(resume="no", max_steps=10, alpha=0.1, use_wandb=False, wandb_run_name="--x",
+                    lr_multipliers=["a=1", "b=0.5"])),
+    "one.yaml": ("lr_multipliers: a=1\nseed: 2\nseq_len: 64", dict(lr_multipliers=["a=1"], seed=2)),
+    "a.json": ('{\t"output_dir": "\\ud83d\\ude00", "learning_rate": 1e-05,\n\t"max_steps": null,'
+               ' "lr_multipliers": [], "use_wandb": false}',
+               dict(output_dir="\U0001f600", learning_rate=1e-5, use_wandb=False)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_a_file_is_as_if_typed_and_the_command_line_wins(tmp_path, name):
+    body, fields = FILES[name]
+    (tmp_path / name).write_text(body)
+    cfg = parse("--config", tmp_path / name, "--seq_len", 32)
+    assert {field: getattr(cfg, field) for field in fields} == fields
+    assert cfg.seq_len == 32
+    assert cfg.given - {"seq_len"} == set(fields)
 
 
 @pytest.mark.parametrize("words, unknown, nearest", [
-    (["--temprature", "2"], "temprature", "temperature"),
-    (["--learning-rat", "1"], "learning_rat", "learning_rate"),
-    (["--studnt=x"], "studnt", "student"),
-    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "lr_multiplier", "lr_multipliers"),
+    (["--temprature", "2"], "--temprature", "temperature"),
+    (["--learning-rat", "1"], "--learning-rat", "learning_rate"),
+    (["--studnt=x"], "--studnt", "student"),
+    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "--lr_multiplier", "lr_multipliers"),
+    (["--no_gradient_checkpoint"], "--no_gradient_checkpoint", "gradient_checkpointing"),
+    (["--config", "a.yaml"], "'temprature'", "temperature"),
+    (["--config", "a.json"], "'temprature'", "temperature"),
 ])
-def test_config_an_unknown_flag_names_the_nearest(words, unknown, nearest):
-    err = cli(*words, rc=2).err
-    assert f"--{unknown}" in err
-    assert nearest in err
-    assert len(err.strip().splitlines()) <= 2
-
-
-def test_config_an_unknown_key_of_a_file_names_the_nearest(tmp_path):
-    for name, body in (("a.yaml", "temprature: 2\n"), ("a.json", '{"temprature": 2}')):
-        (tmp_path / name).write_text(body)
-        err = cli("--config", tmp_path / name, rc=2).err
-        assert "temprature" in err
-        assert "temperature" in err
+def test_config_what_is_unknown_names_the_nearest(tmp_path, monkeypatch, words, unknown, nearest):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("temprature: 2\n")
+    Path("a.json").write_text('{"temprature": 2}')
+    message = refused(*words)
+    assert unknown in message and f"did you mean {nearest}?" in message
 
 
 # What a train run on a file of plain text does not read, with values that are no defaults.
@@ -633,21 +650,22 @@ IDLE = {
 }
 
 
-def test_config_a_file_may_hold_what_other_modes_read(tmp_path, out, student, text):
+def test_config_a_file_may_hold_what_other_modes_read(tmp_path, capsys, student, text):
     """One file serves all modes; a line says what of it this one passes over."""
-    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "max_steps": 1}
+    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=1)
     (tmp_path / "run.json").write_text(json.dumps({**fields, **IDLE}))
-    shown = cli("--config", tmp_path / "run.json", "--output_dir", out).out
-    line, = [line for line in shown.splitlines() if "passed over" in line]
+    cfg = parse("--config", tmp_path / "run.json")
+    line, = capsys.readouterr().out.splitlines()
     assert line.rpartition(": ")[2].split(", ") == list(IDLE)
-    assert len(column(out, "train/loss")) == 1
+    assert cfg.given == set(fields)
+    assert [getattr(cfg, name) for name in IDLE] == [config.default_of(name) for name in IDLE]
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, out, student, text):
-    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, **{name: IDLE[name]}).err
-    assert name in err
-    assert not os.path.exists(out)
+def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    assert name in refused(*flags(**fields, **{name: IDLE[name]}))
+    parse(*flags(**fields, **{name: config.default_of(name) or None}))   # as it is anyway
 
 
 def test_config_every_field_is_read():
@@ -655,29 +673,6 @@ def test_config_every_field_is_read():
     source = Path(sd.__file__).read_text() + Path(config.__file__).read_text()
     unread = [name for name in config.FIELDS if not re.search(rf"\bcfg\.{name}\b", source)]
     assert unread == []
-
-
-def test_config_every_field_has_one_line_of_help():
-    shown = cli("--help").out
-    for name, field in config.FIELDS.items():
-        assert f"--{name}" in shown
-        assert field.metadata["help"]
-        assert "\n" not in field.metadata["help"]
-
-
-def test_config_help_is_grouped_by_chapter():
-    """The name and purpose of each section are a title, and its knobs stand below it."""
-    lines = cli("--help").out.splitlines()
-    starts = []
-    for section in config.SECTIONS:
-        titles = [line for line in lines if line.startswith(section.name)]
-        title, = [line for line in titles if section.purpose in line]
-        starts.append(lines.index(title))
-    ends = starts[1:] + [len(lines)]
-    for section, start, end in zip(config.SECTIONS, starts, ends):
-        below = "\n".join(lines[start:end])
-        shown = re.findall(r"^  --(?!no_)(\w+)", below, re.MULTILINE)
-        assert shown == config.knobs_in(section.name)
 
 
 # The arguments are those of simple_distill.py, which comes first.
@@ -694,21 +689,169 @@ print("torch imported:", "torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("word, code, shown", [
-    ("--help", 0, "--learning_rate"),
-    ("--learning_rat", 2, "did you mean learning_rate?"),
-])
-def test_config_help_and_a_typo_answer_without_torch(word, code, shown):
-    """Importing it takes seconds."""
+def run_and_look(word, code):
+    """-> what it says without importing torch, which takes seconds."""
     ran = subprocess.run(
         [sys.executable, "-c", RUN_AND_LOOK, HERE / "simple_distill.py", word], cwd=HERE,
         capture_output=True, text=True)
-    assert shown in ran.stdout + ran.stderr
-    assert f"exit code {code}\n" in ran.stdout, ran.stderr
-    assert "torch imported: False\n" in ran.stdout
+    assert f"exit code {code}\ntorch imported: False\n" in ran.stdout, ran.stderr
+    return ran.stdout + ran.stderr
 
 
-# ---- bad input: what its cases are made of
+def test_config_a_typo_answers_without_torch():
+    assert "error: cannot make sense of '--seeed'" in run_and_look("--seeed", code=2)
+
+
+def test_config_help_is_grouped_by_chapter():
+    """The name and purpose of each section are a title, and its knobs stand below it."""
+    lines = run_and_look("--help", code=0).splitlines()
+    starts = []
+    for section in config.SECTIONS:
+        starts.append(lines.index(f"{section.section} ({section.purpose}):"))
+    ends = starts[1:] + [len(lines)]
+    for section, start, end in zip(config.SECTIONS, starts, ends):
+        below = "\n".join(lines[start:end])
+        shown = re.findall(r"^  --(?!no_)(\w+)", below, re.MULTILINE)
+        assert shown == config.knobs_in(section.section)
+    assert all(field.metadata["help"] for field in config.FIELDS.values())
+
+
+NUMBERS = [name for name, field in config.FIELDS.items()
+           if re.search(r"\b(int|float)\b", str(field.type))]
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_config_a_number_has_a_range(name, value):
+    with pytest.raises(config.UserError, match=f"^{name} is "):
+        config.check_value(name, [1, value] if "list" in str(config.FIELDS[name].type) else value)
+
+
+@pytest.mark.parametrize("name, inside, outside", [
+    ("alpha", [0, 1], [-0.1, 1.1]),
+    ("temperature", [1e-9], [0]),
+    ("seq_len", [2], [1]),
+    ("batch_size", [1], [0]),
+    ("save_steps", [0], [-1]),
+    ("seed", [0, 2**28], [2**28 + 1]),
+])
+def test_config_a_range_holds_its_ends(name, inside, outside):
+    for value in inside:
+        config.check_value(name, value)
+    for value in outside:
+        with pytest.raises(config.UserError, match=f"^{name} is {value}; it must be"):
+            config.check_value(name, value)
+
+
+# words of a command line -> what the message says
+REFUSED = [
+    # no value of that kind
+    ("--temperature warm", "temperature 'warm'"),
+    ("--batch_size 1.5", "batch_size '1.5'"),
+    ("--lr_scheduler step", "lr_scheduler cosine"),
+    ("--mode learn", "mode train"),
+    ("--gradient_checkpointing perhaps", "gradient_checkpointing perhaps"),
+    ("--lr_multipliers (=1", "lr_multipliers '(=1'"),
+    ("--lr_multipliers =1", "lr_multipliers '=1'"),
+    ("--lr_multipliers a=-1", "lr_multipliers 'a=-1'"),
+    ("--student layers:0", "layers:N"),
+    ("--student layers:²", "layers:N"),
+
+    # flags
+    ("--alpha 0.1 --alpha 0.2", "alpha once"),
+    ("--batch-size 1 --batch_size=2", "batch_size once"),
+    ("train", "'train' --"),
+    ("--alpha", "alpha"),
+    ("--no_seed 3", "--no_seed"),
+    # nothing where a name should be, as from "$UNSET"
+    ("--tokenizer=\t", "tokenizer"),
+    ("--output_dir=", "output_dir"),
+    ("--lr_multipliers=", "lr_multipliers"),
+
+    # what does nothing beside the others
+    ("--cache_dir c --alpha 1", "cache_dir --alpha"),   # optional: cache
+    ("--cache_dir c --divergence jsd", "divergence --cache_dir"),   # optional: cache
+    ("--cache_dir c --dataset d", "dataset --cache_dir"),   # optional: cache
+    *[   # optional: cache
+        ("--cache_dir c --streaming", "streaming --cache_dir"),   # optional: streaming
+        ("--cache_dir c --blockwise", "blockwise --cache_dir"),   # optional: blockwise
+        ("--cache_dir c --on_policy 1", "on_policy --cache_dir"),   # optional: on_policy
+    ],
+    ("--mode cache --cache_dir c --cache_top_k 3", "--cache_method topk"),   # optional: cache
+    ("--blockwise --alpha 1", "blockwise --alpha"),   # optional: blockwise
+    ("--block_input teacher --lr_per_block 1",   # optional: blockwise
+     "block_input lr_per_block --blockwise true"),
+    ("--blockwise --block_input teacher --no_freeze_previous_blocks",   # optional: blockwise
+     "freeze_previous_blocks --block_input student"),
+    ("--blockwise --logit_loss_type ce --logit_loss_weight 0.3",   # optional: blockwise
+     "logit_loss_weight --logit_loss_type kl_div or mse"),
+    ("--blockwise --no_train_lm_head --logit_loss_type ce",   # optional: blockwise
+     "logit_loss_type --train_lm_head true"),
+    ("--on_policy 1 --alpha 1", "on_policy --alpha"),   # optional: on_policy
+    ("--on_policy 1 --packing documents", "on_policy --packing rows"),   # optional: on_policy
+    ("--max_new_tokens 9", "max_new_tokens --on_policy above 0"),   # optional: on_policy
+    ("--mode generate --teacher t", "teacher --provider local"),   # optional: generate
+    ("--lr_scheduler_kwargs {} --lr_scheduler constant", "lr_scheduler_kwargs constant"),
+    ("--warmup_ratio 0.1 --lr_scheduler constant", "warmup_ratio --lr_scheduler"),
+
+    # what cannot be done
+    ("--teacher t", "student"),
+    ("--max_steps 0", "max_steps"),
+    ("--num_epochs 0", "num_epochs"),
+    ("--streaming --teacher t --student s", "--max_steps"),   # optional: streaming
+    ("--mode cache", "--cache_dir"),   # optional: cache
+    *[   # optional: blockwise
+        ("--blockwise --streaming --max_steps 2", "blockwise --streaming"),   # optional: streaming
+    ],
+    ("--blockwise --block_input teacher --wd_per_block 1 2",   # optional: blockwise
+     "block_input wd_per_block"),
+    ("--on_policy 1 --on_policy_prompt 128", "128 seq_len"),   # optional: on_policy
+
+    # files
+    ("--config /nowhere", "/nowhere FileNotFoundError"),
+    ("--config list.yaml", "list.yaml mapping"),
+    ("--config broken.yaml", "broken.yaml ParserError"),
+    ("--config broken.json", "broken.json JSONDecodeError"),
+    ("--config twice.yaml", "seed once"),
+    ("--config nested.yaml", "nested.yaml line 2"),   # and no bomb of aliases
+    ("--config several.yaml", "'16'"),
+    ("--config itself.yaml", "'config'"),
+]
+
+
+@pytest.mark.parametrize("words, told", REFUSED)
+def test_config_refuses(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- 1\n- 2\n")
+    Path("broken.yaml").write_text("a: [1\n")
+    Path("broken.json").write_text('{"seed": ')
+    Path("twice.yaml").write_text("seed: 1\nseed: 2\n")
+    Path("nested.yaml").write_text("lr_multipliers: &a [x=1]\nlr_per_block: [*a, *a]\n")
+    Path("several.yaml").write_text("batch_size: [8, 16]\n")
+    Path("itself.yaml").write_text("config: list.yaml\n")
+    message = refused(*words.split(" "))
+    missing = [word for word in told.split() if word not in message]
+    assert not missing, (missing, message)
+
+
+# What goes together although one of it may not stand alone.
+@pytest.mark.parametrize("words", [
+    "--blockwise --max_steps 0",   # optional: blockwise
+    "--cache_dir c --seq_len 9 --packing rows --eval_samples 9 --temperature 2",   # optional: cache
+    "--cache_dir c --mode cache --dataset d --divergence forward",   # optional: cache
+    "--on_policy 1 --max_new_tokens 9 --on_policy_prompt 127",   # optional: on_policy
+    "--mode generate --provider local --teacher t --attention eager",   # optional: generate
+    "--teacher t --alpha 1",
+    "--lr_scheduler constant --warmup_ratio 0",
+])
+def test_config_takes(words):
+    parse(*words.split())
+
+
+# ---- bad input as a run meets it
+
+
+GOOD_LINE = '{"text": "one two three four five"}\n'
 
 
 def with_file(name, body):
@@ -735,22 +878,10 @@ def edit_config(**fields):
     return change
 
 
-def encoder_decoder(folder):
-    shape = dict(vocab_size=300, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
-    transformers.T5Config(**shape).save_pretrained(folder / "t5")
-    return dict(student=folder / "t5" / "config.json")
-
-
-def no_permission(folder):
-    (folder / "closed").mkdir(mode=0o555)
-    return dict(output_dir=folder / "closed" / "out")
-
-
-def yaml_file(body):
-    def make(folder):
-        (folder / "run.yaml").write_text(body)
-        return dict(config=folder / "run.yaml")
-    return make
+def truncate(name, size=0):
+    def change(path):
+        os.truncate(path / name, size)
+    return change
 
 
 def output_is_a_file(folder):
@@ -758,269 +889,34 @@ def output_is_a_file(folder):
     return dict(output_dir=folder / "file")
 
 
-def begun_cache(folder):   # optional: cache
-    (folder / "c").mkdir()
-    sd.write_manifest({}, folder / "c")
-    return dict(cache_dir=folder / "c")
-
-
-GOOD_LINE = '{"text": "one two three four five"}\n'
-BINARY = bytes(range(256)) * 9
-LATIN = (GOOD_LINE * 3 + '{"text": "Größe"}\n').encode("latin-1")
-FILL = dict(mode="cache", student=None, cache_dir="c")   # optional: cache
-FILL_TOPK = dict(**FILL, cache_method="topk")   # optional: cache
-MIN_LR_TWICE = '{"min_lr": 0, "min_lr_rate": 0}'
-
-# what is wrong -> (fields, or words, or a function of a folder that makes fields;
-#                   the words that the message has to hold)
+# what is wrong -> (fields, or a function of a folder that makes fields; words of the message)
 BAD_INPUT = {
-    # values out of range
-    "temperature 0": (dict(temperature=0), "temperature"),
-    "temperature negative": (dict(temperature=-1), "temperature"),
-    "temperature infinite": (dict(temperature="inf"), "temperature"),
-    "temperature no number": (dict(temperature="warm"), "temperature warm"),
-    "alpha 1.2": (dict(alpha=1.2), "alpha 1.2 between"),
-    "alpha -0.1": (dict(alpha=-0.1), "alpha"),
-    "alpha nan": (dict(alpha="nan"), "alpha"),
-    "batch 0": (dict(batch_size=0), "batch_size"),
-    "batch 1.5": (dict(batch_size=1.5), "batch_size 1.5"),
-    "seq_len 1": (dict(seq_len=1), "seq_len at least 2"),
-    "max_steps negative": (dict(max_steps=-5), "max_steps"),
-    "max_steps 0": (dict(max_steps=0), "max_steps"),
-    "epochs 0": (dict(num_epochs=0), "num_epochs"),
-    "rate 0": (dict(learning_rate=0), "learning_rate"),
-    "rate nan": (dict(learning_rate="nan"), "learning_rate"),
-    "warmup 2": (dict(warmup_ratio=2), "warmup_ratio"),
-    "decay negative": (dict(weight_decay=-1), "weight_decay"),
-    "clip negative": (dict(max_grad_norm=-1), "max_grad_norm"),
-    "accumulation 0": (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps"),
-    "keep 0": (dict(keep_checkpoints=0), "keep_checkpoints"),
-    "log 0": (dict(log_steps=0), "log_steps"),
-    "save negative": (dict(save_steps=-1), "save_steps"),
-    "eval negative": (dict(eval_steps=-1), "eval_steps"),
-    "eval_samples 0": (dict(eval_samples=0), "eval_samples"),
-    "max_samples 0": (dict(max_samples=0), "max_samples"),
-    "seed negative": (dict(seed=-1), "seed"),
-    "seed below 0": (dict(seed=-1), "between 0 and 268,435,456"),
-    "seed of 29 bits": (dict(seed=2**28 + 1), "seed 268,435,456"),
-    "buffer negative": (   # optional: streaming
-        dict(streaming=True, max_steps=1, shuffle_buffer=-1), "shuffle_buffer"),
-    "num_proc 0": (dict(num_proc=0), "num_proc"),
-    "multiplier negative": (dict(default_lr_multiplier=-1), "default_lr_multiplier"),
-    "multiplier pattern": (dict(lr_multipliers="(=1"), "lr_multipliers"),
-    "multiplier matches nothing": (dict(lr_multipliers="zzz=1"), "zzz names"),
-    "everything frozen": (dict(default_lr_multiplier=0), "frozen"),
-    "half of nothing": (   # optional: blockwise
-        dict(blockwise=True, wd_per_block=-1), "wd_per_block at least 0"),
-    "head epochs 0": (   # optional: blockwise
-        dict(blockwise=True, lm_head_epochs=0), "lm_head_epochs greater than 0"),
-
-    # no such choice
-    "scheduler unknown": (dict(lr_scheduler="step"), "lr_scheduler cosine"),
-    "divergence unknown": (dict(divergence="tv"), "divergence"),
-    "mode unknown": (dict(mode="learn"), "mode"),
-    "fsdp unknown": (dict(fsdp="zero3"), "fsdp"),
-    "dtype unknown": (dict(dtype="int8"), "dtype"),
-    "bool": (dict(streaming="perhaps"), "streaming"),   # optional: streaming
-    "empty name": (dict(output_dir=" "), "output_dir"),
-
-    # flags
-    "flag twice": (["--alpha", "0.1", "--alpha", "0.2"], "alpha once"),
-    "flag unknown": (["--alhpa", "1"], "alhpa alpha"),
-    "stray word": (["train"], "train"),
-    "flag without value": (["--alpha"], "alpha"),
-    # a no_ that no flag has
-    "no_blockwise": (   # optional: blockwise
-        ["--no_blockwise"], "--no_blockwise --blockwise false"),
-    "no-streaming": (["--no-streaming"], "--streaming false"),   # optional: streaming
-    "no_seed": (["--no_seed", "3"], "--no_seed --seed"),
-    "no_alhpa": (["--no_alhpa"], "alpha"),
-
-    # what does not go together
-    "cache with alpha 1": (dict(alpha=1, cache_dir="c"), "alpha cache_dir"),   # optional: cache
-    "cache and reverse": (   # optional: cache
-        dict(cache_dir="c", divergence="reverse"), "divergence"),
-    "cache that is not there": (dict(cache_dir="/nowhere"), "/nowhere mode"),   # optional: cache
-    "mode cache without dir": (dict(mode="cache", student=None), "cache_dir"),   # optional: cache
-    "cache begun": (begun_cache, "begun finished"),   # optional: cache
-    **{   # optional: cache
-        "cache and stream": (   # optional: streaming
-            dict(cache_dir="c", streaming=True, max_steps=1), "cache_dir streaming length"),
-    },
-    "k 0": (dict(**FILL_TOPK, cache_top_k=0), "cache_top_k"),   # optional: cache
-    "k above the vocabulary": (   # optional: cache
-        dict(**FILL_TOPK, cache_top_k=264), "cache_top_k 264 263"),
-    "draws 0": (dict(**FILL, cache_samples=0), "cache_samples"),   # optional: cache
-    "no teacher to correct": (   # optional: on_policy
-        dict(on_policy=1, alpha=1), "on_policy alpha"),
-    **{   # optional: on_policy
-        "student from a cache": (   # optional: cache
-            dict(cache_dir="c", on_policy=0.5), "on_policy 0.5 cache_dir 'c'"),
-        "student after the blocks": (   # optional: blockwise
-            dict(blockwise=True, on_policy=1, num_epochs=0), "on_policy --num_epochs"),
-    },
-    "prompts side by side": (   # optional: on_policy
-        dict(on_policy=1, packing="documents"), "on_policy --packing rows"),
-    "a prompt of all": (   # optional: on_policy
-        dict(on_policy=1, on_policy_prompt=32), "on_policy_prompt 32 seq_len 32"),
-    "more than all steps": (dict(on_policy=1.5), "on_policy between"),   # optional: on_policy
-    "texts that nobody writes": (   # optional: on_policy
-        dict(max_new_tokens=9), "max_new_tokens --on_policy"),
-    "a mode's unread field": (dict(api_model="x"), "api_model train"),   # optional: generate
-    "stream without steps": (dict(streaming=True), "max_steps"),   # optional: streaming
-
-    # models
-    "layers 0": (dict(student="layers:0"), "layers:N"),
-    "layers too many": (dict(student="layers:9"), "layers:N 2"),
-    "layers x": (dict(student="layers:x"), "layers:N"),
-    "layers of a cache, whose": (   # optional: cache
-        dict(cache_dir="c", teacher="demo", student="layers:1"), "layers:1 --teacher"),
-    "no such path": (dict(teacher="/nowhere/at/all", student="layers:1"), "/nowhere/at/all path"),
+    "flag": (dict(alpha=1.2), "alpha"),
+    "output is a file": (output_is_a_file, "file"),
     "resume nowhere": (dict(resume="/nowhere"), "/nowhere"),
-    "no student": (dict(student=None), "student"),
+    "schedule lacks": (dict(lr_scheduler="cosine_with_min_lr"), "min_lr"),
+    "schedule knows not": (
+        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}'), "num_cycle"),
+    "schedule of no json": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="{"), "cosine JSON"),
+    "matches nothing": (dict(lr_multipliers="zzz=1"), "zzz"),
+    "all frozen": (dict(default_lr_multiplier=0), "frozen"),
     "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"),
-    "student nowhere": (dict(student="no/where"), "no/where name"),
-    "teacher without config": (
-        broken_model("teacher", lambda path: (path / "config.json").unlink()), "teacher config"),
-    "teacher config is no json": (
-        broken_model("teacher", lambda path: (path / "config.json").write_text("{")),
-        "teacher config"),
-    "teacher without weights": (
-        broken_model("teacher", lambda path: (path / "model.safetensors").unlink()), "teacher"),
-    "truncated safetensors": (
-        broken_model("teacher", lambda path: os.truncate(path / "model.safetensors", 999)),
-        "teacher"),
-    "weights missing": (
-        broken_model("teacher", edit_config(num_hidden_layers=3)), "teacher lacks"),
-    "encoder-decoder": (encoder_decoder, "student t5"),
-    "unknown architecture": (broken_model("student", edit_config(model_type="novel")), "student"),
-    "tokenizer nowhere": (dict(tokenizer="/nowhere"), "tokenizer"),
-
-    # data
-    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl exist"),
-    "dataset name nowhere": (dict(dataset="no/where"), "no/where"),
+    "student nowhere": (dict(student="no/where"), "no/where"),
+    "attention unknown": (dict(attention="sideways"), "sideways"),
+    "too many layers": (dict(student="layers:9"), "layers:9 2"),
+    "config of no json": (broken_model("teacher", truncate("config.json", 9)), "teacher"),
+    "weights cut off": (broken_model("teacher", truncate("model.safetensors", 999)), "teacher"),
+    "weights missing": (broken_model("teacher", edit_config(num_hidden_layers=3)), "layers.2"),
+    "architecture": (broken_model("student", edit_config(model_type="novel")), "student novel"),
+    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl"),
     "split nowhere": (dict(train_split="tarin"), "tarin"),
-    "empty file": (with_file("a.jsonl", ""), "a.jsonl empty"),
-    "blank file": (with_file("a.jsonl", "\n\n"), "a.jsonl"),
-    "binary file": (with_file("a.jsonl", BINARY), "a.jsonl line 1"),
-    "binary text": (with_file("a.txt", BINARY), "a.txt line"),
-    "wrong encoding": (with_file("a.jsonl", LATIN), "line 4"),
-    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "line 5"),
-    "a line that is no object": (
-        with_file("a.jsonl", GOOD_LINE * 2 + "3\n" + GOOD_LINE), "line 3"),
-    "no known column": (
-        with_file("a.jsonl", '{"body": "one two three", "id": 3}\n' * 9), "text body id"),
-    "text that is no text": (with_file("a.jsonl", '{"text": 3}\n' * 9), "text"),
-    "csv without text": (with_file("a.csv", "a,b\n1,2\n3,4\n"), "text a b"),
-    "rows of one token": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
-    "no assistant": (
-        with_file("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9), "target"),
-    "a single short row": (with_file("a.jsonl", '{"text": "one"}\n'), "seq_len"),
-    "parquet that is none": (with_file("a.parquet", "PAR"), "a.parquet"),
-
-    # files and folders
-    "yaml that is a list": (yaml_file("- 1\n- 2\n"), "mapping"),
-    "yaml that is broken": (yaml_file("a: [1\n"), "YAML"),
-    "yaml key unknown": (yaml_file("alhpa: 1\n"), "alpha"),
-    "config nowhere": (dict(config="/nowhere.yaml"), "/nowhere.yaml"),
-    "output is a file": (output_is_a_file, "directory file"),
-    # what yaml makes of it
-    "yaml key true": (yaml_file("true: 1\n"), "True"),
-    "yaml key no": (yaml_file("no: 1\n"), "False"),
-    "yaml key 5": (yaml_file("5: 1\n"), "5"),
-    "yaml list for one": (yaml_file("batch_size: [8, 16]\n"), "batch_size one value"),
-    "yaml null in a list": (yaml_file("compare: [null]\n"), "compare None"),   # optional: eval
-    "yaml list of lists": (yaml_file("compare: [[a]]\n"), "compare"),   # optional: eval
-    "yaml -x": (yaml_file("lr_multipliers: [a=1, '-x=1']\n"), "lr_multipliers -x=1"),
-    "yaml resume no": (yaml_file("resume: no\n"), "resume quotes"),
-    "yaml no value a block": (   # optional: blockwise
-        yaml_file("lr_per_block: []\n"), "lr_per_block at least one"),
-
-    # flags that would do nothing
-    "k of draws": (   # optional: cache
-        dict(**FILL, cache_top_k=32), "cache_top_k --cache_method topk"),
-    "draws of k": (   # optional: cache
-        dict(**FILL_TOPK, cache_samples=10), "cache_samples --cache_method sample"),
-    "weight of labels": (   # optional: blockwise
-        dict(blockwise=True, logit_loss_type="ce", logit_loss_weight=0.3),
-        "logit_loss_weight --logit_loss_type"),
-    "temperature of labels": (   # optional: blockwise
-        dict(blockwise=True, logit_loss_type="ce", logit_loss_temperature=2),
-        "logit_loss_temperature --logit_loss_type kl_div"),
-    "no head phase": (   # optional: blockwise
-        dict(blockwise=True, train_lm_head=False, lm_head_lr=1, logit_loss_type="mse"),
-        "lm_head_lr, logit_loss_type --train_lm_head true"),
-    "no stitches": (   # optional: blockwise
-        dict(blockwise=True, use_stitching_layers=False, stitching_layer_bias=False),
-        "stitching_layer_bias --use_stitching_layers true"),
-    "all blocks at once": (   # optional: blockwise
-        dict(blockwise=True, block_input="teacher", freeze_previous_blocks=False),
-        "freeze_previous_blocks --block_input student"),
-    "blocks without blockwise": (   # optional: blockwise
-        dict(block_input="teacher", lr_per_block=1), "block_input, lr_per_block --blockwise"),
-    "buffer without stream": (   # optional: streaming
-        dict(shuffle_buffer=3), "shuffle_buffer --streaming"),
-    **{   # optional: eval
-        "buffer in eval": (   # optional: streaming
-            dict(mode="eval", shuffle_buffer=3), "eval shuffle_buffer"),
-    },
-    "constant with kwargs": (
-        dict(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs constant"),
-    "warmup and kwargs": (
-        dict(lr_scheduler="constant_with_warmup", lr_scheduler_kwargs='{"a": 2}'),
-        "lr_scheduler_kwargs constant"),
-    "constant with warmup": (
-        dict(warmup_ratio=0.1), "warmup_ratio: read only with --lr_scheduler linear"),
-    "a file's configuration": (dict(dataset_config="foo"), "dataset_config hub"),
-
-    # nothing where a name should be, as from "$UNSET"
-    "empty cache_dir": (dict(cache_dir=""), "cache_dir empty"),   # optional: cache
-    "empty tokenizer": (dict(tokenizer=""), "tokenizer empty"),
-    "empty resume": (dict(resume=""), "resume empty"),
-    "empty eval_split": (dict(eval_split=" "), "eval_split empty"),
-    "empty lr_multipliers": (dict(lr_multipliers=""), "lr_multipliers empty"),
-    "empty wandb_project": (dict(wandb_project="\t"), "wandb_project empty"),
-    "empty config": (dict(config=""), "--config No such file"),
-
-    # before any model is loaded
-    "stream without steps, early": (   # optional: streaming
-        dict(streaming=True, teacher="/nowhere"), "max_steps"),
-    "layers ²": (dict(student="layers:²", teacher="/nowhere"), "layers:N"),
-    "layers in eval": (   # optional: eval
-        dict(mode="eval", student="layers:4", teacher="/nowhere"), "layers:4"),
-    "layers 0, early": (dict(student="layers:0", teacher="/nowhere"), "layers:N"),
-    "min_lr missing": (
-        dict(lr_scheduler="cosine_with_min_lr", teacher="/nowhere"),
-        "min_lr_rate lr_scheduler_kwargs"),
-    "min_lr twice": (
-        dict(lr_scheduler="cosine_with_min_lr", lr_scheduler_kwargs=MIN_LR_TWICE,
-             teacher="/nowhere"),
-        "min_lr_rate one"),
-    "kwargs unknown": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}', teacher="/nowhere"),
-        "num_cycle num_cycles"),
-    "kwargs of ours": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_warmup_steps": 2}',
-             teacher="/nowhere"),
-        "num_warmup_steps num_cycles"),
-    "kwargs a list": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs="[2]"), "lr_scheduler_kwargs JSON"),
+    "empty file": (with_file("a.jsonl", ""), "a.jsonl"),
+    "binary file": (with_file("a.jsonl", bytes(range(256)) * 9), "a.jsonl"),
+    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "a.jsonl"),
+    "no parquet": (with_file("a.parquet", "PAR"), "a.parquet"),
+    "no known column": (with_file("a.jsonl", '{"body": "one two", "id": 3}\n' * 9), "text"),
+    "no target": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
 }
-if os.geteuid():   # root may write anywhere
-    BAD_INPUT["no permission"] = (no_permission, "closed")
-
-
-def command_of(fields, folder, **usual):
-    """A sound run, but for what a case of BAD_INPUT says -> command-line words."""
-    usual = {**PLAIN, **usual}
-    if isinstance(fields, list):
-        return [*flags(**usual), *fields]
-    if callable(fields):
-        fields = fields(folder)
-    if fields.get("mode", "train") != "train":   # which reads little of PLAIN
-        for name in set(PLAIN) - {"dtype", "seq_len"}:
-            del usual[name]
-    return flags(**{**usual, **fields})
 
 
 def files_in(folder):
@@ -1028,33 +924,23 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_config_bad_input_is_named_in_a_line_or_two(case, tmp_path, teacher, student, text,
-                                                    monkeypatch):
-    """And nothing is left behind or changed."""
-    fields, words = BAD_INPUT[case]
+def test_config_bad_input_is_a_line_or_two(case, tmp_path, teacher, student, text):
+    """And nothing is changed, or left behind but the traceback."""
+    fields, told = BAD_INPUT[case]
     folder = tmp_path / "given"
     folder.mkdir()
-    monkeypatch.chdir(folder)
-    command = command_of(fields, folder, teacher=teacher, student=student, dataset=text,
-                         output_dir=tmp_path / "out")
+    if callable(fields):
+        fields = fields(folder)
+    usual = dict(teacher=teacher, student=student, dataset=text, output_dir=tmp_path / "out")
     before = files_in(folder)
-    err = cli(*command, rc=2).err.strip()
-    assert err.startswith("error: "), err
-    assert len(err.splitlines()) <= 2 and len(err) < 600, err
-    missing = [word for word in words.split() if word not in err]
-    assert not missing, (missing, err)
-    assert not (tmp_path / "out").exists(), sorted((tmp_path / "out").rglob("*"))
+    err = cli(*flags(**{**PLAIN, **usual, **fields}), rc=2).err.strip()
+    line = err[err.index("error: "):]
+    assert len(line.splitlines()) <= 2 and len(line) < 1000, err
+    missing = [word for word in told.split() if word not in line]
+    assert not missing, (missing, line)
+    left = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert left <= {".simple_distill", "error.log"}
     assert files_in(folder) == before
-
-
-def test_config_a_stray_word_is_no_item_of_a_list_in_the_file(tmp_path):
-    (tmp_path / "f.yaml").write_text("max_steps: 2\nlr_multipliers: [a=1]\n")
-    assert "make sense of 'junk'" in cli("junk", "--config", tmp_path / "f.yaml", rc=2).err
-
-
-def test_config_no_check_vanishes_under_python_O():
-    tree = ast.parse(Path(config.__file__).read_text())
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4262,30 +4148,54 @@ def test_train_a_step_on_eight_gpus_that_exist_in_name_only(tmp_path):
 # Optional: streaming: the same rows from a stream.
 
 
-def test_streaming_a_stream_reads_the_head_of_its_eval_split(tmp_path, monkeypatch):
-    """Nothing is prepared whole on disk, and no more is read than eval_samples sequences need."""
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    train = [{"text": prose(50, i)} for i in range(50)]
-    validation = [{"text": prose(50, i)} for i in range(3000)]
-    folder = write_splits(tmp_path / "data", train, validation)
-    cfg = config.Config(dataset=folder, streaming=True, max_steps=1, eval_samples=5, seq_len=32)
+def batches_of(path, position=None, global_batch=4, stream=None, **fields):
+    """What a run gets of a stream: endless (rows of a global batch, position after it)."""
+    cfg = config.Config(**{"dataset": path, "streaming": True, "max_steps": 99, "seq_len": 64,
+                           "eval_samples": 1, **fields})
+    if stream is None:
+        with sd.process_group():
+            stream, _ = sd.load_data(cfg, tiny_tokenizer())
+    return sd.batches_of_stream(types.SimpleNamespace(
+        cfg=cfg, tokenizer=tiny_tokenizer(), rows=stream, global_batch=global_batch,
+        progress=types.SimpleNamespace(position=position), student=None, teacher=None))
+
+
+def epoch_of(path, **fields):
+    """All rows of the first epoch."""
+    rows = []
+    for batch, position in batches_of(path, global_batch=1, **fields):
+        if position["epoch"]:
+            return rows
+        rows += batch
+
+
+@pytest.mark.parametrize("words", [50, 500])
+def test_streaming_reads_the_head_of_its_eval_split(tmp_path, words):
+    """Nothing is prepared whole, and no more is read than eval_samples sequences need: so many
+    rows, with 8 characters a token."""
+    rows = [{"text": prose(words, i)} for i in range(100)]
+    folder = write_splits(tmp_path / "data", rows[:50], rows)
+    cfg = config.Config(dataset=folder, streaming=True, eval_samples=5, seq_len=32)
     stream, held_out = sd.split_stream(cfg)
     assert not isinstance(stream, datasets.Dataset)
-    assert 5 <= len(held_out) < 20
-    assert held_out[0]["text"] == prose(50, 0)
-    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 5000
+    assert list(stream) == rows[:50]
+    enough = next(n for n in range(5, 100) if sum(len(str(row)) for row in rows[:n]) > 8 * 5 * 32)
+    assert list(held_out) == rows[:enough]
 
 
-def test_streaming_a_short_stream_is_not_held_out_whole(out, student, text):
-    """Of its 40 rows, 256 would be held out."""
-    distil(out, student=student, dataset=text, alpha=1, streaming=True, max_steps=2)
-    assert len(column(out, "train/loss")) == 2
+@pytest.mark.parametrize("count, max_samples, held_out", [
+    (60, None, 10), (8, None, 1), (40, 39, 10), (60, 11, 10), (60, 10, 1)])
+def test_streaming_holds_the_first_rows_out(tmp_path, count, max_samples, held_out):
+    """As many as eval_samples, of a short stream a twentieth."""
+    rows = [{"text": prose(5, i)} for i in range(count)]
+    cfg = config.Config(dataset=write_jsonl(tmp_path / "d.jsonl", rows), streaming=True,
+                        eval_samples=10, max_samples=max_samples)
+    stream, eval_raw = sd.split_stream(cfg)
+    assert list(eval_raw) == rows[:held_out]
+    assert list(stream) == rows[held_out:max_samples]
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 3])
-def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, chat,
-                                                    shuffle_buffer):
+def test_streaming_trains_on_the_same_rows(tmp_path, teacher, student, chat):
     """Three passes over eight rows, eight a step: in whatever order they come, each step is all of
     them."""
     fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8,
@@ -4293,244 +4203,214 @@ def test_streaming_a_stream_trains_on_the_same_rows(tmp_path, teacher, student, 
     table = tmp_path / "table"
     stream = tmp_path / "stream"
     distil(table, **fields)
-    distil(stream, **fields, streaming=True, shuffle_buffer=shuffle_buffer)
+    distil(stream, **fields, streaming=True, shuffle_buffer=3)
     for key in ("train/loss", "eval/loss"):
         assert column(stream, key) == pytest.approx(column(table, key), rel=1e-6)
     assert distance(final_weights(stream), final_weights(table)) < 1e-5
 
 
-def test_streaming_a_stream_holds_rows_out_and_needs_max_steps(tmp_path, out, student):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    fields = dict(student=student, dataset=path, alpha=1.0, streaming=True)
-    assert "max_steps" in distil(out, rc=2, **fields).err
-    train, held_out = rows_of(path, streaming=True, eval_samples=10)   # train: raw rows
-    trained_on = {re.search(r"<(\d{3})>", row["text"])[1] for row in train}
-    assert trained_on
-    assert numbers_in(held_out)
-    assert not trained_on & numbers_in(held_out)
-    distil(out, **fields, eval_samples=10, max_steps=2)
+def test_streaming_of_text_unshuffled_is_the_same_blocks(tmp_path):
+    rows = [{"text": prose(5 + i % 7, i)} for i in range(30)]
+    path = write_splits(tmp_path / "d", rows, rows[:1])
+    assert ids_of(epoch_of(path, shuffle_buffer=0)) == ids_of(rows_of(path)[0])
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_streaming_stream_of_text_is_the_same_blocks(tmp_path, bos):
-    """Unshuffled, the sequences of a stream are those of the table, also across the windows it is
-    read in."""
-    student = tiny_model(tmp_path / "student", tokenizer=tiny_tokenizer(bos=bos))
-    docs = [{"text": prose(5 + i % 7, i)} for i in range(30)]
-    path = write_splits(tmp_path / "d", docs, docs[:1])
-    every_row = len(rows_of(path, tiny_tokenizer(bos=bos), seq_len=32)[0])
-    fields = dict(student=student, dataset=path, alpha=1.0, batch_size=every_row, max_steps=1,
-                  learning_rate=STILL)
-    table = tmp_path / "table"
-    stream = tmp_path / "stream"
-    distil(table, **fields)
-    distil(stream, **fields, streaming=True, shuffle_buffer=0)
-    assert column(table, "train/loss") == pytest.approx(column(stream, "train/loss"), rel=1e-6)
+def test_streaming_shuffles_within_windows_each_in_an_order_of_its_own(tmp_path):
+    rows = talk(28)
+    path = write_splits(tmp_path / "d", rows, rows[:1])
+    plain = ids_of(epoch_of(path, shuffle_buffer=0))
+    batches = batches_of(path, global_batch=7, shuffle_buffer=7)
+    orders = set()
+    for window in [plain[i:i + 7] for i in range(0, 28, 7)] * 2:   # two epochs
+        found = ids_of(next(batches)[0])
+        assert sorted(found) == sorted(window)
+        orders.add(tuple(window.index(ids) for ids in found))
+    assert len(orders) == 8
 
 
-def test_streaming_rows_are_read_by_their_kind_dropped_and_counted(tmp_path, out, student):
-    """Also where not every row has every column, and over several windows."""
-    path = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "held out"}, *MIXED[1:], MIXED[0]])
-    run = distil(out, student=student, dataset=path, alpha=1.0, max_steps=6, seq_len=64,
-                 streaming=True, shuffle_buffer=4, eval_samples=1)
-    assert "dropped 2 of the first 4 rows" in run.out, run.out
-    assert "a message without a role (first '" + path + "', line 3)" in run.out
-    assert "type 'image_url' (first '" + path + "', line 5)" in run.out
-    assert "no text and no conversation (first '" + path + "', line 7)" in run.out
-
-
-def bad_streams(folder):
-    """-> [(file, the words that its error has to hold)]; all is well with the first 300 rows."""
-    good = [{"messages": [user("q"), assistant("a")]}] * 300
-    refused = write_jsonl(folder / "refused.jsonl", [*good, SYSTEM_ROW])
-    broken = write_jsonl(folder / "broken.jsonl", good)
-    with open(broken, "a") as file:
-        file.write("{bad\n")
-    useless = write_jsonl(folder / "useless.jsonl", [good[0], *[{"id": 1}] * 50])
-    return [(refused, "refused.jsonl', line 301: .*no system role"),
-            (broken, "broken.jsonl', line 301: "),
-            (useless, "useless.jsonl.*no row .* 50 with no text and no conversation")]
-
-
-def test_streaming_a_bad_row_deep_in_a_stream_is_an_error_that_names_it(tmp_path):
-    tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
-    for path, words in bad_streams(tmp_path):
-        cfg = config.Config(dataset=path, streaming=True, max_steps=99, eval_samples=1, seq_len=64)
-        with pytest.raises(config.UserError, match=words):
-            with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-                stream, _ = sd.load_data(cfg, tokenizer)
-                encode_here = sd.make_row_encoder(cfg, tokenizer)
-                batches = sd.streamed_batches(stream, path, encode_here, 0, 20, 8, None)
-                for _ in range(60):   # more than an epoch
-                    next(batches)
-
-
-def test_streaming_a_resume_finds_the_same_rows_also_of_a_position_without_row_numbers(tmp_path):
+def test_streaming_a_resume_finds_the_same_rows(tmp_path):
+    """Within a window, at its end, in the second epoch."""
     path = write_jsonl(tmp_path / "d.jsonl", talk(30))
-    cfg = config.Config(dataset=path, streaming=True, max_steps=9, seq_len=64)
+    batches = batches_of(path, shuffle_buffer=7)
+    whole = [next(batches) for _ in range(20)]
+    for first in (3, 7, 11):
+        again = batches_of(path, whole[first - 1][1], shuffle_buffer=7)
+        for rows, position in whole[first:first + 5]:
+            same_rows, same_position = next(again)
+            assert ids_of(same_rows) == ids_of(rows)
+            assert same_position == position
 
-    def batches(position):
-        stream = sd.load_raw(path, None, "train", streaming=True)
-        encode_here = sd.make_row_encoder(cfg, tiny_tokenizer())
-        return sd.streamed_batches(stream, path, encode_here, 0, 7, 4, position)
 
-    whole = [next(b) for b in [batches(None)] for _ in range(20)]
-    for first in (3, 11):
-        _, position = whole[first - 1]
-        older = {name: value for name, value in position.items() if name != "first_row"}
-        for start in (position, older):
-            again = batches(start)
-            assert [next(again)[0] for _ in range(5)] == [
-                rows for rows, _ in whole[first:first + 5]]
+def test_streaming_a_reader_that_fails_is_an_error(tmp_path):
+    def rows_that_break():
+        yield from talk(50)
+        raise ValueError("JSON parse error in row 50")
+
+    stream = datasets.IterableDataset.from_generator(rows_that_break)
+    batches = batches_of("d", stream=stream, shuffle_buffer=20)
+    assert len([next(batches) for _ in range(10)]) == 10
+    with pytest.raises(config.UserError, match="while reading window 2 .* error in row 50"):
+        next(batches)
+
+
+def test_streaming_bad_rows_are_dropped_until_an_epoch_has_no_other(tmp_path, capsys):
+    good = talk(9)
+    bad = [{"id": 1}] * 20
+    path = write_jsonl(tmp_path / "d.jsonl", [*good, *bad])
+    batches = batches_of(path, shuffle_buffer=10)
+    first, second, third = [next(batches) for _ in range(3)]
+    assert third[1]["epoch"] == 1
+    told = capsys.readouterr().out
+    assert re.search("of the first 10 rows dropped: {.*text.*: 2}", told), told
+    again = batches_of(path, second[1], shuffle_buffer=10)   # nothing good is left of that epoch
+    assert ids_of(next(again)[0]) == ids_of(third[0])
+    useless = write_jsonl(tmp_path / "useless.jsonl", [good[0], *bad])
+    with pytest.raises(config.UserError, match="no row of the stream .* holds a target"):
+        next(batches_of(useless, shuffle_buffer=10))
+
+
+def test_streaming_refuses_an_id_that_the_head_has_not(tmp_path, out):
+    """Where a row holds one: the last byte of an eszett is number 260."""
+    student = tiny_model(tmp_path / "student", vocab=250)
+    rows = [{"text": prose(9, i)} for i in range(20)]
+    path = write_splits(tmp_path / "d", [*rows, {"text": "ß"}], rows[:2])
+    err = distil(out, rc=2, student=student, dataset=path, alpha=1, streaming=True, max_steps=2).err
+    assert "token 260" in err
 
 
 def test_streaming_documents_are_packed_within_a_window(tmp_path):
     rows = talk(60)
     path = write_splits(tmp_path / "d", rows, rows[:4])
-    apart, held_out = rows_of(path, seq_len=128)
-    fields = dict(dataset=path, streaming=True, max_steps=9, seq_len=128, packing="documents")
-    cfg = config.Config(**fields)
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-        stream, eval_rows = sd.load_data(cfg, tiny_tokenizer())
-    assert ids_of(eval_rows) == ids_of(held_out)
-    encode_here = sd.make_row_encoder(cfg, tiny_tokenizer())
-    seen = []
-    for batch, position in sd.streamed_batches(stream, path, encode_here, 0, 20, 1, None):
-        if position["epoch"]:
-            break
-        seen += batch
-    assert documents_of(seen) == documents_of(apart)
-    assert len(seen) < len(apart) / 1.3
+    apart, _ = rows_of(path, seq_len=128)
+    packed = epoch_of(path, seq_len=128, packing="documents", shuffle_buffer=20)
+    assert documents_of(packed) == documents_of(apart)
+    assert len(packed) < len(apart) / 1.3
 
 
 # --------------------------------------------------------------------------------------------------
 # Optional: demo: from nothing to a better student.
 
 
-OTHER_MODELS = ["--teacher", "t", "--student", "s", "--dataset", "d"]
+@pytest.mark.parametrize("words, max_steps, seq_len", [
+    ("", 500, 128),
+    ("--max_steps 7 --num_epochs 2", 7, 128),
+    ("--num_epochs 2", None, 128),
+    ("--blockwise --num_epochs 0", None, 128),   # optional: blockwise
+    ("--lr_scheduler constant", 500, 128),
+    ("--teacher t --student s --dataset d", None, 512),
+    ("--mode eval", None, 128),   # optional: eval
+    ("--mode eval --student s", None, 128),   # optional: eval
+    ("--mode eval --teacher t --dataset d", None, 512),   # optional: eval
+    ("--mode cache --cache_dir c", None, 128),   # optional: cache
+])
+def test_demo_decides_only_what_is_left_open(tmp_path, words, max_steps, seq_len):
+    """Its defaults fill in for the demo alone, never beside a flag that rules them out; and what
+    config.json says of such a run is that run."""
+    cfg = config.parse_config(words.split())
+    assert (cfg.max_steps, cfg.seq_len) == (max_steps, seq_len)
+    path = str(tmp_path / "config.json")
+    sd.write_json(config.knobs_of(cfg), path)
+    assert config.knobs_of(config.parse_config(["--config", path])) == config.knobs_of(cfg)
 
 
-def test_demo_the_demo_decides_only_what_is_left_open(tmp_path):
-    """Its defaults fill in for the demo alone, never beside a flag that rules them out."""
-    parse = config.parse_config
-    assert parse([]).max_steps == 500
-    assert parse(["--max_steps", "7", "--num_epochs", "2"]).max_steps == 7
-    (tmp_path / "run.yaml").write_text("num_epochs: 2\n")
-    for words in (
-        ["--num_epochs", "2"],
-        ["--num-epochs=1"],
-        ["--config", str(tmp_path / "run.yaml")],
-        ["--blockwise", "--num_epochs", "0"],   # optional: blockwise
-    ):
-        assert parse(words).max_steps is None, words
-    assert parse(OTHER_MODELS).seq_len == 512
-    eval_words = ["--mode", "eval"]   # optional: eval
-    assert parse(eval_words).seq_len == 128   # optional: eval
-    assert parse([*eval_words, "--student", "s"]).seq_len == 128   # optional: eval
-    with_others = [*eval_words, "--teacher", "t", "--dataset", "d"]   # optional: eval
-    assert parse(with_others).seq_len == 512   # optional: eval
-    config_json_says_it_again(tmp_path)
+@pytest.mark.parametrize("words, made, whole", [
+    ("", "teacher student dataset", True),
+    ("--alpha 0.1 --max_steps 2", "teacher student dataset", True),
+    ("--tokenizer mine", "teacher student dataset", True),
+    ("--dry_run", "teacher student dataset", False),
+    ("--alpha 1", "student dataset", False),
+    ("--dataset d", "teacher student", False),
+    ("--student s --dataset d", "teacher", False),
+    ("--student s --dataset d --alpha 1", "", False),
+    ("--student layers:1 --alpha 1", "teacher dataset", False),
+    ("--mode eval", "teacher dataset", False),   # optional: eval
+    ("--cache_dir c", "student", False),   # optional: cache
+    ("--mode cache --cache_dir c", "teacher student dataset", False),   # optional: cache
+    ("--blockwise", "teacher student dataset", False),   # optional: blockwise
+    ("--on_policy 0.5", "teacher student dataset", False),   # optional: on_policy
+])
+def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words, made, whole):
+    """Here all is there already. The whole demo is answered."""
+    monkeypatch.setattr(sd.huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    cfg = config.parse_config(words.split())
+    assert sd.is_whole_demo(cfg) == whole   # optional: eval
+    folder = sd.demo_folder(cfg)
+    paths = {"teacher": f"{folder}/teacher/final", "dataset": f"{folder}/corpus",
+             "student": f"{folder}/student/config.json"}
+    for path in paths.values():
+        os.makedirs(path)
+    Path(folder, ".simple_distill").write_text("demo 1")
+    with sd.process_group():
+        resolved = sd.resolve_demo(cfg)
+    expected = {role: paths[role] for role in made.split()}
+    shown = capsys.readouterr().out
+    assert re.findall(r"--(\w+) (\S+)", shown) == list(expected.items())
+    if "student" in made:
+        expected["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
+    assert config.knobs_of(resolved) == config.knobs_of(cfg) | expected
+    assert resolved.given == cfg.given
 
 
-def config_json_says_it_again(folder):
-    path = str(folder / "config.json")
-    for words in (
-        [],
-        ["--num_epochs", "2"],
-        ["--blockwise", "--train_lm_head", "false"],   # optional: blockwise
-        ["--blockwise", "--num_epochs", "0"],   # optional: blockwise
-        ["--lr_scheduler", "constant"],
-        ["--mode", "cache", "--cache_dir", "c", "--cache_method", "topk"],   # optional: cache
-        ["--mode", "eval"],   # optional: eval
-        [   # optional: streaming
-            *OTHER_MODELS, "--streaming", "--max_steps", "2", "--shuffle_buffer", "3"],
-    ):
-        cfg = config.parse_config(words)
-        sd.write_json(cfg, path)
-        assert config.parse_config(["--config", path]) == cfg, words
-        if cfg.mode == "train":   # as mode eval does with a checkpoint: nothing in it is refused
-            config.Config(**config.result_knobs(cfg))
-
-
-def test_demo_is_not_named_where_nobody_typed_it(tmp_path, text):
-    """Labels only, with a student that brings no tokenizer: there is no teacher that could."""
-    shape = tmp_path / "shape.json"
-    shape.write_text(tiny_config().to_json_string())
-    refused = distil(tmp_path / "out", rc=2, student=shape, dataset=text, alpha=1).err
-    assert f"no tokenizer comes with student '{shape}'; use --tokenizer" in refused
-    assert "demo" not in refused.replace(str(tmp_path), "")
-
-
-def test_demo_says_for_what_it_stands_in(capsys):
-    """Where one model was named and the other left out; the demo itself says nothing of it."""
-    files = dict(teacher="/demo/teacher", student="/demo/student", dataset="/demo/corpus")
-    sd.say_what_is_the_demos(config.parse_config([]), files)
-    assert capsys.readouterr().out == ""
-    cfg = config.parse_config(["--student", "s", "--dataset", "d"])
-    sd.say_what_is_the_demos(cfg, {"teacher": "/demo/teacher"})
-    assert capsys.readouterr().out == "no --teacher given: it is the demo's, /demo/teacher\n"
-
-
-@pytest.mark.parametrize("words, answered", [
-    ([], True),
-    (["--seed", "3", "--save_steps", "7", "--output_dir", "o"], True),
-    (["--max_steps", "2"], False),
-    (["--alpha", "0.1"], False),
-    (["--batch_size", "4"], False),
-    (["--blockwise"], False),   # optional: blockwise
-], ids=str)
-def test_demo_only_the_demo_itself_is_answered(words, answered):   # optional: eval
-    cfg = config.parse_config(words)
-    assert sd.is_whole_demo(cfg)
-    assert sd.has_demo_knobs(cfg) == answered
-    assert not sd.is_whole_demo(config.parse_config([*words, "--dry_run"]))
+def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
+    """In an order that no package leads, each in one split; also where a kill left half of it."""
+    library = tmp_path / "lib"
+    library.mkdir()
+    names = sorted([f"m{i}.py" for i in range(60)], key=sd.digest)
+    for name in names:
+        (library / name).write_text(f"x = {name!r}\n")
+    (library / "empty.py").write_text("\n")
+    monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    splits = {"train": [], "validation": []}
+    for name in names:
+        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
+        splits[split].append({"text": f"x = {name!r}\n"})
+    folder = str(tmp_path / "demo")
+    for _ in range(2):
+        sd.write_demo_files(folder)
+        for split, rows in splits.items():
+            assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    assert len(tokenizer.encode("x = 'm")) < 6   # it has learnt from them
+    for name in ("student", "teacher-shape"):
+        assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
 
 
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
-        tmp_path, teacher, student, text):
+        tmp_path, out, teacher, student, text):
     """The control is the run with --alpha 1, and what is done is not trained again."""
     fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 4,
-              "eval_steps": 2, "seed": 5}
-    out = str(tmp_path / "out")
-    control = f"{out}/labels-only"
+              "save_steps": 4}
     distil(out, **fields)
     distil(tmp_path / "alone", **fields, alpha=1)
-    cfg = config.Config(**fields, output_dir=out, use_wandb=False)
-    answers = []
-    for _ in range(2):
+    control = f"{out}/labels-only"
+    lines = []
+    for resume in ("auto", f"{out}/checkpoints/step-00000004"):   # that of the other student
+        cfg = config.Config(**fields, output_dir=out, use_wandb=False, resume=resume)
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), sd.process_group():
             assert sd.answer_demo(cfg)
-        answers.append(shown.getvalue())
-    assert same(final_weights(control), final_weights(tmp_path / "alone"))
-    assert quiet_log(control) == quiet_log(tmp_path / "alone")
-    assert "done in" in answers[0]
-    assert "done in" not in answers[1] and "finished at step 4" in answers[1]
+        assert ("done in" in shown.getvalue()) == (resume == "auto")
+        lines.append(shown.getvalue().strip().splitlines()[-1])
+        assert same(final_weights(control), final_weights(tmp_path / "alone"))
+        assert quiet_log(control) == quiet_log(tmp_path / "alone")
+    assert lines[0] == lines[1]
     models = json.loads(Path(out, "report.json").read_text())["models"]
     assert list(models) == ["teacher", "student", "labels-only"]
     with_teacher, alone = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
-    line = answers[0].strip().splitlines()[-1]
-    assert line == answers[1].strip().splitlines()[-1]
-    low, high = models["labels-only"]["student_against_it"]["interval"]
-    for figure in (f"perplexity {with_teacher:.2f}, on labels alone {alone:.2f} ",
-                   "after the same 4 steps", f"95 %: {low:+.4f} to {high:+.4f}"):
-        assert figure in line, line
+    assert f"perplexity {with_teacher:.2f}, on labels alone {alone:.2f} " in lines[0]
 
 
-def test_demo_says_truthfully_whether_the_teacher_paid():   # optional: eval
-    """Two students' bits a byte on 50 sequences, judged as mode eval does."""
-    rng = np.random.default_rng(0)
-    sizes = np.full(50, 100.0)
-    for lead, says in ((-20, "The teacher paid:"), (20, "The teacher did not pay:"),
-                       (0, "Whether the teacher paid, this run cannot tell:")):
-        bits = rng.normal(lead, 5, 50)
-        bits += lead - bits.mean()
-        verdict = sd.judge_difference(bits, sizes, seed=0)
-        line = sd.did_teacher_pay(
-            {"perplexity": 40.0}, {"perplexity": 50.0, "student_against_it": verdict}, 500)
-        assert line.startswith(says)
-        assert f" {lead / 100:+.4f} bits a byte" in line
-        assert "\n" not in line
+@pytest.mark.parametrize("verdict, says", [
+    ("better", "The teacher paid:"),
+    ("worse", "The teacher did not pay:"),
+    ("no significant difference", "Whether the teacher paid, this run cannot tell:"),
+])
+def test_demo_says_truthfully_whether_the_teacher_paid(verdict, says):   # optional: eval
+    against = dict(verdict=verdict, difference=-0.2, interval=[-0.31, 0.04])
+    line = sd.did_teacher_pay({"perplexity": 40}, {"perplexity": 50, "student_against_it": against})
+    assert line == (f"{says} held-out perplexity 40.00, on labels alone 50.00 after the same steps;"
+                    " -0.2000 bits a byte (95 %: -0.3100 to +0.0400)")
 
 
 def run_the_demo(out, home, *words):
@@ -4546,7 +4426,7 @@ def run_the_demo(out, home, *words):
 def test_demo_labels_only_needs_no_teacher(out, tmp_path):
     run_the_demo(out, tmp_path / "home", "--alpha", 1, "--max_steps", 3)
     assert os.path.exists(f"{out}/final")
-    made = {path.name for path in tmp_path.glob("home/simple_distill/demo-*/*")}
+    made = {path.name for path in tmp_path.glob("home/simple_distill/demo-*/[a-z]*")}
     assert made == {"corpus", "tokenizer", "student", "teacher-shape"}
 
 
@@ -4554,98 +4434,51 @@ def test_demo_labels_only_needs_no_teacher(out, tmp_path):
 def test_demo_from_nothing_to_a_better_student(out, tmp_path):
     """Distilling beats labels alone at the same steps; output_dir holds only what the run made, and
     a second demo finds files and teacher of the first."""
-    shown = run_the_demo(out, tmp_path / "home")
+    home = tmp_path / "home"
+    shown = run_the_demo(out, home)
     assert "first the teacher" in shown
-    assert shown.strip().splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
+    assert shown.splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
     knobs = json.loads(Path(out, "config.json").read_text())
-    for name in ("teacher", "student", "dataset"):
-        assert knobs[name].startswith(str(tmp_path / "home"))
+    assert all(knobs[name].startswith(str(home)) for name in ("teacher", "student", "dataset"))
     assert not os.path.exists(f"{out}/demo")
-    assert os.path.exists(f"{out}/report.png")   # optional: eval
-    again = run_the_demo(out, tmp_path / "home")   # optional: eval
+    again = run_the_demo(out, home)
+    assert "first the teacher" not in again
     assert "done in" not in again   # optional: eval
     assert again.splitlines()[-1] == shown.splitlines()[-1]   # optional: eval
-    short = run_the_demo(f"{out}-again", tmp_path / "home", "--max_steps", 2)
-    assert "first the teacher" not in short
-    assert "The teacher paid" not in short   # optional: eval
-    run_the_demo(f"{out}-labels", tmp_path / "home", "--alpha", 1)
+    run_the_demo(f"{out}-labels", home, "--alpha", 1)
     assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
-    draws_point_the_right_way(out)   # optional: cache
+    sampled, top = angles_of_draws(f"{out}/final", knobs)
+    print(f"{sampled:.1f} degrees from 50 draws, {top:.1f} from the top 12")
+    assert sampled < 15 < 30 < top
 
 
-def draws_point_the_right_way(out):   # optional: cache
-    """Measured: 7.6 and 12.3 degrees (at the end there is little gradient left); top 12: 44, 62."""
-    for step, limit in ((250, 10), (500, 15)):
-        full, sampled, top = gradients_of_a_cache(out, step)
-        print(f"step {step}: {angle(full, sampled):.1f} degrees from 50 draws, "
-              f"{angle(full, top):.1f} from the top 12")
-        assert angle(full, sampled) < limit < 30 < angle(full, top)
-
-
-def angle(a, b):   # optional: cache
-    cosine = float(a @ b / a.norm() / b.norm())
-    return math.degrees(math.acos(min(1.0, cosine)))
-
-
-def gradients_of_a_cache(out, step):   # optional: cache
-    """Gradients of the student's KL at a checkpoint, on 64 held-out sequences of the demo (8,128
-    targets): from the whole teacher, from 50 draws, from the top 12 renormalised."""
-    knobs = json.loads(Path(out, "config.json").read_text())
+def angles_of_draws(name, knobs):
+    """Between gradients of the student's KL, on 64 held-out sequences of the demo: of 50 draws, and
+    of the top 12 renormalised, from that of the whole teacher. Measured: 12.3 and 62 degrees."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    rows, _ = rows_of(f"{knobs['dataset']}/validation.jsonl", tokenizer, seq_len=128)
+    ids = torch.tensor(ids_of(rows)[:64])
     teacher = load(knobs["teacher"])
-    student = load(f"{out}/final")
-    trained = {name.removeprefix("model.model."): tensor
-               for name, tensor in checkpoint(out, step).items() if name.startswith("model.model.")}
-    student.load_state_dict(trained, strict=False)   # the tied head is not among them
-    validation = os.path.join(knobs["dataset"], "validation.jsonl")
-    ids = first_sequences(out, validation, count=64, length=128)
-    rows = [{"input_ids": sequence.numpy(), "targets": None} for sequence in ids]
-    positions = sd.collate(rows).positions
     with torch.no_grad():
-        hidden = teacher.base_model(ids)[0].flatten(0, 1)[positions]
-        head = sd.head_of(teacher)
-    gradients_found = []
-    for targets in ((hidden, head), targets_of_draws(hidden, head, rows), top_12(hidden, head)):
-        student.zero_grad()
-        states = student.base_model(ids)[0].flatten(0, 1)[positions]
-        labels = ids.flatten()[positions + 1]
-        loss = sd.distillation_loss(
-            states, sd.head_of(student), labels, targets, alpha=0.0, temperature=1.0)[0]
-        loss.backward()
-        flat = [parameter.grad.flatten() for parameter in student.parameters()]
-        gradients_found.append(torch.cat(flat).double())
-    return gradients_found
-
-
-def first_sequences(out, path, count, length):   # optional: cache
-    """The first held-out documents of the demo that are long enough -> ids [count, length]."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
-    sequences = []
-    for row in read_lines(path):
-        ids = tokenizer(row["text"])["input_ids"][:length]
-        if len(ids) == length:
-            sequences.append(ids)
-    return torch.tensor(sequences[:count])
-
-
-def targets_of_draws(hidden, head, rows):   # optional: cache
-    """50 draws a target, through the cache's bytes and back."""
-    manifest = _cache_manifest(len(head.weight), "sample", 50)
-    packed = sd.pack_teacher(lambda batch: (hidden, head), rows, 0, manifest)
-    sparse = []
-    for data, counts in packed:
-        row = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
-        sparse.append(row["sparse"])
-    columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*sparse)]
-    return sd.SparseTarget(*columns)
-
-
-def top_12(hidden, head):   # optional: cache
-    """Of the whole distribution, renormalised: nothing is left for all other tokens."""
-    with torch.no_grad():
-        logp = torch.log_softmax(hidden @ head.weight.T, -1)
-        largest, ids = logp.topk(12)
-        nothing = torch.zeros(len(ids))
-        return sd.SparseTarget(ids, torch.softmax(largest, -1), nothing, nothing.clone())
+        hidden = teacher.base_model(ids)[0][:, :-1].flatten(0, 1)
+        probs = teacher.lm_head(hidden).softmax(-1)
+        draws = probs.multinomial(50, replacement=True, generator=torch.Generator().manual_seed(0))
+        largest, top = probs.topk(12)
+        nothing = torch.zeros(len(probs))
+    student = load(name)
+    found = []
+    for target in (
+        sd.DenseTarget(hidden, sd.head_of(teacher)),
+        sd.SparseTarget(draws, torch.full(draws.shape, 1 / 50), nothing, nothing),
+        sd.SparseTarget(top, largest / largest.sum(-1, keepdim=True), nothing, nothing),
+    ):
+        states = student.base_model(ids)[0][:, :-1].flatten(0, 1)
+        loss, _, _ = sd.distillation_loss(states, sd.head_of(student), ids[:, 1:].flatten(), target,
+                                          alpha=0.0, temperature=1.0)
+        gradients_ = torch.autograd.grad(loss, list(student.parameters()))
+        found.append(torch.cat([gradient.flatten() for gradient in gradients_]))
+    whole, *others = found
+    return [math.degrees(math.acos(F.cosine_similarity(whole, other, dim=0))) for other in others]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4679,43 +4512,33 @@ def train_from_cache(student, cache_dir, out, rc=0, **fields):
     return distil(out, rc, **{**run, **fields})
 
 
-def test_cache_of_blocks_without_the_tokenizers_bos_is_refused(tmp_path, text):
-    """A cache has them, one of a version before is neither filled on nor trained from; where the
-    tokenizer has no BOS, the manifest is that of old."""
-    cache = tmp_path / "cache"
-    model = tiny_model(tmp_path / "model", tokenizer=tiny_tokenizer(bos=True))
-    fill_cache(model, text, cache)
-    train_from_cache(model, cache, tmp_path / "out")
-    manifest = sd.read_manifest(str(cache))
-    rows = sd.CacheRows(str(cache), "train", manifest)
-    for i in range(len(rows)):
-        assert rows[i]["input_ids"][0] == manifest["bos"] == 1
-    del manifest["bos"]
-    sd.write_manifest(manifest, str(cache))
-    refused = train_from_cache(model, cache, tmp_path / "late", 2).err
-    assert "BOS" in refused and "--force_regenerate" in refused
-    refused = fill_cache(model, text, cache, 2).err
-    assert "bos" in refused and "--force_regenerate" in refused
-    fill_cache(model, text, cache, force_regenerate=True)
-    train_from_cache(model, cache, tmp_path / "again")
-
-    plain = tiny_model(tmp_path / "plain")
-    fill_cache(plain, text, tmp_path / "plain_cache")
-    assert "bos" not in sd.read_manifest(str(tmp_path / "plain_cache"))
+@pytest.fixture(scope="session")
+def full_cache(tmp_path_factory, teacher, cache_text):
+    """Not to be changed: see copy_of."""
+    cache = tmp_path_factory.mktemp("cache") / "full"
+    fill_cache(teacher, cache_text, cache)
+    return cache
 
 
-def parse_cache_run(student, cache_dir):
-    return sd.parse_config(flags(student=student, cache_dir=cache_dir, seq_len=32))
+@pytest.fixture
+def copy_of(full_cache, tmp_path):
+    return Path(shutil.copytree(full_cache, tmp_path / "a copy"))
 
 
 def chunk_files(cache_dir):
     """The bytes of every chunk by its name."""
-    paths = sorted(Path(cache_dir).glob("*.safetensors"))
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: path.read_bytes() for path in sorted(Path(cache_dir).glob("*.safetensors"))}
 
 
-def read_manifest(cache_dir):
-    return json.loads(Path(cache_dir, "manifest.json").read_text())
+def facts_of_cache(cache_dir):
+    """-> manifest and index"""
+    names = ("manifest.json", "index.json")
+    return [json.loads(Path(cache_dir, name).read_text()) for name in names]
+
+
+def rows_of_cache(cache_dir, split="train"):
+    rows = sd.CacheRows(str(cache_dir), split, *facts_of_cache(cache_dir))
+    return [rows[i] for i in range(len(rows))]
 
 
 # ---- what is kept of a token
@@ -4730,38 +4553,35 @@ def made_up_teacher(vocab, tokens, seed=0, sharp=3.0):
     return hidden, sd.Head(weight), probs
 
 
-def _cache_manifest(vocab, method, size, seed=0, temperature=1.0):
-    """What of a manifest packing depends on."""
-    id_bits = (vocab - 1).bit_length()
-    if method == "topk":
-        bits = [id_bits, 8, 0]
-    else:
-        bits = [id_bits, (size - 1).bit_length(), 12]
+def cache_manifest(vocab, method, size, seed=0, temperature=1.0):
+    """What of a manifest the content of a row depends on."""
     return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature,
-                bits=bits)
+                codes=256 if method == "topk" else size)
 
 
-def pack_and_unpack(hidden, head, method, size, seed=0, temperature=1.0):
-    """One row, through its bytes and back -> SparseTarget, number of bytes, RowCounts."""
-    vocab = len(head.weight)
-    manifest = _cache_manifest(vocab, method, size, seed, temperature)
-    row = {"input_ids": np.arange(len(hidden) + 1) % vocab, "targets": None}
-    [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], 7, manifest)
-    unpacked = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
-    assert (unpacked["input_ids"] == row["input_ids"]).all()
-    assert unpacked["targets"].all()
-    assert counts.targets == len(hidden)
-    sparse = sd.SparseTarget(*[torch.from_numpy(array) for array in unpacked["sparse"]])
-    return sparse, len(data), counts
+def text_row(vocab, tokens):
+    return {"input_ids": np.arange(tokens) % vocab, "targets": np.arange(tokens) > 0,
+            "starts": np.array([0])}
+
+
+def keep_and_read(hidden, head, *what, **more):
+    """A row of plain text, through its bytes and back -> SparseTarget, bytes, what was kept."""
+    manifest = cache_manifest(len(head.weight), *what, **more)
+    row = text_row(len(head.weight), len(hidden) + 1)
+    kept = sd.keep(hidden, head, 7, manifest)
+    data = sd.compress(sd.pack_row(row, kept))
+    there = sd.unpack_row(sd.decompress(data), manifest)
+    for name in row:
+        assert (there[name] == row[name]).all(), name
+    return sd.SparseTarget(*map(torch.from_numpy, there["sparse"])), data, kept
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
 def test_cache_topk_is_what_the_teacher_says(vocab):
     for size in {min(64, vocab), min(300, vocab)}:
         hidden, head, probs = made_up_teacher(vocab, 40)
-        sparse, length, _ = pack_and_unpack(hidden, head, "topk", size)
+        sparse, data, kept = keep_and_read(hidden, head, "topk", size)
         top = probs.topk(size).values
-        assert len(set(sparse.ids[3].tolist())) == size
         assert (probs.gather(-1, sparse.ids) - top).abs().max() < 1e-6
         # the common rescaling at most doubles the rounding
         bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)
@@ -4769,8 +4589,8 @@ def test_cache_topk_is_what_the_teacher_says(vocab):
         assert close[top > 1e-9].all()
         assert (sparse.probs.sum(-1) + sparse.rest - 1).abs().max() < 1e-5
         assert (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
-        if vocab == 151936 and size == 64:
-            assert length / 41 <= 230   # bytes a token
+        assert kept.mass == pytest.approx(float(top.sum()), rel=1e-4)
+        assert len(data) / 41 <= 4 * (size + 2)
         listed = sparse.probs.double()
         entropy = -(listed * listed.log()).nansum(-1)
         entropy -= torch.special.xlogy(sparse.rest, sparse.rest)
@@ -4778,115 +4598,76 @@ def test_cache_topk_is_what_the_teacher_says(vocab):
 
 
 @pytest.mark.parametrize("vocab,size", [
-    (2, 1), (300, 50), (32000, 64), (151936, 50), (151936, 255)])
+    (2, 1), (300, 50), (32000, 50), (151936, 50), (151936, 255)])
 def test_cache_samples_are_counted_and_small(vocab, size):
-    hidden, head, probs = made_up_teacher(vocab, 200)
-    sparse, length, counts = pack_and_unpack(hidden, head, "sample", size)
+    hidden, head, probs = made_up_teacher(vocab, 200, sharp=5.0)
+    sparse, data, kept = keep_and_read(hidden, head, "sample", size)
     # an id stands as often as it was drawn
     assert torch.allclose(sparse.probs, torch.full((200, size), 1 / size))
     assert (sparse.rest == 0).all()
-    assert sum(len(set(ids.tolist())) for ids in sparse.ids) == counts.entries
+    distinct = [torch.unique(ids) for ids in sparse.ids]
+    assert sum(map(len, distinct)) == len(kept.entries)
+    held = sum(of_token[ids].sum() for of_token, ids in zip(probs, distinct))
+    assert kept.mass == pytest.approx(held.item(), rel=1e-4)
     entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
     assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
     # ... which is the teacher's entropy on average
     entropy = -(probs * probs.log()).sum(-1)
     assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
-    if (vocab, size) == (151936, 50):
-        assert length <= 3 * counts.entries + 4 * 201
+    bits = len(kept.entries) * (vocab * size).bit_length() + 200 * (12 + vocab.bit_length())
+    if vocab >= 32000:   # as if nothing took a whole byte
+        assert len(data) < 1.02 * bits / 8
+
+
+@torch.no_grad()
+def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp_path):
+    """... by the seed and the number of the row: the same whoever fills the cache."""
+    fill_cache(teacher, cache_text, tmp_path, temperature=2, seed=5)
+    model = load(teacher)
+    for split, first, i in (("eval", 0, 3), ("train", 2**60, 0), ("train", 2**60, 39)):
+        row = rows_of_cache(tmp_path, split)[i]
+        ids_1T = torch.from_numpy(row["input_ids"])[None]
+        cdf = (model(ids_1T).logits[0, :-1].double() / 2).softmax(-1).cumsum(-1)
+        generator = torch.Generator().manual_seed(int(sd.digest(5, first + i), 16) >> 1)
+        numbers = torch.rand(len(cdf), 50, dtype=torch.float64, generator=generator)
+        draws = torch.searchsorted(cdf, numbers).sort(-1).values.numpy()
+        assert (draws == row["sparse"].ids).mean() > 0.99
 
 
 def test_cache_same_model_logs_no_kl():
     hidden, head, _ = made_up_teacher(300, 200)
     labels = torch.zeros(200, dtype=torch.long)
     for method, size in (("sample", 50), ("topk", 12), ("topk", 300)):
-        sparse, _, _ = pack_and_unpack(hidden, head, method, size)
+        sparse, *_ = keep_and_read(hidden, head, method, size)
         _, _, kl = sd.distillation_loss(hidden, head, labels, sparse, alpha=0.0, temperature=1.0)
         assert abs(kl) < 1e-3, (method, size, kl)
     # nor is the KL of what is listed and the rest ever negative, whatever the student says
     noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
-    student_logits = hidden @ (head.weight + 0.3 * noise).T
-    for size in (1, 12, 64):
-        sparse, _, _ = pack_and_unpack(hidden, head, "topk", size)
-        _, kl_of_tokens, *_ = sd.chunk_terms(
-            student_logits.clone(), labels, sparse, alpha=0.0, temperature=1.0,
-            divergence="forward", student_scaling=(1.0, None), teacher_scaling=(1.0, None))
-        assert (kl_of_tokens > -1e-5).all()
-
-
-def kl_gradient(hidden, student_weight, target, temperature):
-    """Of the student's head."""
-    weight = student_weight.clone().requires_grad_()
-    labels = torch.zeros(len(hidden), dtype=torch.long)
-    loss, _, _ = sd.distillation_loss(
-        hidden, sd.Head(weight), labels, target, alpha=0.0, temperature=temperature)
-    loss.backward()
-    return weight.grad.double()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_cache_sample_gradient_is_unbiased(temperature):
-    """The mean of n comes nearer to the whole teacher's as 1/sqrt(n); a bias would stay."""
-    hidden, head, _ = made_up_teacher(300, 60)
-    student_weight = torch.randn(300, 24, generator=torch.Generator().manual_seed(5)) * 0.3
-    whole = kl_gradient(hidden, student_weight, (hidden, head), temperature)
-    sampled = []
-    for seed in range(256):
-        sparse, _, _ = pack_and_unpack(hidden, head, "sample", 20, seed, temperature)
-        sampled.append(kl_gradient(hidden, student_weight, sparse, temperature))
-    errors = {}
-    for n in (1, 4, 16, 64):
-        means = torch.stack(sampled).view(256 // n, n, *whole.shape).mean(1)
-        errors[n] = float((means - whole).norm(dim=(1, 2)).mean() / whole.norm())
-    for n in (4, 16, 64):
-        assert abs(errors[n] / errors[1] * n ** 0.5 - 1) < 0.25, errors
+    other_head = sd.Head(head.weight + 0.3 * noise)
+    for size, i in itertools.product((1, 12, 64), range(0, 200, 4)):
+        sparse, *_ = keep_and_read(hidden[i:i + 1], head, "topk", size)
+        _, _, kl = sd.distillation_loss(
+            hidden[i:i + 1], other_head, labels[:1], sparse, alpha=0.0, temperature=1.0)
+        assert kl > -1e-5
 
 
 # ---- training from it
 
 
-def test_cache_topk_of_everything_trains_like_online(teacher, student, cache_text, tmp_path):
-    vocab = len(tiny_tokenizer())
-    cache = tmp_path / "cache"
-    cached = tmp_path / "cached"
-    online = tmp_path / "online"
-    fill_cache(teacher, cache_text, cache, cache_method="topk", cache_top_k=vocab)
-    train_from_cache(student, cache, cached)
-    train_from_cache(student, None, online, teacher=teacher, dataset=cache_text)
-    for entry, expected in zip(log(cached), log(online), strict=True):
-        kind = "train" if "train/loss" in entry else "eval"
-        assert abs(entry[f"{kind}/kl_loss"] - expected[f"{kind}/kl_loss"]) < 1e-3
-        assert abs(entry[f"{kind}/ce_loss"] - expected[f"{kind}/ce_loss"]) < 5e-3
-    moved = distance(weights(student), final_weights(online))
-    apart = distance(final_weights(cached), final_weights(online))
-    assert apart < 0.05 * moved, (apart, moved)
-
-
-def test_cache_of_packed_documents_trains_like_online(teacher, student, tmp_path):
-    """It knows where each begins. The packing of a cache is its own: another is refused."""
-    rows = talk(60)
-    data = write_splits(tmp_path / "d", rows, rows[:8])
-    packed = dict(seq_len=128, packing="documents")
-    cache = tmp_path / "cache"
-    cached = tmp_path / "cached"
-    online = tmp_path / "online"
-    shown = fill_cache(teacher, data, cache, cache_method="topk",
-                       cache_top_k=len(tiny_tokenizer()), **packed).out
-    manifest = sd.read_manifest(str(cache))
-    assert manifest["packing"] == "documents"
-    projected = re.search(r"([\d.]+) GB to write", shown)[1]
-    written = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
-    assert float(projected) == pytest.approx(written / 1e9, rel=0.2, abs=6e-4)
-    kept = sd.CacheRows(str(cache), "train", manifest)
-    there, held_out = rows_of(data, **packed)
-    for i, row in enumerate(there):
-        for name in ("input_ids", "targets", "starts"):
-            assert (kept[i][name] == row[name]).all(), name
-    assert "starts" not in sd.CacheRows(str(cache), "eval", manifest)[0]
-
-    shown = train_from_cache(student, cache, cached, seq_len=None).out
-    assert "which sets seq_len 128 and temperature 1.0 and packing documents" in shown
-    assert ", whole documents packed |" in read_card(cached).text
-    train_from_cache(student, None, online, teacher=teacher, dataset=data, **packed)
+@pytest.mark.parametrize("packing", ["rows", "documents"])
+def test_cache_topk_of_everything_trains_like_online(teacher, student, tmp_path, packing):
+    """Also where documents share rows: it knows where each begins."""
+    data = write_splits(tmp_path / "data", talk(60), talk(8))
+    how = dict(seq_len=128, packing=packing)
+    cache, cached, online = tmp_path / "cache", tmp_path / "cached", tmp_path / "online"
+    fill_cache(teacher, data, cache, cache_method="topk", cache_top_k=9999, **how)
+    there, held_out = rows_of(data, **how)
+    for split, rows in (("train", there), ("eval", held_out)):
+        for kept, row in zip(rows_of_cache(cache, split), rows, strict=True):
+            for name in ("input_ids", "targets", "starts"):
+                assert kept[name].tolist() == row[name].tolist(), name
+    train_from_cache(student, cache, cached, seq_len=None)
+    train_from_cache(student, None, online, teacher=teacher, dataset=data, **how)
     for entry, expected in zip(log(cached), log(online), strict=True):
         kind = "train" if "train/loss" in entry else "eval"
         assert abs(entry[f"{kind}/kl_loss"] - expected[f"{kind}/kl_loss"]) < 1e-3
@@ -4894,200 +4675,181 @@ def test_cache_of_packed_documents_trains_like_online(teacher, student, tmp_path
     moved = distance(weights(student), final_weights(online))
     assert distance(final_weights(cached), final_weights(online)) < 0.05 * moved
 
-    refused = train_from_cache(student, cache, tmp_path / "out", 2, seq_len=128, packing="rows")
-    assert "packing 'documents' there, 'rows' here" in refused.err
-    for packing in ("rows", "auto"):
-        refused = fill_cache(teacher, data, cache, 2, seq_len=128, packing=packing,
-                             cache_method="topk", cache_top_k=len(tiny_tokenizer()))
-        assert f"packing 'documents' there, '{packing}' here" in refused.err
-    other = tmp_path / "other"
-    fill_cache(teacher, data, other, seq_len=128)
-    assert "packing" not in read_manifest(other)   # as those of before
-    refused = train_from_cache(student, other, tmp_path / "out", 2, **packed)
-    assert "packing 'auto' there, 'documents' here" in refused.err
-
 
 def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
-    """Teacher and data are gone; a mask of assistant tokens, resume and a final tokenizer work all
-    the same."""
+    """What is not typed is the cache's own, also the teacher of layers:N. Teacher and data are
+    gone, the cache moves: a run goes on all the same."""
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     data = shutil.copytree(chat, tmp_path / "chat")
-    cache = tmp_path / "cache"
-    out = tmp_path / "out"
-    fill_cache(teacher, data, cache, cache_chunk=4)
+    cache, out, again = tmp_path / "cache", tmp_path / "out", tmp_path / "again"
+    shown = fill_cache(teacher, data, cache, cache_chunk=4, temperature=2).out
+    assert re.search(r"[\d.]+ bytes a token, which hold [\d.]+% of .* GB in all, .* GB free", shown)
+    _, index = facts_of_cache(cache)
+    every_row = rows_of_cache(cache) + rows_of_cache(cache, "eval")
+    size = sum(map(len, chunk_files(cache).values()))
+    tokens = sum(len(row["input_ids"]) for row in every_row)
+    assert index == dict(
+        rows=12, tokens=tokens, bytes_per_token=size / tokens,
+        chunks={"train": [4, 4], "eval": [4]},
+        biggest_id=max(row["input_ids"].max() for row in every_row))
+    train_from_cache("layers:1", cache, tmp_path / "cut", seq_len=None, max_steps=1)
     shutil.rmtree(teacher)
     shutil.rmtree(data)
-    rows, eval_rows, _, manifest = sd.open_cache(parse_cache_run(student, cache))
-    assert len(rows) + len(eval_rows) == manifest["rows"]
-    assert 0 < manifest["mass_kept"] <= 1
-    first_targets = rows[0]["targets"][1:].sum()
-    for i in (0, 3, 4, len(rows) - 1):   # both sides of a chunk's end
-        batch = sd.collate([rows[i], rows[0]])
-        targets = rows[i]["targets"][1:].sum() + first_targets
-        assert len(batch.sparse.ids) == len(batch.labels) == targets > 0
-        assert not rows[i]["targets"].all()
-    train_from_cache(student, cache, out, save_steps=3)
-    assert (out / "final/tokenizer.json").exists()
+    shown = train_from_cache(student, cache, out, seq_len=None, save_steps=3, eval_samples=3).out
+    assert "'seq_len': 32, 'temperature': 2.0" in shown and "3 held out" in shown
+    saved = json.loads((out / "config.json").read_text())
+    assert (saved["seq_len"], saved["temperature"], saved["teacher"]) == (32, 2.0, str(teacher))
     before = quiet_log(out)
     moved = shutil.move(cache, tmp_path / "moved")
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoints/step-00000006")
-    train_from_cache(student, moved, out, save_steps=3)
+    cli("--config", out / "config.json", "--cache_dir", moved)
     assert quiet_log(out) == before
+    train_from_cache(student, moved, again, temperature=2, eval_samples=3)
+    assert quiet_log(again) == before
 
 
-def test_cache_refuses_what_does_not_fit(teacher, student, cache_text, tmp_path):
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache)
+def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_text, tmp_path):
     other_tokenizer = tiny_tokenizer(roll=1)
     other_teacher = tiny_model(tmp_path / "other_teacher", tokenizer=other_tokenizer)
     other_student = tiny_model(tmp_path / "other_student", hidden=16, tokenizer=other_tokenizer)
-    small = tiny_model(tmp_path / "small", vocab=260, hidden=16, tokenizer=False)
+    small = tiny_model(tmp_path / "small", vocab=200, hidden=16, tokenizer=False)
     training = [
-        (dict(temperature=2), "1.0 .*2.0"),
-        (dict(seq_len=64), "32 .*64"),
-        (dict(teacher=other_teacher), "cache.*other_teacher"),
+        (dict(temperature=3), "temperature 1.0 there, 3.0 here"),
+        (dict(seq_len=64), "seq_len 32 there, 64 here"),
+        (dict(packing="rows"), "packing 'auto' there, 'rows' here"),
+        (dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
         (dict(student=other_student), "different tokenizers: token"),
-        (dict(student=small), "262.*260"),
-        (dict(cache_dir=tmp_path / "none"), "none"),
+        (dict(student=small), "holds token 2.*has 200"),
+        (dict(cache_dir=tmp_path / "none"), "no cache"),
     ]
     for fields, message in training:
-        fields = {"student": student, "cache_dir": cache, **fields}
+        fields = {"student": student, "cache_dir": full_cache, **fields}
         refused = train_from_cache(out=tmp_path / "out", rc=2, **fields)
         assert re.search(message, refused.err), (fields, message, refused.err)
+    rows = cache_rows(100)
+    rows[51]["text"] = rows[51]["text"][:-1] + "Q"
+    edited = write_jsonl(tmp_path / "edited.jsonl", rows)
     filling = [
-        (dict(temperature=2), "1.0 .*2.0"),
-        (dict(cache_samples=9), "50 .*9"),
-        (dict(teacher=student), "weights"),
+        (dict(temperature=2), "temperature 1.0 there, 2.0 here"),
+        (dict(cache_samples=9), "size 50 there, 9 here"),
+        (dict(seed=1), "seed 0 there, 1 here"),
+        (dict(teacher=student), "weights .* there"),
+        (dict(dataset=edited), "dataset_fingerprint .* there"),
+        (dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "has 200"),
     ]
+    before = chunk_files(full_cache)
     for fields, message in filling:
-        fields = {"teacher": teacher, **fields}
-        refused = fill_cache(dataset=cache_text, cache_dir=cache, rc=2, **fields)
+        command = dict(teacher=teacher, dataset=cache_text, cache_dir=full_cache)
+        refused = fill_cache(**(command | fields), rc=2)
         assert re.search(message, refused.err), (fields, message, refused.err)
-    forced = fill_cache(teacher, cache_text, cache, temperature=2, force_regenerate=True)
-    assert "WARNING" in forced.out
-    assert read_manifest(cache)["temperature"] == 2
+    assert chunk_files(full_cache) == before
 
 
-def test_cache_has_decided_the_data(teacher, student, cache_text, tmp_path):
-    """What it has decided may be said again, not otherwise."""
-    cache = tmp_path / "cache"
-    out = tmp_path / "out"
-    fill_cache(teacher, cache_text, cache)
-    other = f"{cache_text}.other.jsonl"
-    for name, value in (("dataset", other), ("text_column", "body"), ("max_samples", 3)):
-        refused = train_from_cache(student, cache, out, rc=2, **{name: value})
-        message = f"error: .*{name} .* there, .*{value}.* here"
-        assert re.search(message, refused.err, re.IGNORECASE), refused.err
-    refused = train_from_cache(student, cache, out, 2, streaming=True)   # optional: streaming
-    message = "error: cache_dir .* drop --streaming"   # optional: streaming
-    assert re.search(message, refused.err)   # optional: streaming
-    decided = json.loads((cache / "config.json").read_text())["dataset"]
-    shown = train_from_cache(student, cache, out, eval_samples=3, dataset=decided).out
-    assert "; 3 held out" in shown
-    assert not (out / "demo").exists()
-    again = tmp_path / "again"
-    cli("--config", out / "config.json", "--output_dir", again)
-    assert column(again, "train/loss") == column(out, "train/loss")
+def test_cache_is_begun_anew_by_force_alone(copy_of, teacher, student, cache_text, tmp_path):
+    """One of an older version is refused with the way out; what else lies there stays."""
+    manifest, _ = facts_of_cache(copy_of)
+    del manifest["format"]
+    (copy_of / "manifest.json").write_text(json.dumps(manifest))
+    thesis = copy_of / "thesis.txt"
+    thesis.write_text("mine")
+    for refused in (train_from_cache(student, copy_of, tmp_path / "out", 2),
+                    fill_cache(teacher, cache_text, copy_of, 2)):
+        assert "older version" in refused.err and "--force_regenerate" in refused.err
+    templated = tiny_model(tmp_path / "templated", seed=1, tokenizer=tiny_tokenizer(CHATML))
+    forced = dict(cache_chunk=64, force_regenerate=True)
+    fill_cache(templated, cache_text, copy_of, **forced)
+    assert len(chunk_files(copy_of)) == 4
+    fill_cache(teacher, cache_text, copy_of, **forced)   # no template is left of the one before
+    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [64, 64, 51], "eval": [9]}
+    train_from_cache(student, copy_of, tmp_path / "out")
+    assert not json.loads((copy_of / "config.json").read_text())["force_regenerate"]
+    assert thesis.exists()
 
-
-def test_cache_stands_in_the_model_card(teacher, student, cache_text, tmp_path):
-    """Whose targets they are, and what is kept of them."""
-    cache = tmp_path / "cache"
-    out = tmp_path / "out"
-    fill_cache(teacher, cache_text, cache, cache_method="topk", cache_top_k=7)
-    train_from_cache(student, cache, out)
-    card = read_card(out)
-    assert f"| teacher | {Path(teacher).name}, kept as its 7 likeliest tokens |" in card.text
-    assert f"| data | {Path(cache_text).name}, split train" in card.text
-    assert str(tmp_path) not in card.content
-
-
-def test_cache_sets_what_is_not_typed(teacher, student, cache_text, tmp_path):
-    """seq_len and temperature are the cache's, the plan says so, and the run is that of both
-    typed."""
-    cache = tmp_path / "cache"
-    typed = tmp_path / "typed"
-    untyped = tmp_path / "untyped"
-    again = tmp_path / "again"
-    fill_cache(teacher, cache_text, cache, temperature=2)
-    shown = train_from_cache(student, cache, typed, temperature=2).out
-    assert f"teacher: cache {cache}\n" in shown
-    shown = train_from_cache(student, cache, untyped, seq_len=None).out
-    assert f"teacher: cache {cache}, which sets seq_len 32 and temperature 2.0\n" in shown
-    saved = json.loads((untyped / "config.json").read_text())
-    assert (saved["seq_len"], saved["temperature"]) == (32, 2.0)
-    cli("--config", untyped / "config.json", "--output_dir", again)
-    losses = column(typed, "train/loss")
-    assert len(losses) == 6
-    assert column(untyped, "train/loss") == losses
-    assert column(again, "train/loss") == losses
-
-
-def test_cache_leaves_what_is_typed(teacher, student, cache_text, tmp_path):
-    """A default that is typed is typed."""
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache, temperature=2)
-    words = flags(student=student, cache_dir=cache, temperature=3)
-    for given, seq_len in (({"seq_len", "temperature"}, 512), ({"temperature"}, 32)):
-        cfg = sd.parse_config(words)
-        cfg.given = frozenset(given)
-        taken = sd.take_from_cache(cfg)
-        assert (taken.seq_len, taken.temperature) == (seq_len, 3.0)
-        assert taken.given == given
-        with pytest.raises(sd.UserError, match="temperature 2.0 there, 3.0 here"):
-            sd.open_cache(taken)
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))   # not a folder of ours
+    refused = fill_cache(teacher, cache_text, model, 2, force_regenerate=True)
+    assert "'config.json' and no .simple_distill" in refused.err
+    assert (model / "model.safetensors").exists()
 
 
 # ---- damage, full disks, many workers
 
 
-def unreadable_rows(cfg):
-    """How many rows of the second chunk are refused, with its name."""
-    rows = sd.open_cache(cfg)[0]
-    refused = 0
-    for i in range(16, 32):
-        try:
-            rows[i]
-        except sd.UserError as e:
-            refused += "train-00000001" in str(e)
-    return refused
+def is_refused(cache_dir, split, path):
+    try:
+        rows_of_cache(cache_dir, split)
+    except sd.UserError as e:
+        return str(path) in str(e)
+    return False
 
 
-def test_cache_damage_is_found_and_mended(teacher, student, cache_text, tmp_path):
-    """A chunk cut short, or with a single bit flipped anywhere, is refused by name; the command
-    that the message gives makes it, and only it, again."""
-    cache = tmp_path / "a cache"
-    fill_cache(teacher, cache_text, cache)
-    whole = chunk_files(cache)
-    path = cache / "train-00000001.safetensors"
+def test_cache_damage_is_found_and_mended(copy_of, teacher, student, cache_text, tmp_path):
+    """A chunk cut short, or with a single bit flipped anywhere, is refused by name, by training and
+    where mode cache finishes; the command that is named makes it, and only it, again."""
+    whole = chunk_files(copy_of)
+    path = copy_of / "train-00000001.safetensors"
     data = path.read_bytes()
-    cfg = parse_cache_run(student, cache)
     for length in (0, 7, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(sd.UserError, match="train-00000001"):
-            sd.open_cache(cfg)[0][16]
-
+        assert is_refused(copy_of, "train", path)
     body = 8 + int.from_bytes(data[:8], "little")   # where safetensors' header ends
-    header = json.loads(data[8:body])
-    table_begin, table_end = header["table"]["data_offsets"]
     draw = np.random.default_rng(0)
-    positions = [
-        *draw.integers(0, body, 20),
-        *draw.integers(body + table_begin, body + table_end, 20),
-        *draw.integers(body, len(data), 20)]
-    for position in positions:
+    for position in [*draw.integers(0, body, 20), *draw.integers(body, len(data), 40)]:
         damaged = bytearray(data)
         damaged[position] ^= 1 << draw.integers(8)
         path.write_bytes(damaged)
-        assert unreadable_rows(cfg) > 0, position
+        assert is_refused(copy_of, "train", path), position
 
-    epoch = math.ceil(len(sd.open_cache(cfg)[0]) / 8)   # every row is read
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2, max_steps=epoch)
-    remove, again = re.search("again: (.*)", refused.err)[1].split("; ")
-    os.remove(shlex.split(remove)[1])
-    assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
-    assert chunk_files(cache) == whole
+    damaged = bytearray(data)
+    damaged[-100] ^= 1
+    refusing = [
+        functools.partial(train_from_cache, student, copy_of, tmp_path / "out", max_steps=23),
+        functools.partial(fill_cache, teacher, cache_text, copy_of)]
+    for refuse in refusing:   # 23 steps read every row
+        path.write_bytes(damaged)
+        message = refuse(rc=2).err
+        assert f"cache chunk '{path}' is damaged" in message
+        remove, again = re.search("again: (.*)", message)[1].split("; ")
+        os.remove(shlex.split(remove)[1])
+        assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
+        assert chunk_files(copy_of) == whole
+
+
+def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path):
+    """Of another temperature, one twice, two swapped, train in place of eval."""
+    warm = tmp_path / "warm"
+    fill_cache(teacher, cache_text, warm, temperature=2)
+    chunks = chunk_files(copy_of)
+    first, second, third = "train-00000000", "train-00000001", "eval-00000000"
+    content = {name.split(".")[0]: data for name, data in chunks.items()}
+    of_warm = chunk_files(warm)[f"{second}.safetensors"]
+    for name, foreign in ((second, of_warm), (second, content[first]), (first, content[second]),
+                          (third, content[first])):
+        path = copy_of / f"{name}.safetensors"
+        path.write_bytes(foreign)
+        assert is_refused(copy_of, name.split("-")[0], path)
+        refused = fill_cache(teacher, cache_text, copy_of, 2)
+        assert f"{path}' is damaged or of another cache" in refused.err
+        path.write_bytes(content[name])
+    manifest, _ = facts_of_cache(copy_of)   # what is said of all rows cannot be edited
+    (copy_of / "manifest.json").write_text(json.dumps(manifest | {"temperature": 2.0}))
+    assert is_refused(copy_of, "train", copy_of / f"{first}.safetensors")
+
+
+@pytest.mark.parametrize("name,damaged", [
+    ("manifest.json", ""), ("manifest.json", "[]"), ("manifest.json", "{}"),
+    ("manifest.json", '{"format": 2}'), ("index.json", ""), ("index.json", "{}"),
+    ("index.json", "[1]"), ("tokenizer/tokenizer.json", ""), ("tokenizer/tokenizer.json", "{}")])
+def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, tmp_path, name, damaged):
+    (copy_of / name).write_text(damaged)
+    refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
+    assert refused.err.count("\n") == 1
+
+
+def test_cache_another_tokenizer_than_its_own_is_refused(copy_of, student, tmp_path):
+    tiny_tokenizer(CHATML).save_pretrained(copy_of / "tokenizer")
+    refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
+    assert "tokenizer' is not what was written" in refused.err
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
@@ -5100,22 +4862,13 @@ def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
     whole = chunk_files(tmp_path / "whole")
     # one chunk is larger, and nothing else that is written
     limit = sorted(len(content) for content in whole.values())[-2]
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     words = cache_words(teacher, data, cache, cache_chunk=64)
-    process = spawn(*words, nproc=ranks, preexec_fn=limit_files)
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, shown
-    assert "error: cache_dir" in shown
-    assert "Traceback" not in shown
+    shown = Fork(tmp_path / "log.txt", *words, ranks=ranks, limit=limit).wait()
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     kept = chunk_files(cache)
     assert 0 < len(kept) < len(whole)
     assert all(whole[name] == content for name, content in kept.items())
-    process = spawn(*words, nproc=ranks)
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, shown
+    Fork(tmp_path / "log2.txt", *words, ranks=ranks).wait()
     assert chunk_files(cache) == whole
 
 
@@ -5124,6 +4877,7 @@ def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
     dict(streaming=True),   # optional: streaming
 ])
 def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
+    """Also by several ranks, of a sharded teacher."""
     whole = tmp_path / "whole"
     pieces = tmp_path / "pieces"
     fill_cache(teacher, cache_text, whole, **fields)
@@ -5133,10 +4887,34 @@ def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
     for name in list(chunks)[::2]:
         os.remove(pieces / name)
     first = list(chunks)[0]
-    (pieces / f"{first}.tmp").write_bytes(b"half")   # what a dead worker left
-    fill_cache(teacher, cache_text, pieces, **fields)
+    (pieces / first).with_suffix(".tmp").write_bytes(b"half")   # what a dead worker left
+    words = cache_words(teacher, cache_text, pieces, **fields)
+    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    assert "error: " not in shown
     assert chunk_files(pieces) == chunks
-    assert read_manifest(pieces) == read_manifest(whole)
+    assert facts_of_cache(pieces) == facts_of_cache(whole)
+
+
+def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache_text, tmp_path):
+    """... until that is gone, and stops on a signal meanwhile."""
+    whole = chunk_files(copy_of)
+    os.remove(copy_of / "train-00000002.safetensors")
+    log_path = tmp_path / "log.txt"
+    log_path.touch()
+    words = cache_words(teacher, cache_text, copy_of)
+    with open(copy_of / "claims", "a") as claims:
+        fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
+        run = Fork(log_path, *words)
+        while "row/s]" not in log_path.read_text():
+            time.sleep(0.1)
+        run.signal(signal.SIGTERM)
+        assert "stopped" in run.wait()
+        run = Fork(log_path, *words)
+        while log_path.read_text().count("opening cache") < 2:
+            time.sleep(0.1)
+        assert run.running()
+    assert "is full" in run.wait()
+    assert chunk_files(copy_of) == whole
 
 
 def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # optional: streaming
@@ -5150,11 +4928,14 @@ def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # 
     cache = tmp_path / "cache"
     for _ in range(2):
         fill_cache(teacher, data, cache, streaming=True, eval_samples=8)
-    assert read_manifest(cache)["chunks"] == {"train": [0, 16, 8], "eval": [8]}
-    rows = sd.open_cache(parse_cache_run(student, cache))[0]
+    assert facts_of_cache(cache)[1]["chunks"] == {"train": [0, 16, 8], "eval": [8]}
+    rows = rows_of_cache(cache)
     assert len(rows) == 24
-    assert all(len(rows[i]["input_ids"]) < 20 for i in range(24))
+    assert all(len(row["input_ids"]) < 20 for row in rows)
     train_from_cache(student, cache, tmp_path / "out")
+    write_jsonl(data, read_lines(data)[:-1])   # among the first, by which a stream is known
+    assert "dataset_fingerprint" in fill_cache(teacher, data, cache, 2, streaming=True,
+                                               eval_samples=8).err
 
 
 @pytest.mark.campaign
@@ -5176,13 +4957,7 @@ def test_cache_survives_a_killed_worker(teacher, tmp_path):
     shown = [worker.communicate(timeout=600)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0, 0, 0], shown
     assert chunk_files(cache) == chunk_files(whole)
-    assert read_manifest(cache) == read_manifest(whole)
-    for ranks in (2, 3):
-        by_ranks = tmp_path / f"ranks{ranks}"
-        process = spawn(*cache_words(teacher, data, by_ranks), nproc=ranks)
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, shown
-        assert chunk_files(by_ranks) == chunk_files(whole)
+    assert facts_of_cache(cache) == facts_of_cache(whole)
 
 
 # The peak of a process is not that of the one that started it, as resource's would be.
@@ -5212,248 +4987,16 @@ def test_cache_memory_is_constant(teacher, tmp_path, fields):
     assert peaks[1] < 1.05 * peaks[0], peaks
 
 
-# ---- whose it is, and what of it is damaged
-
-
-def cache_of(source, path, manifest=None):
-    """A copy of a cache; manifest: what its manifest.json holds instead, as text."""
-    shutil.copytree(source, path)
-    if manifest is not None:
-        (path / "manifest.json").write_text(manifest)
-    return path
-
-
-@pytest.fixture(scope="session")
-def full_cache(tmp_path_factory, teacher, cache_text):
-    """Not to be changed: see cache_of."""
-    cache = tmp_path_factory.mktemp("cache") / "full"
-    fill_cache(teacher, cache_text, cache)
-    return cache
-
-
-def mend(message):
-    """Does what the message says."""
-    remove, command = re.search("again: (.*)", message)[1].split("; ")
-    os.remove(shlex.split(remove)[1])
-    assert sd.main(shlex.split(command)[2:]) == 0   # less `python simple_distill.py`
-
-
-def test_cache_a_foreign_chunk_is_refused(full_cache, teacher, student, cache_text, tmp_path):
-    """Of another temperature, one twice, two swapped, train in place of eval: by who reads it, and
-    by mode cache, which would take it for its own; the command that is named mends it."""
-    warm = tmp_path / "warm"
-    fill_cache(teacher, cache_text, warm, temperature=2)
-    chunks = chunk_files(full_cache)
-    first, second, *_ = [name for name in chunks if name.startswith("train")]
-    cases = {
-        "temperature": {second: chunk_files(warm)[second]},
-        "twice": {second: chunks[first]},
-        "swapped": {first: chunks[second], second: chunks[first]},
-        "eval": {"eval-00000000.safetensors": chunks[first]},
-    }
-    for case, files in cases.items():
-        cache = cache_of(full_cache, tmp_path / case)
-        for name, content in files.items():
-            (cache / name).write_bytes(content)
-        rows, eval_rows, *_ = sd.open_cache(parse_cache_run(student, cache))
-        read = eval_rows if case == "eval" else rows
-        with pytest.raises(sd.UserError, match="it is .* of cache .*, not .* of cache .*again: rm"):
-            read[0 if case in ("eval", "swapped") else 16]
-        for _ in files:   # mode cache names them one after the other
-            refused = fill_cache(teacher, cache_text, cache, rc=2).err
-            mend_by_hand = re.search("again: rm ([^;]*);", refused)[1]
-            assert os.path.basename(mend_by_hand) in files
-            os.remove(mend_by_hand)
-        fill_cache(teacher, cache_text, cache)
-        assert chunk_files(cache) == chunks
-
-
-def test_cache_knows_every_row_and_every_kind_of_weights(full_cache, teacher, cache_text, tmp_path):
-    """One letter of one row in the middle; one weight of a teacher that has only .bin files."""
-    cache = cache_of(full_cache, tmp_path / "cache")
-    for i in (50, 51, 52):
-        rows = cache_rows(100)
-        rows[i]["text"] = rows[i]["text"][:-1] + "Q"
-        edited = write_jsonl(tmp_path / f"{i}.jsonl", rows)
-        refused = fill_cache(teacher, edited, cache, rc=2).err
-        assert "dataset_fingerprint" in refused
-
-    digests = set()
-    for seed in (0, 1):
-        folder = tmp_path / f"bin{seed}"
-        path = tiny_model(folder, seed=seed)
-        torch.save(weights(path), folder / "pytorch_model.bin")
-        os.remove(folder / "model.safetensors")
-        digests.add(sd.identify_weights(path))
-    assert len(digests) == 2
-
-
-CODE_IN_TOKENIZER = """
-import os
-open(os.environ["TOKENIZER_CODE_RAN"], "w").close()
-from transformers import PreTrainedTokenizerFast
-class Tokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-def test_cache_runs_no_code_of_a_tokenizer_unless_allowed(full_cache, student, tmp_path,
-                                                          monkeypatch):
-    """Nothing prompts; the flag of this run decides."""
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("TOKENIZER_CODE_RAN", str(ran))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it prompts"))
-    cache = cache_of(full_cache, tmp_path / "cache")
-    settings = cache / "tokenizer/tokenizer_config.json"
-    values = json.loads(settings.read_text())
-    values |= dict(auto_map={"AutoTokenizer": [None, "code.Tokenizer"]},
-                   tokenizer_class="Tokenizer")
-    settings.write_text(json.dumps(values))
-    (cache / "tokenizer/code.py").write_text(CODE_IN_TOKENIZER)
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
-    assert "tokenizer_config.json is not what was written" in refused.err
-    manifest = read_manifest(cache)   # as a stranger would make it fit
-    del manifest["digest"]
-    manifest["tokenizer_files"]["tokenizer_config.json"] = sd.checksum(settings)
-    sd.write_manifest(manifest, cache)
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
-    assert "--trust_remote_code" in refused.err
-    assert not ran.exists()
-    sd.open_cache(sd.parse_config(flags(
-        student=student, cache_dir=cache, seq_len=32, trust_remote_code=True)))
-    assert ran.exists()
-
-
-def contents(folder):
-    """{path: bytes} of all files below."""
-    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def test_cache_touches_nothing_of_others(full_cache, teacher, cache_text, tmp_path):
-    """A model's directory, also by another spelling, and one whose weights are named like a chunk;
-    --force_regenerate deletes chunks, and no other file."""
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))
-    os.symlink(model, tmp_path / "link")
-    named_alike = Path(shutil.copytree(teacher, tmp_path / "alike"))
-    os.remove(named_alike / "config.json")
-    shutil.move(named_alike / "model.safetensors", named_alike / "train-00000000.safetensors")
-    a_tokenizer = tmp_path / "a_tokenizer"
-    tiny_tokenizer(roll=1).save_pretrained(a_tokenizer / "tokenizer")
-    before = contents(tmp_path)
-    for folder, name in (
-        (model, "config.json"), (tmp_path / "x/../link/", "config.json"),
-        (named_alike, "train-00000000.safetensors"), (a_tokenizer, "tokenizer"),
-    ):
-        for force in (False, True):
-            refused = fill_cache(teacher, cache_text, folder, rc=2, force_regenerate=force)
-            assert f"{name}' was not written by simple_distill" in refused.err
-    assert contents(tmp_path) == before
-
-    cache = cache_of(full_cache, tmp_path / "cache")
-    foreign = cache / "train-00000099.safetensors"
-    shutil.copy(model / "model.safetensors", foreign)
-    before = contents(cache)
-    refused = fill_cache(teacher, cache_text, cache, rc=2, temperature=2, force_regenerate=True)
-    assert "train-00000099.safetensors' was not written by simple_distill" in refused.err
-    assert contents(cache) == before
-    kept = [cache / "model.safetensors", cache / "tokenizer/thesis.txt"]
-    shutil.move(foreign, kept[0])
-    kept[1].write_text("mine")
-    fill_cache(teacher, cache_text, cache, temperature=2, force_regenerate=True)
-    assert all(path.exists() for path in kept)
-    assert read_manifest(cache)["temperature"] == 2
-
-
-def damaged_manifests(text):
-    """-> what may become of one, as text."""
-    yield ""
-    yield text[:len(text) // 2]
-    yield "[]"
-    yield "{}"
-    manifest = json.loads(text)
-    for name, value in manifest.items():
-        left_out = {key: manifest[key] for key in manifest if key != name}
-        yield json.dumps(left_out)
-        for other in (None, "x", -1, [], {}, [value]):
-            if other != value:
-                yield json.dumps({**manifest, name: other})
-
-
-def test_cache_a_damaged_manifest_or_tokenizer_is_one_error(full_cache, student, tmp_path):
-    cache = cache_of(full_cache, tmp_path / "cache")
-    cfg = parse_cache_run(student, cache)
-    sd.take_from_cache(cfg)
-    manifest = cache / "manifest.json"
-    text = manifest.read_text()
-    for damaged in damaged_manifests(text):
-        manifest.write_text(damaged)
-        for read in (sd.take_from_cache, sd.open_cache):
-            with pytest.raises(sd.UserError, match="manifest.json' is damaged.*again: rm"):
-                read(cfg)
-    manifest.write_text(text)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = cache / "tokenizer" / name
-        whole = path.read_text()
-        for damaged in ("", whole[:len(whole) // 2], "[]", "{}", whole + " "):
-            path.write_text(damaged)
-            with pytest.raises(sd.UserError, match="tokenizer' is damaged.*again: rm"):
-                sd.open_cache(cfg)
-        path.write_text(whole)
-    cfg.given |= {"dataset"}
-    cfg.dataset = "other"
-    for damaged in ("", "[1]", '{"a"'):
-        (cache / "config.json").write_text(damaged)
-        with pytest.raises(sd.UserError, match="config.json' is damaged"):
-            sd.open_cache(cfg)
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json"])
-def test_cache_the_repair_of_a_copy_acts_on_the_copy(full_cache, teacher, student, cache_text,
-                                                     tmp_path, name):
-    cache = cache_of(full_cache, tmp_path / "a copy")
-    whole = contents(cache)
-    original = contents(full_cache)
-    (cache / name).write_text('{"half":')
-    if name != "manifest.json":   # to fill it once more does not make the damage right
-        fill_cache(teacher, cache_text, cache)
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
-    mend(refused.err)
-    del whole[f"{cache}/config.json"]   # it now names the copy
-    assert {path: contents(cache)[path] for path in whole} == whole
-    assert contents(full_cache) == original
-    train_from_cache(student, cache, tmp_path / "out")
-
-
-def test_cache_damage_that_one_rank_meets_is_said(full_cache, student, tmp_path):
-    """A row that rank 1 alone reads."""
-    cache = cache_of(full_cache, tmp_path / "cache")
-    rows = sd.open_cache(parse_cache_run(student, cache))[0]
-    of_rank_1 = int(sd.shuffled(len(rows), 0, 0)[1])
-    chunk = of_rank_1 // 16
-    path = cache / f"train-{chunk:08d}.safetensors"
-    line = of_rank_1 % 16 + 1
-    table, data = sd.read_chunk(str(path), rows.content, line)
-    content = path.read_bytes()
-    assert content.count(data) == 1
-    path.write_bytes(content.replace(data, bytes([data[0] ^ 1]) + data[1:]))
-    words = flags(**PLAIN, student=student, cache_dir=cache, alpha=0.3, max_steps=6, batch_size=4,
-                  output_dir=tmp_path / "out")
-    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
-    assert shown.count("error: ") == 1
-    assert re.search(f"error: cache chunk '{path}' is damaged.*again: rm {path}; python", shown)
-    assert "Traceback" not in shown
-
-
 # ---- what it costs
 
 
 def bench_cache():
-    """Tables: entries a second on one core, bytes a token, and a training step from the cache
-    beside one on labels only, with the allocator as a run sets it."""
+    """Tables: bytes a token, rows a second on one core, and a training step from the cache beside
+    one on labels only, with the allocator as a run sets it."""
     torch.set_num_threads(1)
     sd.keep_freed_memory()
     print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
-          f"{'fp16+int32':>11} {'pack M/s':>9} {'unpack M/s':>11}")
+          f"{'fp16+int32':>11} {'write ms a row':>15} {'read':>6}")
     for vocab in (32000, 151936):
         for method, size in (("sample", 50), ("topk", 64)):
             bench_packing(vocab, method, size)
@@ -5464,18 +5007,18 @@ def bench_cache():
 
 
 def bench_packing(vocab, method, size):
+    """Of a row of 512 tokens."""
     hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
-    manifest = _cache_manifest(vocab, method, size)
-    row = {"input_ids": np.arange(512), "targets": None}
-    [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], 0, manifest)
-    id_bits, code_bits, _ = manifest["bits"]
-    entries = np.random.default_rng(0).integers(0, vocab << code_bits, counts.entries)
-    numbers = counts.tokens, counts.targets, counts.entries
-    packing = best_seconds(lambda: sd.pack((entries, id_bits + code_bits)))
-    unpacking = best_seconds(lambda: sd.unpack_row(data, *numbers, manifest))
-    print(f"{vocab:8} {method + str(size):>10} {counts.entries / 511:6.1f} "
+    _, _, kept = keep_and_read(hidden, head, method, size)
+    manifest = cache_manifest(vocab, method, size)
+    ids = np.random.default_rng(0).integers(0, vocab, 512)
+    row = text_row(vocab, 512) | {"input_ids": ids}
+    data = sd.compress(sd.pack_row(row, kept))
+    writing = best_seconds(lambda: sd.compress(sd.pack_row(row, kept)))
+    reading = best_seconds(lambda: sd.unpack_row(sd.decompress(data), manifest))
+    print(f"{vocab:8} {method + str(size):>10} {len(kept.entries) / 511:6.1f} "
           f"{len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
-          f"{counts.entries / packing / 1e6:9.1f} {counts.entries / unpacking / 1e6:11.1f}")
+          f"{writing * 1e3:15.2f} {reading * 1e3:6.2f}")
 
 
 def bench_cached_step(vocab):
@@ -5484,34 +5027,21 @@ def bench_cached_step(vocab):
         vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
         num_attention_heads=4, tie_word_embeddings=True))
     hidden, head, _ = made_up_teacher(vocab, 255, sharp=5.0)
-    manifest = _cache_manifest(vocab, "sample", 50)
-    rows = []
-    for i in range(4):
-        row = {"input_ids": np.arange(i, i + 256), "targets": None}
-        [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], i, manifest)
-        rows.append(sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest))
-    batch = sd.collate(rows)
+    sparse, _, _ = keep_and_read(hidden, head, "sample", 50)
+    row = text_row(vocab, 256) | {"sparse": [field.numpy() for field in sparse]}
+    batch = sd.collate(4 * [row])
 
     def step(alpha, target):
         loss = sd.distil_loss(model, batch, target, 1020, alpha=alpha, temperature=1.0,
                               divergence="forward")[0]
         loss.backward()
 
-    def labels_only():
-        step(1.0, None)
-
-    def from_cache():
-        step(0.1, batch.sparse)
-
-    labels_only()   # compiles
-    from_cache()
-    labels_seconds = []
-    cache_seconds = []
-    for _ in range(5):   # alternating: a noisy machine is noisy for both
-        labels_seconds.append(best_seconds(labels_only, times=1))
-        cache_seconds.append(best_seconds(from_cache, times=1))
-    labels = min(labels_seconds)
-    cached = min(cache_seconds)
+    works = (functools.partial(step, 1.0, None), functools.partial(step, 0.1, batch.sparse))
+    seconds = [[], []]
+    for _ in range(6):   # alternating: a noisy machine is noisy for both; the first compiles
+        for work, taken in zip(works, seconds):
+            taken.append(best_seconds(work, times=1))
+    labels, cached = map(min, seconds)
     print(f"{vocab:8} {labels:12.3f} {cached:11.3f} {cached / labels:6.2f}")
 
 
@@ -5525,18 +5055,12 @@ def best_seconds(work, times=9):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: blockwise: hidden states, stitches, heads, against plain models with hooks.
+# Optional: blockwise: hidden states, stitches, heads, against plain models run layer by layer.
 
 
 BLOCKWISE = dict(blockwise=True, batch_size=4, num_epochs=0, lr_per_block=3e-3, lm_head_lr=3e-3,
                  wd_per_block=0, max_grad_norm_per_block=1.0)
-
-
-class BlockPair(NamedTuple):
-    """Paths."""
-    teacher: str
-    student: str
-    data: str
+NO_HEAD = dict(train_lm_head=False, lm_head_lr=None, initialize_head_from_teacher=False)
 
 
 @pytest.fixture(scope="session")
@@ -5544,16 +5068,14 @@ def block(tmp_path_factory):
     """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps
     of 4 an epoch."""
     folder = tmp_path_factory.mktemp("block")
-    return BlockPair(
+    return types.SimpleNamespace(
         teacher=tiny_model(folder / "teacher", hidden=32, layers=5, seed=1),
         student=tiny_model(folder / "student", hidden=16, layers=3, seed=2,
                            tie_word_embeddings=True),
         data=write_splits(folder / "data", talk(20), talk(6, seed=50)))
 
 
-def teacher_block(i):
-    """The block of the teacher that the student's block i learns from."""
-    return round((i + 1) * 5 / 3) - 1
+TEACHER_BLOCK = (1, 2, 4)   # which the student's block i learns from
 
 
 def distil_blocks(block, out, rc=0, **fields):
@@ -5561,49 +5083,51 @@ def distil_blocks(block, out, rc=0, **fields):
     return distil(out, rc, **{**BLOCKWISE, **run, **fields})
 
 
-def rows_of_steps(block, first, last):
-    """The rows of steps first + 1 ... last, as the trainer deals them (tested elsewhere)."""
-    cfg = config.Config(dataset=block.data, seq_len=32)
+def rows_of_trainer(data, student):
+    """-> train and eval rows, as the trainer has them (tested elsewhere)."""
     with sd.process_group():
-        rows, _ = sd.load_data(cfg, transformers.AutoTokenizer.from_pretrained(block.student))
-    batches = sd.indexed_batches(rows, 0, 4, first)
-    for numbers, _ in itertools.islice(batches, last - first):
-        yield [rows[i] for i in numbers]
+        return sd.load_data(config.Config(dataset=data, seq_len=32),
+                            transformers.AutoTokenizer.from_pretrained(student))
 
 
-def pad_rows(rows):
-    """-> ids and the mask of real tokens, [B, T] each."""
-    sequences = [torch.as_tensor(row["input_ids"]) for row in rows]
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+def plain_run(student, teacher, **fields):
+    """-> what a run works with at its start, of plain models: stitches beside the student."""
+    cfg = config.Config(student=str(student), teacher=str(teacher), blockwise=True, **fields)
+    model = load(student)
+    make_root = sd.stitching(cfg, model.config)
+    if not model.config.tie_word_embeddings:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    return types.SimpleNamespace(cfg=cfg, student=make_root(model), steps_per_epoch=1,
+                                 teacher=sd.ShardedRoot(load(teacher).requires_grad_(False)))
 
 
-def layer_states(model, ids, fed=None):
-    """Hooks on every layer of a plain model -> its inputs, its outputs, {layer: [B, T, D]} each.
-    fed: {layer: what it is given in place of the output of the one before}."""
-    fed = fed or {}
-    inputs = {}
-    outputs = {}
-
-    def keep_input(i, module, args, kwargs):
-        hidden, *others = args
-        inputs[i] = fed.get(i, hidden)
-        return (inputs[i], *others), kwargs
-
-    def keep_output(i, module, args, result):
-        outputs[i] = result[0] if isinstance(result, tuple) else result
-
-    hooks = []
+def layer_states(model, ids, fed):
+    """A plain Llama -> what goes into each layer and what comes out, [B, T, D] each. fed: {layer:
+    what it is given in place of the output of the one before}."""
+    hidden = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    inputs = []
+    outputs = []
     for i, layer in enumerate(model.model.layers):
-        before = functools.partial(keep_input, i)
-        after = functools.partial(keep_output, i)
-        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(after))
-    model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+        inputs.append(fed.get(i, hidden))
+        hidden = layer(inputs[i], position_embeddings=rotary)
+        outputs.append(hidden)
     return inputs, outputs
+
+
+def states_of_blocks(run, batch):
+    """-> (the student's states at the end of its block, stitched, the teacher's), a block each."""
+    def real(hidden_BTD):
+        return hidden_BTD.flatten(0, 1)[batch.real]
+
+    stitches = run.student.stitches
+    teacher_inputs, teacher_outputs = layer_states(run.teacher.model, batch.input_ids, {})
+    fed = {}
+    if run.cfg.block_input == "teacher":
+        fed = {i: stitches[f"down{i}"](teacher_inputs[j]) for i, j in enumerate(TEACHER_BLOCK)}
+    _, outputs = layer_states(run.student.model, batch.input_ids, fed)
+    return [(stitches[f"up{i}"](real(outputs[i])), real(teacher_outputs[j]))
+            for i, j in enumerate(TEACHER_BLOCK)]
 
 
 def reference_loss(kind, student_ND, teacher_ND, temperature):
@@ -5619,278 +5143,220 @@ def reference_loss(kind, student_ND, teacher_ND, temperature):
     return temperature ** 2 * F.kl_div(logp, q, reduction="batchmean")
 
 
-def student_at(block, out, step):
-    """Student and stitches, as plain modules, with the weights of a checkpoint."""
-    tensors = checkpoint(out, step)
-    student = load(block.student)
-    student.lm_head.weight = nn.Parameter(student.lm_head.weight.clone())   # untied
-    prefix = "model.model."
-    in_student = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                  if name.startswith(prefix)}
-    missing = student.load_state_dict(in_student, strict=False).missing_keys
-    assert missing in ([], ["lm_head.weight"])   # a head that stays tied
-    prefix = "model.stitches."
-    in_stitches = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                   if name.startswith(prefix)}
-    stitches = nn.ModuleDict()
-    for name, tensor in in_stitches.items():
-        if name.endswith(".weight"):
-            stitch = name.removesuffix(".weight")
-            width_out, width_in = tensor.shape
-            has_bias = f"{stitch}.bias" in in_stitches
-            stitches[stitch] = nn.Linear(width_in, width_out, bias=has_bias)
-    stitches.load_state_dict(in_stitches)
-    return student, stitches
+def loss_of_blocks(run, blocks, batch):
+    cfg = run.cfg
+    pairs = states_of_blocks(run, batch)
+    return sum(reference_loss(cfg.distill_loss_type, *pairs[i], cfg.distill_loss_temperature)
+               for i in blocks)
 
 
-def slow_case(*values):
-    return pytest.param(*values, marks=pytest.mark.campaign)
+def loss_of_head(run, batch):
+    kind = run.cfg.logit_loss_type
+    weight = run.cfg.logit_loss_weight
+    logits, teacher_logits = [
+        root.model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        for root in (run.student, run.teacher)]
+    ce = F.cross_entropy(logits, batch.labels)
+    if kind == "ce":
+        return ce
+    return weight * reference_loss(kind, logits, teacher_logits, 1.0) + (1 - weight) * ce
 
 
-def parameters_of_block(student, stitches, i, how):
-    """What learns while block i does -> {name in a checkpoint, without "model.": parameter}."""
-    trained = {}
-    for name, p in student.named_parameters():
-        before_it = "layers." in name or "embed" in name
-        if f"layers.{i}." in name or (how == "free" and before_it):
-            trained[f"model.{name}"] = p
-    for name, p in stitches.named_parameters():
-        if name.startswith((f"up{i}.", f"down{i}.")):
-            trained[f"stitches.{name}"] = p
-    return trained
+def learner(modules, lr, decay, max_norm):
+    """-> a function: a step of AdamW on their parameters, which are clipped together. Norms and
+    biases do not decay."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW([
+        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=decay),
+        dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0)], lr=lr)
 
-
-def restore_moments(optimizer, trained, tensors):
-    """AdamW's state, from the tensors of a checkpoint."""
-    for name, p in trained.items():
-        optimizer.state[p] = {
-            "step": tensors[f"step.{name}"],
-            "exp_avg": tensors[f"exp_avg.{name}"],
-            "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-        }
-
-
-def reference_block_losses(block, out, i, begin, end, *, how, kind, temperature):
-    """Block i trained on plain models from the checkpoint of step begin on -> losses [steps]."""
-    j = teacher_block(i)
-    teacher = load(block.teacher)
-    student, stitches = student_at(block, out, begin)
-    trained = parameters_of_block(student, stitches, i, how)
-    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3, weight_decay=0)
-    if how == "teacher":   # its first step lies before the first checkpoint
-        restore_moments(optimizer, trained, checkpoint(out, begin))
-    losses = []
-    for rows in rows_of_steps(block, begin, end):
-        ids, real = pad_rows(rows)
-        with torch.no_grad():
-            teacher_inputs, teacher_outputs = layer_states(teacher, ids)
-        fed = {}
-        if how == "teacher":
-            fed[i] = stitches[f"down{i}"](teacher_inputs[j])
-        _, student_outputs = layer_states(student, ids, fed)
-        loss = reference_loss(kind, stitches[f"up{i}"](student_outputs[i][real]),
-                              teacher_outputs[j][real], temperature)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in trained.values())
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+    def step():
+        nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
         optimizer.step()
-    return torch.tensor(losses)
+
+    return step
 
 
-@pytest.mark.parametrize("kind, how", [
-    ("relative", "frozen"),
-    ("relative", "teacher"),
-    ("mse", "frozen"),
-    ("mse", "free"),
-    ("mse", "teacher"),
-    ("cosine", "frozen"),
-    ("kl_div", "frozen"),
-    ("kl_div", "teacher"),
-    slow_case("cosine", "free"),
-    slow_case("cosine", "teacher"),
-    slow_case("kl_div", "free"),
-])
-def test_blockwise_losses_match_a_plain_reference(block, out, kind, how):
-    """Ten steps of block 2 (block_input teacher: of all, each alone), full computation on plain
-    models with hooks."""
-    temperature = 1.5 if kind == "kl_div" else 1.0
-    if how == "teacher":
-        epochs = [2.0]
-        blocks = [0, 1, 2]
-        begin = 1   # the first checkpoint there is
-        end = 10
-    else:
-        epochs = [0.1, 0.1, 2.0]
-        blocks = [2]
-        begin = 2   # a step for block 0, a step for block 1
-        end = 12
-    distil_blocks(
-        block, out, distill_loss_type=kind, distill_loss_temperature=temperature,
-        epochs_per_block=epochs, train_lm_head=False, lm_head_lr=None, save_steps=1,
-        keep_checkpoints=20, block_input="teacher" if how == "teacher" else "student",
-        freeze_previous_blocks=how != "free", initialize_head_from_teacher=False,
-        gradient_checkpointing=True)
-    total = torch.zeros(end - begin)
-    for i in blocks:
-        total += reference_block_losses(
-            block, out, i, begin, end, how=how, kind=kind, temperature=temperature)
-    logged = {entry["train/step"]: entry["train/loss"] for entry in log(out, "train")}
-    losses = torch.tensor([logged[step] for step in range(begin + 1, end + 1)])
-    torch.testing.assert_close(total, losses, rtol=1e-5, atol=1e-6)
-    assert abs(total[0] - total[-1]) > 1e-4   # something was learned
+def learner_of_block(run, i):
+    cfg = run.cfg
+    body = run.student.model.model
+    stitches = run.student.stitches
+    modules = [body.layers[i], stitches[f"up{i}"]]
+    if cfg.block_input == "teacher":
+        modules.append(stitches[f"down{i}"])
+    elif i == 0 or not cfg.freeze_previous_blocks:
+        modules += [body.embed_tokens, *body.layers[:i]]
+    return learner(modules, cfg.lr_per_block[i], cfg.wd_per_block[i % len(cfg.wd_per_block)],
+                   cfg.max_grad_norm_per_block[i])
+
+
+# a value a block
+ONE_BY_ONE = dict(epochs_per_block=[0.4, 0.5, 0.8], wd_per_block=[0.3, 0.0, 0.1])
+AT_ONCE = dict(block_input="teacher", epochs_per_block=[0.8], wd_per_block=[0.3])
+
+
+@pytest.mark.parametrize("fields", [
+    dict(**ONE_BY_ONE, logit_loss_weight=0.3),
+    dict(**AT_ONCE),
+    dict(**ONE_BY_ONE, distill_loss_type="mse", freeze_previous_blocks=False,
+         logit_loss_type="mse", logit_loss_weight=0.5),
+    dict(**AT_ONCE, distill_loss_type="mse", **NO_HEAD),
+    dict(**ONE_BY_ONE, distill_loss_type="cosine", logit_loss_type="ce"),
+    dict(**ONE_BY_ONE, distill_loss_type="kl_div", distill_loss_temperature=1.5, **NO_HEAD),
+    dict(**AT_ONCE, distill_loss_type="kl_div", logit_loss_type="mse"),
+], ids=str)
+def test_blockwise_trains_as_plain_models_do(block, out, fields):
+    """Every step of every phase: what is trained, how far, on which loss; the rest stands still."""
+    fields = dict(lr_per_block=[1e-3, 3e-3, 2e-3], max_grad_norm_per_block=[0.0, 0.5, 0.1],
+                  initialize_head_from_teacher=False) | fields
+    head_fields = dict(lm_head_epochs=0.4, lm_head_wd=0.1, lm_head_max_grad_norm=0.2)
+    run = plain_run(block.student, block.teacher, **fields)
+    cfg = run.cfg
+    distil_blocks(block, out, gradient_checkpointing=True, **fields,
+                  **(head_fields if cfg.train_lm_head else {}))
+    rows, _ = rows_of_trainer(block.data, block.student)
+    losses = []
+
+    def take_steps(count, learners, loss_of):
+        for _ in range(count):
+            numbers = sd.batch_of_step(len(rows), 0, 4, len(losses))
+            loss = loss_of(sd.collate([rows[i] for i in numbers]))
+            losses.append(loss.item())
+            run.student.zero_grad()
+            loss.backward()
+            for step in learners:
+                step()
+
+    phases = {(0,): 2, (1,): 3, (2,): 4}   # blocks: steps
+    if cfg.block_input == "teacher":
+        phases = {(0, 1, 2): 4}
+    for blocks, steps in phases.items():
+        take_steps(steps, [learner_of_block(run, i) for i in blocks],
+                   functools.partial(loss_of_blocks, run, blocks))
+    model = run.student.model
+    expected = dict(model.state_dict())
+    if cfg.train_lm_head:
+        step = learner([model.lm_head, model.model.norm], 3e-3, 0.1, 0.2)
+        take_steps(2, [step], functools.partial(loss_of_head, run))
+    else:   # it stays tied
+        del expected["lm_head.weight"]
+    assert column(out, "train/loss") == pytest.approx(losses, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(final_weights(out), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, source", [
-    ("relative", "teacher"),
-    ("mse", "teacher"),
-    ("cosine", "student"),
-    ("kl_div", "student"),
-    slow_case("mse", "student"),
-    slow_case("cosine", "teacher"),
-    slow_case("kl_div", "teacher"),
-])
+    ("relative", "teacher"), ("mse", "teacher"), ("cosine", "student"), ("kl_div", "student")])
 def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source):
     distil_blocks(block, out, student=block.teacher, distill_loss_type=kind, block_input=source,
-                  epochs_per_block=0.4, lm_head_epochs=0.4)
+                  use_stitching_layers=kind != "mse", epochs_per_block=0.4, lm_head_epochs=0.4)
     assert set(column(out, "train/loss")) == {0.0}
-    measured = log(out, "block")
-    assert len(measured) == 2
-    for entry in measured:
-        assert [entry[f"block/{i}/loss"] for i in range(5)] == [0, 0, 0, 0, 0]
+    for i in range(5):
+        assert column(out, f"block/{i}/loss") == [0, 0]
+        assert column(out, f"block/{i}/explained") == [1, 1]
     assert same(final_weights(out), weights(block.teacher))
 
 
-def test_blockwise_a_sink_weighs_as_any_token():
-    """Both states of a token a thousand times as large: the same error; where the teacher's state
-    is zero there is none."""
-    student = torch.randn(6, 8)
+def test_blockwise_a_state_of_zeros_counts_nothing():
+    """Of the teacher, which has no size to be relative to."""
+    student = torch.randn(6, 8, requires_grad=True)
     teacher = torch.randn(6, 8)
-    plain = sd.hidden_error(student, teacher, "relative", 1.0)
-    times = torch.tensor([1000, 1, 1, 1, 1, 0.01])[:, None]
-    scaled = sd.hidden_error(student * times, teacher * times, "relative", 1.0)
-    torch.testing.assert_close(scaled, plain)
     teacher[2] = 0
-    student.requires_grad_()
     error = sd.hidden_error(student, teacher, "relative", 1.0)
     error.sum().backward()
     assert (error == 0).tolist() == [False, False, True, False, False, False]
     assert student.grad.isfinite().all() and not student.grad[2].any()
 
 
-def test_blockwise_figures_show_the_ordinary_token(block, out, tmp_path):
-    """Every question begins with Z, whose state is 300 times as large in the teacher: the table and
-    the log show what a direct computation without it does."""
-    def begin_with_z(rows):
-        return [row | {"prompt": "Z" + row["prompt"]} for row in rows]
+def test_blockwise_clips_what_the_loss_scale_magnified():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 2.0 ** 14)
+    sd.clip_blocks([([p], 0.5)], {"scale": torch.tensor(2.0 ** 14)})   # the norm is 2
+    torch.testing.assert_close(p.grad, torch.full((4,), 2.0 ** 12))
 
-    held_out = begin_with_z(talk(6, seed=50))
-    data = write_splits(tmp_path / "data", begin_with_z(talk(20)), held_out)
-    shutil.copytree(block.teacher, tmp_path / "teacher")
-    z = tiny_tokenizer().encode("Z")[0]
+
+def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
+    """Every row begins with a token whose state is 300 times as large in the teacher: what is
+    explained is of the others. All rows in one batch, as the mean is a batch's."""
+    _, rows = rows_of_trainer(block.data, block.student)
+    batch = sd.collate(list(rows))
+    sink = rows[0]["input_ids"][0]
+    ordinary = batch.input_ids.flatten()[batch.real] != sink
+    loud = shutil.copytree(block.teacher, tmp_path / "teacher")
 
     def make_sink(tensors):
-        tensors["model.embed_tokens.weight"][z] *= 300
+        tensors["model.embed_tokens.weight"][sink] *= 300
 
-    edit_weights(tmp_path / "teacher", make_sink)
-    shown = distil_blocks(block, out, teacher=tmp_path / "teacher", dataset=data, save_steps=0,
-                          epochs_per_block=1, train_lm_head=False, lm_head_lr=None,
-                          initialize_head_from_teacher=False).out
-    student, stitches = student_at(block, out, 15)
-    teacher = load(tmp_path / "teacher")
-    tokenizer = tiny_tokenizer()
-    rows = encode(held_out, tokenizer, seq_len=32)
-    errors = {i: [] for i in range(3)}
-    wanted = {i: [] for i in range(3)}
-    missed = {i: [] for i in range(3)}
+    edit_weights(loud, make_sink)
+    shown = distil_blocks(block, out, teacher=loud, batch_size=8, lr_per_block=STILL, **NO_HEAD).out
     with torch.no_grad():
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]])
-            _, student_outputs = layer_states(student, ids)
-            _, teacher_outputs = layer_states(teacher, ids)
-            for i in range(3):
-                x = stitches[f"up{i}"](student_outputs[i])[0]
-                y = teacher_outputs[teacher_block(i)][0]
-                errors[i].append((x - y).square().sum(-1) / y.square().sum(-1))
-                ordinary = ids[0] != z
-                wanted[i].append(y[ordinary])
-                missed[i].append((x - y)[ordinary])
-    after = log(out, "block")[-1]
-    for i in range(3):
-        error = torch.cat(errors[i])
-        states = torch.cat(wanted[i])
-        variance = (states - states.mean(0)).square().sum()
-        explained = 1 - torch.cat(missed[i]).square().sum() / variance
-        assert after[f"block/{i}/loss"] == pytest.approx(error.mean().item(), rel=1e-4)
-        assert after[f"block/{i}/median"] == pytest.approx(error.median().item(), rel=1e-4)
-        assert after[f"block/{i}/explained"] == pytest.approx(explained.item(), rel=1e-3)
-    line = next(line for line in shown.splitlines()[::-1] if re.match(r"2 +4 ", line))
-    assert line.split()[-2:] == [f"{after['block/2/median']:.4g}",
-                                 f"{after['block/2/explained']:.1%}"]
+        pairs = states_of_blocks(plain_run(block.student, loud, train_lm_head=False,
+                                           initialize_head_from_teacher=False), batch)
+    for i, (x, y) in enumerate(pairs):
+        error = reference_loss("relative", x, y, 1.0).item()
+        x, y = x[ordinary], y[ordinary]
+        explained = 1 - ((x - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        assert column(out, f"block/{i}/loss") == pytest.approx([error] * 2, rel=1e-4)
+        assert column(out, f"block/{i}/explained") == pytest.approx([explained] * 2, rel=1e-3)
+        figures = f"| {error:.4g} | {explained:.1%} "
+        assert f"| {i} | {TEACHER_BLOCK[i]} {2 * figures}|" in re.sub(" +", " ", shown)
 
 
-def test_blockwise_only_its_own_parameters_move(block, out):
-    """Block i and its stitch, block 0 the embeddings too; in the head phase norm and head. Bit for
-    bit."""
-    distil_blocks(block, out, epochs_per_block=0.4, lm_head_epochs=0.4, save_steps=2,
-                  initialize_head_from_teacher=False, keep_checkpoints=9, resume="never")
-    groups = {4: r"layers\.1\.|up1", 6: r"layers\.2\.|up2", 8: r"lm_head|model\.norm\."}
-    for step, group in groups.items():   # at its end; a phase is 2 steps
-        before = checkpoint(out, step - 2)
-        after = checkpoint(out, step)
-        names = [name for name in before if name.startswith("model.")]
-        assert "model.stitches.up0.weight" in names
-        moved = [name for name in names if not torch.equal(before[name], after[name])]
-        assert moved == [name for name in names if re.search(group, name)], (step, moved)
-    names = final_weights(out).keys()
-    assert not [name for name in names if "stitch" in name]
-    assert "lm_head.weight" in names
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cls", [
-    "LlamaConfig",
-    "PhiConfig",   # a LayerNorm, a bias in norm and head
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("cls, of_teacher, offset", [
+    ("LlamaConfig", {}, 0),
+    ("PhiConfig", {}, 0),   # a LayerNorm, a bias in the head
+    ("Gemma2Config", dict(head_dim=16), 1),   # its norm multiplies by 1 + weight
+    ("GraniteConfig", dict(logits_scaling=4.0), 0),
 ])
-def test_blockwise_projected_head_is_the_teachers_on_stitched_states(
-        block, out, tmp_path, cls, bias):
-    teacher = tiny_model(tmp_path / "teacher", hidden=32, layers=3, seed=32, cls=cls)
-    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=16, cls=cls)
-    norm = "model.final_layernorm" if cls == "PhiConfig" else "model.norm"
-
-    def stir(tensors):   # a trained norm is not all ones, a trained bias not all zeros
-        for name in (f"{norm}.weight", f"{norm}.bias", "lm_head.bias"):
-            if name in tensors:
-                tensors[name] += torch.rand(tensors[name].shape)
-
-    edit_weights(teacher, stir)
-    distil_blocks(block, out, teacher=teacher, student=student, stitching_layer_bias=bias,
-                  epochs_per_block=1, train_lm_head=False, lm_head_lr=None)
-    tensors = checkpoint(out, 10)
-    assert ("model.stitches.up0.bias" in tensors) == bias
-    # the last stitch is folded into the head: it has a bias where that has one too
-    assert ("model.stitches.up1.bias" in tensors) == (bias and cls == "PhiConfig")
-    hidden = torch.randn(50, 16)
-    stitched = F.linear(hidden, tensors["model.stitches.up1.weight"],
-                        tensors.get("model.stitches.up1.bias"))
-    gain = weights(teacher)[f"{norm}.weight"]
-    shift = weights(teacher).get(f"{norm}.bias", 0)
-    # what the final norm does, but for dividing by the size
-    expected = load(teacher).lm_head(stitched * gain + shift)
-    logits = load(os.path.join(out, "final")).lm_head(hidden)
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def block_errors(out, blocks):
-    """Held-out errors -> before training, after it, a value a block each."""
-    before, after = log(out, "block")
-    return ([before[f"block/{i}/loss"] for i in range(blocks)],
-            [after[f"block/{i}/loss"] for i in range(blocks)])
+def test_blockwise_head_begins_as_the_teachers_on_stitched_states(
+        tmp_path, width, cls, of_teacher, offset):
+    """And as it was where any of it is frozen. The student's vocabulary has 7 ids more."""
+    run = plain_run(
+        tiny_model(tmp_path / "student", vocab=270, hidden=width, seed=2, cls=cls),
+        tiny_model(tmp_path / "teacher", hidden=32, seed=1, cls=cls, **of_teacher))
+    head = run.student.model.lm_head
+    teacher_head = run.teacher.model.lm_head
+    gain, student_gain = [sd.final_norm(root.model).weight for root in (run.teacher, run.student)]
+    with torch.no_grad():   # trained norms are not all ones
+        gain += torch.rand(32)
+        student_gain += torch.rand(width)
+    before = head.weight.clone()
+    # what the last one added would be lost
+    no_bias = [stitch.bias is None for stitch in run.student.stitches.values()]
+    assert no_bias == [False, width == 16]
+    with sd.process_group():
+        sd.initialize_head(run, {head.weight: 1.0, student_gain: 0.0})
+        assert torch.equal(head.weight, before)
+        sd.initialize_head(run, {head.weight: 1.0, student_gain: 1.0})
+    hidden = torch.randn(50, width)
+    if width == 32:
+        expected = teacher_head(hidden)
+        expected_gain = gain
+    else:
+        stitch = run.student.stitches["up1"]
+        expected = teacher_head(stitch(hidden) * (gain + offset))
+        expected_gain = (32 ** 0.5 / stitch.weight.norm()).expand(16) - offset
+    expected = expected / of_teacher.get("logits_scaling", 1.0)
+    assert (head(hidden)[:, :263] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(head.weight[263:], before[263:])
+    torch.testing.assert_close(student_gain, expected_gain)
 
 
-def all_below(after, before, part=1.0):
-    return all(b < part * a for a, b in zip(before, after, strict=True))
+def test_blockwise_a_head_that_is_tied_in_spite_of_its_config_stays(block):
+    run = plain_run(block.student, block.teacher, train_lm_head=False,
+                    initialize_head_from_teacher=False)   # which is not looked at here
+    model = run.student.model
+    parts = sd.parameters_by_part(run)
+    assert list(parts["head"]) == [model.model.norm.weight]
+    assert list(parts["embeddings"]) == [model.lm_head.weight]
+    sd.initialize_head(run, parts["head"])
+    assert same(model.state_dict(), load(block.student).state_dict())
+
+
+def errors_fell(out, blocks, below=1.0):
+    """Each block's on held-out rows, to less than that part of what it was."""
+    errors = [column(out, f"block/{i}/loss") for i in range(blocks)]
+    return all(after < below * before for before, after in errors)
 
 
 def test_blockwise_packed_documents_are_as_each_alone(block, tmp_path):
@@ -5900,134 +5366,41 @@ def test_blockwise_packed_documents_are_as_each_alone(block, tmp_path):
         out = tmp_path / packing
         distil_blocks(block, out, packing=packing, seq_len=128, batch_size=20, lr_per_block=STILL,
                       lm_head_lr=STILL, learning_rate=STILL, max_steps=1, num_epochs=None)
-        losses[packing] = column(out, "train/loss")
-        held_out = block_errors(out, 3)[0]
-        losses[packing] += held_out
+        losses[packing] = column(out, "train/loss") + column(out, "block/2/loss")
     assert losses["documents"] == pytest.approx(losses["rows"], rel=1e-5)
-    assert len(losses["rows"]) == 3 + 1 + 1 + 3
+    assert len(losses["rows"]) == 3 + 1 + 1 + 2
 
 
-def test_blockwise_errors_fall_and_beat_the_head_alone(block, tmp_path):
-    """At unequal width; the head alone gets as many steps as blocks and head together."""
-    whole = str(tmp_path / "whole")
-    alone = str(tmp_path / "alone")
-    distil_blocks(block, whole, epochs_per_block=10, lm_head_epochs=6)
-    distil_blocks(block, alone, epochs_per_block=0.2, lr_per_block=STILL, lm_head_epochs=35.4,
-                  initialize_head_from_teacher=False)
-    before, after = block_errors(whole, 3)
-    assert all_below(after, before, 0.9), (before, after)
-    assert column(whole, "eval/step")[-1] == column(alone, "eval/step")[-1]
-    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
-
-
-# argv: the number of the optimiser step before which this process dies, then the command.
-DIE_BEFORE_STEP = """
-import os, signal, sys
-import simple_distill
-
-steps_left = int(sys.argv.pop(1))
-optimizer_step = simple_distill.optimizer_step
-
-def step_or_die(*args):
-    global steps_left
-    steps_left -= 1
-    if steps_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return optimizer_step(*args)
-
-simple_distill.optimizer_step = step_or_die
-sys.exit(simple_distill.main())
-"""
-
-
-def rewind(source, out, step):
-    """A copy of a finished run as it was just after the checkpoint of that step."""
-    shutil.copytree(source, out)
-    shutil.rmtree(os.path.join(out, "final"))
-    for folder in Path(out, "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("source", ["student", slow_case("teacher")])
-def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source):
-    """Killed in a block and in the head phase; and from checkpoints where a phase begins, ends, and
-    in the middle."""
+@pytest.mark.parametrize("source, steps", [("student", 19), ("teacher", 11)])
+def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source, steps):
+    """From checkpoints where a phase begins, ends, and in the middle. A phase is 4 steps: three
+    blocks or all at once, then the head; then 3 steps of distillation."""
     fields = dict(epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3, save_steps=2,
                   keep_checkpoints=30, block_input=source)
     whole = str(tmp_path / "whole")
-    killed = str(tmp_path / "killed")
     distil_blocks(block, whole, **fields)
-    steps = len(log(whole, "train"))
-    # a phase is 4 steps: three blocks or all at once, then the head; then 3 steps of distillation
-    if source == "student":
-        assert steps == 19
-        kills = (4, steps - 6)   # the second process begins at step 2 and dies in the head phase
-        checkpoints = (4, 12, 14, 16)
-    else:
-        assert steps == 11
-        kills = (4,)
-        checkpoints = (2, 4, 6, 8)
-    run = dict(teacher=block.teacher, student=block.student, dataset=block.data,
-               output_dir=killed, use_wandb=False)
-    words = flags(**{**PLAIN, **BLOCKWISE, **run, **fields})
-    for count in kills:
-        process = subprocess.run([sys.executable, "-c", DIE_BEFORE_STEP, str(count), *words],
-                                 cwd=HERE, capture_output=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    distil_blocks(block, killed, **fields)
-    assert quiet_log(killed) == quiet_log(whole)
-    assert same(final_weights(killed), final_weights(whole))
-    for step in checkpoints:
-        again = str(tmp_path / f"from{step}")
-        rewind(whole, again, step)
-        assert "passed over" not in distil_blocks(block, again, **fields).out
-        assert quiet_log(again) == quiet_log(whole), step
-        assert same(final_weights(again), final_weights(whole)), step
+    assert len(log(whole, "train")) == steps
+    for step in {2, 4, steps - 7, steps - 5, steps - 3}:
+        out = str(tmp_path / f"from{step}")   # as it was just after that checkpoint
+        shutil.copytree(whole, out)
+        shutil.rmtree(os.path.join(out, "final"))
+        for folder in Path(out, "checkpoints").iterdir():
+            if folder.name > f"step-{step:08d}":
+                shutil.rmtree(folder)
+        assert "passed over" not in distil_blocks(block, out, **fields).out
+        assert quiet_log(out) == quiet_log(whole), step
+        assert same(final_weights(out), final_weights(whole)), step
 
 
 def test_blockwise_refusals_name_numbers(block, out):
-    refused = [
-        (dict(use_stitching_layers=False, stitching_layer_bias=True),
-         "student width 16 and teacher width 32"),
-        (dict(student=block.teacher, teacher=block.student),
-         "has 5 layers, the teacher only 3"),
-        (dict(lr_per_block=[1e-3, 1e-4]),
-         "lr_per_block has 2 values"),
-        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]),
-         "one value"),
-        (dict(distill_loss_temperature=2),
-         "distill_loss_temperature: read only with --distill_loss_type kl_div"),
-    ]
-    for fields, message in refused:
-        assert message in distil_blocks(block, out, 2, **fields).err, fields
-
-
-@pytest.mark.parametrize("kind, weight", [
-    ("mse", 1.0), ("mse", 0.5), ("kl_div", 0.3), ("ce", 1.0)])
-def test_blockwise_head_losses(block, out, kind, weight):
-    """The first step of the head phase against logits of the plain models."""
-    distil_blocks(block, out, epochs_per_block=0.2, lm_head_epochs=0.2, logit_loss_type=kind,
-                  logit_loss_weight=weight, save_steps=3)
-    student, _ = student_at(block, out, 3)
-    [rows] = rows_of_steps(block, 3, 4)
-    batch = sd.collate(rows)
-
-    def logits_of(model):
-        with torch.no_grad():
-            logits = model(input_ids=batch.input_ids).logits
-        return logits.flatten(0, 1)[batch.positions]
-
-    student_logits = logits_of(student)
-    teacher_logits = logits_of(load(block.teacher))
-    ce = F.cross_entropy(student_logits, batch.labels)
-    if kind == "ce":
-        term = ce
-    else:
-        term = reference_loss(kind, student_logits, teacher_logits, 1.0)
-    expected = weight * term + (1 - weight) * ce
-    [loss] = [entry["train/loss"] for entry in log(out, "train") if entry["train/step"] == 4]
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for fields, message in [
+        (dict(use_stitching_layers=False), "student width 16 and teacher width 32"),
+        (dict(student=block.teacher, teacher=block.student), "has 5 layers, the teacher only 3"),
+        (dict(lr_per_block=[1e-3, 1e-4]), "lr_per_block has 2 values"),
+        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]), "one value"),
+        (dict(lr_multipliers=["lm_head=0", "model.norm=0"]), "--train_lm_head false"),
+    ]:
+        assert message in distil_blocks(block, out, 2, **fields).err
 
 
 # ---- other architectures
@@ -6114,14 +5487,11 @@ def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(student)
     tiny_tokenizer().save_pretrained(student)
     fields = dict(student=student, trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
-    refused = distil_blocks(block, out, 2, **fields, gradient_checkpointing=True)
-    assert "--gradient_checkpointing false" in refused.err
-    refused = distil_blocks(block, out, 2, **fields, packing="documents")
-    assert f"{student!r} (MixForCausalLM) does not run with documents packed" in refused.err
-    assert "use --packing rows" in refused.err
+    for refused, named in ((dict(gradient_checkpointing=True), "MixForCausalLM"),
+                           (dict(packing="documents"), "position_ids")):
+        assert named in distil_blocks(block, out, 2, **fields, **refused).err
     distil_blocks(block, out, **fields)
-    before, after = block_errors(out, 2)
-    assert all_below(after, before)
+    assert errors_fell(out, 2)
     final = AutoModelForCausalLM.from_pretrained(f"{out}/final", trust_remote_code=True)
     assert type(final).__name__ == "MixForCausalLM"
     assert not same(final.state_dict(), weights(student))
@@ -6133,110 +5503,47 @@ def test_blockwise_student_class_of_ones_own(block, out, tmp_path, monkeypatch):
     ("GPTNeoXConfig", "gpt_neox", {}),
 ])
 def test_blockwise_student_of_another_family(block, out, tmp_path, cls, model_type, fields):
-    """Other norms, learned positions, a capped head: errors fall, and the head starts from the
-    teacher's."""
+    """Other norms, learned positions, a capped head."""
     student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=3, cls=cls, **fields)
     distil_blocks(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
-    before, after = block_errors(out, 2)
-    assert all_below(after, before, 0.9)
+    assert errors_fell(out, 2, below=0.9)
     assert load(f"{out}/final").config.model_type == model_type
 
 
-@pytest.mark.parametrize("phase", ["block", "head"])
-def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, phase):
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, source):
     """One row in five has the letter that the teacher cannot bear."""
-    rows = []
-    for i in range(10):
-        rows.append({"prompt": "Z" if i % 5 == 0 else "a", "response": "one two three"})
+    rows = [{"prompt": "a" if i % 5 else "Z", "response": "one two three"} for i in range(10)]
     data = write_splits(tmp_path / "data", rows, rows[1:3])
     broken = break_letter(block.teacher, tmp_path / "broken")
-    if phase == "block":   # 10 steps each
-        epochs = dict(epochs_per_block=1, lm_head_epochs=0.1)
-        least = 6
-    else:
-        epochs = dict(epochs_per_block=0.1, lm_head_epochs=1)
-        least = 2
-    distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, save_steps=0,
-                  initialize_head_from_teacher=False, **epochs)
+    distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, block_input=source,
+                  lm_head_epochs=0.1, initialize_head_from_teacher=False)
     losses = column(out, "train/loss")
     skipped = column(out, "train/skipped_steps")[-1]
-    assert least <= skipped < len(losses)
+    assert len(losses) // 6 <= skipped < len(losses)
     assert skipped == losses.count(None)
-    for tensor in checkpoint(out, len(losses)).values():
-        assert tensor.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in final_weights(out).values())
 
 
-@pytest.mark.campaign   # optional: demo
-def test_blockwise_demo(tmp_path):   # optional: demo
-    """Every block's held-out error falls, and blocks and head end nearer to the teacher than the
-    head alone."""
-    whole = str(tmp_path / "whole")
-    alone = str(tmp_path / "alone")
-    fields = dict(blockwise=True, use_wandb=False, max_steps=0)
-    shown = cli(*flags(**fields, output_dir=whole)).out
-    assert "teacher block" in shown
-    before, after = block_errors(whole, 2)
-    assert all_below(after, before)
-    last_eval = log(whole, "eval")[-1]
-    steps = last_eval["eval/step"]
-    head_epochs = last_eval["eval/epoch"] * (steps - 2) / steps   # a step for each block
-    cli(*flags(**fields, output_dir=alone, epochs_per_block=1e-6, lr_per_block=STILL,
-               lm_head_epochs=head_epochs, initialize_head_from_teacher=False))
-    assert column(alone, "eval/step")[-1] == steps
-    assert column(whole, "eval/kl_loss")[-1] < column(alone, "eval/kl_loss")[-1]
-
-
-@pytest.mark.campaign
-def test_blockwise_two_ranks_bf16_and_accumulation(block, tmp_path):
-    """Two ranks, and accumulation, give the losses of one; bf16 runs through and errors fall."""
-    epochs = dict(epochs_per_block=1, lm_head_epochs=1)
-
-    def one_rank(name, **fields):
-        out = str(tmp_path / name)
-        distil_blocks(block, out, **epochs, **fields)
-        return out
-
-    def two_ranks(name, **fields):
-        out = str(tmp_path / name)
-        run = dict(teacher=block.teacher, student=block.student, dataset=block.data,
-                   batch_size=2, output_dir=out)
-        words = flags(**{**PLAIN, **BLOCKWISE, **epochs, **run, **fields})
-        process = spawn(*words, nproc=2)
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, shown[-3000:]
-        return out
-
-    one = one_rank("one")
-    accumulated = one_rank("accumulated", batch_size=1, gradient_accumulation_steps=4)
-    ranks = two_ranks("ranks")
-    fed = one_rank("fed", block_input="teacher")
-    fed_ranks = two_ranks("fed_ranks", block_input="teacher")
-    for out, expected in ((accumulated, one), (ranks, one), (fed_ranks, fed)):
-        losses = column(expected, "train/loss")
-        assert column(out, "train/loss") == pytest.approx(losses, rel=2e-5)
-    before, after = block_errors(two_ranks("half", dtype="bf16"), 3)
-    assert all_below(after, before)
-
-
-def test_blockwise_an_empty_share_counts_nothing(block, tmp_path):
-    """5 sequences as 8 x 1, as 1 x 8 and on two ranks: some micro-batches, and a rank of the held
-    out rows, have none."""
-    rows = talk(5)
-    fields = dict(teacher=block.teacher, student=block.student, epochs_per_block=1,
-                  lm_head_epochs=1, distill_loss_type="mse",
-                  dataset=write_splits(tmp_path / "data", rows, rows[:1]))
+@pytest.mark.parametrize("fields, tolerance", [
+    (dict(), 2e-5),
+    (dict(block_input="teacher"), 2e-5),
+    (dict(dtype="bf16"), 0.02),
+])
+def test_blockwise_an_empty_share_counts_nothing(block, tmp_path, fields, tolerance):
+    """5 sequences as 8 x 1 and on two ranks as 4 of 1 each: micro-batches have none, and a rank of
+    the held-out rows."""
+    fields = dict(
+        teacher=block.teacher, student=block.student, epochs_per_block=2, lm_head_epochs=1,
+        dataset=write_splits(tmp_path / "data", talk(5), talk(1)), **fields)
     whole = tmp_path / "whole"
-    single = tmp_path / "single"
     ranks = tmp_path / "ranks"
     distil_blocks(block, whole, **fields, batch_size=8)
-    distil_blocks(block, single, **fields, batch_size=1, gradient_accumulation_steps=8)
     words = {**PLAIN, **BLOCKWISE, **fields, "batch_size": 1, "gradient_accumulation_steps": 4}
     shown = Fork(tmp_path / "log.txt", *flags(**words, output_dir=ranks), ranks=2).wait()
-    assert "done in" in shown, shown
-    for key in ("train/loss", "block/0/loss", "block/2/loss", "eval/loss"):
-        expected = pytest.approx(column(whole, key), rel=2e-5)
-        assert column(single, key) == expected, key
-        assert column(ranks, key) == expected, key
+    for key in ("train/loss", "block/0/loss", "block/2/explained", "eval/loss"):
+        expected = pytest.approx(column(whole, key), rel=tolerance)
+        assert column(ranks, key) == expected, (key, shown)
 
 
 def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
@@ -6255,57 +5562,37 @@ def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
     assert rates == {
         "model.embed_tokens.weight": 0, "model.layers.0": 2, "model.layers.1": 0,
         "model.layers.2": 1, "model.norm.weight": 0, "lm_head.weight": 1}
-    assert "freeze the student's norm or head" in shown
-
-
-def test_blockwise_a_phase_without_anything_to_train_is_refused(block, out):
-    err = distil_blocks(block, out, rc=2, lr_multipliers=["lm_head=0", "model.norm=0"]).err
-    assert "'head'" in err and "--train_lm_head false" in err
-    assert not os.path.exists(out)
+    assert "norm or head is frozen" in shown
 
 
 # ---- what it costs
 
 
-def bench_block(layers=8, width=256, tokens=1024):
+def bench_block(layers=8, width=256):
     """Cost of the block phase of S equal layers, over running both models whole for each block:
     about a half."""
-    with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        cfg = config.Config(
-            teacher=tiny_model(f"{folder}/teacher", hidden=width, layers=layers, seed=0),
-            student=tiny_model(f"{folder}/student", hidden=width, layers=layers, seed=1),
-            blockwise=True, gradient_checkpointing=False, dtype="fp32")
-        student = sd.load_student(cfg)
-        teacher = sd.load_teacher(cfg)
-        row = {"input_ids": torch.arange(128) % 263, "targets": None}
-        batch = sd.collate([row] * (tokens // 128))
-
-        def seconds(loss_fn, get_teacher_targets, repeat=5):
-            times = []
-            for _ in range(repeat):
-                start = time.process_time()
-                student(loss_fn, batch, get_teacher_targets(batch), 1.0)[0].backward()
-                times.append(time.process_time() - start)
-            return min(times)
-
-        distil_loss = functools.partial(sd.distil_loss, alpha=0.0, temperature=1.0)
-        whole = seconds(distil_loss, sd.teacher_targets(teacher))
-        print("\nCPU ms a step; both models whole, everything trained on the logits "
-              f"(vocabulary 263): {1e3 * whole:.0f}")
-        run = types.SimpleNamespace(cfg=cfg, student=student, teacher=teacher, steps_per_epoch=1)
-        pairs = sd.match_blocks(cfg, student.model.config, teacher.model.config)
-        costs = []
-        for i in pairs:
-            stage = sd.stage_of_block(run, pairs, sd.parameters_by_part(student), i, 0)
-            with contextlib.redirect_stdout(io.StringIO()):
-                sd.make_optimizer(student.parameters(), stage.rates, 0.0)   # freezes the others
-            costs.append(seconds(stage.loss_fn, stage.get_teacher_targets))
-        numbers = ", ".join(str(i) for i in range(layers))
-        milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
-        print(f"block {numbers}: {milliseconds}")
-        print(f"all {layers} blocks: {sum(costs) / (layers * costs[-1]):.2f} of running both "
-              "models whole for each block (as the last one does), "
-              f"{sum(costs) / (layers * whole):.2f} of training the whole student that often")
+    with tempfile.TemporaryDirectory() as folder:
+        run = plain_run(*[tiny_model(f"{folder}/{seed}", hidden=width, layers=layers, seed=seed)
+                          for seed in (0, 1)])
+    row = {"input_ids": np.arange(128), "targets": np.arange(128) > 0, "starts": np.array([0])}
+    batch = sd.collate([row] * 8)
+    parts = sd.parameters_by_part(run)
+    costs = []
+    for i, j in run.student.pairs.items():
+        stage = sd.stage_of_blocks(run, parts, {i: j}, 0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            sd.make_optimizer(run.student.parameters(), stage.rates, 0.0)   # freezes the others
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            targets = stage.get_teacher_targets(batch)
+            run.student(stage.loss_fn, batch, targets, 1.0)[0].backward()
+            times.append(time.process_time() - start)
+        costs.append(min(times))
+    milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
+    print(f"\nCPU ms a step of each block: {milliseconds}; all of them: "
+          f"{sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each, as the "
+          "last one does")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6326,11 +5613,12 @@ def greedy_text(model, prompt, new, ends=(0,)):
     return ids[len(prompt):]
 
 
-def coded_texts(prompts, texts):
-    """-> (ids, labels already shifted) as for model_losses: what was written counts alone."""
+def coded_texts(model, prompts):
+    """Greedy texts of 6 tokens -> (ids, labels already shifted) as for model_losses: what was
+    written counts alone."""
     coded = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = torch.tensor(prompt + text)
+    for prompt in prompts:
+        ids = torch.tensor(prompt + greedy_text(model, prompt, 6))
         labels = torch.cat([ids[1:], torch.tensor([-100])])
         labels[:len(prompt) - 1] = -100
         coded.append((ids, labels))
@@ -6359,10 +5647,9 @@ def test_on_policy_a_step_is_the_divergence_on_the_students_texts(
            on_policy_temperature=GREEDY, divergence=divergence, temperature=2.0, alpha=0.3,
            max_grad_norm=0, learning_rate=STILL, batch_size=4, gradient_accumulation_steps=2)
     rows, _ = rows_of(text, seq_len=32)
-    numbers, _ = next(sd.indexed_batches(rows, 0, 8, 0))
-    prompts = [ids[:5] for ids in ids_of([rows[i] for i in numbers])]
+    prompts = [ids_of(rows)[i][:5] for i in sd.batch_of_step(len(rows), 0, 8, 0)]
     model = load(student)
-    coded = coded_texts(prompts, [greedy_text(model, prompt, 6) for prompt in prompts])
+    coded = coded_texts(model, prompts)
     _, ce, kl = model_losses(model.double(), load(teacher).double(), coded, 0.0, 2.0, divergence)
     kl.backward()
     logged = logged_losses(log(out, "train")[0])
@@ -6384,108 +5671,105 @@ def test_on_policy_the_student_writes_as_it_is_at_that_step(tmp_path, out, text)
     assert second < 1e-3
 
 
-def test_on_policy_what_is_written_is_drawn_from_the_softmax(tmp_path, student):
-    """2,000 first tokens after one prompt, beside longer prompts; at two temperatures; padding of
-    the vocabulary is never drawn."""
+def written(name, prompts, seeds, room=12, temperature=1.0, ends=(0,), **fields):
+    """What a student writes after prompts, with as much room after each; afterwards it is as it
+    was, in training."""
+    cfg = config.Config(student=name, teacher=name, **fields)
+    with sd.process_group():
+        root, _ = sd.load_model(cfg, "student")
+        texts = sd.write_texts(root, prompts, seeds, [room] * len(prompts), temperature, set(ends),
+                               len(tiny_tokenizer()))
+        assert root.training and root.model.training
+    return texts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_on_policy_what_is_written_is_drawn_from_the_softmax(tmp_path, student, temperature):
+    """2,000 first tokens after one prompt, beside longer prompts; padding of the vocabulary is
+    never drawn."""
     wide = padded(tmp_path / "wide", student, 9)
-    tokenizer = tiny_tokenizer()
-    vocab = len(tokenizer)
     prompts = [[40, 50, 60], [70, 80, 90, 100, 110]] * 2000
-    for temperature in (1.0, 2.0):
-        with sd.process_group():
-            root = sd.load_student(config.Config(student=wide, teacher=wide))
-            texts, cut = sd.write_texts(
-                root, tokenizer, prompts, list(range(4000)), 1, temperature, 32)
-            assert root.training
-        assert cut == 4000 - sum(first == 0 for first, in texts)
-        for i in range(2):
-            counts = torch.bincount(torch.tensor(texts[i::2])[:, 0], minlength=vocab).double()
-            logits = load(student)(torch.tensor(prompts[i])[None]).logits[0, -1].double()
-            expected = 2000 * (logits / temperature).softmax(-1).detach()
-            assert len(counts) == vocab
-            common = expected > 5
-            squares = ((counts - expected).square() / expected)[common].sum()
-            freedom = int(common.sum())
-            assert freedom > 20
-            assert squares < freedom + 4 * math.sqrt(2 * freedom), (temperature, i)
-            rare = counts[~common].sum() - expected[~common].sum()
-            assert abs(rare) < 4 * math.sqrt(expected[~common].sum())
+    texts = written(wide, prompts, range(4000), 1, temperature)
+    for i in range(2):
+        logits = load(student)(torch.tensor(prompts[i])[None]).logits[0, -1].double()
+        expected = 2000 * (logits / temperature).softmax(-1).detach()
+        counts = torch.bincount(torch.tensor(texts[i::2])[:, 0], minlength=len(expected))
+        assert len(counts) == len(tiny_tokenizer())
+        common = expected > 5
+        squares = ((counts - expected).square() / expected)[common].sum()
+        freedom = int(common.sum())
+        assert freedom > 20
+        assert squares < freedom + 4 * math.sqrt(2 * freedom)
+        rare = counts[~common].sum() - expected[~common].sum()
+        assert abs(rare) < 4 * math.sqrt(expected[~common].sum())
 
 
 def test_on_policy_a_text_does_not_depend_on_the_rows_beside_it(student):
-    tokenizer = tiny_tokenizer()
     prompts = [list(range(40, 40 + n)) for n in (3, 9, 5, 12, 7)]
+    together = written(student, prompts, range(5))
+    for i in (0, 3, 4):
+        assert written(student, [prompts[i]], [i]) == [together[i]]
+    assert written(student, prompts, range(5, 10)) != together
+
+
+@pytest.mark.parametrize("temperature", [0, GREEDY])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_on_policy_dropout_and_recomputing_are_off_while_it_writes(
+        tmp_path, temperature, recompute):
+    """A text ends with an end mark, or where its room does."""
+    student = tiny_model(tmp_path / "dropout", **DROPOUT, seed=3)
+    model = load(student).eval()
+    prompts = [list(range(40, 50)), [33, 200]]
+    texts = [greedy_text(model, prompt, 9, ends=()) for prompt in prompts]
+    ends = {texts[0][4]}
+    texts = [greedy_text(model, prompt, 9, ends) for prompt in prompts]
+    assert len(texts[0]) < len(texts[1]) == 9
+    assert written(student, prompts, [0, 1], 9, temperature, ends,
+                   gradient_checkpointing=recompute) == texts
+
+
+@pytest.mark.parametrize("targets, length", [
+    ("..##.###.", 5),   # a conversation: all before the last turn of the assistant
+    ("..##", 2),
+    (".########", 4),   # plain text
+    (".##", 2),         # which is shorter than a prompt
+    (".##.#", 4),
+])
+def test_on_policy_the_prompt_of_a_row(targets, length):
+    row = {"input_ids": np.arange(len(targets)), "targets": np.array([c == "#" for c in targets])}
+    cfg = config.Config(on_policy=0.5, on_policy_prompt=4)
+    assert sd.prompt_of(row, cfg) == list(range(length))
+
+
+def test_on_policy_what_is_written_counts_alone(student):
+    """After each prompt, up to an end mark or max_new_tokens, and within seq_len."""
+    cfg = config.Config(student=student, teacher=student, on_policy=1, on_policy_prompt=5,
+                        max_new_tokens=6, seq_len=12)
+    rows = [{"input_ids": np.arange(10), "targets": np.arange(10) >= begin} for begin in (1, 7, 9)]
     with sd.process_group():
-        root = sd.load_student(config.Config(student=student, teacher=student))
-        together, _ = sd.write_texts(root, tokenizer, prompts, [0, 1, 2, 3, 4], 12, 1.0, 64)
-        for i in (0, 3, 4):
-            alone, _ = sd.write_texts(root, tokenizer, prompts[i:i + 1], [i], 12, 1.0, 64)
-            assert alone == [together[i]]
-        assert sd.write_texts(root, tokenizer, prompts, [9, 8, 7, 6, 5], 12, 1.0, 64)[0] != together
+        root, _ = sd.load_model(cfg, "student")
+        texts, other = [sd.rows_by_student(cfg, root, rows, step, range(3), {0}, 263)
+                        for step in (3, 4)]
+    assert ids_of(texts) != ids_of(other)
+    for row, prompt in zip(texts, (5, 7, 9)):
+        ids = row["input_ids"].tolist()
+        assert ids[:prompt] == list(range(prompt))
+        assert len(ids) == min(prompt + 6, 12) or ids[-1] == 0
+        assert row["targets"].tolist() == [i >= prompt for i in range(len(ids))]
 
 
-def test_on_policy_a_short_prompt_is_not_cut_by_a_long_one_beside_it(tmp_path):
-    """Where positions stand in a table, which ends for the long one first."""
-    prompts = [[10, 11, 12], list(range(20, 80)), [30] * 40, [13, 14]]
-    assert sd.side_by_side(prompts, [30, 4, 24, 30], math.inf) == [[0, 1, 2, 3]]
-    assert sd.side_by_side(prompts, [30, 4, 24, 30], 64) == [[1], [2], [0, 3]]
-    assert sd.side_by_side(prompts, [5, 4, 5, 5], 64) == [[0, 1, 2, 3]]
-    assert sd.side_by_side([], [], 64) == []
-    name = tiny_model(tmp_path / "gpt2", cls="GPT2Config", max_position_embeddings=64)
-    tokenizer = tiny_tokenizer()
-    cfg = config.Config(student=name, teacher=name, seq_len=64, gradient_checkpointing=False)
-    with sd.process_group():
-        root = sd.load_checked_student(cfg, tokenizer)
-        together, _ = sd.write_texts(root, tokenizer, prompts, [0, 1, 2, 3], 30, 1.0, 64)
-        for i in range(4):
-            alone, _ = sd.write_texts(root, tokenizer, prompts[i:i + 1], [i], 30, 1.0, 64)
-            assert alone == together[i:i + 1]
-    assert max(map(len, together)) > 24
-
-
-def test_on_policy_prompts_and_padding_never_count(tmp_path):
-    """A conversation is continued where the assistant's last turn begins, plain text after its
-    first tokens; the end mark is learnt, what follows it is not."""
-    tokenizer = tiny_tokenizer(CHATML)
-    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
-    rows = [*encode([{"messages": turns}], tokenizer), *encode([{"text": prose(9)}], tokenizer)]
-    prompts = []
-    for (ids, is_target), row in zip(sd.rows_of(sd.collate(rows)), rows, strict=True):
-        assert ids == list(row["input_ids"])
-        prompts.append(sd.prompt_of(ids, is_target, 7))
-    shown = tokenizer.decode(prompts[0])
-    assert shown.endswith("b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
-    assert prompts[1] == list(rows[1]["input_ids"][:7])
-    assert sd.prompt_of([5, 6, 0], [False, True, True], 7) == [5, 6]   # shorter than a prompt
-
-    texts = [sd.cut_text([70, 3, 0, 0], 9, {3}), sd.cut_text([71, 72, 73, 3], 3, {3})]
-    assert texts == [[70, 3], [71, 72, 73]]
-    batch = sd.collate(sd.as_rows(prompts, texts))
-    assert batch.labels.tolist() == [70, 3, 71, 72, 73]
-    counted = batch.input_ids.flatten()[batch.positions].tolist()
-    assert counted == [prompts[0][-1], 70, prompts[1][-1], 71, 72]
-
-
-def test_on_policy_texts_stay_within_seq_len_and_the_log_says_how_long_they_are(
-        out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, on_policy=1, max_steps=2,
-           log_steps=2, on_policy_prompt=30, max_new_tokens=6)
-    entry, = log(out, "train")
-    rollouts = {"train/rollout_length", "train/rollout_cut", "train/rollout_tokens_per_second"}
-    assert entry.keys() == TRAIN_KEYS | rollouts
-    assert 1 < entry["train/rollout_length"] < 3   # rows that are shorter themselves have room
-    assert entry["train/rollout_cut"] > 0.5
-    assert entry["train/rollout_tokens_per_second"] > 0
-
-
-def test_on_policy_a_resume_between_lines_of_the_log_logs_the_same(out, teacher, student, text):
-    fields = dict(teacher=teacher, student=student, dataset=text, **WRITING, max_steps=4,
-                  log_steps=4, save_steps=1, keep_checkpoints=4)
+def test_on_policy_the_log_says_how_long_texts_are(out, teacher, student, text):
+    """Also where a resume comes between two lines of it."""
+    fields = dict(teacher=teacher, student=student, dataset=text, on_policy=1, max_steps=4,
+                  log_steps=4, save_steps=2, on_policy_prompt=30, max_new_tokens=6)
     distil(out, **fields)
     whole = quiet_log(out)
+    entry, = log(out, "train")
+    assert entry.keys() == TRAIN_KEYS | {"train/rollout_length", "train/rollout_cut"}
+    assert 1 < entry["train/rollout_length"] < 3   # rows that are shorter themselves have room
+    assert 0.5 < entry["train/rollout_cut"] <= 1
     distil(out, **fields, resume=f"{out}/checkpoints/step-00000002")
     assert quiet_log(out) == whole
-    assert "train/rollout_length" in whole[0]
 
 
 def test_on_policy_steps_alternate_by_a_seeded_draw(tmp_path, teacher, student, chat):
@@ -6493,77 +5777,33 @@ def test_on_policy_steps_alternate_by_a_seeded_draw(tmp_path, teacher, student, 
     drawn = [sd.is_on_policy(0.5, 3, step) for step in range(400)]
     assert 160 < sum(drawn) < 240
     assert drawn != [sd.is_on_policy(0.5, 4, step) for step in range(400)]
-    assert all(sd.is_on_policy(1.0, 3, step) for step in range(400))
-    out = tmp_path / "mixed"
-    distil(out, teacher=teacher, student=student, dataset=chat, seq_len=128, on_policy=0.5, seed=3,
-           max_new_tokens=4, max_steps=8, learning_rate=STILL)
-    assert ["train/rollout_cut" in entry for entry in log(out, "train")] == drawn[:8]
-    plain = tmp_path / "plain"
-    distil(plain, teacher=teacher, student=student, dataset=chat, seq_len=128, seed=3, max_steps=8,
-           learning_rate=STILL)
-    for entry, usual, is_written in zip(log(out, "train"), log(plain, "train"), drawn):
-        if is_written:
+    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=128, seed=3, max_steps=8,
+                  learning_rate=STILL)
+    distil(tmp_path / "mixed", **fields, on_policy=0.5, max_new_tokens=4)
+    distil(tmp_path / "plain", **fields)
+    both = zip(log(tmp_path / "mixed", "train"), log(tmp_path / "plain", "train"), strict=True)
+    for (entry, usual), by_student in zip(both, drawn):
+        assert ("train/rollout_cut" in entry) == by_student
+        if by_student:
             assert entry["train/loss"] == entry["train/kl_loss"]
         else:
             assert logged_losses(entry) == logged_losses(usual)
 
 
-def test_on_policy_dropout_and_recomputing_are_off_while_it_writes(tmp_path, teacher, text):
-    student = tiny_model(tmp_path / "dropout", **DROPOUT, seed=3)
-    for recompute in (False, True):
-        with sd.process_group():
-            cfg = config.Config(student=student, teacher=student, seq_len=64,
-                                gradient_checkpointing=recompute)
-            root = sd.load_student(cfg)
-            prompt = list(range(40, 50))
-            texts, _ = sd.write_texts(root, tiny_tokenizer(), [prompt], [0], 9, GREEDY, 64)
-            assert texts == [greedy_text(load(student).eval(), prompt, 9)]
-            assert root.training and root.model.training
-
-
-@pytest.mark.parametrize("change, ends", [
-    (dict(generation=[3, 0]), "3 '<|im_end|>' 0 '<|endoftext|>'"),
-    (dict(tokenizer="<|im_end|>"), "3 '<|im_end|>'"),
-])
-def test_on_policy_a_pair_that_ends_its_texts_differently_is_refused(
-        tmp_path, out, teacher, student, text, change, ends):
-    """With both values; a pair that has the same list is none."""
-    for role, source in (("teacher", teacher), ("student", student)):
-        shutil.copytree(source, tmp_path / role)
-    fields = dict(teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=text,
-                  max_steps=1, **WRITING)
-    for role in ("teacher", "student"):
-        if "generation" in change:
-            path = tmp_path / role / "generation_config.json"
-            path.write_text(json.dumps(
-                json.loads(path.read_text()) | {"eos_token_id": change["generation"]}))
-        else:
-            tokenizer = tiny_tokenizer()
-            tokenizer.eos_token = change["tokenizer"]
-            tokenizer.save_pretrained(tmp_path / role)
-        if role == "teacher":
-            err = distil(out, **fields, rc=2).err
-            assert f"student '{tmp_path}/student' ends its texts with 0 '<|endoftext|>'," in err
-            assert all(word in err for word in ends.split()), err
-            assert not os.path.exists(out)
-    distil(out, **fields)
+def test_on_policy_texts_end_where_those_of_student_or_teacher_end(
+        tmp_path, out, teacher, student, text):
+    """By generation_config.json and by the tokenizer; final/ says so too."""
+    tokenizer = tiny_tokenizer()
+    for role, source, ends in (("teacher", teacher, [3, 70]), ("student", student, 80)):
+        model = load(source)
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+        tokenizer.eos_token = "<|im_start|>"   # 2: the student's
+    distil(out, teacher=tmp_path / "teacher", student=tmp_path / "student", dataset=text,
+           max_steps=1, **WRITING)
     kept = json.loads(Path(out, "final", "generation_config.json").read_text())["eos_token_id"]
-    assert kept == change.get("generation", 0)
-
-
-def test_on_policy_an_end_mark_that_ends_nothing_is_told(tmp_path, out, teacher, student, chat):
-    fields = dict(dataset=chat, seq_len=256, max_steps=1, **WRITING)
-    for role, source in (("teacher", teacher), ("student", student)):
-        shutil.copytree(source, tmp_path / role)
-        tiny_tokenizer(CHATML).save_pretrained(tmp_path / role)
-        fields[role] = tmp_path / role
-    told = ("WARNING: conversations end with 3 '<|im_end|>', the student's texts with "
-            "0 '<|endoftext|>': it will write on")
-    assert told in distil(f"{out}-told", **fields).out
-    for role in ("teacher", "student"):
-        path = tmp_path / role / "generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, 0]}))
-    assert "WARNING" not in distil(out, **fields).out
+    assert kept == [0, 2, 3, 70, 80]
 
 
 def test_on_policy_a_student_that_takes_padding_for_text_is_refused(   # optional: blockwise
@@ -6577,23 +5817,32 @@ def test_on_policy_a_student_that_takes_padding_for_text_is_refused(   # optiona
     tiny_tokenizer().save_pretrained(student)
     err = distil(out, teacher=teacher, student=student, dataset=text, trust_remote_code=True,
                  **WRITING, max_steps=1, rc=2).err
-    assert "MixForCausalLM" in err and "on_policy needs another student" in err
+    assert "MixForCausalLM" in err and "on_policy needs another" in err
 
 
-def test_on_policy_two_ranks_write_what_one_writes(tmp_path, teacher, student, chat):
+@pytest.mark.parametrize("positions, rc", [(131, 0), (130, 2)])
+def test_on_policy_a_table_of_positions_has_to_hold_a_long_prompt_and_new_tokens(
+        tmp_path, out, teacher, text, positions, rc):
+    """seq_len 32 and 100 more: a long row goes on beside a short one; the last is not looked up."""
+    student = tiny_model(tmp_path / "student", cls="GPT2Config", max_position_embeddings=positions)
+    shown = distil(out, rc, teacher=teacher, student=student, dataset=text, on_policy=1,
+                   max_new_tokens=100, max_steps=1)
+    assert ("as a writer, at up to 131 positions" in shown.err) == (rc == 2)
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op"])
+def test_on_policy_two_ranks_write_what_one_writes(tmp_path, teacher, student, chat, fsdp):
     """And end with the same weights; a rank without a row of its own takes part."""
     fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=128, on_policy=0.7,
                   max_new_tokens=20, max_steps=6, max_samples=7, gradient_checkpointing=True)
     one = tmp_path / "one"
+    two = tmp_path / "two"
     distil(one, **fields, batch_size=6)
-    assert {0, 1} < {round(cut) for cut in column(one, "train/rollout_cut")} | {0, 1, 2}
-    for fsdp in ("full_shard", "shard_grad_op"):
-        two = tmp_path / fsdp
-        words = flags(**{**PLAIN, **fields, "fsdp": fsdp, "output_dir": two, "batch_size": 3})
-        shown = Fork(tmp_path / f"{fsdp}.txt", *words, ranks=2).wait()
-        assert_close(two, one, shown)
-        for key in ("train/rollout_length", "train/rollout_cut"):
-            assert column(two, key) == column(one, key)
+    words = flags(**{**PLAIN, **fields, "fsdp": fsdp, "output_dir": two, "batch_size": 3})
+    shown = Fork(tmp_path / "shown.txt", *words, ranks=2).wait()
+    assert_close(two, one, shown)
+    for key in ("train/rollout_length", "train/rollout_cut"):
+        assert column(two, key) == column(one, key)
 
 
 def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, text):
@@ -6609,6 +5858,7 @@ def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, 
     assert "done in" in shown, shown
     lengths = column(tmp_path / "out", "train/rollout_length")
     assert min(lengths) == 1 and max(lengths) > 2, lengths
+    assert column(tmp_path / "out", "train/rollout_cut")[lengths.index(1)] == 0   # all have ended
     assert len({length % 1 for length in lengths}) == 2   # an odd sum: they were not as long
 
 
@@ -6616,82 +5866,55 @@ def test_on_policy_comes_after_the_blocks(out, teacher, text):   # optional: blo
     student = tiny_model(f"{out}-student", hidden=16, seed=2, tie_word_embeddings=False)
     distil(out, teacher=teacher, student=student, dataset=text, **WRITING, blockwise=True,
            epochs_per_block=0.2, lm_head_epochs=0.2, max_steps=2)
-    written = ["train/rollout_cut" in entry for entry in log(out, "train")]
-    assert written == [False] * (len(written) - 2) + [True, True] and len(written) > 4
+    by_student = ["train/rollout_cut" in entry for entry in log(out, "train")]
+    assert by_student == [False] * (len(by_student) - 2) + [True, True] and len(by_student) > 4
 
 
-def test_on_policy_every_document_is_a_prompt(out, teacher, student, text):
-    """Of packing rows; some are shorter than the prompt."""
-    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, packing="rows",
-           max_steps=1)
+@pytest.mark.parametrize("fields", [
+    dict(packing="rows"),   # some documents are shorter than the prompt
+    dict(streaming=True),   # optional: streaming
+])
+def test_on_policy_of_rows_of_any_kind(out, teacher, student, text, fields):
+    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, **fields, max_steps=1)
     assert 1 <= column(out, "train/rollout_length")[0] <= 6
-
-
-def test_on_policy_of_a_stream(tmp_path, teacher, student, chat):   # optional: streaming
-    """The same prompts as of rows that are read at once, in another order."""
-    out = tmp_path / "out"
-    distil(out, teacher=teacher, student=student, dataset=chat, seq_len=128, **WRITING,
-           streaming=True, max_steps=2)
-    assert len(column(out, "train/rollout_length")) == 2
 
 
 def test_on_policy_dry_run_shows_what_the_student_writes(out, teacher, student, text):
     shown = distil(out, teacher=teacher, student=student, dataset=text, on_policy=0.5,
                    max_new_tokens=6, on_policy_prompt=5, max_steps=2, dry_run=True).out
-    example, = re.findall(r"an example that the student wrote: (.*)", shown)
-    assert len(re.findall(r"\[\[.+\]\]", example)) == 1
-    assert re.search(r"a step on policy takes \S+ s, \S+ of them to write", shown), shown
+    assert re.search(r"the student wrote: .*\[\[.+\]\]", shown)
+    assert re.search(r"a step on policy takes \S+ s, \S+ of them to write", shown)
     assert not os.path.exists(out)
 
 
-def test_on_policy_stands_in_the_model_card(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, max_steps=1,
-           divergence="reverse")
-    card = Path(out, "final", "README.md").read_text()
-    assert "that the student wrote (on_policy), there T^2 x KL(student, teacher) alone" in card
-
-
 def test_on_policy_eval_scores_the_students_own_texts(   # optional: eval
-        tmp_path, teacher, student, text):
-    """Against whole forwards of what it writes by hand; seeded."""
-    fields = dict(mode="eval", teacher=teacher, student=student, dataset=text, seq_len=32,
-                  dtype="fp32", max_new_tokens=6, on_policy_prompt=5, temperature=2.0)
-
-    def own(name, **more):
-        cli(*flags(**fields, **more, output_dir=tmp_path / name))
-        models_ = json.loads((tmp_path / name / "report.json").read_text())["models"]
-        assert models_["teacher"]["own"] == 0
-        return models_["student"]["own"]
-
+        out, teacher, student, text):
+    """Against whole forwards of what it writes by hand."""
+    fields = {**WRITING, "on_policy": None, "on_policy_temperature": GREEDY}
+    cli(*flags(**fields, mode="eval", teacher=teacher, student=student, dataset=text, seq_len=32,
+               dtype="fp32", temperature=2.0, divergence="reverse", output_dir=out))
+    found = json.loads(Path(out, "report.json").read_text())["models"]
     _, held_out = rows_of(text, seq_len=32)
-    prompts = [ids[:5] for ids in ids_of(held_out)]
     model = load(student)
-    coded = coded_texts(prompts, [greedy_text(model, prompt, 6) for prompt in prompts])
-    for divergence in ("forward", "reverse"):
-        _, _, kl = model_losses(model, load(teacher), coded, 0.0, 2.0, divergence)
-        found = own(divergence, on_policy_temperature=GREEDY, divergence=divergence)
-        assert found == pytest.approx(kl.item(), rel=1e-5)
-    assert own("a") == own("b") != own("c", seed=1)
+    coded = coded_texts(model, [ids[:5] for ids in ids_of(held_out)])
+    _, _, kl = model_losses(model, load(teacher), coded, 0.0, 2.0, "reverse")
+    assert found["student"]["own"] == pytest.approx(kl.item(), rel=1e-5)
+    assert found["teacher"]["own"] == 0
 
 
 # ---- what it costs
 
 
 def bench_on_policy():
-    """Writing against transformers' own generate, same model and prompts; and what share of a step
-    it is."""
-    student_shape, teacher_shape, sequences, tokens = step_shapes()
-    vocab = student_shape["vocab_size"]
+    """Writing against transformers' own generate, same model and prompts."""
+    shape, _, sequences, tokens = step_shapes()
+    vocab = shape["vocab_size"]
     new = tokens // 2
-    tokenizer = types.SimpleNamespace(eos_token_id=None, get_vocab=lambda: {"last": vocab - 1})
-    rows = torch.randint(0, vocab, (sequences, tokens)).tolist()
-    prompts = [row[:tokens // 4] for row in rows]
-    texts = [row[tokens // 4:tokens // 4 + new] for row in rows]
+    prompts = torch.randint(0, vocab, (sequences, tokens // 4)).tolist()
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
-        transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
-        cfg = sd.Config(student=f"{folder}/student/config.json", alpha=1.0, use_wandb=False)
-        root = sd.load_student(cfg)
+        transformers.Qwen3Config(**shape).save_pretrained(folder)
+        cfg = sd.Config(student=f"{folder}/config.json", alpha=1.0, use_wandb=False)
+        root, _ = sd.load_model(cfg, "student")
         model = AutoModelForCausalLM.from_config(
             root.model.config, dtype=sd.compute_dtype(cfg)).to(sd.DEVICE).eval()
         ids_BT = torch.tensor(prompts, device=sd.DEVICE)
@@ -6701,19 +5924,14 @@ def bench_on_policy():
                            do_sample=True, top_k=0, pad_token_id=0)
 
         def ours():
-            sd.write_texts(root, tokenizer, prompts, list(range(sequences)), new, 1.0, tokens)
+            sd.write_texts(root, prompts, range(sequences), [new] * sequences, 1.0, set(), vocab)
 
-        batch = sd.collate(sd.as_rows(prompts, texts))
-        found = interleaved({
-            "plain generate": plain, "ours": ours,
-            "a step on the texts": our_step(folder, [batch], alpha=0.0)}, rounds=5)
+        found = interleaved({"plain generate": plain, "ours": ours}, rounds=5)
     print(f"\nwriting {sequences} x {new} tokens after {tokens // 4}, V {vocab:,}")
     for name in ("plain generate", "ours"):
         speed = sequences * new / found[name]
         print(f"  {name:<20}{speed:>12,.0f} tokens/s"
               f"{found['plain generate'] / found[name]:>8.2f} x plain")
-    share = found["ours"] / (found["ours"] + found["a step on the texts"])
-    print(f"  writing is {share:.0%} of a step on policy")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6721,21 +5939,40 @@ def bench_on_policy():
 
 
 def random_words(seed, count=40):
-    """The same for the same seed; two texts of 40 are no near duplicates."""
+    """The same for the same seed; two texts of 40 are no duplicates."""
     stems = "list map tree queue sort find merge split read write open close".split()
     rng = random.Random(seed)
     return " ".join(f"{rng.choice(stems)}{rng.randrange(1000)}" for _ in range(count))
 
 
-# What a server says where a fault, by its name, is one of the text alone.
-FAULTY_TEXTS = {
+FAULTY_TEXTS = {   # what a server says where a fault is one of the text alone
     "refusal": "I'm sorry, but I can't help with that: it is against my rules.",
     "loop": "and so on " * 99,
     "duplicate": random_words("same"),
     "empty": "",
-    "fence": "Here it is for you:\n```python\nx = 1",
     "code": "Here it is for you:\n```python\ndef f(:\n    pass\n```",
 }
+PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
+REPLY_COST = 0.022                          # of 100 tokens in and 200 out
+
+
+def answer_of(provider, content, is_whole=True, **more):
+    """The JSON of a reply; more: in place of its keys."""
+    if provider == "anthropic":
+        answer = {
+            "content": [{"type": "text", "text": content}],
+            "stop_reason": "end_turn" if is_whole else "max_tokens",
+            "usage": {"input_tokens": 100, "output_tokens": 200},
+        }
+    else:
+        answer = {
+            "choices": [{
+                "finish_reason": "stop" if is_whole else "length",
+                "message": {"role": "assistant", "content": content},
+            }],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
+        }
+    return json.dumps(answer | more).encode()
 
 
 def no_fault(prompt, attempt):
@@ -6743,41 +5980,47 @@ def no_fault(prompt, attempt):
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
-    """OpenAI and Anthropic on loopback, while it is entered.
+    """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
+    statuses below 500.
 
     fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; (status, seconds): with Retry-After; a name: see ApiHandler and FAULTY_TEXTS; a dict:
-    what the answer says in place of its own keys. reply(prompt): what is said otherwise. delay,
-    jitter: seconds before an answer, always and at most on top. runner: a thread or a process."""
+    an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
+    is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
+    of at least as much as was billed, and of at most 1 USD, at any moment."""
     daemon_threads = True
     request_queue_size = 200
 
-    def __init__(self, fault=no_fault, reply=random_words, delay=0, jitter=0,
-                 runner=threading.Thread):
+    def __init__(self, fault=no_fault, reply=random_words, jitter=0):
         super().__init__(("127.0.0.1", 0), ApiHandler)
         self.fault = fault
         self.reply = reply
-        self.delay = delay
         self.jitter = jitter
+        self.summary = None
+        self.reply_cost = REPLY_COST
         self.lock = threading.Lock()
         self.tries = collections.Counter()    # prompt -> requests
         self.billed = collections.Counter()   # prompt -> requests that a provider would bill
         self.seen = []                        # (body, key) of each request
-        self.runner = runner(target=self.serve_forever, args=(0.02,), daemon=True)
+        self.unpaid = []                      # (bill, spent_usd) where they are not as they should
+        self.at_work = 0
 
     def __enter__(self):
-        self.runner.start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exception):
-        if isinstance(self.runner, threading.Thread):
-            self.shutdown()
-        else:
-            self.runner.kill()
+        self.shutdown()
         self.server_close()
 
     def handle_error(self, request, client_address):
         """Silent: clients get killed."""
+
+    def check(self):
+        if self.summary and self.billed:
+            bill = self.billed.total() * self.reply_cost
+            spent = json.loads(self.summary.read_text())["spent_usd"]
+            if not bill <= spent + 1e-9 <= 1 + 2e-9:
+                self.unpaid.append((bill, spent))
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
@@ -6791,82 +6034,43 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][-1]["content"]
-        key = self.headers["authorization"] or self.headers["x-api-key"]
-        key = key.split()[-1]   # "Bearer KEY"
+        key = (self.headers["authorization"] or self.headers["x-api-key"]).split()[-1]
         with server.lock:
+            server.at_work += 1
             server.seen.append((body, key))
             server.tries[prompt] += 1
             fault = server.fault(prompt, server.tries[prompt])
-        time.sleep(server.delay + server.jitter * random.random())
-        if isinstance(fault, int):
-            self.send_error_status(fault, key)
-            return
-        if isinstance(fault, tuple):
-            self.send(fault[0], b"{}", header=("retry-after", str(fault[1])))
-            return
-        with server.lock:   # from here on a provider sends a bill, whatever becomes of the reply
-            server.billed[prompt] += 1
-        if fault == "hang":
-            time.sleep(5)   # longer than request_timeout in the test that hangs
-        if fault in ("drop", "hang"):
+            server.billed[prompt] += not (isinstance(fault, int) and fault < 500)
+            server.check()
+        time.sleep(server.jitter * random.random())
+        try:
+            self.answer(prompt, fault, key)
+        finally:
+            with server.lock:
+                server.at_work -= 1
+
+    def answer(self, prompt, fault, key):
+        if fault == "drop":
             self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        if fault == "bad json":
-            self.send(200, b'{"choices": [{"mess')
-            return
-        text = self.text_for(prompt, fault, key)
-        data = self.reply_data(text, cut_off=fault == "length")
-        if fault == "no usage":
-            del data["usage"]
-        if isinstance(fault, dict):
-            data.update(fault)
-        pause = 0.02 if fault == "slow" else 0
-        self.send(200, json.dumps(data).encode(), pause)
-
-    def text_for(self, prompt, fault, key):
-        if fault == "echo":
-            return prompt
-        if fault == "key":
-            return key + random_words(prompt)
-        if isinstance(fault, str) and fault in FAULTY_TEXTS:
-            return FAULTY_TEXTS[fault]
-        return self.server.reply(prompt)
-
-    def reply_data(self, text, cut_off):
-        """A reply of 100 + 200 tokens, in the form of the provider that the path belongs to."""
-        if self.path == "/v1/messages":
-            return {
-                "content": [{"type": "text", "text": text}],
-                "stop_reason": "max_tokens" if cut_off else "end_turn",
-                "usage": {"input_tokens": 100, "output_tokens": 200},
-            }
-        return {
-            "choices": [{
-                "finish_reason": "length" if cut_off else "stop",
-                "message": {"role": "assistant", "content": text},
-            }],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
-        }
-
-    def send_error_status(self, status, key):
-        """With one of the two headers by which servers ask for patience, and with the key."""
-        data = json.dumps({"error": {"message": f"{status} for {key}", "type": "x"}}).encode()
-        if status == 429:
-            patience = ("retry-after", "0.02")
+        elif isinstance(fault, int):
+            self.send(fault, json.dumps({"error": {"message": f"{fault} for {key}"}}).encode())
+        elif isinstance(fault, bytes):
+            self.send(200, fault)
         else:
-            patience = ("retry-after-ms", "10")
-        self.send(status, data, header=patience)
+            text = FAULTY_TEXTS[fault] if fault in FAULTY_TEXTS else self.server.reply(prompt)
+            provider = "anthropic" if self.path == "/v1/messages" else "openai"
+            more = {"usage": None} if fault == "no usage" else {}
+            data = answer_of(provider, text, fault != "length", **more)
+            self.send(200, data, pause=0.1 if fault == "slow" else 0)
 
-    def send(self, status, data, pause=0, header=None):
-        """pause: seconds after each 200 bytes."""
+    def send(self, status, data, pause=0):
+        """pause: seconds after each 20 bytes."""
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
-        if header:
-            self.send_header(*header)
         self.end_headers()
-        for start in range(0, len(data), 200):
-            self.wfile.write(data[start:start + 200])
+        for start in range(0, len(data), 20):
+            self.wfile.write(data[start:start + 20])
             if pause:
                 self.wfile.flush()
                 time.sleep(pause)
@@ -6883,46 +6087,54 @@ def generate_fields(folder, server, questions, provider="openai", **more):
         api_base += "/v1"
     fields = dict(
         mode="generate", provider=provider, api_model="m", api_base=api_base, max_tokens=300,
-        num_examples=questions, prompts_file=folder / "prompts.txt", output_dir=folder / "out")
+        prompts_file=folder / "prompts.txt", output_dir=folder / "out")
     return {**fields, **more}
 
 
 def run_generate(fields, rc=0):
-    return cli(*flags(**fields), rc=rc)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd, "PAUSES", (0.01,) * len(sd.PAUSES))
+        return cli(*flags(**fields), rc=rc)
 
 
-def kept_and_rejected(folder):
-    """-> the rows of train.jsonl, those of rejected.jsonl"""
-    kept = []
-    rejected = []
-    if (folder / "out/train.jsonl").exists():
-        kept = read_lines(folder / "out/train.jsonl")
-    if (folder / "out/rejected.jsonl").exists():
-        rejected = read_lines(folder / "out/rejected.jsonl")
-    return kept, rejected
+def one_error(named, fields, **more):
+    """The run fails with one line of error, which names this -> Result."""
+    result = run_generate({**fields, **more}, rc=2)
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert named in errors[0], errors
+    return result
 
 
-def all_rows(folder):
-    kept, rejected = kept_and_rejected(folder)
-    return kept + rejected
+def rows_of_run(folder, name):
+    return read_lines(folder / f"out/{name}.jsonl")
 
 
-def summary_of(folder):
-    return json.loads((folder / "out/summary.json").read_text())
+def replies_of(folder, out="out"):
+    """The rows of replies.jsonl, but for what a kill has left of one."""
+    rows = []
+    for line in (folder / out / "replies.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
-def prompt_of(row):
-    return row["messages"][0]["content"]
+def spent_of(folder):
+    return json.loads((folder / "out/summary.json").read_text())["spent_usd"]
+
+
+def question_of(row):
+    """"Question 7: what is ...?" -> 7"""
+    return number_of(row["messages"][0]["content"])
 
 
 def number_of(prompt):
-    """"Question 7: what is ...?" -> 7"""
     return int(prompt.split()[1].removesuffix(":"))
 
 
-def count_reasons(rejected):
-    """Without what the reason "failed: ..." goes on to say."""
-    return collections.Counter(row["reason"].split(":")[0] for row in rejected)
+def reasons_of(rejected):
+    """{number of a question: why}, without what "failed: ..." goes on to say"""
+    return {question_of(row): row["reason"].split(":")[0] for row in rejected}
 
 
 def faults_by_number(faults):
@@ -6932,17 +6144,16 @@ def faults_by_number(faults):
     return fault
 
 
-PASSING_FAULTS = (429, 500, 503, "drop", "slow", 529)
+PASSING_FAULTS = (429, 500, 502, 503, 529, "drop")
 LASTING_FAULTS = (
-    "bad json", "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
+    b'{"choices": [{"mess', "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
 
 
 def faults_by_chance(share):
     """-> fault of a server: this share of the prompts misbehaves, half of them at the first
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
-        digest = hashlib.md5(prompt.encode()).hexdigest()
-        chance = int(digest, 16) / 2**128   # even from 0 to 1
+        chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
         if chance < share / 2:
             i = int(2 * chance / share * len(PASSING_FAULTS))
             return PASSING_FAULTS[i] if attempt == 1 else None
@@ -6953,65 +6164,7 @@ def faults_by_chance(share):
     return fault
 
 
-@pytest.mark.parametrize("provider", [
-    "openai",
-    pytest.param("anthropic", marks=pytest.mark.campaign),
-])
-def test_generate_faults(tmp_path, provider):
-    """500 prompts, 30 % faults: all answered or accounted for, none twice, and the order of arrival
-    changes nothing."""
-    fault = faults_by_chance(0.3)
-    results = []
-    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
-        folder = tmp_path / str(concurrency)
-        with ApiServer(fault, jitter=jitter) as server:
-            fields = generate_fields(folder, server, 500, provider, concurrency=concurrency)
-            out = run_generate(fields).out
-        kept, rejected = kept_and_rejected(folder)
-        check_all_accounted_for(kept, rejected, out)
-        refused_once = [prompt for prompt in server.tries if isinstance(fault(prompt, 1), int)]
-        assert refused_once
-        for prompt in refused_once:
-            assert server.tries[prompt] == 2
-            assert server.billed[prompt] == 1
-        results.append((kept, sorted((row["prompt_id"], row["reason"]) for row in rejected)))
-    assert results[0] == results[1]
-
-
-def check_all_accounted_for(kept, rejected, out):
-    """Each of 500 prompts once, each fault under its name, and the printed table says the same."""
-    rows = kept + rejected
-    assert len(rows) == 500
-    assert len({row["prompt_id"] for row in rows}) == 500
-    fates = count_reasons(rejected)
-    assert set(fates) == {
-        "cut off", "refusal", "empty or too short", "exact duplicate", "repetition loop",
-        "code does not parse", "failed"}
-    fates["kept"] = len(kept)
-    for name, count in fates.items():
-        assert f"{name:20}{count:8,}" in out
-
-
-def test_generate_prompts():
-    """100,000 distinct prompts, balanced, in less than 10 s of CPU; asking for more only adds to
-    them; weights are kept."""
-    start = time.process_time()
-    prompts = first_prompts(100_000)
-    assert time.process_time() - start < 10
-    assert len({messages[0]["content"] for _, messages in prompts}) == 100_000
-    assert count_categories(prompts) == dict.fromkeys(sd.TASKS, 100_000 // 8)
-
-    assert first_prompts(50) == prompts[:50]
-    assert first_prompts(50, seed=1) != prompts[:50]
-
-    weighted = first_prompts(400, ["implement=3", "debug"])
-    assert count_categories(weighted) == {"implement": 300, "debug": 100}
-    weighted = first_prompts(60, ["implement=2.0", "debug=.5e0", "explain=05"])
-    assert count_categories(weighted) == {"implement": 16, "debug": 4, "explain": 40}
-
-    for correct, wrong in sd.BUGS:   # the prompt must say what may be wrong
-        if not (is_operator(correct) and is_operator(wrong)):
-            assert "index" in sd.TASKS["debug"]
+# ---- prompts and filters
 
 
 def first_prompts(count, categories=(), seed=0):
@@ -7022,68 +6175,55 @@ def count_categories(prompts):
     return collections.Counter(category for category, _ in prompts)
 
 
-def is_operator(text):
-    return re.fullmatch(" [-+<=>!]+ ", text) is not None
+def test_generate_prompts():
+    """Distinct and balanced; asking for more only adds to them; weights are kept; a category that
+    runs out says so."""
+    prompts = first_prompts(20_000)
+    assert len({messages[0]["content"] for _, messages in prompts}) == 20_000
+    assert count_categories(prompts) == dict.fromkeys(sd.TASKS, 20_000 // 8)
+    assert first_prompts(50) == prompts[:50]
+    assert first_prompts(50, seed=1) != prompts[:50]
+    weighted = first_prompts(60, ["implement=2.0", "debug=.5e0", "explain"])
+    assert count_categories(weighted) == {"implement": 35, "debug": 8, "explain": 17}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd, "stdlib_functions", lambda rng: ["def f():\n    return 1\n"])
+        with pytest.raises(sd.UserError, match="few more"):
+            first_prompts(100_000, ["explain"])
 
 
-def flaws_of(reply, prompt="What is it?"):
-    """The filters that reject it."""
-    flaws = sd.find_flaws(prompt, reply, "stop")
-    return [name for name, found in flaws.items() if found]
-
-
-def test_generate_filters(tmp_path):
-    """Each filter by name through the whole path, and replies that none may reject."""
-    faults = [
-        "length", "refusal", "empty", "echo", "loop", "fence", "code", "duplicate", "duplicate"]
-
-    def reply(prompt):
-        number = number_of(prompt)
-        if number == 12:
-            return random_words(prompt) + "\ud800"   # half a pair, as some models cut it
-        if number in (20, 21):
-            return random_words("near", 400) + prompt[-20:]
-        return random_words(prompt)
-
-    with ApiServer(faults_by_number(dict(enumerate(faults))), reply) as server:
-        run_generate(generate_fields(tmp_path, server, 22))
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert {number_of(prompt_of(row)): row["reason"] for row in rejected} == {
-        0: "cut off",
-        1: "refusal",
-        2: "empty or too short",
-        3: "repeats the prompt",
-        4: "repetition loop",
-        5: "code does not parse",
-        6: "code does not parse",
-        8: "exact duplicate",
-        21: "near duplicate",
-    }
-    assert [number_of(prompt_of(row)) for row in kept] == [7, *range(9, 21)]
-    assert set(kept[0]) == {
-        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-
-    for good in (
+BLOCK = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
+IN_LIST = "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
+VERDICTS = {   # a filter, None: none, and replies
+    None: [
         "```python\n>>> 1 + 1\n2\n```\nA session.",
         "````md\n```python\nx = (\n```\n````\nFences in a fence.",
         "I can't assist but so:\n```python\nx = 1\n```",
         "   ```python\n   x = 1\n   ```\nindented, as in a list",
         "```js\nfoo(() => {\n```\nis no Python",
-        "Sorry is a word of five letters.",
         Path(__file__).read_text(),
-    ):
-        assert flaws_of(good) == [], good
-    for refusal in (
+        BLOCK, IN_LIST, BLOCK.replace("\n", "\r\n"), IN_LIST.replace("\n", "\r\n"),
+        "```print(1)```",
+        "```print(1)```\nprints it",
+        "1. so:\n   ```python3\n   x = 1\n   ```",
+        "```python2\nprint 1\n```\nis no Python 3",
+        "Sorry is a word of five letters.",
+        "I can't help but notice that your loop is quadratic: use a set.",
+        "I can't see a bug: it is right.",
+        "Unable to open the file: that is what the exception says.",
+        "Sorry if I repeat what you know: a trie",
+        "Sorry I missed the import; here it is: import os",
+        "As an AI pipeline, the function has three stages.",
+        "Unfortunately, the function is quadratic.",
+        "Sorry, the loop I wrote above is off by one.",
+        "I'm sorting the list first.",
+        "Not able to connect: I would check the port.",
+        "Declining is fine.",
+        "give that",          # what the prompt asks to give back, but not half of it
+        "ab " * 20,           # short: deflate needs some bytes itself
+    ],
+    "refusal": [
         "I’m sorry, but I cannot help with this.",
         "As an AI model, I do not.",
-        "I can't help you.",
-    ):
-        assert "refusal" in flaws_of(refusal), refusal
-
-
-def test_generate_refusals():
-    """A refusal teaches nothing; a reply that only begins like one is paid for, and kept."""
-    for refusal in (
         "I apologize, but I cannot help with that.",
         "I can't provide that code, it is not mine to give.",
         "I cannot fulfill this request.",
@@ -7097,40 +6237,8 @@ def test_generate_refusals():
         "I have to decline this one.",
         "As an AI language model, I have no opinion.",
         "Sorry, as an AI assistant made by X, I will not.",
-    ):
-        assert "refusal" in flaws_of(refusal), refusal
-    for good in (
-        "I can't help but notice that your loop is quadratic: use a set.",
-        "I can't see a bug: it is right.",
-        "Unable to open the file: that is what the exception says.",
-        "Sorry if I repeat what you know: a trie",
-        "Sorry I missed the import; here it is: import os",
-        "As an AI pipeline, the function has three stages.",
-        "Unfortunately, the function is quadratic.",
-        "Sorry, the loop I wrote above is off by one.",
-        "I'm sorting the list first.",
-        "Not able to connect: I would check the port.",
-        "Declining is fine.",
-    ):
-        assert flaws_of(good) == [], good
-
-
-def test_generate_fences():
-    """Fences as models write them: \\r\\n, one line, in a list, python3; broken code in them."""
-    block = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
-    in_list = "- ```py\n  x = 1\n  y = 2\n  ```\n- that is it"
-    for good in (
-        block,
-        in_list,
-        block.replace("\n", "\r\n"),
-        in_list.replace("\n", "\r\n"),
-        "```print(1)```",
-        "```print(1)```\nprints it",
-        "1. so:\n   ```python3\n   x = 1\n   ```",
-        "```python2\nprint 1\n```\nis no Python 3",
-    ):
-        assert flaws_of(good) == [], good
-    for broken in (
+    ],
+    "code does not parse": [
         "Here:\n```python3\ndef f(:\n```",
         "Here:\r\n```py\r\ndef f(:\r\n```",
         "Here:\n```python\nx = 1",
@@ -7138,482 +6246,595 @@ def test_generate_fences():
         "- ```py\n  x = (\n  ```",
         "- ```py\n  x = 1",
         "```print(1)```\n```js\nf()",
-    ):
-        assert "code does not parse" in flaws_of(broken), broken
+    ],
+    "repetition loop": ["and so on " * 99, random_words(0, 400) + " so on" * 400],
+    "empty or too short": ["", " \n", "```\n```"],
+    "repeats the prompt": ["Give this back, all of it.", "this back, all of"],
+}
 
 
-def test_generate_duplicates(tmp_path):
-    """What a sign tells apart is no duplicate, nor is a label that fits many prompts."""
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_generate_filters(verdict):
+    for reply in VERDICTS[verdict]:
+        assert sd.find_flaw("Give this back, all of it.", reply, "stop") == verdict, reply
+
+
+def test_generate_filters_by_what_the_server_says():
+    for finish_reason in ("length", "max_tokens", "model_context_window_exceeded"):
+        assert sd.find_flaw("Why?", "So it is.", finish_reason) == "cut off"
+    for finish_reason in ("refusal", "content_filter"):
+        assert sd.find_flaw("Why?", "So it is.", finish_reason) == "refusal"
+    assert sd.find_flaw("Why?", "x" * 20, "stop", min_chars=20) is None
+    assert sd.find_flaw("Why?", "x" * 19, "stop", min_chars=20) == "empty or too short"
+
+
+def test_generate_duplicates():
+    """What a sign tells apart is no duplicate, nor is a label that fits many prompts, though they
+    begin alike; what says little new is one."""
     code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; "
     code += random_words("code", 6)
-    dialogues = [(f"Is {i} prime?", "yes") for i in range(9)]
-    dialogues += [
-        ("Is  8 prime?", "yes"),            # 9: a copy of 8
-        ("more", "return a < b"),
-        ("more", "return a >= b"),
-        ("more", code.format("<")),
-        ("more", code.format("<")),         # 13: a copy of 12
-        ("more", code.format(">=")),
-    ]
-    for i, (prompt, reply) in enumerate(dialogues):
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        row = {"messages": messages, "prompt_id": i, "cost": 0, "finish_reason": "stop"}
-        sd.append_jsonl(tmp_path / "train", row)
-    fates = sd.drop_duplicates(str(tmp_path / "train"), str(tmp_path / "rejected"), range(15))
-    assert fates["kept"] == 13, fates
-    assert fates["exact duplicate"] == 2, fates
-    assert [row["prompt_id"] for row in sd.read_jsonl(tmp_path / "rejected")] == [9, 13]
-    assert not list(tmp_path.glob("*.tmp"))
+    words = random_words("near", 400)
+    seen = set()
+    dialogues = [(f"Here is a long question, and always the same, is {i} prime?", "yes")
+                 for i in range(9)]
+    for prompt, reply, expected in [
+        *((prompt, reply, None) for prompt, reply in dialogues),
+        (dialogues[8][0], "Yes", "duplicate"),
+        ("more", "return a < b", None),
+        ("more", "return a >= b", None),
+        ("more", code.format("<"), None),
+        ("other", code.format("<"), "duplicate"),
+        ("more", code.format(">="), None),
+        ("more", words, None),
+        ("more", words + " and nothing else", "duplicate"),
+        ("more", words + random_words("end", 60), None),
+        ("more", " ".join(words.split()[:19]), None),   # as short, a reply is one with its prompt
+        ("more", " ".join(words.split()[:20]), "duplicate"),
+    ]:
+        assert sd.find_duplicate(prompt, reply, seen) == expected, (prompt, reply)
 
 
-def test_generate_own_prompts(tmp_path):
-    """All of the file unless num_examples says less, BOM or not; a short reply or a piece of the
-    prompt may be what it wants."""
-    mail = "write to ann@example.org or ring 555 12 34, any day but Sunday"
-    replies = {
-        "What is 2+2?": "4",
-        f"Which address is in this: {mail}?": "ann@example.org",
-        "Say no more.": " \n",
-        "Give this back, all of it.": "give this back, all of it.",
-    }
-    prompts = [*replies, *(f"Question {i}: is {i} even?" for i in range(146))]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]},
+    {"role": "user", "content": "What is a trie?"},
+]
+OWN_ROWS = [{"prompt": "What is a heap?"}] * 2 + [
+    {"messages": CONVERSATION, "category": "explain", "more": 1}]
+
+
+@pytest.mark.parametrize("provider, name, text, temperature, system", [
+    ("openai", "own.jsonl", "\n\n".join(map(json.dumps, OWN_ROWS)), 0.3, None),
+    ("anthropic", "own.json", json.dumps(OWN_ROWS), None, "Be brief.\n\nBe kind."),
+])
+def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
+    """Texts or conversations reach each provider in its form, in all kinds of files."""
+    (tmp_path / name).write_text("\ufeff" + text)
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 0, provider, prompts_file=tmp_path / name,
+                                 api_temperature=temperature)
+        run_generate(fields)
+    kept = rows_of_run(tmp_path, "train")
+    turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
+    assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
+    assert [row["category"] for row in kept] == ["own", "explain"]
+    body, _ = server.seen[-1]
+    assert body.get("temperature") == temperature
+    assert body["max_tokens"] == 300
+    assert body["model"] == "m"
+    assert body.get("system") == system
+    assert len(body["messages"]) == (1 if system else 3)
+
+
+def test_generate_own_lines(tmp_path):
+    """All of a .txt unless num_examples says less; a short reply may be what it wants, to a task of
+    ours it is none."""
+    with ApiServer(reply=lambda prompt: "```yes```") as server:
+        fields = generate_fields(tmp_path, server, 9)
+        (tmp_path / "prompts.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
+        run_generate({**fields, "num_examples": 2})
+        assert len(server.tries) == 2
+        run_generate(fields)
+        assert list(server.tries) == ["Is 1 odd?", "Is 2?", "Is 3?"]
+        assert set(server.tries.values()) == {1}
+        asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
+        assert asked == list(server.tries)
+        run_generate({**fields, "num_examples": 1, "prompts_file": None,
+                      "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
+    rejected, = rows_of_run(tmp_path / "ours", "rejected")
+    assert (rejected["reason"], rejected["category"]) == ("empty or too short", "implement")
+
+
+@pytest.mark.parametrize("line", [
+    '{"prompt": 3}', '{"prompt": null}', "[]", "7", "nonsense", '{"question": 1}',
+    '{"messages": "hi"}', '{"messages": [{"role": "user"}]}',
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+    '{"messages": [{"role": "assistant", "content": "x"}]}',
+    '{"n": ' + "9" * 5000 + "}", "[" * 99999])
+def test_generate_bad_prompt(tmp_path, line):
+    """Nobody is asked, and the row is named."""
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 0, prompts_file=tmp_path / "p.jsonl")
+        (tmp_path / "p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
+        one_error("p.jsonl', row 2: ", fields)
+        assert not server.seen
+
+
+# ---- replies
+
+
+@pytest.mark.parametrize("provider", [
+    "openai",
+    pytest.param("anthropic", marks=pytest.mark.campaign),
+])
+def test_generate_faults(tmp_path, provider):
+    """30 % faults: all prompts answered or accounted for, none twice, and the order of arrival
+    changes nothing."""
+    fault = faults_by_chance(0.3)
+    results = []
+    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
+        folder = tmp_path / str(concurrency)
+        with ApiServer(fault, jitter=jitter) as server:
+            out = run_generate(
+                generate_fields(folder, server, 300, provider, concurrency=concurrency)).out
+        kept = rows_of_run(folder, "train")
+        rejected = rows_of_run(folder, "rejected")
+        assert sorted(map(question_of, kept + rejected)) == list(range(300))
+        fates = collections.Counter(reasons_of(rejected).values())
+        assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
+                              "repetition loop", "code does not parse", "failed"}
+        for name, count in {**fates, "kept": len(kept)}.items():
+            assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
+        for prompt, tries in server.tries.items():
+            first = fault(prompt, 1)
+            assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
+        results.append((kept, reasons_of(rejected)))
+    assert results[0] == results[1]
+    assert set(kept[0]) == {
+        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
+    assert kept[0]["usage"] == {"prompt_tokens": 100, "completion_tokens": 200}
+
+
+def test_generate_concurrency(tmp_path):
+    """So many are in flight at once, and no more."""
+    barrier = threading.Barrier(8, timeout=60)
+    at_once = []
 
     def reply(prompt):
-        return replies.get(prompt, "```yes```")
+        barrier.wait()
+        at_once.append(server.at_work)
+        return random_words(prompt)
 
     with ApiServer(reply=reply) as server:
-        fields = generate_fields(tmp_path, server, 1, num_examples=None)
-        (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8-sig")
-        result = run_generate(fields)
-        kept, rejected = kept_and_rejected(tmp_path)
-        assert len(kept) == 149
-        assert [prompt_of(row) for row in kept[:2]] == prompts[:2]
-        assert [row["reason"] for row in rejected] == ["empty or too short"]
-        # nobody said what it costs: it is not free
-        assert "USD" not in result.out.splitlines()[-1]
-        assert "USD" not in result.err
-
-        # "yes" is an answer to a prompt of the user's; to a task of ours it is none
-        ours = dict(num_examples=1, prompts_file=None, categories=["implement=1.0"],
-                    output_dir=tmp_path / "ours/out")
-        run_generate({**fields, **ours})
-    _, rejected = kept_and_rejected(tmp_path / "ours")
-    assert [row["reason"] for row in rejected] == ["empty or too short"]
-
-    assert "repeats the prompt" not in flaws_of("give that", prompt="Give this back.")
-    assert "repeats the prompt" in flaws_of("this back, all.", prompt="Give this back, all.")
+        run_generate(generate_fields(tmp_path, server, 16, concurrency=8))
+    assert len(rows_of_run(tmp_path, "train")) == 16
+    assert max(at_once) == 8
 
 
-def test_generate_failed(tmp_path):
-    """What failed is asked again by the same command, its cost is not forgotten, and one that
-    always fails stops nothing."""
-    lasting = {0: 400, 11: "duplicate", 12: "duplicate", 20: "length"}
-    passing = {3: "bad json", 4: 400, 7: "bad json"}
-    prompts_file = tmp_path / "prompts.txt"
-    with ApiServer(faults_by_number({**lasting, **passing})) as server:
-        fields = generate_fields(tmp_path, server, 30, concurrency=1, price_in=1, price_out=10)
-        # the first one is answered: an error of the very first would stop the run
-        prompts_file.write_text("Question 99: who?\n" + prompts_file.read_text())
+def test_generate_filters_can_change(tmp_path, monkeypatch):
+    """Old replies are judged again, and nobody is asked."""
+    with ApiServer() as server:
+        fields = generate_fields(tmp_path, server, 5)
         run_generate(fields)
-        _, rejected = kept_and_rejected(tmp_path)
-        assert count_reasons(rejected) == {"failed": 4, "exact duplicate": 1, "cut off": 1}
-        spent_before = summary_of(tmp_path)["spent_usd"]
-        tries_before = server.tries.copy()
-
-        server.fault = faults_by_number(lasting)
-        fields["num_examples"] = 31   # Question 29 is new
-        run_generate(fields)
-    asked_again = {number_of(prompt) for prompt in server.tries - tries_before}
-    assert asked_again == {0, 3, 4, 7, 29}, asked_again
-
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert len(kept) == 28
-    rows = {number_of(prompt_of(row)): row for row in kept + rejected}
-    assert len(rows) == len(kept + rejected) == 31
-    reasons = {number_of(prompt_of(row)): row["reason"].split(":")[0] for row in rejected}
-    assert reasons == {0: "failed", 12: "exact duplicate", 20: "cut off"}
-
-    summary = summary_of(tmp_path)
-    assert summary["failed"] == 1
-    assert summary["kept"] == 28
-    reply_cost = 0.0021   # 100 tokens in, 200 out
-    assert summary["spent_usd"] == pytest.approx(spent_before + 4 * reply_cost)
-    assert summary["spent_usd"] == pytest.approx(sum(row["cost"] for row in rows.values()))
-    assert rows[4]["cost"] == pytest.approx(reply_cost)
-    assert rows[3]["cost"] > rows[4]["cost"]   # the one that had no form may have been billed
+    monkeypatch.setattr(sd, "is_loop", lambda reply: True)
+    run_generate(fields)
+    assert rows_of_run(tmp_path, "train") == []
+    assert set(reasons_of(rows_of_run(tmp_path, "rejected")).values()) == {"repetition loop"}
 
 
-def test_generate_failed_for_good(tmp_path):
-    """A dozen prompts that the server never takes, a fifth of all: they stop no later run before it
-    asks what is new."""
-    faults = {number: 400 for number in range(4, 61, 5)}
-    with ApiServer(faults_by_number(faults)) as server:
-        for questions in (60, 61):
-            run_generate(generate_fields(tmp_path, server, questions, concurrency=1))
-            kept, rejected = kept_and_rejected(tmp_path)
-            assert len(kept) == questions - 12
-            assert len(rejected) == 12
-    assert set(server.billed.values()) == {1}
+TEXT = {"type": "text", "text": random_words("text")}
 
 
-def test_generate_rows(tmp_path):
-    """A last row that is whole is kept, whatever came after it; half a row goes; reading makes no
-    file."""
-    path = tmp_path / "rows.jsonl"
-    assert sd.read_jsonl(path) == []
-    assert not path.exists()
-    for tail, rows in (
-        (b'{"b": 2}', [{"a": 1}, {"b": 2}]),
-        (b'{"b": "\xc3', [{"a": 1}]),
-        (b"", [{"a": 1}]),
-    ):
-        path.write_bytes(b'{"a": 1}\n' + tail)
-        assert sd.read_jsonl(path) == rows
-        sd.append_jsonl(path, {"c": 3})
-        assert sd.read_jsonl(path) == [*rows, {"c": 3}]
-    path.write_bytes(b'{"a": 1}')
-    assert sd.read_jsonl(path) == [{"a": 1}]
-    assert path.read_bytes() == b'{"a": 1}\n'
+@pytest.mark.parametrize("content, reply", [
+    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"]),
+    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"]),
+    (None, ""),
+])
+def test_generate_parts(tmp_path, content, reply):
+    """Parts of text are one text; what a model thought is no part of it."""
+    with ApiServer(lambda *_: answer_of("openai", content)) as server:
+        run_generate(generate_fields(tmp_path, server, 1))
+    row, = replies_of(tmp_path)
+    assert row["messages"][1] == {"role": "assistant", "content": reply}
 
 
-def test_generate_local_seed(tmp_path, teacher):
-    """The same seed gives the same replies, after a kill too; another seed gives others."""
-    (tmp_path / "prompts.txt").write_text("".join(f"Question {i}: what?\n" for i in range(11)))
-
-    def replies_of_run(name, seed, num_examples=11):
-        run_generate(dict(
-            mode="generate", provider="local", teacher=teacher, num_examples=num_examples,
-            max_tokens=8, concurrency=4, api_temperature=1, seed=seed,
-            prompts_file=tmp_path / "prompts.txt", output_dir=tmp_path / name / "out"))
-        rows = all_rows(tmp_path / name)
-        return {number_of(prompt_of(row)): row["messages"][1]["content"] for row in rows}
-
-    whole = replies_of_run("whole", seed=3)
-    replies_of_run("parts", seed=3, num_examples=8)
-    for name in ("train.jsonl", "rejected.jsonl"):   # a kill in the midst of the second batch
-        path = tmp_path / "parts/out" / name
-        rows = [row for row in sd.read_jsonl(path) if number_of(prompt_of(row)) < 6]
-        write_jsonl(path, rows)
-    parts = replies_of_run("parts", seed=3)
-    assert len(whole) == len(parts) == 11
-    assert len(set(whole.values())) > 5
-    assert replies_of_run("other", seed=4) != whole
-    for number in (6, 7):   # what is left of a batch is a batch of its own
-        del whole[number]
-        del parts[number]
-    assert parts == whole
+@pytest.mark.parametrize("usage", [
+    None, *({"prompt_tokens": n, "completion_tokens": 5} for n in (-1, 10**30, "10", None))])
+def test_generate_odd_usage(tmp_path, usage):
+    """Who says nonsense of tokens is believed to have sent the longest reply; it is kept."""
+    with ApiServer(lambda *_: answer_of("openai", TEXT["text"], usage=usage)) as server:
+        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
+    kept, = rows_of_run(tmp_path, "train")
+    assert kept["usage"] is None
+    assert kept["cost"] > 300 * 100 / 1e6
 
 
-def spawn_until_billed(fields, server, count):
-    """The real command in a process of its own, at the moment when the server has billed `count`
-    replies."""
-    process = spawn(*flags(**fields))
-    while server.billed.total() < count and process.poll() is None:
-        time.sleep(0.002)
-    return process
+# ---- money
 
 
-@pytest.mark.campaign
-def test_generate_kill(tmp_path):
-    """kill -9 at five moments, then a run to the end: only what was in flight is paid twice, and
-    the cap knows."""
-    concurrency = 4
-    reply_cost = 5e-4   # 100 tokens in, 200 out
-    with ApiServer(delay=0.03) as server:
-        fields = generate_fields(tmp_path, server, 60, concurrency=concurrency, price_in=1,
-                                 price_out=2, max_cost=1)
-        moments = (1, 9, 20, 33, 47)
-        for moment in moments:
-            process = spawn_until_billed(fields, server, moment)
-            process.kill()
-            process.communicate()
-            with open(tmp_path / "out/train.jsonl", "a") as f:
-                f.write('{"messages": [{"role": "us')   # what a full disk leaves
-        run_generate(fields)
-        rows = all_rows(tmp_path)
-        assert len(rows) == len(server.billed) == 60
-        assert len({row["prompt_id"] for row in rows}) == 60
-        assert 0 < server.billed.total() - 60 <= len(moments) * concurrency
-        assert server.billed.total() * reply_cost <= summary_of(tmp_path)["spent_usd"] + 1e-9
-
-        tries = server.tries.copy()
-        run_generate(fields)
-        assert server.tries == tries   # everything is there: nothing is asked
+def worst_of(prompt):
+    return ((64 + len(prompt)) * 20 + 300 * 100) / 1e6
 
 
-def test_generate_signal(tmp_path):
-    """SIGINT: what is in flight arrives, nothing new is asked, exit 0; the same command goes on."""
-    with ApiServer(delay=0.05) as server:
-        fields = generate_fields(tmp_path, server, 40, concurrency=3)
-        process = spawn_until_billed(fields, server, 6)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate()
-        assert process.returncode == 0, out
-        assert "stopped by a signal" in out
-        assert 6 <= len(server.billed) < 40, out
-        assert len(kept_and_rejected(tmp_path)[0]) == len(server.billed)
-        run_generate(fields)
-        assert len(kept_and_rejected(tmp_path)[0]) == 40
-        assert set(server.billed.values()) == {1}
+@pytest.mark.parametrize("faults, max_cost, worst, replies, failed", [
+    # how the attempts at one prompt end; what is spent: so many worst cases, and replies
+    ([None], 1, 0, 1, False),
+    ([429, 429, None], 1, 0, 1, False),
+    (["drop", 429, None], 1, 1, 1, False),       # a refusal gives back one try, not all
+    ([500, 502, "drop", None], 1, 3, 1, False),  # whoever stands before a model may say 502
+    (["slow", None], 1, 1, 1, False),
+    (["no usage"], 1, 1, 0, False),
+    ([429] * 8, 1, 0, 0, True),
+    ([503] * 8, 1, 8, 0, True),
+    ([400], 1, 0, 0, True),
+    ([b"{"], 1, 1, 0, True),
+    (["drop"], 0.05, 1, 0, None),                # no money for another: nothing is known
+    ([None], 0.03, 0, 0, None),
+])
+def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
+    """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
+    with ApiServer(lambda prompt, attempt: faults[attempt - 1]) as server:
+        fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
+                                 request_timeout=0.5)
+        run_generate(fields, rc=2 if failed else 0)
+    prompt = (tmp_path / "prompts.txt").read_text().strip()
+    expected = pytest.approx(worst * worst_of(prompt) + replies * REPLY_COST)
+    assert spent_of(tmp_path) == expected if worst + replies else spent_of(tmp_path) < 1e-9
+    rows = replies_of(tmp_path)
+    if failed is None:
+        assert rows == []
+    else:
+        assert [("reason" in row, row["cost"]) for row in rows] == [(failed, expected)]
+    assert server.tries.total() == (len(faults) if max_cost > 0.04 else 0)
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_generate_cap(tmp_path, provider):
-    """The server's own bill stays below 1.00 USD whatever goes wrong, and most of it is used."""
-    reply_cost = 0.022   # 0.033 at worst
+    """At every moment: the server's bill <= spent_usd on disk <= 1.00 USD, whatever goes wrong, and
+    most of it is used."""
     with ApiServer(faults_by_chance(0.5)) as server:
-        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, price_in=20,
-                                 price_out=100, max_cost=1)
-        result = run_generate(fields)
-        rows = all_rows(tmp_path)
-        bill = server.billed.total() * reply_cost
-        spent = summary_of(tmp_path)["spent_usd"]
-        assert "max_cost" in result.out
-        assert 0.7 < bill <= spent <= 1, (result.err, bill, spent)
-        assert spent == pytest.approx(sum(row["cost"] for row in rows))
+        server.summary = tmp_path / "out/summary.json"
+        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, max_cost=1,
+                                 **PRICES)
+        out = run_generate(fields).out
+        assert server.unpaid == []
+        bill = server.billed.total() * REPLY_COST
+        assert "max_cost 1" in out
+        assert 0.7 < bill <= spent_of(tmp_path) <= 1
+        answered = {row["messages"][0]["content"] for row in replies_of(tmp_path)}
+        assert 20 < len(answered) < 60
+        tries = server.tries.copy()
+        run_generate(fields)   # what late answers gave back buys some more
+        assert server.unpaid == []
+        assert (server.tries - tries).total() <= 3
+        assert not answered & set(server.tries - tries)
 
-        tries = server.tries.total()
+
+def test_generate_failed(tmp_path):
+    """What failed is asked again by the same command, its cost is not forgotten, and what fails
+    always stops no later run."""
+    lasting = {number: 400 for number in range(4, 61, 5)}   # a dozen, in the second run in a row
+    passing = {5: b"{", 7: b'{"error": "x"}'}
+    with ApiServer(faults_by_number(lasting | passing)) as server:
+        fields = generate_fields(tmp_path, server, 60, concurrency=1, **PRICES)
         run_generate(fields)
-        assert server.tries.total() - tries <= 1   # nothing is left to spend
-    # where nobody said what it cost, it is the worst case
-    unknown = [row["cost"] for row in rows if row["usage"]["prompt_tokens"] is None]
-    assert unknown
-    assert min(unknown) > 0.03
-    assert "price" in run_generate({**fields, "price_in": None}, rc=2).err
+        spent = spent_of(tmp_path)
+        tries = server.tries.copy()
+        assert reasons_of(rows_of_run(tmp_path, "rejected")) == dict.fromkeys(
+            lasting | passing, "failed")
+        server.fault = faults_by_number(lasting)
+        run_generate(generate_fields(tmp_path, server, 61, concurrency=1, **PRICES))
+    asked = sorted(map(number_of, server.tries - tries))
+    assert asked == sorted([*lasting, *passing, 60])
+    assert reasons_of(rows_of_run(tmp_path, "rejected")) == dict.fromkeys(lasting, "failed")
+    assert spent_of(tmp_path) == pytest.approx(spent + 3 * REPLY_COST)
 
 
-def test_generate_key(tmp_path, monkeypatch):
-    """The key is nowhere, though the server repeats it in its errors and replies."""
-    def reject_or_repeat(prompt, attempt):
-        return 400 if number_of(prompt) % 4 == 3 else "key"
-
-    def reject(prompt, attempt):
-        return 401
-
-    for provider, secret in (
-        ("openai", "sk-test-0123456789abcdef"),
-        ("anthropic", "sk-ant-fedcba9876543210"),
-    ):
-        monkeypatch.setenv(f"{provider.upper()}_API_KEY", secret)
-        with ApiServer(reject_or_repeat) as server:
-            result = run_generate(generate_fields(tmp_path / provider, server, 40, provider))
-        assert server.seen[0][1] == secret
-        files = "".join(path.read_text() for path in (tmp_path / provider / "out").iterdir())
-        assert "failed: " in files
-        assert "***" in files
-        assert secret not in files + result.out + result.err
-
-        with ApiServer(reject) as server:
-            fields = generate_fields(tmp_path / "refused", server, 40, provider)
-            result = run_generate(fields, rc=2)
-        assert "***" in result.err
-        assert secret not in result.out + result.err
-
-
-def test_generate_errors(tmp_path, monkeypatch):
-    """What no request would survive is one `error:` line at once, and costs as little."""
-    check_fatal_status(tmp_path / "0", "openai", status=401)
-    check_fatal_status(tmp_path / "1", "anthropic", status=404)
-    check_fatal_status(tmp_path / "2", "openai", status=401, first_refused=9)
-    check_fatal_status(tmp_path / "3", "anthropic", status=400)
-
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    plain = dict(mode="generate", output_dir=tmp_path / "o")
-    for category in ("poetry", "debug=0", "test=x", "test=", "test=inf", "test=nan", "test=-1"):
-        check_one_error(category, plain, api_model="m", categories=category)
-    check_one_error("price_out", plain, api_model="m", price_in=1)
-    check_one_error("price_out", plain, api_model="m", price_out=1)
-    check_one_error("none.txt", plain, api_model="m", prompts_file=tmp_path / "none.txt")
-    with ApiServer() as server:
-        nobody_there = generate_fields(tmp_path / "p", server, 50)
-    check_one_error("onnect", nobody_there)
-    check_one_error("--teacher", plain, provider="local")
-    monkeypatch.delenv("OPENAI_API_KEY")
-    check_one_error("_API_KEY", plain, api_model="m")
-    monkeypatch.setitem(sys.modules, "openai", None)
-    check_one_error("pip install openai", nobody_there)
-
-
-def check_fatal_status(folder, provider, status, first_refused=1):
-    """From this request on the server refuses all; few more are asked, no paid reply is lost."""
+@pytest.mark.parametrize("provider, fault, answers, named", [
+    ("openai", 401, 0, "401"),
+    ("anthropic", 404, 0, "404"),
+    ("openai", b'{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
+    ("anthropic", b'{"error": {"message": "no credits"}}', 0, "no credits"),
+    ("openai", 400, 9, "400"),
+])
+def test_generate_stops(tmp_path, provider, fault, answers, named):
+    """Where nobody was ever answered, or ten in a row are not, the run ends; what came is kept; and
+    after that another setting may be tried."""
     def refuse(prompt, attempt):
-        return status if server.tries.total() >= first_refused else None
+        return fault if server.tries.total() > answers else None
 
     with ApiServer(refuse) as server:
-        check_one_error(str(status), generate_fields(folder, server, 50, provider))
-    kept, rejected = kept_and_rejected(folder)
-    assert len(kept) == len(server.billed) >= first_refused - 1
-    assert not rejected
-    assert server.tries.total() < first_refused + 8
+        fields = generate_fields(tmp_path, server, 50, provider, concurrency=3)
+        one_error(named, fields)
+        assert len(rows_of_run(tmp_path, "train")) == answers
+        tries = server.tries.total() - answers
+        assert 10 <= tries <= 12 if answers else tries <= 3
+        server.fault = no_fault
+        if not answers:
+            fields["api_model"] = "other"
+        run_generate(fields)
+    assert len(rows_of_run(tmp_path, "train")) == 50
 
 
-def check_one_error(named, fields, **more):
-    """The run fails with one line of error, which names this."""
-    lines = run_generate({**fields, **more}, rc=2).err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1, errors
-    assert named in errors[0], errors
+def test_generate_time_out(tmp_path):
+    """An answer that trickles is given up like one that does not come, in words."""
+    with ApiServer(lambda prompt, attempt: "slow") as server:
+        one_error("no reply (a try has 0.4 s): TimeoutError",
+                  generate_fields(tmp_path, server, 1, request_timeout=0.2))
+    assert server.tries.total() == 8
 
 
-def test_generate_slow_server(tmp_path):
-    """A server that admits 50 a second slows the run down; one that hangs is asked again after
-    request_timeout."""
-    admitted = collections.deque([0.0] * 5, maxlen=5)   # the moments of the last five
-
-    def limit(prompt, attempt):
-        if number_of(prompt) == 7 and attempt == 1:
-            return "hang"
-        now = time.monotonic()
-        if now - admitted[0] < 0.1:
-            return 429
-        admitted.append(now)
+@pytest.mark.parametrize("status", [None, 429])
+def test_generate_signal(tmp_path, status):
+    """SIGTERM: what is in flight arrives, nothing new is asked, exit 0, also between two tries; the
+    same command goes on."""
+    def stop(prompt, attempt):
+        if server.tries.total() == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return status
         return None
 
-    with ApiServer(limit) as server:
-        run_generate(generate_fields(tmp_path, server, 100, concurrency=30, request_timeout=2))
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert len(kept) == 100, rejected
-    assert server.tries.total() > 120
+    with ApiServer(stop, jitter=0.05) as server:
+        fields = generate_fields(tmp_path, server, 40, concurrency=3)
+        run_generate(fields)
+        kept = len(rows_of_run(tmp_path, "train"))
+        assert 5 <= kept <= 8
+        run_generate(fields)
+        assert len(rows_of_run(tmp_path, "train")) == 40
+        assert set(server.billed.values()) == {1}
 
 
-def test_generate_stops(tmp_path):
-    """More than 20 % of failures in the last 50: the run stops, keeps what it has and says so."""
-    def go_bad(prompt, attempt):
-        if server.tries.total() > 60 and number_of(prompt) % 2:
-            return 400
-        return None
-
-    with ApiServer(go_bad) as server:
-        result = run_generate(generate_fields(tmp_path, server, 400), rc=2)
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert "11 of the last" in result.err
-    assert len(kept) > 60
-    assert 11 <= len(rejected) < 30
-    assert server.tries.total() < 120
+# The loop of tries, and what writes the money and the replies.
+LOOP = (sd.ask, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
-def test_generate_prompts_file(tmp_path):
-    """Own rows, texts or conversations, reach each provider in its form; a bad row is named."""
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "What is a trie?"},
-    ]
-    heap = {"prompt": "What is a heap?"}
-    rows = [heap, heap, {"messages": conversation, "category": "explain", "more": 1}]
-    path = tmp_path / "own.jsonl"
-    own_text = "\n\n".join(json.dumps(row) for row in rows)
-    for provider, temperature, system in (
-        ("openai", 0.3, None),
-        ("anthropic", None, "Be brief.\n\nBe kind."),
-    ):
-        path.write_text(own_text)
-        with ApiServer() as server:
-            fields = generate_fields(tmp_path / provider, server, 9, provider, prompts_file=path,
-                                     api_temperature=temperature)
-            run_generate(fields)
-        kept, _ = kept_and_rejected(tmp_path / provider)
-        asked = [row["messages"][:-1] for row in kept]
-        assert asked == [[{"role": "user", "content": "What is a heap?"}], conversation]
-        assert [row["category"] for row in kept] == ["own", "explain"]
-        body, _ = server.seen[-1]
-        assert body.get("temperature") == temperature
-        assert body.get("max_tokens") == 300
-        assert body.get("system") == system
+def kill_at(fields, line):
+    """Fork; the child runs the command and is killed when it first comes to this (code, number of
+    a line) -> whether it came there."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
-    for bad_row in (
-        json.dumps({"messages": kept[-1]["messages"]}),   # it has its reply already
-        "nonsense",
-        '{"question": 1}',
-        '{"messages": [{"role": "user"}]}',
-        "[]",
-        '{"prompt": 3}',
-    ):
-        path.write_text('{"prompt": "What is a heap?"}\n' + bad_row)
-        assert "own.jsonl" in run_generate(fields, rc=2).err
+    def trace(frame, event, _):
+        if (frame.f_code, frame.f_lineno) == line and event == "line":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace if frame.f_code is line[0] else None
+
+    sys.settrace(trace)
+    try:
+        run_generate(fields)
+    finally:
+        os._exit(0)
 
 
 @pytest.mark.campaign
-def test_generate_throughput(tmp_path):
-    """32 in flight are at least 20 x as fast as one at a time, against 100 ms of latency."""
-    # the server in a process of its own: it must not share our core
-    process = multiprocessing.get_context("fork").Process
-    rates = []
-    with ApiServer(delay=0.1, runner=process) as server:
-        for concurrency, questions in ((1, 3), (1, 20), (32, 1000)):   # the first loads the SDK
-            folder = tmp_path / f"{concurrency}.{questions}"
-            fields = generate_fields(folder, server, questions, concurrency=concurrency)
-            start = time.perf_counter()
-            run_generate(fields)
-            rates.append(questions / (time.perf_counter() - start))
-    gain = rates[2] / rates[1]
-    if gain < 20 and os.getloadavg()[0] > os.cpu_count():
-        pytest.skip(f"the machine is busy: {gain:.1f} x")
-    assert gain >= 20, rates
+def test_generate_kill_at_every_line(tmp_path):
+    """kill -9 at each line of the loop of tries, with all kinds of faults: at any moment billed <=
+    spent_usd <= max_cost; the same command goes on, and asks nothing twice that was answered."""
+    lines = []
+    for function in LOOP:
+        numbers = {number for *_, number in function.__code__.co_lines() if number}
+        lines += [(function.__code__, number) for number in sorted(numbers)[1:]]
+    kinds = [None, 429, 500, "drop", "no usage", b"{", 400, 502, None, None]
+
+    def fault(prompt, attempt):
+        return kinds[server.tries.total() % len(kinds)]
+
+    tries_of_answered = {}   # as they were when the answer was there
+    missed = []   # lines to which no run came
+    importlib.import_module("openai")   # once, for all children
+    with ApiServer(fault) as server:
+        server.summary = tmp_path / "out/summary.json"
+        server.reply_cost = 1.1e-4
+        fields = generate_fields(tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1,
+                                 price_out=0.5)
+        for line in lines:
+            count = len(tries_of_answered) + 40
+            if not kill_at({**fields, "num_examples": count}, line):
+                missed.append(f"{line[0].co_name} {line[1]}")
+            while server.at_work:
+                time.sleep(0.01)
+            server.check()
+            for row in replies_of(tmp_path):
+                prompt = row["messages"][0]["content"]
+                if "reason" not in row:
+                    tries_of_answered.setdefault(prompt, server.tries[prompt])
+        server.fault = no_fault
+        run_generate(fields)
+    assert server.unpaid == []
+    assert len(rows_of_run(tmp_path, "train")) == 600
+    assert len(tries_of_answered) > 50
+    assert tries_of_answered == {prompt: server.tries[prompt] for prompt in tries_of_answered}
+    # an outage of all eight tries, and a cap that is met, are other tests'
+    assert len(missed) < 8, missed
+
+
+# ---- what stands in the folder
+
+
+def test_generate_half_rows(tmp_path):
+    """What a kill leaves of a row is passed over, and spoils none that is written after it."""
+    path = tmp_path / "replies.jsonl"
+    for tail, ids in ((b'{"prompt_id": "b"}', ["a", "b"]), (b'{"prompt_id": "\xc3', ["a"]),
+                      (b"", ["a"]), (b'{"prompt_id": "a", "n": 2}\n', ["a"])):
+        path.write_bytes(b'{"prompt_id": "a", "n": 1}\n' + tail)
+        assert list(sd.read_replies(path)) == ids
+        sd.append_jsonl(path, {"prompt_id": "c"})
+        rows = sd.read_replies(path)
+        assert list(rows) == [*ids, "c"]
+        assert rows["a"]["n"] == 1 + tail.endswith(b"\n")   # the last one counts
+
+
+def test_generate_file_limit(tmp_path):
+    """As on a full disk: one line, all that is there is whole, and the same command goes on."""
+    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
+        server.summary = tmp_path / "out/summary.json"
+        fields = generate_fields(tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1,
+                                 price_out=1)
+        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
+        assert "error: OSError: [Errno 27]" in shown, shown
+        assert "Traceback" not in shown, shown
+        answered = {row["messages"][0]["content"]: 1 for row in replies_of(tmp_path)}
+        assert 5 < len(answered) < 30
+        run_generate(fields)
+        assert len(rows_of_run(tmp_path, "train")) == 30
+        assert answered.items() <= server.tries.items()
+
+
+def test_generate_other_settings(tmp_path):
+    """What decides the rows is the same for all of a folder; where the server stands, how many are
+    asked and how much may be spent is not of that kind."""
+    with ApiServer() as server:
+        run_generate(generate_fields(tmp_path, server, 2))
+    with ApiServer() as server:   # at another port
+        fields = generate_fields(tmp_path, server, 3)
+        for name, value, there in (
+            ("api_model", "other", "api_model 'm' there, 'other' here"),
+            ("seed", 7, "seed 0 there, 7 here"),
+            ("api_temperature", 0.5, "api_temperature None there, 0.5 here"),
+            ("max_tokens", 301, "max_tokens 300 there, 301 here"),
+        ):
+            one_error(there, fields, **{name: value})
+        assert not server.tries
+        run_generate({**fields, "concurrency": 2, "price_in": 1, "price_out": 1, "max_cost": 1})
+        assert server.tries.total() == 1
+    assert len(rows_of_run(tmp_path, "train")) == 3
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_generate_secrets(tmp_path, monkeypatch, provider):
+    """The key, and the password of a proxy, stand in no file and no output, wherever in a reply or
+    an error a server repeats it; no escape sequence reaches the terminal."""
+    key = "sk-test-0123456789abcdef"
+    monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
+    odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
+    words = [json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
+             answer_of(provider, key + random_words("key"))]
+
+    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5 - 1]
+                   if number_of(prompt) % 5 else None) as server:
+        fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
+        results = [run_generate(fields)]
+        assert server.seen[0][1] == key
+        server.fault = lambda prompt, attempt: 401
+        results.append(one_error("401 for ***", fields, output_dir=tmp_path / "refused/out"))
+    assert len(replies_of(tmp_path)) == 20
+    monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
+    left_over = []
+    monkeypatch.setattr(sys, "unraisablehook", left_over.append)
+    results.append(one_error("making a client", fields, output_dir=tmp_path / "proxy/out"))
+    gc.collect()
+    assert left_over == []   # no traceback of a client that was never whole
+    shown = "".join(result.out + result.err for result in results)
+    for path in tmp_path.glob("**/out/*"):
+        shown += path.read_text()
+    assert "***" in shown
+    for secret in (key, "proxy-word", "\x1b[31m"):
+        assert secret not in shown
+
+
+@pytest.mark.parametrize("named, more", [
+    *(("categories", dict(categories=item)) for item in ("poetry", "debug=0", "test=nan")),
+    ("could not convert", dict(categories="test=x")),
+    ("none.txt", dict(prompts_file="none.txt")),
+    ("holds no prompt", dict(prompts_file=os.devnull)),
+    ("Connection error", {}),
+    ("--teacher", dict(provider="local", api_model=None, api_base=None)),
+])
+def test_generate_errors(tmp_path, named, more):
+    """What no request would survive is one `error:` line."""
+    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
+                  api_base="http://127.0.0.1:9/v1")
+    one_error(named, {**fields, **more})
+
+
+# ---- a model of one's own
+
+
+def local_run(out, model, questions=11, rc=0, **more):
+    """-> {number of a question: (reply, usage, finish_reason)}"""
+    prompts_file = Path(out).parent / "prompts.txt"
+    prompts_file.write_text("".join(f"Question {i}: what?{'?' * i}\n" for i in range(questions)))
+    fields = dict(mode="generate", provider="local", teacher=model, max_tokens=8,
+                  prompts_file=prompts_file, output_dir=out)
+    if rc:
+        return one_error("", {**fields, **more}).err
+    run_generate({**fields, **more})
+    return {
+        question_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
+        for row in replies_of(out.parent, out.name)}
 
 
 def test_generate_local(tmp_path, teacher):
-    """A model of one's own answers: tokens are counted, the end of a reply is told from a cut; a
-    price or an API's model beside it is refused, and so is a damaged file."""
-    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=11,
-                  max_tokens=12, output_dir=tmp_path / "out")
-    run_generate({**fields, "concurrency": 4, "api_temperature": 1})
-    rows = all_rows(tmp_path)
-    assert len(rows) == 11
-    for row in rows:
-        assert row["finish_reason"] in ("stop", "length")
-        completion_tokens = row["usage"]["completion_tokens"]
-        if row["finish_reason"] == "length":
-            assert completion_tokens == 12
-        else:
-            assert completion_tokens < 12
-        prompt_bytes = (prompt_of(row) + "\n\n").encode()
-        assert row["usage"]["prompt_tokens"] == 1 + len(prompt_bytes)   # <|begin|>
-    for more in (dict(api_model="x"), dict(price_in=1)):
-        run_generate({**fields, **more, "output_dir": tmp_path / "other"}, rc=2)
-    (tmp_path / "out/train.jsonl").write_text('{"messages": [\n{}\n')
-    error = run_generate(fields, rc=2).err
-    assert "train.jsonl" in error
-    assert "line 1" in error
+    """The same seed gives the same replies, whatever is beside them, after a stop, and with the
+    weights on the host; another seed gives others; the end of a reply is told from a cut."""
+    whole = local_run(tmp_path / "whole", teacher, seed=3, concurrency=4)
+    assert len(set(reply for reply, *_ in whole.values())) > 5
+    for number, (_, usage, finish_reason) in whole.items():
+        assert usage["prompt_tokens"] == 1 + len(f"Question {number}: what?\n\n") + number
+        if finish_reason == "length":
+            assert usage["completion_tokens"] == 8
+        assert finish_reason in ("stop", "length")
+    parts = tmp_path / "parts"
+    assert len(local_run(parts, teacher, questions=6, seed=3, concurrency=5, cpu_offload=True)) == 6
+    assert local_run(parts, teacher, seed=3, concurrency=3) == whole
+    assert local_run(tmp_path / "other", teacher, seed=4) != whole
+    likeliest = [local_run(tmp_path / name, teacher, seed=seed, api_temperature=0)
+                 for seed, name in enumerate("ab")]
+    assert likeliest[0] == likeliest[1] != whole
 
 
-def test_generate_says_what_to_raise_and_no_price_where_there_is_none(tmp_path, teacher):
-    """Replies that are cut off are rejected: where many are, a line says what would mend it."""
-    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=4,
-                  max_tokens=2, output_dir=tmp_path / "out")
-    shown = run_generate(fields).out
-    assert "USD" not in shown
-    cut = sum(row.get("reason") == "cut off" for row in all_rows(tmp_path))
-    assert cut > 1
-    assert f"{cut / 4:.0%} of the replies did not end within max_tokens 2: --max_tokens 8" in shown
+def test_generate_local_temperature(tmp_path, teacher):
+    """Unset, it is that of the model's generation_config.json."""
+    model = tmp_path / "model"
+    shutil.copytree(teacher, model)
+    sharp = transformers.GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=0)
+    sharp.save_pretrained(model)
+    unset = local_run(tmp_path / "unset", model)
+    assert unset == local_run(tmp_path / "half", teacher, api_temperature=0.5)
+    assert unset != local_run(tmp_path / "one", teacher)
 
 
-def test_generate_local_moves_within_a_batch(tmp_path, teacher, monkeypatch):
-    """Beside the bar stands how many tokens the replies of this batch have."""
-    clock = itertools.count()   # a second passes each time that somebody looks
-    monkeypatch.setattr(sd.time, "monotonic", lambda: float(next(clock)))
-    fields = dict(mode="generate", provider="local", teacher=teacher, num_examples=2,
-                  max_tokens=30, output_dir=tmp_path / "out")
-    shown = run_generate(fields).err
-    assert "this batch: token 1 of at most 30" in shown
+def gpt2(folder):
+    return tiny_model(folder / "gpt2", cls="GPT2Config", max_position_embeddings=48)
 
 
-def test_generate_local_with_weights_on_the_host(tmp_path, teacher):
-    """--cpu_offload gathers a layer at a time; the replies are the same."""
-    texts = []
-    for offload in (False, True):
-        folder = tmp_path / str(offload)
-        run_generate(dict(mode="generate", provider="local", teacher=teacher, num_examples=3,
-                          max_tokens=8, output_dir=folder / "out", cpu_offload=offload))
-        texts.append([row["messages"] for row in all_rows(folder)])
-    assert len(texts[0]) == 3
-    assert texts[0] == texts[1]
+def without_ends(folder):
+    """No eos, no pad: a reply goes on to its last token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.pad_token = None
+    return tiny_model(folder / "endless", tokenizer=tokenizer, eos_token_id=None, pad_token_id=None)
 
 
-def test_generate_is_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out")
-    assert "torchrun" in run_generate(fields, rc=2).err
+def nan_weights(folder):
+    path = tiny_model(folder / "nan")
+    edit_weights(path, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
+    return path
+
+
+def no_tokenizer(folder):
+    return tiny_model(folder / "mute", tokenizer=False)
+
+
+@pytest.mark.parametrize("make, named", [
+    (gpt2, "49 positions"), (nan_weights, "nan"), (no_tokenizer, "no tokenizer")])
+def test_generate_local_bad_models(tmp_path, make, named):
+    """One line before anything is written; what fits into the positions is answered."""
+    model = make(tmp_path)
+    error = local_run(tmp_path / "out", model, questions=10, rc=2, max_tokens=20)
+    assert named in error, error
+    if make is gpt2:
+        assert len(local_run(tmp_path / "out", model, questions=10, max_tokens=19)) == 10
+
+
+def test_generate_local_without_an_end(tmp_path):
+    replies = local_run(tmp_path / "out", without_ends(tmp_path), questions=2)
+    assert [(usage["completion_tokens"], end) for _, usage, end in replies.values()] == [
+        (8, "length")] * 2
 
 
 def test_generate_then_train(tmp_path, student):
@@ -7623,320 +6844,6 @@ def test_generate_then_train(tmp_path, student):
     cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
                eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
     assert (tmp_path / "run/final/model.safetensors").exists()
-
-# ---- what an independent reading broke
-
-
-def contents_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def our_row(**more):
-    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me, a row."}]
-    row = dict(messages=messages, category="own", prompt_id="0123", finish_reason="stop",
-               usage={}, model="m", cost=0)
-    return {**row, **more}
-
-
-# (file, what stands in it, what the error names)
-FOREIGN_FILES = [
-    ("train.jsonl", '{"text": "mine"}', "line 1"),                         # no newline at its end
-    ("train.jsonl", '{"text": "mine"}\n{"text": "half a l', "line 1"),
-    ("train.jsonl", "only a note", "line 1"),
-    ("rejected.jsonl", json.dumps({"messages": our_row()["messages"]}), "prompt_id"),
-    ("train.jsonl", json.dumps(our_row()) + "\n" + json.dumps(our_row(cost="much")), "line 2"),
-    ("train.jsonl", json.dumps(our_row()) + '\n[]\n{"messages": [{"ro', "line 2"),
-    ("summary.json", "", "summary.json"),
-    ("summary.json", '["mine"]', "summary.json"),
-    ("summary.json", '{"spent_usd": "a lot"}', "summary.json"),
-    ("config.json", '{"model_type": "llama"}', "config.json"),
-]
-
-
-def test_generate_leaves_foreign_files_alone(tmp_path):
-    """Whose rows these are is known before their last line is mended, and before anything else is
-    written; nobody is asked."""
-    with ApiServer() as server:
-        for i, (name, text, named) in enumerate(FOREIGN_FILES):
-            fields = generate_fields(tmp_path / str(i), server, 2)
-            out = tmp_path / str(i) / "out"
-            out.mkdir()
-            (out / name).write_text(text)
-            before = contents_of(out)
-            check_one_error(name, fields)
-            check_one_error(named, fields)
-            assert contents_of(out) == before, name
-        assert not server.tries
-
-        fields = generate_fields(tmp_path / "ours", server, 2)
-        run_generate(fields)
-        with open(tmp_path / "ours/out/train.jsonl", "a") as f:
-            f.write('{"messages": [{"role": "us')   # what a kill leaves is ours, and goes
-        run_generate(fields)
-        assert len(all_rows(tmp_path / "ours")) == 2
-        assert server.tries.total() == 2
-
-
-def test_generate_other_settings(tmp_path):
-    """What decides the rows is the same for all of a folder; where the server stands, how many are
-    asked and how much may be spent is not of that kind."""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 2))
-    before = contents_of(tmp_path / "out")
-    with ApiServer() as server:   # at another port
-        fields = generate_fields(tmp_path, server, 3)
-        for name, value, there in (
-            ("api_model", "other", "api_model 'm' there, 'other' here"),
-            ("seed", 7, "seed 0 there, 7 here"),
-            ("api_temperature", 0.5, "api_temperature None there, 0.5 here"),
-            ("max_tokens", 301, "max_tokens 300 there, 301 here"),
-        ):
-            error = run_generate({**fields, name: value}, rc=2).err
-            assert there in error
-            assert "--output_dir" in error
-        assert contents_of(tmp_path / "out") == before
-        assert not server.tries
-        run_generate({**fields, "concurrency": 2, "price_in": 1, "price_out": 1, "max_cost": 1})
-        assert server.tries.total() == 1
-    assert len(all_rows(tmp_path)) == 3
-
-
-def test_generate_secrets(tmp_path, monkeypatch):
-    """Keys, and passwords in URLs, of proxies too, stand in no file and in no error, wherever in a
-    reply or an error a server repeats them; no escape sequence reaches the terminal."""
-    key = "sk-test-0123456789abcdef"
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HTTP_PROXY", "http://someone:pass@127.0.0.1:1")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxyuser:proxy%21word@127.0.0.1:1")
-    password = "hunter2hunter2"
-    basic = base64.b64encode(f"someone:{password}".encode()).decode()
-    secrets = [key, password, "proxy%21word", "proxy!word", basic]
-
-    def repeat(prompt, attempt):
-        number = number_of(prompt)
-        if number == 0:
-            text = " ".join([*secrets, "pass", *random_words(0).split()])
-            parts = [{"text": key[:9]}, {"text": key[9:] + text}]
-            return {
-                "id": key, "model": key, "usage": {"prompt_tokens": key, key: [key]},
-                "choices": [{"message": {"content": parts}, "finish_reason": key}]}
-        return {"choices": [f"\x1b[31m{key} {password}"]} if number == 1 else 400
-
-    with ApiServer(repeat) as server:
-        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
-        result = run_generate(generate_fields(tmp_path, server, 9, api_base=base))
-        assert server.seen[0][1] == basic   # it still is what the server gets
-    check_no_secret(secrets, tmp_path, result)
-    kept, _ = kept_and_rejected(tmp_path)
-    assert kept[0]["messages"][1]["content"].startswith("****** *** *** *** *** pass ")
-    assert json.loads((tmp_path / "out/config.json").read_text())["api_base"].startswith(
-        "http://***@127.0.0.1")
-
-    with ApiServer(lambda prompt, attempt: 401) as server:
-        base = f"http://someone:{password}@127.0.0.1:{server.server_port}/v1"
-        fields = generate_fields(tmp_path / "refused", server, 9, api_base=base)
-        check_no_secret(secrets, tmp_path / "refused", run_generate(fields, rc=2))
-    for base in (
-        "http://someone:hunter2@127.0.0.1:port/v1",
-        "http://someone:hun/ter2@127.0.0.1/v1",
-        "ftp://someone:hunter2@127.0.0.1/v1",
-        "someone:hunter2@127.0.0.1:80/v1",
-        "http://127.0.0.1/v1?key=hunter2",
-        "http://127.0.0.1/v1#hunter2",
-        "http://[::1/v1",
-        "http:///v1",
-        "http://127.0.0.1:99999999/v1",
-        "http://a\nb/v1",
-        "nonsense",
-    ):
-        fields = generate_fields(tmp_path / "form", server, 1, api_base=base)
-        check_one_error("api_base", fields)
-        result = run_generate(fields, rc=2)
-        check_no_secret([*secrets, "hunter2", "ter2"], tmp_path / "form", result)
-
-    fields = generate_fields(tmp_path / "proxy", server, 1)
-    monkeypatch.setenv("ALL_PROXY", "socks9://proxyuser:proxy%21word@127.0.0.1:1")
-    left_over = []
-    monkeypatch.setattr(sys, "unraisablehook", left_over.append)
-    check_one_error("proxies", fields, provider="anthropic")
-    gc.collect()
-    assert left_over == []   # no traceback of a client that was never whole
-    check_no_secret(secrets, tmp_path / "proxy", run_generate(fields, rc=2))
-
-
-def check_no_secret(secrets, folder, result):
-    shown = result.out + result.err
-    assert "\x1b[31m" not in shown
-    for path in (folder / "out").glob("*"):
-        shown += path.read_text()
-    assert [secret for secret in secrets if secret in shown] == []
-
-
-def test_generate_reply_in_parts(tmp_path):
-    """Parts of text are one text, thoughts are no part of it, other parts are named."""
-    words = random_words("parts")
-
-    def say(*parts):
-        return {"choices": [{"finish_reason": "stop", "message": {"content": list(parts)}}]}
-
-    def text(words):
-        return {"type": "text", "text": words}
-
-    answers = [
-        say(text(words[:9]), text(words[9:])),
-        say({"type": "thinking", "thinking": "Hm."}, text(random_words("answer"))),
-        say(text(random_words("image")), {"type": "image_url", "image_url": {"url": "x"}}),
-        say(text(3)),
-    ]
-    with ApiServer(faults_by_number(dict(enumerate(answers)))) as server:
-        run_generate(generate_fields(tmp_path, server, 4))
-    kept, rejected = kept_and_rejected(tmp_path)
-    assert [row["messages"][1]["content"] for row in kept] == [words, random_words("answer")]
-    assert rejected[0]["reason"] == "not text: image_url"
-    assert rejected[1]["reason"].startswith("failed: ")
-    assert summary_of(tmp_path)["not text"] == 1
-
-
-def test_generate_absurd_usage(tmp_path):
-    """A reply that says nonsense of its tokens was paid for: it is kept, at the worst price."""
-    nonsense = [
-        "300", ["a"], 7, {"prompt_tokens": -1, "completion_tokens": 5},
-        {"prompt_tokens": 10**30, "completion_tokens": 5},
-        {"prompt_tokens": 10, "completion_tokens": True},
-        {"prompt_tokens": "10", "completion_tokens": 5}, None]
-    faults = {number: {"usage": usage} for number, usage in enumerate(nonsense)}
-    with ApiServer(faults_by_number(faults)) as server:
-        run_generate(generate_fields(tmp_path, server, 9, price_in=1, price_out=10, max_cost=1))
-        assert set(server.tries.values()) == {1}
-    kept, _ = kept_and_rejected(tmp_path)
-    assert len(kept) == 9
-    for row in kept[:-1]:
-        assert None in row["usage"].values()
-        assert row["cost"] > 300 * 10 / 1e6
-    assert kept[-1]["cost"] == pytest.approx(0.0021)
-
-
-def test_generate_all_fail(tmp_path):
-    """Where nothing is kept because requests failed, that is an error which says why."""
-    with ApiServer(lambda prompt, attempt: {"choices": []}) as server:
-        check_one_error("IndexError", generate_fields(tmp_path, server, 5))
-    assert summary_of(tmp_path)["failed"] == 5
-    assert "all is answered" not in summary_of(tmp_path)["ended"]
-
-
-def test_generate_full_disk(tmp_path):
-    """Somebody fills the disk while requests are in flight: what is paid for finds the room that
-    was kept for it, and no reply is paid for twice."""
-    tmp_path = tmp_path / "disk"
-    tmp_path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(tmp_path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("cannot mount a small disk here")
-
-    def reply(prompt):
-        if number_of(prompt) == 20:
-            with contextlib.suppress(OSError), open(tmp_path / "filler", "wb", 0) as f:
-                while True:
-                    f.write(b"x" * 1024)
-        return random_words(prompt, 400)
-
-    try:
-        with ApiServer(reply=reply, delay=0.02) as server:
-            fields = generate_fields(tmp_path, server, 30, concurrency=4)
-            check_one_error("no room", fields)
-            assert 20 < server.billed.total() < 30
-            assert len(all_rows(tmp_path)) == server.billed.total()
-            assert not list(tmp_path.glob("out/*.jsonl.tmp"))
-            (tmp_path / "filler").unlink()
-            server.reply = random_words
-            run_generate(fields)
-            assert set(server.billed.values()) == {1}
-        assert len(all_rows(tmp_path)) == 30
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def test_generate_file_limit(tmp_path):
-    """The same where no file may be longer than this."""
-    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
-        fields = generate_fields(tmp_path, server, 30, concurrency=4)
-        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
-        assert "no room" in shown, shown
-        assert "Traceback" not in shown, shown
-        assert 0 < len(all_rows(tmp_path)) == server.billed.total() < 30
-        run_generate(fields)
-        assert set(server.billed.values()) == {1}
-    assert len(all_rows(tmp_path)) == 30
-
-
-def test_generate_waits(tmp_path, monkeypatch, capsys):
-    """A server that turns everything away is given up, SIGTERM ends a wait that it asked for, and
-    who waits is told."""
-    monkeypatch.setattr(sd, "MAX_SILENCE", 1)
-
-    def closed(prompt, attempt):
-        return 503 if number_of(prompt) > 0 else None
-
-    with ApiServer(closed) as server:
-        run_generate(generate_fields(tmp_path / "closed", server, 3))
-        assert server.tries.total() < 12
-    _, rejected = kept_and_rejected(tmp_path / "closed")
-    assert ["503" in row["reason"] for row in rejected] == [True, True]
-
-    monkeypatch.setattr(sd, "MAX_SILENCE", 120)
-
-    def signal_us(prompt, attempt):
-        if number_of(prompt) == 0:
-            return None
-        os.kill(os.getpid(), signal.SIGTERM)
-        return (503, 59)
-
-    start = time.monotonic()
-    with ApiServer(signal_us) as server:
-        fields = generate_fields(tmp_path / "signal", server, 3, concurrency=1)
-        shown = run_generate(fields).out
-    assert time.monotonic() - start < 30   # not the 59 s that the server wants
-    assert "stopped by a signal" in shown
-    assert len(all_rows(tmp_path / "signal")) == 1
-
-    heartbeat = sd.Heartbeat()
-    heartbeat.since -= 11
-    ledger = types.SimpleNamespace(stopping=lambda: False, trouble="503 \x1b[2J")
-    for _ in range(5):
-        heartbeat.speak(ledger, 8)
-    shown = capsys.readouterr().out
-    assert shown.count("no answer for 11 s, 8 requests in flight") == 1
-    assert "\x1b" not in shown
-
-
-BAD_PROMPT_LINES = [
-    b'{"prompt": 3}', b'{"prompt": null}', b'{"prompt": ["a"]}', b"[]", b"7", b"nonsense",
-    b'{"question": 1}', b'{"messages": "hi"}', b'{"messages": [{"role": "user"}]}',
-    b'{"messages": [{"role": 3, "content": "x"}]}', b'{"prompt": "x", "category": {"a": 1}}',
-    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-    b'{"messages": [{"role": "assistant", "content": "x"}]}',
-    b'{"prompt": "\xff\xfe"}', b'{"prompt": "a\0"}', b'{"n": ' + b"9" * 5000 + b"}", b"[" * 99999]
-
-
-def test_generate_prompt_lines(tmp_path):
-    """What is wrong with a prompts file is one line, with the number of its line."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 1, num_examples=None,
-                                 prompts_file=tmp_path / "p.jsonl")
-    for line in BAD_PROMPT_LINES:
-        (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "ok"}\r\n\n' + line + b"\n")
-        check_one_error("p.jsonl', line 3,", fields)
-    (tmp_path / "p.txt").write_text("What?\n", encoding="utf-16")
-    check_one_error("p.txt', line 1,", fields, prompts_file=tmp_path / "p.txt")
-    (tmp_path / "p.txt").write_text("What?\n", encoding="utf-16-le")
-    check_one_error("p.txt', line 1,", fields, prompts_file=tmp_path / "p.txt")
-    check_one_error("prompts_file", fields, prompts_file=tmp_path)
-    check_one_error("prompts_file", fields, prompts_file="a\0b")
-
-    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]
-    _, messages = sd.parse_prompt_row({"messages": [{"role": "user", "content": parts}]})
-    assert messages == [{"role": "user", "content": "Who are you?"}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7949,18 +6856,20 @@ QUICK = dict(generate_comparisons=False, dtype="fp32")
 
 @pytest.fixture(scope="module")
 def eval_folder(tmp_path_factory):
-    """data.jsonl with text in many scripts; teacher, student, padded (wide, with a longer
-    vocabulary) and stranger (with another tokenizer), all random; the runs run (a student of the
-    teacher) and labels (a student of labels only)."""
+    """data.jsonl with text in many scripts; teacher (with a padded head), student, wide (as wide as
+    the teacher, another padded head) and stranger (with another tokenizer), all random; the runs
+    run (a student of the teacher) and labels (a student of labels only)."""
     folder = tmp_path_factory.mktemp("eval")
-    texts = text_in_many_scripts(300)
+    words = ("the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup "
+             "in green pots and sleep").split()
+    pick = np.random.default_rng(0)
+    texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
     write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts])
     tokenizer = trained_tokenizer(texts, EVAL_VOCAB)
-    eval_model(folder / "teacher", tokenizer, seed=0, hidden=32, layers=4)
-    eval_model(folder / "student", tokenizer, seed=1, hidden=16, layers=2)
-    eval_model(folder / "padded", tokenizer, seed=2, hidden=32, layers=2, vocab=EVAL_VOCAB + 7)
-    other_tokenizer = trained_tokenizer(texts[::3], 290)
-    eval_model(folder / "stranger", other_tokenizer, seed=3, hidden=16, layers=2)
+    eval_model(folder / "teacher", tokenizer, 0, hidden=32, layers=4, vocab=EVAL_VOCAB + 7)
+    eval_model(folder / "student", tokenizer, 1)
+    eval_model(folder / "wide", tokenizer, 2, hidden=32, vocab=EVAL_VOCAB + 3)
+    eval_model(folder / "stranger", trained_tokenizer(texts[::3], 290), 3)
 
     training = dict(
         student=folder / "student", dataset=folder / "data.jsonl", seq_len=48, batch_size=3,
@@ -7968,13 +6877,6 @@ def eval_folder(tmp_path_factory):
     distil(folder / "run", teacher=folder / "teacher", **training)
     distil(folder / "labels", alpha=1, **training)
     return folder
-
-
-def text_in_many_scripts(rows):
-    words = ("the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup "
-             "in green pots and sleep").split()
-    pick = np.random.default_rng(0)
-    return [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(rows)]
 
 
 def trained_tokenizer(texts, vocab):
@@ -7987,7 +6889,7 @@ def trained_tokenizer(texts, vocab):
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def eval_model(path, tokenizer, *, seed, hidden, layers, vocab=None):
+def eval_model(path, tokenizer, seed, hidden=16, layers=2, vocab=None):
     """So loud that its predictions, and those of another seed, are far from even and from alike."""
     tiny_model(
         path, vocab or len(tokenizer), hidden, layers, seed, tokenizer=tokenizer,
@@ -7995,9 +6897,10 @@ def eval_model(path, tokenizer, *, seed, hidden, layers, vocab=None):
 
 
 def report_fields(folder, out, student, **more):
-    return dict(
+    fields = dict(
         mode="eval", teacher=folder / "teacher", student=folder / student,
-        output_dir=folder / out, dataset=folder / "data.jsonl", seq_len=48, batch_size=3, **more)
+        output_dir=folder / out, dataset=folder / "data.jsonl", seq_len=48, batch_size=3)
+    return fields | more
 
 
 def run_report(folder, out, student, **more):
@@ -8007,13 +6910,16 @@ def run_report(folder, out, student, **more):
 
 
 def compared_models(folder):
-    return [folder / "labels/final", folder / "padded", folder / "stranger"]
+    return [folder / "labels/final", folder / "wide", folder / "stranger"]
 
 
 @pytest.fixture(scope="module")
 def full_report(eval_folder):
-    """report.json about all models."""
-    return run_report(eval_folder, "found", "run/final", compare=compared_models(eval_folder))
+    """report.json about all models, at temperature 2; seven tokens are scored at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
+        return run_report(eval_folder, "found", "run/final", temperature=2,
+                          compare=compared_models(eval_folder))
 
 
 # ---- the same figures by hand
@@ -8022,624 +6928,496 @@ def full_report(eval_folder):
 def held_out_rows(folder):
     """Cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "teacher")
-    texts = [row["text"] for row in read_lines(folder / "data.jsonl")]
-    gap = max(2, len(texts) // min(256, len(texts) // 20))
     ids = []
-    for text in texts[gap - 1::gap]:
-        ids += tokenizer(text)["input_ids"] + [0]
+    for row in read_lines(folder / "data.jsonl")[19::20]:
+        ids += tokenizer(row["text"])["input_ids"] + [0]
     blocks = [ids[i:i + 48] for i in range(0, len(ids), 48)]
     return [block for block in blocks if len(block) > 1]
 
 
-def log_probabilities(model, row, temperature=1):
-    """[T - 1, vocabulary without padding], of the tokens after the first."""
+def logits_by_hand(model, rows):
+    """[tokens, vocabulary without padding], of all but the first of each row, and their labels"""
     with torch.no_grad():
-        logits = model(torch.tensor(row)[None]).logits[0, :-1, :EVAL_VOCAB]
-    return (logits / temperature).log_softmax(-1)
+        logits = [model(torch.tensor(row)[None]).logits[0, :-1, :EVAL_VOCAB] for row in rows]
+    return torch.cat(logits), torch.cat([torch.tensor(row[1:]) for row in rows])
 
 
-def kl_by_token(logp, logq):
-    return (logq.exp() * (logq - logp)).sum(-1)
+def nats_of_rows(model, rows):
+    losses = [F.cross_entropy(*logits_by_hand(model, [row]), reduction="sum") for row in rows]
+    return torch.stack(losses).numpy()
 
 
-def token_figures(model, teacher, row):
-    """-> {name: a number for each token after the first}"""
-    labels = torch.tensor(row[1:])
-    logp = log_probabilities(model, row)
-    logq = log_probabilities(teacher, row)
-    confidence, top = logp.exp().max(-1)
+def reference_figures(model, teacher, rows):
+    """Full logits in float64; KL at temperature 2, times its square."""
+    logits, labels = logits_by_hand(model, rows)
+    teacher_logits, _ = logits_by_hand(teacher, rows)
+    confidence, top = logits.softmax(-1).max(-1)
+    right = (top == labels).double()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
+    kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
     return dict(
-        nll=-logp.gather(1, labels[:, None])[:, 0],
-        kl=kl_by_token(logp, logq),
-        agreement=(top == logq.argmax(-1)).double(),
-        accuracy=(top == labels).double(),
-        confidence=confidence)
-
-
-def calibration_error(confidence, correct):
-    """15 bins of confidence: its gaps to the share that is right, weighted by tokens."""
-    gaps = 0.0
-    for low in np.arange(15) / 15:
-        inside = (confidence >= low) & (confidence < low + 1 / 15)
-        gaps += (correct[inside].sum() - confidence[inside].sum()).abs().item()
-    return gaps / len(correct)
-
-
-def reference_figures(folder, name, rows):
-    """Full logits in float64, one row at a time."""
-    model = load(folder / name).double()
-    teacher = load(folder / "teacher").double()
-    by_row = [token_figures(model, teacher, row) for row in rows]
-    tokens = {key: torch.cat([row[key] for row in by_row]) for key in by_row[0]}
-    return dict(
-        tokens=len(tokens["nll"]),
-        nll=tokens["nll"].sum().item(),
-        nll_by_row=np.array([row["nll"].sum().item() for row in by_row]),
-        perplexity=tokens["nll"].mean().exp().item(),
-        kl=tokens["kl"].mean().item(),
-        agreement=tokens["agreement"].mean().item(),
-        accuracy=tokens["accuracy"].mean().item(),
-        ece=calibration_error(tokens["confidence"], tokens["accuracy"]))
+        tokens=len(labels), accuracy=right.mean().item(),
+        agreement=(top == teacher_logits.argmax(-1)).double().mean().item(),
+        kl=4 * kl.item() / len(labels), ece=gaps.abs().sum().item() / len(labels))
 
 
 def states_by_layer(path, rows):
     """-> [tokens, width] after each layer, of every token but the last of a row"""
     model = load(path).double()
-    by_row = []
-    for row in rows:
-        with torch.no_grad():
-            outputs = model.model(torch.tensor(row)[None], output_hidden_states=True)
-        by_row.append([states[0, :-1] for states in outputs.hidden_states[1:]])
-    return [torch.cat(layer) for layer in zip(*by_row, strict=True)]
-
-
-def linear_cka(x, y):
-    x = x - x.mean(0)
-    y = y - y.mean(0)
-    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
-
-
-def state_mse(x, y):
-    """Of other width: after the best affine map, without the tokens that the map explains."""
-    if x.shape == y.shape:
-        return (x - y).square().mean().item()
-    with_ones = torch.cat([x, torch.ones(len(x), 1)], 1)
-    fitted = with_ones @ torch.linalg.lstsq(with_ones, y).solution
-    tokens_left = len(x) - x.shape[1] - 1
-    return ((fitted - y).square().sum() / y.shape[1] / tokens_left).item()
+    with torch.no_grad():
+        outputs = [model(torch.tensor(row)[None], output_hidden_states=True) for row in rows]
+    by_row = [[states[0, :-1] for states in output.hidden_states[1:]] for output in outputs]
+    return [torch.cat(layer) for layer in zip(*by_row)]
 
 
 # ---- figures
 
 
-def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report):
+@pytest.mark.parametrize("label, name", [
+    ("student", "run/final"), ("labels", "labels/final"), ("wide", "wide"), ("teacher", "teacher"),
+])
+def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, label, name):
     rows = held_out_rows(eval_folder)
-    counts = np.array([len(row) - 1 for row in rows])
-    for label, name in (
-        ("student", "run/final"),
-        ("labels", "labels/final"),
-        ("padded", "padded"),
-        ("teacher", "teacher"),
+    model, teacher, student = [
+        load(eval_folder / path).double() for path in (name, "teacher", "run/final")]
+    figures = full_report["models"][label]
+    for key, value in reference_figures(model, teacher, rows).items():
+        assert figures[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    tokens = np.array([len(row) - 1 for row in rows])
+    sizes = np.array([
+        len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows])
+    nats = nats_of_rows(model, rows)
+    bits = nats / math.log(2)
+    lead = nats_of_rows(student, rows) / math.log(2) - bits
+    against = figures["student_against_it"]
+    low, high = against["interval"]
+    for found, expected in (
+        (np.log([figures["perplexity"], *figures["perplexity_95"]]), sd.interval(nats, tokens, 0)),
+        ([figures["bits"], *figures["bits_95"]], sd.interval(bits, sizes, 0)),
+        ([against["difference"], low, high], sd.interval(lead, sizes, 0)),
     ):
-        expected = reference_figures(eval_folder, name, rows)
-        figures = full_report["models"][label]
-        assert figures["tokens"] == expected["tokens"]
-        for key in ("perplexity", "kl", "agreement", "accuracy", "ece"):
-            assert figures[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (label, key)
-        _, low, high = sd.interval(expected["nll_by_row"], counts, 0)
-        around = [math.exp(low), math.exp(high)]
-        assert figures["perplexity_95"] == pytest.approx(around, rel=1e-5)
+        assert list(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (against["verdict"] == "better") == (high < 0)
 
 
-def test_eval_padding_is_no_vocabulary(eval_folder, full_report):
-    """Nor where it is the teacher that is padded, and its reference is itself."""
-    fields = report_fields(eval_folder, "padded_teacher", "padded", **QUICK)
-    cli(*flags(**{**fields, "teacher": eval_folder / "padded"}))
-    found = json.loads((eval_folder / "padded_teacher/report.json").read_text())["models"]
-    expected = full_report["models"]["padded"]
-    for label in ("teacher", "student"):
-        for key in ("perplexity", "ece"):
-            assert found[label][key] == pytest.approx(expected[key], rel=1e-5), (label, key)
-
-
-def test_eval_temperature_is_that_of_training(eval_folder, full_report):
-    """KL at the temperature, times its square; perplexity is without it."""
-    report = run_report(eval_folder, "hot", "run/final", temperature=2, **QUICK)
-    figures = report["models"]["student"]
-    student = load(eval_folder / "run/final").double()
-    teacher = load(eval_folder / "teacher").double()
-    kl = []
-    for row in held_out_rows(eval_folder):
-        logp = log_probabilities(student, row, temperature=2)
-        logq = log_probabilities(teacher, row, temperature=2)
-        kl.append(kl_by_token(logp, logq))
-    assert figures["kl"] == pytest.approx(4 * torch.cat(kl).mean().item(), rel=1e-5)
-    assert figures["perplexity"] == full_report["models"]["student"]["perplexity"]
-
-
-def test_eval_teacher_against_itself(eval_folder):
-    models = run_report(eval_folder, "self", "teacher", **QUICK)["models"]
-    student = models["student"]
-    assert student["kl"] == 0
-    assert student["agreement"] == 1
-    assert student["perplexity"] == models["teacher"]["perplexity"]
-    assert [layer["teacher"] for layer in student["layers"]] == [1, 2, 3, 4]
-    for layer in student["layers"]:
-        assert layer["cka"] == pytest.approx(1, abs=1e-9)
-        assert layer["mse"] < 1e-12
+def test_eval_teacher_against_itself_and_a_worse_student(eval_folder):
+    models = run_report(eval_folder, "self", "teacher", compare=eval_folder / "run/final",
+                        **QUICK)["models"]
+    assert models["student"]["kl"] == 0
+    assert models["student"]["agreement"] == 1
+    assert models["student"]["perplexity"] == models["teacher"]["perplexity"]
     assert models["teacher"]["student_against_it"] == {
         "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
+    assert models["run"]["student_against_it"]["verdict"] == "worse"
+    assert [layer["teacher"] for layer in models["student"]["layers"]] == [1, 2, 3, 4]
+    for layer in models["student"]["layers"]:
+        assert layer["cka"] == pytest.approx(1, abs=1e-9)
+        assert layer["share"] < 1e-12
 
 
 def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
+    """CKA; the share that the best affine map leaves, without the tokens that it explains."""
     rows = held_out_rows(eval_folder)
     teacher_states = states_by_layer(eval_folder / "teacher", rows)
-    for label, name in (("student", "run/final"), ("padded", "padded")):
-        states = states_by_layer(eval_folder / name, rows)
-        first, second = full_report["models"][label]["layers"]
-        for layer, number, teacher_number in ((first, 1, 2), (second, 2, 4)):
-            assert layer["student"] == number
-            assert layer["teacher"] == teacher_number
-            x = states[number - 1]
-            y = teacher_states[teacher_number - 1]
-            assert layer["cka"] == pytest.approx(linear_cka(x, y), rel=1e-4)
-            assert layer["mse"] == pytest.approx(state_mse(x, y), rel=1e-4)
-            if x.shape == y.shape:
-                size = y.square().sum(-1).clamp_min(1e-30)   # EOS, in the first place
-                relative = (x - y).square().sum(-1) / size
-                assert layer["median"] == pytest.approx(relative.median().item(), rel=1e-3)
+    states = states_by_layer(eval_folder / "run/final", rows)
+    layers = full_report["models"]["student"]["layers"]
+    assert [(layer["student"], layer["teacher"]) for layer in layers] == [(1, 2), (2, 4)]
+    for layer, x, y in zip(layers, states, teacher_states[1::2], strict=True):
+        with_ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+        missed = y - with_ones @ torch.linalg.lstsq(with_ones, y).solution
+        x = x - x.mean(0)
+        y = y - y.mean(0)
+        share = missed.square().sum() / (len(x) - x.shape[1] - 1) / y.square().sum() * len(x)
+        assert layer["share"] == pytest.approx(share.item(), rel=1e-4)
+        cka = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+        assert layer["cka"] == pytest.approx(cka.item(), rel=1e-4)
+    few = torch.randn(9, 8)   # a map of 8 rows and a bias explains 9 tokens, whatever they are
+    assert sd.compare_states(few, few)[0] is None
+    assert sd.compare_states(few[:, :7], few)[0] > 0
 
 
-@pytest.mark.parametrize("teacher_bos, compared_bos", [(True, False), (False, True)])
-def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, teacher_bos, compared_bos):
-    """Two models of one vocabulary, of which one learned with BOS: each is judged on the same text
-    after what it knows, and continues prompts after it."""
-    def eos_or_bos(bos):
-        return 1 if bos else 0
-
-    teacher = tiny_model(tmp_path / "teacher", tokenizer=tiny_tokenizer(bos=teacher_bos), seed=1)
-    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(bos=compared_bos), seed=2)
-    data = write_splits(tmp_path / "data", [{"text": "x"}], [{"text": prose(60, 3)}])
-    fields = dict(mode="eval", teacher=teacher, student=other, dataset=data, seq_len=32,
-                  batch_size=4, dtype="fp32", output_dir=tmp_path / "out")
-    cli(*flags(**fields))
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    ids = tiny_tokenizer()(prose(60, 3))["input_ids"] + [0]
-    if teacher_bos:
-        texts = [ids[i:i + 31] for i in range(0, len(ids), 31)]
-        teacher_rows = [[1, *text] for text in texts]
-    else:
-        teacher_rows = [ids[i:i + 32] for i in range(0, len(ids), 32)]
-        texts = [row[1:] for row in teacher_rows]
-    other_rows = [[eos_or_bos(compared_bos), *text] for text in texts]
-    for label, path, rows in (("teacher", teacher, teacher_rows), ("student", other, other_rows)):
-        nll = []
-        for row in rows:
-            logp = log_probabilities(load(path), row)
-            nll.append(-logp.gather(1, torch.tensor(row[1:])[:, None]))
-        expected = torch.cat(nll).mean().exp().item()
-        assert report["models"][label]["perplexity"] == pytest.approx(expected, rel=1e-4)
-    tokenizers_ = [transformers.AutoTokenizer.from_pretrained(path) for path in (teacher, other)]
-    prompts = sd.prompts_for(tokenizers_[1], tokenizers_[0], report["prompts"])
-    for prompt, own in zip(report["prompts"], prompts, strict=True):
-        assert prompt.startswith("<|begin|>") == teacher_bos
-        assert own.startswith("<|begin|>") == compared_bos
-        assert own.removeprefix("<|begin|>") == prompt.removeprefix("<|begin|>")
+@pytest.mark.parametrize("own_bos, other_bos", [(True, False), (False, True)])
+def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, own_bos, other_bos):
+    tokenizer = tiny_tokenizer(bos=own_bos)
+    tiny_tokenizer(bos=other_bos).save_pretrained(tmp_path / "other")
+    ids = np.array([1 if own_bos else 5, *tokenizer(prose(20))["input_ids"][own_bos:]])
+    rows = [{"input_ids": ids, "targets": np.arange(len(ids)) > 0}]
+    (row,), _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
+    assert row["input_ids"].tolist() == [1 if other_bos else 0, *ids[1:]]
+    assert row["targets"].tolist() == [False] + [True] * (len(ids) - 1)
+    same_rows, same = sd.rows_for(sd.Config(), str(tmp_path / "none.json"), tokenizer, rows)
+    assert same_rows is rows and same is tokenizer
 
 
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
     tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    other = transformers.AutoTokenizer.from_pretrained(eval_folder / "stranger")
     rows = held_out_rows(eval_folder)
-    sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
-    data_rows = [{"input_ids": np.array(row), "targets": None} for row in rows]
-    retokenized = [row["input_ids"] for row in sd.retokenize(data_rows, tokenizer, other)]
-    for row, other_row, size in zip(rows, retokenized, sizes, strict=True):
-        assert other_row[0] == 0
+    token_rows = [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
+    path = eval_folder / "stranger"
+    other_rows, other = sd.rows_for(sd.Config(), str(path), tokenizer, token_rows)
+    other_rows = [row["input_ids"].tolist() for row in other_rows]
+    for row, other_row in zip(rows, other_rows, strict=True):
         assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
         assert other_row[1:].count(0) == row[1:].count(0)
-        assert len(other.decode(other_row[1:], skip_special_tokens=True).encode()) == size
-
-    stranger = load(eval_folder / "stranger").double()
-    nats = 0.0
-    for other_row in retokenized:
-        labels = torch.tensor(other_row[1:])
-        nats -= log_probabilities(stranger, other_row).gather(1, labels[:, None]).sum().item()
+    nats = nats_of_rows(load(path).double(), other_rows)
+    bits = nats.sum() / math.log(2) / full_report["setting"]["bytes"]
     figures = full_report["models"]["stranger"]
-    assert figures["bits"] == pytest.approx(nats / math.log(2) / sum(sizes), rel=1e-5)
-    assert figures["kl"] is None
-    assert figures["agreement"] is None
-
-    nats = reference_figures(eval_folder, "run/final", rows)["nll"]
-    figures = full_report["models"]["student"]
-    assert figures["bits"] == pytest.approx(nats / math.log(2) / sum(sizes), rel=1e-5)
+    assert figures["bits"] == pytest.approx(bits, rel=1e-5)
+    assert figures["kl"] is figures["agreement"] is None
+    assert figures["layers"] == []
 
 
-def test_eval_another_tokenizer_and_masked_prompts_are_refused(eval_folder, tmp_path):
-    rows = [{"prompt": "the quick brown", "response": "fox jumps"}] * 40
-    fields = report_fields(eval_folder, "refused", "stranger")
-    fields["dataset"] = write_jsonl(tmp_path / "talk.jsonl", rows)
-    fields["output_dir"] = tmp_path / "out"
-    assert "plain text" in cli(*flags(**fields), rc=2).err
-
-
-@pytest.mark.parametrize("n", [12, 60])
-def test_eval_intervals_cover(n):
+def test_eval_intervals_cover():
     """95 % of the intervals hold the true mean, as far as 200 trials can tell."""
+    n = 12
     draw = torch.Generator().manual_seed(n)
-    true_mean = 2
     covered = 0
     for trial in range(200):
         # sequences of many lengths, skewed losses that hang together within one
         lengths = torch.randint(20, 60, (n,), generator=draw).double()
         noise = 0.4 * torch.randn(n, generator=draw, dtype=torch.float64)
-        sums = lengths * true_mean * (noise - 0.08).exp()   # 0.08: the mean of exp stays 1
+        sums = lengths * 2 * (noise - 0.08).exp()   # 0.08: the mean of exp stays 1
         _, low, high = sd.interval(sums.numpy(), lengths.numpy(), trial)
-        if low <= true_mean <= high:
-            covered += 1
+        covered += low <= 2 <= high
     assert 180 <= covered <= 198
+
+
+def test_eval_continuations(eval_folder, full_report):
+    """Greedy, then sampled, after the beginnings of three rows; within the length of a row."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    rows = held_out_rows(eval_folder)
+    third = math.ceil(len(rows) / 3)
+    model = load(eval_folder / "run/final")
+    shown = (eval_folder / "found/report.md").read_text()
+    for row, prompt, texts in zip(rows[::third], full_report["prompts"],
+                                  full_report["models"]["student"]["texts"], strict=True):
+        assert prompt == tokenizer.decode(row[:32])
+        ids = torch.tensor(row[:32])[None]
+        new = model.generate(ids, do_sample=False, max_new_tokens=17)[0, 32:]
+        assert texts[0] == tokenizer.decode(new).split("<|end|>")[0] != texts[1]
+        assert f"    {prompt!r}\n" in shown and f"    student: {texts[1]!r}\n" in shown
+    chat_row = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
+    assert sd.beginnings([chat_row]) == [list(range(40))]
 
 
 # ---- files
 
 
 def test_eval_report_files(eval_folder, full_report):
-    """report.md shows the figures of report.json; report.png has each model in every panel."""
+    """report.md shows the figures of report.json; report.png has the third model's colour in each
+    of its four panels."""
     models = full_report["models"]
     text = (eval_folder / "found/report.md").read_text()
-    check_table(text, models)
-    for label, figures in models.items():
-        if label != "student":
-            against = figures["student_against_it"]
-            low, high = against["interval"]
-            assert f"{against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f})" in text
-            assert against["verdict"] in text
-    student = models["student"]
-    assert len(student["texts"]) == 3
-    for key in ("train/loss", "train/ce_loss", "train/kl_loss"):
-        assert len(student["curves"][key]) == 12
-    assert len(student["curves"]["eval/ce_loss"]) == 3
-    assert "report.png" in text
-    check_picture(eval_folder / "found/report.png")
-
-
-def check_table(text, models):
-    """Each figure to the digits shown."""
-    table = {}
-    for line in text.splitlines():
-        if line.startswith("| "):
-            _, title, *cells, _ = [cell.strip() for cell in line.split("|")]
-            table[title] = cells
-    labels = table[""]
-    assert labels == list(models) == ["teacher", "student", "labels", "padded", "stranger"]
+    _, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    cells = {title.strip(): row for title, *row in lines}
     for key, title in sd.METRICS.items():
-        for label, cell in zip(labels, table[title], strict=True):
-            shown = cell.split(", ")[0].split()[0].replace(",", "")
-            value = models[label][key]
-            if value is None:
-                assert shown == "-"
-            else:
-                assert float(shown) == pytest.approx(value, rel=6e-4)
+        for figures, cell in zip(models.values(), cells[title], strict=True):
+            shown = cell.replace(", ", " ").split()[0].replace(",", "")
+            value = figures[key]
+            assert shown == "-" if value is None else float(shown) == pytest.approx(value, rel=6e-4)
+    ratio = models["student"]["bits"] / models["teacher"]["bits"]
+    assert f"), {ratio:.4g} x" in cells["bits a byte"][1]
+    against = models["wide"]["student_against_it"]
+    low, high = against["interval"]
+    assert (f"wide: {against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): "
+            f"{against['verdict']}\n") in text
+    for key, points in {"train/ce_loss": 12, "train/kl_loss": 12, "eval/ce_loss": 3}.items():
+        assert len(models["student"]["curves"][key]) == points
 
-
-def check_picture(path):
-    """The third model's colour is in each of the four panels."""
     from matplotlib import image
-    pixels = image.imread(path)[..., :3]
-    assert min(pixels.shape[:2]) > 800
-    height = pixels.shape[0] // 2
-    width = pixels.shape[1] // 2
-    orange = np.array([0xd5, 0x5e, 0x00]) / 255
-    for panel in (
-        pixels[:height, :width],
-        pixels[:height, width:],
-        pixels[height:, :width],
-        pixels[height:, width:],
-    ):
-        is_orange = np.abs(panel - orange).max(-1) < 0.05
-        assert is_orange.sum() > 100
+    pixels = image.imread(eval_folder / "found/report.png")[..., :3]
+    orange = np.abs(pixels - np.array([0xd5, 0x5e, 0x00]) / 255).max(-1) < 0.05
+    for half in np.array_split(orange, 2):
+        for panel in np.array_split(half, 2, axis=1):
+            assert panel.sum() > 100
 
 
-def test_eval_without_matplotlib(eval_folder, monkeypatch):
+def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(
+        eval_folder, monkeypatch):
+    out = eval_folder / "unwritable"
+    (out / "report.png").mkdir(parents=True)
+    fields = report_fields(eval_folder, out, "run/final", **QUICK)
+    assert "no .simple_distill" in cli(*flags(**fields), rc=2).err   # nobody's file is replaced
+    (out / ".simple_distill").touch()
+    assert "report.png" in cli(*flags(**fields), rc=2).err
+    assert {"report.md", "report.json"} <= {*os.listdir(out)}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    fields = report_fields(eval_folder, "plain", "run/final", **QUICK)
-    out = cli(*flags(**fields)).out
-    assert not (eval_folder / "plain/report.png").exists()
-    assert "pip install matplotlib" in out
-    assert "report.png)" not in (eval_folder / "plain/report.md").read_text()
+    assert "pip install matplotlib" in cli(*flags(**fields)).out
 
 
 # ---- what may be reported on
 
 
-def test_eval_takes_a_checkpoint_of_a_run(eval_folder):
+def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(eval_folder):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    expected = reference_figures(eval_folder, "run/final", held_out_rows(eval_folder))
-    perplexity = {}
+    before = (eval_folder / "run/config.json").read_text()
+    final = eval_folder / "run/final"
+    perplexities = []
     for step in (6, 12):
-        path = f"run/checkpoints/step-{step:08d}"
-        report = run_report(eval_folder, f"at{step}", path, **QUICK)
-        perplexity[step] = report["models"]["student"]["perplexity"]
-    assert perplexity[12] == pytest.approx(expected["perplexity"], rel=1e-5)
-    assert perplexity[6] != pytest.approx(expected["perplexity"], rel=1e-3)
+        models = run_report(eval_folder, "run", f"run/checkpoints/step-{step:08d}", compare=final,
+                            **QUICK)["models"]
+        perplexities.append(models["student"]["perplexity"])
+    final_perplexity = pytest.approx(models["run"]["perplexity"], rel=1e-5)
+    assert [perplexity == final_perplexity for perplexity in perplexities] == [False, True]
+    assert models["student"]["disk"] == 4 * models["run"]["parameters"]   # its files hold more
+    assert models["run"]["disk"] == os.path.getsize(final / "model.safetensors")
+    assert len(models["student"]["curves"]["train/loss"]) == 12
+    assert (eval_folder / "run/config.json").read_text() == before
 
-    broken = eval_folder / "run/checkpoints/step-00000099"
-    broken.mkdir()
-    (broken / "state.json").write_text("{")
-    cli(*flags(**report_fields(eval_folder, "broken", broken)), rc=2)
-    shutil.rmtree(broken)   # the run is every test's
+    broken = eval_folder / "broken/step-00000099"
+    shutil.copytree(eval_folder / "run/checkpoints/step-00000012", broken)
+    state = json.loads((broken / "state.json").read_text())
+    state["config"]["unheard_of"] = 1
+    del state["digest"]
+    for content in (json.dumps(state | {"digest": sd.digest(state)}), "{"):
+        (broken / "state.json").write_text(content)
+        cli(*flags(**report_fields(eval_folder, "refused", broken)), rc=2)
 
 
 def test_eval_same_numbers_on_two_ranks(eval_folder, full_report):
     fields = report_fields(
-        eval_folder, "two", "run/final", compare=compared_models(eval_folder), **QUICK)
+        eval_folder, "two", "run/final", compare=compared_models(eval_folder), temperature=2,
+        **QUICK)
     process = spawn(*flags(**fields), nproc=2)
     out, _ = process.communicate()
     assert process.returncode == 0, out[-2000:]
     models = json.loads((eval_folder / "two/report.json").read_text())["models"]
     for label, expected in full_report["models"].items():
         figures = models[label]
-        for key in (
-            "tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece", "parameters",
-            "disk", "perplexity_95",
-        ):
-            if expected[key] is not None:
-                near = pytest.approx(expected[key], rel=1e-5, abs=1e-7)
-                assert figures[key] == near, (label, key)
+        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece",
+                    "parameters", "disk"):
+            near = expected[key] and pytest.approx(expected[key], rel=1e-5)
+            assert figures[key] == near, (label, key)
         for layer, expected_layer in zip(figures["layers"], expected["layers"], strict=True):
             assert layer == pytest.approx(expected_layer, rel=1e-4)
-        against = figures["student_against_it"]
-        expected_against = expected["student_against_it"]
-        assert against["verdict"] == expected_against["verdict"]
-        near = pytest.approx(expected_against["interval"], rel=1e-4, abs=1e-7)
-        assert against["interval"] == near
+        assert figures["texts"] == expected["texts"]
 
 
-def test_eval_refusals(eval_folder):
-    """A student that is no model is named."""
-    for student in ("nowhere", "data.jsonl"):
-        fields = report_fields(eval_folder, "refused", student)
-        assert cli(*flags(**fields), rc=2).err.startswith("error: student ")
-
-
-CODE_IN_MODEL = """
-import os
-open(os.environ["MODEL_CODE_RAN"], "w").close()
-from transformers import LlamaConfig
-class Config(LlamaConfig):   # transformers marks the class, for all that this process saves
-    model_type = "unheard_of"
-"""
-
-
-def test_eval_runs_no_code_that_only_a_state_json_allows(eval_folder, tmp_path, monkeypatch):
-    """The flag of this run decides, whatever the checkpoint's run was given."""
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("MODEL_CODE_RAN", str(ran))
+def test_eval_refusals(eval_folder, tmp_path):
+    """Each names what is wrong: a student that is no model, damaged weights, a damaged log, prompts
+    that another tokenizer would count, a held-out part of one row."""
     model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
-    settings = json.loads((model / "config.json").read_text())
-    settings |= dict(model_type="unheard_of", auto_map={"AutoConfig": "code.Config"})
-    (model / "config.json").write_text(json.dumps(settings))
-    (model / "code.py").write_text(CODE_IN_MODEL)
-    checkpoint_ = Path(shutil.copytree(
-        eval_folder / "run/checkpoints/step-00000012", tmp_path / "step-00000012"))
-    state = json.loads((checkpoint_ / "state.json").read_text())
-    state["config"] |= dict(student=str(model), trust_remote_code=True)
-    state.pop("digest")
-    (checkpoint_ / "state.json").write_text(json.dumps(state | {"digest": sd.digest(state)}))
-    fields = report_fields(eval_folder, "unheard", checkpoint_, **QUICK)
-    assert str(model) in cli(*flags(**fields), rc=2).err
-    assert not ran.exists()
-    with contextlib.suppress(Exception):   # what the code is worth is not the point
-        cli(*flags(**fields, trust_remote_code=True))
-    assert ran.exists()
-
-
-def test_eval_a_state_json_of_odd_knobs_is_one_error(eval_folder):
-    found = json.loads(
-        (eval_folder / "run/checkpoints/step-00000012/state.json").read_text())
-    cfg = config.Config(mode="eval", teacher="t", student="s", dataset="d")
-    assert sd.config_of_run(cfg, "x", found).student == str(eval_folder / "student")
-    for odd in (
-        {"unheard_of": 1}, {"temperature": "warm"}, {"temperature": -1}, {"student": ["s"]},
-        {"max_samples": "many"}, {"compile": "perhaps"}, {"divergence": 3},
-        {"lr_multipliers": {"a": 1}},
+    (tmp_path / "log.jsonl").write_text('{"train/loss": 1.5}\n')
+    talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
+    damaged = Path(shutil.copytree(eval_folder / "student", tmp_path / "of/damaged"))
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[:len(content) // 2])
+    for student, more, said in (
+        ("nowhere", {}, "while looking for student "),
+        ("data.jsonl", {}, "while looking for student "),
+        (damaged, {}, f"while reading student {damaged}"),
+        (model, {}, f"while reading student {model}: KeyError"),
+        ("stranger", dict(dataset=talks), "plain text"),
+        ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
-        with pytest.raises(sd.UserError, match="checkpoint 'x': its state.json"):
-            sd.config_of_run(cfg, "x", {"config": found["config"] | odd})
-    for state in ({}, {"config": None}, {"config": [1]}, {"config": "x"}):
-        with pytest.raises(sd.UserError, match="checkpoint 'x': its state.json"):
-            sd.config_of_run(cfg, "x", state)
-
-
-def test_eval_replaces_no_report_of_others(eval_folder, tmp_path):
-    """Before anything is loaded; its own it writes again."""
-    for name in ("report.json", "report.md", "report.png"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / name).write_text("# my report on simple_distill: the report")
-        fields = report_fields(eval_folder, folder, "nowhere", **QUICK)
-        refused = cli(*flags(**fields), rc=2)
-        assert f"{name}' was not written by simple_distill" in refused.err
-        assert (folder / name).read_text() == "# my report on simple_distill: the report"
-    for _ in range(2):
-        run_report(eval_folder, tmp_path / "mine", "run/final", **QUICK)
-
-
-def test_eval_a_damaged_model_or_log_is_named(eval_folder, tmp_path):
-    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
-    content = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(content[:len(content) // 2])
-    fields = report_fields(eval_folder, tmp_path / "out", "run/final", compare=model, **QUICK)
-    assert f"error: model '{model}' could not be loaded" in cli(*flags(**fields), rc=2).err
-
-    (model / "model.safetensors").write_bytes(content)
-    for line in ("{not json}", '{"train/loss": 1.5}', '{"train/loss": [1.5], "train/step": 1}',
-                 '{"train/loss": 1.5, "train/step": "x"}'):
-        (tmp_path / "log.jsonl").write_text(line + "\n")
-        refused = cli(*flags(**fields), rc=2).err
-        assert re.search(f"error: model '{model}': '.*log.jsonl' beside it is damaged", refused)
+        fields = report_fields(eval_folder, tmp_path / "out", student, **more, **QUICK)
+        assert said in cli(*flags(**fields), rc=2).err
 
 
 def test_eval_of_a_split_by_name_is_of_its_first_eval_samples(eval_folder):
-    """Also of train: eval_samples of it, as --help says, and no more."""
+    """Also of train: eval_samples of it, as --help says, and no more; a batch is what there is."""
     report = run_report(eval_folder, "train", "run/final", eval_split="train", eval_samples=5,
-                        **QUICK)
+                        batch_size=10**12, **QUICK)
     assert report["setting"]["sequences"] == 5
-    shown = " ".join(cli("--help").out.split())
-    assert "sequences to evaluate on, the first of eval_split" in shown
-
-
-def test_eval_final_loads_as_in_lm_evaluation_harness(eval_folder):
-    path = eval_folder / "run/final"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    generator = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
-    continued = generator("the quick", max_new_tokens=8, do_sample=False)
-    assert continued[0]["generated_text"].startswith("the quick")
+    assert report["prompts"] == []
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs: killed anywhere, on many ranks, a week of every mode: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {   # what the run is besides plain; ranks: how many processes
-    "map": {},
-    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
-    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
-    "dropout": dict(student="dropout"),
-    "2 ranks": dict(ranks=2, batch_size=2),
-    "documents": dict(packing="documents", seq_len=128),
-    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
+KILLED = {   # what the run is besides plain: (ranks, fields)
+    "map": (1, {}),
+    "stream": (1, dict(streaming=True, shuffle_buffer=7)),   # optional: streaming
+    "accumulation 3": (1, dict(batch_size=2, gradient_accumulation_steps=3)),
+    "dropout": (1, {}),
+    "2 ranks": (2, dict(batch_size=2)),
+    "documents": (1, dict(packing="documents", seq_len=128)),
+    "on policy": (1, dict(on_policy=0.5, max_new_tokens=6)),   # optional: on_policy
 }
 
 
-def half_saved(out):
-    """Whether a checkpoint is being written, or was when the run was killed."""
-    return bool(list(Path(out, "checkpoints").glob("tmp-*")))
+def assert_same_run(out, other):
+    assert same(final_weights(out), final_weights(other))
+    assert quiet_log(out) == quiet_log(other)
 
 
-def killed_run(tmp_path, teacher, student, text, kind, kills, seed, damage=False):
-    """A run that is killed again and again against one that is not: every second kill falls into a
-    save, the others anywhere. damage: each time the newest checkpoint loses a bit, where an older
-    one is left to fall back to."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 4,
-              "max_steps": 12, "save_steps": 2, "eval_steps": 5, "eval_samples": 8, "alpha": 0.4,
-              "lr_scheduler": "cosine", **KILLED[kind]}
-    ranks = fields.pop("ranks", 1)
-    if fields["student"] == "dropout":
-        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
-    whole = str(tmp_path / "whole")
-    broken = str(tmp_path / "broken")
-    pick = random.Random(seed)
+def damage(newest, draw):
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
+    path = draw.choice(sorted(newest.iterdir()))
+    how = draw.choice(["turn", "lose", "add"])
+    if how == "turn":
+        flip(path, draw.random())
+    elif how == "lose":
+        path.unlink()
+    else:
+        shutil.copy(path, newest / "stale.safetensors")
 
-    def start(out):
-        return Fork(f"{out}.txt", *flags(**{**fields, "output_dir": out}), ranks=ranks)
 
-    begun = time.time()
-    assert "done in" in start(whole).wait()
-    usual_seconds = time.time() - begun
-    inside = 0
-    damaged = 0
-    for n in range(kills):
-        run = start(broken)
-        saved = Path(broken, "checkpoints")
-        if damage:
-            end = time.time() + 30
-            while time.time() < end and len(list(saved.glob("step-*"))) < 2:
-                time.sleep(0.005)
-            time.sleep(usual_seconds * pick.uniform(0, 0.1))
-        elif n % 2 == 0:
-            end = time.time() + 30
-            while time.time() < end and not half_saved(broken):
-                if os.path.isdir(f"{broken}/final"):
-                    break
-        else:
-            time.sleep(usual_seconds * pick.uniform(0.3, 0.9))
+def saves_since(start, out):
+    """How many checkpoints are newer than that."""
+    count = 0
+    for path in out.glob("checkpoints/step-*"):
+        with contextlib.suppress(FileNotFoundError):   # deleted just now
+            count += path.stat().st_mtime > start
+    return count
+
+
+@pytest.mark.parametrize("kills, damaged", [
+    (2, False),
+    pytest.param(12, False, marks=pytest.mark.campaign),
+    pytest.param(12, True, marks=pytest.mark.campaign),
+])
+@pytest.mark.parametrize("kind", KILLED)
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(
+        tmp_path, teacher, student, text, kind, kills, damaged):
+    """Killed again and again, at random. damaged: each time the newest checkpoint of two is."""
+    ranks, more = KILLED[kind]
+    if kind == "dropout":
+        student = tiny_model(tmp_path / "dropout", **DROPOUT)
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, max_steps=12,
+                  save_steps=2, eval_steps=5, eval_samples=8, alpha=0.4, lr_scheduler="cosine")
+    fields = dict(ranks=ranks) | fields | more
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    draw = random.Random(kills)
+    assert "done in" in distil_apart(whole, **fields).wait()
+    unfinished = 0
+    for _ in range(kills):
+        start = time.time()
+        run = distil_apart(broken, **fields)
+        saves = 2 if damaged else draw.randrange(3)
+        while run.poll() is None and saves_since(start, broken) < saves:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
         run.signal(signal.SIGKILL).wait()
-        inside += half_saved(broken)
-        checkpoints = sorted(saved.glob("step-*"))
-        if damage and len(checkpoints) > 1:
-            flip(pick.choice(sorted(checkpoints[-1].iterdir())), pick.random())
-            damaged += 1
-    shown = start(broken).wait()
-    assert os.path.isdir(f"{broken}/final"), shown[-3000:]
-    assert same(final_weights(whole), final_weights(broken)), shown
-    assert quiet_log(whole) == quiet_log(broken)
-    assert damage or kills < 2 or inside > 0, "no kill fell into a save"
-    assert not damage or damaged == kills
+        unfinished += not (broken / "final").is_dir()
+        if damaged:
+            damage(max(broken.glob("checkpoints/step-*")), draw)
+    shown = distil_apart(broken, **fields).wait()
+    assert unfinished or damaged, "no kill came before the end"
+    assert damaged == ("passed over" in shown), shown
+    assert_same_run(broken, whole)
 
 
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=3, seed=len(kind))
+# Rank 0 dies when it comes to the nth line of those that a save runs through: ours and torch's.
+DIES = """
+import sys
+lines = set()
+
+def watch(frame, event, value):
+    if frame.f_code.co_filename.endswith({files}):
+        lines.add((frame.f_code, frame.f_lineno))
+        if len(lines) == {line} and RANK == 0:
+            os.kill(os.getpid(), 9)
+        return watch
+
+def save_watched(*args, unwatched=save_checkpoint):
+    sys.settrace(watch)
+    try:
+        return unwatched(*args)
+    finally:
+        sys.settrace(None)
+
+save_checkpoint = save_watched
+"""
+OURS = ("simple_distill.py",)
+TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_twelve_kills(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=1)
+@pytest.mark.parametrize("ranks, files, every", [
+    (1, OURS, 6),
+    pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
+    pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
+])
+def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, ranks, files, every):
+    """While files are written, between checksums, rename and the deletion of the one before; each
+    run finds what the last one left. The other ranks end by themselves."""
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=2, save_steps=1,
+                  keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    for line in range(every, 999, every):
+        shown = distil_apart(broken, **fields, change=DIES.format(files=files, line=line)).wait()
+        assert (broken / "checkpoints").is_dir(), shown
+        if "done in" in shown:
+            break
+    assert line > 20   # or it never died
+    distil_apart(whole, **fields).wait()
+    assert_same_run(broken, whole)
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", KILLED)
-def test_runs_twelve_kills_and_as_many_flipped_bits(tmp_path, teacher, student, text, kind):
-    killed_run(tmp_path, teacher, student, text, kind, kills=12, seed=2, damage=True)
-
-
-@pytest.mark.parametrize("packing", [{}, dict(packing="documents", seq_len=128)])
-def test_runs_two_ranks_one_two_again(tmp_path, teacher, student, text, packing):
+@pytest.mark.parametrize("world_sizes, packing", [
+    ([2, 1, 2], {}),
+    ([2, 1, 2], dict(packing="documents", seq_len=128)),
+    ([4, 1, 3, 2], {}),
+])
+def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "batch_size": 3,
-              "save_steps": 2, **packing}
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=3, save_steps=2)
+    fields |= packing
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=6, output_dir=straight), ranks=2).wait()
-    for ranks, steps in ((2, 2), (1, 4), (2, 6)):
-        words = flags(**fields, max_steps=steps, output_dir=moved)
-        shown = Fork(tmp_path / "b.txt", *words, ranks=ranks).wait()
-        assert Path(moved, "checkpoints", f"step-{steps:08d}").is_dir(), shown
-    assert distance(final_weights(moved), final_weights(straight)) < 1e-5
-    losses = zip(column(straight, "train/loss"), column(moved, "train/loss"), strict=True)
-    for loss, moved_loss in losses:
-        assert abs(loss - moved_loss) < 1e-5 * abs(loss)
-    refused = distil(moved, teacher=teacher, student=student, dataset=text, batch_size=5,
-                     max_steps=8, rc=2, **packing)
-    assert "6 sequences a step" in refused.err
+    for i, ranks in enumerate(world_sizes, 1):
+        shown = distil_apart(moved, ranks, **fields, max_steps=2 * i).wait()
+        assert (moved / f"checkpoints/step-{2 * i:08d}").is_dir(), shown
+    distil_apart(straight, world_sizes[0], **fields, max_steps=2 * i).wait()
+    assert_close(moved, straight, shown)
+    refused = distil(moved, rc=2, **fields | dict(batch_size=5, max_steps=99))
+    assert f"{3 * world_sizes[0]} sequences a step" in refused.err
+
+
+def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    first = distil_apart(out, **fields, max_steps=100_000)
+    wait_for_log(out, first)
+    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "stopped at step" in first.signal(signal.SIGTERM).wait()
+    step = log(out, "train")[-1]["train/step"]
+    assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
+
+
+FAILS_ALONE = """
+if RANK == 1:
+    def load_model(*args):
+        raise ValueError("on this rank only")
+"""
+
+
+def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, student, text):
+    run = distil_apart(out, 3, FAILS_ALONE, teacher=teacher, student=student, dataset=text)
+    shown = run.wait(seconds=60)
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
+    assert "ValueError: on this rank only" in shown
 
 
 @pytest.mark.parametrize("number, stream", [
     (signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}),   # optional: streaming
     (signal.SIGINT, {}),
+    (signal.SIGHUP, {}),
 ])
 def test_runs_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
-    """And the same command goes on with the batch after the last one it was trained on."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **stream}
+    """Though the terminal has gone; the same command goes on with the next batch."""
+    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, **stream)
     stopped_run = tmp_path / "run"
-    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run))
+    terminal, inside = pty.openpty()
+    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run), stdout=inside,
+                    stderr=inside)
+    os.close(inside)
     wait_for_log(stopped_run, process)
+    os.close(terminal)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, shown
-    assert "saved; the same command continues" in shown
+    assert process.wait(timeout=60) == 0
     stopped = log(stopped_run, "train")[-1]["train/step"]
-    assert Path(stopped_run, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert (stopped_run / f"checkpoints/step-{stopped:08d}").is_dir()
     for out in (stopped_run, tmp_path / "whole"):
         cli(*flags(**fields, max_steps=stopped + 3, output_dir=out))
     assert same(final_weights(stopped_run), final_weights(tmp_path / "whole"))
 
 
 # ---- many ranks, as processes over gloo
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, teacher, student, chat):
-    """A run of one process, and its fields. Rows of very different lengths, so that ranks count
-    different numbers of tokens."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3,
-                  temperature=2.0)
-    distil(out, **fields, batch_size=8)
-    return out, fields
 
 
 def assert_close(out, other, shown):
@@ -8650,18 +7428,8 @@ def assert_close(out, other, shown):
     assert distance(final_weights(out), final_weights(other)) < 1e-5
 
 
-@pytest.mark.parametrize("shard_teacher", [True, False])
-@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
-def test_runs_two_ranks_are_one(tmp_path, alone, fsdp, shard_teacher):
-    other, fields = alone
-    out = tmp_path / "run"
-    fields = {**PLAIN, **fields, "fsdp": fsdp, "shard_teacher": shard_teacher, "output_dir": out,
-              "batch_size": 2, "gradient_accumulation_steps": 2}
-    shown = Fork(tmp_path / "log.txt", *flags(**fields), ranks=2).wait()
-    assert_close(out, other, shown)
-
-
 FAMILIES = {
+    "llama": {},
     "qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2,
                       moe_intermediate_size=16, head_dim=8),
     "gemma2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0,
@@ -8670,115 +7438,84 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [
-    "full_shard",
-    pytest.param("shard_grad_op", marks=pytest.mark.campaign),
-    pytest.param("hybrid_shard", marks=pytest.mark.campaign),
-    "no_shard",
+@pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op", "hybrid_shard", "no_shard"])
+@pytest.mark.parametrize("family, shard_teacher", [
+    ("llama", True),
+    ("llama", False),
+    ("qwen3 moe", True),
+    pytest.param("gemma2", True, marks=pytest.mark.campaign),
+    pytest.param("gpt2", True, marks=pytest.mark.campaign),
 ])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_runs_families_under_sharding(tmp_path, text, family, fsdp):
-    shape = FAMILIES[family]
-    teacher = tiny_model(tmp_path / "teacher", hidden=16, layers=3, seed=1, **shape)
-    student = tiny_model(tmp_path / "student", hidden=16, layers=2, seed=2, **shape)
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 3,
-              "alpha": 0.5}
+def test_runs_two_ranks_are_one(tmp_path, chat, family, shard_teacher, fsdp):
+    shape = dict(hidden=16, **FAMILIES[family])
+    fields = dict(
+        teacher=tiny_model(tmp_path / "teacher", layers=3, seed=1, **shape),
+        student=tiny_model(tmp_path / "student", seed=2, **shape),
+        dataset=chat, max_steps=3, alpha=0.3, temperature=2.0)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    distil(one, **{**fields, "batch_size": 4})
-    words = flags(**fields, fsdp=fsdp, batch_size=2, output_dir=two)
-    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    distil(one, **fields, batch_size=8)
+    fields |= dict(batch_size=2, gradient_accumulation_steps=2, fsdp=fsdp)
+    shown = distil_apart(two, 2, **fields, shard_teacher=shard_teacher).wait()
     assert_close(two, one, shown)
-    AutoModelForCausalLM.from_pretrained(two / "final")
+    load(two / "final")
 
 
 LOADING = """
-import resource, sys
-sys.path.insert(0, {package!r})
-import simple_distill as sd
+import resource
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-with sd.process_group():
-    sd.load_student(sd.Config(student={first!r}))   # imports the model's code
-    before = peak()
-    root = sd.load_student(sd.Config(student={wide!r}, use_wandb=False))
-    whole = 4 * root.model.num_parameters()
-    shard = sum(4 * p.to_local().numel() for p in root.parameters())
-    print("RANK", sd.RANK, (peak() - before - shard) / whole, flush=True)
+def main(args):
+    with process_group():
+        load_model(Config(student={first!r}), "student")   # imports the model's code
+        before = peak()
+        root, _ = load_model(Config(student={wide!r}), "student")
+        whole = 4 * root.model.num_parameters()
+        shard = sum(4 * p.to_local().numel() for p in root.parameters())
+        print("RANK", RANK, (peak() - before - shard) / whole, flush=True)
+    return 0
 """
 
 
 def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
-    first = tiny_model(tmp_path / "first")
-    script = tmp_path / "load.py"
-    script.write_text(LOADING.format(package=str(HERE), wide=wide, first=first))
-    shown = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown.stdout))
-    assert float(extra["1"]) < 0.2, shown.stdout + shown.stderr
+    change = LOADING.format(first=tiny_model(tmp_path / "first"), wide=wide)
+    shown = Fork(tmp_path / "log.txt", ranks=2, change=change).wait()
+    extra = dict(re.findall(r"RANK (\d) (\S+)", shown))
+    assert float(extra["1"]) < 0.2, shown
 
 
-def test_runs_launcher_with_two_processes_and_sigterm(tmp_path, alone):
-    other, fields = alone
-    fields = {**PLAIN, **fields, "batch_size": 4}
-    process = spawn(*flags(**{**fields, "output_dir": tmp_path / "run"}), nproc=2)
-    shown, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, shown
-    assert_close(tmp_path / "run", other, shown)
-    endless = {**fields, "output_dir": tmp_path / "long", "max_steps": 100_000}
-    process = spawn(*flags(**endless), nproc=2)
-    wait_for_log(tmp_path / "long", process)
-    process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, shown
-    assert "saved; the same command continues" in shown
-    assert list(Path(tmp_path, "long", "checkpoints").glob("step-*"))
+@pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
+def test_runs_launcher_is_one_process(tmp_path, teacher, student, chat, nodes, processes):
+    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3)
+    distil(tmp_path / "one", **fields, batch_size=8)
+    words = flags(**PLAIN, **fields, output_dir=tmp_path / "two", batch_size=4)
+    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port())}
+    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)})
+                for rank in range(nodes)]
+    shown = [process.communicate(timeout=180)[0] for process in launched]
+    assert {process.returncode for process in launched} == {0}, shown
+    assert_close(tmp_path / "two", tmp_path / "one", shown)
+    assert "".join(shown).count("done in") == 1   # only rank 0 prints
 
 
-def test_runs_two_nodes_of_one_process(tmp_path, alone):
-    other, fields = alone
-    out = tmp_path / "run"
-    words = words_of(flags(**{**PLAIN, **fields, "output_dir": out, "batch_size": 4}))
-    env = {**os.environ, "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(free_port())}
-    nodes = []
-    for rank in (0, 1):
-        nodes.append(subprocess.Popen(
-            [HERE / "launch.sh", *words], env={**env, "NODE_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    shown = [node.communicate(timeout=180)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], shown
-    assert_close(out, other, shown)
-    assert "done in" in shown[0] and "done in" not in shown[1]   # only rank 0 prints
-
-
-def test_runs_a_rank_that_dies_takes_the_job_down(tmp_path, alone):
-    _, fields = alone
-    out = tmp_path / "run"
-    endless = {**PLAIN, **fields, "output_dir": out, "batch_size": 4, "max_steps": 100_000}
-    process = spawn(*flags(**endless), nproc=2)
+def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
+    words = flags(**PLAIN, student=student, dataset=text, alpha=1.0, batch_size=4, output_dir=out,
+                  max_steps=100_000)
+    process = spawn(*words, nproc=2)
     wait_for_log(out, process)
     workers = pids_of(f"simple_distill.py.*{out}")
-    ranks = [pid for pid in workers if "RANK=1" in environment_of(pid)]
-    start = time.time()
-    os.kill(int(ranks[0]), signal.SIGKILL)
-    process.communicate(timeout=90)
+    rank_1, = [pid for pid in workers if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
+    os.kill(int(rank_1), signal.SIGKILL)
+    process.communicate(timeout=60)
     assert process.returncode != 0
-    assert time.time() - start < 60
 
 
 def pids_of(pattern):
     found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
     return found.stdout.split()
-
-
-def environment_of(pid):
-    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_runs_launcher_explains_itself():
@@ -8794,88 +7531,126 @@ def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
     process = spawn(*words, nproc=2, stderr=subprocess.PIPE)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert err.startswith("error: ") and len(err.strip().splitlines()) <= 2, err
+    assert err.count("error: ") == 1 and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("name, value", [
-    ("NPROC", "0"), ("NPROC", "abc"), ("MASTER_PORT", "x"), ("NODE_RANK", "1"),
-])
+@pytest.mark.parametrize("name, value", [("NPROC", "0"), ("NPROC", "abc"), ("NODE_RANK", "1")])
 def test_runs_launcher_names_a_wrong_number(name, value):
     shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
-                           env={**os.environ, name: value})
+                           env={**os.environ, "NPROC": "1", name: value})
     assert shown.returncode == 2
-    assert shown.stderr.startswith(f"error: {name} is ") and value in shown.stderr
+    assert re.match(rf"error: .*{name} (is )?{value}\b", shown.stderr)
 
 
 def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    process = subprocess.Popen(
-        [HERE / "launch.sh", "--output_dir", tmp_path / "out"], env={**os.environ, **env},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    assert "waits for the others" in process.stdout.readline()
-    end = time.time() + 60
-    while not pids_of(f"node-rank 0 .*{tmp_path}") and time.time() < end:
+    process = spawn("--output_dir", tmp_path / "out", nproc=2, env=env)
+    assert "waits for all nodes" in process.stdout.readline()
+    while not pids_of(f"node-rank=0 .*{tmp_path}"):
         time.sleep(0.05)
-    time.sleep(1)
-    start = time.time()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert time.time() - start < 3
     assert not pids_of(str(tmp_path))
 
 
-def test_runs_a_closed_terminal_saves(tmp_path, student, text):
-    """SIGHUP, and nobody reads what it says."""
+# As a shell: it hears that its terminal was closed, tells its jobs, and here sees how they end.
+SESSION = """
+import os, signal, subprocess, sys
+
+def hang_up(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    os.killpg(0, number)
+
+signal.signal(signal.SIGHUP, hang_up)
+signal.signal(signal.SIGINT, lambda *_: None)
+process = subprocess.Popen(sys.argv[2:])
+with open(sys.argv[1], "w") as f:
+    print(process.wait(), file=f)
+"""
+
+
+@pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
+@pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
+def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
+    """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
-    fields = {**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "output_dir": out,
-              "max_steps": 100_000}
-    process = spawn(*flags(**fields))
-    wait_for_log(out, process)
-    process.stdout.close()
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0
+    words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
+                     "output_dir": out, "max_steps": 100_000})
+    terminal, other_end = pty.openpty()
+    command = [HERE / program, *words_of(words)]
+    if program.endswith(".py"):
+        command.insert(0, sys.executable)
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code", *command],
+        stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
+    os.close(other_end)
+
+    def read_on():
+        if select.select([terminal], [], [], 0.05)[0]:
+            with contextlib.suppress(OSError):   # nobody is there to write any more
+                os.read(terminal, 65536)
+
+    while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
+        assert process.poll() is None
+        read_on()
+    if closes:
+        os.close(terminal)
+        process.wait(timeout=120)
+    else:
+        os.write(terminal, b"\x03")
+    while process.poll() is None:
+        read_on()
+    assert (tmp_path / "code").read_text() == "0\n"
     stopped = log(out, "train")[-1]["train/step"]
     assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert not pids_of(str(out))
 
 
 # ---- code that nobody allowed
 
 
-def plant_code(model, marks):
-    """A model folder whose config and tokenizer bring code of their own, which leaves a mark."""
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def plant_code(folder, marks):
+    """Config and tokenizer of a model get code of their own, which leaves a mark."""
     bases = {"configuration": ("EvilConfig", "LlamaConfig"),
              "modeling": ("EvilModel", "LlamaForCausalLM"),
              "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
     for file, (name, base) in bases.items():
-        (model / f"{file}_evil.py").write_text(
+        (folder / f"{file}_evil.py").write_text(
             f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
             f"class {name}({base}):\n    model_type = 'evil'\n")
-    knobs = json.loads((model / "config.json").read_text())
-    knobs |= {"model_type": "evil", "auto_map": {
+    edit_json(folder / "config.json", model_type="evil", auto_map={
         "AutoConfig": "configuration_evil.EvilConfig",
-        "AutoModelForCausalLM": "modeling_evil.EvilModel"}}
-    (model / "config.json").write_text(json.dumps(knobs))
-    plant_tokenizer(model)
+        "AutoModelForCausalLM": "modeling_evil.EvilModel"})
+    edit_json(folder / "tokenizer_config.json", **EVIL_TOKENIZER)
 
 
-def plant_tokenizer(folder):
-    knobs = json.loads((folder / "tokenizer_config.json").read_text())
-    knobs |= {"tokenizer_class": "EvilTokenizer", "auto_map": {
-        "AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(knobs))
+EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
+                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
 
 
-def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monkeypatch):
-    """Files of strangers that carry code, in each place where one may stand, under every mode."""
-    marks = tmp_path / "marks"
-    marks.mkdir()
+@pytest.fixture
+def marks(tmp_path, monkeypatch):
+    """A folder in which code that ran leaves a file."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
-    fields = dict(dataset=text, max_steps=1, alpha=1.0)
-    good = tmp_path / "good"
-    distil(good, student=student, **fields)
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
 
-    evil = Path(shutil.copytree(student, tmp_path / "evil"))
-    plant_code(evil, marks)
+
+@pytest.fixture
+def evil(tmp_path, student, marks):
+    """A model that brings code of its own."""
+    shutil.copytree(student, tmp_path / "evil")
+    plant_code(tmp_path / "evil", marks)
+    return tmp_path / "evil"
+
+
+def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
+    """Files of strangers that carry code, in each place where one may stand, under every mode."""
+    run = dict(PLAIN, student=student, dataset=text, max_steps=1, alpha=1.0)
     pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
     (pickled / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
@@ -8885,58 +7660,44 @@ def test_runs_no_code_that_nobody_allowed(tmp_path, teacher, student, text, monk
     yaml_file = tmp_path / "run.yaml"
     yaml_file.write_text(
         f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
-
     # a run of a stranger, which says of itself that its student's code may run
-    obeyed = Path(shutil.copytree(good, tmp_path / "obeyed"))
-    step = obeyed / "checkpoints" / "step-00000001"
-    state = json.loads((step / "state.json").read_text())
-    del state["digest"]
-    state["config"] |= {"trust_remote_code": True, "student": str(evil), "tokenizer": str(evil)}
-    state["digest"] = sd.digest(state)
-    (step / "state.json").write_text(json.dumps(state))
-    loaded = Path(shutil.copytree(good, tmp_path / "loaded"))
-    replant(loaded / "checkpoints" / "step-00000001", lambda _: Payload(marks / "metadata"))
-
-    from_victim = loaded / "checkpoints" / "step-00000001"
+    obeyed = tmp_path / "obeyed"
+    cli(*flags(**run, output_dir=obeyed))
+    edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
+              tokenizer=str(evil))
+    judged = dict(   # optional: eval
+        mode="eval", student=student, tokenizer=student, dataset=text)
     commands = [
-        dict(PLAIN, student=evil, **fields),
-        dict(PLAIN, student=student, tokenizer=evil, **fields),
-        dict(PLAIN, student=student, teacher=evil, **{**fields, "alpha": 0.5}),
-        dict(PLAIN, student=pickled, **fields),
-        dict(PLAIN, student=student, **{**fields, "dataset": script}),
-        dict(PLAIN, student=student, resume=from_victim, **fields),
+        run | dict(student=evil),
+        run | dict(tokenizer=evil),
+        run | dict(teacher=evil, alpha=0.5),
+        run | dict(student=pickled),
+        run | dict(dataset=script),
         dict(config=yaml_file),
+        dict(student=student, teacher=evil, blockwise=True, dataset=text),   # optional: blockwise
+        dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c",   # optional: cache
+             dataset=text),
+        dict(mode="generate", provider="local", teacher=evil,   # optional: generate
+             num_examples=1),
+        judged | dict(student=evil),   # optional: eval
+        judged | dict(compare=[evil]),   # optional: eval
+        judged | dict(   # optional: eval
+            student=obeyed / "checkpoints" / "step-00000001"),
     ]
-    if hasattr(sd, "train_blockwise"):   # optional: blockwise
-        commands.append(dict(student=student, teacher=evil, blockwise=True, dataset=text))
-    if hasattr(sd, "fill_cache"):   # optional: cache
-        commands.append(dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c", dataset=text))
-    if hasattr(sd, "generate"):   # optional: generate
-        commands.append(dict(mode="generate", provider="local", teacher=evil, num_examples=1))
-    if hasattr(sd, "report"):   # optional: eval
-        judged = dict(mode="eval", eval_samples=2, tokenizer=student, dataset=text)
-        commands.append({**judged, "student": evil})
-        commands.append({**judged, "student": student, "compare": [evil]})
-        commands.append({**judged, "student": step})
-        commands.append({**judged, "student": from_victim})
     for i, command in enumerate(commands):
         result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert result.err.count("error: ") == 1, result.err
         assert not os.listdir(marks), (command, result)
-        if evil in command.values() or command.get("compare"):
-            assert "--trust_remote_code" in result.err, result.err
+        if str(evil) in str(command):
+            assert "trust_remote_code" in result.err, result.err
 
 
-def test_runs_a_caches_tokenizer_runs_no_code(tmp_path, student, text):   # optional: cache
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    evil = Path(shutil.copytree(student, tmp_path / "evil"))
-    plant_code(evil, marks)
+def test_runs_a_caches_tokenizer_runs_no_code(   # optional: cache
+        tmp_path, student, text, marks, evil):
     cache = tmp_path / "cache"
     cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
-    for folder in [path.parent for path in cache.rglob("tokenizer_config.json")]:
-        shutil.copy(evil / "tokenization_evil.py", folder)
-        plant_tokenizer(folder)
+    for path in list(cache.rglob("tokenizer_config.json")):
+        shutil.copy(evil / "tokenization_evil.py", path.parent)
+        edit_json(path, **EVIL_TOKENIZER)
     cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
     assert not os.listdir(marks)
 
@@ -8953,194 +7714,155 @@ ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {},
 
 def break_json(value, draw):
     """A copy with one entry, at any depth, replaced, left out or renamed."""
-    value = json.loads(json.dumps(value))
-    if not isinstance(value, (dict, list)):
+    if not value or not isinstance(value, (dict, list)):
         return draw.choice(ODD_JSON)
-    here = value
-    while True:
-        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
-        if not keys:
-            return draw.choice(ODD_JSON)
-        key = draw.choice(keys)
-        if isinstance(here[key], (dict, list)) and here[key] and draw.random() < 0.6:
-            here = here[key]
-            continue
-        how = draw.random()
-        if how < 0.75:
-            here[key] = draw.choice(ODD_JSON)
-        elif how < 0.9:
-            del here[key]
-        elif isinstance(here, dict):
-            here[f"{key} "] = here.pop(key)
-        return value
+    broken = value.copy()
+    key = draw.choice(list(broken) if isinstance(broken, dict) else range(len(broken)))
+    how = draw.random()
+    if how < 0.6:
+        broken[key] = break_json(broken[key], draw)
+    elif how < 0.8:
+        broken[key] = draw.choice(ODD_JSON)
+    elif how < 0.9 or isinstance(broken, list):
+        del broken[key]
+    else:
+        broken[f"{key} "] = broken.pop(key)
+    return broken
 
 
 def break_bytes(content, draw):
     """Cut, with a byte changed, or with something in its middle."""
     at = draw.randrange(len(content) + 1)
-    how = draw.randrange(4)
-    if how == 0:
-        return content[:at]
-    if how == 1:
-        return content[:at] + bytes([draw.randrange(256)]) + content[at + 1:]
-    if how == 2:
-        odd = draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"])
-        return content[:at] + odd + content[at:]
-    return draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content])
+    return draw.choice([
+        content[:at],
+        content[:at] + bytes([draw.randrange(256)]) + content[at + 1:],
+        content[:at] + draw.choice([b"\0", b"\xff\xfe", b"{", b'"', b"\n", b"]"]) + content[at:],
+        draw.choice([b"", b"\0" * 100, b"[]", b"{}", b"null", b"\xef\xbb\xbf" + content]),
+    ])
 
 
 def break_file(path, draw):
     """As json where it is json, half of the time; else as bytes."""
-    path = Path(path)
     content = path.read_bytes()
-    if path.suffix == ".json" and draw.random() < 0.6:
-        content = json.dumps(break_json(json.loads(content), draw)).encode()
-    elif path.suffix == ".jsonl" and content and draw.random() < 0.6:
-        lines = content.splitlines()
-        i = draw.randrange(len(lines))
-        lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
-        content = b"\n".join(lines) + b"\n"
-    else:
-        content = break_bytes(content, draw)
-    path.write_bytes(content)
+    if path.suffix not in (".json", ".jsonl") or not content or draw.random() < 0.4:
+        path.write_bytes(break_bytes(content, draw))
+        return
+    lines = [content] if path.suffix == ".json" else content.splitlines()
+    i = draw.randrange(len(lines))
+    lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def files_below(*folders):
+    return {path: path.read_bytes()
+            for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 class Fuzz:
-    """Good things in a folder, from which each case takes a copy to break."""
+    """Good things in a folder, of which each case breaks a copy: case_x(folder, draw) -> flags of
+    a run into folder/out; what is of the user lies in folder/user."""
 
     def __init__(self, folder, student, text):
         self.folder = folder
         self.student = student
         self.good = folder / "good"
         self.good.mkdir()
-        shutil.copy(text, self.good / "text.jsonl")
+        self.text = self.good / "text.jsonl"
+        shutil.copy(text, self.text)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
-        rows = [{"messages": turns} for _ in range(6)]
-        rows += [{"messages": [*turns, *turns]} for _ in range(6)]
+        rows = [{"messages": turns * (1 + i // 6)} for i in range(12)]
         write_jsonl(self.good / "chat.jsonl", rows)
-        self.fields = dict(PLAIN, student=student, dataset=self.good / "text.jsonl", alpha=1.0,
-                           max_steps=1)
+        self.train = dict(PLAIN, student=student, dataset=self.text, alpha=1.0, max_steps=1)
+        self.cache = dict(mode="cache", teacher=student, dataset=self.text, seq_len=32,
+                          cache_chunk=16)
+        self.generate = dict(mode="generate", provider="local", teacher=student, num_examples=2,
+                             max_tokens=4)
 
-    def words(self, **fields):
-        return flags(**{**self.fields, **fields})
+    def copy_broken(self, name, to, draw, **fields):
+        """A copy of what a good run has left, one file of it broken."""
+        if not (self.folder / name).exists():
+            cli(*flags(**fields))
+        shutil.copytree(self.folder / name, to)
+        break_file(draw.choice(sorted(path for path in to.rglob("*") if path.is_file())), draw)
 
     def case_flags(self, case, draw):
-        skipped = ("output_dir", "max_steps", "cpu_offload", "mode", "config")
+        modes = {
+            "train": dict(student=self.student, dataset=self.text, alpha=1, max_steps=1),
+            "cache": self.cache | dict(cache_dir=case / "cache"),   # optional: cache
+            "generate": self.generate,   # optional: generate
+            "eval": dict(mode="eval", student=self.student,   # optional: eval
+                         dataset=self.text, eval_samples=1),
+        }
+        mode = modes[draw.choice(["train", *modes])]
+        skipped = {"output_dir", "max_steps", "cpu_offload", "mode", "config", *mode}
         name = draw.choice([name for name in config.FIELDS if name not in skipped])
-        mode = draw.choice(["train", "train", "cache", "generate", "eval"])
-        words = ["--output_dir", case / "out", "--mode", mode, f"--{name}", draw.choice(ODD)]
-        if mode == "train":
-            words += ["--student", self.student, "--dataset", self.good / "text.jsonl", "--alpha",
-                      "1", "--max_steps", "1"]
-        elif mode == "cache":
-            words += ["--teacher", self.student, "--dataset", self.good / "text.jsonl",
-                      "--cache_dir", case / "cache"]
-        elif mode == "eval":
-            words += ["--student", self.student, "--dataset", self.good / "text.jsonl",
-                      "--eval_samples", "1"]
-        else:
-            words += ["--provider", "local", "--teacher", self.student, "--num_examples", "1",
-                      "--max_tokens", "2"]
-        return words
+        return mode | {name: draw.choice(ODD)}
 
     def case_file(self, case, draw):
-        kind = draw.choice(["json", "yaml"])
-        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.good / "text.jsonl"),
+        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.text),
                 "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
-        path = case / f"run.{kind}"
+        path = case / "user" / f"run.{draw.choice(['json', 'yaml'])}"
         path.write_text(json.dumps(good))   # which is yaml too
         break_file(path, draw)
         if draw.random() < 0.2:
-            path.write_text("student: " + draw.choice(ODD).replace("\0", " ").replace(
-                "\ud800", "") + "\nstudent: x\n")
-        if draw.random() < 0.05:
-            path.chmod(0)
-        return ["--config", path, "--output_dir", case / "out", "--student", self.student,
-                "--dataset", self.good / "text.jsonl", "--max_steps", "1", "--alpha", "1"]
+            path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
+        return dict(config=path, student=self.student, dataset=self.text, max_steps=1, alpha=1)
 
     def case_rows(self, case, draw):
-        name = draw.choice(["text.jsonl", "chat.jsonl"])
-        path = case / name
-        shutil.copy(self.good / name, path)
+        path = case / "user" / draw.choice(["text.jsonl", "chat.jsonl"])
+        shutil.copy(self.good / path.name, path)
         for _ in range(draw.randrange(1, 4)):
-            if path.stat().st_size:
-                with contextlib.suppress(ValueError, IndexError):   # broken beyond that already
-                    break_file(path, draw)
+            with contextlib.suppress(ValueError):   # broken beyond that already
+                break_file(path, draw)
         if draw.random() < 0.15:
-            path = path.rename(case / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
+            path = path.rename(
+                path.parent / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
         more = {}
         more = draw.choice([{}, {"streaming": True}])   # optional: streaming
-        return self.words(dataset=path, output_dir=case / "out", **more)
+        return self.train | dict(dataset=path) | more
 
     def case_model(self, case, draw):
-        model = shutil.copytree(self.student, case / "model")
+        model = case / "user" / "model"
+        shutil.copytree(self.student, model)
         sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
                  "num_attention_heads", "num_key_value_heads", "head_dim")
-        file = draw.choice(["config.json", "config.json", "tokenizer.json",
-                            "tokenizer_config.json", "model.safetensors",
-                            "generation_config.json"])
-        if file == "config.json" and draw.random() < 0.5:
-            values = json.loads((model / file).read_text())
-            values[draw.choice(sizes)] = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
-            (model / file).write_text(json.dumps(values))
+        path = model / draw.choice([
+            "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+            "model.safetensors", "generation_config.json"])
+        if path.name == "config.json" and draw.random() < 0.5:
+            size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+            edit_json(path, **{draw.choice(sizes): size})
         else:
-            break_file(model / file, draw)
+            break_file(path, draw)
         if draw.random() < 0.1:
-            (model / file).unlink()
-        role = draw.choice(["student", "teacher"])
-        alpha = 1.0 if role == "student" else 0.5
-        return self.words(**{role: model}, alpha=alpha, output_dir=case / "out")
+            path.unlink()
+        return self.train | draw.choice([dict(student=model), dict(teacher=model, alpha=0.5)])
 
     def case_output(self, case, draw):
-        """What an earlier run left."""
-        out = self.folder / "finished"
-        if not out.exists():
-            distil(out, **{**self.fields, "max_steps": 2, "save_steps": 1})
-        shutil.copytree(out, case / "out")
-        files = [path for path in (case / "out").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
-        return self.words(max_steps=3, output_dir=case / "out")
+        """What an earlier run left; without its mark it is a folder of the user's."""
+        fields = self.train | dict(max_steps=2, save_steps=1)
+        self.copy_broken("finished", case / "out", draw, output_dir=self.folder / "finished",
+                         **fields)
+        if draw.random() < 0.2:
+            (case / "out" / sd.MARK).unlink(missing_ok=True)
+        return self.train | dict(max_steps=3)
 
     def case_cache(self, case, draw):   # optional: cache
-        cache = self.folder / "cache"
-        if not cache.exists():
-            cli(*flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
-                       cache_dir=cache, seq_len=32, cache_chunk=16))
-        shutil.copytree(cache, case / "cache")
-        files = [path for path in (case / "cache").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
+        self.copy_broken("cache", case / "cache", draw, cache_dir=self.folder / "cache",
+                         **self.cache)
         if draw.random() < 0.3:
-            return flags(mode="cache", teacher=self.student, dataset=self.good / "text.jsonl",
-                         cache_dir=case / "cache", seq_len=32, cache_chunk=16,
-                         output_dir=case / "out")
-        fields = {**self.fields, "dataset": None, "alpha": 0.5, "seq_len": None}
-        return flags(**fields, cache_dir=case / "cache", output_dir=case / "out")
+            return self.cache | dict(cache_dir=case / "cache")
+        return self.train | dict(cache_dir=case / "cache", dataset=None, alpha=0.5, seq_len=None)
 
     def case_leftovers(self, case, draw):   # optional: generate
-        out = self.folder / "generated"
-        fields = dict(mode="generate", provider="local", teacher=self.student, num_examples=2,
-                      max_tokens=4)
-        if not out.exists():
-            sd.main(words_of(flags(**fields, output_dir=out)))
-        shutil.copytree(out, case / "out")
-        files = [path for path in (case / "out").rglob("*") if path.is_file()]
-        break_file(draw.choice(files), draw)
+        self.copy_broken("generated", case / "out", draw, output_dir=self.folder / "generated",
+                         **self.generate)
         if draw.random() < 0.3:
-            prompts = write_jsonl(case / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+            prompts = case / "user" / "prompts.jsonl"
+            write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
             break_file(prompts, draw)
-            fields["prompts_file"] = prompts
-        return flags(**fields, output_dir=case / "out")
-
-    def case_environment(self, case, draw):
-        name = draw.choice([
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY",
-            "ALL_PROXY", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
-            "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "COLUMNS", "TMPDIR", "HOME", "TERM"])
-        value = draw.choice([text for text in ODD if "\0" not in text and "\ud800" not in text])
-        words = self.words(output_dir=case / "out")
-        if draw.random() < 0.3:
-            words = self.words(output_dir=case / "out", student="owner/name")
-        return {name: value}, words
+            return self.generate | dict(prompts_file=prompts)
+        return self.generate
 
 
 @pytest.mark.campaign
@@ -9154,150 +7876,114 @@ def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
     fuzz = Fuzz(tmp_path, student, text)
     monkeypatch.chdir(tmp_path)
     failures = []
-    answers = collections.Counter()
     first = int(os.environ.get("FUZZ_FROM", 0))
     for number in range(first, first + cases):
-        draw = random.Random(f"{kind} {number}")
         case = tmp_path / f"{kind}-{number}"
-        case.mkdir()
-        words = words_of(getattr(fuzz, f"case_{kind}")(case, draw))
-        watched = [path for path in (fuzz.good, Path(student), *case.iterdir())
-                   if path.name not in ("out", "cache")]
-        before = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
-        problem = problem_of(words, answers)
-        after = [digests_below(path) or path.is_file() and path.read_bytes() for path in watched]
-        if before != after:
+        (case / "user").mkdir(parents=True)
+        fields = getattr(fuzz, f"case_{kind}")(case, random.Random(f"{kind} {number}"))
+        watched = [fuzz.good, Path(student), case / "user"]
+        if (case / "out").exists() and not (case / "out" / sd.MARK).exists():
+            watched.append(case / "out")
+        before = files_below(*watched)
+        words = words_of(flags(**fields, output_dir=case / "out"))
+        problem = problem_of(words)
+        if files_below(*watched) != before:
             problem = f"changed what is not its own; {problem}"
         if problem:
             failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
         shutil.rmtree(case)
-    print(answers)
     assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
 
 
-def problem_of(words, answers, seconds=60):
+def give_up(number, frame):
+    raise TimeoutError("more than a minute")
+
+
+def problem_of(words):
     """What is wrong with the answer to a command line, None where nothing is."""
     out = io.StringIO()
     err = io.StringIO()
-
-    def give_up(number, frame):
-        raise TimeoutError(f"more than {seconds} s")
-
-    handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = sd.main(words)
     except SystemExit as e:
-        code = e.code or 0
-    except BaseException as e:
-        place = traceback.extract_tb(e.__traceback__)
-        ours = [frame for frame in place if "simple_distill.py" in frame.filename
-                or "config.py" in frame.filename and "work" in frame.filename]
-        return (f"{type(e).__name__}: {str(e)[:200]} at "
-                + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(ours[-4:])))
+        code = e.code
+    except BaseException:
+        return traceback.format_exc()[-1500:]
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
         if sd.dist.is_initialized():
             sd.dist.destroy_process_group()
-    answers[code] += 1
-    if code not in (0, 2):
-        return f"exit code {code}"
-    if "Traceback" in err.getvalue() + out.getvalue():
-        return f"traceback: {err.getvalue()[-600:]}"
-    lines = err.getvalue().strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    if code == 2 and len(errors) != 1:
-        return f"{len(errors)} error lines: {err.getvalue()[-600:]!r}"
-    if code == 2 and len(errors[0]) > 2000:
-        return f"an error of {len(errors[0])} characters"
-    return None
+    errors = re.findall("^error: .*", err.getvalue(), re.MULTILINE)
+    if code in (0, None) and not errors:
+        return None
+    if code == 2 and len(errors) == 1 and len(errors[0]) < 2000 and "Trace" not in err.getvalue():
+        return None
+    return f"exit code {code}: {err.getvalue()[-600:]!r}"
 
 
 @pytest.mark.campaign
 def test_runs_fuzz_of_the_environment(tmp_path, student, text):
     """In processes of their own, since it is read when the package is imported."""
-    fuzz = Fuzz(tmp_path, student, text)
+    names = ("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HOME "
+             "HF_ENDPOINT HF_HUB_OFFLINE WANDB_MODE OMP_NUM_THREADS TOKENIZERS_PARALLELISM COLUMNS "
+             "TMPDIR HOME TERM").split()
+    values = [value for value in ODD if "\0" not in value and "\ud800" not in value]
+    fields = Fuzz(tmp_path, student, text).train
     failures = []
     for number in range(30):
-        case = tmp_path / f"environment-{number}"
-        case.mkdir()
-        env, words = fuzz.case_environment(case, random.Random(f"environment {number}"))
-        run = subprocess.run(
-            [sys.executable, HERE / "simple_distill.py", *words_of(words)], text=True, cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, capture_output=True, timeout=120)
-        if run.returncode not in (0, 2) or "Traceback" in run.stderr:
-            failures.append(f"{env}: exit code {run.returncode}\n{run.stderr[-600:]}")
+        draw = random.Random(f"environment {number}")
+        env = {draw.choice(names): draw.choice(values)}
+        fields["student"] = draw.choice([student, student, "owner/name"])
+        process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
+        shown, _ = process.communicate(timeout=120)
+        if process.returncode not in (0, 2) or "Traceback" in shown:
+            failures.append(f"{env}: exit code {process.returncode}\n{shown[-600:]}")
     assert not failures, "\n".join(failures)
 
 
 # ---- a week of runs, one after the other, as a user types them
 
-SHARDINGS = [
-    dict(fsdp="full_shard", shard_teacher=True, cpu_offload=False),
-    dict(fsdp="shard_grad_op", shard_teacher=True, cpu_offload=False),
-    dict(fsdp="hybrid_shard", shard_teacher=False, cpu_offload=False),
-    dict(fsdp="no_shard", shard_teacher=True, cpu_offload=True),
-]
 WEEK = [   # (processes, flags)
-    *[(2, dict(max_steps=4, save_steps=2, **sharding)) for sharding in SHARDINGS],
-    (2, dict(max_steps=6, goes_on=True)),   # in the output_dir of the run before
-    (1, dict(max_steps=8, goes_on=True)),
-    (1, dict(alpha=1, max_steps=3)),
-    (1, dict(divergence="reverse", temperature=2, max_steps=3)),
-    (1, dict(divergence="jsd", max_steps=3)),
-    (1, dict(student="layers:1", max_steps=3)),
-    (1, dict(dtype="bf16", gradient_checkpointing=True, max_steps=3)),
-    (1, dict(dtype="fp16", max_steps=3)),
-    (1, dict(compile=True, max_steps=3)),
-    (2, dict(streaming=True, max_steps=4)),   # optional: streaming
-    (1, dict(lr_multipliers=["mlp=0", "embed=0.1"], max_steps=3)),
-    (1, dict(num_epochs=2, eval_steps=5, gradient_accumulation_steps=2)),
+    (2, dict(fsdp="shard_grad_op", gradient_checkpointing=True, num_epochs=1, max_steps=None)),
+    (2, dict(fsdp="hybrid_shard", shard_teacher=False, divergence="reverse", temperature=2)),
+    (2, dict(fsdp="no_shard", cpu_offload=True, divergence="jsd")),
+    (2, dict(output_dir="three", eval_steps=1, save_steps=2)),
+    (2, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=6)),
+    (1, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=8)),
+    (1, dict(alpha=1, student="layers:1", lr_multipliers=["mlp=0", "embed=0.1"])),
+    (1, dict(dtype="bf16", compile=True, gradient_accumulation_steps=2)),
+    (1, dict(dtype="fp16", packing="documents", attention="sdpa")),
+    (2, dict(streaming=True)),   # optional: streaming
     (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
-    (2, dict(cache_dir="cache", max_steps=4)),   # optional: cache
-    (1, dict(cache_dir="cache", max_steps=3)),   # optional: cache
-    (1, dict(   # optional: cache
-        mode="cache", cache_dir="topk", cache_method="topk", cache_top_k=8)),
-    (1, dict(cache_dir="topk", max_steps=3)),   # optional: cache
-    (2, dict(blockwise=True, max_steps=2)),   # optional: blockwise
-    (1, dict(blockwise=True, block_input="teacher", num_epochs=0)),   # optional: blockwise
+    (2, dict(   # optional: cache
+        cache_dir="cache", teacher=None, dataset=None, seq_len=None)),
+    (2, dict(blockwise=True)),   # optional: blockwise
+    (1, dict(on_policy=0.5, max_new_tokens=4)),   # optional: on_policy
     (1, dict(   # optional: generate
-        mode="generate", provider="local", num_examples=3, max_tokens=8, concurrency=3)),
-    (2, dict(mode="eval", student="final")),   # optional: eval
-    (1, dict(   # optional: eval
-        mode="eval", student="final", compare=["final"], generate_comparisons=False)),
+        mode="generate", provider="local", num_examples=3, max_tokens=8)),
+    (2, dict(   # optional: eval
+        mode="eval", student="three/final", compare=["three/final"])),
 ]
 
 
 @pytest.mark.campaign
 def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
     """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    here = tmp_path / "here"
-    here.mkdir()
-    final = str(here / "out0" / "final")
-    out = None
+    folders = {"cache"}
     for i, (nproc, fields) in enumerate(WEEK):
-        fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, **fields}
-        if fields.pop("goes_on", False):
-            fields |= dict(fsdp="full_shard", save_steps=2)
-        else:
-            out = f"out{i}"
-        fields["output_dir"] = out
-        if fields["student"] == "final":
-            fields["student"] = final
-        if "compare" in fields:
-            fields["compare"] = [final]
-        if "cache_dir" in fields:
-            fields["cache_dir"] = str(here / fields["cache_dir"])
+        fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, max_steps=4,
+                      output_dir=f"out{i}") | fields
+        folders.add(fields["output_dir"])
         words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
-        process = spawn(*words, nproc=nproc, cwd=here, env={"PYTHONWARNINGS": "default"})
+        process = spawn(*words, nproc=nproc, cwd=tmp_path, env={"PYTHONWARNINGS": "default"})
         shown, _ = process.communicate(timeout=600)
         assert process.returncode == 0, (fields, shown)
         assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
         assert "Traceback" not in shown, (fields, shown)
-    left = {path.name for path in here.iterdir()}
-    assert left <= {f"out{i}" for i in range(len(WEEK))} | {"cache", "topk"}
+    assert {path.name for path in tmp_path.iterdir()} <= folders
     assert pids_of(str(tmp_path)) == []
 
 
@@ -9307,16 +7993,23 @@ def is_read(name, fields):
 
 
 # --------------------------------------------------------------------------------------------------
-# Freeze: the same runs by this package and by a commit before it give the same weights, caches and
-# logs, bit for bit. REFERENCE=COMMIT names another commit; move it where a result is meant to
-# change.
+# Freeze: the same runs by this package and by a commit before it give the same batches, weights,
+# logs and reports, bit for bit, and what a cache holds is read the same. REFERENCE=COMMIT names
+# another commit; move it where a result is meant to change.
+#
+# Meant to differ from 58e7ff4, and left out: the files of checkpoints and caches; what log and
+# reports say of blocks and layers (figures are sums over tokens, after a linear map); intervals
+# (drawn otherwise); texts that provider local draws (by the one writer); the order of packed rows.
 
-REFERENCE = os.environ.get("REFERENCE", "e9529ff")   # before the house was rebuilt
+REFERENCE = os.environ.get("REFERENCE", "58e7ff4")   # before the house was halved
 
 TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
-CHAT_RUN = dict(teacher="teacher", student="student", dataset="chat", max_steps=3, eval_samples=8)
-BLOCKS = dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2,
-              distill_loss_type="mse", max_grad_norm_per_block=1.0)   # as defaults once were
+CHAT_RUN = TEXT_RUN | dict(dataset="chat", max_steps=3)
+CACHE = dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32)
+CACHED_RUN = TEXT_RUN | dict(teacher=None, dataset=None, seq_len=None, cache_dir="cache")
+BLOCKS = CHAT_RUN | dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2)
+STREAMED = {}
+STREAMED = dict(streaming=True)   # optional: streaming
 FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
     "forward": [(1, TEXT_RUN)],
     "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
@@ -9333,31 +8026,47 @@ FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, int
     "layers": [(1, TEXT_RUN | dict(student="layers:1"))],
     "2 ranks": [(2, CHAT_RUN | dict(batch_size=2))],
     "2 ranks, no_shard": [(2, TEXT_RUN | dict(fsdp="no_shard", shard_teacher=False))],
-    "resumed": [(1, TEXT_RUN | dict(max_steps=2)), (1, TEXT_RUN)],
+    "3 ranks, then 2": [
+        (3, TEXT_RUN | dict(batch_size=2, max_steps=2)), (2, TEXT_RUN | dict(batch_size=2))],
+    "killed": [(1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=True)),
+               (1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=False))],
     "stream": [   # optional: streaming
-        (1, TEXT_RUN | dict(streaming=True, shuffle_buffer=5))],
+        (2, TEXT_RUN | STREAMED | dict(max_steps=9, eval_steps=3))],
     "cache, sample": [   # optional: cache
-        (1, dict(mode="cache", teacher="teacher", dataset="chat", cache_dir="cache", seq_len=32)),
-        (1, CHAT_RUN | dict(teacher=None, dataset=None, cache_dir="cache"))],
-    # not the training from it: the mass of the bucket is summed another way since issue 16
+        (1, CACHE | dict(dataset="chat")), (1, CACHED_RUN)],
     "cache, topk": [   # optional: cache
-        (2, dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32,
-                 cache_method="topk", cache_top_k=9))],
+        (2, CACHE | dict(cache_method="topk", cache_top_k=9, temperature=2.0)), (1, CACHED_RUN)],
+    "cache of a stream": [   # optional: cache
+        (1, CACHE | STREAMED), (2, CACHED_RUN)],
     "blocks, student": [   # optional: blockwise
-        (1, CHAT_RUN | BLOCKS | dict(save_steps=2, eval_steps=2))],
+        (1, BLOCKS | dict(save_steps=2, eval_steps=2))],
     "blocks, teacher": [   # optional: blockwise
-        (1, CHAT_RUN | BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
+        (1, BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
     "blocks alone": [   # optional: blockwise
-        (1, CHAT_RUN | BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False,
-                                     lm_head_epochs=None))],
-    "generate": [   # optional: generate
-        (1, dict(mode="generate", provider="local", teacher="teacher", num_examples=4,
-                 max_tokens=8, concurrency=2))],
+        (1, BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False, lm_head_epochs=None,
+                          distill_loss_type="mse"))],
+    "on policy": [   # optional: on_policy
+        (2, CHAT_RUN | dict(on_policy=0.7, max_new_tokens=9, max_steps=6, batch_size=2))],
     "eval": [   # optional: eval
         (1, TEXT_RUN),
         (1, dict(mode="eval", teacher="teacher", student="final", compare="student",
                  dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
 }
+
+FIGURES = ("perplexity", "bits", "tokens", "accuracy", "agreement", "kl", "ece")
+# What each rank computes the loss of: ids, labels, and of a cache what was decoded from it.
+RECORD = """
+import hashlib
+
+def loss_recorded(model, batch, targets, *args, unrecorded=distil_loss, **objective):
+    tensors = [batch.input_ids, batch.labels, *(batch.sparse or ())]
+    content = b"".join(tensor.double().numpy().tobytes() for tensor in tensors)
+    with open({path!r} + str(RANK), "a") as f:
+        f.write(hashlib.sha256(content).hexdigest() + chr(10))
+    return unrecorded(model, batch, targets, *args, **objective)
+
+distil_loss = loss_recorded
+"""
 
 
 @pytest.fixture(scope="module")
@@ -9376,52 +8085,43 @@ def run_frozen(package, commands, inputs, folder):
         train = fields.get("mode", "train") == "train"
         fields = (PLAIN if train else {}) | fields | {"output_dir": folder / "out"}
         for name in ("teacher", "student", "dataset", "compare"):
-            if name in fields:
-                fields[name] = inputs.get(fields[name], fields[name])
-        if fields.get("student") == "final":
+            fields[name] = inputs.get(fields.get(name), fields.get(name))
+        if fields["student"] == "final":
             fields["student"] = folder / "out" / "final"
         if "cache_dir" in fields:
             fields["cache_dir"] = folder / "cache"
-        shown = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package).wait()
+        change = ""
+        if train and "killed" not in fields:
+            change = RECORD.format(path=str(folder / "batches"))
+        killed = fields.pop("killed", False)
+        run = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package,
+                   change=change)
+        if killed:
+            wait_for_log(folder / "out", run)
+            run.signal(signal.SIGKILL)
+        shown = run.wait()
         assert "error:" not in shown and "Traceback" not in shown, shown[-3000:]
+
+
+def figures_of(entry):
+    """Of a line of the log: without speeds, and what is meant to differ."""
+    return {k: v for k, v in entry.items() if not re.search(r"second|^block/\d", k)}
 
 
 def digest_of(folder):
     """-> {file: what two equal runs have in common of it}"""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if name == "out/log.jsonl":
-            digests[name] = log_of_then(folder / "out")
-        elif name == "out/report.json":
-            digests[name] = timeless_report(json.loads(path.read_text()))
-        elif path.suffix == ".jsonl":
-            digests[name] = [row["messages"] for row in read_lines(path)]
-        elif path.suffix == ".safetensors":
-            digests[name] = {}   # tensors alone: chunks of a cache bear its mark since then
-            for key, tensor in load_file(path).items():
-                content = tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else b""
-                digests[name][key] = hashlib.sha256(content).hexdigest()
+    digests = {"log": [figures_of(entry) for entry in log(folder / "out")]}
+    for path in sorted(folder.glob("batches*")):
+        digests[path.name] = path.read_text().split()
+    if (folder / "out" / "final").exists():
+        for name, tensor in final_weights(folder / "out").items():
+            content = tensor.view(torch.uint8).numpy().tobytes()
+            digests[name] = hashlib.sha256(content).hexdigest()
+    if (folder / "out" / "report.json").exists():
+        report = json.loads((folder / "out" / "report.json").read_text())
+        for label, figures in report["models"].items():
+            digests[label] = {name: figures[name] for name in FIGURES}
     return digests
-
-
-def log_of_then(out):
-    """Without what the reference did not log."""
-    later = re.compile(r"block/\d+/(median|explained)")
-    return [{k: v for k, v in entry.items() if not later.fullmatch(k)} for entry in quiet_log(out)]
-
-
-def timeless_report(report):
-    """Without speeds, memory and paths, and what the reference did not measure."""
-    passing = {"prefill", "generation", "memory", "name", "ratio", "own"}
-    models_ = {}
-    for label, figures in report["models"].items():
-        models_[label] = {k: v for k, v in figures.items() if k not in passing}
-        for layer in models_[label]["layers"]:
-            layer.pop("median", None)
-        for name in ("MSE / variance", "median token"):   # which of them is drawn
-            models_[label]["curves"].pop(name, None)
-    return models_
 
 
 @pytest.mark.campaign
@@ -9436,10 +8136,34 @@ def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_pac
         run_frozen(package, FROZEN[name], inputs, folder)
         results.append(digest_of(folder))
     reference, ours = results
-    assert reference
+    assert len(reference) > 5   # log, batches, weights
     assert ours.keys() == reference.keys()
-    for file in reference:
-        assert ours[file] == reference[file], file
+    for part in reference:
+        assert ours[part] == reference[part], part
+
+
+def fault_of_a_try(prompt, attempt):   # optional: generate
+    """Each prompt meets another one first."""
+    faults = [500, 429, "drop", None, "loop", "empty", "length", "no usage", "refusal"]
+    return faults[len(prompt) % len(faults)] if attempt == 1 else None
+
+
+@pytest.mark.campaign   # optional: generate
+def test_freeze_replies_are_those_of_the_reference(   # optional: generate
+        tmp_path, reference_package):
+    results = []
+    for package in (reference_package, HERE):
+        folder = tmp_path / f"by{len(results)}"
+        with ApiServer(fault=fault_of_a_try) as server:
+            fields = generate_fields(folder, server, 24)
+            shown = Fork(folder / "log.txt", *flags(**fields), package=package).wait()
+        results.append({})
+        for name in ("train.jsonl", "rejected.jsonl"):
+            rows = read_lines(folder / "out" / name)
+            results[-1][name] = sorted(json.dumps(row["messages"]) for row in rows)
+    reference, ours = results
+    assert min(map(len, reference.values())) > 2, shown
+    assert ours == reference
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9556,41 +8280,30 @@ def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, studen
     checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F", "."],
                              cwd=folder, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
-    source = (folder / "simple_distill.py").read_text() + (folder / "config.py").read_text()
-    shown = subprocess.run(
-        [sys.executable, "-c", "import config; config.parse_or_exit(['--help'])"],
-        cwd=folder, capture_output=True, text=True).stdout
-    knobs = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
-    assert "learning_rate" in knobs
-    knobs = {name.removeprefix("no_") for name in knobs} - {"config", "help"}
-    unread = [name for name in knobs if not re.search(rf"\bcfg\.{name}\b", source)]
-    assert unread == []
+    knobs = (folder / "config.py").read_text()
+    source = (folder / "simple_distill.py").read_text() + knobs
+    names = re.findall(r"^    (\w+): (?:Literal\[$|.*= knob\()", knobs, re.MULTILINE)
+    assert "learning_rate" in names
+    assert [name for name in names if not re.search(rf"\bcfg\.{name}\b", source)] == []
     for name in without:
         assert f"# Optional: {name}:" not in source
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 2}
-    run = Fork(tmp_path / "log.txt", *flags(**fields, output_dir=out), package=folder)
-    assert "done in" in run.wait(), Path(run.log).read_text()[-3000:]
+    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, max_steps=2,
+                  output_dir=out)
+    shown = Fork(tmp_path / "log.txt", *words, package=folder).wait()
+    assert "done in" in shown, shown
     assert len(log(out, "train")) == 2
 
 
-def run_tests_of(folder, *words):
-    """The fork's own tests, as its owner would run them -> pytest's closing lines."""
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=folder,
-                         capture_output=True, text=True)
+@pytest.mark.parametrize("words", [
+    ["-k", "losses or optimiser or data_conversation"],
+    pytest.param([], marks=pytest.mark.campaign),
+], ids=["quick", "all"])
+def test_forks_smallest_passes_its_tests(tmp_path, words):
+    """As its owner would run them; that there are some, pytest sees to."""
+    fork(tmp_path / "smallest", OPTIONAL)
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *words],
+                         cwd=tmp_path / "smallest", capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    return ran.stdout
-
-
-def test_forks_smallest_passes_its_quick_tests(tmp_path):
-    fork(tmp_path / "smallest", OPTIONAL)
-    shown = run_tests_of(tmp_path / "smallest", "-k", "losses or optimiser or data_conversation")
-    assert re.search(r"\d+ passed", shown)
-
-
-@pytest.mark.campaign
-def test_forks_smallest_passes_all_its_tests(tmp_path):
-    fork(tmp_path / "smallest", OPTIONAL)
-    run_tests_of(tmp_path / "smallest")
 
 
 def test_forks_refuse_an_unknown_chapter_and_a_folder_in_use(tmp_path):
@@ -9641,21 +8354,16 @@ def test_package_the_top_level_is_six_files_and_five_requirements():
     assert sorted(required) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
 
 
-def test_package_names_are_true():
-    """config.py is the configuration and nothing else; few names cross."""
+def test_package_config_is_the_configuration_and_nothing_else():
     tree = ast.parse((HERE / "config.py").read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported & {"asyncio", "matplotlib", "safetensors", "zlib", "torch"} == set()
-    crossing = []
-    for node in ast.walk(ast.parse((HERE / "simple_distill.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "config":
-            crossing += [alias.name for alias in node.names]
-    assert 0 < len(crossing) < 10
+            imported.add(node.module)
+    names = {name.split(".")[0] for name in imported}
+    assert names.isdisjoint({"asyncio", "matplotlib", "safetensors", "zlib", "torch", "datasets"})
 
 
 def test_package_an_optional_chapter_borrows_from_none():
@@ -9681,58 +8389,52 @@ def readme_commands():
     demo)."""
     readme = (HERE / "README.md").read_text().replace("\\\n", " ")
     pattern = (r"(?:^ {4,}|`|&& )(?:[A-Z_]+=\S+ )*"
-               r"((?:python simple_distill\.py|\./launch\.sh)\b[^`\n]*)")
+               r"(?:python simple_distill\.py|\./launch\.sh) (--[^`\n]*)")
     commands = []
     for line in re.findall(pattern, readme, re.MULTILINE):
-        words = shlex.split(re.sub(r"\s#.*", "", line))
-        if len(words) > 2 and "..." not in words and "--help" not in words:
-            if words not in commands:
-                commands.append(words)
+        words = [word for word in shlex.split(line, comments=True) if word[:1] != "$"]
+        if "..." not in words and "--help" not in words and words not in commands:
+            commands.append(words)
     return commands
 
 
 def read_flags(words):
-    """['--a', '1', '--b=2', '--c'] -> [('--a', '1'), ('--b', '2'), ('--c', None)]"""
-    pairs = []
+    """['--a', '1', '--b', '--c', '2', '3'] -> {'--a': ['1'], '--b': [], '--c': ['2', '3']}"""
+    given = {}
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            pairs.append((name, value if equals else None))
+            values = given[word] = []
         else:
-            pairs[-1] = (pairs[-1][0], word)
-    return pairs
+            values.append(word)
+    return given
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=shlex.join)
 def test_package_readme_commands_run(command, tmp_path, monkeypatch, teacher, student, text):
     """As they stand there, on tiny models: names of models and data are replaced, lengths cut
     short, nothing else."""
-    given = dict(read_flags(command[1 if command[0].endswith("launch.sh") else 2:]))
-    mode = given.get("--mode", "train")
+    given = read_flags(command)
+    mode = given.get("--mode", ["train"])[0]
     if mode == "generate":
         pytest.skip("mode generate has tests of its own, with a server")
+    monkeypatch.chdir(tmp_path)
     replaced = {"--teacher": teacher, "--student": student, "--dataset": text,
                 "--tokenizer": teacher, "--compare": student}
-    given.pop("--dataset_config", None)
-    for name, value in given.items():
-        if name in replaced and not value.startswith(("layers:", "demo")):
-            given[name] = replaced[name]
+    for name in replaced.keys() & given.keys():
+        if not given[name][0].startswith(("layers:", "demo")):
+            given[name] = [replaced[name]]
     if "--config" in given:
-        (tmp_path / given["--config"]).write_text(
-            f"teacher: {teacher}\nstudent: {student}\ndataset: {text}\nmax_steps: 2\n")
-    short = {"--seq_len": 32, "--output_dir": tmp_path / "out"}
+        Path(given["--config"][0]).write_text(f"teacher: {teacher}\nstudent: {student}\n")
+    given |= {"--seq_len": ["32"], "--output_dir": ["out"]}
+    given.pop("--dataset_config", None)
     if mode == "train":
-        short |= {"--max_steps": 2, "--log_steps": 1}
-    if "--cache_dir" not in given or mode == "cache":
-        short["--dataset"] = text
-    monkeypatch.chdir(tmp_path)
-    if "--cache_dir" in given and mode == "train":   # its other half comes first
-        cli("--mode", "cache", *flags(teacher=teacher, dataset=text, seq_len=32,
-                                      cache_dir=given["--cache_dir"], output_dir="out"))
-    words = []
-    for name, value in (short | given).items():
-        words += [name] if value is None else [name, value]
-    cli(*words)
+        given |= {"--max_steps": ["2"], "--log_steps": ["1"]}
+    if mode == "train" and "--cache_dir" in given:   # its other half comes first
+        cli(*flags(mode="cache", teacher=teacher, dataset=text, seq_len=32,
+                   cache_dir=given["--cache_dir"]))
+    else:
+        given["--dataset"] = [text]
+    cli(*[word for name, values in given.items() for word in (name, *values)])
 
 
 SKEWED = """
@@ -9854,19 +8556,8 @@ def our_loss(case):
 
 def our_eager_loss(case):
     """The same with the element-wise part as it runs where there is no compiler."""
-    compiled = torch.compile
-    kernel = sd.chunk_kernel
-    sd.torch.compile = uncompiled
-    sd.chunk_kernel = kernel.__wrapped__   # which remembers none
-    try:
+    with torch.compiler.set_stance("force_eager"):
         our_loss(case)
-    finally:
-        sd.torch.compile = compiled
-        sd.chunk_kernel = kernel
-
-
-def uncompiled(function, **_):
-    return function
 
 
 def its_matmuls(case):
@@ -9884,22 +8575,6 @@ def its_matmuls(case):
         grad_weight.addmm_(logits.T, h)
 
 
-def allocators():
-    """On a CPU everything is measured twice: with glibc's allocator as it comes, and as
-    process_group() sets it for a run."""
-    if ON_GPU:
-        yield "PyTorch's allocator"
-        return
-    mmap_max = -4
-    trim_threshold = -1
-    for name, most_maps, threshold in (
-            ("glibc as it comes", 65536, 131072),
-            ("glibc as the trainer sets it", 0, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(mmap_max, most_maps)
-        ctypes.CDLL(None).mallopt(trim_threshold, threshold)
-        yield name
-
-
 def bench_loss(vocab=32000):
     if ON_GPU:
         tokens, width, teacher_width = 8192, 2048, 4096
@@ -9907,41 +8582,20 @@ def bench_loss(vocab=32000):
         tokens, width, teacher_width = 1024 if vocab == 32000 else 512, 256, 512
     case = loss_case(vocab, tokens, width, teacher_width, counted=7 / 8)
     half = loss_case(vocab, tokens, width, teacher_width, counted=0.5)
-    full = loss_case(vocab, tokens, width, teacher_width)
     small = loss_case(vocab, 64, width, teacher_width)
-    cases = {
+    found = interleaved({
         "its matmuls": functools.partial(its_matmuls, case),
         "ours": functools.partial(our_loss, case),
         "ours, eager": functools.partial(our_eager_loss, case),
         "plain PyTorch": functools.partial(plain_loss, case),
-        "ours, none masked": functools.partial(our_loss, full),
         "ours, half masked": functools.partial(our_loss, half),
         "ours, 64 tokens": functools.partial(our_loss, small),
         "plain, 64 tokens": functools.partial(plain_loss, small),
-    }
-    with contextlib.suppress(ImportError):
-        cases["Liger fused JSD"] = liger_loss(case)
-    where = "bf16 cuda" if ON_GPU else "fp32 cpu"
-    for allocator in allocators():
-        found = interleaved(cases)
-        print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, "
-              f"Dt {teacher_width}, {where}, {allocator}")
-        for name, seconds in found.items():
-            ratio = seconds / found["its matmuls"]
-            print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
-
-
-def liger_loss(case):
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0,
-                                    compiled=ON_GPU, temperature=1.0)
-
-    def run():
-        loss = liger(case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_(),
-                     case.teacher_hidden, case.teacher_weight, case.labels)
-        loss.backward()
-
-    return run
+    })
+    print(f"\nloss, V {vocab:,}, {tokens:,} tokens, 7 of 8 counted, D {width}, Dt {teacher_width}")
+    for name, seconds in found.items():
+        ratio = seconds / found["its matmuls"]
+        print(f"  {name:<20}{seconds:>9.3f} s{ratio:>8.2f} x its matmuls")
 
 
 LOSSES = {"ours": our_loss, "ours, eager": our_eager_loss, "plain": plain_loss}
@@ -10007,8 +8661,10 @@ def our_step(folder, batches, alpha, **fields):
     cfg = sd.Config(
         student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json",
         alpha=alpha, use_wandb=False, **{"gradient_checkpointing": False} | fields)
-    student = sd.load_student(cfg)
-    teacher = sd.load_teacher(cfg) if alpha < 1 else None
+    student, _ = sd.load_model(cfg, "student")
+    teacher = None
+    if alpha < 1:
+        teacher, _ = sd.load_model(cfg, "teacher")
     rates = dict.fromkeys(student.parameters(), 1e-4)
     optimizer = sd.make_optimizer(student.parameters(), rates, 0.0)
     scale_state = sd.new_scale_state(False)
@@ -10023,6 +8679,10 @@ def our_step(folder, batches, alpha, **fields):
             optimizer.zero_grad()
 
     return step
+
+
+def token_row(ids, targets):
+    return {"input_ids": ids, "targets": targets, "starts": np.array([0])}
 
 
 def plain_step(student_shape, teacher_shape, ids_BT, loss_of):
@@ -10068,8 +8728,8 @@ def bench_step():
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
         transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
         transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
-        rows = torch.randint(0, vocab, (sequences, tokens))
-        batch = sd.collate([{"input_ids": row, "targets": None} for row in rows])
+        ids = np.random.default_rng(0).integers(0, vocab, (sequences, tokens))
+        batch = sd.collate([token_row(row, np.arange(tokens) > 0) for row in ids])
         cases = {
             "labels only": our_step(folder, [batch], alpha=1.0),
             "online": our_step(folder, [batch], alpha=0.5),
@@ -10082,13 +8742,12 @@ def bench_step():
             import trl   # noqa: F401
             cases["TRL's GKDTrainer"] = plain_step(student_shape, teacher_shape, batch.input_ids,
                                                    trl_step_loss)
-        for allocator in allocators():
-            found = interleaved(cases, rounds=5)
-            print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}, {allocator}")
-            for name, seconds in found.items():
-                speed = sequences * tokens / seconds
-                ratio = found["plain PyTorch"] / seconds
-                print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
+        found = interleaved(cases, rounds=5)
+    print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}")
+    for name, seconds in found.items():
+        speed = sequences * tokens / seconds
+        ratio = found["plain PyTorch"] / seconds
+        print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
 
 
 def smollm2_135m():
@@ -10098,46 +8757,32 @@ def smollm2_135m():
         tie_word_embeddings=True)
 
 
-def usual_batches(rows, batch_size, count):
-    """Of an epoch's batches those whose share of targets is nearest to that of all."""
-    order = sd.shuffled(len(rows), 0, 0).tolist()
-    batches = []
-    for i in range(len(rows) // batch_size):
-        numbers = order[i * batch_size:(i + 1) * batch_size]
-        batches.append(sd.collate([rows[k] for k in numbers]))
-    targets = sum(len(batch.labels) for batch in batches)
-    usual = targets / sum(batch.input_ids.numel() for batch in batches)
-    batches.sort(key=lambda batch: abs(len(batch.labels) / batch.input_ids.numel() - usual))
-    return batches[:count]
-
-
-def bench_documents(batch_size=8, seq_len=512, count=2):
+def bench_documents(batch_size=8, seq_len=512, count=3):
     """Conversations as long as GSM8K's are under SmolLM2's tokenizer (217 tokens, 126 of them
     targets), one a row and packed, for a student of SmolLM2-135M's shape."""
     pick = random.Random(0)
     documents = []
     for _ in range(1000):
         length = min(seq_len, round(pick.lognormvariate(5.32, 0.33)))
-        targets = [k > 0.42 * length for k in range(length)]
-        documents.append({"input_ids": [7] * length, "targets": targets})
-    kinds = {"one a row": documents,
-             "packed": sd.rows_from_columns(sd.pack_documents(documents, seq_len))}
+        documents.append(token_row(np.full(length, 7), np.arange(length) > 0.42 * length))
+    rows = datasets.Dataset.from_list(documents).with_format("numpy")
+    kinds = {"one a row": rows, "packed": sd.PackedRows(rows, seq_len)}
+    cases = {}
+    targets = {}
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
         smollm2_135m().save_pretrained(f"{folder}/student")
-        cases = {}
-        targets = {}
         for kind, rows in kinds.items():
-            batches = usual_batches(rows, batch_size, count)
+            batches = []
+            for i in range(count):
+                numbers = range(i * batch_size, (i + 1) * batch_size)
+                batches.append(sd.collate([rows[k] for k in numbers]))
             targets[kind] = sum(len(batch.labels) for batch in batches)
             cases[kind] = our_step(folder, batches, alpha=1.0, gradient_checkpointing=True)
         found = interleaved(cases, rounds=3)
     print(f"\nSmolLM2-135M's shape on labels, conversations in {batch_size} rows of {seq_len}")
     speeds = {kind: targets[kind] / seconds for kind, seconds in found.items()}
-    for kind, rows in kinds.items():
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        padding = sd.share_of_padding(lengths, batch_size, 0)
-        ratio = speeds[kind] / speeds["one a row"]
-        print(f"  {kind:<20}{padding:>8.1%} padding{speeds[kind]:>12,.0f} targets/s{ratio:>8.2f} x")
+    for kind, speed in speeds.items():
+        print(f"  {kind:<20}{speed:>12,.0f} targets/s{speed / speeds['one a row']:>8.2f} x")
 
 
 BENCHES = {
@@ -10157,6 +8802,7 @@ def bench(names):
     memory -> exit code."""
     if names:
         torch.set_num_threads(os.cpu_count())
+        sd.keep_freed_memory()   # as a run does
         for name in names:
             BENCHES[name]()
         return 0
