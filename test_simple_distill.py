@@ -6932,10 +6932,9 @@ def test_generate_own_lines(tmp_path):
         run_generate({**fields, "num_examples": 2})
         assert len(server.tries) == 2
         run_generate(fields)
-        assert list(server.tries) == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert set(server.tries.values()) == {1}
         asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == list(server.tries)
+        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+        assert server.tries == dict.fromkeys(asked, 1)
         run_generate({**fields, "num_examples": 1, "prompts_file": None,
                       "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
     rejected, = rows_of_run(tmp_path / "ours", "rejected")
