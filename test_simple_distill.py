@@ -5202,7 +5202,6 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
     log_path = tmp_path / "log.txt"
-    log_path.touch()
     words = cache_words(teacher, cache_text, copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
@@ -5214,7 +5213,7 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
         run = Fork(log_path, *words)
         while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
-        assert run.running()
+        assert run.poll() is None
     assert "is full" in run.wait()
     assert chunk_files(copy_of) == whole
 
@@ -5235,6 +5234,9 @@ def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # 
     assert len(rows) == 24
     assert all(len(row["input_ids"]) < 20 for row in rows)
     train_from_cache(student, cache, tmp_path / "out")
+    packed = tmp_path / "packed"
+    fill_cache(teacher, data, packed, streaming=True, eval_samples=8, packing="documents")
+    assert [len(row["starts"]) for row in rows_of_cache(packed)] == 8 * [2] + 4 * [2]
     write_jsonl(data, read_lines(data)[:-1])   # among the first, by which a stream is known
     assert "dataset_fingerprint" in fill_cache(teacher, data, cache, 2, streaming=True,
                                                eval_samples=8).err
