@@ -2327,8 +2327,8 @@ def check_ids(root, tokenizer, biggest):
     """A tokenizer may have ids that a head has not: they matter where a row holds one."""
     rows = root.model.config.get_text_config().vocab_size
     if biggest >= rows:
-        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, "
-                        f"{type(root.model).__name__} has {rows}: take it out, or another tokenizer")
+        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, beyond "
+                        f"the {rows} ids of {type(root.model).__name__}: take it out")
 
 
 def is_finished(cfg, state):
@@ -3977,7 +3977,7 @@ def write_batches(run, micro):
     rows = [row for batch in micro for row in batch.rows]
     numbers = range(RANK, WORLD * len(rows), WORLD)   # in the global batch
     ends = end_ids(run.student.model, run.tokenizer)
-    rows = write_rows(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
+    rows = rows_by_student(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
     tokens = sum(row["targets"].sum() for row in rows)
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
     figures = all_sum(len(rows), tokens, cut)   # of all ranks, once all are done
@@ -3988,7 +3988,7 @@ def write_batches(run, micro):
     return micro
 
 
-def write_rows(cfg, root, rows, step, numbers, ends, vocabulary):
+def rows_by_student(cfg, root, rows, step, numbers, ends, vocabulary):
     """Token rows -> token rows of which the targets are what a model writes after their prompts.
     They stay within seq_len; what is drawn follows from step and number."""
     prompts = [prompt_of(row, cfg) for row in rows]
@@ -4044,7 +4044,7 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     vocabulary = vocabulary_of(tokenizer)
     written = [None] * count   # each rank writes its rows of them, and reads no others
     for numbers, batch in held_out(rows, cfg.batch_size, "writing after held-out prompts"):
-        texts = write_rows(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
+        texts = rows_by_student(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
         for i, row in zip(numbers, texts):
             written[i] = row
     loss_fn = functools.partial(distil_loss, alpha=0.0, temperature=cfg.temperature,

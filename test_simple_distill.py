@@ -4678,6 +4678,30 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words,
     assert resolved.given == cfg.given
 
 
+def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
+    """In an order that no package leads, each in one split; also where a kill left half of it."""
+    library = tmp_path / "lib"
+    library.mkdir()
+    names = sorted([f"m{i}.py" for i in range(60)], key=sd.digest)
+    for name in names:
+        (library / name).write_text(f"x = {name!r}\n")
+    (library / "empty.py").write_text("\n")
+    monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    splits = {"train": [], "validation": []}
+    for name in names:
+        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
+        splits[split].append({"text": f"x = {name!r}\n"})
+    folder = str(tmp_path / "demo")
+    for _ in range(2):
+        sd.write_demo_files(folder)
+        for split, rows in splits.items():
+            assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    for name in ("student", "teacher-shape"):
+        assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
+
+
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
         tmp_path, out, teacher, student, text):
     """The control is the run with --alpha 1, and what is done is not trained again."""
@@ -5571,6 +5595,13 @@ def test_blockwise_a_state_of_zeros_counts_nothing():
     assert student.grad.isfinite().all() and not student.grad[2].any()
 
 
+def test_blockwise_clips_what_the_loss_scale_magnified():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 2.0 ** 14)
+    sd.clip_blocks([([p], 0.5)], {"scale": torch.tensor(2.0 ** 14)})   # the norm is 2
+    torch.testing.assert_close(p.grad, torch.full((4,), 2.0 ** 12))
+
+
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
     """Every row begins with a token whose state is 300 times as large in the teacher: what is
     explained is of the others. All rows in one batch, as the mean is a batch's."""
@@ -6045,7 +6076,8 @@ def test_on_policy_what_is_written_counts_alone(student):
     rows = [{"input_ids": np.arange(10), "targets": np.arange(10) >= begin} for begin in (1, 7, 9)]
     with sd.process_group():
         root, _ = sd.load_model(cfg, "student")
-        texts, other = [sd.write_rows(cfg, root, rows, step, range(3), {0}, 263) for step in (3, 4)]
+        texts, other = [sd.rows_by_student(cfg, root, rows, step, range(3), {0}, 263)
+                        for step in (3, 4)]
     assert ids_of(texts) != ids_of(other)
     for row, prompt in zip(texts, (5, 7, 9)):
         ids = row["input_ids"].tolist()
@@ -7669,7 +7701,7 @@ def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
     fields = dict(student=student, dataset=text, alpha=1.0)
     first = distil_apart(out, **fields, max_steps=100_000)
     wait_for_log(out, first)
-    assert "another run" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
     step = log(out, "train")[-1]["train/step"]
     assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
@@ -7865,16 +7897,19 @@ with open(sys.argv[1], "w") as f:
 """
 
 
+@pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
     words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
                      "output_dir": out, "max_steps": 100_000})
     terminal, other_end = pty.openpty()
+    command = [HERE / program, *words_of(words)]
+    if program.endswith(".py"):
+        command.insert(0, sys.executable)
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code",
-         HERE / "launch.sh", *words_of(words)],
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code", *command],
         stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
     os.close(other_end)
 
