@@ -143,18 +143,18 @@ def process_group():
     whoever waits for a quarter of an hour waits for a rank that is gone."""
     global HOST, STORE
     patience = dict(timeout=datetime.timedelta(minutes=15))
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-        torch.set_float32_matmul_precision("high")   # TF32
-    else:
-        keep_freed_memory()
     STORE = dist.HashStore()   # alone, without opening a port
-    if "RANK" in os.environ:
-        with phase("joining the other ranks"):
+    with phase(f"starting rank {RANK} of {WORLD}"):
+        if CUDA:
+            torch.cuda.set_device(DEVICE)
+            torch.set_float32_matmul_precision("high")   # TF32
+        else:
+            keep_freed_memory()
+        if "RANK" in os.environ:
             STORE, _, _ = next(rendezvous("env://", **patience))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
-                            world_size=WORLD, **patience)
-    HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
+                                world_size=WORLD, **patience)
+        HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     try:
         yield
         all_sum(0)   # the store goes with its host: nobody leaves before all are done
@@ -282,7 +282,8 @@ def claim(folder, mode, wait=False):
                 os.fsync(file)   # a shared disk shows it to whoever opens it from here on
             all_sum(0)
             # a node's own disk under that name would get checkpoints without a part
-            if RANK > 0 and Path(folder, MARK).read_text() != words:
+            mark = Path(folder, MARK)
+            if RANK > 0 and not (mark.exists() and mark.read_text() == words):
                 raise UserError(f"rank {RANK} does not see what rank 0 writes in {folder!r}: it "
                                 "has to lie on a disk that all share")
         yield
@@ -716,15 +717,6 @@ def vocabulary_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        return bos
-    return None
-
-
 # ---- datasets: raw rows of text or conversations
 
 
@@ -749,8 +741,10 @@ def load_data(cfg, tokenizer):
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document
-        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
+    elif len(rows) > 1:   # one long document: its last twentieth
+        eval_size = max(1, len(rows) // 20)
+        eval_rows = rows.skip(len(rows) - eval_size)
+        rows = rows.take(len(rows) - eval_size)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -844,14 +838,6 @@ def stdlib_sources():   # optional: demo generate
 
 # ---- rows of token ids, kept in the datasets cache
 
-FEATURES = datasets.Features(
-    input_ids=datasets.List(datasets.Value("int32")),
-    targets=datasets.List(datasets.Value("bool")),
-    starts=datasets.List(datasets.Value("int32")),
-    dropped=datasets.Value("string"))   # why; "": it is not
-ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
-
-
 def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
@@ -883,7 +869,7 @@ def tokenize(cfg, raw, tokenizer, split):
 
 def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    columns = {name: [row[name] for row in rows] for name in FEATURES}   # there may be no row
+    columns = {name: [row[name] for row in rows] for name in FEATURES}
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
@@ -916,6 +902,13 @@ def row_encoder(cfg, tokenizer):
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
 
+FEATURES = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")),
+    targets=datasets.List(datasets.Value("bool")),
+    starts=datasets.List(datasets.Value("int32")),
+    dropped=datasets.Value("string"))   # why; "": it is not
+ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
+
 
 def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
@@ -939,7 +932,7 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     rows = []
     for ids, targets in encoded:
-        targets[0] = False   # it is predicted from nothing
+        targets = [False, *targets[1:]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
         rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
     for why in dropped:
@@ -951,6 +944,15 @@ def rows_from_columns(columns):
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def bos_of(tokenizer):
+    """The id that this tokenizer puts before every text; None where it puts none. A model that
+    learned with it (Gemma, Llama) is lost without."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    return None
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
@@ -1915,7 +1917,7 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
         options = json.loads(cfg.lr_scheduler_kwargs or "{}")
         schedule = get_scheduler(

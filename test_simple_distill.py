@@ -4698,6 +4698,7 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
             assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
     tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
     assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    assert len(tokenizer.encode("x = 'm")) < 6   # it has learnt from them
     for name in ("student", "teacher-shape"):
         assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
 
@@ -6186,6 +6187,7 @@ def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, 
     assert "done in" in shown, shown
     lengths = column(tmp_path / "out", "train/rollout_length")
     assert min(lengths) == 1 and max(lengths) > 2, lengths
+    assert column(tmp_path / "out", "train/rollout_cut")[lengths.index(1)] == 0   # all have ended
     assert len({length % 1 for length in lengths}) == 2   # an odd sum: they were not as long
 
 
@@ -7572,7 +7574,7 @@ def assert_same_run(out, other):
 
 
 def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file of another save."""
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
     path = draw.choice(sorted(newest.iterdir()))
     how = draw.choice(["turn", "lose", "add"])
     if how == "turn":
@@ -7580,8 +7582,7 @@ def damage(newest, draw):
     elif how == "lose":
         path.unlink()
     else:
-        older = min(newest.parent.glob("step-*"))
-        shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
+        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
