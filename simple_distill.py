@@ -2689,9 +2689,10 @@ def closing_table(run):
 
 
 def sample_in_words(run):
-    ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
-                        run.vocabulary)
+    room = min(48, run.cfg.seq_len // 2)   # a table of positions may end there
+    ids = run.eval_rows[0]["input_ids"][:room].tolist()
+    text, = write_texts(run.student, [ids], [0], [room], 0,
+                        end_ids(run.student.model, run.tokenizer), run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
