@@ -2689,9 +2689,10 @@ def closing_table(run):
 
 
 def sample_in_words(run):
-    ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
-                        run.vocabulary)
+    room = min(48, run.cfg.seq_len // 2)   # a table of positions may end there
+    ids = run.eval_rows[0]["input_ids"][:room].tolist()
+    text, = write_texts(run.student, [ids], [0], [room], 0,
+                        end_ids(run.student.model, run.tokenizer), run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
@@ -3283,7 +3284,7 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
     total = math.inf   # a stream has no length
     if not isinstance(splits["train"], datasets.IterableDataset):
         total = sum(map(len, splits.values()))
-    with tqdm(total=total, unit="row", disable=RANK > 0, leave=False) as bar:
+    with tqdm(total=total, unit="row", disable=RANK > 0) as bar:
         while True:
             paths = []
             chunks = free_chunks(cfg, tokenizer, splits, manifest, paths)
@@ -3337,7 +3338,7 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
 def encode_block(cfg, tokenizer, columns):
     columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
     rows, _ = kept_rows(token_rows(columns))
-    if cfg.packing == "documents":
+    if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
 
@@ -3446,12 +3447,13 @@ def finish_cache(cache_dir, manifest, paths):
     """Read every row of all workers' chunks back; with their numbers the cache is full."""
     chunks = {"train": [], "eval": []}
     tokens = biggest_id = 0
-    for path in tqdm(paths, desc="reading the cache back", unit="chunk", leave=False):
-        rows = read_chunk(path, digest(manifest))
-        tokens += sum(int(numbers[0]) for numbers in rows)
-        biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
-        split, _ = path.name.split("-")
-        chunks[split].append(len(rows))
+    with tqdm(paths, desc="reading the cache back", unit="chunk") as bar:
+        for path in bar:
+            rows = read_chunk(path, digest(manifest))
+            tokens += sum(int(numbers[0]) for numbers in rows)
+            biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
+            split, _ = path.name.split("-")
+            chunks[split].append(len(rows))
     size = sum(path.stat().st_size for path in paths)
     index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
                  bytes_per_token=size / tokens, biggest_id=biggest_id)

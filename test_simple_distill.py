@@ -4720,7 +4720,7 @@ def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_tex
         (dict(packing="rows"), "packing 'auto' there, 'rows' here"),
         (dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
         (dict(student=other_student), "different tokenizers: token"),
-        (dict(student=small), "holds token 2.*has 200"),
+        (dict(student=small), "token 2.*200"),
         (dict(cache_dir=tmp_path / "none"), "no cache"),
     ]
     for fields, message in training:
@@ -4736,7 +4736,7 @@ def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_tex
         (dict(seed=1), "seed 0 there, 1 here"),
         (dict(teacher=student), "weights .* there"),
         (dict(dataset=edited), "dataset_fingerprint .* there"),
-        (dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "has 200"),
+        (dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "token 2.*200"),
     ]
     before = chunk_files(full_cache)
     for fields, message in filling:
@@ -4900,7 +4900,6 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
     log_path = tmp_path / "log.txt"
-    log_path.touch()
     words = cache_words(teacher, cache_text, copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
@@ -4912,7 +4911,7 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
         run = Fork(log_path, *words)
         while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
-        assert run.running()
+        assert run.poll() is None
     assert "is full" in run.wait()
     assert chunk_files(copy_of) == whole
 
@@ -4933,6 +4932,9 @@ def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # 
     assert len(rows) == 24
     assert all(len(row["input_ids"]) < 20 for row in rows)
     train_from_cache(student, cache, tmp_path / "out")
+    packed = tmp_path / "packed"
+    fill_cache(teacher, data, packed, streaming=True, eval_samples=8, packing="documents")
+    assert [len(row["starts"]) for row in rows_of_cache(packed)] == 8 * [2] + 4 * [2]
     write_jsonl(data, read_lines(data)[:-1])   # among the first, by which a stream is known
     assert "dataset_fingerprint" in fill_cache(teacher, data, cache, 2, streaming=True,
                                                eval_samples=8).err
@@ -6335,10 +6337,9 @@ def test_generate_own_lines(tmp_path):
         run_generate({**fields, "num_examples": 2})
         assert len(server.tries) == 2
         run_generate(fields)
-        assert list(server.tries) == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert set(server.tries.values()) == {1}
         asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == list(server.tries)
+        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+        assert server.tries == dict.fromkeys(asked, 1)
         run_generate({**fields, "num_examples": 1, "prompts_file": None,
                       "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
     rejected, = rows_of_run(tmp_path / "ours", "rejected")
