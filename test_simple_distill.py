@@ -1030,11 +1030,6 @@ def test_runtime_a_table_is_aligned():
 # ---- one run a folder
 
 
-def files_in(folder):
-    return {str(path.relative_to(folder)): path.read_text()
-            for path in Path(folder).rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("files, refusal", [
     ({"notes.txt": "mine"}, None),
     ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
@@ -1054,7 +1049,8 @@ def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out
         mark = Path(out, sd.MARK).read_text()
         assert re.fullmatch(r"train \d{6,}", mark)
         files = {**files, sd.MARK: mark}
-    assert files_in(out) == files
+    left = {str(path.relative_to(out)): path.read_text() for path in files_in(Path(out))}
+    assert left == files
 
 
 HOLD = """
@@ -1072,10 +1068,10 @@ def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text)
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     while "held" not in holder.stdout.readline():
         assert holder.poll() is None
-    mark = files_in(out)[sd.MARK]
+    mark = Path(out, sd.MARK).read_text()
     err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
     assert f"taking {out} for this run alone" in err
-    assert files_in(out)[sd.MARK] == mark
+    assert Path(out, sd.MARK).read_text() == mark
     threading.Timer(0.5, holder.kill).start()
     with sd.process_group(), sd.claim(out, "train", wait=True):
         assert holder.wait(60) < 0
@@ -1097,14 +1093,15 @@ with sd.process_group():
         seen.append(os.path.exists("done"))
     with sd.claim("shared", "train"):
         pass
-    os.makedirs(f"node{sd.RANK}/out")   # a disk of its own, with the mark of an older run
-    os.chdir(f"node{sd.RANK}")
-    open("out/.simple_distill", "w").write("train 12345")
-    try:
-        with sd.claim("out", "train"):
-            seen.append("went on")
-    except sd.UserError as e:
-        seen.append(str(e))
+    for folder in ("new", "old"):   # on a disk of its own, without a mark or with an older run's
+        os.makedirs(f"node{sd.RANK}/{folder}")
+        if folder == "old":
+            open(f"node{sd.RANK}/old/.simple_distill", "w").write("train 12345")
+        try:
+            with sd.claim(f"node{sd.RANK}/{folder}", "train"):
+                seen.append("went on")
+        except sd.UserError as e:
+            seen.append(str(e).split(" in ")[0])
     print(json.dumps(seen), flush=True)
     if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
         time.sleep(2)
@@ -1124,11 +1121,21 @@ def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on"], first
+    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on", "went on"], first
     seen, failed = second.splitlines()[-2:]
-    assert json.loads(seen)[:3] == [[1, 4], 5, True]
-    assert "rank 1 does not see what rank 0 writes in 'out'" in seen
+    refusal = "rank 1 does not see what rank 0 writes"
+    assert json.loads(seen) == [[1, 4], 5, True, refusal, refusal], second
     assert failed == "True False"   # it speaks for all, once
+
+
+def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
+    def set_device(device):
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(sd, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(config.UserError, match="invalid device ordinal"), sd.process_group():
+        pass
 
 
 def test_runtime_only_the_host_waits_for_a_day():
@@ -1904,7 +1911,8 @@ def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, mo
         fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
     marker = "\n# ---- between raw rows and token rows"
     parts = Path(sd.__file__).read_text().split(marker)
-    assert len(parts) == 3
+    for word in ("ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of"):
+        assert word in parts[1]
     monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
     for i, found in enumerate((same.add, other.append, same.add)):
         edited = [*parts]
@@ -2033,12 +2041,12 @@ def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, k
         rows_of(path, **{role: "test"})
 
 
-def test_data_one_long_document_is_evaluated_on_blocks_of_its_own(tmp_path):
+def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     (tmp_path / "d.txt").write_text(prose(2000))
     train, held_out = rows_of(tmp_path / "d.txt")
     ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
     blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
-    assert sorted(ids_of(train + held_out)) == sorted(blocks)
+    assert ids_of(train + held_out) == blocks
     assert len(held_out) == len(blocks) // 20
     (tmp_path / "d.txt").write_text("a" * 70)
     assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
