@@ -127,9 +127,9 @@ def phase(doing):
     except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reason = one_line(e, 400)
+        reason = one_line(e, 600)
         if e.__cause__:   # a reader's own message, which `datasets` hides behind another
-            reason += f" ({one_line(e.__cause__, 400)})"
+            reason += f" ({one_line(e.__cause__, 600)})"
         raise UserError(f"while {doing}: {reason}") from e
 
 
@@ -272,7 +272,7 @@ def claim(folder, mode, wait=False):
     process."""
     words = f"{mode} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
-        with phase(f"taking {folder} for this run alone"):
+        with phase(f"making sure that no other run is at work in {folder}"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
                 file = stack.enter_context(mark_folder(folder, mode))
                 fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4081,11 +4081,11 @@ def writing_error(model, ids_1T):
     prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
-    def keep(_, logits_BV):
+    def record(_, logits_BV):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    new = generate_ids(model, *pad_left(prompts), 3, set(), keep)
+    new = generate_ids(model, *pad_left(prompts), 3, set(), record)
     alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
     error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
@@ -5171,7 +5171,7 @@ def explain(cfg, error, words):
     output_dir/error.log, or to the terminal with --debug."""
     folder = Path(cfg.output_dir)
     if first_to_fail():
-        print(f"error: {words}", file=sys.stderr)
+        print(f"\nerror: {words}", file=sys.stderr)   # not behind a bar
         if cfg.debug:
             traceback.print_exception(error)
         elif (folder / MARK).exists():
