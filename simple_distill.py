@@ -127,9 +127,9 @@ def phase(doing):
     except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reason = one_line(e, 400)
+        reason = one_line(e, 600)
         if e.__cause__:   # a reader's own message, which `datasets` hides behind another
-            reason += f" ({one_line(e.__cause__, 400)})"
+            reason += f" ({one_line(e.__cause__, 600)})"
         raise UserError(f"while {doing}: {reason}") from e
 
 
@@ -143,18 +143,18 @@ def process_group():
     whoever waits for a quarter of an hour waits for a rank that is gone."""
     global HOST, STORE
     patience = dict(timeout=datetime.timedelta(minutes=15))
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-        torch.set_float32_matmul_precision("high")   # TF32
-    else:
-        keep_freed_memory()
     STORE = dist.HashStore()   # alone, without opening a port
-    if "RANK" in os.environ:
-        with phase("joining the other ranks"):
+    with phase(f"starting rank {RANK} of {WORLD}"):
+        if CUDA:
+            torch.cuda.set_device(DEVICE)
+            torch.set_float32_matmul_precision("high")   # TF32
+        else:
+            keep_freed_memory()
+        if "RANK" in os.environ:
             STORE, _, _ = next(rendezvous("env://", **patience))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
-                            world_size=WORLD, **patience)
-    HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
+                                world_size=WORLD, **patience)
+        HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     try:
         yield
         all_sum(0)   # the store goes with its host: nobody leaves before all are done
@@ -256,8 +256,8 @@ def table(header, rows):
 
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
-    "train": ("config.json", "log.jsonl", "checkpoints", "final"),
-    "eval": ("report.md", "report.json", "report.png"),   # optional: eval
+    "train": (   # eval writes its report there too
+        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json"),
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
@@ -270,10 +270,9 @@ def claim(folder, mode, wait=False):
     """Makes a folder ours for as long as this lasts: what stands there under our names may be
     replaced. One run a folder; wait: until another one is done. The kernel drops the lock with its
     process."""
-    kind = mode.replace("eval", "train")   # a report may lie in the folder of its run
-    words = f"{kind} {from_rank0(time.time_ns())}"
+    words = f"{mode} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
-        with phase(f"taking {folder} for this run alone"):
+        with phase(f"making sure that no other run is at work in {folder}"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
                 file = stack.enter_context(mark_folder(folder, mode))
                 fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -283,7 +282,8 @@ def claim(folder, mode, wait=False):
                 os.fsync(file)   # a shared disk shows it to whoever opens it from here on
             all_sum(0)
             # a node's own disk under that name would get checkpoints without a part
-            if RANK > 0 and Path(folder, MARK).read_text() != words:
+            mark = Path(folder, MARK)
+            if RANK > 0 and not (mark.exists() and mark.read_text() == words):
                 raise UserError(f"rank {RANK} does not see what rank 0 writes in {folder!r}: it "
                                 "has to lie on a disk that all share")
         yield
@@ -301,7 +301,7 @@ def mark_folder(folder, mode):
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
-    if there not in ("", mode.replace("eval", "train")):
+    if there not in ("", mode):
         raise UserError(f"{folder!r} is of mode {there}; choose another folder")
     return file
 
@@ -717,15 +717,6 @@ def vocabulary_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        return bos
-    return None
-
-
 # ---- datasets: raw rows of text or conversations
 
 
@@ -750,8 +741,10 @@ def load_data(cfg, tokenizer):
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document
-        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
+    elif len(rows) > 1:   # one long document: its last twentieth
+        eval_size = max(1, len(rows) // 20)
+        eval_rows = rows.skip(len(rows) - eval_size)
+        rows = rows.take(len(rows) - eval_size)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -845,14 +838,6 @@ def stdlib_sources():   # optional: demo generate
 
 # ---- rows of token ids, kept in the datasets cache
 
-FEATURES = datasets.Features(
-    input_ids=datasets.List(datasets.Value("int32")),
-    targets=datasets.List(datasets.Value("bool")),
-    starts=datasets.List(datasets.Value("int32")),
-    dropped=datasets.Value("string"))   # why; "": it is not
-ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
-
-
 def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
@@ -884,7 +869,7 @@ def tokenize(cfg, raw, tokenizer, split):
 
 def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    columns = {name: [row[name] for row in rows] for name in FEATURES}   # there may be no row
+    columns = {name: [row[name] for row in rows] for name in FEATURES}
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
@@ -917,6 +902,13 @@ def row_encoder(cfg, tokenizer):
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
 
+FEATURES = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")),
+    targets=datasets.List(datasets.Value("bool")),
+    starts=datasets.List(datasets.Value("int32")),
+    dropped=datasets.Value("string"))   # why; "": it is not
+ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
+
 
 def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
@@ -940,7 +932,7 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     rows = []
     for ids, targets in encoded:
-        targets[0] = False   # it is predicted from nothing
+        targets = [False, *targets[1:]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
         rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
     for why in dropped:
@@ -952,6 +944,15 @@ def rows_from_columns(columns):
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def bos_of(tokenizer):
+    """The id that this tokenizer puts before every text; None where it puts none. A model that
+    learned with it (Gemma, Llama) is lost without."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    return None
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
@@ -1916,7 +1917,7 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
         options = json.loads(cfg.lr_scheduler_kwargs or "{}")
         schedule = get_scheduler(
@@ -2328,8 +2329,8 @@ def check_ids(root, tokenizer, biggest):
     """A tokenizer may have ids that a head has not: they matter where a row holds one."""
     rows = root.model.config.get_text_config().vocab_size
     if biggest >= rows:
-        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, "
-                        f"{type(root.model).__name__} has {rows}: take it out, or another tokenizer")
+        raise UserError(f"the data holds token {biggest}, {tokenizer.decode([biggest])!r}, beyond "
+                        f"the {rows} ids of {type(root.model).__name__}: take it out")
 
 
 def is_finished(cfg, state):
@@ -2688,9 +2689,10 @@ def closing_table(run):
 
 
 def sample_in_words(run):
-    ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
-                        run.vocabulary)
+    room = min(48, run.cfg.seq_len // 2)   # a table of positions may end there
+    ids = run.eval_rows[0]["input_ids"][:room].tolist()
+    text, = write_texts(run.student, [ids], [0], [room], 0,
+                        end_ids(run.student.model, run.tokenizer), run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
@@ -3074,95 +3076,67 @@ def write_demo_files(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optional: cache: what the teacher says of each token, a few bits an entry, on disk beside the
+# Optional: cache: what the teacher says of each token, a few bytes an entry, on disk beside the
 # token itself, so that training needs neither teacher nor dataset. Any number of workers fill a
 # cache in mode cache; open_cache hands on rows like those of load_data, with their SparseTarget.
 #
 #     config.json                  the config that began it: the same command again is --config this
 #     tokenizer/
-#     manifest.json                all that shapes the content; once the cache is full, its size too
+#     manifest.json                all that shapes the content
+#     index.json                   rows a chunk and what all of it came to; {} until it is full
 #     claims                       a locked byte for each chunk that somebody is at work on
 #     train-00000000.safetensors   a chunk: a fixed range of sequences
 #     eval-00000000.safetensors
 #
-# What is read is what was written, or is refused with the command that makes it again: a manifest
-# has its digest, a chunk checksums of its rows and its table, and a mark of its cache and place.
+# What is read is what was written, or is refused with the command that makes it again: a row has a
+# checksum of its bytes and of where they belong, in which cache, chunk and line.
 
 
-# ---- what the manifest says
-
-
-def describe_cache(cfg, tokenizer, splits, dtype):
-    """The manifest of an empty cache. splits: the rows of each; those of train may be a stream."""
+def describe_cache(cfg, tokenizer, splits, identity):
+    """The manifest. splits: the rows of each; those of train may be a stream. identity: what is to
+    be said of the teacher, see open_teacher."""
     vocabulary = vocabulary_of(tokenizer)
+    size = cfg.cache_samples
+    codes = size
     if cfg.cache_method == "topk":
-        check_top_k(cfg)
         size = min(cfg.cache_top_k, vocabulary)
-        code_bits = 8
-        extra_bits = 0
-    else:
-        size = cfg.cache_samples
-        code_bits = (size - 1).bit_length()
-        extra_bits = 12
+        codes = 256
     raw_rows = []
-    if isinstance(splits["train"], datasets.IterableDataset):   # nobody has seen all of a stream
-        raw_rows = list(itertools.islice(splits["train"], 64))
-    rows_of_splits = [rows_digest(splits["train"]), rows_digest(splits["eval"])]
-    revision, weights = identify_weights(cfg.teacher)
-    begin = {}
-    if bos_of(tokenizer) is not None:   # caches of tokenizers without one have no such entry
-        begin["bos"] = bos_of(tokenizer)
-    if cfg.packing != Config.packing:   # nor have caches from before there was the knob
-        begin["packing"] = cfg.packing
-    return begin | dict(
-        teacher=cfg.teacher,
-        revision=revision,
-        weights=weights,
-        dtype=dtype,
+    if isinstance(splits["train"], datasets.IterableDataset):   # optional: streaming
+        raw_rows = list(splits["train"].take(64))   # nobody has seen all of it
+    return identity | dict(
+        format=2,
         vocabulary=vocabulary,
-        tokenizer=digest(tokenizer.get_vocab(), tokenizer.chat_template),
+        tokenizer=identify_tokenizer(tokenizer),
         dataset=cfg.dataset,
-        dataset_fingerprint=digest(rows_of_splits, raw_rows),
+        dataset_fingerprint=digest(
+            count_rows(splits["train"]), count_rows(splits["eval"]), str(raw_rows)),
         eval_samples=cfg.eval_samples,
         seq_len=cfg.seq_len,
+        packing=cfg.packing,
         temperature=cfg.temperature,
         method=cfg.cache_method,
         size=size,               # draws a token, or the likeliest tokens that are kept
+        codes=codes,             # how many there are, see below
         seed=cfg.seed,           # of the draws
         chunk=cfg.cache_chunk,   # sequences a file
         # sequences a forward: what shares a batch changes the last bits of logits
-        group=max(1, 4096 // cfg.seq_len),
-        bits=[(vocabulary - 1).bit_length(), code_bits, extra_bits])   # see below
+        group=max(1, 4096 // cfg.seq_len))
 
 
-def with_packing(manifest):
-    """A manifest names it only where it is not the default."""
-    return {"packing": Config.packing} | manifest
-
-
-def check_top_k(cfg):
-    """Ids of the model's padding are no tokens, but to ask for that many is no mistake."""
-    entries = model_config(cfg.teacher, cfg, "teacher").get_text_config().vocab_size
-    if cfg.cache_top_k > entries:
-        raise UserError(f"cache_top_k is {cfg.cache_top_k}, teacher {cfg.teacher!r} has {entries} "
-                        "tokens; lower it")
-
-
-def content_digest(manifest):
-    """Of what decides the content of a cache, which chunks bear; not of what it came out to."""
-    return digest({name: manifest[name] for name in manifest if name not in NO_CONTENT})
+def identify_tokenizer(tokenizer):
+    return digest(tokenizer.get_vocab(), tokenizer.chat_template)
 
 
 # ---- what a row looks like on disk
 #
-# A row is three fields of numbers of fixed width, end to end, without a gap:
+# A row is whole numbers: how many tokens, how many entries, the largest id, and then
 #
-#     text      a token: its id and, in the lowest bit, whether it is a target     id_bits + 1
-#               (packing documents: below that another, whether a document begins with it)
-#     entries   an id that the teacher lists and, above it, a code               id_bits + code_bits
-#     extra     a target: what else is kept of it                                      extra_bits
+#     text      a token: 4 * its id + 2 where a document begins with it + 1 where it is a target
+#     entries   codes * an id that the teacher lists + a code
+#     extra     a target: what else is kept of it
 #
-# A target is predicted from the token before it, so the first token of a row is never one.
+# A target is predicted from the token before it, so the first token of a document is never one.
 #
 # method sample: an entry for each distinct id that was drawn, in rising order, target after target;
 #     code = times drawn - 1. extra = 256 * entropy, rounded, at most 4095.
@@ -3172,52 +3146,32 @@ def content_digest(manifest):
 #     0.0193 * sqrt(-log p) + 0.0001. extra: nothing.
 
 
-class RowCounts(NamedTuple):
-    """A line of a chunk's table, but for where the row ends; the sums of many."""
-    rows: int       # 1; 0 for the filler
-    tokens: int
-    targets: int
-    entries: int
-    mass: float     # of the teacher's distribution that the entries hold, summed over targets
-    checksum: int   # of the row's bytes
+class Kept(NamedTuple):
+    """Of the teacher, at the targets of a row."""
+    entries: np.ndarray
+    extra: np.ndarray
+    mass: float   # of the teacher's distribution that the entries hold, summed over targets
 
 
-def holds_starts(manifest):
-    """Whether each token has a bit for whether a document begins with it."""
-    return manifest.get("packing") == "documents"
+def pack_row(row, kept):
+    text = 4 * np.asarray(row["input_ids"]) + row["targets"]
+    text[row["starts"]] += 2
+    numbers = [len(text), len(kept.entries), text.max() // 4]
+    return np.concatenate([numbers, text, kept.entries, kept.extra])
 
 
-def pack_row(ids, is_target, starts, entries, extra, manifest):
-    id_bits, code_bits, extra_bits = manifest["bits"]
-    text = ids << 1 | is_target
-    text_bits = id_bits + 1
-    if holds_starts(manifest):
-        text <<= 1
-        text[starts] |= 1
-        text_bits += 1
-    return pack((text, text_bits), (entries, id_bits + code_bits), (extra, extra_bits))
-
-
-def unpack_row(data, tokens, targets, entries, manifest):
-    """Bytes, and how many numbers they hold -> a row like those of load_data, with its SparseTarget
-    in arrays: manifest["size"] ids a target."""
-    id_bits, code_bits, extra_bits = manifest["bits"]
-    text_bits = id_bits + 1 + holds_starts(manifest)
-    text, listed, extra = unpack(
-        data, (tokens, text_bits), (entries, id_bits + code_bits), (targets, extra_bits))
-    ids = listed & ((1 << id_bits) - 1)
-    codes = listed >> id_bits
+def unpack_row(numbers, manifest):
+    """-> a row like those of load_data, with its SparseTarget in arrays: manifest["size"] ids a
+    target."""
+    tokens, entries = numbers[:2]
+    text, listed, extra = np.split(numbers[3:], [tokens, tokens + entries])
+    ids, codes = np.divmod(listed, manifest["codes"])
     if manifest["method"] == "sample":
         sparse = decode_samples(ids, codes, extra, manifest["size"])
     else:
         sparse = decode_topk(ids, codes, manifest["size"])
-    row = {}
-    if holds_starts(manifest):
-        starts = np.flatnonzero(text % 2)
-        if len(starts):   # rows that are held out have none
-            row["starts"] = starts
-        text >>= 1
-    return row | {"input_ids": text >> 1, "targets": text % 2 == 1, "sparse": sparse}
+    return {"input_ids": text // 4, "targets": text % 2 == 1,
+            "starts": np.flatnonzero(text & 2), "sparse": sparse}
 
 
 def decode_samples(ids, codes, extra, size):
@@ -3244,26 +3198,16 @@ def decode_topk(ids, codes, size):
         entropy=entropy.astype(np.float32))
 
 
-def pack(*fields):
-    """(values, bits), ... -> bytes, each value in its bits, the highest first. Arrow's widths of 8,
-    16 and 32 would take a third more."""
-    parts = []
-    for values, bits in fields:
-        value_bytes = np.asarray(values, ">u4").view(np.uint8).reshape(-1, 4)
-        value_bits = np.unpackbits(value_bytes, axis=1)   # [values, 32]
-        parts.append(value_bits[:, 32 - bits:].ravel())
-    return np.packbits(np.concatenate(parts)).tobytes()
+def compress(numbers):
+    """-> bytes. The lowest byte of all numbers first, the highest last: like stands beside like,
+    and takes a little less than every number in the fewest bits."""
+    number_bytes = np.asarray(numbers, "<u4").view(np.uint8).reshape(-1, 4)
+    return zlib.compress(number_bytes.T.tobytes(), 1)
 
 
-def unpack(data, *fields):
-    """Bytes, (how many values, bits), ... -> the values of each field."""
-    ends = np.cumsum([count * bits for count, bits in fields])
-    parts = np.split(np.unpackbits(np.frombuffer(data, np.uint8)), ends)   # one more: filler bits
-    found = []
-    for part, (count, bits) in zip(parts, fields):
-        value_bits = np.pad(part.reshape(count, bits), ((0, 0), (32 - bits, 0)))
-        found.append(np.packbits(value_bits).view(">u4").astype(np.int64))
-    return found
+def decompress(data):
+    bytes_4N = np.frombuffer(zlib.decompress(data), np.uint8).reshape(4, -1)
+    return 256 ** np.arange(4) @ bytes_4N
 
 
 # ---- filling
@@ -3272,297 +3216,205 @@ def unpack(data, *fields):
 def fill_cache(cfg):
     """Fill what is missing of cache_dir. Any number of workers may, at any time, each of any number
     of ranks; the same command goes on where it was stopped."""
-    refuse_foreign_folder(cfg.cache_dir)
+    if RANK == 0:
+        with mark_folder(cfg.cache_dir, "cache") as mark:   # no lock: there may be many workers
+            mark.truncate(0)
+            mark.write("cache ")
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
-    teacher = load_checked_teacher(cfg, tokenizer)
-    get_teacher_targets = teacher_targets(teacher)
-    splits = {"eval": eval_rows, "train": rows}
-    sequences = None   # a stream has no length
-    if isinstance(rows, datasets.Dataset):
-        sequences = len(rows) + len(eval_rows)
-    with explain_bad_disk(cfg.cache_dir), stop_signals() as stop_requests:
-        manifest = begin_cache(cfg, tokenizer, splits)
-        all_sum(0)   # nobody goes on before there is a cache
-        probed = eval_rows
-        if sequences and holds_starts(manifest):   # whose rows are longer than those held out
-            probed = rows
-        probe = [probed[i] for i in range(min(len(probed), manifest["group"]))]
-        with progress("judging the size of the cache by a few sequences"):
-            packed = pack_teacher(get_teacher_targets, probe, 0, manifest)
-        total, done = plan_cache(cfg, packed, sequences)
-        with tqdm(total=total, initial=done, disable=RANK != 0, unit="tok", unit_scale=True) as bar:
-            while True:
-                paths = []
-                chunks = missing_chunks(
-                    cfg.cache_dir, splits, manifest, make_encoder(cfg, tokenizer), paths)
-                forwards = write_chunks(chunks, get_teacher_targets, manifest)
-                stopped = write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar)
-                missing, = all_sum(sum(not os.path.exists(path) for path in paths))
-                if stopped or not missing:
-                    break
-                time.sleep(1)   # another worker has a chunk; it may die with it
-        if stopped:
-            print0("stopped; the same command goes on")
-        elif RANK == 0:
-            finish_cache(cfg, manifest, paths)
-
-
-def refuse_foreign_folder(cache_dir):
-    """A folder that holds something else under our names, such as a model's, is not touched."""
-    config = os.path.join(cache_dir, "config.json")   # what a cache begins with
-    refuse_foreign(config, is_cache_config)
-    names = [os.path.join(cache_dir, name) for name in ("tokenizer", "manifest.json")]
-    for path in [*names, *chunks_in(cache_dir)]:
-        refuse_foreign(path, lambda _: os.path.exists(config))
-
-
-def is_cache_config(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)["mode"] == "cache"
-
-
-def chunks_in(cache_dir):
-    """Paths of what is named like a chunk."""
-    paths = []
-    for split in ("eval", "train"):
-        name = f"{split}-" + 8 * "[0-9]" + ".safetensors"
-        paths += sorted(glob.glob(os.path.join(glob.escape(cache_dir), name)))
-    return paths
-
-
-def is_chunk(path):
-    """Of any cache."""
-    with safetensors.safe_open(path, "numpy") as file:
-        return "chunk" in file.metadata()
-
-
-def begin_cache(cfg, tokenizer, splits):
-    """-> the manifest. A new cache is begun; one that is there must be of the same content."""
-    manifest = describe_cache(cfg, tokenizer, splits, str(compute_dtype(cfg)))
-    os.makedirs(cfg.cache_dir, exist_ok=True)
-    refuse_foreign_folder(cfg.cache_dir)   # new/../model leads to model only where new is
-    manifest_path = os.path.join(cfg.cache_dir, "manifest.json")
-    if os.path.exists(manifest_path) and not cfg.force_regenerate:
-        here = with_packing(manifest)
-        old = with_packing(read_any_manifest(cfg.cache_dir))
-        old = {name: old.get(name) for name in here}   # less what finish_cache added
-        refuse_changes(old, here, cfg.cache_dir, "empty it: --force_regenerate")
+    splits = {"train": rows, "eval": eval_rows}
+    ask, identity = open_teacher(cfg, tokenizer)
+    with phase(f"opening cache {cfg.cache_dir}"):
+        manifest = describe_cache(cfg, tokenizer, splits, identity)
+        begin_cache(cfg, tokenizer, manifest)
+    with stop_signals() as stop_requests:
+        paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
+    if paths is None:
+        print0("stopped; the same command goes on")
     elif RANK == 0:
+        finish_cache(cfg.cache_dir, manifest, paths)
+
+
+def open_teacher(cfg, tokenizer):
+    """-> ask, and what a manifest says of the teacher. Another teacher is another such function:
+    ask(rows, first, manifest) gives a Kept a row. first: the number of the first row, by which its
+    draws are the same whoever makes them. All ranks ask together, also one that has no rows left,
+    since a sharded teacher needs them all."""
+    teacher, weights = load_checked(cfg, "teacher", tokenizer)
+    get_teacher_targets = teacher_targets(teacher)
+    identity = dict(
+        teacher=cfg.teacher, weights=weights, dtype=str(compute_dtype(cfg)),
+        revision=getattr(teacher.model.config, "_commit_hash", None))   # None: a directory
+
+    def ask(rows, first, manifest):
+        for row in rows:
+            check_ids(teacher, tokenizer, int(row["input_ids"].max()))
+        hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
+        kept = []
+        for number, row in enumerate(rows, first):
+            row_hidden_ND, hidden_ND = hidden_ND.tensor_split([int(row["targets"].sum())])
+            kept.append(keep(row_hidden_ND, head, number, manifest))
+        return kept
+
+    return ask, identity
+
+
+def begin_cache(cfg, tokenizer, manifest):
+    """A new cache gets all but its chunks; one that is there must be of the same content."""
+    folder = Path(cfg.cache_dir)
+    manifest_path = folder / "manifest.json"
+    if manifest_path.exists() and not cfg.force_regenerate:
+        there = read_manifest(cfg.cache_dir)
+        refuse_changes(there, manifest, cfg.cache_dir, "empty it: --force_regenerate")
+    elif RANK == 0:
+        write_json({}, folder / "index.json")
         if cfg.force_regenerate:
-            empty_cache(cfg.cache_dir)
-        write_json(dataclasses.replace(cfg, force_regenerate=False),
-                   os.path.join(cfg.cache_dir, "config.json"))
-        folder = os.path.join(cfg.cache_dir, "tokenizer")
-        # what the tokenizer of a cache before may have had, and this one has not
-        remove_files(folder, ["chat_template.jinja", "added_tokens.json",
-                              "special_tokens_map.json"])
-        tokenizer.save_pretrained(folder)
-        begun = manifest | {"tokenizer_files": tokenizer_checksums(folder)}
-        write_manifest(begun, cfg.cache_dir)   # last: from here on there is a cache
-    return manifest
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            for path in folder.glob("*.safetensors"):
+                path.unlink()
+        write_json(knobs_of(cfg) | {"force_regenerate": False}, folder / "config.json")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(manifest, manifest_path)   # last: from here on there is a cache
+    all_sum(0)   # nobody goes on before that
 
 
-def empty_cache(cache_dir):
-    """Of its chunks; of no other file, whatever its name."""
-    paths = chunks_in(cache_dir)
-    for path in paths:
-        refuse_foreign(path, is_chunk)
-    for path in paths:
-        os.remove(path)
+def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
+    """-> the paths of all chunks, once they are there; None where a signal stopped it. Ranks go
+    from one forward to the next together: see open_teacher."""
+    total = math.inf   # a stream has no length
+    if not isinstance(splits["train"], datasets.IterableDataset):
+        total = sum(map(len, splits.values()))
+    with tqdm(total=total, unit="row", disable=RANK > 0) as bar:
+        while True:
+            paths = []
+            chunks = free_chunks(cfg, tokenizer, splits, manifest, paths)
+            forwards = write_chunks(chunks, ask, manifest, total)
+            all_rows = True
+            while all_rows:
+                rows = next(forwards, 0)
+                if not rows:
+                    ask([], 0, manifest)
+                all_rows, stop = all_sum(rows, len(stop_requests))
+                if stop:
+                    return None
+                bar.update(int(all_rows))
+            missing, = all_sum(sum(not path.exists() for path in paths))
+            if not missing:
+                return paths
+            time.sleep(1)   # another worker has a chunk; it may die with it
 
 
-def tokenizer_checksums(folder):
-    """{file: CRC-32} of what is kept of the tokenizer."""
-    return {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-
-
-def write_manifest(manifest, cache_dir):
-    marked = manifest | {"digest": digest(manifest)}   # by which a change is known
-    write_json(marked, os.path.join(cache_dir, "manifest.json"))
-
-
-def plan_cache(cfg, packed, sequences):
-    """Say what it will take, judged by a few packed rows; refused without room. sequences: of all
-    splits, None for a stream. -> tokens in all (None for a stream), tokens done."""
-    counts = sum_counts([row_counts for _, row_counts in packed])
-    bytes_per_token = sum(len(data) for data, _ in packed) / counts.tokens
-    total = None
-    if sequences is not None:
-        total = int(counts.tokens / counts.rows * sequences)
-    written = sum(os.path.getsize(path) for path in chunks_in(cfg.cache_dir))
-    need = max(0, (total or 0) * bytes_per_token - written) / 1e9
-    free = shutil.disk_usage(cfg.cache_dir).free / 1e9
-    to_write = f"{need:.3f} GB to write" if total else "a stream has no length"
-    print0(f"cache {cfg.cache_dir}: about {bytes_per_token:.1f} bytes a token "
-           f"({counts.entries / counts.targets:.1f} ids that hold "
-           f"{counts.mass / counts.targets:.1%} of the teacher's mass), {to_write}, "
-           f"{free:.1f} GB free")
-    if cfg.temperature > 1:
-        print0("WARNING: above temperature 1 a cache grows and keeps less: see the share")
-    if need > free:
-        raise UserError(f"cache_dir {cfg.cache_dir!r} needs {need:.3f} GB, {free:.3f} are free: "
-                        "make room")
-    return total, min(int(written / bytes_per_token), total or 0)
-
-
-def sum_counts(many):
-    return RowCounts(*(sum(column) for column in zip(*many)))
-
-
-def write_in_step(forwards, get_teacher_targets, manifest, stop_requests, bar):
-    """Go through forwards until no rank has any left, every rank one at a time: a sharded teacher
-    needs them all. -> whether a signal stopped it."""
-    while True:
-        tokens = 0
-        problem = None
-        try:
-            tokens = next(forwards, 0)
-        except OSError as e:
-            problem = e
-        if not tokens:   # the others may still need this rank
-            pack_teacher(get_teacher_targets, [], 0, manifest)
-        all_tokens, stop, failed = all_sum(tokens, len(stop_requests), problem is not None)
-        if failed:
-            raise problem or OSError("another rank could not write")
-        bar.update(int(all_tokens))
-        if stop:
-            return True
-        if not all_tokens:
-            return False
-
-
-def missing_chunks(cache_dir, splits, manifest, encode_columns, paths):
+def free_chunks(cfg, tokenizer, splits, manifest, paths):
     """Claim the chunks that are not there and that no living worker has, one after the other
     -> (path, rows, number of the first row), ...; the paths of all chunks are added to paths.
 
     A stream is cut into blocks of raw rows, each packed on its own, so that nobody has to tokenise
-    what another worker does. Numbers only have to be the same for every worker: those of train
-    begin at 2^60, and those of a stream's blocks, which hold any number of rows, 2^32 apart."""
-    chunk_size = manifest["chunk"]
-    content = content_digest(manifest)
-    with open(os.path.join(cache_dir, "claims"), "a") as claims:
-        for split_number, (split, rows) in enumerate(splits.items()):
-            split_start = split_number << 60
-            stored = isinstance(rows, datasets.Dataset)
-            blocks = range(0, len(rows), chunk_size) if stored else rows.iter(chunk_size)
+    what another worker does. As a block may hold any number of rows, theirs begin 2^32 apart."""
+    size = manifest["chunk"]
+    numbers = {"eval": 0, "train": 2**60}   # where those of chunks, and of rows, begin
+    with Path(cfg.cache_dir, "claims").open("a") as claims:
+        for split, rows in splits.items():
+            is_stream = isinstance(rows, datasets.IterableDataset)
+            blocks = rows.iter(size) if is_stream else range(0, len(rows), size)
             for chunk, block in enumerate(blocks):
-                path = os.path.join(cache_dir, f"{split}-{chunk:08d}.safetensors")
+                path = Path(cfg.cache_dir, f"{split}-{chunk:08d}.safetensors")
                 paths.append(path)
-                if not claim(claims, split_start + chunk):
+                try:   # one byte, which the file need not have; given back when a worker dies
+                    fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, numbers[split] + chunk)
+                except BlockingIOError:   # another worker has it
                     continue
-                if os.path.exists(path):
-                    read_chunk(path, content)   # refused where it is another
+                if path.exists():
                     continue
-                first = split_start + chunk * chunk_size
-                if stored:
-                    columns = rows[block:block + chunk_size]
-                else:
-                    columns = encode_columns(block)
+                first = numbers[split] + chunk * size
+                if is_stream:
+                    block_rows = encode_block(cfg, tokenizer, block)
                     first += chunk << 32
-                yield path, rows_from_columns(columns), first
+                else:
+                    end = min(block + size, len(rows))
+                    block_rows = [rows[i] for i in range(block, end)]
+                yield path, block_rows, first
 
 
-def claim(claims, byte):
-    """Lock one byte of an open file, which need not be that long -> whether no other process has.
-    Closing the file gives it back, and so does the kernel when a process dies."""
-    try:
-        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except BlockingIOError:
-        return False
-    return True
+def encode_block(cfg, tokenizer, columns):
+    columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
+    rows, _ = kept_rows(token_rows(columns))
+    if cfg.packing == "documents" and len(rows):
+        rows = PackedRows(rows, cfg.seq_len)
+    return [rows[i] for i in range(len(rows))]
 
 
-def write_chunks(chunks, get_teacher_targets, manifest):
-    """Write the chunks of missing_chunks; yields after each forward, its number of tokens."""
+def write_chunks(chunks, ask, manifest, total):
+    """Write the chunks of free_chunks; yields after each forward, its number of rows. The first
+    chunk tells what all will take. total: rows of all splits, inf for a stream."""
+    said = False
     for path, rows, first in chunks:
-        packed = []
+        kept = []
         for start in range(0, len(rows), manifest["group"]):
             group = rows[start:start + manifest["group"]]
-            packed += pack_teacher(get_teacher_targets, group, first + start, manifest)
-            yield sum(len(row["input_ids"]) for row in group)
-        write_chunk(path, packed, content_digest(manifest))
+            kept += ask(group, first + start, manifest)
+            yield len(group)
+        write_chunk(path, rows, kept, digest(manifest))
+        if rows and not said:
+            say_size(path, rows, kept, total)
+            said = True
 
 
-def write_chunk(path, packed, content):
+def say_size(path, rows, kept, total):
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    targets = sum(row["targets"].sum() for row in rows)
+    mass = sum(of_row.mass for of_row in kept)
+    size = path.stat().st_size
+    print0(f"cache: {size / tokens:.1f} bytes a token, which hold {mass / targets:.1%} of the "
+           f"teacher's mass; about {size / len(rows) * total / 1e9:.3f} GB in all, "
+           f"{shutil.disk_usage(path).free / 1e9:.1f} GB free")
+
+
+def write_chunk(path, rows, kept, content):
     """A chunk appears whole or not at all. Safetensors: mapped into memory, sliced, no code in it.
 
-    rows     the bytes of all rows, end to end
-    table    a line a row: where it ends in rows, then its RowCounts
-    metadata which chunk of which cache this is, and the checksum of the table
+    rows   the rows, end to end: 4 bytes of checksum_at, then its numbers, compressed
+    ends   where each begins and ends
     """
-    filler = b"-"   # line 0: all there is of a chunk without rows, and where the first row begins
-    packed = [(filler, RowCounts(0, 0, 0, 0, 0, zlib.crc32(filler))), *packed]
-    ends = np.cumsum([len(data) for data, _ in packed])
-    table = np.column_stack([ends, [counts for _, counts in packed]])
-    row_bytes = b"".join(data for data, _ in packed)
-    tensors = {"rows": np.frombuffer(row_bytes, np.uint8), "table": table}
-    # one value: safetensors writes several in any order
-    metadata = {"chunk": f"{chunk_mark(path, content)} {zlib.crc32(table)}"}
-    with open(path + ".tmp", "wb") as f:
-        f.write(safetensors.numpy.save(tensors, metadata))
-    sync(f.name)
-    os.replace(f.name, path)
+    parts = []
+    for line, (row, of_row) in enumerate(zip(rows, kept, strict=True)):
+        data = compress(pack_row(row, of_row))
+        parts.append(checksum_at(path, line, data, content) + data)
+    tensors = {"rows": np.frombuffer(b"".join(parts), np.uint8),
+               "ends": np.cumsum([0, *map(len, parts)])}
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(safetensors.numpy.save(tensors))
+    sync(aside)
+    aside.rename(path)
 
 
-def chunk_mark(path, content):
-    """Its split and number, as it is named, and the content_digest of its cache."""
-    return f"{os.path.basename(path).removesuffix('.safetensors')} of cache {content}"
+def checksum_at(path, line, data, content):
+    """Of a row's bytes and of where they belong. content: digest of the manifest."""
+    place = f"{content} {path.name} {line}"
+    return zlib.crc32(data, zlib.crc32(place.encode())).to_bytes(4, "little")
 
 
-@torch.no_grad()
-def pack_teacher(get_teacher_targets, rows, first, manifest):
-    """One teacher forward -> (bytes, RowCounts) a row. first: the number of the first row, by which
-    its draws are the same whoever makes them. Without rows: only takes part in the forward."""
-    hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
-    packed = []
-    for number, row in enumerate(rows, first):
-        ids = np.asarray(row["input_ids"])
-        is_target = np.ones(len(ids), bool)   # of plain text, every token
-        if row["targets"] is not None:
-            is_target = np.asarray(row["targets"])
-        targets = int(is_target[1:].sum())
-        row_hidden_ND, hidden_ND = hidden_ND.tensor_split([targets])
-        uniform_NS = draw_uniform(targets, manifest["size"], manifest["seed"], number)
-        entries, extra, mass = teacher_entries(row_hidden_ND, head, uniform_NS, manifest)
-        data = pack_row(ids, is_target, row.get("starts", []), entries, extra, manifest)
-        counts = RowCounts(1, len(ids), targets, len(entries), mass, zlib.crc32(data))
-        packed.append((data, counts))
-    return packed
-
-
-def draw_uniform(targets, size, seed, number):
-    """-> [targets, size] in [0, 1), the same for a row of this number on any device."""
-    generator = torch.Generator().manual_seed(int(digest(seed, number), 16) >> 1)
-    return torch.rand(targets, size, dtype=torch.float64, generator=generator).to(DEVICE)
-
-
-def teacher_entries(hidden_ND, head, uniform_NS, manifest):
-    """What is kept of the teacher at the targets of a row -> entries, extra (see above), mass."""
-    id_bits, _, _ = manifest["bits"]
+def keep(hidden_ND, head, number, manifest):
+    """Of the teacher, at the targets of the row of this number -> Kept"""
+    # draws of its own, the same on any device
+    generator = torch.Generator().manual_seed(int(digest(manifest["seed"], number), 16) >> 1)
+    shape = len(hidden_ND), manifest["size"]
+    uniform_NS = torch.rand(shape, dtype=torch.float64, generator=generator).to(DEVICE)
     # 16 bytes an entry of [C, V]: log p, p, and the running sum of p in fp64
-    tokens_at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
-    entries = []
-    extra = []
-    masses = []
-    hidden_parts = hidden_ND.split(tokens_at_once)
-    for hidden_CD, uniform_CS in zip(hidden_parts, uniform_NS.split(tokens_at_once)):
-        raw_CV = nn.functional.linear(hidden_CD, head.weight, head.bias)
-        raw_CV = raw_CV[:, :manifest["vocabulary"]]   # without the padding
-        logits_CV, _ = scale_and_softcap(raw_CV, head.scale, head.softcap)
+    at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
+    parts = []
+    for hidden_CD, uniform_CS in zip(hidden_ND.split(at_once), uniform_NS.split(at_once)):
+        logits_CV = head_logits(hidden_CD, head, manifest["vocabulary"])   # without the padding
         logp_CV = torch.log_softmax(logits_CV / manifest["temperature"], -1)
         if manifest["method"] == "sample":
-            ids, codes, part_extra, mass = sample_entries(logp_CV, uniform_CS)
+            parts.append(sample_entries(logp_CV, uniform_CS))
         else:
-            ids, codes, part_extra, mass = topk_entries(logp_CV, manifest["size"])
-        entries.append((ids + (codes.long() << id_bits)).cpu().numpy())
-        extra.append(part_extra.cpu().numpy())
-        masses.append(mass.item())
-    return np.concatenate(entries), np.concatenate(extra), np.sum(masses)
+            parts.append(topk_entries(logp_CV, manifest["size"]))
+    entries, extra, masses = map(torch.cat, zip(*parts))
+    return Kept(entries.cpu().numpy(), extra.cpu().numpy(), masses.sum().item())
 
 
 def sample_entries(logp_CV, uniform_CS):
-    """S draws a token -> distinct ids [E] and their codes [E], entropy code [C], their mass."""
+    """S draws a token -> an entry for each distinct id [E], extra [C], masses."""
     vocabulary = logp_CV.shape[1]
     cdf_CV = logp_CV.exp().cumsum(-1, dtype=torch.float64)
     heights_CS = uniform_CS * cdf_CV[:, -1:]   # which is not exactly 1
@@ -3570,122 +3422,98 @@ def sample_entries(logp_CV, uniform_CS):
     draws_CS = draws_CS.sort(-1)[0]
     # the entropy as these draws show it: student = teacher logs a KL of 0, not of noise around 0
     entropy_C = -logp_CV.gather(-1, draws_CS).mean(-1)
-    extra_C = (entropy_C * 256).round().clamp_max(4095)
+    extra_C = (entropy_C * 256).round().clamp_max(4095).long()
     line_C1 = torch.arange(len(draws_CS), device=draws_CS.device)[:, None]
     # places in [C, V] end to end: what two tokens have drawn stays apart
     places_E, times_E = torch.unique_consecutive(
         draws_CS + vocabulary * line_C1, return_counts=True)
-    mass = logp_CV.flatten()[places_E].exp().sum()
-    return places_E % vocabulary, times_E - 1, extra_C, mass
+    entries_E = places_E % vocabulary * uniform_CS.shape[1] + times_E - 1
+    return entries_E, extra_C, logp_CV.flatten()[places_E].exp()
 
 
 def topk_entries(logp_CV, size):
-    """The likeliest K = size ids a token and the rest -> ids and codes [C * (K + 1)], nothing, the
-    mass without the rest."""
+    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing, masses.
+    """
     logp_CK, ids_CK = logp_CV.topk(size)
-    rest_C1 = (1 - logp_CK.exp().sum(-1, keepdim=True)).clamp_min(0)
+    mass_C1 = logp_CK.exp().sum(-1, keepdim=True)
+    rest_C1 = (1 - mass_C1).clamp_min(0)
     logp_CE = torch.cat([logp_CK, rest_C1.log()], -1)
-    codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255)
-    ids_CE = nn.functional.pad(ids_CK, (0, 1))
-    nothing_C = torch.zeros(len(logp_CV))   # of 0 bits
-    return ids_CE.flatten(), codes_CE.flatten(), nothing_C, logp_CK.exp().sum()
+    codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255).long()
+    entries_CE = 256 * nn.functional.pad(ids_CK, (0, 1)) + codes_CE
+    return entries_CE.flatten(), ids_CK.new_empty(0), mass_C1
 
 
-NO_CONTENT = ("tokenizer_files", "rows", "tokens", "bytes_per_token", "mass_kept", "chunks")
-
-
-def finish_cache(cfg, manifest, paths):
-    """Read back the tables of all workers' chunks; with their sums the manifest is complete."""
-    chunk_counts = []
-    content = content_digest(manifest)
-    with progress("reading the cache back", len(paths), unit="chunk") as bar:
-        for path in paths:
-            table, _ = read_chunk(path, content)
-            chunk_counts.append(RowCounts(*table[:, 1:].sum(0).tolist()))
-            bar.update()
-    counts = sum_counts(chunk_counts)
-    rows_per_chunk = {"train": [], "eval": []}
-    for path, in_chunk in zip(paths, chunk_counts):
-        split, _ = os.path.basename(path).split("-")
-        rows_per_chunk[split].append(int(in_chunk.rows))
-    bytes_per_token = sum(os.path.getsize(path) for path in paths) / counts.tokens
-    mass_kept = counts.mass / counts.targets
-    complete = read_any_manifest(cfg.cache_dir) | dict(
-        rows=int(counts.rows), tokens=int(counts.tokens), bytes_per_token=bytes_per_token,
-        mass_kept=mass_kept, chunks=rows_per_chunk)
-    write_manifest(complete, cfg.cache_dir)
-    print0(f"cache {cfg.cache_dir}: {counts.rows:,.0f} sequences, {counts.tokens:,.0f} tokens of "
-           f"{bytes_per_token:.1f} bytes, {mass_kept:.1%} of the teacher's mass is kept")
+def finish_cache(cache_dir, manifest, paths):
+    """Read every row of all workers' chunks back; with their numbers the cache is full."""
+    chunks = {"train": [], "eval": []}
+    tokens = biggest_id = 0
+    with tqdm(paths, desc="reading the cache back", unit="chunk") as bar:
+        for path in bar:
+            rows = read_chunk(path, digest(manifest))
+            tokens += sum(int(numbers[0]) for numbers in rows)
+            biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
+            split, _ = path.name.split("-")
+            chunks[split].append(len(rows))
+    size = sum(path.stat().st_size for path in paths)
+    index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
+                 bytes_per_token=size / tokens, biggest_id=biggest_id)
+    write_json(index, Path(cache_dir, "index.json"))
+    print0(f"cache {cache_dir} is full: {index['rows']:,} sequences, {tokens:,} tokens of "
+           f"{index['bytes_per_token']:.1f} bytes")
 
 
 # ---- reading
 
-TAKEN_FROM_CACHE = ("seq_len", "temperature", "packing")
-
 
 def take_from_cache(cfg):
-    """-> cfg of a training run with the cache's value of what was not typed."""
-    manifest = with_packing(read_manifest(cfg.cache_dir))
-    taken = {name: manifest[name] for name in TAKEN_FROM_CACHE if name not in cfg.given}
-    resolved = dataclasses.replace(cfg, **taken)
-    resolved.given = cfg.given   # is no field, which replace would carry over
-    return resolved
+    """-> cfg of a training run, with what the cache has decided; refused where something else was
+    typed."""
+    with phase(f"opening cache {cfg.cache_dir}"):
+        manifest = read_manifest(cfg.cache_dir)
+        names = ("teacher", "dataset", "seq_len", "temperature", "packing")
+        decided = {name: manifest[name] for name in names}
+        typed = {name: getattr(cfg, name) for name in names if name in cfg.given}
+        refuse_changes(decided, decided | typed, cfg.cache_dir, "fill another --cache_dir")
+    print0(f"the cache is of {decided}")
+    return dataclasses.replace(cfg, **decided)
 
 
 def describe_cache_use(cfg):
-    """What the plan of a training run says of its teacher."""
-    words = f"teacher: cache {cfg.cache_dir}"
-    taken = [name for name in TAKEN_FROM_CACHE if name not in cfg.given]
-    if "packing" in taken and cfg.packing == Config.packing:
-        taken.remove("packing")
-    if taken:
-        values = " and ".join(f"{name} {getattr(cfg, name)}" for name in taken)
-        words += f", which sets {values}"
-    return words
-
-
-def describe_targets(cfg):
-    """What a model card says of them."""
     manifest = read_manifest(cfg.cache_dir)
-    if manifest["method"] == "topk":
-        return f"kept as its {manifest['size']} likeliest tokens"
-    return f"kept as {manifest['size']} draws a token"
-
-
-def open_cache(cfg):
-    """-> train rows, eval rows, tokenizer, manifest; refused where the run does not fit what is
-    stored."""
-    manifest = read_manifest(cfg.cache_dir)
-    refuse_other_targets(cfg, manifest)
-    refuse_other_data(cfg)
-    tokenizer = read_tokenizer(cfg, manifest)
-    if manifest.get("bos") != bos_of(tokenizer):
-        raise UserError(f"cache_dir {cfg.cache_dir!r} was filled by a version whose blocks "
-                        "of text do not begin with the tokenizer's BOS; its mode cache command "
-                        "with --force_regenerate fills it again")
-    student_tokenizer = load_tokenizer(cfg, cfg.student) or tokenizer
-    compare_tokenizers(student_tokenizer, tokenizer, cfg.tokenizer or cfg.student,
-                       f"{cfg.cache_dir}: {manifest['teacher']}")
-    rows = CacheRows(cfg.cache_dir, "train", manifest)
-    eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, at_most=cfg.eval_samples)
-    return rows, eval_rows, tokenizer, manifest
+    return f"of each token {manifest['size']} ids, method {manifest['method']}"
 
 
 def load_with_cache(cfg):
-    """load_everything, where the cache is the dataset and the teacher."""
-    rows, eval_rows, tokenizer, _ = open_cache(cfg)
-    student = load_checked_student(cfg, tokenizer)
-    return tokenizer, rows, eval_rows, student, None
+    """load_everything, where the cache is the dataset and the teacher. Code in its tokenizer runs
+    only where this run allows it."""
+    with phase(f"reading cache {cfg.cache_dir}"):
+        manifest = read_manifest(cfg.cache_dir)
+        index = read_json(Path(cfg.cache_dir, "index.json"))
+        if not index:
+            raise UserError(f"{cfg.cache_dir!r} holds no finished cache (it was begun, not "
+                            "finished); the same mode cache command finishes it")
+        folder = Path(cfg.cache_dir, "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
+            raise UserError(f"cache tokenizer '{folder}' is not what was written; fill the cache "
+                            "again with --force_regenerate")
+        theirs = load_tokenizer(cfg, cfg.student) or tokenizer
+        compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
+        rows = CacheRows(cfg.cache_dir, "train", manifest, index)
+        eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
+    student, _ = load_checked(cfg, "student", tokenizer)
+    check_ids(student, tokenizer, index["biggest_id"])
+    return tokenizer, rows, eval_rows, student, None, None
 
 
 class CacheRows:
     """The rows of a split, by number: nothing is read but what is asked for."""
 
-    def __init__(self, cache_dir, split, manifest, at_most=math.inf):
-        self.prefix = os.path.join(cache_dir, split)
+    def __init__(self, cache_dir, split, manifest, index, at_most=math.inf):
+        self.prefix = f"{cache_dir}/{split}"
         self.manifest = manifest
-        self.content = content_digest(manifest)
-        self.starts = np.cumsum([0, *manifest["chunks"][split]])   # of chunks; the last: the end
+        self.content = digest(manifest)
+        self.starts = np.cumsum([0, *index["chunks"][split]])   # of chunks; the last: the end
         self.length = int(min(self.starts[-1], at_most))
 
     def __len__(self):
@@ -3693,117 +3521,40 @@ class CacheRows:
 
     def __getitem__(self, i):
         chunk = int(np.searchsorted(self.starts, i, "right")) - 1
-        line = i - int(self.starts[chunk]) + 1   # of its table, which begins with the filler
-        table, data = read_chunk(f"{self.prefix}-{chunk:08d}.safetensors", self.content, line)
-        counts = RowCounts(*table[line, 1:])
-        return unpack_row(
-            data, int(counts.tokens), int(counts.targets), int(counts.entries), self.manifest)
+        line = i - int(self.starts[chunk])
+        path = Path(f"{self.prefix}-{chunk:08d}.safetensors")
+        numbers, = read_chunk(path, self.content, [line])
+        return unpack_row(numbers, self.manifest)
 
 
-def read_chunk(path, content, line=0):
-    """-> its table, the bytes of the row of that line (0: the filler); both as they were written.
-    content: content_digest of the cache. Mapped anew each time, 50 us: nothing has to be kept."""
-    cache_dir = os.path.dirname(path)
-    with reading(f"cache chunk {path!r} is damaged or another", again(cache_dir, path)):
+def read_chunk(path, content, lines=None):
+    """-> the numbers of each of its rows, or of some, as they were written. content: digest of the
+    manifest. Mapped anew each time, 20 us: nothing has to be kept."""
+    try:
+        rows = []
         with safetensors.safe_open(path, "numpy") as file:
-            mark, _, table_checksum = file.metadata()["chunk"].rpartition(" ")
-            if mark != chunk_mark(path, content):
-                raise ValueError(f"it is {mark}, not {chunk_mark(path, content)}")
-            table = file.get_tensor("table")
-            start = int(table[line - 1, 0]) if line > 0 else 0
-            data = file.get_slice("rows")[start:int(table[line, 0])].tobytes()
-            if zlib.crc32(table) != int(table_checksum) or zlib.crc32(data) != table[line, -1]:
-                raise ValueError("wrong checksum")
-    return table, data
-
-
-def again(cache_dir, path):
-    """The command that mends a file of a cache: of the cache as it lies here, whatever folder its
-    config names, since it may be a copy."""
-    config = os.path.join(cache_dir, "config.json")
-    return (f"; to make it, and only it, again: rm {shlex.quote(path)}; python simple_distill.py "
-            f"--config {shlex.quote(config)} --cache_dir {shlex.quote(cache_dir)}")
+            ends = file.get_tensor("ends").tolist()
+            for line in lines or range(len(ends) - 1):
+                written = file.get_slice("rows")[ends[line]:ends[line + 1]].tobytes()
+                if written[:4] != checksum_at(path, line, written[4:], content):
+                    raise ValueError("wrong checksum")
+                rows.append(decompress(written[4:]))
+        return rows
+    except Exception as e:
+        folder = shlex.quote(str(path.parent))   # where the cache lies now: it may be a copy
+        raise UserError(
+            f"cache chunk '{path}' is damaged or of another cache ({one_line(e)}); to make it, and "
+            f"only it, again: rm {shlex.quote(str(path))}; python simple_distill.py --config "
+            f"{folder}/config.json --cache_dir {folder}") from e
 
 
 def read_manifest(cache_dir):
-    """Of a full cache."""
-    if not os.path.exists(os.path.join(cache_dir, "manifest.json")):
-        raise UserError(f"{cache_dir!r} holds no cache; mode cache begins one")
-    manifest = read_any_manifest(cache_dir)
-    if "chunks" not in manifest:
-        raise UserError(f"{cache_dir!r} holds no finished cache (it was begun, not finished); the "
-                        "same mode cache command finishes it")
+    """Of a cache that was begun, at least."""
+    manifest = read_json(Path(cache_dir, "manifest.json"), {})
+    if manifest.get("format") != 2:
+        raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
+                        "fills it, an older one with --force_regenerate")
     return manifest
-
-
-def read_any_manifest(cache_dir):
-    """Of a cache that was begun, at least. Its values are as they were written, all of them."""
-    path = os.path.join(cache_dir, "manifest.json")
-    with reading(f"cache manifest {path!r} is damaged or edited", again(cache_dir, path)):
-        with open(path, encoding="utf-8") as f:
-            manifest = json.load(f)
-        written = manifest.pop("digest")
-        if digest(manifest) != written:
-            raise ValueError("it is not what was written")
-    return manifest
-
-
-def read_tokenizer(cfg, manifest):
-    """As it was when the cache was filled; code in it runs only where this run allows it."""
-    folder = os.path.join(cfg.cache_dir, "tokenizer")
-    what = f"cache tokenizer {folder!r} is damaged, edited or not allowed"
-    # without a manifest the cache is begun anew: its tokenizer is saved, its chunks are kept
-    with reading(what, again(cfg.cache_dir, os.path.join(cfg.cache_dir, "manifest.json"))):
-        for name, crc in manifest["tokenizer_files"].items():
-            if checksum(os.path.join(folder, name)) != crc:
-                raise ValueError(f"{name} is not what was written")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-
-
-def read_cache_config(cache_dir):
-    path = os.path.join(cache_dir, "config.json")
-    with reading(f"cache config {path!r} is damaged", "; choose another --cache_dir"):
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
-
-
-# ---- refusals
-
-
-def refuse_other_targets(cfg, manifest):
-    """What is stored was computed by one teacher, at one temperature, on rows of one length."""
-    here = dict(temperature=cfg.temperature, seq_len=cfg.seq_len, packing=cfg.packing,
-                teacher=cfg.teacher)
-    same_path = os.path.realpath(cfg.teacher) == os.path.realpath(manifest["teacher"])
-    if cfg.teacher == "demo" or same_path:   # demo: the default, none was named
-        here["teacher"] = manifest["teacher"]
-    there = {name: with_packing(manifest)[name] for name in here}
-    refuse_changes(there, here, cfg.cache_dir, "fill another --cache_dir")
-
-
-def refuse_other_data(cfg):
-    """The cache is the dataset: what it has decided may be left out or said again."""
-    # the first two are compared above; the others do not decide what the rows hold
-    passed_over = ("seq_len", "packing", "eval_samples", "shuffle_buffer", "num_proc")
-    here = {}
-    for name in knobs_in("data"):
-        if name in passed_over:
-            continue
-        # a config.json names every knob: one that has its default decides nothing
-        if name in cfg.given and getattr(cfg, name) != getattr(Config, name):
-            here[name] = getattr(cfg, name)
-    decided = read_cache_config(cfg.cache_dir)
-    there = {name: decided.get(name) for name in here}
-    refuse_changes(there, here, cfg.cache_dir, "leave it out")
-
-
-@contextlib.contextmanager
-def explain_bad_disk(folder):
-    try:
-        yield
-    except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"cache_dir {folder!r} cannot be read or written ({one_line(e)}). Finished "
-                        "chunks stay; make room or mend it, and the same command goes on") from e
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4229,7 +3980,7 @@ def write_batches(run, micro):
     rows = [row for batch in micro for row in batch.rows]
     numbers = range(RANK, WORLD * len(rows), WORLD)   # in the global batch
     ends = end_ids(run.student.model, run.tokenizer)
-    rows = write_rows(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
+    rows = rows_by_student(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
     tokens = sum(row["targets"].sum() for row in rows)
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
     figures = all_sum(len(rows), tokens, cut)   # of all ranks, once all are done
@@ -4240,7 +3991,7 @@ def write_batches(run, micro):
     return micro
 
 
-def write_rows(cfg, root, rows, step, numbers, ends, vocabulary):
+def rows_by_student(cfg, root, rows, step, numbers, ends, vocabulary):
     """Token rows -> token rows of which the targets are what a model writes after their prompts.
     They stay within seq_len; what is drawn follows from step and number."""
     prompts = [prompt_of(row, cfg) for row in rows]
@@ -4296,7 +4047,7 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     vocabulary = vocabulary_of(tokenizer)
     written = [None] * count   # each rank writes its rows of them, and reads no others
     for numbers, batch in held_out(rows, cfg.batch_size, "writing after held-out prompts"):
-        texts = write_rows(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
+        texts = rows_by_student(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
         for i, row in zip(numbers, texts):
             written[i] = row
     loss_fn = functools.partial(distil_loss, alpha=0.0, temperature=cfg.temperature,
@@ -4330,11 +4081,11 @@ def writing_error(model, ids_1T):
     prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
-    def keep(_, logits_BV):
+    def record(_, logits_BV):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    new = generate_ids(model, *pad_left(prompts), 3, set(), keep)
+    new = generate_ids(model, *pad_left(prompts), 3, set(), record)
     alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
     error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
@@ -4857,7 +4608,7 @@ def read_replies(path):
     return rows
 
 
-def write_rows(path, rows):
+def write_jsonl(path, rows):
     with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(path + ".tmp", path)
@@ -4878,8 +4629,8 @@ def sort_out(asking, jobs):
             if flaw:
                 row["reason"] = flaw
     train = path_in(cfg, "train.jsonl")
-    write_rows(train, [row for row in rows if "reason" not in row])
-    write_rows(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
+    write_jsonl(train, [row for row in rows if "reason" not in row])
+    write_jsonl(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
 
     fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
     write_json({"spent_usd": asking.spent_usd, **fates}, path_in(cfg, "summary.json"))
@@ -5381,7 +5132,8 @@ def run_config(cfg):
     try:
         with process_group(), contextlib.ExitStack() as stack:
             if not (cfg.dry_run or cfg.mode == "cache"):   # which marks its cache_dir
-                stack.enter_context(claim(cfg.output_dir, cfg.mode))
+                mode = cfg.mode.replace("eval", "train")   # a report lies beside its run
+                stack.enter_context(claim(cfg.output_dir, mode))
             choose_mode(cfg)(cfg)
         return 0
     except UserError as e:
@@ -5419,7 +5171,7 @@ def explain(cfg, error, words):
     output_dir/error.log, or to the terminal with --debug."""
     folder = Path(cfg.output_dir)
     if first_to_fail():
-        print(f"error: {words}", file=sys.stderr)
+        print(f"\nerror: {words}", file=sys.stderr)   # not behind a bar
         if cfg.debug:
             traceback.print_exception(error)
         elif (folder / MARK).exists():

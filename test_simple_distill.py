@@ -27,7 +27,6 @@ import pickle
 import pty
 import random
 import re
-import resource   # optional: cache
 import select
 import shlex
 import shutil
@@ -945,238 +944,218 @@ def test_config_bad_input_is_a_line_or_two(case, tmp_path, teacher, student, tex
 
 
 # --------------------------------------------------------------------------------------------------
-# Runtime: one run a directory, digests.
+# Runtime: phases, files, one run a folder, ranks, signals.
 
 
-def test_runtime_a_digest_sees_the_middle_of_a_long_array():
-    other = np.arange(5000)
-    other[2500] = 0
-    assert sd.digest([np.arange(5000)]) != sd.digest([other])
+@pytest.mark.parametrize("error, shown", [
+    (ValueError("a\nb"), "while reading x: ValueError: a b (KeyError: 'row 17')"),
+    (config.UserError("in our words"), "in our words"),
+    (torch.OutOfMemoryError("full"), "full"),
+])
+def test_runtime_a_phase_says_what_it_does_and_why_it_failed(capsys, error, shown):
+    known = (config.UserError, torch.OutOfMemoryError)
+    with pytest.raises(known) as caught, sd.phase("reading x"):
+        raise error from KeyError("row 17")
+    assert str(caught.value) == shown
+    assert capsys.readouterr().out == "reading x ...\n"
 
 
-def test_runtime_one_run_a_directory(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    distil(out, **fields, max_steps=1)
-    with sd.process_group(), sd.lock(out):
-        pass   # it was left free
-    handle = os.open(out, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
-    try:
-        assert "another run" in distil(out, rc=2, **fields, max_steps=2).err
-    finally:
-        os.close(handle)
+@pytest.mark.parametrize("debug", [False, True])
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student,
+                                                                           debug):
+    (tmp_path / "bad.jsonl").write_text('{"text": \n')
+    words = flags(student=student, alpha=1.0, dataset=tmp_path / "bad.jsonl", debug=debug,
+                  output_dir=tmp_path / "out")
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+        assert sd.main(words) == 2
+    assert shown.getvalue().count("error: while reading dataset") == 1
+    assert ("Traceback" in shown.getvalue()) == debug
+    assert (tmp_path / "out" / "error.log").exists() != debug
 
 
-def test_runtime_control_characters_never_reach_the_terminal(capsys):
-    sd.print0("name\x1b[31m\n")
-    assert capsys.readouterr().out == "name\\x1b[31m\n\n"
-    assert str(config.UserError("a\x1b]0;b\x07")) == "a\\x1b]0;b\\x07"
+def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch, capsys):
+    for rank in (1, 0):
+        monkeypatch.setattr(sd, "RANK", rank)
+        sd.print0("rank", rank)
+    assert capsys.readouterr().out == "rank 0\n"
+
+    def gone(words):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sd.tqdm, "write", gone)
+    sd.print0("nobody reads it")
 
 
-def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": \n')
-    out = tmp_path / "out"
-    out.mkdir()
-    fields = dict(student=student, alpha=1.0, dataset=bad, max_steps=1)
-    assert "Traceback" not in distil(out, rc=2, **fields).err
-    assert "Traceback" in (out / "error.log").read_text()
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        words = flags(**{**PLAIN, **fields}, output_dir=tmp_path / "other", debug=True)
-        assert sd.main(words_of(words)) == 2
-    assert err.getvalue().startswith("error: ") and "Traceback" in err.getvalue()
+# ---- files
 
 
-TWO_DISKS = """
-import os, sys
-rank = int(os.environ["RANK"])
-os.makedirs(f"node{rank}", exist_ok=True)
-os.chdir(f"node{rank}")   # each rank has an `out` of its own
+def test_runtime_a_digest_is_of_all_that_it_is_given():
+    digests = {sd.digest(*things) for things in ((1, 2), (2, 1), ([1, 2],), ("1", 2))}
+    assert len(digests) == 4
+    assert sd.digest({"a": 1, "b": 2}) == sd.digest({"b": 2, "a": 1})
+    with pytest.raises(TypeError):   # its str leaves out the middle
+        sd.digest(np.arange(5000))
+
+
+def test_runtime_a_json_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    assert sd.read_json(path, 7) == 7
+    sd.write_json({"a": [1, "é"]}, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def fill_the_disk(path, text):
+        path.write_bytes(text[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError):
+        sd.write_json({"b": 2}, path)
+    assert sd.read_json(path) == {"a": [1, "é"]}
+
+
+def test_runtime_lines_are_appended_whatever_they_hold(tmp_path):
+    for word in ("é\n", "half \ud800"):
+        sd.append_jsonl(tmp_path / "a.jsonl", {"a": word})
+    assert read_lines(tmp_path / "a.jsonl") == [{"a": "é\n"}, {"a": "half ?"}]
+
+
+def test_runtime_a_table_is_aligned():
+    lines = sd.table(["model", "loss"], [["a", "1.25"], ["longer", "10"]]).split("\n")
+    assert [line.replace(" ", "") for line in lines] == [
+        "|model|loss|", "|------|----|", "|a|1.25|", "|longer|10|"]
+    assert {len(line) for line in lines} == {17}
+
+
+# ---- one run a folder
+
+
+@pytest.mark.parametrize("files, refusal", [
+    ({"notes.txt": "mine"}, None),
+    ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
+    ({"final/notes.txt": "mine"}, "holds 'final'"),
+    ({sd.MARK: "", "final/notes.txt": "mine"}, None),   # touched by its owner, or half written
+    ({sd.MARK: "train 12345", "config.json": "{}"}, None),
+    ({sd.MARK: "trains 12345"}, "of mode trains"),
+])
+def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out, files, refusal):
+    for name, content in files.items():
+        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(out, name).write_text(content)
+    expected = contextlib.nullcontext()
+    if refusal:
+        expected = pytest.raises(config.UserError, match=refusal)
+    with expected, sd.process_group(), sd.claim(out, "train"):
+        mark = Path(out, sd.MARK).read_text()
+        assert re.fullmatch(r"train \d{6,}", mark)
+        files = {**files, sd.MARK: mark}
+    left = {str(path.relative_to(out)): path.read_text() for path in files_in(Path(out))}
+    assert left == files
+
+
+HOLD = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import simple_distill as sd
-from config import UserError
-with sd.process_group():
-    try:
-        with sd.lock("out"):
-            print("went on")
-    except UserError as e:
-        print(e)
+with sd.process_group(), sd.claim(sys.argv[2], "train"):
+    print("held", flush=True)
+    sys.stdin.readline()
 """
 
 
-def run_ranks(source, folder, *args, ranks=2):
-    """A script in one process a rank -> what each printed."""
+def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(HERE), out], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    while "held" not in holder.stdout.readline():
+        assert holder.poll() is None
+    mark = Path(out, sd.MARK).read_text()
+    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
+    assert f"taking {out} for this run alone" in err
+    assert Path(out, sd.MARK).read_text() == mark
+    threading.Timer(0.5, holder.kill).start()
+    with sd.process_group(), sd.claim(out, "train", wait=True):
+        assert holder.wait(60) < 0
+
+
+# ---- ranks
+
+RANKS = """
+import contextlib, json, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
+with sd.process_group():
+    seen = [sd.all_sum(sd.RANK, 2), sd.from_rank0(sd.RANK + 5)]
+    with contextlib.suppress(ValueError), sd.node_first():
+        if sd.RANK == 0:
+            time.sleep(1)
+            open("done", "w").close()
+            raise ValueError   # which the others then meet themselves
+        seen.append(os.path.exists("done"))
+    with sd.claim("shared", "train"):
+        pass
+    for folder in ("new", "old"):   # on a disk of its own, without a mark or with an older run's
+        os.makedirs(f"node{sd.RANK}/{folder}")
+        if folder == "old":
+            open(f"node{sd.RANK}/old/.simple_distill", "w").write("train 12345")
+        try:
+            with sd.claim(f"node{sd.RANK}/{folder}", "train"):
+                seen.append("went on")
+        except sd.UserError as e:
+            seen.append(str(e).split(" in ")[0])
+    print(json.dumps(seen), flush=True)
+    if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
+        time.sleep(2)
+        print(sd.first_to_fail(), sd.first_to_fail())
+"""
+
+
+def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
     port = free_port()
     processes = []
-    for rank in range(ranks):
-        env = {**os.environ, **rank_environment(rank, ranks, port), "OMP_NUM_THREADS": "1"}
+    for rank in range(2):
         processes.append(subprocess.Popen(
-            [sys.executable, "-c", source, str(HERE), *map(str, args)], cwd=folder, env=env,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    return [process.communicate(timeout=120)[0] for process in processes]
+            [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
+            env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE))
+    try:
+        first, second = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on", "went on"], first
+    seen, failed = second.splitlines()[-2:]
+    refusal = "rank 1 does not see what rank 0 writes"
+    assert json.loads(seen) == [[1, 4], 5, True, refusal, refusal], second
+    assert failed == "True False"   # it speaks for all, once
 
 
-def test_runtime_more_processes_than_gpus_are_refused(monkeypatch):
-    """NCCL would say "invalid device ordinal", or hang, a rank."""
+def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
+    def set_device(device):
+        raise RuntimeError("invalid device ordinal")
+
     monkeypatch.setattr(sd, "CUDA", True)
-    monkeypatch.setattr(sd, "LOCAL_WORLD", 8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(config.UserError, match="8 processes .* 2 GPUs: use NPROC=2"):
-        with sd.process_group():
-            pass
-
-
-def test_runtime_a_node_with_a_disk_of_its_own_is_refused(tmp_path):
-    for shown in run_ranks(TWO_DISKS, tmp_path):
-        assert "1 of 2 ranks do not see what rank 0 writes in 'out'" in shown, shown
-        assert "went on" not in shown
-
-
-STUCK = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
-        {failure}
-    time.sleep(1000)   # as in a collective on a GPU, which nothing interrupts
-"""
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("failure", [
-    "sd.fail_first(); os._exit(2)",   # as explain() and the end of the file do
-    "raise ZeroDivisionError",        # a bug
-])
-def test_runtime_a_rank_that_is_stuck_when_another_fails_ends(tmp_path, failure):
-    start = time.time()
-    run_ranks(STUCK.format(failure=failure), tmp_path)
-    assert time.time() - start < 90
-
-
-TOLD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
-        raise ZeroDivisionError
-    while not sd.some_rank_failed():
-        time.sleep(0.1)
-    print("was told")
-"""
-
-
-def test_runtime_a_bug_on_one_rank_is_told_to_the_others(tmp_path):
-    """They would wait for it in their next collective; and its own end waits for nobody."""
-    told, failed = run_ranks(TOLD, tmp_path)
-    assert "ZeroDivisionError" in failed
-    assert "was told" in told
-
-
-LATE = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:
-        time.sleep(3)
-        print("failed" if sd.some_rank_failed() else "all is well")
-"""
-
-
-def test_runtime_rank_0_does_not_leave_with_the_store_before_all_are_done(tmp_path):
-    assert "all is well" in run_ranks(LATE, tmp_path)[1]
-
-
-def test_runtime_only_the_host_waits_for_a_day(monkeypatch):
-    """A collective on GPUs, where a rank is gone, ends after minutes: its time-out is the group's
-    first."""
-    timeouts = []
-    init = torch.distributed.init_process_group
-
-    def noting(backend, timeout, **options):
-        timeouts.append(timeout)
-        init(backend, timeout=timeout, **options)
-
-    monkeypatch.setattr(torch.distributed, "init_process_group", noting)
-    with sd.process_group():
-        host = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-        timeouts.append(host.options._timeout)
-    assert [timeout.total_seconds() / 60 for timeout in timeouts] == [15, 24 * 60]
-
-
-def test_runtime_a_child_keeps_no_lock_and_ends_with_its_parent(tmp_path):
-    """As a worker that tokenises: its parent is killed, and the folder is free at once."""
-    source = f"""
-import os, sys, time
-sys.path.insert(0, {str(HERE)!r})
-import simple_distill as sd
-with sd.process_group(), sd.lock({str(tmp_path / "out")!r}):
-    child = os.fork()
-    if child == 0:
-        time.sleep(1000)
-    print(child, flush=True)
-    time.sleep(1000)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    assert is_alive(child)
-    parent.kill()
-    parent.wait()
-    end = time.time() + 5
-    while is_alive(child) and time.time() < end:
-        time.sleep(0.02)
-    assert not is_alive(child)
-    with sd.process_group(), sd.lock(tmp_path / "out"):
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(config.UserError, match="invalid device ordinal"), sd.process_group():
         pass
 
 
-def test_runtime_a_hub_that_is_not_there_is_asked_once(monkeypatch, capsys):
-    """For a name of the hub only; from then on libraries take what is on this machine."""
-    hub = sd.huggingface_hub.constants
-    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+def test_runtime_only_the_host_waits_for_a_day():
+    """A collective on GPUs, where a rank is gone, ends after minutes."""
     with sd.process_group():
-        sd.check_hub(["demo", "layers:4", "/some/path", "shape.json", None, str(HERE)])
-        assert not hub.HF_HUB_OFFLINE
-        sd.check_hub(["demo", "owner/name"])
-    assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert "only what is on this machine is used" in capsys.readouterr().out
+        groups = [torch.distributed.group.WORLD, sd.HOST]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
+    assert minutes == [15, 24 * 60]
 
 
-def test_runtime_what_takes_a_while_says_so_and_what_does_not_is_silent(capsys):
-    """Also where nothing else is written meanwhile, and where something is."""
-    with sd.progress("a moment", 7):
-        print("a word")
-        sd.print0("another")
-    assert capsys.readouterr() == ("a word\nanother\n", "")
-    for total, shown in ((None, "a while ... 00:"), (7, "a while:  43%")):
-        seen = ""
-        with sd.progress("a while", total) as bar:
-            bar.update(3)
-            end = time.time() + 60
-            while shown not in seen and time.time() < end:
-                time.sleep(0.05)
-                seen += capsys.readouterr().err
-        assert shown in seen
-        assert capsys.readouterr().err.endswith(" \r")   # it is cleared
-
-
-def test_runtime_output_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
-    reader, writer = os.pipe()
-    os.close(reader)   # as `| head` does
-    full = open("/dev/full", "w")
-    with open(writer, "w") as broken:
-        monkeypatch.setattr(sys, "stdout", broken)
-        monkeypatch.setattr(sys, "stderr", full)
-        with sd.lasting_output():
-            for _ in range(3):
-                print("x" * 100_000, flush=True)
-                print("y" * 100_000, file=sys.stderr, flush=True)
-    full.close()
+def test_runtime_any_number_of_signals_only_asks_to_stop():
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    before = [signal.getsignal(number) for number in numbers]
+    with sd.stop_signals() as requests:
+        assert not requests
+        for count, number in enumerate(numbers * 2, 1):
+            signal.raise_signal(number)
+            assert len(requests) == count
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1442,82 +1421,43 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: formats, splits, targets, tokenizers, batches.
+# Data: tokenizers, formats, splits, targets, packing, batches.
 
 
-def test_data_longer_prompts_change_nothing_but_the_context(tmp_path, student):
-    """In a model whose attention adds nothing a token sees only itself: then only counted tokens
-    can make a difference."""
-    blind = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
-    teacher = tiny_model(tmp_path / "teacher", seed=5)
-
-    def silence(tensors):
-        for name in tensors:
-            if "o_proj" in name:
-                tensors[name].zero_()
-
-    edit_weights(blind, silence)
-    grads = []
-    losses = []
-    for name, prompt in (("short", "a"), ("long", prose(30))):
-        rows = [{**row, "prompt": prompt} for row in talk(8)]
-        out = str(tmp_path / name)
-        distil(out, student=blind, teacher=teacher, alpha=1.0, batch_size=8, max_steps=1,
-               seq_len=400, dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]),
-               max_grad_norm=0)
-        losses.append(column(out, "train/loss"))
-        grads.append({k: v for k, v in gradients(out).items() if "o_proj" not in k})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert distance(grads[0], grads[1]) < 1e-6
+# ---- tokenizers
 
 
-def test_data_the_label_is_the_next_token(tmp_path, out):
-    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift
-    is missing or doubled."""
-    path = tiny_model(tmp_path / "abc", hidden=264, layers=1)
-    order = tiny_tokenizer().encode("abcdefgh<|endoftext|>")
-
-    def learn_by_heart(tensors):
-        for name in tensors:
-            tensors[name].fill_(1 if "norm" in name else 0)
-        for token, following in zip(order, order[1:] + order[:1]):
-            tensors["model.embed_tokens.weight"][token, token] = 1
-            tensors["lm_head.weight"][following, token] = 2
-
-    edit_weights(path, learn_by_heart)
-    dataset = write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40)
-    distil(out, student=path, dataset=dataset, alpha=1.0, max_steps=1, learning_rate=STILL)
-    assert column(out, "train/ce_loss")[0] < 1e-6
-    assert column(out, "eval/ce_loss")[0] < 1e-6
+@pytest.mark.parametrize("ours, theirs, problem", [
+    (dict(roll=1), {}, f"token {len(SPECIAL)} is "),   # the first that differs
+    (dict(merges=("t u", "u r")), dict(merges=("u r", "t u")), "they cut text differently"),
+])
+def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, text, ours, theirs,
+                                                         problem):
+    names = []
+    for name, options in (("student", ours), ("teacher", theirs)):
+        tokenizer = tiny_tokenizer(**options)
+        names.append(tiny_model(tmp_path / name, len(tokenizer), tokenizer=tokenizer))
+    err = distil(out, rc=2, student=names[0], teacher=names[1], dataset=text, max_steps=1).err
+    assert problem in err
 
 
-def test_data_collate_shifts_before_it_masks():
-    rows = [
-        {"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]},
-        {"input_ids": [9, 10], "targets": None},
-    ]
-    batch = sd.collate(rows)
-    assert batch.positions.tolist() == [1, 2, 4]
-    assert batch.labels.tolist() == [7, 8, 10]
-
-
-def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, teacher, text):
-    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(roll=1))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    err = distil(out, rc=2, teacher=teacher, student=other, dataset=text, max_steps=1).err
-    assert f"token {len(SPECIAL)} " in err   # the first that differs, and what both make of it
-    assert repr(letters[0]) in err
-    assert repr(letters[1]) in err
-    assert not os.path.exists(out)
-
-
-def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
-    one = tiny_tokenizer(merges=("t u", "u r"))
-    two = tiny_tokenizer(merges=("u r", "t u"))
-    assert one.get_vocab() == two.get_vocab()
-    teacher = tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one)
-    student = tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two)
-    distil(out, rc=2, teacher=teacher, student=student, dataset=text, max_steps=1)
+@pytest.mark.parametrize("named, candidates, found", [
+    (None, ["demo", "layers:2", "shape.json", "bare", "a", "b"], "a"),
+    ("b", ["a"], "b"),
+    (None, ["bare", "demo"], None),
+])
+def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "broken"):
+        tiny_tokenizer().save_pretrained(name)
+    os.mkdir("bare")
+    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), *candidates)
+    assert (tokenizer and tokenizer.name_or_path) == found
+    Path("broken", "tokenizer.json").write_text("{")
+    with pytest.raises(config.UserError, match="tokenizer of broken"):   # and no other is taken
+        sd.load_tokenizer(config.Config(), "broken", "a")
+    with pytest.raises(config.UserError, match="name one with --tokenizer"):
+        sd.load_data(config.Config(), None)
 
 
 # ---- which tokens are targets
@@ -1525,11 +1465,8 @@ def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    targets = row["targets"]
-    if targets is None:
-        targets = [True] * len(row["input_ids"])
     runs = []
-    pairs = zip(targets, row["input_ids"])
+    pairs = zip(row["targets"], row["input_ids"], strict=True)
     for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
         if is_target:
             runs.append(tokenizer.decode([int(token) for _, token in run]))
@@ -1537,8 +1474,7 @@ def target_runs(row, tokenizer):
 
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return sd.rows_from_columns(sd.encode(columns, tokenizer, "text", seq_len, packing))
+    return sd.row_encoder(config.Config(seq_len=seq_len, packing=packing), tokenizer)(rows)
 
 
 def user(content):
@@ -1554,11 +1490,6 @@ TWO_TURNS = [
     user("hello there"), assistant("hello there"),
     user("2+2?"), assistant("It is 4.\nTruly."),
 ]
-MARKED = CHATML.replace(
-    "{{ m['content'] }}<|im_end|>",
-    "{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
@@ -1569,11 +1500,15 @@ THINKING = (
     "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
 NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
 
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I') }}{% endif %}"
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
+
 
 @pytest.mark.parametrize("template, end_mark", [
     pytest.param(CHATML, "<|im_end|>", id="chatml"),
+    pytest.param(NEEDS_SYSTEM + CHATML, "<|im_end|>", id="needs_system"),
     pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
-    pytest.param(MARKED, "<|im_end|>", id="marked"),
     pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
     pytest.param(NO_END, "", id="no_end"),
     pytest.param(None, "<|endoftext|>", id="none"),
@@ -1589,31 +1524,13 @@ def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template
 
 
 @pytest.mark.parametrize("said, shown", [
-    ("  spaced out \n", "spaced out"),
-    ("x", "x"),
-    ("<|im", "<|im"),
-    ("user", "user"),
-    ("é日本🙂", "é日本🙂"),
-    ("<|eot_id|>", "<|eot_id|>"),
-    ("assistant", "assistant"),
+    ("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"),
+    ("é日本🙂", "é日本🙂"), ("assistant", "assistant"),
 ])
 def test_data_odd_answers_are_found_exactly(said, shown):
     tokenizer = tiny_tokenizer(LLAMA3)
     row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    runs = target_runs(row, tokenizer)
-    if shown in SPECIAL:
-        # an answer that is itself an end mark: nothing can tell them apart, and nothing else may
-        # be counted
-        assert all(set(run) <= set("<|eot_id|>") for run in runs)
-    else:
-        assert runs == [shown + "<|eot_id|>"] * 2
-
-
-def test_data_templates_that_rewrite_earlier_turns():
-    tokenizer = tiny_tokenizer(THINKING)
-    turns = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>d")]
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
+    assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
 
 
 # ---- thoughts and calls of tools, by the templates of those models, shortened
@@ -1736,12 +1653,12 @@ TOOL_TURNS = [
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
     {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"},
 ]
+SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
 
 @pytest.mark.parametrize("template, targets", [
-    pytest.param(QWEN3, [
-        '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>',
-        "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
+    pytest.param(
+        QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
     pytest.param(LLAMA31, [
         '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
         id="llama3.1"),
@@ -1753,53 +1670,58 @@ TOOL_TURNS = [
         '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
         "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
 ])
-def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets):
+@pytest.mark.parametrize("arguments", [{"at": "sky"}, '{"at": "sky"}'])
+def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets, arguments):
     """Read from a file, so that each message has the fields of all others, as nulls; arguments come
     as an object or, as APIs give them, as JSON in a string."""
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"extra_special_tokens": [
         "<|user|>", "<|assistant|>", "<|observation|>"]})
-    for i, arguments in enumerate(({"at": "sky"}, '{"at": "sky"}')):
-        call = {**CALL, "function": {"name": "look", "arguments": arguments}}
-        turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
-        rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
-        train, _ = rows_of(write_splits(tmp_path / str(i), rows, rows), tokenizer, seq_len=512)
-        assert target_runs(train[0], tokenizer) == targets
-        mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
-        assert target_runs(train[1], tokenizer) in (
-            [targets[0]], [mark],
-            ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
+    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
+    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
+    rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, seq_len=512)
+    assert target_runs(train[0], tokenizer) == targets
+    mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
+    assert target_runs(train[1], tokenizer) in (
+        [targets[0]], [mark],
+        ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
 
 
-def test_data_the_thoughts_of_qwen3_are_targets_where_its_template_keeps_them():
-    tokenizer = tiny_tokenizer(QWEN3)
-    turns = [
-        user("a"), assistant("<think>\nhm\n</think>\n\nb"),
-        user("c"), {"role": "assistant", "content": "", "reasoning_content": "look",
-                    "tool_calls": [CALL]},
-        {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
-    ]
+THOUGHTS = [
+    user("a"), assistant("<think>\nhm\n</think>\n\nb"),
+    user("c"),
+    {**assistant(""), "reasoning_content": "look", "tool_calls": [CALL]},
+    {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
+]
+
+
+@pytest.mark.parametrize("template, turns, targets", [
+    (THINKING, [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>d")],
+     ["b<|im_end|>", "<think>d<|im_end|>"]),
+    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
+                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
+    (QWEN3, [*THOUGHTS, user("e"), assistant("f")],
+     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
+    (QWEN3, [user("a"), assistant("")], []),   # says nothing
+    (None, [assistant("abc")], ["bc<|endoftext|>"]),   # its first token follows nothing
+])
+def test_data_templates_that_change_earlier_turns(template, turns, targets):
+    tokenizer = tiny_tokenizer(template)
     row, = encode([{"messages": turns}], tokenizer)
-    call = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
-    assert target_runs(row, tokenizer) == [
-        "b<|im_end|>", "<think>\nlook\n</think>\n\n" + call,
-        "<think>\nso\n</think>\n\nd<|im_end|>"]
-    row, = encode([{"messages": [*turns, user("e"), assistant("f")]}], tokenizer)
-    assert target_runs(row, tokenizer) == [
-        "b<|im_end|>", call, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]
-    assert not encode([{"messages": [user("a"), assistant("")]}], tokenizer)   # says nothing
+    assert target_runs(row, tokenizer) == targets
 
 
-# ---- from files to rows
+# ---- from raw rows to token rows
 
 
 def rows_of(dataset, tokenizer=None, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
-    cfg = config.Config(**{**usual, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+    cfg = config.Config(**{"dataset": str(dataset), "seq_len": 64, **fields})
+    with sd.process_group():
         train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
-        return [dict(row) for row in train], [dict(row) for row in held_out]
+    train = train or []
+    return [train[i] for i in range(len(train))], list(held_out)
 
 
 def ids_of(rows):
@@ -1810,63 +1732,66 @@ def decoded(rows):
     return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
 
 
-STYLES = {
-    "messages": {"messages": [user("why?"), assistant("so")]},
-    "response": {"prompt": "why?", "response": "so"},
-    "completion": {"prompt": "why?", "completion": "so"},
-    "answer": {"question": "why?", "answer": "so"},
-    "output": {"instruction": "why?", "output": "so"},
-    "empty_input": {"instruction": "why?", "input": "", "output": "so"},
-}
+WHY_SO = [user("why?"), assistant("so")]
+PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
+NULLS = {"name": None, "tool_calls": None}
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_data_conversation_columns(tmp_path, style, suffix):
-    rows = [STYLES[style]] * 4
-    path = str(tmp_path / f"d.{suffix}")
-    if suffix == "jsonl":
-        write_jsonl(path, rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    tokenizer = tiny_tokenizer(CHATML)
-    train, held_out = rows_of(path, tokenizer)
-    for row in train + held_out:
-        assert target_runs(row, tokenizer) == ["so<|im_end|>"]
-        shown = tokenizer.decode(row["input_ids"])
-        assert shown.startswith("<|im_start|>user\nwhy?<|im_end|>")
+@pytest.mark.parametrize("row, messages", [
+    ({"messages": WHY_SO}, WHY_SO),
+    ({"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]}, WHY_SO),
+    ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
+     WHY_SO),
+    ({"prompt": "why?", "response": "so", "text": "unread"}, WHY_SO),
+    ({"prompt": "why?", "completion": "so"}, WHY_SO),
+    ({"prompt": [user("why?")], "completion": [assistant("so")]}, WHY_SO),
+    ({"messages": None, "prompt": None, "question": "why?", "answer": "so"}, WHY_SO),
+    ({"instruction": "why?", "input": "", "output": "so"}, WHY_SO),
+    ({"instruction": "add", "input": "1, 2", "output": "3"},
+     [user("add\n\n1, 2"), assistant("3")]),
+    ({"messages": [], "prompt": "why?", "response": None, "text": "one"}, None),
+    ({"messages": "why?", "text": "one"}, None),
+])
+def test_data_conversations_of_every_format(row, messages):
+    assert sd.conversation_of(row) == messages
 
 
-def test_data_instruction_with_input_shows_both(tmp_path):
-    tokenizer = tiny_tokenizer(CHATML)
-    row, = encode([{"instruction": "add", "input": "1 and 2", "output": "3"}], tokenizer)
-    shown = tokenizer.decode(row["input_ids"])
-    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant")
-    assert target_runs(row, tokenizer) == ["3<|im_end|>"]
+PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
+MIXED = [
+    {"text": "plain one"},
+    {"messages": WHY_SO},
+    {"text": "", "id": 1},   # neither said nor wrong
+    {"text": None},
+    {"text": "plain two"},
+    {"messages": [user("q"), {"content": "nobody said this"}]},
+    {"messages": [user(PICTURE), assistant("a picture")]},
+    {"id": 7},
+    {"messages": [user("only asked")]},
+    {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]},
+]
+REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
+           "KeyError: 'text' among id", "no target in 64 tokens", "no system role"]
 
 
-def test_data_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out,
-                                                                                student):
+def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
+    tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
+    rows, dropped = sd.kept_rows(sd.token_rows(encode(MIXED, tokenizer, 64)))
+    assert [target_runs(row, tokenizer) for row in rows] == [
+        ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
+    assert dropped.total() == len(REASONS)
+    for reason in REASONS:
+        assert sum(reason in why for why in dropped) == 1, (reason, dropped)
+
+
+def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
     sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
     rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    train, _ = rows_of(path, seq_len=16)
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), seq_len=16)
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
     assert [sum(row["targets"]) for row in train] == [11, 11, 11]
-    shown = distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=16)
-    assert "dropped 2 of 5" in shown.out + shown.err
-
-
-def test_data_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
-    docs = [prose(5 + i, i) for i in range(6)]
-    path = write_splits(
-        tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out text here"}])
-    train, held_out = rows_of(path, seq_len=16)
-    stream = tiny_tokenizer().encode("".join(doc + "<|endoftext|>" for doc in docs))
-    assert ids_of(train) == [stream[i:i + 16] for i in range(0, len(stream), 16)]
-    for row in train:
-        assert row["targets"] is None or all(row["targets"])
-    assert decoded(held_out)[0] == "held out text he"
+    shown = capsys.readouterr().out
+    assert "train: dropped 2 of 5 rows: 2 x no target in 16 tokens" in shown
+    assert "eval: dropped" not in shown
 
 
 def llama_tokenizer(**fields):
@@ -1876,43 +1801,49 @@ def llama_tokenizer(**fields):
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
 
 
-@pytest.mark.parametrize("kind", ["gemma", "llama"])
-def test_data_blocks_of_text_begin_with_the_tokenizers_bos(tmp_path, kind):
-    """As part of seq_len, and nowhere else, though a text has it written out: no label is one."""
-    tokenizer = tiny_tokenizer(bos=True) if kind == "gemma" else llama_tokenizer(add_bos_token=True)
-    bos = tokenizer.bos_token_id
-    assert tokenizer("one")["input_ids"][0] == bos
-    docs = [prose(5 + i, i) for i in range(6)] + [tokenizer.bos_token + "one two"]
-    path = write_splits(tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out"}])
-    train, held_out = rows_of(path, tokenizer, seq_len=16)
-    stream = []
-    for doc in docs:
-        ids = tokenizer(doc, add_special_tokens=False)["input_ids"]
-        stream += [i for i in ids if i != bos] + [tokenizer.eos_token_id]
-    assert ids_of(train) == [[bos, *stream[i:i + 15]] for i in range(0, len(stream), 15)]
-    for row in train + held_out:
-        assert row["targets"] is None
-        assert row["input_ids"][0] == bos
-        assert bos not in sd.collate([row]).labels
-        assert len(sd.collate([row]).labels) == len(row["input_ids"]) - 1
-
-
-@pytest.mark.parametrize("kind, expected", [
-    ("gpt", "d5359dc494097716"),
-    ("llama", "da49177e39b83bc4"),
+@pytest.mark.parametrize("packing", ["blocks", "rows"])
+@pytest.mark.parametrize("tokenizer, begin", [
+    pytest.param(tiny_tokenizer(), [], id="gpt"),   # it has a BOS, and puts it nowhere
+    pytest.param(tiny_tokenizer(bos=True), [1], id="gemma"),
+    pytest.param(llama_tokenizer(add_bos_token=True), [1], id="llama"),
 ])
-def test_data_blocks_without_bos_are_those_of_old(tmp_path, kind, expected):
-    """Of tokenizers that add none, also where one has the token; by the digest of the version
-    before."""
-    tokenizer = tiny_tokenizer() if kind == "gpt" else llama_tokenizer(add_bos_token=False)
-    rows = encode([{"text": prose(5 + i, i)} for i in range(6)], tokenizer, seq_len=16)
-    assert sd.rows_digest(datasets.Dataset.from_list(rows, features=sd.TOKEN_FEATURES)) == expected
+def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin, packing):
+    docs = [prose(5 + i, i) for i in range(6)]
+    streams = tokenizer(docs, add_special_tokens=False)["input_ids"]
+    for ids in streams:
+        ids.append(tokenizer.eos_token_id)
+    docs[-1] += tokenizer.eos_token   # it ends so already
+    if packing == "blocks":
+        streams = [list(itertools.chain(*streams))]
+    room = 16 - len(begin)
+    expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
+    rows = encode([{"text": doc} for doc in docs], tokenizer, 16, packing)
+    assert [row["input_ids"] for row in rows] == expected
+    for row in rows:
+        assert row["starts"] == [0]
+        assert row["targets"] == [False] + [True] * (len(row["input_ids"]) - 1)
+        assert bool(row["dropped"]) == (len(row["input_ids"]) == 1)
+
+
+@pytest.mark.parametrize("template, packing, why", [
+    pytest.param(None, "blocks", "use --packing rows", id="blocks"),
+    # which writes nothing of a single message
+    pytest.param("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "auto",
+                 "no target in 16 tokens", id="template"),
+])
+def test_data_dropped_as_it_has_to_be(template, packing, why):
+    rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
+    encoded = encode(rows, tiny_tokenizer(template), 16, packing)
+    kept, dropped = sd.kept_rows(sd.token_rows(encoded))
+    assert len(kept) == 1
+    [reason] = dropped.elements()
+    assert why in reason
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
     docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
     rows = [{"text": doc} for doc in docs]
-    table = datasets.Dataset.from_dict({"text": docs, "other": list(range(25))})
+    table = datasets.Dataset.from_list(rows)
     write_jsonl(tmp_path / "d.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows))
     table.to_csv(str(tmp_path / "d.csv"))
@@ -1922,139 +1853,119 @@ def test_data_every_local_format_gives_the_same_rows(tmp_path):
     datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
     want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
     assert len(want[0]) > 20
-    assert len(want[1]) >= 1
     for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
         assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
 
 
-def test_data_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, chat):
-    """In a process of its own: forking with threads about, a deadlock would take the other tests
-    along."""
-    fields = dict(student=student, dataset=chat, alpha=1.0, batch_size=8, max_steps=1, seq_len=256)
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    distil(one, **fields)
-    process = spawn(*flags(**PLAIN | fields, output_dir=two, num_proc=2))
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, shown
-    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), rel=1e-6)
+# ---- what is kept of them
 
 
-def kept_files():
-    """Of tokenised rows."""
-    return set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
+SEVERAL = """
+import contextlib, io, sys
+sys.path.insert(0, sys.argv[1])
+import datasets, test_simple_distill as t, simple_distill as sd
+
+def broken(*args, **options):
+    raise ZeroDivisionError
+
+for run, processes in (("one", None), ("two", 2), ("two", 2), ("two", None)):
+    datasets.config.HF_DATASETS_CACHE = f"{sys.argv[3]}/{run}"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), sd.process_group():
+        cfg = t.config.Config(dataset=sys.argv[2], seq_len=64, num_proc=processes)
+        train, _ = sd.load_data(cfg, t.tiny_tokenizer())
+    dropped = [line for line in said.getvalue().split("\\n") if "train: dropped" in line]
+    print("rows:", sd.count_rows(train), dropped)
+    if run == "two":
+        sd.encode_rows = broken   # from here on they come from the disk
+"""
 
 
-def test_data_tokenised_rows_are_kept_for_the_next_run(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)])
-    before = kept_files()
-    first = ids_of(rows_of(path)[0])
-    after_first = kept_files()
-    assert after_first != before
-    assert ids_of(rows_of(path)[0]) == first
-    assert kept_files() == after_first
-    assert ids_of(rows_of(path, seq_len=32)[0]) != first
-    assert kept_files() != after_first
+def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
+    """Joined by the thousand, whoever does it, and what was dropped with them. In a process of its
+    own, for the forks."""
+    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
+    rows[::500] = [{"messages": [{"content": "nobody said this"}]}] * 5
+    path = write_splits(tmp_path / "d", rows, rows[1:2])
+    ran = subprocess.run([sys.executable, "-c", SEVERAL, str(HERE), path, str(tmp_path)],
+                         text=True, capture_output=True)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
+    assert len(found) == 4, ran.stderr
+    assert len(set(found)) == 1, found
+    assert "train: dropped 5 of 2500 rows: 5 x KeyError: 'role' among" in found[0]
 
 
-def test_data_formats_run_through_the_command_line(tmp_path, student, text):
-    table = datasets.load_dataset("json", data_files=text, split="train")
-    table.to_parquet(str(tmp_path / "d.parquet"))
-    fields = dict(student=student, alpha=1.0, max_steps=2)
-    distil(tmp_path / "jsonl", dataset=text, **fields)
-    distil(tmp_path / "parquet", dataset=tmp_path / "d.parquet", **fields)
-    assert same(final_weights(tmp_path / "jsonl"), final_weights(tmp_path / "parquet"))
+def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
+    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
 
+    def fingerprint(tokenizer=None, raw=raw, **fields):
+        cfg = config.Config(**{"packing": "rows", **fields})
+        return sd.fingerprint_rows(cfg, raw, tokenizer or tiny_tokenizer())
 
-def test_data_text_column_and_unknown_columns(tmp_path, out, student):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"body": prose(20, i), "id": i} for i in range(10)])
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1)
-    err = distil(out, rc=2, **fields).err
-    assert "'text'" in err
-    assert "body" in err
-    assert "id" in err
-    distil(out, **fields, text_column="body")
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "<|im_end|>"
+    same = {fingerprint(), fingerprint(packing="documents")}
+    other = [
+        fingerprint(other_end), fingerprint(tiny_tokenizer(CHATML)),
+        fingerprint(raw=raw.rename_column("prompt", "question")), fingerprint(packing="auto"),
+        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
+    marker = "\n# ---- between raw rows and token rows"
+    parts = Path(sd.__file__).read_text().split(marker)
+    for word in ("ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of"):
+        assert word in parts[1]
+    monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
+    for i, found in enumerate((same.add, other.append, same.add)):
+        edited = [*parts]
+        edited[i] += "# an edit"
+        Path(sd.__file__).write_text(marker.join(edited))
+        found(fingerprint())
+    assert len(same) == 1
+    assert len({*same, *other}) == 9
 
 
 # ---- packing
 
 
 def documents_of(rows):
-    """-> {(ids, which are targets) of a document: how often}, of rows that hold one or several."""
+    """-> {((id, is it a target), ...) of a document: how often}; a row holds one or several."""
     documents = collections.Counter()
     for row in rows:
-        ids = list(map(int, row["input_ids"]))
-        targets = [True] * len(ids)   # None: all are
-        if row["targets"] is not None:
-            targets = list(map(bool, row["targets"]))
-        starts = list(map(int, row.get("starts", [0])))
-        for start, end in itertools.pairwise([*starts, len(ids)]):
-            # the first is no target whatever it says: nothing comes before it
-            documents[tuple(ids[start:end]), tuple(targets[start + 1:end])] += 1
+        tokens = list(zip(row["input_ids"], row["targets"], strict=True))
+        for start, end in itertools.pairwise([*row["starts"], len(tokens)]):
+            documents[tuple(tokens[start:end])] += 1
     return documents
 
 
-def padding_by_hand(lengths, batch_size, seed=0):
-    """Of an epoch, batch after batch."""
-    order = sd.shuffled(len(lengths), seed, 0).tolist()
-    places = 0
-    for i in range(0, len(order), batch_size):
-        batch = [lengths[k] for k in order[i:i + batch_size]]
-        places += max(batch) * len(batch)
-    return 1 - sum(lengths) / places
-
-
-@pytest.mark.parametrize("kind", ["talk", "text", "text after bos"])
-def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path, kind):
-    """Those of packing rows, several a row; an epoch counts each of their targets once, and no
-    label crosses from one into the next."""
-    tokenizer = tiny_tokenizer(CHATML, bos=kind == "text after bos")
-    rows = talk(150) if kind == "talk" else [{"text": prose(1 + i % 40, i)} for i in range(150)]
+def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
+    rows = talk(150)
     path = write_splits(tmp_path / "d", rows, rows[:9])
+    tokenizer = tiny_tokenizer(CHATML)
     apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
     packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
     assert documents_of(packed) == documents_of(apart)
-    assert len(apart) >= len(rows)
-    if kind != "talk":   # a long text goes on in another document: all of its tokens are predicted
-        predicted = [i for row in apart for i in row["input_ids"][1:]]
-        expected = []
-        for row in rows:
-            ids = tokenizer.encode(row["text"] + "<|endoftext|>", add_special_tokens=False)
-            expected += ids if tokenizer("a")["input_ids"][0] == 1 else ids[1:]
-        assert predicted == expected
+    assert len(apart) == 150
     assert len(packed) < len(apart) / 1.3
     assert max(len(row["input_ids"]) for row in packed) <= 128
-    for row in packed:
-        assert row["starts"][0] == 0
-        assert not any(row["targets"][start] for start in row["starts"])
     # held-out documents stand alone: what is measured on them does not depend on the packing
     assert ids_of(packed_held_out) == ids_of(held_out)
-    assert not any("starts" in row for row in packed_held_out)
-
-    labels = {}
-    for name, rows_here in (("apart", apart), ("packed", packed)):
-        batches = sd.indexed_batches(rows_here, 0, 4, 0)
-        counted = collections.Counter()
-        for numbers, _ in itertools.islice(batches, math.ceil(len(rows_here) / 4)):
-            batch = sd.collate([rows_here[i] for i in numbers])
-            before = batch.input_ids.flatten()[batch.positions].tolist()
-            counted.update(zip(before, batch.labels.tolist(), strict=True))
-        labels[name] = counted
-    assert labels["packed"] == labels["apart"]
 
 
-def test_data_documents_begin_at_position_0_and_so_does_padding():
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
-         "starts": [0, 2]},
-        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0, 1]},
-    ]
-    batch = sd.collate(rows)
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
-    assert batch.labels.tolist() == [6, 8, 9, 3]
-    assert sd.collate([{**row, "starts": [0]} for row in rows]).position_ids.tolist() == [
-        [0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
-    assert sd.collate([{"input_ids": [5, 6], "targets": None}]).position_ids is None
+def token_dataset(documents):
+    """Of [(ids, targets)], as it lies on disk."""
+    rows = [{"input_ids": ids, "targets": targets, "starts": [0], "dropped": ""}
+            for ids, targets in documents]
+    return sd.kept_rows(sd.token_rows(rows))[0]
+
+
+def test_data_packed_rows_are_a_view_of_any_number_of_documents():
+    """They are put together ten thousand at a time."""
+    documents = token_dataset(([i] * (1 + i % 4), [False] + [True] * (i % 4))
+                              for i in range(10_050))
+    packed = sd.PackedRows(documents, 64)
+    rows = [packed[i] for i in range(len(packed))]
+    assert documents_of(rows) == documents_of(documents.with_format(None))
+    assert max(len(row["input_ids"]) for row in rows) == 64
+    assert len(rows) <= math.ceil(10_050 * 2.5 / 64) + 1
 
 
 def test_data_as_few_rows_as_the_documents_need():
@@ -2069,419 +1980,188 @@ def test_data_as_few_rows_as_the_documents_need():
     assert sd.fit_into_rows([3, 5, 2, 6], 8) == [[0, 1], [2, 3]]
 
 
-def test_data_totals_and_padding_are_said(tmp_path, student, out):
-    rows = talk(30)
-    path = write_splits(tmp_path / "d", rows, rows[:2])
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=128, batch_size=4)
-    apart, _ = rows_of(path, seq_len=128)
-    packed, _ = rows_of(path, seq_len=128, packing="documents")
-    lengths = [len(row["input_ids"]) for row in apart]
-    tokens = sum(lengths)
-    targets = sum(sum(row["targets"][1:]) for row in apart)
-    share = padding_by_hand(lengths, 4)
-    totals = f"{tokens:,} tokens, {targets:,} targets"
-    shown = distil(f"{out}-rows", **fields).out
-    assert f"train: 30 rows, {totals}; {share:.1%} of 4 rows together is padding\n" in shown
-    packed_share = padding_by_hand([len(row["input_ids"]) for row in packed], 4)
-    assert packed_share < share / 2
-    share = padding_by_hand([len(ids) for ids, _ in documents_of(packed).elements()], 4)
-    shown = distil(f"{out}-documents", **fields, packing="documents").out
-    assert (f"train: 30 documents in {len(packed)} rows, {totals}; {packed_share:.1%} of 4 rows "
-            f"together is padding, with one document a row {share:.1%}\n") in shown
-    text = write_splits(tmp_path / "text", [{"text": "abcdef"}] * 8, [TEXT_ROW])
-    shown = distil(f"{out}-text", **{**fields, "dataset": text, "seq_len": 16}).out
-    assert "train: 4 rows, 56 tokens, 52 targets; 12.5% of 4 rows" in shown
-
-
-def test_data_blocks_are_of_text_alone(tmp_path, out, student, chat):
-    err = distil(out, rc=2, student=student, dataset=chat, alpha=1.0, packing="blocks").err
-    assert "row 1: a conversation; blocks are of plain text: use --packing rows or" in err
-    text = [{"text": prose(5 + i, i)} for i in range(9)]
-    assert encode(text, tiny_tokenizer(), 16, "blocks") == encode(text, tiny_tokenizer(), 16)
-
-
-def test_data_a_dry_run_shows_where_documents_begin(tmp_path, out, student):
-    rows = [{"prompt": "a", "response": "bc"}, {"prompt": "d", "response": "ef"}]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    shown = distil(out, student=student, dataset=path, alpha=1.0, packing="documents", dry_run=True)
-    first = "'a\\n[[bc<|endoftext|>]] || d\\n[[ef<|endoftext|>]]'"
-    assert first in shown.out, shown.out
+def test_data_rows_are_counted_and_known_by_their_content():
+    """By all of it, and by nothing else: a resume compares it."""
+    documents = [([i % 50, 7, 8], [False, True, True]) for i in range(1500)]
+    rows = token_dataset(documents)
+    found = sd.count_rows(rows)
+    digest = found.pop("digest")
+    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49)
+    for edit in (
+        [([48, 9, 8], [False, True, True]), documents[-1]],    # another id
+        [documents[-2], ([49, 7, 8], [False, True, False])],   # another target
+        [([48, 7], [False, True]), ([8, 49, 7, 8], [True, False, True, True])],   # cut elsewhere
+    ):
+        assert sd.count_rows(token_dataset(documents[:-2] + edit))["digest"] != digest, edit
+    packed = sd.count_rows(sd.PackedRows(rows, 30))
+    assert packed == dict(rows=150, tokens=4500, targets=3000, biggest=49, digest=digest)
+    assert sd.count_rows(rows.to_iterable_dataset()) is None
 
 
 # ---- splits
 
 
-def test_data_held_out_rows_are_never_trained_on(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": f"answer {i:03d}"} for i in range(100)]
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    train, held_out = rows_of(path)
-    assert held_out
-    assert len(train) + len(held_out) == 100
-    assert len(set(decoded(train + held_out))) == 100   # so that none is in both
-    assert [ids_of(rows) for rows in rows_of(path)] == [ids_of(train), ids_of(held_out)]
-    assert len(rows_of(path, eval_samples=2)[1]) <= 2
+@pytest.mark.parametrize("length, wanted, expected", [
+    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98]),
+])
+def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wanted, expected):
+    raw = datasets.Dataset.from_dict({"n": list(range(length))})
+    train, held_out = sd.hold_out_rows(raw, wanted)
+    assert held_out["n"][:] == expected
+    assert train["n"][:] == [i for i in range(length) if i not in expected]
 
 
-def numbers_in(rows):
-    return set(re.findall(r"<(\d{3})>", "".join(decoded(rows))))
+@pytest.mark.parametrize("fields, expected", [
+    ({}, (38, 2)),   # there is no validation
+    (dict(eval_split="test", eval_samples=4), (40, 4)),
+    (dict(eval_split="test", max_samples=7), (7, 6)),
+    (dict(max_samples=7), (6, 1)),
+    (dict(train_split="test", eval_split="train"), (6, 40)),
+    (dict(eval_split="train"), (38, 2)),
+    (dict(mode="eval", eval_split="train", eval_samples=5), (0, 5)),   # optional: eval
+])
+def test_data_splits_by_their_role(tmp_path, fields, expected):
+    write_jsonl(tmp_path / "train.jsonl", talk(40))
+    write_jsonl(tmp_path / "test.jsonl", talk(6))
+    train, held_out = rows_of(tmp_path, seq_len=256, **fields)
+    assert (len(train), len(held_out)) == expected
 
 
-def test_data_text_that_is_held_out_is_in_no_block_of_train(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    train, held_out = rows_of(path)
-    assert numbers_in(held_out)
-    assert not numbers_in(train) & numbers_in(held_out)
-
-
-def test_data_eval_split_is_used_where_there_is_one(tmp_path, out, student, chat):
-    assert [len(rows) for rows in rows_of(chat, seq_len=256)] == [8, 4]
-    five = datasets.Dataset.from_list(talk(5))
-    three = datasets.Dataset.from_list(talk(3))
-    saved = tmp_path / "saved"
-    datasets.DatasetDict(train=five, other=three).save_to_disk(str(saved))
-    named = rows_of(saved, eval_split="other", seq_len=256)
-    assert [len(rows) for rows in named] == [5, 3]
-    swapped = rows_of(saved, train_split="other", eval_split="train", seq_len=256)
-    assert [len(rows) for rows in swapped] == [3, 5]
-    fields = dict(student=student, dataset=saved, alpha=1.0, max_steps=1)
-    assert "absent" in distil(out, rc=2, **fields, eval_split="absent").err
-    assert "absent" in distil(out, rc=2, **fields, train_split="absent").err
-
-
-def test_data_max_samples_takes_the_first_rows(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": "a"} for i in range(40)]
-    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
-    numbers = [re.search(r"\d+", shown)[0] for shown in decoded(train)]
-    assert numbers == [f"{i:03d}" for i in range(7)]
+@pytest.mark.parametrize("role", ["train_split", "eval_split"])
+@pytest.mark.parametrize("kind", ["folder", "file", "saved"])
+def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, kind):
+    path = tmp_path
+    write_jsonl(tmp_path / "train.jsonl", talk(2))
+    if kind == "file":
+        path = tmp_path / "train.jsonl"
+    if kind == "saved":
+        path = tmp_path / "saved"
+        datasets.DatasetDict(train=datasets.Dataset.from_list(talk(2))).save_to_disk(path)
+    with pytest.raises(config.UserError, match="no split 'test'"):
+        rows_of(path, **{role: "test"})
 
 
 def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     (tmp_path / "d.txt").write_text(prose(2000))
     train, held_out = rows_of(tmp_path / "d.txt")
-    assert len(held_out) >= 1
-    assert "".join(decoded(train + held_out)) == prose(2000) + "<|endoftext|>"
+    ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
+    blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
+    assert ids_of(train + held_out) == blocks
+    assert len(held_out) == len(blocks) // 20
+    (tmp_path / "d.txt").write_text("a" * 70)
+    assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
+    (tmp_path / "d.txt").write_text("a" * 60)
+    with pytest.raises(config.UserError, match="nothing is left to evaluate on"):
+        rows_of(tmp_path / "d.txt")
 
 
-def splits_of(**fields):
-    return sd.load_splits(config.Config(**fields))
+# ---- what can be wrong with a dataset
 
 
-def test_data_splits_by_their_role(tmp_path, text):
-    """One file has one split, train; asked for by its own name it is all evaluated, and a name it
-    has not is refused by that name."""
-    with pytest.raises(config.UserError, match="no split 'validation'"):
-        splits_of(dataset=text, train_split="validation")
-    with pytest.raises(config.UserError, match="no split 'test'"):
-        splits_of(dataset=text, eval_split="test")
-    train, held_out = splits_of(dataset=text, eval_split="train")
-    assert len(train) + len(held_out) == 40
-    assert len(held_out) == 2
-    _, whole = splits_of(mode="eval", dataset=text, eval_split="train")   # optional: eval
-    assert len(whole) == 40   # optional: eval
+@pytest.mark.parametrize("row", [
+    {"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}, {"body": "no text"}])
+def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
+    path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
+    with pytest.raises(config.UserError, match="none of the 8 rows of .*useless.jsonl"):
+        rows_of(path)
+    if "body" in row:
+        assert rows_of(path, text_column="body")[0]
 
 
-TEXT_ROW = {"text": "one two"}
-PROMPT_ROW = {"prompt": "c", "response": "d"}
-SHAREGPT_ROW = {"conversations": [{"role": "user", "value": "a"},
-                                  {"role": "assistant", "value": "b"}]}
-TURNS_ROW = {"prompt": [user("a")], "response": "b"}
-
-
-@pytest.mark.parametrize("first, other, sequences", [
-    ({"messages": "hi", "text": "one two"}, TEXT_ROW, 1),   # texts share a block
-    ({"text": None}, TEXT_ROW, 1),
-    ({"prompt": "a", "response": None}, PROMPT_ROW, 2),
-    (SHAREGPT_ROW, SHAREGPT_ROW, 3),
-    (TURNS_ROW, TURNS_ROW, 3),
+@pytest.mark.parametrize("name, content", [
+    ("broken.jsonl", '{"text": \n'), ("empty.jsonl", ""), ("half.parquet", "PAR1"),
+    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None),
 ])
-def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, other, sequences):
-    """Columns in another's style, and rows without a value at the beginning."""
-    path = write_jsonl(tmp_path / "data.jsonl", [first, other, other])
-    table = datasets.load_dataset(
-        "json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-    encoded = sd.encode(table[:], tiny_tokenizer(), "text", 99, "auto")
-    splits_of(dataset=path)   # does not refuse it
-    assert len(encoded["input_ids"]) == sequences
+def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    dataset = tmp_path / Path(name).parts[0] if "/" in name else path
+    with pytest.raises(config.UserError, match=f"reading dataset {dataset}: ") as caught:
+        rows_of(dataset)
+    assert len(str(caught.value).splitlines()) == 1
 
 
-# ---- order and size
-
-
-def test_data_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, student):
-    """Rows of equal length and a student that stands still: the mean of the steps, weighted by
-    rows, is the mean of the rows."""
-    rows = [{"prompt": prose(2, i), "response": f"{prose(9, i):.9}"} for i in range(10)]
-    dataset = write_splits(tmp_path / "d", rows, rows)
-    distil(out, student=student, dataset=dataset, seq_len=256, alpha=1.0, batch_size=4,
-           num_epochs=2, learning_rate=STILL)
-    losses = column(out, "train/loss")
-    first_epoch = losses[:3]
-    second_epoch = losses[3:]
-    mean = column(out, "eval/loss")[-1]
-    for epoch in (first_epoch, second_epoch):
-        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(mean, rel=1e-6)
-    assert first_epoch != second_epoch
-
-
-def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
-    long_line = json.dumps({"text": "word " * 2_000_000}) + "\n"
-    (tmp_path / "a.jsonl").write_text(long_line + GOOD_LINE * 9)
-    distil(out, student=student, alpha=1, dataset=tmp_path / "a.jsonl", max_steps=1, eval_samples=4)
-    assert len(column(out, "train/loss")) == 1
-
-
-# ---- what a row is worth: digests, and what encode depends on
-
-
-def train_rows_of(dataset, tokenizer=None, **fields):
-    """What load_data hands on to train on, as it is."""
-    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
-    cfg = config.Config(**{**usual, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-        return sd.load_data(cfg, tokenizer or tiny_tokenizer())[0]
-
-
-def test_data_rows_digest_is_of_every_row_and_of_nothing_else(tmp_path):
-    """Not of the file's name, size or age: resume compares it."""
-    rows = talk(300)
-    train = train_rows_of(write_splits(tmp_path / "d", rows, rows[:1]))
-    before = sd.rows_digest(train)
-    assert re.fullmatch("[0-9a-f]{16}", before)
-    moved = train_rows_of(write_splits(tmp_path / "other", rows, rows[:1]))
-    assert sd.rows_digest(moved) == before
-    text = train_rows_of(write_splits(tmp_path / "text", [{"text": prose(99)}], [TEXT_ROW]))
-    assert sd.rows_digest(text) != before   # no targets, which is: all of them
-    for i in (0, 150, 299):
-        edited = [*rows]
-        edited[i] = {**rows[i], "response": rows[i]["response"].swapcase()}   # as long as before
-        path = write_splits(tmp_path / f"edited-{i}", edited, rows[:1])
-        assert sd.rows_digest(train_rows_of(path)) != before, i
-    half = train_rows_of(write_splits(tmp_path / "half", rows[:150], rows[:1]))
-    assert sd.rows_digest(half) == sd.rows_digest(train.take(150)) != before
-    assert sd.rows_digest(train.to_iterable_dataset()) is None
-
-
-def test_data_everything_that_encode_depends_on_is_in_the_fingerprint(tmp_path, monkeypatch):
-    """What is changed without changing the vocabulary: the marks, the templates, the tables, the
-    code, also of a helper that a fork has added."""
-    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
-
-    def fingerprint(tokenizer):
-        return sd.fingerprint_rows(raw, tokenizer, "text", 64, "rows")
-
-    seen = [fingerprint(tiny_tokenizer())]
-    assert fingerprint(tiny_tokenizer()) == seen[0]
-    assert sd.fingerprint_rows(raw, tiny_tokenizer(), "text", 64, "documents") != seen[0]
-
-    def is_new(tokenizer=None):
-        seen.append(fingerprint(tokenizer or tiny_tokenizer()))
-        return seen[-1] not in seen[:-1]
-
-    other_end = tiny_tokenizer()
-    other_end.eos_token = "<|im_end|>"
-    assert is_new(other_end)
-    other_added = tiny_tokenizer()
-    other_added.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
-    assert is_new(other_added)
-    assert is_new(tiny_tokenizer(CHATML))
-    monkeypatch.setattr(sd, "PLAIN_TEMPLATE", NO_END)
-    assert is_new()
-    monkeypatch.setattr(sd, "CONVERSATIONS", (("ask", "say"),))
-    assert is_new()
-    monkeypatch.setattr(sd, "ROWS_AT_ONCE", 10)
-    assert is_new()
-    assert "difference" in sd.code_of(sd.encode_rows)   # called by what encode_rows calls
-    assert "RANK" not in sd.code_of(sd.encode_rows)   # of which every rank would find another
-    raw = raw.rename_column("prompt", "question")
-    assert is_new()
-
-
-def test_data_blocks_of_text_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Rows are packed by the thousand, whoever does it. In a process of its own, for the forks."""
-    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    script = tmp_path / "count.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import datasets, test_simple_distill as t, simple_distill as sd\n"
-        "for n in (None, 2, 3):\n"
-        "    datasets.config.HF_DATASETS_CACHE = f'{sys.argv[2]}/{n}'\n"
-        "    train = t.train_rows_of(sys.argv[1], num_proc=n)\n"
-        "    print('rows:', len(train), sd.rows_digest(train))\n")
-    ran = subprocess.run([sys.executable, script, path, tmp_path], text=True, capture_output=True)
-    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
-    assert len(found) == 3, ran.stderr
-    assert len(set(found)) == 1, found
-
-
-# ---- rows of every kind, beside each other
-
-PARTS = [{"type": "text", "text": "by "}, {"type": "text", "text": "parts"}]
-PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
-MIXED = [
-    {"text": "plain one"},
-    {"messages": [user("q"), assistant("a")]},
-    {"messages": [user("q"), {"content": "nobody said this"}]},   # line 3
-    {"messages": [user(PARTS), assistant(PARTS)]},
-    {"messages": [user(PICTURE), assistant("a picture")]},        # line 5
-    {"text": "plain two"},
-    {"id": 7},                                                    # line 7
-    {"messages": [user("only asked")]},                           # line 8
-    {"messages": ["no message"]},                                 # line 9
-    {"messages": [{"role": "user"}, assistant("b")]},             # line 10
-    {"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": "look"}]},
-    {"text": None},                                               # line 12
-]
-DROPPED = [
-    "1 with a message without a role", "line 3", "1 with a content part of type 'image_url'",
-    "line 5", "2 with no text and no conversation", "line 7", "1 with no target within seq_len 64",
-    "line 8", "1 with a message that is no object", "line 9", "1 with a message without content",
-    "line 10", "1 with tool_calls that are no list", "line 11",
-]
-
-
-def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(tmp_path, out, student):
-    """And none that is bad is all there is to evaluate on."""
-    path = write_jsonl(tmp_path / "mixed.jsonl", MIXED)
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=2, seq_len=64)
-    run = distil(out, **fields)
-    for words in DROPPED:
-        assert words in run.out, (words, run.out)
-    again = distil(out, **fields, resume="never")   # from the rows that were kept
-    said = [line for line in run.out.splitlines() if "dropped" in line]
-    assert said[0].startswith("train: dropped 8 of 11 rows: ")
-    assert [line for line in again.out.splitlines() if "dropped" in line] == said
-
-
-def test_data_texts_beside_conversations_are_kept():
-    tokenizer = tiny_tokenizer(CHATML)
-    names = ("text", "messages", "id")
-    rows = [{"text": ""}, *MIXED]   # an empty text, as wikitext has many, is no document
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64, "auto"))
-    texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
-    assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
-    talks = [target_runs(row, tokenizer) for row in rows if row["targets"] is not None]
-    assert talks == [["a<|im_end|>"], ["by parts<|im_end|>"]]
-
-
-def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path):
-    for row in ({"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}):
-        path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
-        with pytest.raises(config.UserError, match="useless.jsonl.*none of .* rows"):
-            rows_of(path)
-
-
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
-SYSTEM_ROW = {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]}
-
-
-def test_data_a_row_that_the_template_refuses_is_named(tmp_path):
-    """By its line in the file, though blank lines and held-out rows stand before it."""
-    rows = [{"messages": [user("q"), assistant("a")]}] * 40
-    path = write_jsonl(tmp_path / "d.jsonl", rows[:30])
-    with open(path, "a") as file:
-        file.write("\n\n" + json.dumps(SYSTEM_ROW) + "\n")
-    write_jsonl(tmp_path / "rest.jsonl", rows[30:])
-    with open(path, "a") as file:
-        file.write(Path(tmp_path / "rest.jsonl").read_text())
-    with pytest.raises(config.UserError, match="d.jsonl', line 33: .*no system role"):
-        rows_of(path, tiny_tokenizer(NO_SYSTEM + CHATML))
-
-
-# ---- what can be wrong with a dataset's file
-
-
-@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "[!x]ata1.jsonl"])
+@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl"])
 def test_data_names_are_names_and_no_patterns(tmp_path, name):
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
-    path = write_jsonl(tmp_path / name, [{"text": "this file"}] * 3)
-    train, _ = rows_of(path)
+    train, _ = rows_of(write_jsonl(tmp_path / name, [{"text": "this file"}] * 3))
     assert "this file" in decoded(train)[0]
-    (tmp_path / "d[1]").mkdir()
-    write_splits(tmp_path / "d1", [TEXT_ROW], [TEXT_ROW])
-    with pytest.raises(config.UserError, match="pattern"):
-        rows_of(tmp_path / "d[1]")
 
 
-def unreadable_files(folder):
-    """-> names of datasets that cannot be read, each in another way."""
-    (folder / "empty").mkdir()
-    (folder / "folder.jsonl").mkdir()
-    (folder / "saved").mkdir()
-    (folder / "saved" / "state.json").write_text("[]")
-    (folder / "odd.csv").write_text('a,b\n1,2,3,4\n"')
-    (folder / "deep.jsonl").write_text('{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
-    (folder / "odd.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
-    (folder / "half.parquet").write_bytes(b"PAR1")
-    os.symlink(folder / "loop.jsonl", folder / "loop.jsonl")
-    names = [str(path) for path in folder.iterdir()]
-    return [*names, "a\0b", "a\0b.jsonl", "x" * 5000, "y" * 5000 + ".jsonl", "s3://x/y", "~no/x"]
+# ---- batches
 
 
-def test_data_whatever_cannot_be_read_is_one_error(tmp_path, monkeypatch):
-    for name in unreadable_files(tmp_path):
-        with pytest.raises(config.UserError, match="dataset") as caught:
-            sd.load_splits(config.Config(dataset=name))
-        assert len(str(caught.value).splitlines()) == 1
-
-    def forbidden(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", path)
-
-    path = write_jsonl(tmp_path / "closed.jsonl", [TEXT_ROW])
-    monkeypatch.setattr(datasets, "load_dataset", forbidden)
-    monkeypatch.setattr(sd, "open", forbidden, raising=False)   # root may read everything
-    with pytest.raises(config.UserError, match="closed.jsonl.*Permission denied"):
-        sd.load_splits(config.Config(dataset=path))
-
-
-def test_data_a_long_conversation_is_encoded_no_further_than_it_is_used(monkeypatch):
-    encode_all = sd.patiently
-    sizes = []
-
-    def spy(tokenizer, texts, **options):
-        sizes.append(sum(map(len, texts)))
-        return encode_all(tokenizer, texts, **options)
-
-    monkeypatch.setattr(sd, "patiently", spy)
-    # runs of blanks are a token each, as in some vocabularies
-    tokenizer = tiny_tokenizer(CHATML, merges=[f"{'Ġ' * 2**k} {'Ġ' * 2**k}" for k in range(12)])
-    row, = encode([{"messages": [user("q"), assistant("ab" * 10_000_000)]}], tokenizer, seq_len=64)
-    assert sizes == [1_000_000]
-    assert len(row["input_ids"]) == 64
-    blanks = [{"messages": [user("q"), assistant(" " * 1_200_000 + "!")]}]
-    row, = encode(blanks, tokenizer, seq_len=512)
-    assert sizes[2] > 1_200_000   # the head was too short
-    assert target_runs(row, tokenizer)[0].endswith("!<|im_end|>")
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_data_collate_shifts_before_it_masks_and_positions_restart(kind):
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
+         "starts": [0, 2]},
+        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0]},
+    ]
+    rows = [{name: kind(values) for name, values in row.items()} for row in rows]
+    batch = sd.collate(rows)
+    assert batch.rows is rows
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
+    assert batch.positions.tolist() == [0, 2, 3, 6]
+    assert batch.labels.tolist() == [6, 8, 9, 3]
+    assert batch.real.tolist() == list(range(8))
+    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2]
+    assert batch.position_ids[1, :3].tolist() == [0, 1, 2]
+    assert sd.collate(rows[1:]).position_ids is None
 
 
-class Alarm(Exception):
-    pass
+def test_data_a_rank_without_rows_gets_a_batch_that_counts_nothing():
+    batch = sd.collate([])
+    assert batch.rows == []
+    assert batch.input_ids.numel() > 0
+    assert batch.positions.numel() == batch.labels.numel() == batch.real.numel() == 0
 
 
-def test_data_a_signal_is_heard_while_a_long_text_is_encoded():
-    """And something is said of it."""
-    def ring(number, frame):
-        raise Alarm
+@pytest.mark.parametrize("count, size", [(10, 4), (8, 4), (3, 5)])
+def test_data_a_step_knows_its_rows(count, size):
+    """An epoch has every row once, in an order of its own."""
+    steps = math.ceil(count / size)
+    for epoch in (0, 1, 2):
+        plain = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=plain).tolist()
+        found = [sd.batch_of_step(count, 7, size, epoch * steps + i) for i in range(steps)]
+        assert found == [order[i:i + size] for i in range(0, count, size)]
 
-    before = signal.signal(signal.SIGALRM, ring)
-    threads = set(threading.enumerate())
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(Alarm):
-            sd.encode_texts(["word " * 300_000], tiny_tokenizer(), 64, join=True)
-        at_work, = set(threading.enumerate()) - threads
-        assert at_work.daemon   # nobody waits for it at the end
-        at_work.join()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        sd.warn_of_long_rows([{"text": "x" * 11_000_000}])
-    assert "11,000,000 characters" in shown.getvalue()
+
+def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
+    rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
+    run = types.SimpleNamespace(
+        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+    monkeypatch.setattr(sd, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(sd, "RANK", rank)
+        run.progress = types.SimpleNamespace(step=1)   # of a resume: five rows are left there
+        batches = sd.my_batches(run)
+        for step in (1, 2):
+            mine = sd.batch_of_step(13, 0, 8, step)[rank::2]
+            micro, _ = next(batches)
+            found = [[row["input_ids"][0] for row in batch.rows] for batch in micro]
+            assert found == [mine[:2], mine[2:]]
+
+
+def test_data_prefetch_is_two_ahead_and_in_order():
+    made = []
+
+    def numbers():
+        for i in range(7):
+            made.append(i)
+            yield i
+        raise ZeroDivisionError
+
+    ahead = sd.prefetch(numbers())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.3)
+    assert made == [0, 1, 2, 3, 4]
+    assert [next(ahead) for _ in range(4)] == [3, 4, 5, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4398,6 +4078,31 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words,
     assert resolved.given == cfg.given
 
 
+def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
+    """In an order that no package leads, each in one split; also where a kill left half of it."""
+    library = tmp_path / "lib"
+    library.mkdir()
+    names = sorted([f"m{i}.py" for i in range(60)], key=sd.digest)
+    for name in names:
+        (library / name).write_text(f"x = {name!r}\n")
+    (library / "empty.py").write_text("\n")
+    monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    splits = {"train": [], "validation": []}
+    for name in names:
+        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
+        splits[split].append({"text": f"x = {name!r}\n"})
+    folder = str(tmp_path / "demo")
+    for _ in range(2):
+        sd.write_demo_files(folder)
+        for split, rows in splits.items():
+            assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    assert len(tokenizer.encode("x = 'm")) < 6   # it has learnt from them
+    for name in ("student", "teacher-shape"):
+        assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
+
+
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
         tmp_path, out, teacher, student, text):
     """The control is the run with --alpha 1, and what is done is not trained again."""
@@ -4534,43 +4239,33 @@ def train_from_cache(student, cache_dir, out, rc=0, **fields):
     return distil(out, rc, **{**run, **fields})
 
 
-def test_cache_of_blocks_without_the_tokenizers_bos_is_refused(tmp_path, text):
-    """A cache has them, one of a version before is neither filled on nor trained from; where the
-    tokenizer has no BOS, the manifest is that of old."""
-    cache = tmp_path / "cache"
-    model = tiny_model(tmp_path / "model", tokenizer=tiny_tokenizer(bos=True))
-    fill_cache(model, text, cache)
-    train_from_cache(model, cache, tmp_path / "out")
-    manifest = sd.read_manifest(str(cache))
-    rows = sd.CacheRows(str(cache), "train", manifest)
-    for i in range(len(rows)):
-        assert rows[i]["input_ids"][0] == manifest["bos"] == 1
-    del manifest["bos"]
-    sd.write_manifest(manifest, str(cache))
-    refused = train_from_cache(model, cache, tmp_path / "late", 2).err
-    assert "BOS" in refused and "--force_regenerate" in refused
-    refused = fill_cache(model, text, cache, 2).err
-    assert "bos" in refused and "--force_regenerate" in refused
-    fill_cache(model, text, cache, force_regenerate=True)
-    train_from_cache(model, cache, tmp_path / "again")
-
-    plain = tiny_model(tmp_path / "plain")
-    fill_cache(plain, text, tmp_path / "plain_cache")
-    assert "bos" not in sd.read_manifest(str(tmp_path / "plain_cache"))
+@pytest.fixture(scope="session")
+def full_cache(tmp_path_factory, teacher, cache_text):
+    """Not to be changed: see copy_of."""
+    cache = tmp_path_factory.mktemp("cache") / "full"
+    fill_cache(teacher, cache_text, cache)
+    return cache
 
 
-def parse_cache_run(student, cache_dir):
-    return sd.parse_config(flags(student=student, cache_dir=cache_dir, seq_len=32))
+@pytest.fixture
+def copy_of(full_cache, tmp_path):
+    return Path(shutil.copytree(full_cache, tmp_path / "a copy"))
 
 
 def chunk_files(cache_dir):
     """The bytes of every chunk by its name."""
-    paths = sorted(Path(cache_dir).glob("*.safetensors"))
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: path.read_bytes() for path in sorted(Path(cache_dir).glob("*.safetensors"))}
 
 
-def read_manifest(cache_dir):
-    return json.loads(Path(cache_dir, "manifest.json").read_text())
+def facts_of_cache(cache_dir):
+    """-> manifest and index"""
+    names = ("manifest.json", "index.json")
+    return [json.loads(Path(cache_dir, name).read_text()) for name in names]
+
+
+def rows_of_cache(cache_dir, split="train"):
+    rows = sd.CacheRows(str(cache_dir), split, *facts_of_cache(cache_dir))
+    return [rows[i] for i in range(len(rows))]
 
 
 # ---- what is kept of a token
@@ -4585,38 +4280,35 @@ def made_up_teacher(vocab, tokens, seed=0, sharp=3.0):
     return hidden, sd.Head(weight), probs
 
 
-def _cache_manifest(vocab, method, size, seed=0, temperature=1.0):
-    """What of a manifest packing depends on."""
-    id_bits = (vocab - 1).bit_length()
-    if method == "topk":
-        bits = [id_bits, 8, 0]
-    else:
-        bits = [id_bits, (size - 1).bit_length(), 12]
+def cache_manifest(vocab, method, size, seed=0, temperature=1.0):
+    """What of a manifest the content of a row depends on."""
     return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature,
-                bits=bits)
+                codes=256 if method == "topk" else size)
 
 
-def pack_and_unpack(hidden, head, method, size, seed=0, temperature=1.0):
-    """One row, through its bytes and back -> SparseTarget, number of bytes, RowCounts."""
-    vocab = len(head.weight)
-    manifest = _cache_manifest(vocab, method, size, seed, temperature)
-    row = {"input_ids": np.arange(len(hidden) + 1) % vocab, "targets": None}
-    [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], 7, manifest)
-    unpacked = sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest)
-    assert (unpacked["input_ids"] == row["input_ids"]).all()
-    assert unpacked["targets"].all()
-    assert counts.targets == len(hidden)
-    sparse = sd.SparseTarget(*[torch.from_numpy(array) for array in unpacked["sparse"]])
-    return sparse, len(data), counts
+def text_row(vocab, tokens):
+    return {"input_ids": np.arange(tokens) % vocab, "targets": np.arange(tokens) > 0,
+            "starts": np.array([0])}
+
+
+def keep_and_read(hidden, head, *what, **more):
+    """A row of plain text, through its bytes and back -> SparseTarget, bytes, what was kept."""
+    manifest = cache_manifest(len(head.weight), *what, **more)
+    row = text_row(len(head.weight), len(hidden) + 1)
+    kept = sd.keep(hidden, head, 7, manifest)
+    data = sd.compress(sd.pack_row(row, kept))
+    there = sd.unpack_row(sd.decompress(data), manifest)
+    for name in row:
+        assert (there[name] == row[name]).all(), name
+    return sd.SparseTarget(*map(torch.from_numpy, there["sparse"])), data, kept
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
 def test_cache_topk_is_what_the_teacher_says(vocab):
     for size in {min(64, vocab), min(300, vocab)}:
         hidden, head, probs = made_up_teacher(vocab, 40)
-        sparse, length, _ = pack_and_unpack(hidden, head, "topk", size)
+        sparse, data, kept = keep_and_read(hidden, head, "topk", size)
         top = probs.topk(size).values
-        assert len(set(sparse.ids[3].tolist())) == size
         assert (probs.gather(-1, sparse.ids) - top).abs().max() < 1e-6
         # the common rescaling at most doubles the rounding
         bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)
@@ -4624,8 +4316,8 @@ def test_cache_topk_is_what_the_teacher_says(vocab):
         assert close[top > 1e-9].all()
         assert (sparse.probs.sum(-1) + sparse.rest - 1).abs().max() < 1e-5
         assert (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
-        if vocab == 151936 and size == 64:
-            assert length / 41 <= 230   # bytes a token
+        assert kept.mass == pytest.approx(float(top.sum()), rel=1e-4)
+        assert len(data) / 41 <= 4 * (size + 2)
         listed = sparse.probs.double()
         entropy = -(listed * listed.log()).nansum(-1)
         entropy -= torch.special.xlogy(sparse.rest, sparse.rest)
@@ -4633,115 +4325,76 @@ def test_cache_topk_is_what_the_teacher_says(vocab):
 
 
 @pytest.mark.parametrize("vocab,size", [
-    (2, 1), (300, 50), (32000, 64), (151936, 50), (151936, 255)])
+    (2, 1), (300, 50), (32000, 50), (151936, 50), (151936, 255)])
 def test_cache_samples_are_counted_and_small(vocab, size):
-    hidden, head, probs = made_up_teacher(vocab, 200)
-    sparse, length, counts = pack_and_unpack(hidden, head, "sample", size)
+    hidden, head, probs = made_up_teacher(vocab, 200, sharp=5.0)
+    sparse, data, kept = keep_and_read(hidden, head, "sample", size)
     # an id stands as often as it was drawn
     assert torch.allclose(sparse.probs, torch.full((200, size), 1 / size))
     assert (sparse.rest == 0).all()
-    assert sum(len(set(ids.tolist())) for ids in sparse.ids) == counts.entries
+    distinct = [torch.unique(ids) for ids in sparse.ids]
+    assert sum(map(len, distinct)) == len(kept.entries)
+    held = sum(of_token[ids].sum() for of_token, ids in zip(probs, distinct))
+    assert kept.mass == pytest.approx(held.item(), rel=1e-4)
     entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
     assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
     # ... which is the teacher's entropy on average
     entropy = -(probs * probs.log()).sum(-1)
     assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
-    if (vocab, size) == (151936, 50):
-        assert length <= 3 * counts.entries + 4 * 201
+    bits = len(kept.entries) * (vocab * size).bit_length() + 200 * (12 + vocab.bit_length())
+    if vocab >= 32000:   # as if nothing took a whole byte
+        assert len(data) < 1.02 * bits / 8
+
+
+@torch.no_grad()
+def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp_path):
+    """... by the seed and the number of the row: the same whoever fills the cache."""
+    fill_cache(teacher, cache_text, tmp_path, temperature=2, seed=5)
+    model = load(teacher)
+    for split, first, i in (("eval", 0, 3), ("train", 2**60, 0), ("train", 2**60, 39)):
+        row = rows_of_cache(tmp_path, split)[i]
+        ids_1T = torch.from_numpy(row["input_ids"])[None]
+        cdf = (model(ids_1T).logits[0, :-1].double() / 2).softmax(-1).cumsum(-1)
+        generator = torch.Generator().manual_seed(int(sd.digest(5, first + i), 16) >> 1)
+        numbers = torch.rand(len(cdf), 50, dtype=torch.float64, generator=generator)
+        draws = torch.searchsorted(cdf, numbers).sort(-1).values.numpy()
+        assert (draws == row["sparse"].ids).mean() > 0.99
 
 
 def test_cache_same_model_logs_no_kl():
     hidden, head, _ = made_up_teacher(300, 200)
     labels = torch.zeros(200, dtype=torch.long)
     for method, size in (("sample", 50), ("topk", 12), ("topk", 300)):
-        sparse, _, _ = pack_and_unpack(hidden, head, method, size)
+        sparse, *_ = keep_and_read(hidden, head, method, size)
         _, _, kl = sd.distillation_loss(hidden, head, labels, sparse, alpha=0.0, temperature=1.0)
         assert abs(kl) < 1e-3, (method, size, kl)
     # nor is the KL of what is listed and the rest ever negative, whatever the student says
     noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
-    student_logits = hidden @ (head.weight + 0.3 * noise).T
-    for size in (1, 12, 64):
-        sparse, _, _ = pack_and_unpack(hidden, head, "topk", size)
-        _, kl_of_tokens, *_ = sd.chunk_terms(
-            student_logits.clone(), labels, sparse, alpha=0.0, temperature=1.0,
-            divergence="forward", student_scaling=(1.0, None), teacher_scaling=(1.0, None))
-        assert (kl_of_tokens > -1e-5).all()
-
-
-def kl_gradient(hidden, student_weight, target, temperature):
-    """Of the student's head."""
-    weight = student_weight.clone().requires_grad_()
-    labels = torch.zeros(len(hidden), dtype=torch.long)
-    loss, _, _ = sd.distillation_loss(
-        hidden, sd.Head(weight), labels, target, alpha=0.0, temperature=temperature)
-    loss.backward()
-    return weight.grad.double()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_cache_sample_gradient_is_unbiased(temperature):
-    """The mean of n comes nearer to the whole teacher's as 1/sqrt(n); a bias would stay."""
-    hidden, head, _ = made_up_teacher(300, 60)
-    student_weight = torch.randn(300, 24, generator=torch.Generator().manual_seed(5)) * 0.3
-    whole = kl_gradient(hidden, student_weight, (hidden, head), temperature)
-    sampled = []
-    for seed in range(256):
-        sparse, _, _ = pack_and_unpack(hidden, head, "sample", 20, seed, temperature)
-        sampled.append(kl_gradient(hidden, student_weight, sparse, temperature))
-    errors = {}
-    for n in (1, 4, 16, 64):
-        means = torch.stack(sampled).view(256 // n, n, *whole.shape).mean(1)
-        errors[n] = float((means - whole).norm(dim=(1, 2)).mean() / whole.norm())
-    for n in (4, 16, 64):
-        assert abs(errors[n] / errors[1] * n ** 0.5 - 1) < 0.25, errors
+    other_head = sd.Head(head.weight + 0.3 * noise)
+    for size, i in itertools.product((1, 12, 64), range(0, 200, 4)):
+        sparse, *_ = keep_and_read(hidden[i:i + 1], head, "topk", size)
+        _, _, kl = sd.distillation_loss(
+            hidden[i:i + 1], other_head, labels[:1], sparse, alpha=0.0, temperature=1.0)
+        assert kl > -1e-5
 
 
 # ---- training from it
 
 
-def test_cache_topk_of_everything_trains_like_online(teacher, student, cache_text, tmp_path):
-    vocab = len(tiny_tokenizer())
-    cache = tmp_path / "cache"
-    cached = tmp_path / "cached"
-    online = tmp_path / "online"
-    fill_cache(teacher, cache_text, cache, cache_method="topk", cache_top_k=vocab)
-    train_from_cache(student, cache, cached)
-    train_from_cache(student, None, online, teacher=teacher, dataset=cache_text)
-    for entry, expected in zip(log(cached), log(online), strict=True):
-        kind = "train" if "train/loss" in entry else "eval"
-        assert abs(entry[f"{kind}/kl_loss"] - expected[f"{kind}/kl_loss"]) < 1e-3
-        assert abs(entry[f"{kind}/ce_loss"] - expected[f"{kind}/ce_loss"]) < 5e-3
-    moved = distance(weights(student), final_weights(online))
-    apart = distance(final_weights(cached), final_weights(online))
-    assert apart < 0.05 * moved, (apart, moved)
-
-
-def test_cache_of_packed_documents_trains_like_online(teacher, student, tmp_path):
-    """It knows where each begins. The packing of a cache is its own: another is refused."""
-    rows = talk(60)
-    data = write_splits(tmp_path / "d", rows, rows[:8])
-    packed = dict(seq_len=128, packing="documents")
-    cache = tmp_path / "cache"
-    cached = tmp_path / "cached"
-    online = tmp_path / "online"
-    shown = fill_cache(teacher, data, cache, cache_method="topk",
-                       cache_top_k=len(tiny_tokenizer()), **packed).out
-    manifest = sd.read_manifest(str(cache))
-    assert manifest["packing"] == "documents"
-    projected = re.search(r"([\d.]+) GB to write", shown)[1]
-    written = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
-    assert float(projected) == pytest.approx(written / 1e9, rel=0.2, abs=6e-4)
-    kept = sd.CacheRows(str(cache), "train", manifest)
-    there, held_out = rows_of(data, **packed)
-    for i, row in enumerate(there):
-        for name in ("input_ids", "targets", "starts"):
-            assert (kept[i][name] == row[name]).all(), name
-    assert "starts" not in sd.CacheRows(str(cache), "eval", manifest)[0]
-
-    shown = train_from_cache(student, cache, cached, seq_len=None).out
-    assert "which sets seq_len 128 and temperature 1.0 and packing documents" in shown
-    assert ", whole documents packed |" in read_card(cached).text
-    train_from_cache(student, None, online, teacher=teacher, dataset=data, **packed)
+@pytest.mark.parametrize("packing", ["rows", "documents"])
+def test_cache_topk_of_everything_trains_like_online(teacher, student, tmp_path, packing):
+    """Also where documents share rows: it knows where each begins."""
+    data = write_splits(tmp_path / "data", talk(60), talk(8))
+    how = dict(seq_len=128, packing=packing)
+    cache, cached, online = tmp_path / "cache", tmp_path / "cached", tmp_path / "online"
+    fill_cache(teacher, data, cache, cache_method="topk", cache_top_k=9999, **how)
+    there, held_out = rows_of(data, **how)
+    for split, rows in (("train", there), ("eval", held_out)):
+        for kept, row in zip(rows_of_cache(cache, split), rows, strict=True):
+            for name in ("input_ids", "targets", "starts"):
+                assert kept[name].tolist() == row[name].tolist(), name
+    train_from_cache(student, cache, cached, seq_len=None)
+    train_from_cache(student, None, online, teacher=teacher, dataset=data, **how)
     for entry, expected in zip(log(cached), log(online), strict=True):
         kind = "train" if "train/loss" in entry else "eval"
         assert abs(entry[f"{kind}/kl_loss"] - expected[f"{kind}/kl_loss"]) < 1e-3
@@ -4749,200 +4402,181 @@ def test_cache_of_packed_documents_trains_like_online(teacher, student, tmp_path
     moved = distance(weights(student), final_weights(online))
     assert distance(final_weights(cached), final_weights(online)) < 0.05 * moved
 
-    refused = train_from_cache(student, cache, tmp_path / "out", 2, seq_len=128, packing="rows")
-    assert "packing 'documents' there, 'rows' here" in refused.err
-    for packing in ("rows", "auto"):
-        refused = fill_cache(teacher, data, cache, 2, seq_len=128, packing=packing,
-                             cache_method="topk", cache_top_k=len(tiny_tokenizer()))
-        assert f"packing 'documents' there, '{packing}' here" in refused.err
-    other = tmp_path / "other"
-    fill_cache(teacher, data, other, seq_len=128)
-    assert "packing" not in read_manifest(other)   # as those of before
-    refused = train_from_cache(student, other, tmp_path / "out", 2, **packed)
-    assert "packing 'auto' there, 'documents' here" in refused.err
-
 
 def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
-    """Teacher and data are gone; a mask of assistant tokens, resume and a final tokenizer work all
-    the same."""
+    """What is not typed is the cache's own, also the teacher of layers:N. Teacher and data are
+    gone, the cache moves: a run goes on all the same."""
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     data = shutil.copytree(chat, tmp_path / "chat")
-    cache = tmp_path / "cache"
-    out = tmp_path / "out"
-    fill_cache(teacher, data, cache, cache_chunk=4)
+    cache, out, again = tmp_path / "cache", tmp_path / "out", tmp_path / "again"
+    shown = fill_cache(teacher, data, cache, cache_chunk=4, temperature=2).out
+    assert re.search(r"[\d.]+ bytes a token, which hold [\d.]+% of .* GB in all, .* GB free", shown)
+    _, index = facts_of_cache(cache)
+    every_row = rows_of_cache(cache) + rows_of_cache(cache, "eval")
+    size = sum(map(len, chunk_files(cache).values()))
+    tokens = sum(len(row["input_ids"]) for row in every_row)
+    assert index == dict(
+        rows=12, tokens=tokens, bytes_per_token=size / tokens,
+        chunks={"train": [4, 4], "eval": [4]},
+        biggest_id=max(row["input_ids"].max() for row in every_row))
+    train_from_cache("layers:1", cache, tmp_path / "cut", seq_len=None, max_steps=1)
     shutil.rmtree(teacher)
     shutil.rmtree(data)
-    rows, eval_rows, _, manifest = sd.open_cache(parse_cache_run(student, cache))
-    assert len(rows) + len(eval_rows) == manifest["rows"]
-    assert 0 < manifest["mass_kept"] <= 1
-    first_targets = rows[0]["targets"][1:].sum()
-    for i in (0, 3, 4, len(rows) - 1):   # both sides of a chunk's end
-        batch = sd.collate([rows[i], rows[0]])
-        targets = rows[i]["targets"][1:].sum() + first_targets
-        assert len(batch.sparse.ids) == len(batch.labels) == targets > 0
-        assert not rows[i]["targets"].all()
-    train_from_cache(student, cache, out, save_steps=3)
-    assert (out / "final/tokenizer.json").exists()
+    shown = train_from_cache(student, cache, out, seq_len=None, save_steps=3, eval_samples=3).out
+    assert "'seq_len': 32, 'temperature': 2.0" in shown and "3 held out" in shown
+    saved = json.loads((out / "config.json").read_text())
+    assert (saved["seq_len"], saved["temperature"], saved["teacher"]) == (32, 2.0, str(teacher))
     before = quiet_log(out)
     moved = shutil.move(cache, tmp_path / "moved")
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoints/step-00000006")
-    train_from_cache(student, moved, out, save_steps=3)
+    cli("--config", out / "config.json", "--cache_dir", moved)
     assert quiet_log(out) == before
+    train_from_cache(student, moved, again, temperature=2, eval_samples=3)
+    assert quiet_log(again) == before
 
 
-def test_cache_refuses_what_does_not_fit(teacher, student, cache_text, tmp_path):
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache)
+def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_text, tmp_path):
     other_tokenizer = tiny_tokenizer(roll=1)
     other_teacher = tiny_model(tmp_path / "other_teacher", tokenizer=other_tokenizer)
     other_student = tiny_model(tmp_path / "other_student", hidden=16, tokenizer=other_tokenizer)
-    small = tiny_model(tmp_path / "small", vocab=260, hidden=16, tokenizer=False)
+    small = tiny_model(tmp_path / "small", vocab=200, hidden=16, tokenizer=False)
     training = [
-        (dict(temperature=2), "1.0 .*2.0"),
-        (dict(seq_len=64), "32 .*64"),
-        (dict(teacher=other_teacher), "cache.*other_teacher"),
+        (dict(temperature=3), "temperature 1.0 there, 3.0 here"),
+        (dict(seq_len=64), "seq_len 32 there, 64 here"),
+        (dict(packing="rows"), "packing 'auto' there, 'rows' here"),
+        (dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
         (dict(student=other_student), "different tokenizers: token"),
-        (dict(student=small), "262.*260"),
-        (dict(cache_dir=tmp_path / "none"), "none"),
+        (dict(student=small), "token 2.*200"),
+        (dict(cache_dir=tmp_path / "none"), "no cache"),
     ]
     for fields, message in training:
-        fields = {"student": student, "cache_dir": cache, **fields}
+        fields = {"student": student, "cache_dir": full_cache, **fields}
         refused = train_from_cache(out=tmp_path / "out", rc=2, **fields)
         assert re.search(message, refused.err), (fields, message, refused.err)
+    rows = cache_rows(100)
+    rows[51]["text"] = rows[51]["text"][:-1] + "Q"
+    edited = write_jsonl(tmp_path / "edited.jsonl", rows)
     filling = [
-        (dict(temperature=2), "1.0 .*2.0"),
-        (dict(cache_samples=9), "50 .*9"),
-        (dict(teacher=student), "weights"),
+        (dict(temperature=2), "temperature 1.0 there, 2.0 here"),
+        (dict(cache_samples=9), "size 50 there, 9 here"),
+        (dict(seed=1), "seed 0 there, 1 here"),
+        (dict(teacher=student), "weights .* there"),
+        (dict(dataset=edited), "dataset_fingerprint .* there"),
+        (dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "token 2.*200"),
     ]
+    before = chunk_files(full_cache)
     for fields, message in filling:
-        fields = {"teacher": teacher, **fields}
-        refused = fill_cache(dataset=cache_text, cache_dir=cache, rc=2, **fields)
+        command = dict(teacher=teacher, dataset=cache_text, cache_dir=full_cache)
+        refused = fill_cache(**(command | fields), rc=2)
         assert re.search(message, refused.err), (fields, message, refused.err)
-    forced = fill_cache(teacher, cache_text, cache, temperature=2, force_regenerate=True)
-    assert "WARNING" in forced.out
-    assert read_manifest(cache)["temperature"] == 2
+    assert chunk_files(full_cache) == before
 
 
-def test_cache_has_decided_the_data(teacher, student, cache_text, tmp_path):
-    """What it has decided may be said again, not otherwise."""
-    cache = tmp_path / "cache"
-    out = tmp_path / "out"
-    fill_cache(teacher, cache_text, cache)
-    other = f"{cache_text}.other.jsonl"
-    for name, value in (("dataset", other), ("text_column", "body"), ("max_samples", 3)):
-        refused = train_from_cache(student, cache, out, rc=2, **{name: value})
-        message = f"error: .*{name} .* there, .*{value}.* here"
-        assert re.search(message, refused.err, re.IGNORECASE), refused.err
-    refused = train_from_cache(student, cache, out, 2, streaming=True)   # optional: streaming
-    message = "error: cache_dir .* drop --streaming"   # optional: streaming
-    assert re.search(message, refused.err)   # optional: streaming
-    decided = json.loads((cache / "config.json").read_text())["dataset"]
-    shown = train_from_cache(student, cache, out, eval_samples=3, dataset=decided).out
-    assert "; 3 held out" in shown
-    assert not (out / "demo").exists()
-    again = tmp_path / "again"
-    cli("--config", out / "config.json", "--output_dir", again)
-    assert column(again, "train/loss") == column(out, "train/loss")
+def test_cache_is_begun_anew_by_force_alone(copy_of, teacher, student, cache_text, tmp_path):
+    """One of an older version is refused with the way out; what else lies there stays."""
+    manifest, _ = facts_of_cache(copy_of)
+    del manifest["format"]
+    (copy_of / "manifest.json").write_text(json.dumps(manifest))
+    thesis = copy_of / "thesis.txt"
+    thesis.write_text("mine")
+    for refused in (train_from_cache(student, copy_of, tmp_path / "out", 2),
+                    fill_cache(teacher, cache_text, copy_of, 2)):
+        assert "older version" in refused.err and "--force_regenerate" in refused.err
+    templated = tiny_model(tmp_path / "templated", seed=1, tokenizer=tiny_tokenizer(CHATML))
+    forced = dict(cache_chunk=64, force_regenerate=True)
+    fill_cache(templated, cache_text, copy_of, **forced)
+    assert len(chunk_files(copy_of)) == 4
+    fill_cache(teacher, cache_text, copy_of, **forced)   # no template is left of the one before
+    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [64, 64, 51], "eval": [9]}
+    train_from_cache(student, copy_of, tmp_path / "out")
+    assert not json.loads((copy_of / "config.json").read_text())["force_regenerate"]
+    assert thesis.exists()
 
-
-def test_cache_stands_in_the_model_card(teacher, student, cache_text, tmp_path):
-    """Whose targets they are, and what is kept of them."""
-    cache = tmp_path / "cache"
-    out = tmp_path / "out"
-    fill_cache(teacher, cache_text, cache, cache_method="topk", cache_top_k=7)
-    train_from_cache(student, cache, out)
-    card = read_card(out)
-    assert f"| teacher | {Path(teacher).name}, kept as its 7 likeliest tokens |" in card.text
-    assert f"| data | {Path(cache_text).name}, split train" in card.text
-    assert str(tmp_path) not in card.content
-
-
-def test_cache_sets_what_is_not_typed(teacher, student, cache_text, tmp_path):
-    """seq_len and temperature are the cache's, the plan says so, and the run is that of both
-    typed."""
-    cache = tmp_path / "cache"
-    typed = tmp_path / "typed"
-    untyped = tmp_path / "untyped"
-    again = tmp_path / "again"
-    fill_cache(teacher, cache_text, cache, temperature=2)
-    shown = train_from_cache(student, cache, typed, temperature=2).out
-    assert f"teacher: cache {cache}\n" in shown
-    shown = train_from_cache(student, cache, untyped, seq_len=None).out
-    assert f"teacher: cache {cache}, which sets seq_len 32 and temperature 2.0\n" in shown
-    saved = json.loads((untyped / "config.json").read_text())
-    assert (saved["seq_len"], saved["temperature"]) == (32, 2.0)
-    cli("--config", untyped / "config.json", "--output_dir", again)
-    losses = column(typed, "train/loss")
-    assert len(losses) == 6
-    assert column(untyped, "train/loss") == losses
-    assert column(again, "train/loss") == losses
-
-
-def test_cache_leaves_what_is_typed(teacher, student, cache_text, tmp_path):
-    """A default that is typed is typed."""
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache, temperature=2)
-    words = flags(student=student, cache_dir=cache, temperature=3)
-    for given, seq_len in (({"seq_len", "temperature"}, 512), ({"temperature"}, 32)):
-        cfg = sd.parse_config(words)
-        cfg.given = frozenset(given)
-        taken = sd.take_from_cache(cfg)
-        assert (taken.seq_len, taken.temperature) == (seq_len, 3.0)
-        assert taken.given == given
-        with pytest.raises(sd.UserError, match="temperature 2.0 there, 3.0 here"):
-            sd.open_cache(taken)
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))   # not a folder of ours
+    refused = fill_cache(teacher, cache_text, model, 2, force_regenerate=True)
+    assert "'config.json' and no .simple_distill" in refused.err
+    assert (model / "model.safetensors").exists()
 
 
 # ---- damage, full disks, many workers
 
 
-def unreadable_rows(cfg):
-    """How many rows of the second chunk are refused, with its name."""
-    rows = sd.open_cache(cfg)[0]
-    refused = 0
-    for i in range(16, 32):
-        try:
-            rows[i]
-        except sd.UserError as e:
-            refused += "train-00000001" in str(e)
-    return refused
+def is_refused(cache_dir, split, path):
+    try:
+        rows_of_cache(cache_dir, split)
+    except sd.UserError as e:
+        return str(path) in str(e)
+    return False
 
 
-def test_cache_damage_is_found_and_mended(teacher, student, cache_text, tmp_path):
-    """A chunk cut short, or with a single bit flipped anywhere, is refused by name; the command
-    that the message gives makes it, and only it, again."""
-    cache = tmp_path / "a cache"
-    fill_cache(teacher, cache_text, cache)
-    whole = chunk_files(cache)
-    path = cache / "train-00000001.safetensors"
+def test_cache_damage_is_found_and_mended(copy_of, teacher, student, cache_text, tmp_path):
+    """A chunk cut short, or with a single bit flipped anywhere, is refused by name, by training and
+    where mode cache finishes; the command that is named makes it, and only it, again."""
+    whole = chunk_files(copy_of)
+    path = copy_of / "train-00000001.safetensors"
     data = path.read_bytes()
-    cfg = parse_cache_run(student, cache)
     for length in (0, 7, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(sd.UserError, match="train-00000001"):
-            sd.open_cache(cfg)[0][16]
-
+        assert is_refused(copy_of, "train", path)
     body = 8 + int.from_bytes(data[:8], "little")   # where safetensors' header ends
-    header = json.loads(data[8:body])
-    table_begin, table_end = header["table"]["data_offsets"]
     draw = np.random.default_rng(0)
-    positions = [
-        *draw.integers(0, body, 20),
-        *draw.integers(body + table_begin, body + table_end, 20),
-        *draw.integers(body, len(data), 20)]
-    for position in positions:
+    for position in [*draw.integers(0, body, 20), *draw.integers(body, len(data), 40)]:
         damaged = bytearray(data)
         damaged[position] ^= 1 << draw.integers(8)
         path.write_bytes(damaged)
-        assert unreadable_rows(cfg) > 0, position
+        assert is_refused(copy_of, "train", path), position
 
-    epoch = math.ceil(len(sd.open_cache(cfg)[0]) / 8)   # every row is read
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2, max_steps=epoch)
-    remove, again = re.search("again: (.*)", refused.err)[1].split("; ")
-    os.remove(shlex.split(remove)[1])
-    assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
-    assert chunk_files(cache) == whole
+    damaged = bytearray(data)
+    damaged[-100] ^= 1
+    refusing = [
+        functools.partial(train_from_cache, student, copy_of, tmp_path / "out", max_steps=23),
+        functools.partial(fill_cache, teacher, cache_text, copy_of)]
+    for refuse in refusing:   # 23 steps read every row
+        path.write_bytes(damaged)
+        message = refuse(rc=2).err
+        assert f"cache chunk '{path}' is damaged" in message
+        remove, again = re.search("again: (.*)", message)[1].split("; ")
+        os.remove(shlex.split(remove)[1])
+        assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
+        assert chunk_files(copy_of) == whole
+
+
+def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path):
+    """Of another temperature, one twice, two swapped, train in place of eval."""
+    warm = tmp_path / "warm"
+    fill_cache(teacher, cache_text, warm, temperature=2)
+    chunks = chunk_files(copy_of)
+    first, second, third = "train-00000000", "train-00000001", "eval-00000000"
+    content = {name.split(".")[0]: data for name, data in chunks.items()}
+    of_warm = chunk_files(warm)[f"{second}.safetensors"]
+    for name, foreign in ((second, of_warm), (second, content[first]), (first, content[second]),
+                          (third, content[first])):
+        path = copy_of / f"{name}.safetensors"
+        path.write_bytes(foreign)
+        assert is_refused(copy_of, name.split("-")[0], path)
+        refused = fill_cache(teacher, cache_text, copy_of, 2)
+        assert f"{path}' is damaged or of another cache" in refused.err
+        path.write_bytes(content[name])
+    manifest, _ = facts_of_cache(copy_of)   # what is said of all rows cannot be edited
+    (copy_of / "manifest.json").write_text(json.dumps(manifest | {"temperature": 2.0}))
+    assert is_refused(copy_of, "train", copy_of / f"{first}.safetensors")
+
+
+@pytest.mark.parametrize("name,damaged", [
+    ("manifest.json", ""), ("manifest.json", "[]"), ("manifest.json", "{}"),
+    ("manifest.json", '{"format": 2}'), ("index.json", ""), ("index.json", "{}"),
+    ("index.json", "[1]"), ("tokenizer/tokenizer.json", ""), ("tokenizer/tokenizer.json", "{}")])
+def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, tmp_path, name, damaged):
+    (copy_of / name).write_text(damaged)
+    refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
+    assert refused.err.count("\n") == 1
+
+
+def test_cache_another_tokenizer_than_its_own_is_refused(copy_of, student, tmp_path):
+    tiny_tokenizer(CHATML).save_pretrained(copy_of / "tokenizer")
+    refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
+    assert "tokenizer' is not what was written" in refused.err
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
@@ -4955,22 +4589,13 @@ def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
     whole = chunk_files(tmp_path / "whole")
     # one chunk is larger, and nothing else that is written
     limit = sorted(len(content) for content in whole.values())[-2]
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     words = cache_words(teacher, data, cache, cache_chunk=64)
-    process = spawn(*words, nproc=ranks, preexec_fn=limit_files)
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, shown
-    assert "error: cache_dir" in shown
-    assert "Traceback" not in shown
+    shown = Fork(tmp_path / "log.txt", *words, ranks=ranks, limit=limit).wait()
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     kept = chunk_files(cache)
     assert 0 < len(kept) < len(whole)
     assert all(whole[name] == content for name, content in kept.items())
-    process = spawn(*words, nproc=ranks)
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, shown
+    Fork(tmp_path / "log2.txt", *words, ranks=ranks).wait()
     assert chunk_files(cache) == whole
 
 
@@ -4979,6 +4604,7 @@ def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
     dict(streaming=True),   # optional: streaming
 ])
 def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
+    """Also by several ranks, of a sharded teacher."""
     whole = tmp_path / "whole"
     pieces = tmp_path / "pieces"
     fill_cache(teacher, cache_text, whole, **fields)
@@ -4988,10 +4614,33 @@ def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
     for name in list(chunks)[::2]:
         os.remove(pieces / name)
     first = list(chunks)[0]
-    (pieces / f"{first}.tmp").write_bytes(b"half")   # what a dead worker left
-    fill_cache(teacher, cache_text, pieces, **fields)
+    (pieces / first).with_suffix(".tmp").write_bytes(b"half")   # what a dead worker left
+    words = cache_words(teacher, cache_text, pieces, **fields)
+    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
+    assert "error: " not in shown
     assert chunk_files(pieces) == chunks
-    assert read_manifest(pieces) == read_manifest(whole)
+    assert facts_of_cache(pieces) == facts_of_cache(whole)
+
+
+def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache_text, tmp_path):
+    """... until that is gone, and stops on a signal meanwhile."""
+    whole = chunk_files(copy_of)
+    os.remove(copy_of / "train-00000002.safetensors")
+    log_path = tmp_path / "log.txt"
+    words = cache_words(teacher, cache_text, copy_of)
+    with open(copy_of / "claims", "a") as claims:
+        fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
+        run = Fork(log_path, *words)
+        while "row/s]" not in log_path.read_text():
+            time.sleep(0.1)
+        run.signal(signal.SIGTERM)
+        assert "stopped" in run.wait()
+        run = Fork(log_path, *words)
+        while log_path.read_text().count("opening cache") < 2:
+            time.sleep(0.1)
+        assert run.poll() is None
+    assert "is full" in run.wait()
+    assert chunk_files(copy_of) == whole
 
 
 def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # optional: streaming
@@ -5005,11 +4654,17 @@ def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # 
     cache = tmp_path / "cache"
     for _ in range(2):
         fill_cache(teacher, data, cache, streaming=True, eval_samples=8)
-    assert read_manifest(cache)["chunks"] == {"train": [0, 16, 8], "eval": [8]}
-    rows = sd.open_cache(parse_cache_run(student, cache))[0]
+    assert facts_of_cache(cache)[1]["chunks"] == {"train": [0, 16, 8], "eval": [8]}
+    rows = rows_of_cache(cache)
     assert len(rows) == 24
-    assert all(len(rows[i]["input_ids"]) < 20 for i in range(24))
+    assert all(len(row["input_ids"]) < 20 for row in rows)
     train_from_cache(student, cache, tmp_path / "out")
+    packed = tmp_path / "packed"
+    fill_cache(teacher, data, packed, streaming=True, eval_samples=8, packing="documents")
+    assert [len(row["starts"]) for row in rows_of_cache(packed)] == 8 * [2] + 4 * [2]
+    write_jsonl(data, read_lines(data)[:-1])   # among the first, by which a stream is known
+    assert "dataset_fingerprint" in fill_cache(teacher, data, cache, 2, streaming=True,
+                                               eval_samples=8).err
 
 
 @pytest.mark.campaign
@@ -5031,13 +4686,7 @@ def test_cache_survives_a_killed_worker(teacher, tmp_path):
     shown = [worker.communicate(timeout=600)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0, 0, 0], shown
     assert chunk_files(cache) == chunk_files(whole)
-    assert read_manifest(cache) == read_manifest(whole)
-    for ranks in (2, 3):
-        by_ranks = tmp_path / f"ranks{ranks}"
-        process = spawn(*cache_words(teacher, data, by_ranks), nproc=ranks)
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, shown
-        assert chunk_files(by_ranks) == chunk_files(whole)
+    assert facts_of_cache(cache) == facts_of_cache(whole)
 
 
 # The peak of a process is not that of the one that started it, as resource's would be.
@@ -5067,248 +4716,16 @@ def test_cache_memory_is_constant(teacher, tmp_path, fields):
     assert peaks[1] < 1.05 * peaks[0], peaks
 
 
-# ---- whose it is, and what of it is damaged
-
-
-def cache_of(source, path, manifest=None):
-    """A copy of a cache; manifest: what its manifest.json holds instead, as text."""
-    shutil.copytree(source, path)
-    if manifest is not None:
-        (path / "manifest.json").write_text(manifest)
-    return path
-
-
-@pytest.fixture(scope="session")
-def full_cache(tmp_path_factory, teacher, cache_text):
-    """Not to be changed: see cache_of."""
-    cache = tmp_path_factory.mktemp("cache") / "full"
-    fill_cache(teacher, cache_text, cache)
-    return cache
-
-
-def mend(message):
-    """Does what the message says."""
-    remove, command = re.search("again: (.*)", message)[1].split("; ")
-    os.remove(shlex.split(remove)[1])
-    assert sd.main(shlex.split(command)[2:]) == 0   # less `python simple_distill.py`
-
-
-def test_cache_a_foreign_chunk_is_refused(full_cache, teacher, student, cache_text, tmp_path):
-    """Of another temperature, one twice, two swapped, train in place of eval: by who reads it, and
-    by mode cache, which would take it for its own; the command that is named mends it."""
-    warm = tmp_path / "warm"
-    fill_cache(teacher, cache_text, warm, temperature=2)
-    chunks = chunk_files(full_cache)
-    first, second, *_ = [name for name in chunks if name.startswith("train")]
-    cases = {
-        "temperature": {second: chunk_files(warm)[second]},
-        "twice": {second: chunks[first]},
-        "swapped": {first: chunks[second], second: chunks[first]},
-        "eval": {"eval-00000000.safetensors": chunks[first]},
-    }
-    for case, files in cases.items():
-        cache = cache_of(full_cache, tmp_path / case)
-        for name, content in files.items():
-            (cache / name).write_bytes(content)
-        rows, eval_rows, *_ = sd.open_cache(parse_cache_run(student, cache))
-        read = eval_rows if case == "eval" else rows
-        with pytest.raises(sd.UserError, match="it is .* of cache .*, not .* of cache .*again: rm"):
-            read[0 if case in ("eval", "swapped") else 16]
-        for _ in files:   # mode cache names them one after the other
-            refused = fill_cache(teacher, cache_text, cache, rc=2).err
-            mend_by_hand = re.search("again: rm ([^;]*);", refused)[1]
-            assert os.path.basename(mend_by_hand) in files
-            os.remove(mend_by_hand)
-        fill_cache(teacher, cache_text, cache)
-        assert chunk_files(cache) == chunks
-
-
-def test_cache_knows_every_row_and_every_kind_of_weights(full_cache, teacher, cache_text, tmp_path):
-    """One letter of one row in the middle; one weight of a teacher that has only .bin files."""
-    cache = cache_of(full_cache, tmp_path / "cache")
-    for i in (50, 51, 52):
-        rows = cache_rows(100)
-        rows[i]["text"] = rows[i]["text"][:-1] + "Q"
-        edited = write_jsonl(tmp_path / f"{i}.jsonl", rows)
-        refused = fill_cache(teacher, edited, cache, rc=2).err
-        assert "dataset_fingerprint" in refused
-
-    digests = set()
-    for seed in (0, 1):
-        folder = tmp_path / f"bin{seed}"
-        path = tiny_model(folder, seed=seed)
-        torch.save(weights(path), folder / "pytorch_model.bin")
-        os.remove(folder / "model.safetensors")
-        digests.add(sd.identify_weights(path))
-    assert len(digests) == 2
-
-
-CODE_IN_TOKENIZER = """
-import os
-open(os.environ["TOKENIZER_CODE_RAN"], "w").close()
-from transformers import PreTrainedTokenizerFast
-class Tokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-def test_cache_runs_no_code_of_a_tokenizer_unless_allowed(full_cache, student, tmp_path,
-                                                          monkeypatch):
-    """Nothing prompts; the flag of this run decides."""
-    ran = tmp_path / "ran"
-    monkeypatch.setenv("TOKENIZER_CODE_RAN", str(ran))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it prompts"))
-    cache = cache_of(full_cache, tmp_path / "cache")
-    settings = cache / "tokenizer/tokenizer_config.json"
-    values = json.loads(settings.read_text())
-    values |= dict(auto_map={"AutoTokenizer": [None, "code.Tokenizer"]},
-                   tokenizer_class="Tokenizer")
-    settings.write_text(json.dumps(values))
-    (cache / "tokenizer/code.py").write_text(CODE_IN_TOKENIZER)
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
-    assert "tokenizer_config.json is not what was written" in refused.err
-    manifest = read_manifest(cache)   # as a stranger would make it fit
-    del manifest["digest"]
-    manifest["tokenizer_files"]["tokenizer_config.json"] = sd.checksum(settings)
-    sd.write_manifest(manifest, cache)
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
-    assert "--trust_remote_code" in refused.err
-    assert not ran.exists()
-    sd.open_cache(sd.parse_config(flags(
-        student=student, cache_dir=cache, seq_len=32, trust_remote_code=True)))
-    assert ran.exists()
-
-
-def contents(folder):
-    """{path: bytes} of all files below."""
-    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def test_cache_touches_nothing_of_others(full_cache, teacher, cache_text, tmp_path):
-    """A model's directory, also by another spelling, and one whose weights are named like a chunk;
-    --force_regenerate deletes chunks, and no other file."""
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))
-    os.symlink(model, tmp_path / "link")
-    named_alike = Path(shutil.copytree(teacher, tmp_path / "alike"))
-    os.remove(named_alike / "config.json")
-    shutil.move(named_alike / "model.safetensors", named_alike / "train-00000000.safetensors")
-    a_tokenizer = tmp_path / "a_tokenizer"
-    tiny_tokenizer(roll=1).save_pretrained(a_tokenizer / "tokenizer")
-    before = contents(tmp_path)
-    for folder, name in (
-        (model, "config.json"), (tmp_path / "x/../link/", "config.json"),
-        (named_alike, "train-00000000.safetensors"), (a_tokenizer, "tokenizer"),
-    ):
-        for force in (False, True):
-            refused = fill_cache(teacher, cache_text, folder, rc=2, force_regenerate=force)
-            assert f"{name}' was not written by simple_distill" in refused.err
-    assert contents(tmp_path) == before
-
-    cache = cache_of(full_cache, tmp_path / "cache")
-    foreign = cache / "train-00000099.safetensors"
-    shutil.copy(model / "model.safetensors", foreign)
-    before = contents(cache)
-    refused = fill_cache(teacher, cache_text, cache, rc=2, temperature=2, force_regenerate=True)
-    assert "train-00000099.safetensors' was not written by simple_distill" in refused.err
-    assert contents(cache) == before
-    kept = [cache / "model.safetensors", cache / "tokenizer/thesis.txt"]
-    shutil.move(foreign, kept[0])
-    kept[1].write_text("mine")
-    fill_cache(teacher, cache_text, cache, temperature=2, force_regenerate=True)
-    assert all(path.exists() for path in kept)
-    assert read_manifest(cache)["temperature"] == 2
-
-
-def damaged_manifests(text):
-    """-> what may become of one, as text."""
-    yield ""
-    yield text[:len(text) // 2]
-    yield "[]"
-    yield "{}"
-    manifest = json.loads(text)
-    for name, value in manifest.items():
-        left_out = {key: manifest[key] for key in manifest if key != name}
-        yield json.dumps(left_out)
-        for other in (None, "x", -1, [], {}, [value]):
-            if other != value:
-                yield json.dumps({**manifest, name: other})
-
-
-def test_cache_a_damaged_manifest_or_tokenizer_is_one_error(full_cache, student, tmp_path):
-    cache = cache_of(full_cache, tmp_path / "cache")
-    cfg = parse_cache_run(student, cache)
-    sd.take_from_cache(cfg)
-    manifest = cache / "manifest.json"
-    text = manifest.read_text()
-    for damaged in damaged_manifests(text):
-        manifest.write_text(damaged)
-        for read in (sd.take_from_cache, sd.open_cache):
-            with pytest.raises(sd.UserError, match="manifest.json' is damaged.*again: rm"):
-                read(cfg)
-    manifest.write_text(text)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = cache / "tokenizer" / name
-        whole = path.read_text()
-        for damaged in ("", whole[:len(whole) // 2], "[]", "{}", whole + " "):
-            path.write_text(damaged)
-            with pytest.raises(sd.UserError, match="tokenizer' is damaged.*again: rm"):
-                sd.open_cache(cfg)
-        path.write_text(whole)
-    cfg.given |= {"dataset"}
-    cfg.dataset = "other"
-    for damaged in ("", "[1]", '{"a"'):
-        (cache / "config.json").write_text(damaged)
-        with pytest.raises(sd.UserError, match="config.json' is damaged"):
-            sd.open_cache(cfg)
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json"])
-def test_cache_the_repair_of_a_copy_acts_on_the_copy(full_cache, teacher, student, cache_text,
-                                                     tmp_path, name):
-    cache = cache_of(full_cache, tmp_path / "a copy")
-    whole = contents(cache)
-    original = contents(full_cache)
-    (cache / name).write_text('{"half":')
-    if name != "manifest.json":   # to fill it once more does not make the damage right
-        fill_cache(teacher, cache_text, cache)
-    refused = train_from_cache(student, cache, tmp_path / "out", rc=2)
-    mend(refused.err)
-    del whole[f"{cache}/config.json"]   # it now names the copy
-    assert {path: contents(cache)[path] for path in whole} == whole
-    assert contents(full_cache) == original
-    train_from_cache(student, cache, tmp_path / "out")
-
-
-def test_cache_damage_that_one_rank_meets_is_said(full_cache, student, tmp_path):
-    """A row that rank 1 alone reads."""
-    cache = cache_of(full_cache, tmp_path / "cache")
-    rows = sd.open_cache(parse_cache_run(student, cache))[0]
-    of_rank_1 = int(sd.shuffled(len(rows), 0, 0)[1])
-    chunk = of_rank_1 // 16
-    path = cache / f"train-{chunk:08d}.safetensors"
-    line = of_rank_1 % 16 + 1
-    table, data = sd.read_chunk(str(path), rows.content, line)
-    content = path.read_bytes()
-    assert content.count(data) == 1
-    path.write_bytes(content.replace(data, bytes([data[0] ^ 1]) + data[1:]))
-    words = flags(**PLAIN, student=student, cache_dir=cache, alpha=0.3, max_steps=6, batch_size=4,
-                  output_dir=tmp_path / "out")
-    shown = Fork(tmp_path / "log.txt", *words, ranks=2).wait()
-    assert shown.count("error: ") == 1
-    assert re.search(f"error: cache chunk '{path}' is damaged.*again: rm {path}; python", shown)
-    assert "Traceback" not in shown
-
-
 # ---- what it costs
 
 
 def bench_cache():
-    """Tables: entries a second on one core, bytes a token, and a training step from the cache
-    beside one on labels only, with the allocator as a run sets it."""
+    """Tables: bytes a token, rows a second on one core, and a training step from the cache beside
+    one on labels only, with the allocator as a run sets it."""
     torch.set_num_threads(1)
     sd.keep_freed_memory()
     print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
-          f"{'fp16+int32':>11} {'pack M/s':>9} {'unpack M/s':>11}")
+          f"{'fp16+int32':>11} {'write ms a row':>15} {'read':>6}")
     for vocab in (32000, 151936):
         for method, size in (("sample", 50), ("topk", 64)):
             bench_packing(vocab, method, size)
@@ -5319,18 +4736,18 @@ def bench_cache():
 
 
 def bench_packing(vocab, method, size):
+    """Of a row of 512 tokens."""
     hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
-    manifest = _cache_manifest(vocab, method, size)
-    row = {"input_ids": np.arange(512), "targets": None}
-    [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], 0, manifest)
-    id_bits, code_bits, _ = manifest["bits"]
-    entries = np.random.default_rng(0).integers(0, vocab << code_bits, counts.entries)
-    numbers = counts.tokens, counts.targets, counts.entries
-    packing = best_seconds(lambda: sd.pack((entries, id_bits + code_bits)))
-    unpacking = best_seconds(lambda: sd.unpack_row(data, *numbers, manifest))
-    print(f"{vocab:8} {method + str(size):>10} {counts.entries / 511:6.1f} "
+    _, _, kept = keep_and_read(hidden, head, method, size)
+    manifest = cache_manifest(vocab, method, size)
+    ids = np.random.default_rng(0).integers(0, vocab, 512)
+    row = text_row(vocab, 512) | {"input_ids": ids}
+    data = sd.compress(sd.pack_row(row, kept))
+    writing = best_seconds(lambda: sd.compress(sd.pack_row(row, kept)))
+    reading = best_seconds(lambda: sd.unpack_row(sd.decompress(data), manifest))
+    print(f"{vocab:8} {method + str(size):>10} {len(kept.entries) / 511:6.1f} "
           f"{len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
-          f"{counts.entries / packing / 1e6:9.1f} {counts.entries / unpacking / 1e6:11.1f}")
+          f"{writing * 1e3:15.2f} {reading * 1e3:6.2f}")
 
 
 def bench_cached_step(vocab):
@@ -5339,34 +4756,21 @@ def bench_cached_step(vocab):
         vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
         num_attention_heads=4, tie_word_embeddings=True))
     hidden, head, _ = made_up_teacher(vocab, 255, sharp=5.0)
-    manifest = _cache_manifest(vocab, "sample", 50)
-    rows = []
-    for i in range(4):
-        row = {"input_ids": np.arange(i, i + 256), "targets": None}
-        [(data, counts)] = sd.pack_teacher(lambda batch: (hidden, head), [row], i, manifest)
-        rows.append(sd.unpack_row(data, counts.tokens, counts.targets, counts.entries, manifest))
-    batch = sd.collate(rows)
+    sparse, _, _ = keep_and_read(hidden, head, "sample", 50)
+    row = text_row(vocab, 256) | {"sparse": [field.numpy() for field in sparse]}
+    batch = sd.collate(4 * [row])
 
     def step(alpha, target):
         loss = sd.distil_loss(model, batch, target, 1020, alpha=alpha, temperature=1.0,
                               divergence="forward")[0]
         loss.backward()
 
-    def labels_only():
-        step(1.0, None)
-
-    def from_cache():
-        step(0.1, batch.sparse)
-
-    labels_only()   # compiles
-    from_cache()
-    labels_seconds = []
-    cache_seconds = []
-    for _ in range(5):   # alternating: a noisy machine is noisy for both
-        labels_seconds.append(best_seconds(labels_only, times=1))
-        cache_seconds.append(best_seconds(from_cache, times=1))
-    labels = min(labels_seconds)
-    cached = min(cache_seconds)
+    works = (functools.partial(step, 1.0, None), functools.partial(step, 0.1, batch.sparse))
+    seconds = [[], []]
+    for _ in range(6):   # alternating: a noisy machine is noisy for both; the first compiles
+        for work, taken in zip(works, seconds):
+            taken.append(best_seconds(work, times=1))
+    labels, cached = map(min, seconds)
     print(f"{vocab:8} {labels:12.3f} {cached:11.3f} {cached / labels:6.2f}")
 
 
@@ -5590,6 +4994,13 @@ def test_blockwise_a_state_of_zeros_counts_nothing():
     error.sum().backward()
     assert (error == 0).tolist() == [False, False, True, False, False, False]
     assert student.grad.isfinite().all() and not student.grad[2].any()
+
+
+def test_blockwise_clips_what_the_loss_scale_magnified():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 2.0 ** 14)
+    sd.clip_blocks([([p], 0.5)], {"scale": torch.tensor(2.0 ** 14)})   # the norm is 2
+    torch.testing.assert_close(p.grad, torch.full((4,), 2.0 ** 12))
 
 
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
@@ -6066,7 +5477,8 @@ def test_on_policy_what_is_written_counts_alone(student):
     rows = [{"input_ids": np.arange(10), "targets": np.arange(10) >= begin} for begin in (1, 7, 9)]
     with sd.process_group():
         root, _ = sd.load_model(cfg, "student")
-        texts, other = [sd.write_rows(cfg, root, rows, step, range(3), {0}, 263) for step in (3, 4)]
+        texts, other = [sd.rows_by_student(cfg, root, rows, step, range(3), {0}, 263)
+                        for step in (3, 4)]
     assert ids_of(texts) != ids_of(other)
     for row, prompt in zip(texts, (5, 7, 9)):
         ids = row["input_ids"].tolist()
@@ -6175,6 +5587,7 @@ def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, 
     assert "done in" in shown, shown
     lengths = column(tmp_path / "out", "train/rollout_length")
     assert min(lengths) == 1 and max(lengths) > 2, lengths
+    assert column(tmp_path / "out", "train/rollout_cut")[lengths.index(1)] == 0   # all have ended
     assert len({length % 1 for length in lengths}) == 2   # an odd sum: they were not as long
 
 
@@ -6651,10 +6064,9 @@ def test_generate_own_lines(tmp_path):
         run_generate({**fields, "num_examples": 2})
         assert len(server.tries) == 2
         run_generate(fields)
-        assert list(server.tries) == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert set(server.tries.values()) == {1}
         asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == list(server.tries)
+        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+        assert server.tries == dict.fromkeys(asked, 1)
         run_generate({**fields, "num_examples": 1, "prompts_file": None,
                       "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
     rejected, = rows_of_run(tmp_path / "ours", "rejected")
@@ -6902,7 +6314,7 @@ def test_generate_signal(tmp_path, status):
 
 # The loop of tries, and what writes the money and the replies.
 LOOP = (sd.ask, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
-        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_rows)
+        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
 def kill_at(fields, line):
@@ -7561,7 +6973,7 @@ def assert_same_run(out, other):
 
 
 def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file of another save."""
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
     path = draw.choice(sorted(newest.iterdir()))
     how = draw.choice(["turn", "lose", "add"])
     if how == "turn":
@@ -7569,8 +6981,7 @@ def damage(newest, draw):
     elif how == "lose":
         path.unlink()
     else:
-        older = min(newest.parent.glob("step-*"))
-        shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
+        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
@@ -7690,7 +7101,7 @@ def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
     fields = dict(student=student, dataset=text, alpha=1.0)
     first = distil_apart(out, **fields, max_steps=100_000)
     wait_for_log(out, first)
-    assert "another run" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
     step = log(out, "train")[-1]["train/step"]
     assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
@@ -7886,16 +7297,19 @@ with open(sys.argv[1], "w") as f:
 """
 
 
+@pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_stops_all_ranks_of_the_launcher(tmp_path, student, text, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
     words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
                      "output_dir": out, "max_steps": 100_000})
     terminal, other_end = pty.openpty()
+    command = [HERE / program, *words_of(words)]
+    if program.endswith(".py"):
+        command.insert(0, sys.executable)
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code",
-         HERE / "launch.sh", *words_of(words)],
+        ["setsid", "--ctty", "--wait", sys.executable, "-c", SESSION, tmp_path / "code", *command],
         stdin=other_end, stdout=other_end, stderr=other_end, env={**os.environ, "NPROC": "2"})
     os.close(other_end)
 
