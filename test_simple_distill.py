@@ -3703,9 +3703,6 @@ class DoneAtOnce:
     """A stream or an event of that device."""
     device = torch.device("cuda", 0)
 
-    def __init__(self, *_, **__):
-        pass
-
     def is_capturing(self):
         return False
 
@@ -3738,11 +3735,9 @@ def pretend_cuda(monkeypatch):
 
     current = DoneAtOnce()
     answers = dict(
-        is_available=True, device_count=8, is_initialized=True, current_device=0,
-        is_bf16_supported=True, get_device_capability=(9, 0), current_stream=current,
-        get_device_properties=types.SimpleNamespace(total_memory=85_000_000_000, major=9, minor=0),
-        stream=contextlib.nullcontext(), _lazy_init=None, manual_seed_all=None,
-        is_current_stream_capturing=False, Stream=current, Event=current)
+        is_available=True, device_count=8, current_device=0, is_bf16_supported=True,
+        get_device_capability=(9, 0), current_stream=current, stream=contextlib.nullcontext(),
+        _lazy_init=None, is_current_stream_capturing=False, Stream=current, Event=current)
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     for place, name, stand_in in [
@@ -3750,7 +3745,6 @@ def pretend_cuda(monkeypatch):
         (torch.Tensor, "record_stream", lambda *_: None),
         (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
         (torch.Tensor, "nonzero", all_of_them),
-        (torch, "compile", lambda function: function),
         (F, "scaled_dot_product_attention", fake_flash),
         (transformers.masking_utils, "is_tracing", lambda *_: False),
         (FakeTensorMode, "avoid_device_init", True),
