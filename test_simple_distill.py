@@ -1068,7 +1068,7 @@ def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text)
         assert holder.poll() is None
     mark = Path(out, sd.MARK).read_text()
     err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
-    assert f"taking {out} for this run alone" in err
+    assert f"no other run is at work in {out}" in err
     assert Path(out, sd.MARK).read_text() == mark
     threading.Timer(0.5, holder.kill).start()
     with sd.process_group(), sd.claim(out, "train", wait=True):
@@ -6079,7 +6079,7 @@ def test_generate_signal(tmp_path, status):
 
 
 # The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+LOOP = (sd.ask_api, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
         sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
@@ -6867,7 +6867,7 @@ def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
     fields = dict(student=student, dataset=text, alpha=1.0)
     first = distil_apart(out, **fields, max_steps=100_000)
     wait_for_log(out, first)
-    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "no other run is at work" in distil(out, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
     step = log(out, "train")[-1]["train/step"]
     assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
