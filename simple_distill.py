@@ -257,7 +257,8 @@ def table(header, rows):
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
     "train": (   # eval writes its report there too
-        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json"),
+        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json",
+        "report.png"),
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
@@ -2127,7 +2128,7 @@ def prepare_output(cfg, step):
     folder = Path(cfg.output_dir, "checkpoints")
     if cfg.resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoints_in(folder):
         if int(path.name[5:]) > step:   # never to be continued from by itself
             aside = path.rename(folder / f"aside-{time.time_ns()}-{path.name}")
@@ -4495,7 +4496,7 @@ def read_answer(cfg, text):
     }
 
 
-async def ask(asking, sdk, create, job):
+async def ask_api(asking, sdk, create, job):
     """Try until there is an answer -> what record takes; None: no more may be asked."""
     cfg = asking.cfg
     # of a try; the SDK's time-out is one of each read, which a trickle never meets
@@ -4542,13 +4543,16 @@ async def ask_all_api(asking, jobs):
 
     async def work():
         for job in to_ask:
-            said = await ask(asking, sdk, create, job)
+            said = await ask_api(asking, sdk, create, job)
             if said is None:
                 break
             asking.record(job, said)
 
     async with client:
-        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
+        workers = [work() for _ in jobs[:cfg.concurrency]]
+        ends = await asyncio.gather(*workers, return_exceptions=True)   # all that is paid is kept
+    for error in filter(None, ends):   # a full disk
+        raise error
 
 
 def ask_all_local(asking, jobs):

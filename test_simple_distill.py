@@ -1068,7 +1068,7 @@ def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text)
         assert holder.poll() is None
     mark = Path(out, sd.MARK).read_text()
     err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
-    assert f"taking {out} for this run alone" in err
+    assert f"no other run is at work in {out}" in err
     assert Path(out, sd.MARK).read_text() == mark
     threading.Timer(0.5, holder.kill).start()
     with sd.process_group(), sd.claim(out, "train", wait=True):
@@ -2163,38 +2163,99 @@ def test_data_prefetch_is_two_ahead_and_in_order():
 
 
 # --------------------------------------------------------------------------------------------------
-# Models and FSDP: architectures, heads, layers:N, precision.
+# Models and FSDP: families, heads, layers:N, precision, shards, probes, the writer.
+
+MODELS = {
+    "llama": {},
+    "llama_tied": dict(tie_word_embeddings=True),
+    "qwen2": dict(cls="Qwen2Config"),
+    "qwen3_moe": dict(cls="Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2,
+                      moe_intermediate_size=16),
+    "deepseek_v3": dict(   # it has a buffer that is saved
+        cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=0, q_lora_rank=None, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8),
+    "gpt2": dict(cls="GPT2Config", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt_neox": dict(cls="GPTNeoXConfig"),
+    "gemma2": dict(cls="Gemma2Config", head_dim=16, final_logit_softcapping=2.0,
+                   query_pre_attn_scalar=16),
+    "gemma3": dict(cls="Gemma3TextConfig", head_dim=16, sliding_window=8, layer_types=[
+        "sliding_attention", "sliding_attention", "full_attention"]),
+    "cohere": dict(cls="CohereConfig", logit_scale=0.3),
+    "granite": dict(cls="GraniteConfig", logits_scaling=3.0),
+    "phi": dict(cls="PhiConfig", tie_word_embeddings=False),   # a head with a bias
+}
 
 
-@pytest.mark.parametrize("who", ["teacher", "student"])
-def test_models_padded_vocabulary_trains_as_the_unpadded_one(tmp_path, teacher, student, text, who):
+def fill_biases(tensors):
+    generator = torch.Generator().manual_seed(0)
+    for name, x in tensors.items():
+        if name.endswith("bias"):
+            x.normal_(generator=generator)
+
+
+def layers_0_and_2(tensors):
+    """Those layers, under the numbers 0 and 1, and what is of no layer."""
+    kept = {}
+    for name, x in tensors.items():
+        before, number, after = re.fullmatch(r"(.*\.(?:layers|h)\.)(\d)(\..*)|.*", name).groups()
+        if number is None:
+            kept[name] = x
+        elif number != "1":
+            kept[f"{before}{int(number) // 2}{after}"] = x
+    return kept
+
+
+@pytest.mark.parametrize("packing, recompute", [("rows", False), ("documents", True)])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packing, recompute):
+    """layers:2 of 3 keeps the first and the last with their weights. Loss, KL and gradients are
+    those of the model's own logits, a conversation at a time, though conversations share rows and
+    are longer than a sliding window."""
+    path = tiny_model(tmp_path / "teacher", layers=3, seed=3, tokenizer=tiny_tokenizer(CHATML),
+                      **MODELS[name])
+    edit_weights(path, fill_biases)
+    distil(out, teacher=path, student="layers:2", dataset=chat, seq_len=256, batch_size=8,
+           max_steps=1, save_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL,
+           max_grad_norm=0, packing=packing, gradient_checkpointing=recompute)
+    want = layers_0_and_2(weights(path))
+    assert distance(final_weights(out), want) < 1e-20
+    student = load(f"{out}/final")
+    teacher = load(path)
+    assert student.config.num_hidden_layers == 2
+    head = student.get_output_embeddings().weight
+    assert (head is student.get_input_embeddings().weight) == student.config.tie_word_embeddings
+    losses = model_losses(student, teacher, chatml_rows(talk(8)), 0.3, 2.0)
+    first = log(out, "train")[0]
+    logged = [first[f"train/{key}"] for key in ("loss", "ce_loss", "kl_loss")]
+    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+    assert losses[2] > 1e-3
+    losses[0].backward()
+    expected = {f"exp_avg.model.{key}": p.grad for key, p in student.named_parameters()}
+    assert distance(gradients(out), expected) < 1e-5
+    held_out = model_losses(student, teacher, chatml_rows(talk(4, seed=50)), 0.3, 2.0)
+    assert column(out, "eval/loss")[-1] == pytest.approx(held_out[0].item(), rel=1e-5)
+
+
+# ---- vocabularies
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "teacher student"])
+def test_models_a_padded_vocabulary_trains_as_one_that_is_not(
+        tmp_path, teacher, student, text, who):
+    pair = dict(teacher=teacher, student=student)
+    odd_pair = dict(pair)
+    for i, role in enumerate(who.split()):   # of different lengths
+        odd_pair[role] = padded(tmp_path / role, pair[role], 96 + 32 * i)
     even = tmp_path / "even"
     odd = tmp_path / "odd"
-    pair = dict(teacher=teacher, student=student)
-    fields = dict(dataset=text, alpha=0.3, temperature=2.0, max_steps=3)
-    distil(even, **pair, **fields)
-    pair[who] = padded(tmp_path / "padded", pair[who], 128)
-    distil(odd, **pair, **fields)
+    for out, names in ((even, pair), (odd, odd_pair)):
+        distil(out, **names, dataset=text, alpha=0.3, temperature=2.0, max_steps=3, eval_samples=8)
     for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
         assert column(odd, key) == pytest.approx(column(even, key), rel=1e-6)
     expected = final_weights(even)
     cut = {name: x[:len(expected[name])] for name, x in final_weights(odd).items()}
     assert distance(cut, expected) < 1e-6
-
-
-def test_models_padding_on_both_sides_is_no_vocabulary(tmp_path, teacher, student, text):
-    """Both are cut to the ids that the tokenizer has, online and from a cache."""
-    pairs = {
-        "even": dict(teacher=teacher, student=student),
-        "odd": dict(teacher=padded(tmp_path / "teacher", teacher, 96),
-                    student=padded(tmp_path / "student", student, 128))}
-    fields = dict(dataset=text, alpha=0.3, max_steps=2, eval_samples=8)
-    runs = []
-    for name, pair in pairs.items():
-        distil(tmp_path / name, **pair, **fields)
-        runs.append(tmp_path / name)
-    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
-        assert column(runs[1], key) == pytest.approx(column(runs[0], key), rel=1e-5), key
 
 
 def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
@@ -2211,113 +2272,66 @@ def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
 
 
 def test_models_labels_alone_are_transformers_own_loss_over_the_whole_head(
-        tmp_path, student, text):
+        tmp_path, out, student):
+    line = prose(40)
+    data = write_splits(tmp_path / "data", [{"text": line}] * 2, [{"text": line}])
     odd = padded(tmp_path / "student", student, 128)
-    distil(tmp_path / "out", student=odd, dataset=text, alpha=1.0, max_steps=1, eval_samples=8,
+    distil(out, student=odd, dataset=data, alpha=1.0, max_steps=1, packing="rows", seq_len=256,
            learning_rate=STILL)
-    with sd.process_group():
-        _, rows = sd.load_data(config.Config(dataset=text, seq_len=32, eval_samples=8),
-                               tiny_tokenizer())
-    model = load(odd)
-    total = 0
-    tokens = 0
-    for row in rows:
-        ids = torch.as_tensor(row["input_ids"])[None]
-        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    assert column(tmp_path / "out", "eval/ce_loss")[0] == pytest.approx(total / tokens, rel=1e-5)
+    ids = torch.tensor([tiny_tokenizer().encode(line + "<|endoftext|>")])
+    expected = load(odd)(input_ids=ids, labels=ids).loss.item()
+    assert column(out, "eval/ce_loss")[-1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_models_tokenizer_larger_than_the_model_is_refused(tmp_path, out, text):
-    small = tiny_model(tmp_path / "small", vocab=200)
-    distil(out, rc=2, student=small, dataset=text, alpha=1.0, max_steps=1)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_models_ids_beyond_a_head_matter_where_rows_hold_one(
+        tmp_path, out, teacher, student, role, missing):
+    """The tokenizer has more ids than either head here."""
+    data = write_jsonl(tmp_path / "t.jsonl", [{"text": prose(20, i)} for i in range(9)])
+    biggest = max(tiny_tokenizer().encode(prose(99)))
+    small = tiny_model(tmp_path / "small", vocab=biggest + 1 - missing)
+    pair = {**dict(teacher=teacher, student=student), role: small}
+    shown = distil(out, rc=2 * missing, **pair, dataset=data, max_steps=1)
+    assert (f"token {biggest}" in shown.err) == bool(missing)
 
 
-MODELS = {
-    "llama": dict(cls="LlamaConfig"),
-    "llama_tied": dict(cls="LlamaConfig", tie_word_embeddings=True),
-    "qwen2": dict(cls="Qwen2Config"),
-    "qwen3": dict(cls="Qwen3Config", head_dim=16),
-    "qwen3_moe": dict(cls="Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2,
-                      moe_intermediate_size=16),
-    "gpt2": dict(cls="GPT2Config", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt_neox": dict(cls="GPTNeoXConfig"),
-    "gemma2": dict(cls="Gemma2Config", head_dim=16, final_logit_softcapping=2.0,
-                   query_pre_attn_scalar=16),
-    "cohere": dict(cls="CohereConfig", logit_scale=0.3),
-    "granite": dict(cls="GraniteConfig", logits_scaling=3.0),
-    "phi": dict(cls="PhiConfig", tie_word_embeddings=False),   # a head with a bias
-}
+# ---- loading
 
 
-def every_second_layer(tensors):
-    """Those of layers 0, 2, 4 under the numbers 0, 1, 2, and what is of no layer."""
-    kept = {}
-    for name, x in tensors.items():
-        layer = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
-        if layer is None:
-            kept[name] = x
-        elif int(layer[1]) % 2 == 0:
-            kept[name[:layer.start(1)] + str(int(layer[1]) // 2) + name[layer.end(1):]] = x
-    return kept
+PER_LAYER = [   # lists of one item a layer, of models of four
+    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size",
+    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers",
+    "num_attention_heads_per_layer", "num_key_value_heads_per_layer"]
 
 
-def fill_head_bias(tensors):
-    tensors["lm_head.bias"].normal_(generator=torch.Generator().manual_seed(0))
+class AnyConfig(transformers.PretrainedConfig):
+    """Takes what it is given."""
+    model_type = "any"
+    attribute_map = {"num_hidden_layers": "depth"}   # as GPT-2 has n_layer
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_layers_n_of_every_architecture_with_its_own_head(tmp_path, out, chat, name):
-    """layers:3 of 5 keeps 0, 2, 4 with their weights; its losses are those of the model's own
-    logits."""
-    path = tiny_model(tmp_path / "teacher", layers=5, seed=3, tokenizer=tiny_tokenizer(CHATML),
-                      **MODELS[name])
-    if name == "phi":
-        edit_weights(path, fill_head_bias)
-    distil(out, teacher=path, student="layers:3", dataset=chat, seq_len=256, batch_size=8,
-           max_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL)
-    got = final_weights(out)
-    want = every_second_layer(weights(path))
-    assert got.keys() == want.keys()
-    for key in want:
-        assert torch.allclose(got[key], want[key], rtol=0, atol=1e-20), key
-
-    student = load(f"{out}/final")
-    teacher = load(path)
-    assert student.config.num_hidden_layers == 3
-    if getattr(teacher.config, "layer_types", None):
-        assert student.config.layer_types == teacher.config.layer_types[::2]
-    rows = chatml_rows(talk(8))
-    losses = model_losses(student.eval(), teacher.eval(), rows, alpha=0.3, temperature=2.0)
-    first = log(out)[0]
-    logged = [first["train/loss"], first["train/ce_loss"], first["train/kl_loss"]]
-    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
-    assert losses[2] > 1e-3
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_models_layers_n_cuts_lists_of_one_item_a_layer(name):
+    items = ["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
+    shape = AnyConfig(depth=4, eos_token_id=[0, 1, 2, 3], **{name: items})
+    for count, kept in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])):
+        cut, numbers = sd.cut_layers(shape, count)
+        assert numbers == kept and cut.depth == count
+        assert getattr(cut, name) == [items[i] for i in kept]
+        assert cut.eos_token_id == [0, 1, 2, 3]
+    other, _ = sd.cut_layers(AnyConfig(depth=4, **{name: items[:2]}), 3)
+    assert getattr(other, name) == items[:2]
+    with pytest.raises(config.UserError, match="layers:5: .* has 4"):
+        sd.cut_layers(shape, 5)
 
 
-def test_models_layers_n_without_a_teacher_in_the_loss(tmp_path, out, text):
-    path = tiny_model(tmp_path / "teacher", layers=4)
-    distil(out, teacher=path, student="layers:2", dataset=text, alpha=1.0, max_steps=1)
-    assert load(f"{out}/final").config.num_hidden_layers == 2
-    for wrong in ("layers:0", "layers:5", "layers:x", "layers:"):
-        distil(tmp_path / "no", rc=2, teacher=path, student=wrong, dataset=text, max_steps=1)
-
-
-@pytest.mark.parametrize("special", [
-    dict(mlp_only_layers=[4]),
-    dict(decoder_sparse_step=2),
-], ids=str)
-def test_models_layers_n_of_a_mixture_with_some_dense_layers(tmp_path, out, text, special):
-    """Thinned rightly, or refused: never a traceback."""
-    path = tiny_model(tmp_path / "teacher", layers=5, **MODELS["qwen3_moe"], **special)
-    words = flags(**PLAIN, output_dir=out, teacher=path, student="layers:3", dataset=text,
-                  max_steps=1)
-    assert sd.main(words_of(words)) in (0, 2)
-
-
-def test_models_layers_of_a_nested_text_model_are_refused():
-    with pytest.raises(config.UserError, match="text model is part of a larger one"):
-        sd.cut_layers(transformers.Gemma3Config(), "layers:2", "x")
+@pytest.mark.parametrize("fields", [
+    dict(mlp_only_layers=[1]), dict(decoder_sparse_step=2)], ids=str)
+def test_models_layers_n_of_layers_that_differ_by_number_is_refused(tmp_path, out, text, fields):
+    path = tiny_model(tmp_path / "teacher", layers=3, **MODELS["qwen3_moe"], **fields)
+    err = distil(out, rc=2, teacher=path, student="layers:2", dataset=text, max_steps=1).err
+    assert "differ by number" in err
 
 
 def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, teacher, text):
@@ -2327,14 +2341,245 @@ def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, teach
     results = []
     for i, seed in enumerate((1, 1, 2)):
         distil(tmp_path / str(i), teacher=teacher, student=shape, dataset=text, max_steps=1,
-               seed=seed, learning_rate=STILL)
+               seed=seed, learning_rate=STILL, eval_samples=2)
         results.append(final_weights(tmp_path / str(i)))
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "0" / "final")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
-    distil(tmp_path / "named", student=shape, tokenizer=teacher, dataset=text, alpha=1.0,
-           max_steps=1)
+
+
+@pytest.mark.parametrize("student", ["layers:1", None])
+def test_models_final_ends_texts_where_generation_config_says(
+        tmp_path, out, teacher, text, student):
+    """Of the teacher, where the student is made of it. The auto classes load it."""
+    path = Path(shutil.copytree(teacher, tmp_path / "model"))
+    file = path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 70]}))
+    distil(out, teacher=path, student=student or path, dataset=text, max_steps=1, eval_samples=2)
+    assert AutoModelForCausalLM.from_pretrained(
+        f"{out}/final").generation_config.eos_token_id == [0, 70]
+
+
+@pytest.fixture
+def group():
+    """In which models can be loaded."""
+    with sd.process_group():
+        yield
+
+
+def loaded(path, role="student", **fields):
+    fields = dict(gradient_checkpointing=False) | fields
+    return sd.load_model(config.Config(student=str(path), teacher=str(path), **fields), role)
+
+
+def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
+    """In whatever folder, in whatever kind of file."""
+    moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
+    changed = shutil.copytree(teacher, tmp_path / "changed")
+
+    def change(tensors):
+        tensors["model.norm.weight"][-1] += 1e-3
+
+    edit_weights(changed, change)
+    _, identity = loaded(teacher, "teacher")
+    assert loaded(moved, "teacher")[1] == identity
+    assert loaded(changed, "teacher")[1] != identity
+    torch.save(weights(moved), moved / "pytorch_model.bin")
+    (moved / "model.safetensors").unlink()
+    assert loaded(moved, "teacher")[1] == identity
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("dtype, saved_in, student_in, teacher_in", [
+    ("fp32", "float32", "float32", "float32"),
+    ("bf16", "float32", "bfloat16", "bfloat16"),
+    ("fp16", "bfloat16", "float16", "float32"),   # it might overflow
+    ("fp16", "float16", "float16", "float16"),
+])
+def test_models_types_of_numbers(group, tmp_path, student, dtype, saved_in, student_in, teacher_in):
+    """What they compute in; a student's weights are kept in fp32."""
+    path = tmp_path / "model"
+    load(student).to(getattr(torch, saved_in)).save_pretrained(path)
+    ids = torch.arange(8)[None]
+    for role, computes_in in (("student", student_in), ("teacher", teacher_in)):
+        root, _ = loaded(path, role, dtype=dtype)
+        kept_in = "float32" if role == "student" else computes_in
+        assert {p.dtype for p in root.parameters()} == {getattr(torch, kept_in)}
+        assert root(sd.hidden_states, ids).dtype == getattr(torch, computes_in)
+        assert {p.requires_grad for p in root.parameters()} == {role == "student"}
+        assert root.training == root.model.training == (role == "student")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_models_mixed_precision_stays_close_to_fp32(tmp_path, teacher, student, text, dtype):
+    full = tmp_path / "fp32"
+    mixed = tmp_path / dtype
+    for out in (full, mixed):
+        distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, dtype=out.name,
+               eval_samples=8)
+    for key, tolerance in (("train/loss", 2e-2), ("train/grad_norm", 5e-2)):
+        assert column(mixed, key) == pytest.approx(column(full, key), rel=tolerance)
+    assert column(mixed, "train/skipped_steps") == [0, 0, 0]
+    kept = [x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name]
+    assert set(kept) == {torch.float32}
+    final = final_weights(mixed)
+    assert {x.dtype for x in final.values()} == {sd.compute_dtype(config.Config(dtype=dtype))}
+    rounded = {name: x.float() for name, x in final.items()}
+    assert distance(rounded, final_weights(full)) < 2e-2
+
+
+def test_models_logits_of_a_head_are_formed_in_fp32():
+    torch.manual_seed(0)
+    hidden, weight, bias = [torch.randn(n, 16).bfloat16() for n in (3, 7, 7)]
+    raw = F.linear(hidden, weight, bias[:, 0])[:, :5].float()
+    got = sd.head_logits(hidden, sd.Head(weight, bias[:, 0], 0.3, 2.0), vocabulary=5)
+    torch.testing.assert_close(got, 2 * torch.tanh(0.3 * raw / 2))
+
+
+# ---- shards, and what runs inside of them
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch):
+    """Rank 0 of four nodes with two ranks each; the others send nothing."""
+    for name, value in dict(WORLD=8, LOCAL_WORLD=2, HOST=None).items():
+        monkeypatch.setattr(sd, name, value)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def is_shard(p):
+    return isinstance(p, sd.DTensor)
+
+
+@pytest.mark.parametrize("fsdp, share, dropped", [
+    ("full_shard", 8, True),
+    ("shard_grad_op", 8, False),
+    ("hybrid_shard", 2, True),
+    ("no_shard", 1, False),
+])
+def test_models_shards(eight_ranks, student, fsdp, share, dropped):
+    """How much a rank holds, and whether a layer is whole until the backward. The teacher, which
+    has none, is always in as many parts as can be, or whole everywhere."""
+    whole, _ = loaded(student, "teacher", fsdp=fsdp, shard_teacher=False)
+    assert not any(map(is_shard, whole.parameters()))
+    for role in ("student", "teacher"):
+        if role == "teacher":
+            share, dropped = 8, True
+        root, _ = loaded(student, role, fsdp=fsdp)
+        norm = root.model.model.layers[0].input_layernorm
+        with torch.no_grad():
+            assert norm.weight.to_local().numel() * share == norm.weight.numel()
+            root(sd.hidden_states, torch.arange(8)[None])
+        assert is_shard(norm.weight) == dropped
+        assert not is_shard(root.model.lm_head.weight)   # the loss uses it now
+        root.release()
+        assert all(map(is_shard, root.parameters()))
+
+
+def test_models_evaluating_leaves_all_as_it_was(group, tmp_path):
+    """Neither gradients nor dropout inside; then shards again, and training again, after an error
+    too."""
+    path = tiny_model(tmp_path / "model", cls="GPT2Config")   # drops a tenth
+    root, _ = loaded(path, fsdp="shard_grad_op")
+    ids = torch.arange(8)[None]
+    with pytest.raises(ZeroDivisionError), sd.evaluating(root):
+        first = root(sd.hidden_states, ids)
+        assert torch.equal(root(sd.hidden_states, ids), first) and not first.requires_grad
+        assert not any(map(is_shard, root.model.transformer.h.parameters()))
+        raise ZeroDivisionError
+    assert root.training and root.model.transformer.training
+    assert all(map(is_shard, root.parameters()))
+    assert not torch.equal(root(sd.hidden_states, ids), first)
+    teacher, _ = loaded(path, "teacher")
+    with sd.evaluating(teacher):
+        pass
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("fields", [dict(cpu_offload=True), dict(attention="eager")], ids=str)
+def test_models_how_it_computes_changes_nothing(tmp_path, teacher, student, text, fields):
+    for name, knobs in (("usual", {}), ("other", fields)):
+        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3,
+               eval_samples=8, **knobs)
+    assert distance(final_weights(tmp_path / "other"), final_weights(tmp_path / "usual")) < 1e-6
+
+
+def test_models_checkpointing_does_not_recompute_what_is_frozen(group, student):
+    """transformers makes embeddings ask for a gradient; without it nothing below the first trained
+    layer is kept or run again."""
+    calls = []
+    root, _ = loaded(student, gradient_checkpointing=True)
+    _, layers = sd.layers_of(root.model)
+    layers[0].requires_grad_(False)
+    root.model.model.embed_tokens.requires_grad_(False)
+    for i in (0, 1):
+        layers[i].self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
+    assert calls == [0, 1, 1]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: a number of a tensor that Python asks for."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 4]])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, starts):
+    """transformers looks into position_ids for packed documents, in Python, once a model."""
+    shape = MODELS[name] | dict(pad_token_id=None)   # GPT-2 looks for padding, to warn of it
+    path = tiny_model(tmp_path / "model", layers=3, **shape)
+    student, _ = loaded(path, gradient_checkpointing=True)
+    get_teacher_targets = sd.teacher_targets(loaded(path, "teacher")[0])
+    own = transformers.masking_utils.find_packed_sequence_indices
+    batch = sd.collate([
+        {"input_ids": np.arange(n), "targets": np.arange(n) > 0, "starts": starts} for n in (9, 6)])
+    with Waits() as waits:
+        loss, *_ = student(functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0), batch,
+                           get_teacher_targets(batch), 13)
+        loss.backward()
+    assert waits.count == 0
+    assert all(p.grad is not None for p in student.parameters())
+    assert transformers.masking_utils.find_packed_sequence_indices is own
+
+
+@pytest.mark.campaign
+def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
+    """Sliding and full attention, student and teacher, training and not, are more than 8 kinds of
+    layer; below some of them nothing is trained. None falls back to eager code."""
+    path = tiny_model(tmp_path / "model", layers=3, **MODELS["gemma3"])
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for name, on in (("on", True), ("off", False)):
+            distil(tmp_path / name, teacher=path, student=path, dataset=text, compile=on, alpha=0.5,
+                   gradient_checkpointing=on, max_steps=2,
+                   lr_multipliers=["embed=0", r"layers\.0\.=0"])
+    assert distance(final_weights(tmp_path / "on"), final_weights(tmp_path / "off")) < 1e-4
+
+
+# ---- probes
+
+
+def test_models_a_probe_refuses_what_is_off_or_not_finite(group, student):
+    root, _ = loaded(student)
+
+    def probe(*error_and_allowed):
+        sd.probe(root, "it bends", lambda model, *numbers: numbers, *error_and_allowed)
+
+    probe(0.1, 0.1)
+    for error in (0.11, math.nan):
+        with pytest.raises(config.UserError, match="^it bends "):
+            probe(error, 0.1)
+    assert root.training
 
 
 ODD_MODEL = """
@@ -2348,545 +2593,92 @@ class Odd(transformers.LlamaForCausalLM):
 """
 
 
-def test_models_a_head_that_the_loss_would_not_reproduce_is_refused(tmp_path, out, text):
-    """A model with code of its own that scales its logits in a way nobody knows: its distribution
-    is not the loss's."""
-    path = tiny_model(tmp_path / "odd")
-    Path(path, "modeling_odd.py").write_text(ODD_MODEL)
-    config_file = Path(path, "config.json")
-    shape = json.loads(config_file.read_text())
-    shape["auto_map"] = {"AutoModelForCausalLM": "modeling_odd.Odd"}
-    config_file.write_text(json.dumps(shape))
-    err = distil(out, rc=2, student=path, dataset=text, alpha=1.0, max_steps=1,
-                 trust_remote_code=True).err
-    assert "Odd" in err and "head" in err
+def odd_model(path):
+    """It scales its logits in a way that nobody knows."""
+    tiny_model(path)
+    (path / "modeling_odd.py").write_text(ODD_MODEL)
+    edit_config(auto_map={"AutoModelForCausalLM": "modeling_odd.Odd"})(path)
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_models_missing_models_are_one_line(out, teacher, student, text, role):
-    for name in ("/nowhere/model", "nobody/no-such-model", "/nowhere/shape.json"):
-        pair = {**dict(teacher=teacher, student=student), role: name}
-        err = distil(out, rc=2, **pair, dataset=text, max_steps=1).err
-        assert name in err
-        assert len(err.strip().splitlines()) <= 2
-        assert not os.path.exists(out)
+def one_row(module, query, key, value, attention_mask, **kwargs):
+    """Attention that keeps documents apart only where a batch is one row, as flash attention."""
+    mask = attention_mask if len(query) == 1 else None
+    attend = transformers.AttentionInterface()["sdpa"]
+    return attend(module, query, key, value, mask, **kwargs)
 
 
-def test_models_final_loads_with_the_auto_classes_and_generates(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=2)
-    assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]
-    model = AutoModelForCausalLM.from_pretrained(f"{out}/final")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
-    assert tokenizer("one two")["input_ids"] == tiny_tokenizer()("one two")["input_ids"]
-    prompt = tokenizer("one two", return_tensors="pt", return_token_type_ids=False)
-    ids = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert ids.shape[1] == len("one two") + 4
-    assert not same(final_weights(out), weights(student))
+transformers.AttentionInterface.register("one_row", one_row)
+transformers.AttentionMaskInterface.register(
+    "one_row", transformers.AttentionMaskInterface()["sdpa"])
 
-
-def test_models_gradient_checkpointing_changes_nothing(tmp_path, teacher, student, text):
-    for name, on in (("on", True), ("off", False)):
-        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=3,
-               gradient_checkpointing=on)
-    assert distance(final_weights(tmp_path / "on"), final_weights(tmp_path / "off")) < 1e-6
-
-
-def test_models_checkpointing_does_not_recompute_what_is_frozen(student):
-    """transformers makes embeddings ask for a gradient; without it nothing below the first trained
-    layer is kept or run again."""
-    calls = []
-    with sd.process_group():
-        root = sd.load_student(config.Config(student=student, teacher=student, alpha=0.0))
-        _, layers = sd.layers_of(root.model)
-        for name, p in root.model.named_parameters():
-            p.requires_grad_("layers.1." in name)
-        layers[0].self_attn.register_forward_hook(lambda *_: calls.append(0))
-        layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
-        ids = torch.arange(8)[None]
-        root(lambda model: sd.hidden_states(model, ids).sum()).backward()
-    assert calls == [0, 1, 1]
-
-
-def test_models_what_begins_frozen_reduces_in_fp32_when_it_is_trained(student):
-    """As block after block does in bf16, without any forward before the first one is frozen."""
-    cfg = config.Config(student=student, teacher=student, dtype="bf16")
-    with sd.process_group():
-        root = sd.load_student(cfg)
-        layers = sd.layers_of(root.model)[1]
-        for trained in (0, 1):
-            root.requires_grad_(False)
-            layers[trained].requires_grad_(True)
-            root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
-            gradients = [sd.local_tensor(p.grad) for p in layers[trained].parameters()]
-            assert {g.dtype for g in gradients} == {torch.float32}
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_models_mixed_precision_stays_close_and_keeps_fp32_masters(tmp_path, teacher, student, text,
-                                                                   dtype):
-    full = tmp_path / "fp32"
-    mixed = tmp_path / dtype
-    for out in (full, mixed):
-        distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, dtype=out.name)
-    for key, tolerance in (("train/loss", 2e-2), ("train/grad_norm", 5e-2)):
-        assert column(mixed, key) == pytest.approx(column(full, key), rel=tolerance)
-    assert column(mixed, "train/skipped_steps") == [0, 0, 0]
-    for name, x in checkpoint(mixed, 3).items():
-        if "weight" in name:
-            assert x.dtype == torch.float32, name
-    rounded = {name: x.float() for name, x in final_weights(mixed).items()}
-    assert distance(rounded, final_weights(full)) < 2e-2
-
-
-CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"
-
-
-def number_correction(tensors):
-    tensors[CORRECTION].copy_(torch.tensor([1., 2., 3., 4.]))
-
-
-def test_models_a_model_with_persistent_buffers_is_saved(tmp_path, text):
-    path = tiny_model(
-        tmp_path / "model", cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2,
-        n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1,
-        q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-        head_dim=8)
-    edit_weights(path, number_correction)
-    distil(tmp_path / "out", teacher=path, student=path, dataset=text, max_steps=1)
-    assert final_weights(tmp_path / "out")[CORRECTION].tolist() == [1, 2, 3, 4]
-
-
-@pytest.mark.campaign
-def test_models_compile_changes_nothing_but_rounding(tmp_path, teacher, student, text):
-    for name, on in (("on", True), ("off", False)):
-        distil(tmp_path / name, teacher=teacher, student=student, dataset=text, max_steps=2,
-               compile=on)
-    losses = column(tmp_path / "on", "train/loss")
-    assert losses == pytest.approx(column(tmp_path / "off", "train/loss"), rel=1e-4)
-
-
-@pytest.mark.parametrize("cls, rope", [
-    ("LlamaConfig", dict(rope_type="dynamic", factor=4.0, rope_theta=1e4)),
-    ("Phi3Config", dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8,
-                        long_factor=[4.0] * 8)),
-])
-def test_models_rope_that_depends_on_length_does_not_depend_on_the_padding(tmp_path, cls, rope):
-    """A row of 12 gives the same alone as in a batch of 48, of a model made for 16."""
-    fields = dict(max_position_embeddings=16)
-    if cls == "Phi3Config":
-        fields = dict(max_position_embeddings=64, original_max_position_embeddings=16)
-    path = tiny_model(tmp_path / "model", cls=cls, rope_parameters=rope, **fields)
-    cfg = config.Config(student=path, teacher=path, seq_len=48, gradient_checkpointing=False)
-    short = torch.arange(12)[None]
-    wide = F.pad(short, (0, 36))
-    with sd.process_group(), torch.no_grad():
-        for root in (sd.load_student(cfg), sd.load_teacher(cfg)):
-            whole = [root(sd.hidden_states, ids)[:, :12] for ids in (short, wide, short)]
-            torch.testing.assert_close(whole[0], whole[1])
-            torch.testing.assert_close(whole[0], whole[2])
-            # what transformers gives for rows of seq_len
-            model = load(path).base_model
-            torch.testing.assert_close(model(wide).last_hidden_state[:, :12], whole[0])
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: a number of a tensor that Python asks for."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-DENSE = {name: MODELS[name] for name in ("llama", "qwen3", "gemma2")}
-DENSE["gpt2"] = MODELS["gpt2"] | dict(pad_token_id=None)   # it looks for padding, to warn of it
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_models_a_micro_step_does_not_wait_for_the_gpu(tmp_path, name):
-    """transformers looks into position_ids for packed documents, in Python, once a model."""
-    path = tiny_model(tmp_path / "model", **DENSE[name])
-    cfg = config.Config(student=path, teacher=path, gradient_checkpointing=True)
-    rows = [{"input_ids": list(range(9))}, {"input_ids": list(range(20, 26))}]
-    with sd.process_group():
-        student = sd.load_student(cfg)
-        get_teacher_targets = sd.teacher_targets(sd.load_teacher(cfg))
-        batch = sd.collate(rows)
-        with Waits() as waits:
-            loss, *_ = student(functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0),
-                               batch, get_teacher_targets(batch), 13)
-            loss.backward()
-    assert waits.count == 0
-    assert all(p.grad is not None for p in student.parameters())
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_models_known_documents_keep_attention_inside_of_each(tmp_path, name):
-    """Two documents in a row and one in the next give what each gives alone, and nothing waits."""
-    model = load(tiny_model(tmp_path / "model", **DENSE[name])).base_model.eval()
-    documents = [torch.arange(10, 15), torch.arange(30, 37), torch.arange(60, 72)]
-    ids = torch.stack([torch.cat(documents[:2]), documents[2]])
-    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
-    with torch.no_grad():
-        apart = [model(document[None], use_cache=False)[0][0] for document in documents]
-        with sd.known_documents(positions), Waits() as waits:
-            packed = model(ids, position_ids=positions, use_cache=False)[0]
-    torch.testing.assert_close(packed[0], torch.cat(apart[:2]))
-    torch.testing.assert_close(packed[1], apart[2])
-    assert waits.count == 0
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma 3", "gpt2"])
-def test_models_attention_of_packed_rows_is_a_document_at_a_time(tmp_path, family, monkeypatch):
-    """Which computes less on a CPU; and gives what one mask over the row gives."""
-    shape = dict(PACKED_FAMILIES[family], layers=2, hidden=16)
-    model = load(tiny_model(tmp_path / "model", **shape)).eval()
-    lengths = [[5, 20, 7], [32]]   # some of them longer than a sliding window
-    ids = torch.arange(64).view(2, 32)
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-    seen = []
-    attend = F.scaled_dot_product_attention
-
-    def watched(query, *args, **kwargs):
-        seen.append(tuple(query.shape[::2]))
-        return attend(query, *args, **kwargs)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    transformers.AttentionInterface.register("sdpa", sd.transformers_sdpa)
-    with torch.no_grad():
-        by_row = model.base_model(ids, position_ids=positions, use_cache=False)[0]
-        assert seen == 2 * [(2, 32)]
-        seen.clear()
-        by_document = sd.hidden_states(model, ids, positions)
-    assert seen == 2 * [(1, 5), (1, 20), (1, 7), (1, 32)]
-    torch.testing.assert_close(by_document, by_row)
-    # generating goes on as before: with padding on the left, then by single tokens
-    mask = torch.ones(2, 5, dtype=torch.long)
-    mask[0, :2] = 0
-    options = dict(attention_mask=mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0,
-                   do_sample=False, output_logits=True, return_dict_in_generate=True)
-    after = model.generate(ids[:, :5], **options).logits
-    transformers.AttentionInterface.register("sdpa", sd.transformers_sdpa)
-    torch.testing.assert_close(after, model.generate(ids[:, :5], **options).logits)
-
-
-def test_models_any_mask_is_kept_when_a_row_is_cut():
-    """Also one in which a token does not see the one before, but others."""
-    torch.manual_seed(0)
-    T = 12
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    number = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3])
-    documents = causal & (number[:, None] == number)
-    two_ways = number[:, None] == number
-    window = documents & ~causal.tril(-2)
-    strided = causal & ((torch.arange(T)[:, None] - torch.arange(T)) % 2 == 0)
-    first_seen_by_all = documents.clone()
-    first_seen_by_all[:, 0] = True
-    without_pairs = torch.eye(T, dtype=torch.bool)
-    without_pairs[9, 4] = True
-    masks = [causal, causal.T, documents, two_ways, window, strided, first_seen_by_all,
-             without_pairs]
-    parts = [1, 1, 4, 4, 4, 1, 1, 7]
-    query, key, value = torch.randn(3, len(masks), 2, T, 4)
-    masks_B1TT = torch.stack(masks)[:, None]
-    begins = sd.parts_begin(masks_B1TT[:, 0])
-    assert begins.sum(-1).tolist() == parts
-    assert begins[2].nonzero()[:, 0].tolist() == [0, 3, 5, 10]
-    layer = nn.Module()
-    whole, _ = sd.transformers_sdpa(layer, query, key, value, masks_B1TT)
-    cut, _ = sd.attend_by_document(layer, query, key, value, attention_mask=masks_B1TT)
-    torch.testing.assert_close(cut, whole)
-
-
-def test_models_that_choose_what_they_see_are_not_disturbed():
-    """DeepSeek-V3.2's attention sees the 4 keys that it finds best, maybe not the one before."""
-    torch.manual_seed(0)
-    shape = transformers.AutoConfig.for_model(
-        "deepseek_v32", vocab_size=263, hidden_size=32, intermediate_size=64,
-        moe_intermediate_size=16, num_hidden_layers=2, mlp_layer_types=["dense", "dense"],
-        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16,
-        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4, n_group=1,
-        topk_group=1, num_experts_per_tok=2, index_topk=4, index_head_dim=16, index_n_heads=2,
-        max_position_embeddings=64, eos_token_id=0, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(shape).eval()
-    for p in model.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.2)
-    ids = torch.arange(30)[None]
-    with torch.no_grad():
-        transformers.AttentionInterface.register("sdpa", sd.transformers_sdpa)
-        expected = model(ids, use_cache=False).logits
-        transformers.AttentionInterface.register("sdpa", sd.attend_by_document)
-        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
-
-
-def test_models_positions_of_a_models_own_are_looked_at(tmp_path):
-    """Where a model makes them of each row's tokens (here they restart at token 7) nobody knows."""
-    model = load(tiny_model(tmp_path / "model")).base_model.eval()
-
-    def restart_at_7(module, args, kwargs):
-        positions = [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]]
-        kwargs["position_ids"] = torch.tensor(positions)
-        return args, kwargs
-
-    model.register_forward_pre_hook(restart_at_7, with_kwargs=True)
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 7, 4, 5, 6]])
-    own = transformers.masking_utils.find_packed_sequence_indices
-    with torch.no_grad():
-        expected = model(ids, use_cache=False)[0]
-        with sd.known_documents():
-            got = model(ids, use_cache=False)[0]
-    assert torch.equal(got, expected)
-    assert transformers.masking_utils.find_packed_sequence_indices is own
-
-
-def test_models_another_transformers_may_ask_in_another_way(tmp_path, monkeypatch):
-    monkeypatch.delattr(transformers.masking_utils, "find_packed_sequence_indices")
-    with sd.known_documents():
-        assert not hasattr(transformers.masking_utils, "find_packed_sequence_indices")
-
-
-def test_models_layers_n_cuts_only_lists_of_one_a_layer(tmp_path):
-    """Mamba2's time_step_limit has two items, as it has layers."""
-    shape = transformers.Mamba2Config(
-        vocab_size=263, hidden_size=16, num_hidden_layers=2, head_dim=8, num_heads=4, n_groups=1,
-        state_size=4)
-    cut, kept = sd.cut_layers(shape, "layers:1", "x")
-    assert cut.num_hidden_layers == 1 and kept == [0]
-    assert tuple(cut.time_step_limit) == tuple(shape.time_step_limit)
-    smol = transformers.SmolLM3Config(num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
-    cut, kept = sd.cut_layers(smol, "layers:2", "x")
-    assert kept == [0, 3]
-    assert cut.no_rope_layers == [1, 0] and len(cut.layer_types) == 2
-
-
-def test_models_the_folder_of_a_run_in_place_of_its_model_says_where_it_is(
-        out, tmp_path, teacher, student, text):
-    """Mistaken easily: --teacher out for --teacher out/final."""
-    shutil.copytree(teacher, tmp_path / "run/final")
-    inside = repr(str(tmp_path / "run/final"))
-    for fields in (dict(teacher=tmp_path / "run", student="layers:1"),
-                   dict(teacher=tmp_path / "run", student=student)):
-        shown = cli(*flags(**fields, dataset=text, output_dir=out), rc=2).err
-        assert shown.startswith("error: ") and f"(a model is in {inside})" in shown
-
-
-@pytest.mark.parametrize("cls", ["GPT2Config", "OPTConfig", "CTRLConfig"])
-def test_models_fewer_positions_than_seq_len_are_refused_before_weights(tmp_path, out, text, cls):
-    fields = dict(max_position_embeddings=32)
-    if cls == "OPTConfig":
-        fields |= dict(ffn_dim=64, word_embed_proj_dim=32)
-    path = tiny_model(tmp_path / "model", cls=cls, **fields)
-    shutil.move(f"{path}/model.safetensors", tmp_path / "aside")
-    run = dict(student=path, dataset=text, alpha=1.0, max_steps=1, eval_samples=2)
-    err = distil(out, rc=2, **run, seq_len=33).err
-    assert "has 32 positions, seq_len is 33" in err and path in err
-    shutil.move(tmp_path / "aside", f"{path}/model.safetensors")
-    assert "sample: " in distil(out, **run, seq_len=32).out   # which ends with the positions
-
-
-def test_models_rope_may_go_beyond_its_positions(tmp_path, out, text):
-    path = tiny_model(tmp_path / "model", max_position_embeddings=16)
-    distil(out, student=path, dataset=text, alpha=1.0, max_steps=1, eval_samples=2)
-
-
-@pytest.mark.parametrize("cls, fields", [
-    ("XLNetConfig", dict(d_inner=64, n_head=2, d_head=16)),
-    ("Gemma3TextConfig", dict(head_dim=16, intermediate_size=64, num_key_value_heads=2,
-                              use_bidirectional_attention=True)),
-    ("BertConfig", dict(intermediate_size=64)),
-])
-def test_models_that_see_later_tokens_are_refused_by_name(tmp_path, cls, fields):
-    shape = dict(vocab_size=263, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    path = str(tmp_path / "shape.json")
-    getattr(transformers, cls)(**shape, **fields).to_json_file(path)
-    cfg = config.Config(student=path, teacher=path, gradient_checkpointing=False)
-    with sd.process_group(), pytest.raises(config.UserError) as caught:
-        sd.load_checked_student(cfg, tiny_tokenizer())
-    assert re.search(f"{path}.*{cls[:4]}.*no causal .* later tokens", str(caught.value))
-
-
-PACKED_FAMILIES = {
-    "llama": {},
-    "qwen3": dict(cls="Qwen3Config", head_dim=8),
-    "gemma 2": dict(cls="Gemma2Config", head_dim=8, final_logit_softcapping=5.0,
-                    query_pre_attn_scalar=8, sliding_window=8),
-    "gemma 3": dict(cls="Gemma3TextConfig", head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
-                    layer_types=["sliding_attention", "full_attention"]),
-    "gpt2": dict(cls="GPT2Config", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
-    "mixtral": dict(cls="MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
-    "qwen3 moe": dict(cls="Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2,
-                      moe_intermediate_size=16, head_dim=8),
+PACKED = dict(packing="documents")
+SEES = "later tokens"
+MIXES = "see each other"
+# (model, knobs) -> words of the error; the class of the model is always among them
+WRONG = {
+    "beyond its positions": (dict(max_position_embeddings=16), PACKED, None),
+    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), {},
+                 SEES),
+    "BERT": (dict(cls="BertConfig"), {}, SEES),
+    "encoder": (dict(cls="T5Config", d_kv=16), {}, "T5Config"),
+    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), {}, "32 positions"),
+    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), PACKED, None),
+    "another head": (odd_model, dict(trust_remote_code=True), "Odd head_of()"),
+    "attention of one row": ({}, dict(attention="one_row", packing="documents"), MIXES),
+    "attention of one row, not packed": ({}, dict(attention="one_row"), None),
+    "state": (dict(cls="MambaConfig", state_size=4), PACKED, MIXES),
+    "state, not packed": (dict(cls="MambaConfig", state_size=4), {}, None),
+    "distances": (dict(cls="BloomConfig"), PACKED, MIXES),
+    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), PACKED, MIXES),
 }
 
 
-@pytest.mark.parametrize("family, recompute, ranks", [
-    *[(family, False, 1) for family in PACKED_FAMILIES],
-    *[(family, True, 1) for family in ("llama", "gemma 3", "gpt2")],
-    ("llama", False, 2),
-    ("qwen3 moe", True, 2),
-])
-def test_models_packed_documents_are_as_each_alone(tmp_path, out, family, recompute, ranks):
-    """Loss, KL and gradients of a step; documents longer than a sliding window."""
-    shape = dict(PACKED_FAMILIES[family], layers=2, hidden=16, tokenizer=tiny_tokenizer(CHATML))
-    teacher = tiny_model(tmp_path / "teacher", seed=1, **shape)
-    student = tiny_model(tmp_path / "student", seed=2, **shape)
-    rows = talk(9)
-    data = write_splits(tmp_path / "d", rows, rows[:3])
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": data, "alpha": 0.4,
-              "temperature": 2.0, "packing": "documents", "seq_len": 256, "batch_size": 8 // ranks,
-              "learning_rate": STILL, "max_steps": 1, "save_steps": 1, "max_grad_norm": 0,
-              "gradient_checkpointing": recompute, "output_dir": out}
-    shown = Fork(f"{out}.txt", *flags(**fields), ranks=ranks).wait()
-    assert "train: 9 documents in 3 rows" in shown, shown
-    student_model = load(student)
-    want = model_losses(student_model, load(teacher), chatml_rows(rows), 0.4, 2.0)
-    logged = [column(out, f"train/{name}")[0] for name in ("loss", "ce_loss", "kl_loss")]
-    assert logged == pytest.approx([x.item() for x in want], rel=1e-5)
-    want[0].backward()
-    grads = {name: p.grad for name, p in student_model.named_parameters()}
-    found = {}
-    for key, tensor in gradients(out).items():
-        name, = [name for name in grads if name in key]
-        found[name] = tensor
-    assert distance(found, grads) < 1e-5
-    held_out = model_losses(load(student), None, chatml_rows(rows[:3]), 1.0)[1].item()
-    assert column(out, "eval/ce_loss")[-1] == pytest.approx(held_out, rel=1e-5)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("case", WRONG)
+def test_models_that_compute_something_else_are_refused(group, tmp_path, case, role):
+    shape, fields, told = WRONG[case]
+    path = tmp_path / "shape.json"
+    if callable(shape):
+        path = tmp_path / "model"
+        shape(path)
+    else:
+        tiny_config(**shape).to_json_file(path)
+    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, **fields)
+    if told is None:
+        root, _ = sd.load_checked(cfg, role, tiny_tokenizer())
+        assert cfg.attention in (None, root.model.config._attn_implementation)
+        return
+    with pytest.raises(config.UserError) as caught:
+        sd.load_checked(cfg, role, tiny_tokenizer())
+    missing = [word for word in [role, str(path), *told.split()] if word not in str(caught.value)]
+    assert not missing, (missing, caught.value)
 
 
-@pytest.mark.parametrize("shape", [
-    dict(cls="MambaConfig", state_size=4),   # a state that runs on
-    dict(cls="BloomConfig"),                 # distances in place of positions
-    dict(cls="OPTConfig", ffn_dim=32),       # positions that it counts itself
-    dict(cls="Qwen3NextConfig", head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8,
-         linear_num_key_heads=2, linear_num_value_heads=2, num_experts=2, num_experts_per_tok=1,
-         moe_intermediate_size=16, shared_expert_intermediate_size=16,
-         layer_types=["linear_attention", "full_attention"]),
-])
-def test_models_that_let_documents_see_each_other_are_refused(tmp_path, out, chat, shape):
-    path = tiny_model(tmp_path / "model", hidden=16, **shape)
-    fields = dict(student=path, dataset=chat, alpha=1.0, max_steps=1)
-    err = distil(out, rc=2, packing="documents", **fields).err
-    assert path in err and "see each other" in err and "--packing rows" in err, err
-    assert load(path).__class__.__name__ in err
-    distil(out, **fields)
+# ---- the writer
 
 
-# fields of config.json -> an error, whatever it is that fails
-ODD_CONFIGS = [
-    {name: value}
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads",
-                 "intermediate_size")
-    for value in (0, -1, 10**12, "many", None, [2], 1.5)
-] + [
-    dict(rope_parameters=dict(
-        rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[1.0] * 3,
-        original_max_position_embeddings=16)),
-    dict(num_hidden_layers=10**7), dict(model_type=[]), dict(model_type=None),
-    dict(model_type="bert2"), dict(hidden_act="none of ours"), dict(rms_norm_eps="small"),
-    dict(rope_parameters={"rope_type": "spiral"}), dict(rope_parameters=3), dict(dtype="float9"),
-    dict(num_key_value_heads=0), dict(num_key_value_heads=7), dict(head_dim=-4),
-    dict(max_position_embeddings="all"), dict(quantization_config={"quant_method": "mine"}),
-    dict(tie_word_embeddings="x", num_hidden_layers={}), dict(layer_types=["mine"]),
-]
-
-
-def test_models_whatever_a_config_holds_is_an_error_or_runs(tmp_path):
-    """Student with weights, and as a config alone; nothing but UserError comes out."""
-    path = Path(tiny_model(tmp_path / "model"))
-    good = json.loads((path / "config.json").read_text())
-    refused = 0
-    with sd.process_group():
-        for odd in ODD_CONFIGS:
-            text = json.dumps(good | odd)
-            (path / "config.json").write_text(text)
-            (tmp_path / "shape.json").write_text(text)
-            for name in (path, tmp_path / "shape.json"):
-                cfg = config.Config(student=str(name), teacher=str(path),
-                                    gradient_checkpointing=False)
-                try:
-                    sd.load_checked_student(cfg, tiny_tokenizer())
-                except config.UserError as e:
-                    assert str(name) in str(e), (odd, e)
-                    refused += 1
-    assert refused > len(ODD_CONFIGS)
-
-
-def test_models_whatever_is_wrong_with_the_files_is_an_error(tmp_path):
-    whole = Path(tiny_model(tmp_path / "whole"))
-    content = (whole / "model.safetensors").read_bytes()
-    other = weights(tiny_model(tmp_path / "other", hidden=48))
-    save_file(other, tmp_path / "other.safetensors", metadata={"format": "pt"})
-    damages = {
-        "config.json": [b"", b"[]", b"3", b"null", b"{", bytes(9), b"\xff\xfe{}"],
-        "model.safetensors": [b"", bytes(9), content[:-9], content[:99], b"\xff" * 99,
-                              (tmp_path / "other.safetensors").read_bytes()],
-        "generation_config.json": [b"[]", b"{"],
-    }
-    names = ["a\0b", "x" * 5000, str(whole / "config.json" / "under"), "/dev/null", "~nobody/x"]
-    for file, bodies in damages.items():
-        for body in bodies:
-            folder = tmp_path / f"damaged{len(names)}"
-            shutil.copytree(whole, folder)
-            (folder / file).write_bytes(body)
-            names.append(str(folder))
-    folder = tmp_path / "folder"   # in place of a file
-    shutil.copytree(whole, folder)
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").mkdir()
-    names.append(str(folder))
-    with sd.process_group():
-        for name in names:
-            cfg = config.Config(student=name, gradient_checkpointing=False)
-            try:
-                sd.load_checked_student(cfg, tiny_tokenizer())
-            except config.UserError as e:
-                assert len(str(e)) < 6000
-            else:
-                assert os.path.exists(f"{name}/generation_config.json"), name
-
-
-def test_models_code_of_a_model_runs_only_with_the_flag(tmp_path, out, text, monkeypatch):
-    """It is not asked for: the flag decides, and the error names it."""
-    path = tiny_model(tmp_path / "odd")
-    ran = tmp_path / "ran"
-    Path(path, "modeling_odd.py").write_text(
-        f"open({str(ran)!r}, 'w').close()\nimport transformers\n\n"
-        "class OddConfig(transformers.LlamaConfig):\n    model_type = 'odd'\n\n"
-        "class Odd(transformers.LlamaForCausalLM):\n    config_class = OddConfig\n")
-    edit_config(model_type="odd", auto_map={
-        "AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.Odd"},
-    )(Path(path))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
-    run = dict(student=path, dataset=text, tokenizer=path, alpha=1.0, max_steps=1, eval_samples=2)
-    err = distil(out, rc=2, **run).err
-    assert "--trust_remote_code true" in err and path in err
-    assert not ran.exists()
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("case", [
-    dict(lr_multipliers=["embed=0", r"layers\.0\.=0"], max_steps=1),
-    dict(blockwise=True, block_input="teacher", num_epochs=0),   # optional: blockwise
-], ids=str)
-def test_models_compile_with_recompute_where_nothing_below_a_layer_is_trained(
-        tmp_path, text, case):
-    path = tiny_model(tmp_path / "model", hidden=16)
-    distil(tmp_path / "out", teacher=path, student=path, dataset=text, batch_size=64,
-           eval_samples=1, compile=True, gradient_checkpointing=True, **case)
-
-
-@pytest.mark.campaign
-def test_models_compile_shares_code_among_more_than_8_kinds_of_layer(tmp_path, text):
-    """Sliding and full attention, student and teacher, training and not: none falls back to eager
-    code."""
-    path = tiny_model(tmp_path / "model", cls="Gemma3TextConfig", head_dim=16, sliding_window=16,
-                      layer_types=["sliding_attention", "full_attention"])
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        distil(tmp_path / "out", teacher=path, student=path, dataset=text, compile=True,
-               gradient_checkpointing=True, max_steps=2)
+def test_models_a_text_fills_its_room_or_ends(group, student):
+    """At temperature 0 as model.generate writes it, with nothing beside it; afterwards FSDP is at
+    work again."""
+    root, _ = loaded(student)
+    prompts = [[40, 50, 60], [70], [90, 91], [40, 50]]
+    rooms = [2, 9, 5, 1]
+    model = load(student)
+    expected = []
+    for prompt, room in zip(prompts, rooms):
+        how = transformers.GenerationConfig(max_new_tokens=room, do_sample=False)
+        ids = model.generate(torch.tensor([prompt]), generation_config=how)
+        expected.append(ids[0, len(prompt):].tolist())
+    end = expected[1][4]
+    for i, ids in enumerate(expected):
+        if end in ids:
+            expected[i] = ids[:ids.index(end) + 1]
+    vocabulary = len(tiny_tokenizer())
+    assert sd.write_texts(root, prompts, range(4), rooms, 0, {end}, vocabulary) == expected
+    assert sd.write_texts(root, [], [], [], 0, {end}, vocabulary) == []
+    root(lambda model: sd.hidden_states(model, torch.arange(8)[None]).sum()).backward()
+    grads = [p.grad for p in root.model.model.parameters()]
+    assert all(map(is_shard, grads)) and all(map(is_shard, root.parameters()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6281,7 +6073,7 @@ def test_generate_signal(tmp_path, status):
 
 
 # The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+LOOP = (sd.ask_api, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
         sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
@@ -7069,7 +6861,7 @@ def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
     fields = dict(student=student, dataset=text, alpha=1.0)
     first = distil_apart(out, **fields, max_steps=100_000)
     wait_for_log(out, first)
-    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
+    assert "no other run is at work" in distil(out, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
     step = log(out, "train")[-1]["train/step"]
     assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
@@ -7693,9 +7485,9 @@ def is_read(name, fields):
 # logs and reports, bit for bit, and what a cache holds is read the same. REFERENCE=COMMIT names
 # another commit; move it where a result is meant to change.
 #
-# Meant to differ from 58e7ff4, and left out: the files of checkpoints and caches; what log and
-# reports say of blocks and layers (figures are sums over tokens, after a linear map); intervals
-# (drawn otherwise); texts that provider local draws (by the one writer); the order of packed rows.
+# Meant to differ from 58e7ff4, and left out: the files of checkpoints and caches; of blocks the
+# share explained (by batches: the last digit) and the median token (gone); layers' direct errors
+# (gone); texts that provider local draws (by the one writer); the order of packed rows.
 
 REFERENCE = os.environ.get("REFERENCE", "58e7ff4")   # before the house was halved
 
@@ -7749,7 +7541,8 @@ FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, int
                  dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
 }
 
-FIGURES = ("perplexity", "bits", "tokens", "accuracy", "agreement", "kl", "ece")
+FIGURES = ("perplexity", "bits", "perplexity_95", "bits_95", "tokens", "accuracy", "agreement",
+           "kl", "ece", "parameters", "disk")
 # What each rank computes the loss of: ids, labels, and of a cache what was decoded from it.
 RECORD = """
 import hashlib
@@ -7801,7 +7594,7 @@ def run_frozen(package, commands, inputs, folder):
 
 def figures_of(entry):
     """Of a line of the log: without speeds, and what is meant to differ."""
-    return {k: v for k, v in entry.items() if not re.search(r"second|^block/\d", k)}
+    return {k: v for k, v in entry.items() if not re.search("second|explained|median", k)}
 
 
 def digest_of(folder):
@@ -7817,6 +7610,9 @@ def digest_of(folder):
         report = json.loads((folder / "out" / "report.json").read_text())
         for label, figures in report["models"].items():
             digests[label] = {name: figures[name] for name in FIGURES}
+            digests[f"layers of {label}"] = [
+                (layer["student"], layer["teacher"], layer["share"], layer["cka"])
+                for layer in figures["layers"]]
     return digests
 
 
@@ -7845,20 +7641,25 @@ def fault_of_a_try(prompt, attempt):   # optional: generate
 
 
 @pytest.mark.campaign   # optional: generate
+@pytest.mark.parametrize("provider", ["openai", "anthropic", "local"])   # optional: generate
 def test_freeze_replies_are_those_of_the_reference(   # optional: generate
-        tmp_path, reference_package):
+        provider, tmp_path, reference_package, teacher):
+    """local: greedy, since draws are meant to differ."""
     results = []
     for package in (reference_package, HERE):
         folder = tmp_path / f"by{len(results)}"
         with ApiServer(fault=fault_of_a_try) as server:
-            fields = generate_fields(folder, server, 24)
+            fields = generate_fields(folder, server, 24, provider)
+            if provider == "local":
+                fields |= dict(teacher=teacher, api_temperature=0, max_tokens=30, api_model=None,
+                               api_base=None)
             shown = Fork(folder / "log.txt", *flags(**fields), package=package).wait()
         results.append({})
         for name in ("train.jsonl", "rejected.jsonl"):
             rows = read_lines(folder / "out" / name)
             results[-1][name] = sorted(json.dumps(row["messages"]) for row in rows)
     reference, ours = results
-    assert min(map(len, reference.values())) > 2, shown
+    assert sum(map(len, reference.values())) == 24, shown
     assert ours == reference
 
 
