@@ -1868,12 +1868,10 @@ def gathered(root):
 def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     """-> {parameter: rate}. The first rule that matches its first name decides; 0 freezes.
 
-    named_parameters: (name, parameter), a tied parameter under each of its names. rules: as
-    parse_multipliers makes them.
+    named_parameters: (name, parameter), a tied one under its first name. rules: as parse_multipliers
+    makes them.
     """
-    names = {}   # parameter: its first name
-    for name, parameter in named_parameters:
-        names.setdefault(parameter, name)
+    names = {parameter: name for name, parameter in named_parameters}
     for pattern, _ in rules:
         if not any(map(pattern.search, names.values())):
             raise UserError(f"lr_multipliers: {pattern.pattern!r} matches no parameter (of tied "
@@ -2349,7 +2347,7 @@ def distillation_stage(run, first_step=0):
     if steps is None:
         steps = math.ceil(cfg.num_epochs * run.steps_per_epoch)
     rates = learning_rates(
-        run.student.model.named_parameters(remove_duplicate=False),
+        run.student.model.named_parameters(),
         parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate)
     loss_fn = run.loss_fn
     if cfg.on_policy:   # optional: on_policy
@@ -3618,7 +3616,7 @@ def parameters_by_part(run):
     block's stitches belong to it, the final norm to the head, a tied head to the embeddings."""
     model = run.student.model
     multipliers = learning_rates(
-        model.named_parameters(remove_duplicate=False), parse_multipliers(run.cfg.lr_multipliers),
+        model.named_parameters(), parse_multipliers(run.cfg.lr_multipliers),
         run.cfg.default_lr_multiplier, learning_rate=1.0)
     path, _ = layers_of(model)
     head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
