@@ -127,9 +127,9 @@ def phase(doing):
     except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reason = one_line(e, 400)
+        reason = one_line(e, 600)
         if e.__cause__:   # a reader's own message, which `datasets` hides behind another
-            reason += f" ({one_line(e.__cause__, 400)})"
+            reason += f" ({one_line(e.__cause__, 600)})"
         raise UserError(f"while {doing}: {reason}") from e
 
 
@@ -257,7 +257,8 @@ def table(header, rows):
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
     "train": (   # eval writes its report there too
-        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json"),
+        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json",
+        "report.png"),
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
@@ -272,7 +273,7 @@ def claim(folder, mode, wait=False):
     process."""
     words = f"{mode} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
-        with phase(f"taking {folder} for this run alone"):
+        with phase(f"making sure that no other run is at work in {folder}"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
                 file = stack.enter_context(mark_folder(folder, mode))
                 fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2127,7 +2128,7 @@ def prepare_output(cfg, step):
     folder = Path(cfg.output_dir, "checkpoints")
     if cfg.resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoints_in(folder):
         if int(path.name[5:]) > step:   # never to be continued from by itself
             aside = path.rename(folder / f"aside-{time.time_ns()}-{path.name}")
@@ -2689,9 +2690,10 @@ def closing_table(run):
 
 
 def sample_in_words(run):
-    ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
-                        run.vocabulary)
+    room = min(48, run.cfg.seq_len // 2)   # a table of positions may end there
+    ids = run.eval_rows[0]["input_ids"][:room].tolist()
+    text, = write_texts(run.student, [ids], [0], [room], 0,
+                        end_ids(run.student.model, run.tokenizer), run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
@@ -3283,7 +3285,7 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
     total = math.inf   # a stream has no length
     if not isinstance(splits["train"], datasets.IterableDataset):
         total = sum(map(len, splits.values()))
-    with tqdm(total=total, unit="row", disable=RANK > 0, leave=False) as bar:
+    with tqdm(total=total, unit="row", disable=RANK > 0) as bar:
         while True:
             paths = []
             chunks = free_chunks(cfg, tokenizer, splits, manifest, paths)
@@ -3337,7 +3339,7 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
 def encode_block(cfg, tokenizer, columns):
     columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
     rows, _ = kept_rows(token_rows(columns))
-    if cfg.packing == "documents":
+    if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
 
@@ -3446,12 +3448,13 @@ def finish_cache(cache_dir, manifest, paths):
     """Read every row of all workers' chunks back; with their numbers the cache is full."""
     chunks = {"train": [], "eval": []}
     tokens = biggest_id = 0
-    for path in tqdm(paths, desc="reading the cache back", unit="chunk", leave=False):
-        rows = read_chunk(path, digest(manifest))
-        tokens += sum(int(numbers[0]) for numbers in rows)
-        biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
-        split, _ = path.name.split("-")
-        chunks[split].append(len(rows))
+    with tqdm(paths, desc="reading the cache back", unit="chunk") as bar:
+        for path in bar:
+            rows = read_chunk(path, digest(manifest))
+            tokens += sum(int(numbers[0]) for numbers in rows)
+            biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
+            split, _ = path.name.split("-")
+            chunks[split].append(len(rows))
     size = sum(path.stat().st_size for path in paths)
     index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
                  bytes_per_token=size / tokens, biggest_id=biggest_id)
@@ -4079,11 +4082,11 @@ def writing_error(model, ids_1T):
     prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
-    def keep(_, logits_BV):
+    def record(_, logits_BV):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    new = generate_ids(model, *pad_left(prompts), 3, set(), keep)
+    new = generate_ids(model, *pad_left(prompts), 3, set(), record)
     alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
     error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
@@ -4493,7 +4496,7 @@ def read_answer(cfg, text):
     }
 
 
-async def ask(asking, sdk, create, job):
+async def ask_api(asking, sdk, create, job):
     """Try until there is an answer -> what record takes; None: no more may be asked."""
     cfg = asking.cfg
     # of a try; the SDK's time-out is one of each read, which a trickle never meets
@@ -4540,13 +4543,16 @@ async def ask_all_api(asking, jobs):
 
     async def work():
         for job in to_ask:
-            said = await ask(asking, sdk, create, job)
+            said = await ask_api(asking, sdk, create, job)
             if said is None:
                 break
             asking.record(job, said)
 
     async with client:
-        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
+        workers = [work() for _ in jobs[:cfg.concurrency]]
+        ends = await asyncio.gather(*workers, return_exceptions=True)   # all that is paid is kept
+    for error in filter(None, ends):   # a full disk
+        raise error
 
 
 def ask_all_local(asking, jobs):
@@ -5169,7 +5175,7 @@ def explain(cfg, error, words):
     output_dir/error.log, or to the terminal with --debug."""
     folder = Path(cfg.output_dir)
     if first_to_fail():
-        print(f"error: {words}", file=sys.stderr)
+        print(f"\nerror: {words}", file=sys.stderr)   # not behind a bar
         if cfg.debug:
             traceback.print_exception(error)
         elif (folder / MARK).exists():
