@@ -4479,7 +4479,7 @@ def read_answer(cfg, text):
     answer = json.loads(text)
     usage = answer.get("usage") or {}
     usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
-    if not all(count in range(MAX_COUNT) for count in usage.values()):
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
         usage = None
     if cfg.provider == "openai":
         answer = answer["choices"][0]

@@ -5800,9 +5800,9 @@ def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
     """Texts or conversations reach each provider in its form, in all kinds of files."""
     (tmp_path / name).write_text("\ufeff" + text)
     with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 0, provider, prompts_file=tmp_path / name,
-                                 api_temperature=temperature)
-        run_generate(fields)
+        run_generate(generate_fields(
+            tmp_path, server, 0, provider, prompts_file=tmp_path / name,
+            api_temperature=temperature, concurrency=1))
     kept = rows_of_run(tmp_path, "train")
     turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
     assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
