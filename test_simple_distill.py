@@ -6816,7 +6816,7 @@ TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
 
 
 @pytest.mark.parametrize("ranks, files, every", [
-    (1, OURS, 6),
+    (1, OURS, 8),
     pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
     pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
 ])
@@ -6857,14 +6857,22 @@ def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, p
     assert f"{3 * world_sizes[0]} sequences a step" in refused.err
 
 
-def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    first = distil_apart(out, **fields, max_steps=100_000)
-    wait_for_log(out, first)
-    assert "no other run is at work" in distil(out, rc=2, **fields, max_steps=1).err
+def test_runs_a_signal_saves_and_a_second_process_is_refused(
+        tmp_path, teacher, student, text):
+    """Once it has stopped the same command goes on, with the next batch."""
+    fields = dict(teacher=teacher, student=student, dataset=text)
+    fields |= dict(streaming=True, shuffle_buffer=7)   # optional: streaming
+    stopped = tmp_path / "stopped"
+    whole = tmp_path / "whole"
+    first = distil_apart(stopped, **fields, max_steps=100_000)
+    wait_for_log(stopped, first)
+    assert "no other run" in distil(stopped, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
-    step = log(out, "train")[-1]["train/step"]
-    assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
+    step = log(stopped, "train")[-1]["train/step"]
+    assert (stopped / f"checkpoints/step-{step:08d}").is_dir()
+    for out in (stopped, whole):
+        distil(out, **fields, max_steps=step + 3)
+    assert same(final_weights(stopped), final_weights(whole))
 
 
 FAILS_ALONE = """
@@ -6879,30 +6887,6 @@ def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, stude
     shown = run.wait(seconds=60)
     assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     assert "ValueError: on this rank only" in shown
-
-
-@pytest.mark.parametrize("number, stream", [
-    (signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}),   # optional: streaming
-    (signal.SIGINT, {}),
-    (signal.SIGHUP, {}),
-])
-def test_runs_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
-    """Though the terminal has gone; the same command goes on with the next batch."""
-    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, **stream)
-    stopped_run = tmp_path / "run"
-    terminal, inside = pty.openpty()
-    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run), stdout=inside,
-                    stderr=inside)
-    os.close(inside)
-    wait_for_log(stopped_run, process)
-    os.close(terminal)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 0
-    stopped = log(stopped_run, "train")[-1]["train/step"]
-    assert (stopped_run / f"checkpoints/step-{stopped:08d}").is_dir()
-    for out in (stopped_run, tmp_path / "whole"):
-        cli(*flags(**fields, max_steps=stopped + 3, output_dir=out))
-    assert same(final_weights(stopped_run), final_weights(tmp_path / "whole"))
 
 
 # ---- many ranks, as processes over gloo
