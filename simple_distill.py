@@ -1868,8 +1868,8 @@ def gathered(root):
 def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     """-> {parameter: rate}. The first rule that matches its first name decides; 0 freezes.
 
-    named_parameters: (name, parameter), a tied one under its first name. rules: as parse_multipliers
-    makes them.
+    named_parameters: (name, parameter), a tied one under its first name. rules: of
+    parse_multipliers.
     """
     names = {parameter: name for name, parameter in named_parameters}
     for pattern, _ in rules:
