@@ -298,7 +298,7 @@ def mark_folder(folder, mode):
     taken = [name for name in WRITES[mode] if Path(folder, name).exists()]
     if taken and not path.exists():
         raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
-                        f"version before; choose another folder, or make it ours: touch {path}")
+                        f"version before; choose another, or have its files replaced: touch {path}")
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
