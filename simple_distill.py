@@ -127,9 +127,9 @@ def phase(doing):
     except (UserError, torch.OutOfMemoryError):   # of an inner phase, or in words of our own
         raise
     except Exception as e:
-        reason = one_line(e, 400)
+        reason = one_line(e, 600)
         if e.__cause__:   # a reader's own message, which `datasets` hides behind another
-            reason += f" ({one_line(e.__cause__, 400)})"
+            reason += f" ({one_line(e.__cause__, 600)})"
         raise UserError(f"while {doing}: {reason}") from e
 
 
@@ -143,18 +143,18 @@ def process_group():
     whoever waits for a quarter of an hour waits for a rank that is gone."""
     global HOST, STORE
     patience = dict(timeout=datetime.timedelta(minutes=15))
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-        torch.set_float32_matmul_precision("high")   # TF32
-    else:
-        keep_freed_memory()
     STORE = dist.HashStore()   # alone, without opening a port
-    if "RANK" in os.environ:
-        with phase("joining the other ranks"):
+    with phase(f"starting rank {RANK} of {WORLD}"):
+        if CUDA:
+            torch.cuda.set_device(DEVICE)
+            torch.set_float32_matmul_precision("high")   # TF32
+        else:
+            keep_freed_memory()
+        if "RANK" in os.environ:
             STORE, _, _ = next(rendezvous("env://", **patience))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
-                            world_size=WORLD, **patience)
-    HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
+                                world_size=WORLD, **patience)
+        HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     try:
         yield
         all_sum(0)   # the store goes with its host: nobody leaves before all are done
@@ -257,7 +257,8 @@ def table(header, rows):
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
     "train": (   # eval writes its report there too
-        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json"),
+        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json",
+        "report.png"),
     "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
     "generate": (   # optional: generate
         "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
@@ -272,7 +273,7 @@ def claim(folder, mode, wait=False):
     process."""
     words = f"{mode} {from_rank0(time.time_ns())}"
     with contextlib.ExitStack() as stack:
-        with phase(f"taking {folder} for this run alone"):
+        with phase(f"making sure that no other run is at work in {folder}"):
             if RANK == 0:   # a second handle of this process, closed, would drop the lock
                 file = stack.enter_context(mark_folder(folder, mode))
                 fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -282,7 +283,8 @@ def claim(folder, mode, wait=False):
                 os.fsync(file)   # a shared disk shows it to whoever opens it from here on
             all_sum(0)
             # a node's own disk under that name would get checkpoints without a part
-            if RANK > 0 and Path(folder, MARK).read_text() != words:
+            mark = Path(folder, MARK)
+            if RANK > 0 and not (mark.exists() and mark.read_text() == words):
                 raise UserError(f"rank {RANK} does not see what rank 0 writes in {folder!r}: it "
                                 "has to lie on a disk that all share")
         yield
@@ -296,7 +298,7 @@ def mark_folder(folder, mode):
     taken = [name for name in WRITES[mode] if Path(folder, name).exists()]
     if taken and not path.exists():
         raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
-                        f"version before; choose another folder, or make it ours: touch {path}")
+                        f"version before; choose another, or have its files replaced: touch {path}")
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
@@ -716,15 +718,6 @@ def vocabulary_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        return bos
-    return None
-
-
 # ---- datasets: raw rows of text or conversations
 
 
@@ -749,8 +742,10 @@ def load_data(cfg, tokenizer):
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document
-        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
+    elif len(rows) > 1:   # one long document: its last twentieth
+        eval_size = max(1, len(rows) // 20)
+        eval_rows = rows.skip(len(rows) - eval_size)
+        rows = rows.take(len(rows) - eval_size)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -844,14 +839,6 @@ def stdlib_sources():   # optional: demo generate
 
 # ---- rows of token ids, kept in the datasets cache
 
-FEATURES = datasets.Features(
-    input_ids=datasets.List(datasets.Value("int32")),
-    targets=datasets.List(datasets.Value("bool")),
-    starts=datasets.List(datasets.Value("int32")),
-    dropped=datasets.Value("string"))   # why; "": it is not
-ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
-
-
 def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
@@ -883,7 +870,7 @@ def tokenize(cfg, raw, tokenizer, split):
 
 def token_rows(rows):
     """What row_encoder gives -> a dataset as tokenize has on disk."""
-    columns = {name: [row[name] for row in rows] for name in FEATURES}   # there may be no row
+    columns = {name: [row[name] for row in rows] for name in FEATURES}
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
@@ -916,6 +903,13 @@ def row_encoder(cfg, tokenizer):
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
 
+FEATURES = datasets.Features(
+    input_ids=datasets.List(datasets.Value("int32")),
+    targets=datasets.List(datasets.Value("bool")),
+    starts=datasets.List(datasets.Value("int32")),
+    dropped=datasets.Value("string"))   # why; "": it is not
+ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
+
 
 def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
@@ -939,7 +933,7 @@ def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
     encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     rows = []
     for ids, targets in encoded:
-        targets[0] = False   # it is predicted from nothing
+        targets = [False, *targets[1:]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
         rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
     for why in dropped:
@@ -951,6 +945,15 @@ def rows_from_columns(columns):
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def bos_of(tokenizer):
+    """The id that this tokenizer puts before every text; None where it puts none. A model that
+    learned with it (Gemma, Llama) is lost without."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    return None
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
@@ -1865,12 +1868,10 @@ def gathered(root):
 def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     """-> {parameter: rate}. The first rule that matches its first name decides; 0 freezes.
 
-    named_parameters: (name, parameter), a tied parameter under each of its names. rules: as
-    parse_multipliers makes them.
+    named_parameters: (name, parameter), a tied one under its first name. rules: of
+    parse_multipliers.
     """
-    names = {}   # parameter: its first name
-    for name, parameter in named_parameters:
-        names.setdefault(parameter, name)
+    names = {parameter: name for name, parameter in named_parameters}
     for pattern, _ in rules:
         if not any(map(pattern.search, names.values())):
             raise UserError(f"lr_multipliers: {pattern.pattern!r} matches no parameter (of tied "
@@ -1915,7 +1916,7 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
         options = json.loads(cfg.lr_scheduler_kwargs or "{}")
         schedule = get_scheduler(
@@ -2125,7 +2126,7 @@ def prepare_output(cfg, step):
     folder = Path(cfg.output_dir, "checkpoints")
     if cfg.resume == "never":
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoints_in(folder):
         if int(path.name[5:]) > step:   # never to be continued from by itself
             aside = path.rename(folder / f"aside-{time.time_ns()}-{path.name}")
@@ -2346,7 +2347,7 @@ def distillation_stage(run, first_step=0):
     if steps is None:
         steps = math.ceil(cfg.num_epochs * run.steps_per_epoch)
     rates = learning_rates(
-        run.student.model.named_parameters(remove_duplicate=False),
+        run.student.model.named_parameters(),
         parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate)
     loss_fn = run.loss_fn
     if cfg.on_policy:   # optional: on_policy
@@ -2687,9 +2688,10 @@ def closing_table(run):
 
 
 def sample_in_words(run):
-    ids = run.eval_rows[0]["input_ids"][:32].tolist()
-    text, = write_texts(run.student, [ids], [0], [48], 0, end_ids(run.student.model, run.tokenizer),
-                        run.vocabulary)
+    room = min(48, run.cfg.seq_len // 2)   # a table of positions may end there
+    ids = run.eval_rows[0]["input_ids"][:room].tolist()
+    text, = write_texts(run.student, [ids], [0], [room], 0,
+                        end_ids(run.student.model, run.tokenizer), run.vocabulary)
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
@@ -3281,7 +3283,7 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
     total = math.inf   # a stream has no length
     if not isinstance(splits["train"], datasets.IterableDataset):
         total = sum(map(len, splits.values()))
-    with tqdm(total=total, unit="row", disable=RANK > 0, leave=False) as bar:
+    with tqdm(total=total, unit="row", disable=RANK > 0) as bar:
         while True:
             paths = []
             chunks = free_chunks(cfg, tokenizer, splits, manifest, paths)
@@ -3335,7 +3337,7 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
 def encode_block(cfg, tokenizer, columns):
     columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
     rows, _ = kept_rows(token_rows(columns))
-    if cfg.packing == "documents":
+    if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
 
@@ -3444,12 +3446,13 @@ def finish_cache(cache_dir, manifest, paths):
     """Read every row of all workers' chunks back; with their numbers the cache is full."""
     chunks = {"train": [], "eval": []}
     tokens = biggest_id = 0
-    for path in tqdm(paths, desc="reading the cache back", unit="chunk", leave=False):
-        rows = read_chunk(path, digest(manifest))
-        tokens += sum(int(numbers[0]) for numbers in rows)
-        biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
-        split, _ = path.name.split("-")
-        chunks[split].append(len(rows))
+    with tqdm(paths, desc="reading the cache back", unit="chunk") as bar:
+        for path in bar:
+            rows = read_chunk(path, digest(manifest))
+            tokens += sum(int(numbers[0]) for numbers in rows)
+            biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
+            split, _ = path.name.split("-")
+            chunks[split].append(len(rows))
     size = sum(path.stat().st_size for path in paths)
     index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
                  bytes_per_token=size / tokens, biggest_id=biggest_id)
@@ -3613,7 +3616,7 @@ def parameters_by_part(run):
     block's stitches belong to it, the final norm to the head, a tied head to the embeddings."""
     model = run.student.model
     multipliers = learning_rates(
-        model.named_parameters(remove_duplicate=False), parse_multipliers(run.cfg.lr_multipliers),
+        model.named_parameters(), parse_multipliers(run.cfg.lr_multipliers),
         run.cfg.default_lr_multiplier, learning_rate=1.0)
     path, _ = layers_of(model)
     head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
@@ -4077,11 +4080,11 @@ def writing_error(model, ids_1T):
     prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
-    def keep(_, logits_BV):
+    def record(_, logits_BV):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    new = generate_ids(model, *pad_left(prompts), 3, set(), keep)
+    new = generate_ids(model, *pad_left(prompts), 3, set(), record)
     alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
     error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
@@ -4476,7 +4479,7 @@ def read_answer(cfg, text):
     answer = json.loads(text)
     usage = answer.get("usage") or {}
     usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
-    if not all(count in range(MAX_COUNT) for count in usage.values()):
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
         usage = None
     if cfg.provider == "openai":
         answer = answer["choices"][0]
@@ -4491,7 +4494,7 @@ def read_answer(cfg, text):
     }
 
 
-async def ask(asking, sdk, create, job):
+async def ask_api(asking, sdk, create, job):
     """Try until there is an answer -> what record takes; None: no more may be asked."""
     cfg = asking.cfg
     # of a try; the SDK's time-out is one of each read, which a trickle never meets
@@ -4538,13 +4541,16 @@ async def ask_all_api(asking, jobs):
 
     async def work():
         for job in to_ask:
-            said = await ask(asking, sdk, create, job)
+            said = await ask_api(asking, sdk, create, job)
             if said is None:
                 break
             asking.record(job, said)
 
     async with client:
-        await asyncio.gather(*[work() for _ in jobs[:cfg.concurrency]])
+        workers = [work() for _ in jobs[:cfg.concurrency]]
+        ends = await asyncio.gather(*workers, return_exceptions=True)   # all that is paid is kept
+    for error in filter(None, ends):   # a full disk
+        raise error
 
 
 def ask_all_local(asking, jobs):
@@ -5167,7 +5173,7 @@ def explain(cfg, error, words):
     output_dir/error.log, or to the terminal with --debug."""
     folder = Path(cfg.output_dir)
     if first_to_fail():
-        print(f"error: {words}", file=sys.stderr)
+        print(f"\nerror: {words}", file=sys.stderr)   # not behind a bar
         if cfg.debug:
             traceback.print_exception(error)
         elif (folder / MARK).exists():

@@ -12,7 +12,7 @@ import ast
 import atexit
 import collections
 import contextlib
-import fcntl
+import fcntl   # optional: cache
 import functools
 import gc   # optional: generate
 import hashlib
@@ -41,7 +41,6 @@ import time
 import traceback
 import types
 import warnings
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +70,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
@@ -944,238 +942,218 @@ def test_config_bad_input_is_a_line_or_two(case, tmp_path, teacher, student, tex
 
 
 # --------------------------------------------------------------------------------------------------
-# Runtime: one run a directory, digests.
+# Runtime: phases, files, one run a folder, ranks, signals.
 
 
-def test_runtime_a_digest_sees_the_middle_of_a_long_array():
-    other = np.arange(5000)
-    other[2500] = 0
-    assert sd.digest([np.arange(5000)]) != sd.digest([other])
+@pytest.mark.parametrize("error, shown", [
+    (ValueError("a\nb"), "while reading x: ValueError: a b (KeyError: 'row 17')"),
+    (config.UserError("in our words"), "in our words"),
+    (torch.OutOfMemoryError("full"), "full"),
+])
+def test_runtime_a_phase_says_what_it_does_and_why_it_failed(capsys, error, shown):
+    known = (config.UserError, torch.OutOfMemoryError)
+    with pytest.raises(known) as caught, sd.phase("reading x"):
+        raise error from KeyError("row 17")
+    assert str(caught.value) == shown
+    assert capsys.readouterr().out == "reading x ...\n"
 
 
-def test_runtime_one_run_a_directory(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    distil(out, **fields, max_steps=1)
-    with sd.process_group(), sd.lock(out):
-        pass   # it was left free
-    handle = os.open(out, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)   # as another run would hold it
-    try:
-        assert "another run" in distil(out, rc=2, **fields, max_steps=2).err
-    finally:
-        os.close(handle)
+@pytest.mark.parametrize("debug", [False, True])
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student,
+                                                                           debug):
+    (tmp_path / "bad.jsonl").write_text('{"text": \n')
+    words = flags(student=student, alpha=1.0, dataset=tmp_path / "bad.jsonl", debug=debug,
+                  output_dir=tmp_path / "out")
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+        assert sd.main(words) == 2
+    assert shown.getvalue().count("error: while reading dataset") == 1
+    assert ("Traceback" in shown.getvalue()) == debug
+    assert (tmp_path / "out" / "error.log").exists() != debug
 
 
-def test_runtime_control_characters_never_reach_the_terminal(capsys):
-    sd.print0("name\x1b[31m\n")
-    assert capsys.readouterr().out == "name\\x1b[31m\n\n"
-    assert str(config.UserError("a\x1b]0;b\x07")) == "a\\x1b]0;b\\x07"
+def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch, capsys):
+    for rank in (1, 0):
+        monkeypatch.setattr(sd, "RANK", rank)
+        sd.print0("rank", rank)
+    assert capsys.readouterr().out == "rank 0\n"
+
+    def gone(words):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sd.tqdm, "write", gone)
+    sd.print0("nobody reads it")
 
 
-def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": \n')
-    out = tmp_path / "out"
-    out.mkdir()
-    fields = dict(student=student, alpha=1.0, dataset=bad, max_steps=1)
-    assert "Traceback" not in distil(out, rc=2, **fields).err
-    assert "Traceback" in (out / "error.log").read_text()
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        words = flags(**{**PLAIN, **fields}, output_dir=tmp_path / "other", debug=True)
-        assert sd.main(words_of(words)) == 2
-    assert err.getvalue().startswith("error: ") and "Traceback" in err.getvalue()
+# ---- files
 
 
-TWO_DISKS = """
-import os, sys
-rank = int(os.environ["RANK"])
-os.makedirs(f"node{rank}", exist_ok=True)
-os.chdir(f"node{rank}")   # each rank has an `out` of its own
+def test_runtime_a_digest_is_of_all_that_it_is_given():
+    digests = {sd.digest(*things) for things in ((1, 2), (2, 1), ([1, 2],), ("1", 2))}
+    assert len(digests) == 4
+    assert sd.digest({"a": 1, "b": 2}) == sd.digest({"b": 2, "a": 1})
+    with pytest.raises(TypeError):   # its str leaves out the middle
+        sd.digest(np.arange(5000))
+
+
+def test_runtime_a_json_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    assert sd.read_json(path, 7) == 7
+    sd.write_json({"a": [1, "é"]}, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def fill_the_disk(path, text):
+        path.write_bytes(text[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError):
+        sd.write_json({"b": 2}, path)
+    assert sd.read_json(path) == {"a": [1, "é"]}
+
+
+def test_runtime_lines_are_appended_whatever_they_hold(tmp_path):
+    for word in ("é\n", "half \ud800"):
+        sd.append_jsonl(tmp_path / "a.jsonl", {"a": word})
+    assert read_lines(tmp_path / "a.jsonl") == [{"a": "é\n"}, {"a": "half ?"}]
+
+
+def test_runtime_a_table_is_aligned():
+    lines = sd.table(["model", "loss"], [["a", "1.25"], ["longer", "10"]]).split("\n")
+    assert [line.replace(" ", "") for line in lines] == [
+        "|model|loss|", "|------|----|", "|a|1.25|", "|longer|10|"]
+    assert {len(line) for line in lines} == {17}
+
+
+# ---- one run a folder
+
+
+@pytest.mark.parametrize("files, refusal", [
+    ({"notes.txt": "mine"}, None),
+    ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
+    ({"final/notes.txt": "mine"}, "holds 'final'"),
+    ({sd.MARK: "", "final/notes.txt": "mine"}, None),   # touched by its owner, or half written
+    ({sd.MARK: "train 12345", "config.json": "{}"}, None),
+    ({sd.MARK: "trains 12345"}, "of mode trains"),
+])
+def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out, files, refusal):
+    for name, content in files.items():
+        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(out, name).write_text(content)
+    expected = contextlib.nullcontext()
+    if refusal:
+        expected = pytest.raises(config.UserError, match=refusal)
+    with expected, sd.process_group(), sd.claim(out, "train"):
+        mark = Path(out, sd.MARK).read_text()
+        assert re.fullmatch(r"train \d{6,}", mark)
+        files = {**files, sd.MARK: mark}
+    left = {str(path.relative_to(out)): path.read_text() for path in files_in(Path(out))}
+    assert left == files
+
+
+HOLD = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import simple_distill as sd
-from config import UserError
-with sd.process_group():
-    try:
-        with sd.lock("out"):
-            print("went on")
-    except UserError as e:
-        print(e)
+with sd.process_group(), sd.claim(sys.argv[2], "train"):
+    print("held", flush=True)
+    sys.stdin.readline()
 """
 
 
-def run_ranks(source, folder, *args, ranks=2):
-    """A script in one process a rank -> what each printed."""
+def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(HERE), out], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    while "held" not in holder.stdout.readline():
+        assert holder.poll() is None
+    mark = Path(out, sd.MARK).read_text()
+    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
+    assert f"no other run is at work in {out}" in err
+    assert Path(out, sd.MARK).read_text() == mark
+    threading.Timer(0.5, holder.kill).start()
+    with sd.process_group(), sd.claim(out, "train", wait=True):
+        assert holder.wait(60) < 0
+
+
+# ---- ranks
+
+RANKS = """
+import contextlib, json, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import simple_distill as sd
+with sd.process_group():
+    seen = [sd.all_sum(sd.RANK, 2), sd.from_rank0(sd.RANK + 5)]
+    with contextlib.suppress(ValueError), sd.node_first():
+        if sd.RANK == 0:
+            time.sleep(1)
+            open("done", "w").close()
+            raise ValueError   # which the others then meet themselves
+        seen.append(os.path.exists("done"))
+    with sd.claim("shared", "train"):
+        pass
+    for folder in ("new", "old"):   # on a disk of its own, without a mark or with an older run's
+        os.makedirs(f"node{sd.RANK}/{folder}")
+        if folder == "old":
+            open(f"node{sd.RANK}/old/.simple_distill", "w").write("train 12345")
+        try:
+            with sd.claim(f"node{sd.RANK}/{folder}", "train"):
+                seen.append("went on")
+        except sd.UserError as e:
+            seen.append(str(e).split(" in ")[0])
+    print(json.dumps(seen), flush=True)
+    if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
+        time.sleep(2)
+        print(sd.first_to_fail(), sd.first_to_fail())
+"""
+
+
+def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
     port = free_port()
     processes = []
-    for rank in range(ranks):
-        env = {**os.environ, **rank_environment(rank, ranks, port), "OMP_NUM_THREADS": "1"}
+    for rank in range(2):
         processes.append(subprocess.Popen(
-            [sys.executable, "-c", source, str(HERE), *map(str, args)], cwd=folder, env=env,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    return [process.communicate(timeout=120)[0] for process in processes]
+            [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
+            env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE))
+    try:
+        first, second = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on", "went on"], first
+    seen, failed = second.splitlines()[-2:]
+    refusal = "rank 1 does not see what rank 0 writes"
+    assert json.loads(seen) == [[1, 4], 5, True, refusal, refusal], second
+    assert failed == "True False"   # it speaks for all, once
 
 
-def test_runtime_more_processes_than_gpus_are_refused(monkeypatch):
-    """NCCL would say "invalid device ordinal", or hang, a rank."""
+def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
+    def set_device(device):
+        raise RuntimeError("invalid device ordinal")
+
     monkeypatch.setattr(sd, "CUDA", True)
-    monkeypatch.setattr(sd, "LOCAL_WORLD", 8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(config.UserError, match="8 processes .* 2 GPUs: use NPROC=2"):
-        with sd.process_group():
-            pass
-
-
-def test_runtime_a_node_with_a_disk_of_its_own_is_refused(tmp_path):
-    for shown in run_ranks(TWO_DISKS, tmp_path):
-        assert "1 of 2 ranks do not see what rank 0 writes in 'out'" in shown, shown
-        assert "went on" not in shown
-
-
-STUCK = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
-        {failure}
-    time.sleep(1000)   # as in a collective on a GPU, which nothing interrupts
-"""
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("failure", [
-    "sd.fail_first(); os._exit(2)",   # as explain() and the end of the file do
-    "raise ZeroDivisionError",        # a bug
-])
-def test_runtime_a_rank_that_is_stuck_when_another_fails_ends(tmp_path, failure):
-    start = time.time()
-    run_ranks(STUCK.format(failure=failure), tmp_path)
-    assert time.time() - start < 90
-
-
-TOLD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:   # rank 0 holds the store, and would take it along
-        raise ZeroDivisionError
-    while not sd.some_rank_failed():
-        time.sleep(0.1)
-    print("was told")
-"""
-
-
-def test_runtime_a_bug_on_one_rank_is_told_to_the_others(tmp_path):
-    """They would wait for it in their next collective; and its own end waits for nobody."""
-    told, failed = run_ranks(TOLD, tmp_path)
-    assert "ZeroDivisionError" in failed
-    assert "was told" in told
-
-
-LATE = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    if sd.RANK == 1:
-        time.sleep(3)
-        print("failed" if sd.some_rank_failed() else "all is well")
-"""
-
-
-def test_runtime_rank_0_does_not_leave_with_the_store_before_all_are_done(tmp_path):
-    assert "all is well" in run_ranks(LATE, tmp_path)[1]
-
-
-def test_runtime_only_the_host_waits_for_a_day(monkeypatch):
-    """A collective on GPUs, where a rank is gone, ends after minutes: its time-out is the group's
-    first."""
-    timeouts = []
-    init = torch.distributed.init_process_group
-
-    def noting(backend, timeout, **options):
-        timeouts.append(timeout)
-        init(backend, timeout=timeout, **options)
-
-    monkeypatch.setattr(torch.distributed, "init_process_group", noting)
-    with sd.process_group():
-        host = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-        timeouts.append(host.options._timeout)
-    assert [timeout.total_seconds() / 60 for timeout in timeouts] == [15, 24 * 60]
-
-
-def test_runtime_a_child_keeps_no_lock_and_ends_with_its_parent(tmp_path):
-    """As a worker that tokenises: its parent is killed, and the folder is free at once."""
-    source = f"""
-import os, sys, time
-sys.path.insert(0, {str(HERE)!r})
-import simple_distill as sd
-with sd.process_group(), sd.lock({str(tmp_path / "out")!r}):
-    child = os.fork()
-    if child == 0:
-        time.sleep(1000)
-    print(child, flush=True)
-    time.sleep(1000)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    assert is_alive(child)
-    parent.kill()
-    parent.wait()
-    end = time.time() + 5
-    while is_alive(child) and time.time() < end:
-        time.sleep(0.02)
-    assert not is_alive(child)
-    with sd.process_group(), sd.lock(tmp_path / "out"):
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(config.UserError, match="invalid device ordinal"), sd.process_group():
         pass
 
 
-def test_runtime_a_hub_that_is_not_there_is_asked_once(monkeypatch, capsys):
-    """For a name of the hub only; from then on libraries take what is on this machine."""
-    hub = sd.huggingface_hub.constants
-    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+def test_runtime_only_the_host_waits_for_a_day():
+    """A collective on GPUs, where a rank is gone, ends after minutes."""
     with sd.process_group():
-        sd.check_hub(["demo", "layers:4", "/some/path", "shape.json", None, str(HERE)])
-        assert not hub.HF_HUB_OFFLINE
-        sd.check_hub(["demo", "owner/name"])
-    assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert "only what is on this machine is used" in capsys.readouterr().out
+        groups = [torch.distributed.group.WORLD, sd.HOST]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
+    assert minutes == [15, 24 * 60]
 
 
-def test_runtime_what_takes_a_while_says_so_and_what_does_not_is_silent(capsys):
-    """Also where nothing else is written meanwhile, and where something is."""
-    with sd.progress("a moment", 7):
-        print("a word")
-        sd.print0("another")
-    assert capsys.readouterr() == ("a word\nanother\n", "")
-    for total, shown in ((None, "a while ... 00:"), (7, "a while:  43%")):
-        seen = ""
-        with sd.progress("a while", total) as bar:
-            bar.update(3)
-            end = time.time() + 60
-            while shown not in seen and time.time() < end:
-                time.sleep(0.05)
-                seen += capsys.readouterr().err
-        assert shown in seen
-        assert capsys.readouterr().err.endswith(" \r")   # it is cleared
-
-
-def test_runtime_output_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
-    reader, writer = os.pipe()
-    os.close(reader)   # as `| head` does
-    full = open("/dev/full", "w")
-    with open(writer, "w") as broken:
-        monkeypatch.setattr(sys, "stdout", broken)
-        monkeypatch.setattr(sys, "stderr", full)
-        with sd.lasting_output():
-            for _ in range(3):
-                print("x" * 100_000, flush=True)
-                print("y" * 100_000, file=sys.stderr, flush=True)
-    full.close()
+def test_runtime_any_number_of_signals_only_asks_to_stop():
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    before = [signal.getsignal(number) for number in numbers]
+    with sd.stop_signals() as requests:
+        assert not requests
+        for count, number in enumerate(numbers * 2, 1):
+            signal.raise_signal(number)
+            assert len(requests) == count
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1441,82 +1419,43 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: formats, splits, targets, tokenizers, batches.
+# Data: tokenizers, formats, splits, targets, packing, batches.
 
 
-def test_data_longer_prompts_change_nothing_but_the_context(tmp_path, student):
-    """In a model whose attention adds nothing a token sees only itself: then only counted tokens
-    can make a difference."""
-    blind = tiny_model(tmp_path / "blind", tokenizer=tiny_tokenizer(CHATML))
-    teacher = tiny_model(tmp_path / "teacher", seed=5)
-
-    def silence(tensors):
-        for name in tensors:
-            if "o_proj" in name:
-                tensors[name].zero_()
-
-    edit_weights(blind, silence)
-    grads = []
-    losses = []
-    for name, prompt in (("short", "a"), ("long", prose(30))):
-        rows = [{**row, "prompt": prompt} for row in talk(8)]
-        out = str(tmp_path / name)
-        distil(out, student=blind, teacher=teacher, alpha=1.0, batch_size=8, max_steps=1,
-               seq_len=400, dataset=write_splits(tmp_path / f"{name}-data", rows, rows[:2]),
-               max_grad_norm=0)
-        losses.append(column(out, "train/loss"))
-        grads.append({k: v for k, v in gradients(out).items() if "o_proj" not in k})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert distance(grads[0], grads[1]) < 1e-6
+# ---- tokenizers
 
 
-def test_data_the_label_is_the_next_token(tmp_path, out):
-    """A model that knows a -> b -> ... -> h -> end -> a by heart has no loss left, unless the shift
-    is missing or doubled."""
-    path = tiny_model(tmp_path / "abc", hidden=264, layers=1)
-    order = tiny_tokenizer().encode("abcdefgh<|endoftext|>")
-
-    def learn_by_heart(tensors):
-        for name in tensors:
-            tensors[name].fill_(1 if "norm" in name else 0)
-        for token, following in zip(order, order[1:] + order[:1]):
-            tensors["model.embed_tokens.weight"][token, token] = 1
-            tensors["lm_head.weight"][following, token] = 2
-
-    edit_weights(path, learn_by_heart)
-    dataset = write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefgh"}] * 40)
-    distil(out, student=path, dataset=dataset, alpha=1.0, max_steps=1, learning_rate=STILL)
-    assert column(out, "train/ce_loss")[0] < 1e-6
-    assert column(out, "eval/ce_loss")[0] < 1e-6
+@pytest.mark.parametrize("ours, theirs, problem", [
+    (dict(roll=1), {}, f"token {len(SPECIAL)} is "),   # the first that differs
+    (dict(merges=("t u", "u r")), dict(merges=("u r", "t u")), "they cut text differently"),
+])
+def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, text, ours, theirs,
+                                                         problem):
+    names = []
+    for name, options in (("student", ours), ("teacher", theirs)):
+        tokenizer = tiny_tokenizer(**options)
+        names.append(tiny_model(tmp_path / name, len(tokenizer), tokenizer=tokenizer))
+    err = distil(out, rc=2, student=names[0], teacher=names[1], dataset=text, max_steps=1).err
+    assert problem in err
 
 
-def test_data_collate_shifts_before_it_masks():
-    rows = [
-        {"input_ids": [5, 6, 7, 8], "targets": [False, False, True, True]},
-        {"input_ids": [9, 10], "targets": None},
-    ]
-    batch = sd.collate(rows)
-    assert batch.positions.tolist() == [1, 2, 4]
-    assert batch.labels.tolist() == [7, 8, 10]
-
-
-def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, teacher, text):
-    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(roll=1))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    err = distil(out, rc=2, teacher=teacher, student=other, dataset=text, max_steps=1).err
-    assert f"token {len(SPECIAL)} " in err   # the first that differs, and what both make of it
-    assert repr(letters[0]) in err
-    assert repr(letters[1]) in err
-    assert not os.path.exists(out)
-
-
-def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
-    one = tiny_tokenizer(merges=("t u", "u r"))
-    two = tiny_tokenizer(merges=("u r", "t u"))
-    assert one.get_vocab() == two.get_vocab()
-    teacher = tiny_model(tmp_path / "t", vocab=len(one), tokenizer=one)
-    student = tiny_model(tmp_path / "s", vocab=len(two), tokenizer=two)
-    distil(out, rc=2, teacher=teacher, student=student, dataset=text, max_steps=1)
+@pytest.mark.parametrize("named, candidates, found", [
+    (None, ["demo", "layers:2", "shape.json", "bare", "a", "b"], "a"),
+    ("b", ["a"], "b"),
+    (None, ["bare", "demo"], None),
+])
+def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "broken"):
+        tiny_tokenizer().save_pretrained(name)
+    os.mkdir("bare")
+    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), *candidates)
+    assert (tokenizer and tokenizer.name_or_path) == found
+    Path("broken", "tokenizer.json").write_text("{")
+    with pytest.raises(config.UserError, match="tokenizer of broken"):   # and no other is taken
+        sd.load_tokenizer(config.Config(), "broken", "a")
+    with pytest.raises(config.UserError, match="name one with --tokenizer"):
+        sd.load_data(config.Config(), None)
 
 
 # ---- which tokens are targets
@@ -1524,11 +1463,8 @@ def test_data_same_tokens_but_other_merges_are_refused(tmp_path, out, text):
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    targets = row["targets"]
-    if targets is None:
-        targets = [True] * len(row["input_ids"])
     runs = []
-    pairs = zip(targets, row["input_ids"])
+    pairs = zip(row["targets"], row["input_ids"], strict=True)
     for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
         if is_target:
             runs.append(tokenizer.decode([int(token) for _, token in run]))
@@ -1536,8 +1472,7 @@ def target_runs(row, tokenizer):
 
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return sd.rows_from_columns(sd.encode(columns, tokenizer, "text", seq_len, packing))
+    return sd.row_encoder(config.Config(seq_len=seq_len, packing=packing), tokenizer)(rows)
 
 
 def user(content):
@@ -1553,11 +1488,6 @@ TWO_TURNS = [
     user("hello there"), assistant("hello there"),
     user("2+2?"), assistant("It is 4.\nTruly."),
 ]
-MARKED = CHATML.replace(
-    "{{ m['content'] }}<|im_end|>",
-    "{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}")
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
@@ -1568,11 +1498,15 @@ THINKING = (
     "{{ m['content'].split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}")
 NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
 
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am I') }}{% endif %}"
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
+
 
 @pytest.mark.parametrize("template, end_mark", [
     pytest.param(CHATML, "<|im_end|>", id="chatml"),
+    pytest.param(NEEDS_SYSTEM + CHATML, "<|im_end|>", id="needs_system"),
     pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
-    pytest.param(MARKED, "<|im_end|>", id="marked"),
     pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
     pytest.param(NO_END, "", id="no_end"),
     pytest.param(None, "<|endoftext|>", id="none"),
@@ -1588,31 +1522,13 @@ def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template
 
 
 @pytest.mark.parametrize("said, shown", [
-    ("  spaced out \n", "spaced out"),
-    ("x", "x"),
-    ("<|im", "<|im"),
-    ("user", "user"),
-    ("é日本🙂", "é日本🙂"),
-    ("<|eot_id|>", "<|eot_id|>"),
-    ("assistant", "assistant"),
+    ("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"),
+    ("é日本🙂", "é日本🙂"), ("assistant", "assistant"),
 ])
 def test_data_odd_answers_are_found_exactly(said, shown):
     tokenizer = tiny_tokenizer(LLAMA3)
     row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    runs = target_runs(row, tokenizer)
-    if shown in SPECIAL:
-        # an answer that is itself an end mark: nothing can tell them apart, and nothing else may
-        # be counted
-        assert all(set(run) <= set("<|eot_id|>") for run in runs)
-    else:
-        assert runs == [shown + "<|eot_id|>"] * 2
-
-
-def test_data_templates_that_rewrite_earlier_turns():
-    tokenizer = tiny_tokenizer(THINKING)
-    turns = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>so</think>d")]
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
+    assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
 
 
 # ---- thoughts and calls of tools, by the templates of those models, shortened
@@ -1735,12 +1651,12 @@ TOOL_TURNS = [
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
     {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"},
 ]
+SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
 
 @pytest.mark.parametrize("template, targets", [
-    pytest.param(QWEN3, [
-        '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>',
-        "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
+    pytest.param(
+        QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
     pytest.param(LLAMA31, [
         '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
         id="llama3.1"),
@@ -1752,53 +1668,58 @@ TOOL_TURNS = [
         '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
         "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
 ])
-def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets):
+@pytest.mark.parametrize("arguments", [{"at": "sky"}, '{"at": "sky"}'])
+def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets, arguments):
     """Read from a file, so that each message has the fields of all others, as nulls; arguments come
     as an object or, as APIs give them, as JSON in a string."""
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"extra_special_tokens": [
         "<|user|>", "<|assistant|>", "<|observation|>"]})
-    for i, arguments in enumerate(({"at": "sky"}, '{"at": "sky"}')):
-        call = {**CALL, "function": {"name": "look", "arguments": arguments}}
-        turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
-        rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
-        train, _ = rows_of(write_splits(tmp_path / str(i), rows, rows), tokenizer, seq_len=512)
-        assert target_runs(train[0], tokenizer) == targets
-        mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
-        assert target_runs(train[1], tokenizer) in (
-            [targets[0]], [mark],
-            ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
+    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
+    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
+    rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, seq_len=512)
+    assert target_runs(train[0], tokenizer) == targets
+    mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
+    assert target_runs(train[1], tokenizer) in (
+        [targets[0]], [mark],
+        ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
 
 
-def test_data_the_thoughts_of_qwen3_are_targets_where_its_template_keeps_them():
-    tokenizer = tiny_tokenizer(QWEN3)
-    turns = [
-        user("a"), assistant("<think>\nhm\n</think>\n\nb"),
-        user("c"), {"role": "assistant", "content": "", "reasoning_content": "look",
-                    "tool_calls": [CALL]},
-        {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
-    ]
+THOUGHTS = [
+    user("a"), assistant("<think>\nhm\n</think>\n\nb"),
+    user("c"),
+    {**assistant(""), "reasoning_content": "look", "tool_calls": [CALL]},
+    {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
+]
+
+
+@pytest.mark.parametrize("template, turns, targets", [
+    (THINKING, [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>d")],
+     ["b<|im_end|>", "<think>d<|im_end|>"]),
+    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
+                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
+    (QWEN3, [*THOUGHTS, user("e"), assistant("f")],
+     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
+    (QWEN3, [user("a"), assistant("")], []),   # says nothing
+    (None, [assistant("abc")], ["bc<|endoftext|>"]),   # its first token follows nothing
+])
+def test_data_templates_that_change_earlier_turns(template, turns, targets):
+    tokenizer = tiny_tokenizer(template)
     row, = encode([{"messages": turns}], tokenizer)
-    call = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
-    assert target_runs(row, tokenizer) == [
-        "b<|im_end|>", "<think>\nlook\n</think>\n\n" + call,
-        "<think>\nso\n</think>\n\nd<|im_end|>"]
-    row, = encode([{"messages": [*turns, user("e"), assistant("f")]}], tokenizer)
-    assert target_runs(row, tokenizer) == [
-        "b<|im_end|>", call, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]
-    assert not encode([{"messages": [user("a"), assistant("")]}], tokenizer)   # says nothing
+    assert target_runs(row, tokenizer) == targets
 
 
-# ---- from files to rows
+# ---- from raw rows to token rows
 
 
 def rows_of(dataset, tokenizer=None, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
-    cfg = config.Config(**{**usual, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
+    cfg = config.Config(**{"dataset": str(dataset), "seq_len": 64, **fields})
+    with sd.process_group():
         train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
-        return [dict(row) for row in train], [dict(row) for row in held_out]
+    train = train or []
+    return [train[i] for i in range(len(train))], list(held_out)
 
 
 def ids_of(rows):
@@ -1809,63 +1730,66 @@ def decoded(rows):
     return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
 
 
-STYLES = {
-    "messages": {"messages": [user("why?"), assistant("so")]},
-    "response": {"prompt": "why?", "response": "so"},
-    "completion": {"prompt": "why?", "completion": "so"},
-    "answer": {"question": "why?", "answer": "so"},
-    "output": {"instruction": "why?", "output": "so"},
-    "empty_input": {"instruction": "why?", "input": "", "output": "so"},
-}
+WHY_SO = [user("why?"), assistant("so")]
+PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
+NULLS = {"name": None, "tool_calls": None}
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_data_conversation_columns(tmp_path, style, suffix):
-    rows = [STYLES[style]] * 4
-    path = str(tmp_path / f"d.{suffix}")
-    if suffix == "jsonl":
-        write_jsonl(path, rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    tokenizer = tiny_tokenizer(CHATML)
-    train, held_out = rows_of(path, tokenizer)
-    for row in train + held_out:
-        assert target_runs(row, tokenizer) == ["so<|im_end|>"]
-        shown = tokenizer.decode(row["input_ids"])
-        assert shown.startswith("<|im_start|>user\nwhy?<|im_end|>")
+@pytest.mark.parametrize("row, messages", [
+    ({"messages": WHY_SO}, WHY_SO),
+    ({"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]}, WHY_SO),
+    ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
+     WHY_SO),
+    ({"prompt": "why?", "response": "so", "text": "unread"}, WHY_SO),
+    ({"prompt": "why?", "completion": "so"}, WHY_SO),
+    ({"prompt": [user("why?")], "completion": [assistant("so")]}, WHY_SO),
+    ({"messages": None, "prompt": None, "question": "why?", "answer": "so"}, WHY_SO),
+    ({"instruction": "why?", "input": "", "output": "so"}, WHY_SO),
+    ({"instruction": "add", "input": "1, 2", "output": "3"},
+     [user("add\n\n1, 2"), assistant("3")]),
+    ({"messages": [], "prompt": "why?", "response": None, "text": "one"}, None),
+    ({"messages": "why?", "text": "one"}, None),
+])
+def test_data_conversations_of_every_format(row, messages):
+    assert sd.conversation_of(row) == messages
 
 
-def test_data_instruction_with_input_shows_both(tmp_path):
-    tokenizer = tiny_tokenizer(CHATML)
-    row, = encode([{"instruction": "add", "input": "1 and 2", "output": "3"}], tokenizer)
-    shown = tokenizer.decode(row["input_ids"])
-    assert shown.index("add") < shown.index("1 and 2") < shown.index("assistant")
-    assert target_runs(row, tokenizer) == ["3<|im_end|>"]
+PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
+MIXED = [
+    {"text": "plain one"},
+    {"messages": WHY_SO},
+    {"text": "", "id": 1},   # neither said nor wrong
+    {"text": None},
+    {"text": "plain two"},
+    {"messages": [user("q"), {"content": "nobody said this"}]},
+    {"messages": [user(PICTURE), assistant("a picture")]},
+    {"id": 7},
+    {"messages": [user("only asked")]},
+    {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]},
+]
+REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
+           "KeyError: 'text' among id", "no target in 64 tokens", "no system role"]
 
 
-def test_data_one_conversation_a_row_cut_to_seq_len_and_dropped_without_targets(tmp_path, out,
-                                                                                student):
+def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
+    tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
+    rows, dropped = sd.kept_rows(sd.token_rows(encode(MIXED, tokenizer, 64)))
+    assert [target_runs(row, tokenizer) for row in rows] == [
+        ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
+    assert dropped.total() == len(REASONS)
+    for reason in REASONS:
+        assert sum(reason in why for why in dropped) == 1, (reason, dropped)
+
+
+def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
     sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
     rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    train, _ = rows_of(path, seq_len=16)
+    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), seq_len=16)
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
     assert [sum(row["targets"]) for row in train] == [11, 11, 11]
-    shown = distil(out, student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=16)
-    assert "dropped 2 of 5" in shown.out + shown.err
-
-
-def test_data_text_is_joined_with_eos_and_cut_into_blocks(tmp_path):
-    docs = [prose(5 + i, i) for i in range(6)]
-    path = write_splits(
-        tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out text here"}])
-    train, held_out = rows_of(path, seq_len=16)
-    stream = tiny_tokenizer().encode("".join(doc + "<|endoftext|>" for doc in docs))
-    assert ids_of(train) == [stream[i:i + 16] for i in range(0, len(stream), 16)]
-    for row in train:
-        assert row["targets"] is None or all(row["targets"])
-    assert decoded(held_out)[0] == "held out text he"
+    shown = capsys.readouterr().out
+    assert "train: dropped 2 of 5 rows: 2 x no target in 16 tokens" in shown
+    assert "eval: dropped" not in shown
 
 
 def llama_tokenizer(**fields):
@@ -1875,43 +1799,49 @@ def llama_tokenizer(**fields):
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
 
 
-@pytest.mark.parametrize("kind", ["gemma", "llama"])
-def test_data_blocks_of_text_begin_with_the_tokenizers_bos(tmp_path, kind):
-    """As part of seq_len, and nowhere else, though a text has it written out: no label is one."""
-    tokenizer = tiny_tokenizer(bos=True) if kind == "gemma" else llama_tokenizer(add_bos_token=True)
-    bos = tokenizer.bos_token_id
-    assert tokenizer("one")["input_ids"][0] == bos
-    docs = [prose(5 + i, i) for i in range(6)] + [tokenizer.bos_token + "one two"]
-    path = write_splits(tmp_path / "d", [{"text": doc} for doc in docs], [{"text": "held out"}])
-    train, held_out = rows_of(path, tokenizer, seq_len=16)
-    stream = []
-    for doc in docs:
-        ids = tokenizer(doc, add_special_tokens=False)["input_ids"]
-        stream += [i for i in ids if i != bos] + [tokenizer.eos_token_id]
-    assert ids_of(train) == [[bos, *stream[i:i + 15]] for i in range(0, len(stream), 15)]
-    for row in train + held_out:
-        assert row["targets"] is None
-        assert row["input_ids"][0] == bos
-        assert bos not in sd.collate([row]).labels
-        assert len(sd.collate([row]).labels) == len(row["input_ids"]) - 1
-
-
-@pytest.mark.parametrize("kind, expected", [
-    ("gpt", "d5359dc494097716"),
-    ("llama", "da49177e39b83bc4"),
+@pytest.mark.parametrize("packing", ["blocks", "rows"])
+@pytest.mark.parametrize("tokenizer, begin", [
+    pytest.param(tiny_tokenizer(), [], id="gpt"),   # it has a BOS, and puts it nowhere
+    pytest.param(tiny_tokenizer(bos=True), [1], id="gemma"),
+    pytest.param(llama_tokenizer(add_bos_token=True), [1], id="llama"),
 ])
-def test_data_blocks_without_bos_are_those_of_old(tmp_path, kind, expected):
-    """Of tokenizers that add none, also where one has the token; by the digest of the version
-    before."""
-    tokenizer = tiny_tokenizer() if kind == "gpt" else llama_tokenizer(add_bos_token=False)
-    rows = encode([{"text": prose(5 + i, i)} for i in range(6)], tokenizer, seq_len=16)
-    assert sd.rows_digest(datasets.Dataset.from_list(rows, features=sd.TOKEN_FEATURES)) == expected
+def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin, packing):
+    docs = [prose(5 + i, i) for i in range(6)]
+    streams = tokenizer(docs, add_special_tokens=False)["input_ids"]
+    for ids in streams:
+        ids.append(tokenizer.eos_token_id)
+    docs[-1] += tokenizer.eos_token   # it ends so already
+    if packing == "blocks":
+        streams = [list(itertools.chain(*streams))]
+    room = 16 - len(begin)
+    expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
+    rows = encode([{"text": doc} for doc in docs], tokenizer, 16, packing)
+    assert [row["input_ids"] for row in rows] == expected
+    for row in rows:
+        assert row["starts"] == [0]
+        assert row["targets"] == [False] + [True] * (len(row["input_ids"]) - 1)
+        assert bool(row["dropped"]) == (len(row["input_ids"]) == 1)
+
+
+@pytest.mark.parametrize("template, packing, why", [
+    pytest.param(None, "blocks", "use --packing rows", id="blocks"),
+    # which writes nothing of a single message
+    pytest.param("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "auto",
+                 "no target in 16 tokens", id="template"),
+])
+def test_data_dropped_as_it_has_to_be(template, packing, why):
+    rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
+    encoded = encode(rows, tiny_tokenizer(template), 16, packing)
+    kept, dropped = sd.kept_rows(sd.token_rows(encoded))
+    assert len(kept) == 1
+    [reason] = dropped.elements()
+    assert why in reason
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
     docs = [prose(6 + i, i) + "\n" + prose(3, i) for i in range(25)]
     rows = [{"text": doc} for doc in docs]
-    table = datasets.Dataset.from_dict({"text": docs, "other": list(range(25))})
+    table = datasets.Dataset.from_list(rows)
     write_jsonl(tmp_path / "d.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows))
     table.to_csv(str(tmp_path / "d.csv"))
@@ -1921,139 +1851,119 @@ def test_data_every_local_format_gives_the_same_rows(tmp_path):
     datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
     want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
     assert len(want[0]) > 20
-    assert len(want[1]) >= 1
     for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
         assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
 
 
-def test_data_tokenising_in_several_processes_gives_the_same_rows(tmp_path, student, chat):
-    """In a process of its own: forking with threads about, a deadlock would take the other tests
-    along."""
-    fields = dict(student=student, dataset=chat, alpha=1.0, batch_size=8, max_steps=1, seq_len=256)
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    distil(one, **fields)
-    process = spawn(*flags(**PLAIN | fields, output_dir=two, num_proc=2))
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, shown
-    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), rel=1e-6)
+# ---- what is kept of them
 
 
-def kept_files():
-    """Of tokenised rows."""
-    return set(Path(os.environ["HF_DATASETS_CACHE"]).glob("simple_distill/*"))
+SEVERAL = """
+import contextlib, io, sys
+sys.path.insert(0, sys.argv[1])
+import datasets, test_simple_distill as t, simple_distill as sd
+
+def broken(*args, **options):
+    raise ZeroDivisionError
+
+for run, processes in (("one", None), ("two", 2), ("two", 2), ("two", None)):
+    datasets.config.HF_DATASETS_CACHE = f"{sys.argv[3]}/{run}"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), sd.process_group():
+        cfg = t.config.Config(dataset=sys.argv[2], seq_len=64, num_proc=processes)
+        train, _ = sd.load_data(cfg, t.tiny_tokenizer())
+    dropped = [line for line in said.getvalue().split("\\n") if "train: dropped" in line]
+    print("rows:", sd.count_rows(train), dropped)
+    if run == "two":
+        sd.encode_rows = broken   # from here on they come from the disk
+"""
 
 
-def test_data_tokenised_rows_are_kept_for_the_next_run(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": prose(20, i)} for i in range(30)])
-    before = kept_files()
-    first = ids_of(rows_of(path)[0])
-    after_first = kept_files()
-    assert after_first != before
-    assert ids_of(rows_of(path)[0]) == first
-    assert kept_files() == after_first
-    assert ids_of(rows_of(path, seq_len=32)[0]) != first
-    assert kept_files() != after_first
+def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
+    """Joined by the thousand, whoever does it, and what was dropped with them. In a process of its
+    own, for the forks."""
+    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
+    rows[::500] = [{"messages": [{"content": "nobody said this"}]}] * 5
+    path = write_splits(tmp_path / "d", rows, rows[1:2])
+    ran = subprocess.run([sys.executable, "-c", SEVERAL, str(HERE), path, str(tmp_path)],
+                         text=True, capture_output=True)
+    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
+    assert len(found) == 4, ran.stderr
+    assert len(set(found)) == 1, found
+    assert "train: dropped 5 of 2500 rows: 5 x KeyError: 'role' among" in found[0]
 
 
-def test_data_formats_run_through_the_command_line(tmp_path, student, text):
-    table = datasets.load_dataset("json", data_files=text, split="train")
-    table.to_parquet(str(tmp_path / "d.parquet"))
-    fields = dict(student=student, alpha=1.0, max_steps=2)
-    distil(tmp_path / "jsonl", dataset=text, **fields)
-    distil(tmp_path / "parquet", dataset=tmp_path / "d.parquet", **fields)
-    assert same(final_weights(tmp_path / "jsonl"), final_weights(tmp_path / "parquet"))
+def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
+    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
 
+    def fingerprint(tokenizer=None, raw=raw, **fields):
+        cfg = config.Config(**{"packing": "rows", **fields})
+        return sd.fingerprint_rows(cfg, raw, tokenizer or tiny_tokenizer())
 
-def test_data_text_column_and_unknown_columns(tmp_path, out, student):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"body": prose(20, i), "id": i} for i in range(10)])
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1)
-    err = distil(out, rc=2, **fields).err
-    assert "'text'" in err
-    assert "body" in err
-    assert "id" in err
-    distil(out, **fields, text_column="body")
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "<|im_end|>"
+    same = {fingerprint(), fingerprint(packing="documents")}
+    other = [
+        fingerprint(other_end), fingerprint(tiny_tokenizer(CHATML)),
+        fingerprint(raw=raw.rename_column("prompt", "question")), fingerprint(packing="auto"),
+        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
+    marker = "\n# ---- between raw rows and token rows"
+    parts = Path(sd.__file__).read_text().split(marker)
+    for word in ("ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of"):
+        assert word in parts[1]
+    monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
+    for i, found in enumerate((same.add, other.append, same.add)):
+        edited = [*parts]
+        edited[i] += "# an edit"
+        Path(sd.__file__).write_text(marker.join(edited))
+        found(fingerprint())
+    assert len(same) == 1
+    assert len({*same, *other}) == 9
 
 
 # ---- packing
 
 
 def documents_of(rows):
-    """-> {(ids, which are targets) of a document: how often}, of rows that hold one or several."""
+    """-> {((id, is it a target), ...) of a document: how often}; a row holds one or several."""
     documents = collections.Counter()
     for row in rows:
-        ids = list(map(int, row["input_ids"]))
-        targets = [True] * len(ids)   # None: all are
-        if row["targets"] is not None:
-            targets = list(map(bool, row["targets"]))
-        starts = list(map(int, row.get("starts", [0])))
-        for start, end in itertools.pairwise([*starts, len(ids)]):
-            # the first is no target whatever it says: nothing comes before it
-            documents[tuple(ids[start:end]), tuple(targets[start + 1:end])] += 1
+        tokens = list(zip(row["input_ids"], row["targets"], strict=True))
+        for start, end in itertools.pairwise([*row["starts"], len(tokens)]):
+            documents[tuple(tokens[start:end])] += 1
     return documents
 
 
-def padding_by_hand(lengths, batch_size, seed=0):
-    """Of an epoch, batch after batch."""
-    order = sd.shuffled(len(lengths), seed, 0).tolist()
-    places = 0
-    for i in range(0, len(order), batch_size):
-        batch = [lengths[k] for k in order[i:i + batch_size]]
-        places += max(batch) * len(batch)
-    return 1 - sum(lengths) / places
-
-
-@pytest.mark.parametrize("kind", ["talk", "text", "text after bos"])
-def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path, kind):
-    """Those of packing rows, several a row; an epoch counts each of their targets once, and no
-    label crosses from one into the next."""
-    tokenizer = tiny_tokenizer(CHATML, bos=kind == "text after bos")
-    rows = talk(150) if kind == "talk" else [{"text": prose(1 + i % 40, i)} for i in range(150)]
+def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
+    rows = talk(150)
     path = write_splits(tmp_path / "d", rows, rows[:9])
+    tokenizer = tiny_tokenizer(CHATML)
     apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
     packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
     assert documents_of(packed) == documents_of(apart)
-    assert len(apart) >= len(rows)
-    if kind != "talk":   # a long text goes on in another document: all of its tokens are predicted
-        predicted = [i for row in apart for i in row["input_ids"][1:]]
-        expected = []
-        for row in rows:
-            ids = tokenizer.encode(row["text"] + "<|endoftext|>", add_special_tokens=False)
-            expected += ids if tokenizer("a")["input_ids"][0] == 1 else ids[1:]
-        assert predicted == expected
+    assert len(apart) == 150
     assert len(packed) < len(apart) / 1.3
     assert max(len(row["input_ids"]) for row in packed) <= 128
-    for row in packed:
-        assert row["starts"][0] == 0
-        assert not any(row["targets"][start] for start in row["starts"])
     # held-out documents stand alone: what is measured on them does not depend on the packing
     assert ids_of(packed_held_out) == ids_of(held_out)
-    assert not any("starts" in row for row in packed_held_out)
-
-    labels = {}
-    for name, rows_here in (("apart", apart), ("packed", packed)):
-        batches = sd.indexed_batches(rows_here, 0, 4, 0)
-        counted = collections.Counter()
-        for numbers, _ in itertools.islice(batches, math.ceil(len(rows_here) / 4)):
-            batch = sd.collate([rows_here[i] for i in numbers])
-            before = batch.input_ids.flatten()[batch.positions].tolist()
-            counted.update(zip(before, batch.labels.tolist(), strict=True))
-        labels[name] = counted
-    assert labels["packed"] == labels["apart"]
 
 
-def test_data_documents_begin_at_position_0_and_so_does_padding():
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
-         "starts": [0, 2]},
-        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0, 1]},
-    ]
-    batch = sd.collate(rows)
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
-    assert batch.labels.tolist() == [6, 8, 9, 3]
-    assert sd.collate([{**row, "starts": [0]} for row in rows]).position_ids.tolist() == [
-        [0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
-    assert sd.collate([{"input_ids": [5, 6], "targets": None}]).position_ids is None
+def token_dataset(documents):
+    """Of [(ids, targets)], as it lies on disk."""
+    rows = [{"input_ids": ids, "targets": targets, "starts": [0], "dropped": ""}
+            for ids, targets in documents]
+    return sd.kept_rows(sd.token_rows(rows))[0]
+
+
+def test_data_packed_rows_are_a_view_of_any_number_of_documents():
+    """They are put together ten thousand at a time."""
+    documents = token_dataset(([i] * (1 + i % 4), [False] + [True] * (i % 4))
+                              for i in range(10_050))
+    packed = sd.PackedRows(documents, 64)
+    rows = [packed[i] for i in range(len(packed))]
+    assert documents_of(rows) == documents_of(documents.with_format(None))
+    assert max(len(row["input_ids"]) for row in rows) == 64
+    assert len(rows) <= math.ceil(10_050 * 2.5 / 64) + 1
 
 
 def test_data_as_few_rows_as_the_documents_need():
@@ -2068,419 +1978,188 @@ def test_data_as_few_rows_as_the_documents_need():
     assert sd.fit_into_rows([3, 5, 2, 6], 8) == [[0, 1], [2, 3]]
 
 
-def test_data_totals_and_padding_are_said(tmp_path, student, out):
-    rows = talk(30)
-    path = write_splits(tmp_path / "d", rows, rows[:2])
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=1, seq_len=128, batch_size=4)
-    apart, _ = rows_of(path, seq_len=128)
-    packed, _ = rows_of(path, seq_len=128, packing="documents")
-    lengths = [len(row["input_ids"]) for row in apart]
-    tokens = sum(lengths)
-    targets = sum(sum(row["targets"][1:]) for row in apart)
-    share = padding_by_hand(lengths, 4)
-    totals = f"{tokens:,} tokens, {targets:,} targets"
-    shown = distil(f"{out}-rows", **fields).out
-    assert f"train: 30 rows, {totals}; {share:.1%} of 4 rows together is padding\n" in shown
-    packed_share = padding_by_hand([len(row["input_ids"]) for row in packed], 4)
-    assert packed_share < share / 2
-    share = padding_by_hand([len(ids) for ids, _ in documents_of(packed).elements()], 4)
-    shown = distil(f"{out}-documents", **fields, packing="documents").out
-    assert (f"train: 30 documents in {len(packed)} rows, {totals}; {packed_share:.1%} of 4 rows "
-            f"together is padding, with one document a row {share:.1%}\n") in shown
-    text = write_splits(tmp_path / "text", [{"text": "abcdef"}] * 8, [TEXT_ROW])
-    shown = distil(f"{out}-text", **{**fields, "dataset": text, "seq_len": 16}).out
-    assert "train: 4 rows, 56 tokens, 52 targets; 12.5% of 4 rows" in shown
-
-
-def test_data_blocks_are_of_text_alone(tmp_path, out, student, chat):
-    err = distil(out, rc=2, student=student, dataset=chat, alpha=1.0, packing="blocks").err
-    assert "row 1: a conversation; blocks are of plain text: use --packing rows or" in err
-    text = [{"text": prose(5 + i, i)} for i in range(9)]
-    assert encode(text, tiny_tokenizer(), 16, "blocks") == encode(text, tiny_tokenizer(), 16)
-
-
-def test_data_a_dry_run_shows_where_documents_begin(tmp_path, out, student):
-    rows = [{"prompt": "a", "response": "bc"}, {"prompt": "d", "response": "ef"}]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    shown = distil(out, student=student, dataset=path, alpha=1.0, packing="documents", dry_run=True)
-    first = "'a\\n[[bc<|endoftext|>]] || d\\n[[ef<|endoftext|>]]'"
-    assert first in shown.out, shown.out
+def test_data_rows_are_counted_and_known_by_their_content():
+    """By all of it, and by nothing else: a resume compares it."""
+    documents = [([i % 50, 7, 8], [False, True, True]) for i in range(1500)]
+    rows = token_dataset(documents)
+    found = sd.count_rows(rows)
+    digest = found.pop("digest")
+    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49)
+    for edit in (
+        [([48, 9, 8], [False, True, True]), documents[-1]],    # another id
+        [documents[-2], ([49, 7, 8], [False, True, False])],   # another target
+        [([48, 7], [False, True]), ([8, 49, 7, 8], [True, False, True, True])],   # cut elsewhere
+    ):
+        assert sd.count_rows(token_dataset(documents[:-2] + edit))["digest"] != digest, edit
+    packed = sd.count_rows(sd.PackedRows(rows, 30))
+    assert packed == dict(rows=150, tokens=4500, targets=3000, biggest=49, digest=digest)
+    assert sd.count_rows(rows.to_iterable_dataset()) is None
 
 
 # ---- splits
 
 
-def test_data_held_out_rows_are_never_trained_on(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": f"answer {i:03d}"} for i in range(100)]
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    train, held_out = rows_of(path)
-    assert held_out
-    assert len(train) + len(held_out) == 100
-    assert len(set(decoded(train + held_out))) == 100   # so that none is in both
-    assert [ids_of(rows) for rows in rows_of(path)] == [ids_of(train), ids_of(held_out)]
-    assert len(rows_of(path, eval_samples=2)[1]) <= 2
+@pytest.mark.parametrize("length, wanted, expected", [
+    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98]),
+])
+def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wanted, expected):
+    raw = datasets.Dataset.from_dict({"n": list(range(length))})
+    train, held_out = sd.hold_out_rows(raw, wanted)
+    assert held_out["n"][:] == expected
+    assert train["n"][:] == [i for i in range(length) if i not in expected]
 
 
-def numbers_in(rows):
-    return set(re.findall(r"<(\d{3})>", "".join(decoded(rows))))
+@pytest.mark.parametrize("fields, expected", [
+    ({}, (38, 2)),   # there is no validation
+    (dict(eval_split="test", eval_samples=4), (40, 4)),
+    (dict(eval_split="test", max_samples=7), (7, 6)),
+    (dict(max_samples=7), (6, 1)),
+    (dict(train_split="test", eval_split="train"), (6, 40)),
+    (dict(eval_split="train"), (38, 2)),
+    (dict(mode="eval", eval_split="train", eval_samples=5), (0, 5)),   # optional: eval
+])
+def test_data_splits_by_their_role(tmp_path, fields, expected):
+    write_jsonl(tmp_path / "train.jsonl", talk(40))
+    write_jsonl(tmp_path / "test.jsonl", talk(6))
+    train, held_out = rows_of(tmp_path, seq_len=256, **fields)
+    assert (len(train), len(held_out)) == expected
 
 
-def test_data_text_that_is_held_out_is_in_no_block_of_train(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"<{i:03d}>" * 6} for i in range(60)])
-    train, held_out = rows_of(path)
-    assert numbers_in(held_out)
-    assert not numbers_in(train) & numbers_in(held_out)
-
-
-def test_data_eval_split_is_used_where_there_is_one(tmp_path, out, student, chat):
-    assert [len(rows) for rows in rows_of(chat, seq_len=256)] == [8, 4]
-    five = datasets.Dataset.from_list(talk(5))
-    three = datasets.Dataset.from_list(talk(3))
-    saved = tmp_path / "saved"
-    datasets.DatasetDict(train=five, other=three).save_to_disk(str(saved))
-    named = rows_of(saved, eval_split="other", seq_len=256)
-    assert [len(rows) for rows in named] == [5, 3]
-    swapped = rows_of(saved, train_split="other", eval_split="train", seq_len=256)
-    assert [len(rows) for rows in swapped] == [3, 5]
-    fields = dict(student=student, dataset=saved, alpha=1.0, max_steps=1)
-    assert "absent" in distil(out, rc=2, **fields, eval_split="absent").err
-    assert "absent" in distil(out, rc=2, **fields, train_split="absent").err
-
-
-def test_data_max_samples_takes_the_first_rows(tmp_path):
-    rows = [{"prompt": f"question {i:03d}", "response": "a"} for i in range(40)]
-    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), max_samples=7)
-    numbers = [re.search(r"\d+", shown)[0] for shown in decoded(train)]
-    assert numbers == [f"{i:03d}" for i in range(7)]
+@pytest.mark.parametrize("role", ["train_split", "eval_split"])
+@pytest.mark.parametrize("kind", ["folder", "file", "saved"])
+def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, kind):
+    path = tmp_path
+    write_jsonl(tmp_path / "train.jsonl", talk(2))
+    if kind == "file":
+        path = tmp_path / "train.jsonl"
+    if kind == "saved":
+        path = tmp_path / "saved"
+        datasets.DatasetDict(train=datasets.Dataset.from_list(talk(2))).save_to_disk(path)
+    with pytest.raises(config.UserError, match="no split 'test'"):
+        rows_of(path, **{role: "test"})
 
 
 def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     (tmp_path / "d.txt").write_text(prose(2000))
     train, held_out = rows_of(tmp_path / "d.txt")
-    assert len(held_out) >= 1
-    assert "".join(decoded(train + held_out)) == prose(2000) + "<|endoftext|>"
+    ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
+    blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
+    assert ids_of(train + held_out) == blocks
+    assert len(held_out) == len(blocks) // 20
+    (tmp_path / "d.txt").write_text("a" * 70)
+    assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
+    (tmp_path / "d.txt").write_text("a" * 60)
+    with pytest.raises(config.UserError, match="nothing is left to evaluate on"):
+        rows_of(tmp_path / "d.txt")
 
 
-def splits_of(**fields):
-    return sd.load_splits(config.Config(**fields))
+# ---- what can be wrong with a dataset
 
 
-def test_data_splits_by_their_role(tmp_path, text):
-    """One file has one split, train; asked for by its own name it is all evaluated, and a name it
-    has not is refused by that name."""
-    with pytest.raises(config.UserError, match="no split 'validation'"):
-        splits_of(dataset=text, train_split="validation")
-    with pytest.raises(config.UserError, match="no split 'test'"):
-        splits_of(dataset=text, eval_split="test")
-    train, held_out = splits_of(dataset=text, eval_split="train")
-    assert len(train) + len(held_out) == 40
-    assert len(held_out) == 2
-    _, whole = splits_of(mode="eval", dataset=text, eval_split="train")   # optional: eval
-    assert len(whole) == 40   # optional: eval
+@pytest.mark.parametrize("row", [
+    {"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}, {"body": "no text"}])
+def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
+    path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
+    with pytest.raises(config.UserError, match="none of the 8 rows of .*useless.jsonl"):
+        rows_of(path)
+    if "body" in row:
+        assert rows_of(path, text_column="body")[0]
 
 
-TEXT_ROW = {"text": "one two"}
-PROMPT_ROW = {"prompt": "c", "response": "d"}
-SHAREGPT_ROW = {"conversations": [{"role": "user", "value": "a"},
-                                  {"role": "assistant", "value": "b"}]}
-TURNS_ROW = {"prompt": [user("a")], "response": "b"}
-
-
-@pytest.mark.parametrize("first, other, sequences", [
-    ({"messages": "hi", "text": "one two"}, TEXT_ROW, 1),   # texts share a block
-    ({"text": None}, TEXT_ROW, 1),
-    ({"prompt": "a", "response": None}, PROMPT_ROW, 2),
-    (SHAREGPT_ROW, SHAREGPT_ROW, 3),
-    (TURNS_ROW, TURNS_ROW, 3),
+@pytest.mark.parametrize("name, content", [
+    ("broken.jsonl", '{"text": \n'), ("empty.jsonl", ""), ("half.parquet", "PAR1"),
+    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None),
 ])
-def test_data_odd_rows_are_read_as_they_are_meant(tmp_path, student, first, other, sequences):
-    """Columns in another's style, and rows without a value at the beginning."""
-    path = write_jsonl(tmp_path / "data.jsonl", [first, other, other])
-    table = datasets.load_dataset(
-        "json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-    encoded = sd.encode(table[:], tiny_tokenizer(), "text", 99, "auto")
-    splits_of(dataset=path)   # does not refuse it
-    assert len(encoded["input_ids"]) == sequences
+def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    dataset = tmp_path / Path(name).parts[0] if "/" in name else path
+    with pytest.raises(config.UserError, match=f"reading dataset {dataset}: ") as caught:
+        rows_of(dataset)
+    assert len(str(caught.value).splitlines()) == 1
 
 
-# ---- order and size
-
-
-def test_data_an_epoch_sees_every_row_once_in_an_order_of_its_own(tmp_path, out, student):
-    """Rows of equal length and a student that stands still: the mean of the steps, weighted by
-    rows, is the mean of the rows."""
-    rows = [{"prompt": prose(2, i), "response": f"{prose(9, i):.9}"} for i in range(10)]
-    dataset = write_splits(tmp_path / "d", rows, rows)
-    distil(out, student=student, dataset=dataset, seq_len=256, alpha=1.0, batch_size=4,
-           num_epochs=2, learning_rate=STILL)
-    losses = column(out, "train/loss")
-    first_epoch = losses[:3]
-    second_epoch = losses[3:]
-    mean = column(out, "eval/loss")[-1]
-    for epoch in (first_epoch, second_epoch):
-        assert (4 * epoch[0] + 4 * epoch[1] + 2 * epoch[2]) / 10 == pytest.approx(mean, rel=1e-6)
-    assert first_epoch != second_epoch
-
-
-def test_data_a_line_of_10_mb_is_read_or_named(tmp_path, out, student):
-    long_line = json.dumps({"text": "word " * 2_000_000}) + "\n"
-    (tmp_path / "a.jsonl").write_text(long_line + GOOD_LINE * 9)
-    distil(out, student=student, alpha=1, dataset=tmp_path / "a.jsonl", max_steps=1, eval_samples=4)
-    assert len(column(out, "train/loss")) == 1
-
-
-# ---- what a row is worth: digests, and what encode depends on
-
-
-def train_rows_of(dataset, tokenizer=None, **fields):
-    """What load_data hands on to train on, as it is."""
-    usual = {"dataset": str(dataset), "teacher": "t", "student": "s", "seq_len": 64}
-    cfg = config.Config(**{**usual, **fields})
-    with contextlib.redirect_stdout(io.StringIO()), sd.process_group():
-        return sd.load_data(cfg, tokenizer or tiny_tokenizer())[0]
-
-
-def test_data_rows_digest_is_of_every_row_and_of_nothing_else(tmp_path):
-    """Not of the file's name, size or age: resume compares it."""
-    rows = talk(300)
-    train = train_rows_of(write_splits(tmp_path / "d", rows, rows[:1]))
-    before = sd.rows_digest(train)
-    assert re.fullmatch("[0-9a-f]{16}", before)
-    moved = train_rows_of(write_splits(tmp_path / "other", rows, rows[:1]))
-    assert sd.rows_digest(moved) == before
-    text = train_rows_of(write_splits(tmp_path / "text", [{"text": prose(99)}], [TEXT_ROW]))
-    assert sd.rows_digest(text) != before   # no targets, which is: all of them
-    for i in (0, 150, 299):
-        edited = [*rows]
-        edited[i] = {**rows[i], "response": rows[i]["response"].swapcase()}   # as long as before
-        path = write_splits(tmp_path / f"edited-{i}", edited, rows[:1])
-        assert sd.rows_digest(train_rows_of(path)) != before, i
-    half = train_rows_of(write_splits(tmp_path / "half", rows[:150], rows[:1]))
-    assert sd.rows_digest(half) == sd.rows_digest(train.take(150)) != before
-    assert sd.rows_digest(train.to_iterable_dataset()) is None
-
-
-def test_data_everything_that_encode_depends_on_is_in_the_fingerprint(tmp_path, monkeypatch):
-    """What is changed without changing the vocabulary: the marks, the templates, the tables, the
-    code, also of a helper that a fork has added."""
-    raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
-
-    def fingerprint(tokenizer):
-        return sd.fingerprint_rows(raw, tokenizer, "text", 64, "rows")
-
-    seen = [fingerprint(tiny_tokenizer())]
-    assert fingerprint(tiny_tokenizer()) == seen[0]
-    assert sd.fingerprint_rows(raw, tiny_tokenizer(), "text", 64, "documents") != seen[0]
-
-    def is_new(tokenizer=None):
-        seen.append(fingerprint(tokenizer or tiny_tokenizer()))
-        return seen[-1] not in seen[:-1]
-
-    other_end = tiny_tokenizer()
-    other_end.eos_token = "<|im_end|>"
-    assert is_new(other_end)
-    other_added = tiny_tokenizer()
-    other_added.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
-    assert is_new(other_added)
-    assert is_new(tiny_tokenizer(CHATML))
-    monkeypatch.setattr(sd, "PLAIN_TEMPLATE", NO_END)
-    assert is_new()
-    monkeypatch.setattr(sd, "CONVERSATIONS", (("ask", "say"),))
-    assert is_new()
-    monkeypatch.setattr(sd, "ROWS_AT_ONCE", 10)
-    assert is_new()
-    assert "difference" in sd.code_of(sd.encode_rows)   # called by what encode_rows calls
-    assert "RANK" not in sd.code_of(sd.encode_rows)   # of which every rank would find another
-    raw = raw.rename_column("prompt", "question")
-    assert is_new()
-
-
-def test_data_blocks_of_text_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Rows are packed by the thousand, whoever does it. In a process of its own, for the forks."""
-    rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
-    path = write_splits(tmp_path / "d", rows, rows[:1])
-    script = tmp_path / "count.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import datasets, test_simple_distill as t, simple_distill as sd\n"
-        "for n in (None, 2, 3):\n"
-        "    datasets.config.HF_DATASETS_CACHE = f'{sys.argv[2]}/{n}'\n"
-        "    train = t.train_rows_of(sys.argv[1], num_proc=n)\n"
-        "    print('rows:', len(train), sd.rows_digest(train))\n")
-    ran = subprocess.run([sys.executable, script, path, tmp_path], text=True, capture_output=True)
-    found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
-    assert len(found) == 3, ran.stderr
-    assert len(set(found)) == 1, found
-
-
-# ---- rows of every kind, beside each other
-
-PARTS = [{"type": "text", "text": "by "}, {"type": "text", "text": "parts"}]
-PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
-MIXED = [
-    {"text": "plain one"},
-    {"messages": [user("q"), assistant("a")]},
-    {"messages": [user("q"), {"content": "nobody said this"}]},   # line 3
-    {"messages": [user(PARTS), assistant(PARTS)]},
-    {"messages": [user(PICTURE), assistant("a picture")]},        # line 5
-    {"text": "plain two"},
-    {"id": 7},                                                    # line 7
-    {"messages": [user("only asked")]},                           # line 8
-    {"messages": ["no message"]},                                 # line 9
-    {"messages": [{"role": "user"}, assistant("b")]},             # line 10
-    {"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": "look"}]},
-    {"text": None},                                               # line 12
-]
-DROPPED = [
-    "1 with a message without a role", "line 3", "1 with a content part of type 'image_url'",
-    "line 5", "2 with no text and no conversation", "line 7", "1 with no target within seq_len 64",
-    "line 8", "1 with a message that is no object", "line 9", "1 with a message without content",
-    "line 10", "1 with tool_calls that are no list", "line 11",
-]
-
-
-def test_data_each_row_is_read_by_its_own_kind_and_dropped_ones_are_counted(tmp_path, out, student):
-    """And none that is bad is all there is to evaluate on."""
-    path = write_jsonl(tmp_path / "mixed.jsonl", MIXED)
-    fields = dict(student=student, dataset=path, alpha=1.0, max_steps=2, seq_len=64)
-    run = distil(out, **fields)
-    for words in DROPPED:
-        assert words in run.out, (words, run.out)
-    again = distil(out, **fields, resume="never")   # from the rows that were kept
-    said = [line for line in run.out.splitlines() if "dropped" in line]
-    assert said[0].startswith("train: dropped 8 of 11 rows: ")
-    assert [line for line in again.out.splitlines() if "dropped" in line] == said
-
-
-def test_data_texts_beside_conversations_are_kept():
-    tokenizer = tiny_tokenizer(CHATML)
-    names = ("text", "messages", "id")
-    rows = [{"text": ""}, *MIXED]   # an empty text, as wikitext has many, is no document
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    rows = sd.rows_from_columns(sd.encode(columns, tokenizer, "text", 64, "auto"))
-    texts = [tokenizer.decode(row["input_ids"]) for row in rows if row["targets"] is None]
-    assert texts == ["plain one<|endoftext|>plain two<|endoftext|>"]
-    talks = [target_runs(row, tokenizer) for row in rows if row["targets"] is not None]
-    assert talks == [["a<|im_end|>"], ["by parts<|im_end|>"]]
-
-
-def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path):
-    for row in ({"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}):
-        path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
-        with pytest.raises(config.UserError, match="useless.jsonl.*none of .* rows"):
-            rows_of(path)
-
-
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
-SYSTEM_ROW = {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]}
-
-
-def test_data_a_row_that_the_template_refuses_is_named(tmp_path):
-    """By its line in the file, though blank lines and held-out rows stand before it."""
-    rows = [{"messages": [user("q"), assistant("a")]}] * 40
-    path = write_jsonl(tmp_path / "d.jsonl", rows[:30])
-    with open(path, "a") as file:
-        file.write("\n\n" + json.dumps(SYSTEM_ROW) + "\n")
-    write_jsonl(tmp_path / "rest.jsonl", rows[30:])
-    with open(path, "a") as file:
-        file.write(Path(tmp_path / "rest.jsonl").read_text())
-    with pytest.raises(config.UserError, match="d.jsonl', line 33: .*no system role"):
-        rows_of(path, tiny_tokenizer(NO_SYSTEM + CHATML))
-
-
-# ---- what can be wrong with a dataset's file
-
-
-@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl", "data?.jsonl", "[!x]ata1.jsonl"])
+@pytest.mark.parametrize("name", ["data[1].jsonl", "data*.jsonl"])
 def test_data_names_are_names_and_no_patterns(tmp_path, name):
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
-    path = write_jsonl(tmp_path / name, [{"text": "this file"}] * 3)
-    train, _ = rows_of(path)
+    train, _ = rows_of(write_jsonl(tmp_path / name, [{"text": "this file"}] * 3))
     assert "this file" in decoded(train)[0]
-    (tmp_path / "d[1]").mkdir()
-    write_splits(tmp_path / "d1", [TEXT_ROW], [TEXT_ROW])
-    with pytest.raises(config.UserError, match="pattern"):
-        rows_of(tmp_path / "d[1]")
 
 
-def unreadable_files(folder):
-    """-> names of datasets that cannot be read, each in another way."""
-    (folder / "empty").mkdir()
-    (folder / "folder.jsonl").mkdir()
-    (folder / "saved").mkdir()
-    (folder / "saved" / "state.json").write_text("[]")
-    (folder / "odd.csv").write_text('a,b\n1,2,3,4\n"')
-    (folder / "deep.jsonl").write_text('{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
-    (folder / "odd.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
-    (folder / "half.parquet").write_bytes(b"PAR1")
-    os.symlink(folder / "loop.jsonl", folder / "loop.jsonl")
-    names = [str(path) for path in folder.iterdir()]
-    return [*names, "a\0b", "a\0b.jsonl", "x" * 5000, "y" * 5000 + ".jsonl", "s3://x/y", "~no/x"]
+# ---- batches
 
 
-def test_data_whatever_cannot_be_read_is_one_error(tmp_path, monkeypatch):
-    for name in unreadable_files(tmp_path):
-        with pytest.raises(config.UserError, match="dataset") as caught:
-            sd.load_splits(config.Config(dataset=name))
-        assert len(str(caught.value).splitlines()) == 1
-
-    def forbidden(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", path)
-
-    path = write_jsonl(tmp_path / "closed.jsonl", [TEXT_ROW])
-    monkeypatch.setattr(datasets, "load_dataset", forbidden)
-    monkeypatch.setattr(sd, "open", forbidden, raising=False)   # root may read everything
-    with pytest.raises(config.UserError, match="closed.jsonl.*Permission denied"):
-        sd.load_splits(config.Config(dataset=path))
-
-
-def test_data_a_long_conversation_is_encoded_no_further_than_it_is_used(monkeypatch):
-    encode_all = sd.patiently
-    sizes = []
-
-    def spy(tokenizer, texts, **options):
-        sizes.append(sum(map(len, texts)))
-        return encode_all(tokenizer, texts, **options)
-
-    monkeypatch.setattr(sd, "patiently", spy)
-    # runs of blanks are a token each, as in some vocabularies
-    tokenizer = tiny_tokenizer(CHATML, merges=[f"{'Ġ' * 2**k} {'Ġ' * 2**k}" for k in range(12)])
-    row, = encode([{"messages": [user("q"), assistant("ab" * 10_000_000)]}], tokenizer, seq_len=64)
-    assert sizes == [1_000_000]
-    assert len(row["input_ids"]) == 64
-    blanks = [{"messages": [user("q"), assistant(" " * 1_200_000 + "!")]}]
-    row, = encode(blanks, tokenizer, seq_len=512)
-    assert sizes[2] > 1_200_000   # the head was too short
-    assert target_runs(row, tokenizer)[0].endswith("!<|im_end|>")
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_data_collate_shifts_before_it_masks_and_positions_restart(kind):
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
+         "starts": [0, 2]},
+        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0]},
+    ]
+    rows = [{name: kind(values) for name, values in row.items()} for row in rows]
+    batch = sd.collate(rows)
+    assert batch.rows is rows
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
+    assert batch.positions.tolist() == [0, 2, 3, 6]
+    assert batch.labels.tolist() == [6, 8, 9, 3]
+    assert batch.real.tolist() == list(range(8))
+    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2]
+    assert batch.position_ids[1, :3].tolist() == [0, 1, 2]
+    assert sd.collate(rows[1:]).position_ids is None
 
 
-class Alarm(Exception):
-    pass
+def test_data_a_rank_without_rows_gets_a_batch_that_counts_nothing():
+    batch = sd.collate([])
+    assert batch.rows == []
+    assert batch.input_ids.numel() > 0
+    assert batch.positions.numel() == batch.labels.numel() == batch.real.numel() == 0
 
 
-def test_data_a_signal_is_heard_while_a_long_text_is_encoded():
-    """And something is said of it."""
-    def ring(number, frame):
-        raise Alarm
+@pytest.mark.parametrize("count, size", [(10, 4), (8, 4), (3, 5)])
+def test_data_a_step_knows_its_rows(count, size):
+    """An epoch has every row once, in an order of its own."""
+    steps = math.ceil(count / size)
+    for epoch in (0, 1, 2):
+        plain = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=plain).tolist()
+        found = [sd.batch_of_step(count, 7, size, epoch * steps + i) for i in range(steps)]
+        assert found == [order[i:i + size] for i in range(0, count, size)]
 
-    before = signal.signal(signal.SIGALRM, ring)
-    threads = set(threading.enumerate())
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(Alarm):
-            sd.encode_texts(["word " * 300_000], tiny_tokenizer(), 64, join=True)
-        at_work, = set(threading.enumerate()) - threads
-        assert at_work.daemon   # nobody waits for it at the end
-        at_work.join()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        sd.warn_of_long_rows([{"text": "x" * 11_000_000}])
-    assert "11,000,000 characters" in shown.getvalue()
+
+def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
+    rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
+    run = types.SimpleNamespace(
+        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+    monkeypatch.setattr(sd, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(sd, "RANK", rank)
+        run.progress = types.SimpleNamespace(step=1)   # of a resume: five rows are left there
+        batches = sd.my_batches(run)
+        for step in (1, 2):
+            mine = sd.batch_of_step(13, 0, 8, step)[rank::2]
+            micro, _ = next(batches)
+            found = [[row["input_ids"][0] for row in batch.rows] for batch in micro]
+            assert found == [mine[:2], mine[2:]]
+
+
+def test_data_prefetch_is_two_ahead_and_in_order():
+    made = []
+
+    def numbers():
+        for i in range(7):
+            made.append(i)
+            yield i
+        raise ZeroDivisionError
+
+    ahead = sd.prefetch(numbers())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.3)
+    assert made == [0, 1, 2, 3, 4]
+    assert [next(ahead) for _ in range(4)] == [3, 4, 5, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3015,7 +2694,7 @@ def test_models_a_text_fills_its_room_or_ends(group, student):
 # Optimiser: rates, groups, schedules.
 
 
-def multiplier(name):
+def factor_of(name):
     """What the patterns of the next test say, by hand."""
     if "embed" in name:
         return 0
@@ -3024,218 +2703,169 @@ def multiplier(name):
     return 3 if "layers" in name else 2
 
 
-def test_optimiser_lr_multipliers_freeze_scale_and_say_so(out, teacher, student, text):
-    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=1,
-                   learning_rate=1e-3, default_lr_multiplier=2,
-                   lr_multipliers=["embed=0", r"layers\.0\..*proj=0.5", r"layers=3"]).out
+def test_optimiser_lr_multipliers_freeze_and_scale(out, teacher, student, text):
+    """The first pattern that matches decides; what is frozen has no state."""
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=1,
+           default_lr_multiplier=2,
+           lr_multipliers=["embed=0", r"layers\.0\..*proj=0.5", r"layers=3"])
     before = weights(student)
     after = final_weights(out)
-    sizes = {}
+    saved = checkpoint(out, 1)
     for name in before:   # AdamW's first step is the rate, in the direction of the sign
-        factor = multiplier(name)
         change = (after[name] - before[name]).abs().max().item()
-        assert change == pytest.approx(factor * 1e-3, rel=0.02), name
-        sizes[factor] = sizes.get(factor, 0) + before[name].numel()
-    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-    moments = [name for name in checkpoint(out, 1) if "exp_avg" in name]
-    assert moments
-    assert not any("embed" in name for name in moments)
-    for factor in (0.5, 3, 2):
-        assert re.search(rf"{sizes[factor]:,}\D+{factor * 1e-3:g}\b", shown), (factor, shown)
-    assert re.search(rf"{sizes[0]:,} frozen", shown)
+        assert change == pytest.approx(factor_of(name) * 1e-3, rel=0.02), name
+        assert (f"exp_avg.model.{name}" in saved) == ("embed" not in name)
 
 
-def test_optimiser_a_pattern_that_matches_nothing_is_named(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=1)
-    err = distil(out, rc=2, **fields, lr_multipliers=["embed=0.5", "no_such_layer=0"]).err
-    assert "no_such_layer" in err
-    assert not os.path.exists(out)
-    for wrong in ("embed", "embed=x", "embed=-1", "(=1"):
-        pattern = wrong.partition("=")[0]
-        assert pattern in distil(out, rc=2, **fields, lr_multipliers=[wrong]).err
-    distil(out, rc=2, **fields, default_lr_multiplier=0)
+def test_optimiser_of_tied_parameters_the_first_name_counts():
+    model = AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=True))
+    named = list(model.named_parameters())
+    rules = config.parse_multipliers(["embed=0", "lm_head=1"])
+    with pytest.raises(config.UserError, match="lm_head.* matches no parameter"):
+        sd.learning_rates(named, rules, 1, 0.1)
+    rates = sd.learning_rates(named, rules[:1], 1, 0.1)
+    sd.make_optimizer(model.parameters(), rates, 0.0)
+    assert [name for name, p in named if not p.requires_grad] == ["model.embed_tokens.weight"]
+    assert not model.lm_head.weight.requires_grad
 
 
-def test_optimiser_a_pattern_that_matches_only_a_tied_head_says_so(out, text, tmp_path):
-    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
-    fields = dict(student=tied, alpha=1.0, dataset=text, max_steps=1)
-    err = distil(out, rc=2, **fields, lr_multipliers=["layers=0.5", "lm_head=0"]).err
-    assert "lm_head" in err and "tied to model.embed_tokens.weight" in err
-    assert not os.path.exists(out)
-    distil(out, **fields, lr_multipliers=["embed|lm_head=0"])
-    name = "model.embed_tokens.weight"
-    assert torch.equal(final_weights(out)[name], weights(tied)[name])
-
-
-def test_optimiser_norms_and_biases_do_not_decay(tmp_path, text):
-    path = tiny_model(tmp_path / "gpt2", **MODELS["gpt2"])
-    distil(tmp_path / "out", student=path, teacher=path, dataset=text, alpha=0.0, max_steps=1,
+def test_optimiser_what_has_one_dimension_does_not_decay(out, teacher, text):
+    """There is no gradient: all that moves is decay."""
+    distil(out, student=teacher, teacher=teacher, dataset=text, alpha=0.0, max_steps=1,
            weight_decay=0.5, learning_rate=0.1)
-    before = weights(path)
-    after = final_weights(tmp_path / "out")   # no gradient: all that moves is decay
-    for name in before:
-        want = before[name]
+    after = final_weights(out)
+    for name, want in weights(teacher).items():
         if want.ndim >= 2:
             want = want * (1 - 0.1 * 0.5)
         assert torch.allclose(after[name], want, rtol=1e-6, atol=1e-9), name
 
 
-@pytest.mark.parametrize("name", [
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt", "warmup_stable_decay", "cosine_with_min_lr",
-])
-def test_optimiser_schedulers(out, student, text, name):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=3, lr_scheduler=name,
-           warmup_ratio=0 if name == "constant" else 0.4,
-           lr_scheduler_kwargs='{"min_lr": 1e-5}' if "min" in name else None)
-    for rate in column(out, "train/learning_rate"):
-        assert 0 <= rate <= 1e-3
+@pytest.mark.parametrize("knobs", [
+    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt",
+    'polynomial {"power": 2}', 'cosine_with_restarts {"num_cycles": 2}',
+    'warmup_stable_decay {"num_decay_steps": 3}', 'cosine_with_min_lr {"min_lr": 1e-5}'])
+def test_optimiser_a_schedule_is_that_of_transformers(knobs):
+    name, _, options = knobs.partition(" ")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=2e-4)
+    theirs = transformers.get_scheduler(name, optimizer, 4, 11, json.loads(options or "{}"))
+    cfg = config.Config(lr_scheduler=name, lr_scheduler_kwargs=options or None,
+                        learning_rate=2e-4, warmup_ratio=0.4)
+    multiplier_at = sd.make_schedule(cfg, 11)
+    for step in range(11):
+        assert 2e-4 * multiplier_at(step) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def test_optimiser_a_wrong_schedule_is_named_before_a_model_is_read(out, text):
+    err = distil(out, rc=2, student="/nowhere", alpha=1.0, dataset=text, lr_scheduler="cosine",
+                 lr_scheduler_kwargs='{"num_cycle": 2}').err
+    assert "num_cycle" in err
+
+
+@pytest.mark.parametrize("good, gradient, scale", [
+    (0, 3.0, 2.0 ** 14), (1998, 3.0, 2.0 ** 15), (1999, 3.0, 2.0 ** 14), (7, math.inf, 2.0 ** 13)])
+def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, scale):
+    """In fp16: the scale doubles after 2000 good steps or so, and is halved by a bad one."""
+    weight = nn.Parameter(torch.ones(3, 1))
+    optimizer = sd.make_optimizer([weight], {weight: 0.5}, 0.0)
+    state = sd.new_scale_state(True)
+    state["good"].fill_(good)
+    weight.grad = state["scale"] * torch.tensor([[gradient], [4.0], [0.0]])
+    assert sd.optimizer_step(optimizer, 1.0, state, True) == math.hypot(gradient, 4)
+    assert state["scale"] == scale
+    bad = math.isinf(gradient)
+    assert state["streak"] == state["skipped"] == (weight[0] == 1) == bad
+    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0])
+    assert torch.allclose(optimizer.state[weight]["exp_avg"][:, 0], 0.1 * clipped)
 
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: save, find, resume, damage, full disks.
 
 
+def saved(out, step):
+    return Path(out, f"checkpoints/step-{step:08d}")
+
+
+def state_of(out, step):
+    return json.loads((saved(out, step) / "state.json").read_text())
+
+
+def digests_below(folder):
+    """{path: digest of its content} of all files; what each run writes anew left out."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name not in ("error.log", sd.MARK):
+            found[str(path.relative_to(folder))] = sd.checksum(path)
+    return found
+
+
 def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
+    """Bit for bit: weights, moments, log, and where the run is."""
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4,
-                  gradient_accumulation_steps=2, alpha=0.3)
+    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, eval_steps=1,
+                  gradient_accumulation_steps=2, alpha=0.3, learning_rate=0.05, eval_samples=4)
     distil(whole, **fields, max_steps=12)   # a pass is 9 or so
     distil(parts, **fields, max_steps=5)
     shown = distil(parts, **fields, max_steps=12).out
-    assert "resumes" in shown and "step-00000005" in shown
-    assert same(final_weights(whole), final_weights(parts))
-    assert column(parts, "train/step") == list(range(1, 13))
-    assert column(parts, "train/loss") == column(whole, "train/loss")
-    assert same(checkpoint(whole, 12), checkpoint(parts, 12))
+    assert "step-00000005" in shown
+    assert same(final_weights(parts), final_weights(whole))
+    assert same(checkpoint(parts, 12), checkpoint(whole, 12))
+    assert quiet_log(parts) == quiet_log(whole)
+    progress = state_of(whole, 12)["progress"]
+    assert state_of(parts, 12)["progress"] == progress
+    assert progress["step"] == 12 and progress["best_loss"] == min(column(whole, "eval/loss"))
 
 
-def test_checkpoints_a_batch_divided_anew_is_accepted_again():
-    """From one rank to three, and on three once more: the typed batch stays what it was."""
-    cfg = config.Config(batch_size=8)
-    _, _, global_batch = sd.plan_batch(cfg, None, 1)
-    state = {"global_batch": global_batch, "batch": [8, 1]}
-    assert sd.plan_batch(cfg, state, 3) == (3, 1, 8)
-    assert sd.plan_batch(cfg, state | {"global_batch": 8}, 3) == (3, 1, 8)
-    with pytest.raises(config.UserError, match="sequences a step"):
-        sd.plan_batch(config.Config(batch_size=4), state, 3)
+@pytest.mark.parametrize("typed, of_save, world, planned", [
+    ([8, 2], None, 3, (8, 2, 48)),
+    ([8, 1], [8, 1], 3, (3, 1, 8)),    # the last rank gets two
+    ([2, 4], [2, 4], 3, (2, 2, 8)),
+    ([4, 1], [8, 1], 2, (4, 1, 8)),    # the same product in other words
+    ([4, 1], [8, 1], 3, None),
+])
+def test_checkpoints_keep_their_global_batch_at_any_number_of_ranks(typed, of_save, world, planned):
+    """8 sequences a step, of one rank."""
+    cfg = config.Config(batch_size=typed[0], gradient_accumulation_steps=typed[1])
+    state = of_save and {"global_batch": 8, "batch": of_save}
+    if planned:
+        assert sd.plan_batch(cfg, state, world) == planned
+    else:
+        with pytest.raises(config.UserError, match="sequences a step"):
+            sd.plan_batch(cfg, state, world)
 
 
-def test_checkpoints_resume_never_and_by_path(tmp_path, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=1)
-    out = str(tmp_path / "out")
-    distil(out, **fields, max_steps=3)
-    done = final_weights(out)
-    distil(out, **fields, max_steps=3, resume="never")
-    assert same(final_weights(out), done)
-    assert column(out, "train/step") == [1, 2, 3]
-    distil(out, **fields, max_steps=4, resume=f"{out}/checkpoints/step-00000002")
-    assert column(out, "train/step") == [1, 2, 3, 4]
-    distil(tmp_path / "other", **fields, max_steps=4)
-    assert same(final_weights(out), final_weights(tmp_path / "other"))
-    refused = distil(tmp_path / "x", rc=2, **fields, max_steps=4, resume="/nowhere/step-00000002")
-    assert "nowhere" in refused.err
-
-
-def test_checkpoints_keep_checkpoints(out, student, text):
+def test_checkpoints_are_a_few_safetensors_and_the_newest_stay(out, student, text):
     distil(out, student=student, dataset=text, alpha=1.0, max_steps=5, save_steps=1,
            keep_checkpoints=2)
     assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000005"]
-    state = json.loads(Path(out, "checkpoints", "step-00000005", "state.json").read_text())
-    assert state["step"] == 5
-    assert state["epoch"] == pytest.approx(column(out, "train/epoch")[-1])
+    tensors = {}
+    files = sorted({*os.listdir(saved(out, 5))} - {"state.json"})
+    for file in files:   # each is put together in host memory
+        some = load_file(saved(out, 5) / file)
+        assert 0 < len(some) <= 16
+        tensors |= some
+    assert len(files) == math.ceil(len(tensors) / 16) > 1
+    for name, tensor in final_weights(out).items():
+        assert torch.equal(tensors[f"model.model.{name}"], tensor)
+        assert tensors[f"step.model.{name}"] == 5
+    assert not [name for name in os.listdir(out) if name.endswith((".tmp", ".old"))]
 
 
-def truncated(content):
-    """Known by its size."""
-    return content[:100]
-
-
-def overwritten(content):
-    """Of the right size: known when it is loaded."""
-    return bytes(100) + content[100:]
-
-
-@pytest.mark.parametrize("damage", [truncated, overwritten])
-def test_checkpoints_an_unreadable_newest_checkpoint_is_passed_over(tmp_path, out, student, text,
-                                                                    damage):
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
-    distil(out, **fields, max_steps=4)
-    for file in Path(out, "checkpoints", "step-00000004").glob("*.distcp"):
-        file.write_bytes(damage(file.read_bytes()))
-    shown = distil(out, **fields, max_steps=6)
-    assert re.search("step-00000004 .*passed over", shown.out + shown.err)
-    distil(tmp_path / "whole", **fields, max_steps=6)
-    assert same(final_weights(out), final_weights(tmp_path / "whole"))
-    assert column(out, "train/step") == [1, 2, 3, 4, 5, 6]
-
-
-def test_checkpoints_a_changed_config_is_refused_by_field(out, teacher, student, text):
-    fields = dict(teacher=teacher, student=student, dataset=text)
+def test_checkpoints_what_a_killed_save_left_is_not_taken_in(out, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0)
+    distil(out, **fields, max_steps=1)
+    shutil.copytree(saved(out, 1), f"{out}/checkpoints/tmp-00000002")
+    first = f"{out}/checkpoints/tmp-00000002/" + min(os.listdir(saved(out, 1)))
+    shutil.copy(first, first.replace("shard", "stale"))
     distil(out, **fields, max_steps=2)
-    err = distil(out, rc=2, **fields, max_steps=4, learning_rate=5e-4, temperature=2.0).err
-    assert "learning_rate" in err and "0.0005" in err and "temperature" in err
-    assert "alpha" not in err
-    assert column(out, "train/step") == [1, 2]
+    assert os.listdir(saved(out, 1)) == os.listdir(saved(out, 2))
+    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000001", "step-00000002"]
 
 
-def test_checkpoints_each_truncated_file_makes_it_fall_back(tmp_path, teacher, student, text):
-    fields = dict(teacher=teacher, student=student, dataset=text, save_steps=2, batch_size=4)
-    whole = tmp_path / "whole"
-    newest = Path("checkpoints", "step-00000004")
-    distil(whole, **fields, max_steps=4)
-    files = sorted(path.name for path in (whole / newest).iterdir())
-    assert "state.json" in files and ".metadata" in files
-    for file in files:
-        run = tmp_path / f"run{file}"
-        shutil.copytree(whole, run)
-        knobs = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(knobs | {"output_dir": str(run)}))
-        shutil.rmtree(run / "final")
-        os.truncate(run / newest / file, os.path.getsize(run / newest / file) // 2)
-        shown = distil(run, **fields, max_steps=4).out
-        assert "step-00000004 is not readable" in shown
-        assert re.search("resumes from .*step-00000002", shown)
-        assert same(final_weights(run), final_weights(whole))
-        assert quiet_log(run) == quiet_log(whole)
-    shutil.rmtree(run / newest)
-    os.truncate(run / "checkpoints" / "step-00000002" / "state.json", 3)
-    assert "no readable checkpoint" in distil(run, **fields, max_steps=6, rc=2).err
-
-
-def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
-    """A file-size limit makes every larger write fail as a full disk does: the run goes on, says
-    so, and ends with an error."""
-    run = tmp_path / "run"
-    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2,
-                  output_dir=run)
-    Fork(tmp_path / "a.txt", *flags(**fields, max_steps=2)).wait()
-    before = checkpoint(run, 2)
-    shown = Fork(tmp_path / "b.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
-    assert shown.count("could not be saved") >= 2, shown
-    assert "error: the run could not be saved" in shown, shown
-    assert "Traceback" not in shown, shown
-    assert same(checkpoint(run, 2), before)
-    assert "done in" in Fork(tmp_path / "c.txt", *flags(**fields, max_steps=6)).wait()
-    assert not list((run / "checkpoints").glob("tmp*"))
-
-
-def test_checkpoints_a_full_tmpfs(tmp_path, teacher, student, text):
-    disk = tmp_path / "small"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        shown = distil(disk / "run", teacher=teacher, student=student, dataset=text, save_steps=1,
-                       keep_checkpoints=9, max_steps=6, rc=2)
-        assert "could not be saved" in shown.out + shown.err
-        kept = sorted(path.name for path in (disk / "run" / "checkpoints").glob("step-*"))
-        assert kept[0] == "step-00000001"
-        assert len(checkpoint(disk / "run", 1)) > 3
-    finally:
-        subprocess.run(["umount", disk], check=True)
+# what may become of a file: a bit turned, the end cut off, the file lost, one of another save added
 
 
 def flip(path, at=0.5):
@@ -3245,32 +2875,12 @@ def flip(path, at=0.5):
     Path(path).write_bytes(content)
 
 
-def test_checkpoints_a_flipped_bit_in_any_file_makes_it_fall_back(tmp_path, student, text):
-    """Also where the file can still be read: a digit of state.json, a weight."""
-    out = tmp_path / "out"
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=4, save_steps=2)
-    newest = out / "checkpoints" / "step-00000004"
-    files = sorted(os.listdir(newest))
-    assert len(files) == 3
-    with sd.process_group():
-        assert sd.find_checkpoint("auto", str(out))[0] == str(newest)
-        for file in files:
-            for at in (0.1, 0.5, 0.9):
-                flip(newest / file, at)
-                assert sd.find_checkpoint("auto", str(out))[0].endswith("step-00000002"), file
-                flip(newest / file, at)
-        assert sd.find_checkpoint("auto", str(out))[0] == str(newest)
+def cut(path):
+    os.truncate(path, path.stat().st_size - 1)
 
 
-def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, student, text):
-    """With one to keep, the step after a resume must not push out the good one."""
-    out = tmp_path / "out"
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
-    distil(out, **fields, max_steps=6)
-    flip(next((out / "checkpoints" / "step-00000006").glob("*.distcp")))
-    shown = distil(out, **fields, max_steps=7, keep_checkpoints=1).out
-    assert "passed over" in shown and "resumes from" in shown and "set aside" in shown
-    assert sorted(os.listdir(out / "checkpoints")) == ["aside-00000006", "step-00000007"]
+def add(path):
+    shutil.copy(path, path.with_name(f"stale-{path.name}"))
 
 
 class Payload:
@@ -3283,185 +2893,190 @@ class Payload:
         return open, (self.path, "w")
 
 
-def replant(folder, change):
-    """Change a checkpoint's .metadata, with checksums that fit: as a stranger would."""
-    path = Path(folder, ".metadata")
-    metadata = pickle.loads(path.read_bytes())
-    path.write_bytes(pickle.dumps(change(metadata)))
-    state = json.loads(Path(folder, "state.json").read_text())
-    del state["digest"]
-    state["files"][".metadata"] = sd.checksum(path)
-    state["digest"] = sd.digest(state)
-    Path(folder, "state.json").write_text(json.dumps(state))
+def add_pickle(path):
+    payload = Payload(path.parents[2] / "victim")
+    path.with_name(".metadata").write_bytes(pickle.dumps(payload))
 
 
-def test_checkpoints_run_no_code(tmp_path, student, text):
-    """A pickle in .metadata, and bytes in place of a tensor, which dcp unpickles when it loads."""
-    victim = tmp_path / "victim"
-
-    def payload(metadata):
-        return Payload(victim)
-
-    def bytes_for_a_tensor(metadata):
-        name = next(iter(metadata.state_dict_metadata))
-        metadata.state_dict_metadata[name] = dcp.metadata.BytesStorageMetadata()
-        return metadata
-
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    for i, change in enumerate([payload, bytes_for_a_tensor]):
-        out = tmp_path / f"out{i}"
-        distil(out, **fields, max_steps=2)
-        replant(out / "checkpoints" / "step-00000002", change)
-        shown = distil(out, rc=2, **fields, max_steps=3)
-        assert "which a checkpoint does not need" in shown.err
-        assert not victim.exists()
+@pytest.mark.parametrize("harm", [
+    flip, functools.partial(flip, at=0.01), cut, os.unlink, add, add_pickle])
+def test_checkpoints_any_harm_to_any_file_makes_it_fall_back(two_saves, tmp_path, harm):
+    out = shutil.copytree(two_saves, tmp_path / "out")
+    with sd.process_group():
+        for file in sorted(os.listdir(saved(out, 4))):
+            assert sd.find_checkpoint("auto", out)[0] == saved(out, 4)
+            harm(saved(out, 4) / file)
+            path, state = sd.find_checkpoint("auto", out)
+            assert path == saved(out, 2) and state["progress"]["step"] == 2, file
+            shutil.rmtree(saved(out, 4))
+            shutil.copytree(saved(two_saves, 4), saved(out, 4))
+    assert not (out / "victim").exists()
 
 
-def test_checkpoints_a_stale_final_is_not_called_done(tmp_path, student, text):
-    """Of a shorter run, or of one before: the longer one writes its own."""
-    out = tmp_path / "out"
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
-    distil(out, **fields, max_steps=2)
-    shutil.copytree(out / "final", tmp_path / "stale")
-    distil(out, **fields, max_steps=4)
-    shutil.rmtree(out / "final")
-    shutil.copytree(tmp_path / "stale", out / "final")   # as if killed after the last checkpoint
-    shown = distil(out, **fields, max_steps=4).out
-    assert "finished" not in shown
-    distil(tmp_path / "whole", **fields, max_steps=4)
-    assert same(final_weights(out), final_weights(tmp_path / "whole"))
-    assert "finished" in distil(out, **fields, max_steps=4).out
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory, student, text):
+    out = tmp_path_factory.mktemp("two") / "saves"
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=4, save_steps=2)
+    return out
 
 
-def test_checkpoints_a_final_that_could_not_be_written_is_written_by_the_next_run(tmp_path, student,
-                                                                                  text):
-    out = tmp_path / "out"
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    distil(out, **fields, max_steps=1)
-    stale = digests_below(out / "final")
-    blocked = out / "final.tmp"
-    blocked.write_text("in the way")
-    shown = distil(out, rc=2, **fields, max_steps=2)
-    assert "could not be saved" in shown.err and "final.tmp" in shown.err
-    assert digests_below(out / "final") == stale
-    blocked.unlink()
-    assert "finished" not in distil(out, **fields, max_steps=2).out
-    assert "finished" in distil(out, **fields, max_steps=2).out
-    assert digests_below(out / "final") != stale
-
-
-def test_checkpoints_resume_from_an_older_one_sets_the_newer_aside(tmp_path, student, text):
+def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, student, text):
+    """With one to keep, the step after a resume must not push out the good one."""
     out = tmp_path / "out"
     fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
     distil(out, **fields, max_steps=6)
-    old = checkpoint(out, 6)
-    older = f"{out}/checkpoints/step-00000002"
-    shown = distil(out, **fields, max_steps=4, resume=older).out
-    assert "set aside" in shown and "step-00000004, step-00000006" in shown.replace(
-        "step-00000006, step-00000004", "step-00000004, step-00000006")
-    kept = sorted(os.listdir(out / "checkpoints"))
-    assert kept == ["aside-00000004", "aside-00000006", "step-00000002", "step-00000004"]
-    os.rename(out / "checkpoints" / "aside-00000006", out / "checkpoints" / "step-00000006")
-    assert same(checkpoint(out, 6), old)
+    flip(next(saved(out, 6).glob("*.safetensors")))
+    shown = distil(out, **fields, max_steps=7, keep_checkpoints=1).out
+    assert re.search("step-00000006.*passed over", shown)
+    aside, kept = sorted(os.listdir(out / "checkpoints"))
+    assert re.fullmatch(r"aside-\d+-step-00000006", aside) and kept == "step-00000007"
+    distil(tmp_path / "whole", **fields, max_steps=7)
+    assert same(final_weights(out), final_weights(tmp_path / "whole"))
+    assert column(out, "train/step") == list(range(1, 8))
+    cut(saved(out, 7) / "state.json")
+    assert "no readable checkpoint" in distil(out, **fields, max_steps=8, rc=2).err
 
 
-def test_checkpoints_resume_by_path_into_another_run_is_refused(tmp_path, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=2)
-    one = tmp_path / "one"
-    other = tmp_path / "other"
-    distil(one, **fields)
-    distil(other, **fields, seed=7)
-    before = digests_below(other)
-    path = one / "checkpoints" / "step-00000002"
-    refused = distil(other, rc=2, **{**fields, "max_steps": 4}, resume=path)
-    assert "seed 7 there, 0 here" in refused.err
-    assert digests_below(other) == before
-
-
-def digests_below(folder):
-    """{path: digest of its content} of all files; error.log left out."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.name != "error.log":
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def test_checkpoints_other_files_under_the_same_names_are_refused(tmp_path, teacher, student):
-    """A teacher trained on, a dataset that grew or was halved: none goes on silently."""
-    other_teacher = shutil.copytree(teacher, tmp_path / "teacher")
-    rows = [{"text": prose(12, i)} for i in range(30)]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
+def test_checkpoints_resume_by_path_and_never(tmp_path, student, text):
+    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
     out = tmp_path / "out"
-    fields = dict(teacher=other_teacher, student=student, dataset=data)
-    distil(out, **fields, max_steps=2)
+    straight = tmp_path / "straight"
+    elsewhere = tmp_path / "elsewhere"
+    distil(straight, **fields, max_steps=4)
+    distil(out, **fields, max_steps=6)
+    distil(elsewhere, **fields, max_steps=4, resume=saved(out, 2))
+    assert column(elsewhere, "train/step") == [3, 4]
+    distil(out, **fields, max_steps=4, resume=saved(out, 2))
+    *asides, older, newer = sorted(os.listdir(out / "checkpoints"))
+    assert {name[-14:] for name in asides} == {"-step-00000004", "-step-00000006"}
+    assert [older, newer] == ["step-00000002", "step-00000004"]
+    before = digests_below(straight)
+    refused = distil(straight, rc=2, **fields, max_steps=6, resume=saved(out, 2))
+    assert "another run" in refused.err
+    assert digests_below(straight) == before
+    for resume in ("auto", "never"):
+        distil(out, **fields, max_steps=4, resume=resume)
+        assert column(out, "train/step") == [1, 2, 3, 4]
+        for other in (out, elsewhere):
+            assert same(final_weights(other), final_weights(straight))
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-00000002", "step-00000004"]
+
+
+def double_norm(tensors):
+    tensors["model.norm.weight"] *= 2
+
+
+def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, student):
+    """Knobs, the teacher's weights, rows: refused by name, and nothing is touched."""
+    teacher = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    rows = [{"text": prose(12, i)} for i in range(30)]
+    data = write_splits(tmp_path / "data", rows, rows[:4])
+    out = tmp_path / "out"
+    fields = dict(teacher=teacher, student=student, dataset=data, max_steps=3)
+    distil(out, **fields | dict(max_steps=2))
     before = digests_below(out)
 
-    def double(tensors):
-        tensors["model.norm.weight"] *= 2
+    def refused(**changes):
+        err = distil(out, rc=2, **fields | changes).err
+        assert digests_below(out) == before
+        return err
 
-    kept = digests_below(other_teacher)
-    edit_weights(other_teacher, double)
-    assert "teacher's weights" in distil(out, rc=2, **fields, max_steps=3).err
-    shutil.rmtree(other_teacher)
-    shutil.copytree(teacher, other_teacher)
-    assert digests_below(other_teacher) == kept
-    for changed in (rows[:15], rows + rows[:1]):
-        write_jsonl(data, changed)
-        assert "rows to train on" in distil(out, rc=2, **fields, max_steps=3).err
-    assert digests_below(out) == before
-    write_jsonl(data, rows)
-    distil(out, **fields, max_steps=3, num_proc=2)   # which has no say in what the rows are
+    err = refused(learning_rate=5e-4, temperature=2.0)
+    assert "learning_rate 0.001 there, 0.0005 here" in err and "temperature" in err
+    assert "alpha" not in err
+    assert "step 2, this run would end at 1" in refused(max_steps=1)
+    file = teacher / "model.safetensors"
+    content = file.read_bytes()
+    edit_weights(teacher, double_norm)
+    assert "teacher's weights" in refused()
+    file.write_bytes(content)
+    for split, told, changed in [("train", "train", rows[:29] + [{"text": "one"}]),
+                                 ("train", "train", rows + rows[:1]),
+                                 ("validation", "held out", rows[1:5])]:
+        file = Path(data, f"{split}.jsonl")
+        content = file.read_bytes()
+        write_jsonl(file, changed)
+        assert f"{told} '" in refused()
+        file.write_bytes(content)
+    distil(out, **fields, log_steps=2)   # which has no say in it
 
 
-def test_checkpoints_somebody_elses_files_are_refused_and_kept(tmp_path, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=1)
+def test_checkpoints_of_before_a_knob_had_it_at_its_default(two_saves, tmp_path):
+    out = shutil.copytree(two_saves, tmp_path / "out")
+    state = state_of(out, 4)
+    del state["digest"], state["config"]["attention"]
+    state["digest"] = sd.digest(state)
+    (saved(out, 4) / "state.json").write_text(json.dumps(state))
+    with sd.process_group():
+        path, state = sd.find_checkpoint("auto", out)
+    assert path == saved(out, 4) and state["config"]["attention"] is None
+
+
+def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
+    """A file-size limit makes every larger write fail as a full disk does: the run goes on, says
+    so, and ends with an error."""
+    run = tmp_path / "run"
+    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2,
+                  output_dir=run)
+    cli(*flags(**fields, max_steps=2))
+    before = digests_below(saved(run, 2)) | digests_below(run / "final")
+    shown = Fork(tmp_path / "log.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
+    assert shown.count("could not be saved") == 3, shown
+    assert "error: the run could not be saved" in shown, shown
+    assert "Traceback" not in shown, shown
+    assert digests_below(saved(run, 2)) | digests_below(run / "final") == before
+    cli(*flags(**fields, max_steps=6))
+    names = ["step-00000002", "step-00000004", "step-00000006"]
+    assert sorted(os.listdir(run / "checkpoints")) == names
+
+
+def test_checkpoints_a_finished_run_answers_at_once(tmp_path, student, text):
+    """But with its own final/, which a longer run does not take for its own; what stood there
+    before stays as final.old."""
     model = shutil.copytree(student, tmp_path / "model")
-    shutil.rmtree(model / "final", ignore_errors=True)
-    thesis = tmp_path / "thesis"
-    (thesis / "final").mkdir(parents=True)
-    (thesis / "final" / "thesis.txt").write_text("years")
-    notes = tmp_path / "notes"
-    (notes / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (notes / "checkpoints" / "step-00000001" / "weights.pt").write_text("theirs")
-    mine = tmp_path / "mine"
-    distil(mine, **fields)
-    (mine / "final" / "thesis.txt").write_text("years")
-    spelled = tmp_path / "thesis" / ".." / "model"
-    for out, named in [(model, "config.json"), (spelled, "config.json"), (thesis, "final"),
-                       (notes, "step-00000001"), (mine, "final")]:
-        for resume in ("auto", "never"):
-            before = digests_below(out)
-            refused = distil(out, rc=2, **fields, seed=3, resume=resume)
-            assert named in refused.err and "not written by simple_distill" in refused.err
-            assert digests_below(out) == before
-
-
-def test_checkpoints_a_run_keeps_the_final_that_is_its_student(tmp_path, student, text):
-    """Until its own is whole: killed before that, it can be started again."""
     out = tmp_path / "out"
-    fields = dict(dataset=text, alpha=1.0, resume="never")
+    fields = dict(student=model, dataset=text, alpha=1.0)
+    distil(out, **fields, max_steps=2)
+    model.rename(tmp_path / "away")   # nothing is loaded
+    before = digests_below(out)
+    assert "finished" in distil(out, **fields, max_steps=2).out
+    assert digests_below(out) == before
+    (tmp_path / "away").rename(model)
+    (out / "final" / "thesis.txt").write_text("years")
+    distil(out, **fields, max_steps=4)
+    assert (out / "final.old" / "thesis.txt").read_text() == "years"
+    done = final_weights(out)
+    shutil.rmtree(out / "final")
+    shutil.copytree(out / "final.old", out / "final")   # as if killed after the last checkpoint
+    distil(out, **fields, max_steps=4)
+    assert same(final_weights(out), done)
+
+
+def test_checkpoints_a_final_that_cannot_be_written_leaves_the_one_before(tmp_path, student, text):
+    """Which may be the student; the next run writes it."""
+    out = tmp_path / "out"
+    fields = dict(dataset=text, alpha=1.0)
     distil(out, **fields, student=student, max_steps=1)
     before = digests_below(out / "final")
-    endless = {**PLAIN, **fields, "student": out / "final", "output_dir": out,
-               "max_steps": 100_000, "save_steps": 1}
-    run = Fork(tmp_path / "log.txt", *flags(**endless))
-    end = time.time() + 60
-    while not list((out / "checkpoints").glob("step-*[2-9]")):
-        assert run.running() and time.time() < end, Path(run.log).read_text()
-        time.sleep(0.02)
-    run.signal(signal.SIGKILL).wait()
+    (out / "final.tmp").write_text("in the way")
+    fields |= dict(student=out / "final", max_steps=2)
+    assert "could not be saved" in distil(out, rc=2, **fields, resume="never").err
     assert digests_below(out / "final") == before
+    (out / "final.tmp").unlink()
+    distil(out, **fields)
+    assert digests_below(out / "final.old") == before
+    assert not same(final_weights(out), weights(out / "final.old"))
+    assert column(out, "train/step") == [1, 2]
 
 
-def test_checkpoints_fewer_steps_than_the_checkpoint_has_change_nothing(tmp_path, student, text):
-    out = tmp_path / "out"
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    distil(out, **fields, max_steps=4)
-    before = digests_below(out)
-    refused = distil(out, rc=2, **fields, max_steps=2)
-    assert "step 4" in refused.err and "end at 2" in refused.err
-    assert digests_below(out) == before
+@pytest.mark.parametrize("step, kept", [(0, []), (1, [0]), (2, [0, 1]), (9, [0, 1, 2])])
+def test_checkpoints_a_log_is_cut_where_they_go_on(tmp_path, step, kept):
+    """Half a line, which a kill left, goes too."""
+    path = tmp_path / "log.jsonl"
+    lines = ['{"train/step": 1, "x": 9}\n', '{"eval/step": 2}\n', '{"train/step": 3}\n']
+    path.write_text("".join(lines) + '{"train/step": 4, "tr')
+    sd.cut_log(path, step)
+    assert path.read_text() == "".join(lines[i] for i in kept)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3483,25 +3098,31 @@ def logged_losses(entry, kind="train"):
     return [entry[f"{kind}/loss"], entry[f"{kind}/ce_loss"], entry[f"{kind}/kl_loss"]]
 
 
+TRAIN_KEYS = {"train/loss", "train/ce_loss", "train/kl_loss", "train/learning_rate",
+              "train/grad_norm", "train/epoch", "train/step", "train/tokens_per_second",
+              "train/skipped_steps"}
+EVAL_KEYS = {"eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/perplexity", "eval/min_loss",
+             "eval/epoch", "eval/step"}
+
+
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, divergence):
+    """In float64: losses, norms, weights; and at the end the means over held-out tokens."""
     teacher_copy, student_copy = with_chatml(tmp_path, teacher, student)
     rows = talk(8)
+    held_out = talk(7, seed=50)   # the last micro-batch is ragged
     distil(out, teacher=teacher_copy, student=student_copy, seq_len=256, num_epochs=5,
-           dataset=write_splits(tmp_path / "data", rows, rows[:2]), batch_size=4,
+           dataset=write_splits(tmp_path / "data", rows, held_out), batch_size=4,
            gradient_accumulation_steps=2, alpha=0.3, temperature=2.0, divergence=divergence,
            max_grad_norm=0.5)
 
-    torch.manual_seed(0)
-    model = load(student)
-    teacher_model = load(teacher)
+    model = load(student).double()
+    teacher_model = load(teacher).double()
     coded = chatml_rows(rows)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0)
-    logged = log(out, "train")
-    assert len(logged) == 5
-    for entry in logged:
+    for step, entry in enumerate(log(out, "train"), 1):
         losses = model_losses(model, teacher_model, coded, 0.3, 2.0, divergence)
         losses[0].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -3510,12 +3131,20 @@ def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, d
         optimizer.zero_grad()
         assert logged_losses(entry) == pytest.approx([loss.item() for loss in losses], rel=1e-5)
         assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert entry["train/step"] == entry["train/epoch"] == step
+        assert entry["train/skipped_steps"] == 0
+    assert step == 5
     after = model.state_dict()
-    assert distance(final_weights(out), after) < 1e-5
     moved = {name: after[name] - before[name] for name in before}
     our_move = {name: x - before[name] for name, x in final_weights(out).items()}
     assert distance(our_move, moved) < 1e-3
     assert same(weights(teacher_copy), weights(teacher))
+    targets = sum((labels != -100).sum().item() for _, labels in coded)
+    assert state_of(out, 5)["progress"]["tokens"] == 5 * targets
+    losses = model_losses(model, teacher_model, chatml_rows(held_out), 0.3, 2.0, divergence)
+    last = log(out, "eval")[-1]
+    assert logged_losses(last, "eval") == pytest.approx([x.item() for x in losses], rel=1e-5)
+    assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/ce_loss"]))
 
 
 def test_train_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
@@ -3542,28 +3171,15 @@ def test_train_student_that_is_the_teacher_does_not_move(out, teacher, text, div
     assert same(final_weights(out), weights(teacher))
 
 
-def test_train_alpha_1_never_touches_the_teacher(out, student, text):
-    for teacher in ("/nowhere/teacher", None):
-        distil(out, teacher=teacher, student=student, dataset=text, alpha=1.0, max_steps=2,
-               resume="never")
-        assert column(out, "train/kl_loss") == [0, 0]
-        assert column(out, "train/loss") == column(out, "train/ce_loss")
-        assert sorted(os.listdir(out)) == ["checkpoints", "config.json", "final", "log.jsonl"]
+def test_train_labels_alone_never_touch_a_teacher(out, student, text):
+    distil(out, teacher="/nowhere", student=student, dataset=text, alpha=1.0, max_steps=2)
+    assert column(out, "train/kl_loss") == [0, 0]
+    assert column(out, "train/loss") == column(out, "train/ce_loss")
+    left = [".simple_distill", "checkpoints", "config.json", "final", "log.jsonl"]
+    assert sorted(os.listdir(out)) == left
 
 
 # ---- lengths, schedules, seeds
-
-
-def cosine_rates(warmup, steps):
-    """As transformers' own scheduler gives them, one a step."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-3)
-    scheduler = transformers.get_scheduler("cosine", optimizer, warmup, steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
@@ -3571,26 +3187,27 @@ def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
     they are asked for."""
     data = write_splits(tmp_path / "data", talk(10), talk(2))
     fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine",
-                  warmup_ratio=0.34)
+                  warmup_ratio=0.34, num_epochs=2, batch_size=4)
     variants = {
-        "epochs": dict(num_epochs=2, batch_size=4),
-        "steps": dict(max_steps=6, batch_size=4),
-        "accumulated": dict(num_epochs=2, batch_size=2, gradient_accumulation_steps=2),
+        "epochs": {},
+        "steps": dict(num_epochs=1, max_steps=6),
+        # has a micro-batch without any row in each ragged step
+        "accumulated": dict(batch_size=2, gradient_accumulation_steps=2),
+        "seed": dict(seed=1),
     }
+    rates = [1e-3 * x for x in (0, 0.5, *[(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])]
     for name, variant in variants.items():
-        out = tmp_path / name
-        distil(out, **fields, **variant)
-        assert column(out, "train/learning_rate") == pytest.approx(cosine_rates(2, 6))
-        assert column(out, "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
-    epochs = final_weights(tmp_path / "epochs")
-    assert same(epochs, final_weights(tmp_path / "steps"))
-    # accumulated has a micro-batch without any row in each ragged step
-    accumulated = column(tmp_path / "accumulated", "train/loss")
-    assert accumulated == pytest.approx(column(tmp_path / "epochs", "train/loss"), rel=1e-6)
-    assert distance(final_weights(tmp_path / "accumulated"), epochs) < 1e-5
+        distil(tmp_path / name, **fields | variant)
+        assert column(tmp_path / name, "train/learning_rate") == pytest.approx(rates)
+        epochs = column(tmp_path / name, "train/epoch")
+        assert epochs == pytest.approx([k / 3 for k in range(1, 7)])
+    final = {name: final_weights(tmp_path / name) for name in variants}
+    assert same(final["epochs"], final["steps"])
+    assert distance(final["accumulated"], final["epochs"]) < 1e-5
+    assert distance(final["seed"], final["epochs"]) > 1e-4
 
 
-@pytest.mark.parametrize("num_epochs, steps", [(0.1, 1), (1, 3), (1.5, 5)])
+@pytest.mark.parametrize("num_epochs, steps", [(0.1, 1), (1.5, 5)])
 def test_train_part_of_an_epoch(tmp_path, out, student, num_epochs, steps):
     data = write_splits(tmp_path / "data", talk(10), talk(2))
     distil(out, student=student, dataset=data, seq_len=256, alpha=1.0, batch_size=4,
@@ -3598,227 +3215,107 @@ def test_train_part_of_an_epoch(tmp_path, out, student, num_epochs, steps):
     assert column(out, "train/step") == list(range(1, steps + 1))
 
 
-def test_train_seed_decides(tmp_path, student, text):
-    results = []
-    for i, seed in enumerate((0, 0, 1)):
-        distil(tmp_path / str(i), student=student, dataset=text, alpha=1.0, max_steps=2, seed=seed)
-        results.append(final_weights(tmp_path / str(i)))
-    assert same(results[0], results[1])
-    assert not same(results[0], results[2])
+def test_train_logs_evaluates_and_saves_when_it_should(out, teacher, student, text):
+    """And under exactly the keys of the contract."""
+    distil(out, teacher=teacher, student=student, dataset=text, max_steps=7, log_steps=3,
+           eval_steps=2, save_steps=4, alpha=0.3, learning_rate=1)
+    for entry in log(out):
+        assert entry.keys() in (TRAIN_KEYS, EVAL_KEYS)
+    assert column(out, "train/step") == [3, 6, 7]
+    assert column(out, "eval/step") == [2, 4, 6, 7]
+    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000007"]
+    assert min(column(out, "train/tokens_per_second")) > 0
+    losses = column(out, "eval/loss")
+    assert column(out, "eval/min_loss") == list(itertools.accumulate(losses, min))
+    assert losses != sorted(losses, reverse=True)   # or min_loss would be just the last
 
 
 # ---- what is not finite, and what is not there
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_train_ten_steps_that_are_not_finite_stop_the_run_with_a_checkpoint(tmp_path, out, teacher,
-                                                                            student, role):
+def test_train_a_row_that_breaks_the_loss_skips_its_step_only(
+        tmp_path, out, teacher, student, role):
+    """12 of 24, never ten in a row. A loss that is not finite is null: JSON knows no NaN."""
     pair = dict(teacher=teacher, student=student)
     pair[role] = break_letter(pair[role], tmp_path / "broken")
-    rows = []
-    for i in range(40):
-        rows.append({"prompt": "a" if i < 3 else "Z", "response": prose(3, i)})
-    data = write_splits(tmp_path / "data", rows, rows[:2])
-    err = distil(out, rc=2, **pair, dataset=data, seq_len=64, batch_size=1, max_steps=40).err
-    assert "finite" in err
-    skipped = column(out, "train/skipped_steps")
-    assert skipped == sorted(skipped)
-    assert 9 <= skipped[-1] <= 13
-    assert not os.path.exists(f"{out}/final")
-    saved, = os.listdir(f"{out}/checkpoints")
-    saved_step = int(saved.removeprefix("step-"))
-    last_step = max(column(out, "train/step"))
-    assert last_step <= saved_step <= last_step + 1
-    moments = {name: x for name, x in checkpoint(out, saved_step).items() if "exp_avg" in name}
-    assert moments
-    assert all(x.isfinite().all() for x in moments.values())   # of the last good step
-
-
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, teacher, student,
-                                                              role):
-    pair = dict(teacher=teacher, student=student)
-    pair[role] = break_letter(pair[role], tmp_path / "broken")
-    rows = []
-    for i in range(12):
-        rows.append({"prompt": "Z" if i % 4 == 0 else "a", "response": prose(3, i)})
-    data = write_splits(tmp_path / "data", rows, rows[1:3])
+    rows = [{"prompt": "Za"[i % 2], "response": prose(3, i)} for i in range(24)]
+    data = write_splits(tmp_path / "data", rows, rows[1:2])
     distil(out, **pair, dataset=data, seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
-    assert column(out, "train/skipped_steps")[-1] == 3
-    losses = column(out, "train/loss")
-    assert len(losses) - losses.count(None) == 9   # null: JSON knows no NaN
-    before = weights(pair["student"])
+    skipped = 0
+    for line in Path(out, "log.jsonl").read_text().splitlines():
+        entry = json.loads(line, parse_constant=pytest.fail)
+        if "train/loss" in entry:
+            bad = entry["train/loss"] is None
+            skipped += bad
+            assert entry["train/skipped_steps"] == skipped
+            assert (entry["train/grad_norm"] is None) == bad
+    assert skipped == 12
     after = final_weights(out)
-    assert not same(before, after)
+    assert not same(weights(pair["student"]), after)
     for name, x in after.items():
         assert "embed" in name or x.isfinite().all(), name
 
 
-def test_train_weights_that_are_not_finite_are_never_final(tmp_path, out, student, text):
-    """Fewer than ten steps: nothing else would notice."""
-    fields = dict(student=student, dataset=text, alpha=1.0, max_steps=4, learning_rate=1e38,
-                  max_grad_norm=0)
-    shown = distil(out, rc=2, **fields)
-    assert "not finite" in shown.err and "no final/" in shown.err
+def test_train_ten_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, out, student):
+    """Of the weights as they were, with advice that works."""
+    broken = break_letter(student, tmp_path / "broken")
+    rows = [{"prompt": "Z", "response": prose(3, i)} for i in range(12)]
+    data = write_splits(tmp_path / "data", rows, rows[:2])
+    fields = dict(dataset=data, alpha=1.0, seq_len=64, batch_size=1, weight_decay=0.1)
+    err = distil(out, rc=2, **fields, student=broken, max_steps=40).err
+    assert "not finite for 10 steps in a row" in err
+    assert column(out, "train/skipped_steps") == list(range(1, 10))
+    assert os.listdir(f"{out}/checkpoints") == ["step-00000010"]
     assert not os.path.exists(f"{out}/final")
-    assert "last good weights" not in shown.err
+    tensors = checkpoint(out, 10)
+    for name, tensor in weights(broken).items():
+        assert torch.equal(tensors[f"model.model.{name}"], tensor)
+        assert not tensors[f"exp_avg.model.{name}"].any()
+    rate, = re.findall(r"--resume never and --learning_rate (\S+),", err)
+    assert float(rate) == 1e-3 / 4
+    distil(out, **fields, student=student, max_steps=1, resume="never", learning_rate=rate)
 
 
-def test_train_the_advice_after_bad_steps_is_a_command_that_works(tmp_path, out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, max_grad_norm=0)
-    err = distil(out, rc=2, **fields, max_steps=20, learning_rate=1e38).err
-    assert "10 steps in a row" in err and "not finite themselves" in err
-    advice = re.search(r"(--resume never) and (--learning_rate \S+),", err)
-    rate = float(advice[2].split()[1])
-    assert rate < 1e38
-    distil(out, **fields, max_steps=2, resume="never", learning_rate=1e-3)
-
-
-def test_train_a_log_that_cannot_be_written_costs_no_step(tmp_path, out, student, text,
-                                                          monkeypatch):
-    """The disk fills at step 3, and has room again at 5."""
-    path = Path(out, "log.jsonl")
-    seed_step = sd.seed_step
-
-    def fill_disk(seed, step):
-        if step == 2:
-            path.rename(path.with_suffix(".kept"))
-            path.symlink_to("/dev/full")
-        if step == 4:
-            path.unlink()
-            path.with_suffix(".kept").rename(path)
-        seed_step(seed, step)
-
-    monkeypatch.setattr(sd, "seed_step", fill_disk)
-    shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=6).out
-    assert shown.count("log.jsonl cannot be written") == 1
-    assert column(out, "train/step") == [1, 2, 5, 6]
-    assert os.path.isdir(f"{out}/final")
-
-
-def break_norm(tensors):
-    tensors["model.norm.weight"][0] = math.inf
-
-
-def test_train_a_model_that_is_broken_throughout_is_called_that(tmp_path, out, teacher, student,
-                                                                text):
-    """And not a model whose head nobody knows."""
-    broken = shutil.copytree(teacher, tmp_path / "broken")
-    edit_weights(broken, break_norm)
-    err = distil(out, rc=2, teacher=broken, student=student, dataset=text, max_steps=20).err
-    assert "finite" in err.lower()
-
-
-def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(tmp_path, monkeypatch,
-                                                                          student, text):
+def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
+        tmp_path, monkeypatch, student, text):
     """The trainer makes no such batch by itself: one is made here by taking the targets of the
     second step away."""
     fields = dict(student=student, dataset=text, alpha=1.0, batch_size=4, weight_decay=0.1)
     distil(tmp_path / "one", **fields, max_steps=1)
     micro_batches = sd.micro_batches
+    steps = itertools.count(1)
 
     def second_is_blank(*args):
-        for step, (micro, position) in enumerate(micro_batches(*args)):
-            if step == 1:
-                for batch in micro:
-                    batch.positions = batch.positions[:0]
-                    batch.labels = batch.labels[:0]
-            yield micro, position
+        micro = micro_batches(*args)
+        if next(steps) == 2:
+            micro[0].positions = micro[0].positions[:0]
+            micro[0].labels = micro[0].labels[:0]
+        return micro
 
     monkeypatch.setattr(sd, "micro_batches", second_is_blank)
-    shown = distil(tmp_path / "two", **fields, max_steps=2)
+    shown = distil(tmp_path / "two", **fields, max_steps=2).out
     assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"))
-    assert "step 2" in shown.out + shown.err
-    second = log(tmp_path / "two", "train")[1]
-    assert all(math.isfinite(value) for value in second.values())
+    assert "step 2: not one valid target" in shown
+    assert logged_losses(log(tmp_path / "two", "train")[1]) == [0, 0, 0]
 
 
-def test_train_log_is_strict_json(out, student, tmp_path):
-    """A loss that is not finite is null; its step has a gradient norm of null too."""
-    rows = [{"prompt": "Z" if i % 2 else "a", "response": "one two"} for i in range(4)]
-    broken = break_letter(student, tmp_path / "broken")
-    data = write_splits(tmp_path / "data", rows, rows[:2])
-    distil(out, student=broken, alpha=1.0, dataset=data, batch_size=1)
-    with open(f"{out}/log.jsonl") as f:
-        # parse_constant is called for NaN and Infinity only
-        entries = [json.loads(line, parse_constant=pytest.fail) for line in f]
-    losses = [entry["train/loss"] for entry in entries if "train/loss" in entry]
-    assert None in losses
-    for entry in entries:
-        if entry.get("train/loss"):
-            assert entry["train/grad_norm"]
+def test_train_a_log_that_cannot_be_written_costs_no_step(out, student, text, monkeypatch):
+    """The disk is full at steps 3 and 4."""
+    append = sd.append_jsonl
+
+    def fill_disk(path, row):
+        if row.get("train/step") in (3, 4):
+            path = "/dev/full"
+        append(path, row)
+
+    monkeypatch.setattr(sd, "append_jsonl", fill_disk)
+    distil(out, student=student, dataset=text, alpha=1.0, max_steps=6)
+    assert column(out, "train/step") == [1, 2, 5, 6]
+    assert os.path.isdir(f"{out}/final")
 
 
 # ---- what a run says and leaves
-
-TRAIN_KEYS = {"train/loss", "train/ce_loss", "train/kl_loss", "train/learning_rate",
-              "train/grad_norm", "train/epoch", "train/step", "train/tokens_per_second",
-              "train/skipped_steps"}
-EVAL_KEYS = {"eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/perplexity", "eval/min_loss",
-             "eval/epoch", "eval/step"}
-
-
-def test_train_log_has_exactly_the_keys_of_the_contract(out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=5, log_steps=2,
-           eval_steps=2, alpha=0.3, learning_rate=0.3)
-    for entry in log(out):
-        assert entry.keys() in (TRAIN_KEYS, EVAL_KEYS)
-    assert column(out, "train/step") == [2, 4, 5]
-    assert column(out, "eval/step") == [2, 4, 5]
-    for entry in log(out, "train"):
-        loss, ce, kl = logged_losses(entry)
-        assert loss == pytest.approx(0.3 * ce + 0.7 * kl, rel=1e-6)
-        assert entry["train/tokens_per_second"] > 0
-        assert entry["train/grad_norm"] > 0
-    lowest = math.inf
-    for entry in log(out, "eval"):
-        lowest = min(lowest, entry["eval/loss"])
-        assert entry["eval/min_loss"] == lowest
-        assert entry["eval/perplexity"] == pytest.approx(math.exp(entry["eval/ce_loss"]))
-
-
-def test_train_evaluation_is_the_mean_over_held_out_tokens(out, tmp_path, teacher, student):
-    rows = talk(7)
-    teacher_copy, student_copy = with_chatml(tmp_path, teacher, student)
-    distil(out, teacher=teacher_copy, student=student_copy, seq_len=256, batch_size=3, max_steps=1,
-           dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=0.3, temperature=2.0,
-           learning_rate=STILL)
-    losses = model_losses(load(student), load(teacher), chatml_rows(rows), 0.3, 2.0)
-    logged = logged_losses(log(out, "eval")[-1], "eval")
-    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
-
-
-def count_parameters(path):
-    return sum(x.numel() for x in weights(path).values())
-
-
-def test_train_closing_table_and_sample(out, teacher, student, text):
-    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=2).out
-    lines = {"teacher": teacher, "student before": student, "student after": student}
-    for name, path in lines.items():
-        size = f"{count_parameters(path):,}"
-        assert re.search(rf"^{name}\s.*\d.*{size}", shown, re.MULTILINE), shown
-    assert f"{column(out, 'eval/perplexity')[-1]:.2f}" in shown
-    assert "sample" in shown
-
-
-def test_train_the_first_evaluation_is_short_and_says_of_how_much(out, tmp_path, student):
-    """Of a few held-out rows, evenly spaced, also after a resume; the last one is of all."""
-    rows = talk(11)
-    fields = dict(student=with_chatml(tmp_path, student)[0], seq_len=256, batch_size=1,
-                  dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=1.0,
-                  learning_rate=STILL)
-    spaced = chatml_rows([rows[i] for i in (0, 2, 5, 8)])
-    expected = []
-    for some in (spaced, chatml_rows(rows)):
-        ce = model_losses(load(student), load(student), some, 1.0, 1.0)[1]
-        expected.append(f"{math.exp(ce.item()):.2f}")
-    for max_steps in (1, 2):
-        shown = distil(out, max_steps=max_steps, **fields).out
-        before, = re.findall(r"student before \(4 of 11\) +(\S+)", shown)
-        after, = re.findall(r"student after +(\S+)", shown)
-        assert [before, after] == expected
-    assert "student before  " in distil(f"{out}-4", max_steps=1, eval_samples=4, **fields).out
 
 
 def read_card(out):
@@ -3826,151 +3323,119 @@ def read_card(out):
     return huggingface_hub.ModelCard.load(os.path.join(out, "final", "README.md"))
 
 
-def test_train_final_has_a_model_card(out, teacher, student, text):
-    """It says what the run was, with the table that it printed and no path of ours, and is a file
-    of final/ like the others."""
-    shown = distil(out, teacher=teacher, student=student, dataset=text, max_steps=2, batch_size=3,
-                   alpha=0.25, temperature=2.0, divergence="reverse").out
+def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teacher, student):
+    """The first evaluation is short: of a few held-out rows, evenly spaced, also after a resume.
+    The card says what the run was, and no path of ours."""
+    rows = talk(11)
+    pair = with_chatml(tmp_path, teacher, student)
+    fields = dict(teacher=pair[0], student=pair[1], seq_len=256, batch_size=1, learning_rate=STILL,
+                  dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=0.25,
+                  temperature=2.0, divergence="reverse")
+    expected = []
+    for names, chosen in [([teacher], range(11)), ([student, teacher], (0, 2, 5, 8)),
+                          ([student, teacher], range(11))]:
+        models = [*map(load, names), None]
+        coded = chatml_rows([rows[i] for i in chosen])
+        _, ce, kl = model_losses(*models[:2], coded, 0.25, 2.0, "reverse")
+        expected.append([f"{math.exp(ce.item()):.2f}", f"{kl.item():.4f}"])
+    for max_steps in (1, 2):
+        shown = distil(out, max_steps=max_steps, **fields).out
+        found = re.findall(r"^\| +(\S.*\S) \| +(\S+) \| +(\S+) \|$", shown, re.MULTILINE)[1:]
+        assert [values for _, *values in found] == expected
+        assert [name for name, *_ in found] == [
+            "teacher", "student before (4 sequences)", "student after (11)"]
     card = read_card(out)
     about = card.data.to_dict()
-    assert about["base_model"] == [Path(teacher).name, Path(student).name]
     assert about["library_name"] == "transformers" and about["pipeline_tag"] == "text-generation"
-    assert "distillation" in about["tags"]
-    assert "datasets" not in about   # a file of ours is no dataset of the hub
-    written = Path(out, "final", "README.md").read_text()
-    assert "\nlicense:   # fill in" in written and not about.get("license")
-    table = shown[shown.index("held out   "):shown.index("\n\nsample")]
-    assert table in card.text
-    for fact in (
-        f"| teacher | {Path(teacher).name} |",
-        f"{count_parameters(student):,} parameters, begun from {Path(student).name} |",
-        f"| data | {Path(text).name}, split train, at most 32 tokens a sequence |",
-        "0.25 x cross-entropy + 0.75 x T^2 x KL(student, teacher), T 2 |",
-        "| steps | distil 2; 3 sequences a step",
-    ):
+    assert not about.get("base_model") and not about.get("license")
+    parameters = load(f"{out}/final").num_parameters()
+    for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")], "reverse", "T 2",
+                 f"/student, {parameters:,} parameters", "/teacher", "/data, split train",
+                 "0.25 x cross-entropy + 0.75 x T^2 x KL", "2 steps of 1 sequences"):
         assert fact in card.text, card.text
-    for path in (teacher, text, out):
-        assert str(Path(path).parent) not in written
-    assert "README.md" in json.loads(Path(out, "final", sd.FINAL_MARK).read_text())["files"]
-    assert load(f"{out}/final").num_parameters() == count_parameters(student)
+    assert str(tmp_path) not in Path(out, "final", "README.md").read_text()
 
 
-def test_train_model_card_names_hub_models_and_no_folders(tmp_path):
-    assert sd.name_for_strangers("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    (tmp_path / "my run" / "final").mkdir(parents=True)
-    assert sd.name_for_strangers(str(tmp_path / "my run" / "final")) == "my run"
-    assert sd.name_for_strangers(str(tmp_path / "my run") + "/") == "my run"
-
-
-def test_train_model_card_of_labels_only_names_no_teacher(out, teacher, text):
-    distil(out, teacher=teacher, student="layers:1", dataset=text, max_steps=1, alpha=1)
-    card = read_card(out)
-    assert card.data.base_model == [Path(teacher).name]
-    assert "| teacher | none, labels only |" in card.text
-    assert f"begun from 1 layers of {Path(teacher).name} |" in card.text
-    assert "| objective | cross-entropy to the labels |" in card.text
-    assert "distillation" not in card.data.tags
+@pytest.mark.parametrize("student, teacher, alpha, bases", [
+    ("a/b", "c/d", 0.5, ["a/b", "c/d"]),
+    ("a/b", "c/d", 1.0, ["a/b"]),
+    ("layers:2", "c/d", 0.5, ["c/d"]),
+    (HERE, "c/d", 0.5, ["c/d"]),
+])
+def test_train_model_card_names_what_is_on_the_hub(monkeypatch, student, teacher, alpha, bases):
+    monkeypatch.setattr(sd, "facts_of", lambda run: {})
+    cfg = config.Config(student=str(student), teacher=teacher, alpha=alpha)
+    card = sd.model_card(types.SimpleNamespace(cfg=cfg), "")
+    assert f"\nbase_model: {json.dumps(bases)}\n" in card
 
 
 # ---- Weights & Biases
 
 
-@pytest.fixture
-def no_wandb_settings(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("WANDB"):
-            monkeypatch.delenv(name)
-
-
 class FakeWandb:
     """A stand-in for the service, not for our code."""
 
-    def __init__(self):
+    def __init__(self, key="key", problem=None):
+        self.api = types.SimpleNamespace(api_key=key)
+        self.problem = problem
         self.id = "abc"
+        self.asked_ids = []
         self.config = None
         self.entries = []
         self.exit_codes = []
 
-    def login(self, **_):
-        return True
-
     def Settings(self, **_):
         return None
 
-    def init(self, config, **_):
+    def init(self, config, id, **_):
+        assert self.api.api_key, "it would ask at a prompt"
+        if self.problem:
+            raise self.problem
         self.config = config
+        self.asked_ids.append(id)
         return self
 
     def log(self, entry, step):
+        assert step == entry.get("train/step", entry.get("eval/step"))
         self.entries.append(entry)
 
     def finish(self, exit_code):
         self.exit_codes.append(exit_code)
 
 
-def test_train_wandb_missing(out, student, text, monkeypatch, no_wandb_settings):
-    monkeypatch.setitem(sys.modules, "wandb", None)   # importing it fails
-    shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True)
-    assert len(re.findall("^wandb.*", shown.out + shown.err, re.MULTILINE)) == 1
+@pytest.fixture
+def use_wandb(monkeypatch):
+    """-> a function that puts what it is given in place of the package."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return functools.partial(monkeypatch.setitem, sys.modules, "wandb")
 
 
-def read_terminal(terminal, process, seconds):
-    """What a process writes to a terminal, until it ends or the time is over."""
-    shown = b""
-    deadline = time.time() + seconds
-    try:
-        while time.time() < deadline:
-            if select.select([terminal], [], [], 1)[0]:
-                shown += os.read(terminal, 65536)
-            elif process.poll() is not None:
-                break
-    except OSError:   # the other end is closed
-        pass
-    return shown
+@pytest.mark.parametrize("wandb, reason", [
+    (None, "wandb"),   # importing it fails
+    (FakeWandb(key=None), "not logged in"),
+    (FakeWandb(problem=TimeoutError("no answer")), "no answer"),
+])
+def test_train_without_wandb_goes_on_and_says_so(out, student, text, use_wandb, wandb, reason):
+    use_wandb(wandb)
+    shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True).out
+    line, = re.findall("^wandb.*", shown, re.MULTILINE)
+    assert reason in line
 
 
-def test_train_wandb_not_logged_in_never_waits_at_a_prompt(tmp_path, out, student, text,
-                                                           no_wandb_settings):
-    """On a terminal, where wandb would ask."""
-    terminal, other_end = pty.openpty()
-    words = flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1,
-                  use_wandb=True)
-    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    process = spawn(*words, env=env, stdin=other_end, stdout=other_end, stderr=other_end)
-    os.close(other_end)
-    try:
-        shown = read_terminal(terminal, process, seconds=120)
-    finally:
-        os.close(terminal)
-    try:
-        code = process.wait(10)
-    finally:
-        process.kill()
-    assert code == 0, shown.decode()
-    assert shown.count(b"wandb: ") == 1 and b"logged in" in shown
-    assert os.path.exists(f"{out}/final")
-
-
-def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, teacher, student, text,
-                                                             monkeypatch, no_wandb_settings):
+def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, student, text, use_wandb):
+    """A run that goes on is the same there."""
     wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=2, use_wandb=True)
+    use_wandb(wandb)
+    for max_steps in (2, 3):
+        distil(out, student=student, dataset=text, alpha=1.0, max_steps=max_steps, use_wandb=True)
     assert wandb.entries == log(out)
-    assert wandb.exit_codes == [0]
+    assert wandb.asked_ids == [None, "abc"]
+    assert wandb.exit_codes == [0, 0]
     assert wandb.config.keys() == config.FIELDS.keys()
     assert "key" not in json.dumps(wandb.config).split()
-
-
-def test_train_wandb_is_finished_when_training_fails(out, student, tmp_path, monkeypatch,
-                                                     no_wandb_settings):
-    wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    broken = break_letter(student, tmp_path / "broken")
-    rows = [{"prompt": "Z", "response": "one two"}] * 12
-    data = write_splits(tmp_path / "data", rows, rows[:2])
-    distil(out, rc=2, student=broken, alpha=1.0, dataset=data, batch_size=1, use_wandb=True)
-    assert wandb.exit_codes == [1]
+    distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=30, use_wandb=True,
+           resume="never", learning_rate=1e38, max_grad_norm=0)
+    assert wandb.exit_codes == [0, 0, 1]
 
 
 @pytest.mark.campaign
@@ -3988,49 +3453,30 @@ def test_train_wandb_offline(out, student, text):
     True,   # optional: blockwise
 ])
 def test_train_dry_run_says_what_a_run_would_and_leaves_nothing(
-        out, tmp_path, teacher, student, blockwise):
-    """The targets of a conversation are the assistant's words and its end, nothing else."""
+        out, tmp_path, teacher, student, monkeypatch, blockwise):
+    """On the longest rows. The targets of a conversation are the assistant's words and its end."""
     tokenized = with_chatml(tmp_path, student)[0]
-    fields = dict(teacher=teacher, student=tokenized, dataset=write_splits(
-        tmp_path / "data", talk(8), talk(4)), seq_len=128, batch_size=2, max_steps=7, dry_run=True)
-    if blockwise:
-        fields |= dict(blockwise=True, max_steps=None, num_epochs=1.0)
-    shown = distil(out, tokenizer=tokenized, **fields).out
-    assert "memory a device, estimated" in shown
-    assert re.search(r"a step\S* ?.* takes \S+ s .* steps about \S+ hours", shown), shown
+    rows = talk(8)
+    fields = dict(teacher=teacher, student=tokenized, tokenizer=tokenized, seq_len=128,
+                  dataset=write_splits(tmp_path / "data", rows, talk(4)), batch_size=2,
+                  num_epochs=2, dry_run=True, blockwise=blockwise or None)
+    seen = []
+    time_step = sd.time_step
+
+    def noting(run, stage, micro):
+        seen.append([len(row["input_ids"]) for batch in micro for row in batch.rows])
+        return time_step(run, stage, micro)
+
+    monkeypatch.setattr(sd, "time_step", noting)
+    shown = distil(out, **fields).out
+    lengths = sorted(len(ids) for ids, _ in chatml_rows(rows))
+    assert seen[-1] == lengths[:-3:-1]
+    assert re.search(r"takes \S+ s .* steps at most \S+ hours", shown), shown
     example, = re.findall(r"its targets in \[\[ \]\]: (.*)", shown)
-    targets = re.findall(r"\[\[(.*?)\]\]", example)
-    answers = [row["response"].strip() + "<|im_end|>" for row in talk(8)]
-    assert len(targets) == 1 and targets[0] in answers, example
+    target, = re.findall(r"\[\[(.*?)\]\]", example)
+    assert target in [row["response"] + "<|im_end|>" for row in rows], example
     assert "perplexity" not in shown
     assert not os.path.exists(out)
-
-
-def test_train_memory_counts_whole_gradients_under_accumulation(student, monkeypatch):
-    """Under shard_grad_op each rank holds all gradients between micro-steps, 4 bytes a parameter;
-    full_shard reduces them after each."""
-    with sd.process_group():
-        root = sd.load_student(config.Config(student=student, teacher=student))
-    parameters = root.model.num_parameters()
-    stage = types.SimpleNamespace(rates=dict.fromkeys(root.parameters(), 1e-3))
-    monkeypatch.setattr(sd, "WORLD", 4)
-    sizes = {}
-    for fsdp, micro_steps in [("full_shard", 8), ("shard_grad_op", 8)]:
-        run = types.SimpleNamespace(
-            cfg=config.Config(fsdp=fsdp), student=root, teacher=None, stages=[stage], batch_size=2,
-            micro_steps=micro_steps)
-        sizes[fsdp, micro_steps] = sd.estimate_memory(run)["gradients"] / parameters
-    assert sizes == {("full_shard", 8): 1.0, ("shard_grad_op", 8): 4.0}
-
-
-def test_train_memory_on_a_cpu_is_about_what_was_estimated(tmp_path, teacher, student, text):
-    """Of models as small as these nearly all is the process itself."""
-    words = flags(**PLAIN, output_dir=tmp_path / "out", teacher=teacher, student=student,
-                  dataset=text, max_steps=2)
-    shown = Fork(tmp_path / "log.txt", *words).wait()
-    estimated = float(re.search(r"estimated: (\S+) GB", shown)[1])
-    measured = float(re.search(r"at most (\S+) GB of memory", shown)[1])
-    assert 0.7 < measured / estimated < 1.4
 
 
 # ---- a step on GPUs that exist in name only
@@ -4058,34 +3504,11 @@ class DoneAtOnce:
     """A stream or an event of that device."""
     device = torch.device("cuda", 0)
 
-    def __init__(self, *_, **__):
-        pass
-
     def is_capturing(self):
         return False
 
     def __getattr__(self, name):
         return lambda *_, **__: self
-
-
-def pretend_cuda(monkeypatch):
-    """One of the 8 GPUs of a node, as torch.cuda and simple_distill see it."""
-    card = types.SimpleNamespace(total_memory=85_000_000_000, major=9, minor=0)
-    current = DoneAtOnce()
-    answers = dict(
-        is_available=True, device_count=8, is_initialized=True, current_device=0,
-        is_bf16_supported=True, get_device_capability=(9, 0), get_device_properties=card,
-        current_stream=current, stream=contextlib.nullcontext(), set_device=None, _lazy_init=None,
-        manual_seed_all=None, is_current_stream_capturing=False)
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    monkeypatch.setattr(torch.cuda, "Stream", DoneAtOnce)
-    monkeypatch.setattr(torch.cuda, "Event", DoneAtOnce)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: current)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
-    monkeypatch.setattr(sd, "CUDA", True)
-    monkeypatch.setattr(sd, "DEVICE", torch.device("cuda", 0))
 
 
 def fake_flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
@@ -4096,16 +3519,9 @@ def fake_flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **option
         q, k, v, dropout_p, True, False, **options)[0]
 
 
-def fake_compile(function):
-    """As the code that inductor writes for chunk_terms: nothing [C, V] but the gradient."""
-    def run(student_CV, labels_C, target):
-        ce, kl = student_CV.new_empty(2, len(labels_C), dtype=torch.float32)
-        return ce, kl, torch.empty_like(student_CV)
-    return run
-
-
-def stand_in(monkeypatch):
-    """For what fake tensors, which hold no numbers, cannot do."""
+def pretend_cuda(monkeypatch):
+    """One of the 8 GPUs of a node, as torch.cuda and simple_distill see it, and stand-ins for what
+    fake tensors, which hold no numbers, cannot do."""
     mesh = sd.init_device_mesh
     nonzero = torch.Tensor.nonzero
 
@@ -4118,158 +3534,110 @@ def stand_in(monkeypatch):
             return nonzero(tensor)
         return torch.arange(len(tensor), device=tensor.device)[:, None]
 
-    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
-    monkeypatch.setattr(sd, "init_device_mesh", real_mesh)
-    monkeypatch.setattr(sd, "all_sum", lambda *values: list(values))
-    monkeypatch.setattr(torch.Tensor, "nonzero", all_of_them)
-    monkeypatch.setattr(torch, "compile", fake_compile)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", fake_flash)
-    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: False)
+    current = DoneAtOnce()
+    answers = dict(
+        is_available=True, device_count=8, current_device=0, is_bf16_supported=True,
+        get_device_capability=(9, 0), current_stream=current, stream=contextlib.nullcontext(),
+        _lazy_init=None, is_current_stream_capturing=False, Stream=current, Event=current)
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    for place, name, stand_in in [
+        (torch.accelerator, "current_stream", lambda *_: current),
+        (torch.Tensor, "record_stream", lambda *_: None),
+        (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
+        (torch.Tensor, "nonzero", all_of_them),
+        (F, "scaled_dot_product_attention", fake_flash),
+        (transformers.masking_utils, "is_tracing", lambda *_: False),
+        (FakeTensorMode, "avoid_device_init", True),
+        (sd, "init_device_mesh", real_mesh),
+        (sd, "all_sum", lambda *values: list(values)),
+        (sd, "from_rank0", lambda value: None),
+        (sd, "identity_of", lambda model: None),
+        (sd, "CUDA", True),
+        (sd, "DEVICE", torch.device("cuda", 0)),
+    ]:
+        monkeypatch.setattr(place, name, stand_in)
 
 
-class GpuInName(TorchDispatchMode):
-    """Bytes of all storages on the device, the most of them, collectives, waits of the host."""
+class Calls(TorchDispatchMode):
+    """Counts collectives, and where the host waits for the device."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self):
         super().__init__()
-        self.sizes = {}
-        self.now = 0
-        self.begin_step()
-        resize = torch.UntypedStorage.resize_
-
-        def resize_(storage, size):   # so FSDP frees and gathers
-            resize(storage, size)
-            if id(storage) in self.sizes:
-                self.hold(id(storage), size)
-
-        monkeypatch.setattr(torch.UntypedStorage, "resize_", resize_)
-
-    def begin_step(self):
-        self.peak = self.now
-        self.calls = collections.Counter(wait=0)
-
-    def hold(self, key, size):
-        self.now += size - self.sizes.get(key, 0)
-        self.sizes[key] = size
-        self.peak = max(self.peak, self.now)
-
-    def release(self, key):
-        self.now -= self.sizes.pop(key)
-
-    def see(self, tensor):
-        storage = sd.local_tensor(tensor).untyped_storage()
-        key = id(storage)
-        if tensor.device.type == "cuda" and key not in self.sizes:
-            self.hold(key, storage.nbytes())
-            weakref.finalize(storage, self.release, key)
+        self.count = collections.Counter(wait=0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         aten = torch.ops.aten
         kwargs = kwargs or {}
         if function is aten._local_scalar_dense.default and args[0].device.type == "cuda":
-            self.calls["wait"] += 1   # .item(), or an `if` on a tensor
+            self.count["wait"] += 1   # .item(), or an `if` on a tensor
             return 1
         result = function(*args, **kwargs)
         if function is aten._to_copy.default and args[0].device != result.device:
-            self.calls["wait"] += not kwargs.get("non_blocking", False)
+            self.count["wait"] += not kwargs.get("non_blocking", False)
         if function.namespace == "c10d":
-            self.calls[function.overloadpacket.__name__] += 1
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.see(tensor)
+            self.count[function.overloadpacket.__name__] += 1
         return result
-
-
-def simulated_run(cfg):
-    """A Run of student and teacher as start_run would make it."""
-    student = sd.load_student(cfg)
-    teacher = sd.load_teacher(cfg)
-    batch_size, micro_steps, global_batch = sd.plan_batch(cfg, None, sd.WORLD)
-    run = sd.Run(
-        cfg=cfg, result_knobs={}, inputs={}, tokenizer=None, rows=range(10**6), eval_rows=[],
-        student=student, teacher=teacher, batch_size=batch_size, micro_steps=micro_steps,
-        global_batch=global_batch, checkpoint=None, started=0.0, free_memory=0, broken_weights=0,
-        loss_fn=functools.partial(sd.distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
-                                  divergence=cfg.divergence, vocabulary=151669),
-        get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
-    run.stages = [sd.distillation_stage(run)]
-    sd.start_stage(run, run.stages[0])
-    return run
 
 
 SIMULATION = """
 import ctypes, sys
-ctypes.CDLL(sys.argv[1])   # before torch looks what there is
+ctypes.CDLL(sys.argv[1] + "/gpu.so")   # before torch looks what there is
 import test_simple_distill
-test_simple_distill.simulate(sys.argv[2])
+test_simple_distill.simulate(sys.argv[1])
 """
 
 
 def simulate(folder):
-    """In a process of its own: two steps -> figures of the second, in figures.json."""
-    monkeypatch = pytest.MonkeyPatch()
-    pretend_cuda(monkeypatch)
-    stand_in(monkeypatch)
-    torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=sd.RANK, world_size=sd.WORLD)
+    """In a process of its own: two steps, prints the calls of the second."""
+    pretend_cuda(pytest.MonkeyPatch())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=sd.WORLD)
     cfg = config.parse_config(flags(
         student=f"{folder}/student.json", teacher=f"{folder}/teacher.json", dataset=folder,
         max_steps=2, gradient_accumulation_steps=2, use_wandb=False))
-    gpu = GpuInName(monkeypatch)
-    with FakeTensorMode(allow_non_fake_inputs=True), gpu:
-        run = simulated_run(cfg)
-        tokens = run.batch_size * (cfg.seq_len - 1)
-        batch = sd.Batch(
-            input_ids=torch.zeros(run.batch_size, cfg.seq_len, dtype=torch.long, device="cuda"),
-            positions=torch.zeros(tokens, dtype=torch.long, device="cuda"),
-            labels=torch.zeros(tokens, dtype=torch.long), real=None)
+    calls = Calls()
+    with FakeTensorMode(allow_non_fake_inputs=True), calls:
+        student, _ = sd.load_model(cfg, "student")
+        teacher, _ = sd.load_model(cfg, "teacher")
+        run = types.SimpleNamespace(
+            cfg=cfg, student=student, rows=range(99), global_batch=9, progress=sd.Progress(),
+            loss_fn=functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0),
+            get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
+        stage = sd.distillation_stage(run)
+        sd.start_stage(run, stage)
+        batch = sd.collate([{"input_ids": list(range(9)), "targets": [False] + 8 * [True],
+                             "starts": [0]}])
         for _ in range(2):
-            gpu.begin_step()
-            run.set_rates(0)
-            sd.add_gradients(run, run.stages[0], [batch] * run.micro_steps, 1000)
-            norm = sd.optimizer_step(run.optimizer, cfg.max_grad_norm, run.scale_state, False)
-            run.optimizer.zero_grad()
+            calls.count = collections.Counter(wait=0)
+            _, norm = sd.one_step(run, stage, [batch, batch], 1000)
         assert norm.device.type == "cuda" and norm.dtype == torch.float32
-    figures = dict(gpu.calls, peak=gpu.peak, estimated=sum(sd.estimate_memory(run).values()))
-    Path(folder, "figures.json").write_text(json.dumps(figures))
+    print(json.dumps(calls.count))
 
 
 @pytest.mark.campaign
 def test_train_a_step_on_eight_gpus_that_exist_in_name_only(tmp_path):
-    """0.6B <- 4B under full_shard with fake tensors: whatever is on the wrong device or of the
-    wrong type raises. FSDP gathers and reduces as often as it should, nothing waits for the GPU,
-    and the peak is the estimate's."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+    """Under full_shard with fake tensors: whatever is on the wrong device or of the wrong type
+    raises. FSDP gathers and reduces as often as it should, nothing waits for the GPU."""
     (tmp_path / "gpu.cpp").write_text(GPU_IN_NAME)
     torch_folder = os.path.dirname(torch.__file__)
-    library = str(tmp_path / "gpu.so")
     subprocess.run(
-        [compiler, "-std=c++20", "-shared", "-fPIC", tmp_path / "gpu.cpp", "-o", library,
-         f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include",
-         f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-lc10", "-ltorch_cpu"],
-        check=True)
-    layers = {}
-    for name, hidden, inner, heads, depth in [("student", 1024, 3072, 16, 28),
-                                              ("teacher", 2560, 9728, 32, 36)]:
-        layers[name] = depth
-        transformers.Qwen3Config(
-            vocab_size=151936, hidden_size=hidden, intermediate_size=inner, head_dim=128,
-            num_attention_heads=heads, num_key_value_heads=8, num_hidden_layers=depth,
-            tie_word_embeddings=True).to_json_file(tmp_path / f"{name}.json")
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+        ["c++", "-std=c++20", "-shared", "-fPIC", "gpu.cpp", "-o", "gpu.so",
+         f"-I{torch_folder}/include", f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib",
+         "-lc10", "-ltorch_cpu"], cwd=tmp_path, check=True)
+    layers = {"student": 3, "teacher": 5}
+    for name, depth in layers.items():
+        shape = tiny_config(cls="Qwen3Config", layers=depth, head_dim=16)
+        shape.to_json_file(tmp_path / f"{name}.json")
+    env = {**os.environ, "WORLD_SIZE": "8"}
     done = subprocess.run(
-        [sys.executable, "-c", SIMULATION, library, str(tmp_path)], cwd=HERE, env=env,
-        capture_output=True, text=True, timeout=500)
+        [sys.executable, "-c", SIMULATION, tmp_path], cwd=HERE, env=env, capture_output=True,
+        text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
     # a micro-step: student's root, its layers forward and backward, the teacher's layers
     gathers = 1 + 2 * layers["student"] + layers["teacher"]
-    assert figures["wait"] == 0
-    assert figures["_allgather_base_"] == 2 * gathers
-    assert figures["_reduce_scatter_base_"] == 2 * (1 + layers["student"])
-    assert figures["peak"] == pytest.approx(figures["estimated"], rel=0.1)
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "wait": 0, "_allgather_base_": 2 * gathers,
+        "_reduce_scatter_base_": 2 * (1 + layers["student"])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4499,6 +3867,7 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
             assert len(rows) > 1 and read_lines(f"{folder}/corpus/{split}.jsonl") == rows
     tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
     assert tokenizer.encode("<|end|>") == [tokenizer.eos_token_id] == [0]
+    assert len(tokenizer.encode("x = 'm")) < 6   # it has learnt from them
     for name in ("student", "teacher-shape"):
         assert transformers.AutoConfig.from_pretrained(f"{folder}/{name}").vocab_size == 1024
 
@@ -4847,7 +4216,7 @@ def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_tex
         (dict(packing="rows"), "packing 'auto' there, 'rows' here"),
         (dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
         (dict(student=other_student), "different tokenizers: token"),
-        (dict(student=small), "holds token 2.*has 200"),
+        (dict(student=small), "token 2.*200"),
         (dict(cache_dir=tmp_path / "none"), "no cache"),
     ]
     for fields, message in training:
@@ -4863,7 +4232,7 @@ def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_tex
         (dict(seed=1), "seed 0 there, 1 here"),
         (dict(teacher=student), "weights .* there"),
         (dict(dataset=edited), "dataset_fingerprint .* there"),
-        (dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "has 200"),
+        (dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "token 2.*200"),
     ]
     before = chunk_files(full_cache)
     for fields, message in filling:
@@ -4970,7 +4339,7 @@ def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path
 def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, tmp_path, name, damaged):
     (copy_of / name).write_text(damaged)
     refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
-    assert refused.err.count("\n") == 1
+    assert refused.err.strip().count("\n") == 0
 
 
 def test_cache_another_tokenizer_than_its_own_is_refused(copy_of, student, tmp_path):
@@ -5027,7 +4396,6 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
     log_path = tmp_path / "log.txt"
-    log_path.touch()
     words = cache_words(teacher, cache_text, copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
@@ -5039,7 +4407,7 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
         run = Fork(log_path, *words)
         while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
-        assert run.running()
+        assert run.poll() is None
     assert "is full" in run.wait()
     assert chunk_files(copy_of) == whole
 
@@ -5060,6 +4428,9 @@ def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # 
     assert len(rows) == 24
     assert all(len(row["input_ids"]) < 20 for row in rows)
     train_from_cache(student, cache, tmp_path / "out")
+    packed = tmp_path / "packed"
+    fill_cache(teacher, data, packed, streaming=True, eval_samples=8, packing="documents")
+    assert [len(row["starts"]) for row in rows_of_cache(packed)] == 8 * [2] + 4 * [2]
     write_jsonl(data, read_lines(data)[:-1])   # among the first, by which a stream is known
     assert "dataset_fingerprint" in fill_cache(teacher, data, cache, 2, streaming=True,
                                                eval_samples=8).err
@@ -5985,6 +5356,7 @@ def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, 
     assert "done in" in shown, shown
     lengths = column(tmp_path / "out", "train/rollout_length")
     assert min(lengths) == 1 and max(lengths) > 2, lengths
+    assert column(tmp_path / "out", "train/rollout_cut")[lengths.index(1)] == 0   # all have ended
     assert len({length % 1 for length in lengths}) == 2   # an odd sum: they were not as long
 
 
@@ -6437,9 +5809,9 @@ def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
     """Texts or conversations reach each provider in its form, in all kinds of files."""
     (tmp_path / name).write_text("\ufeff" + text)
     with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 0, provider, prompts_file=tmp_path / name,
-                                 api_temperature=temperature)
-        run_generate(fields)
+        run_generate(generate_fields(
+            tmp_path, server, 0, provider, prompts_file=tmp_path / name,
+            api_temperature=temperature, concurrency=1))
     kept = rows_of_run(tmp_path, "train")
     turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
     assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
@@ -6461,10 +5833,9 @@ def test_generate_own_lines(tmp_path):
         run_generate({**fields, "num_examples": 2})
         assert len(server.tries) == 2
         run_generate(fields)
-        assert list(server.tries) == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert set(server.tries.values()) == {1}
         asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == list(server.tries)
+        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+        assert server.tries == dict.fromkeys(asked, 1)
         run_generate({**fields, "num_examples": 1, "prompts_file": None,
                       "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
     rejected, = rows_of_run(tmp_path / "ours", "rejected")
@@ -6711,7 +6082,7 @@ def test_generate_signal(tmp_path, status):
 
 
 # The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+LOOP = (sd.ask_api, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
         sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
@@ -7371,7 +6742,7 @@ def assert_same_run(out, other):
 
 
 def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file of another save."""
+    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
     path = draw.choice(sorted(newest.iterdir()))
     how = draw.choice(["turn", "lose", "add"])
     if how == "turn":
@@ -7379,8 +6750,7 @@ def damage(newest, draw):
     elif how == "lose":
         path.unlink()
     else:
-        older = min(newest.parent.glob("step-*"))
-        shutil.copy(min(older.glob("*.safetensors")), newest / "stale.safetensors")
+        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
@@ -7455,7 +6825,7 @@ TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
 
 
 @pytest.mark.parametrize("ranks, files, every", [
-    (1, OURS, 6),
+    (1, OURS, 8),
     pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
     pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
 ])
@@ -7496,14 +6866,22 @@ def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, p
     assert f"{3 * world_sizes[0]} sequences a step" in refused.err
 
 
-def test_runs_a_second_process_on_a_folder_is_refused(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    first = distil_apart(out, **fields, max_steps=100_000)
-    wait_for_log(out, first)
-    assert "run alone" in distil(out, rc=2, **fields, max_steps=1).err
+def test_runs_a_signal_saves_and_a_second_process_is_refused(
+        tmp_path, teacher, student, text):
+    """Once it has stopped the same command goes on, with the next batch."""
+    fields = dict(teacher=teacher, student=student, dataset=text)
+    fields |= dict(streaming=True, shuffle_buffer=7)   # optional: streaming
+    stopped = tmp_path / "stopped"
+    whole = tmp_path / "whole"
+    first = distil_apart(stopped, **fields, max_steps=100_000)
+    wait_for_log(stopped, first)
+    assert "no other run" in distil(stopped, rc=2, **fields, max_steps=1).err
     assert "stopped at step" in first.signal(signal.SIGTERM).wait()
-    step = log(out, "train")[-1]["train/step"]
-    assert f"step-{step:08d}" in distil(out, **fields, max_steps=step + 1).out
+    step = log(stopped, "train")[-1]["train/step"]
+    assert (stopped / f"checkpoints/step-{step:08d}").is_dir()
+    for out in (stopped, whole):
+        distil(out, **fields, max_steps=step + 3)
+    assert same(final_weights(stopped), final_weights(whole))
 
 
 FAILS_ALONE = """
@@ -7518,30 +6896,6 @@ def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, stude
     shown = run.wait(seconds=60)
     assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     assert "ValueError: on this rank only" in shown
-
-
-@pytest.mark.parametrize("number, stream", [
-    (signal.SIGTERM, {"streaming": True, "shuffle_buffer": 7}),   # optional: streaming
-    (signal.SIGINT, {}),
-    (signal.SIGHUP, {}),
-])
-def test_runs_a_signal_saves_and_exits_0(tmp_path, teacher, student, text, number, stream):
-    """Though the terminal has gone; the same command goes on with the next batch."""
-    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, **stream)
-    stopped_run = tmp_path / "run"
-    terminal, inside = pty.openpty()
-    process = spawn(*flags(**fields, max_steps=100_000, output_dir=stopped_run), stdout=inside,
-                    stderr=inside)
-    os.close(inside)
-    wait_for_log(stopped_run, process)
-    os.close(terminal)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 0
-    stopped = log(stopped_run, "train")[-1]["train/step"]
-    assert (stopped_run / f"checkpoints/step-{stopped:08d}").is_dir()
-    for out in (stopped_run, tmp_path / "whole"):
-        cli(*flags(**fields, max_steps=stopped + 3, output_dir=out))
-    assert same(final_weights(stopped_run), final_weights(tmp_path / "whole"))
 
 
 # ---- many ranks, as processes over gloo
@@ -8124,9 +7478,9 @@ def is_read(name, fields):
 # logs and reports, bit for bit, and what a cache holds is read the same. REFERENCE=COMMIT names
 # another commit; move it where a result is meant to change.
 #
-# Meant to differ from 58e7ff4, and left out: the files of checkpoints and caches; what log and
-# reports say of blocks and layers (figures are sums over tokens, after a linear map); intervals
-# (drawn otherwise); texts that provider local draws (by the one writer); the order of packed rows.
+# Meant to differ from 58e7ff4, and left out: the files of checkpoints and caches; of blocks the
+# share explained (by batches: the last digit) and the median token (gone); layers' direct errors
+# (gone); texts that provider local draws (by the one writer); the order of packed rows.
 
 REFERENCE = os.environ.get("REFERENCE", "58e7ff4")   # before the house was halved
 
@@ -8180,7 +7534,8 @@ FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, int
                  dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
 }
 
-FIGURES = ("perplexity", "bits", "tokens", "accuracy", "agreement", "kl", "ece")
+FIGURES = ("perplexity", "bits", "perplexity_95", "bits_95", "tokens", "accuracy", "agreement",
+           "kl", "ece", "parameters", "disk")
 # What each rank computes the loss of: ids, labels, and of a cache what was decoded from it.
 RECORD = """
 import hashlib
@@ -8232,7 +7587,7 @@ def run_frozen(package, commands, inputs, folder):
 
 def figures_of(entry):
     """Of a line of the log: without speeds, and what is meant to differ."""
-    return {k: v for k, v in entry.items() if not re.search(r"second|^block/\d", k)}
+    return {k: v for k, v in entry.items() if not re.search("second|explained|median", k)}
 
 
 def digest_of(folder):
@@ -8248,6 +7603,9 @@ def digest_of(folder):
         report = json.loads((folder / "out" / "report.json").read_text())
         for label, figures in report["models"].items():
             digests[label] = {name: figures[name] for name in FIGURES}
+            digests[f"layers of {label}"] = [
+                (layer["student"], layer["teacher"], layer["share"], layer["cka"])
+                for layer in figures["layers"]]
     return digests
 
 
@@ -8276,20 +7634,25 @@ def fault_of_a_try(prompt, attempt):   # optional: generate
 
 
 @pytest.mark.campaign   # optional: generate
+@pytest.mark.parametrize("provider", ["openai", "anthropic", "local"])   # optional: generate
 def test_freeze_replies_are_those_of_the_reference(   # optional: generate
-        tmp_path, reference_package):
+        provider, tmp_path, reference_package, teacher):
+    """local: greedy, since draws are meant to differ."""
     results = []
     for package in (reference_package, HERE):
         folder = tmp_path / f"by{len(results)}"
         with ApiServer(fault=fault_of_a_try) as server:
-            fields = generate_fields(folder, server, 24)
+            fields = generate_fields(folder, server, 24, provider)
+            if provider == "local":
+                fields |= dict(teacher=teacher, api_temperature=0, max_tokens=30, api_model=None,
+                               api_base=None)
             shown = Fork(folder / "log.txt", *flags(**fields), package=package).wait()
         results.append({})
         for name in ("train.jsonl", "rejected.jsonl"):
             rows = read_lines(folder / "out" / name)
             results[-1][name] = sorted(json.dumps(row["messages"]) for row in rows)
     reference, ours = results
-    assert min(map(len, reference.values())) > 2, shown
+    assert sum(map(len, reference.values())) == 24, shown
     assert ours == reference
 
 
