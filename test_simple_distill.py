@@ -2470,9 +2470,10 @@ def is_shard(p):
 ])
 def test_models_shards(eight_ranks, student, fsdp, share, dropped):
     """How much a rank holds, and whether a layer is whole until the backward. The teacher, which
-    has none, is always in as many parts as can be, or whole everywhere."""
-    whole, _ = loaded(student, "teacher", fsdp=fsdp, shard_teacher=False)
-    assert not any(map(is_shard, whole.parameters()))
+    has none, is always in as many parts as can be, or whole everywhere, unless it is offloaded."""
+    for offload in (False, True):
+        root, _ = loaded(student, "teacher", shard_teacher=False, cpu_offload=offload)
+        assert all(is_shard(p) == offload for p in root.parameters())
     for role in ("student", "teacher"):
         if role == "teacher":
             share, dropped = 8, True
