@@ -358,7 +358,7 @@ class Config:
         changes_result=False)
     categories: list[str] = knob([], "task categories, name or name=weight; unset: all eight alike")
     prompts_file: str | None = knob(
-        None, "your own prompts: .txt (one a line) or .jsonl (prompt or messages)",
+        None, "your own prompts: .txt (one a line), .json or .jsonl (prompt or messages)",
         changes_result=False)   # they stand in the rows, and a file may grow
     max_tokens: int = knob(1024, "longest reply in tokens", at_least=1)
     api_temperature: float | None = knob(

@@ -298,7 +298,7 @@ def mark_folder(folder, mode):
     taken = [name for name in WRITES[mode] if Path(folder, name).exists()]
     if taken and not path.exists():
         raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
-                        f"version before; choose another folder, or make it ours: touch {path}")
+                        f"version before; choose another, or have its files replaced: touch {path}")
     file = path.open("a+")
     file.seek(0)
     there = file.read().split(" ")[0]
@@ -1868,8 +1868,8 @@ def gathered(root):
 def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     """-> {parameter: rate}. The first rule that matches its first name decides; 0 freezes.
 
-    named_parameters: (name, parameter), a tied one under its first name. rules: as parse_multipliers
-    makes them.
+    named_parameters: (name, parameter), a tied one under its first name. rules: of
+    parse_multipliers.
     """
     names = {parameter: name for name, parameter in named_parameters}
     for pattern, _ in rules:
@@ -4479,7 +4479,7 @@ def read_answer(cfg, text):
     answer = json.loads(text)
     usage = answer.get("usage") or {}
     usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
-    if not all(count in range(MAX_COUNT) for count in usage.values()):
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
         usage = None
     if cfg.provider == "openai":
         answer = answer["choices"][0]

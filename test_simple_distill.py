@@ -12,7 +12,7 @@ import ast
 import atexit
 import collections
 import contextlib
-import fcntl
+import fcntl   # optional: cache
 import functools
 import gc   # optional: generate
 import hashlib
@@ -4330,7 +4330,7 @@ def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path
 def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, tmp_path, name, damaged):
     (copy_of / name).write_text(damaged)
     refused = train_from_cache(student, copy_of, tmp_path / "out", 2)
-    assert refused.err.count("\n") == 1
+    assert refused.err.strip().count("\n") == 0
 
 
 def test_cache_another_tokenizer_than_its_own_is_refused(copy_of, student, tmp_path):
@@ -5800,9 +5800,9 @@ def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
     """Texts or conversations reach each provider in its form, in all kinds of files."""
     (tmp_path / name).write_text("\ufeff" + text)
     with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 0, provider, prompts_file=tmp_path / name,
-                                 api_temperature=temperature)
-        run_generate(fields)
+        run_generate(generate_fields(
+            tmp_path, server, 0, provider, prompts_file=tmp_path / name,
+            api_temperature=temperature, concurrency=1))
     kept = rows_of_run(tmp_path, "train")
     turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
     assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
