@@ -117,10 +117,23 @@ def print0(*words):
             tqdm.write(" ".join(map(str, words)))   # a line never tears the bar
 
 
+class Bar(tqdm):
+    """Whoever looks at it may go away (`| tee`, a closed terminal): the run goes on, and saves."""
+
+    def display(self, *args, **kwargs):
+        with contextlib.suppress(OSError):
+            super().display(*args, **kwargs)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def phase(doing):
     """Around each thing that is done before the first step: says so, and whatever goes wrong in it
-    becomes one `error:` line (its traceback goes to error.log). Later on an exception is a bug."""
+    becomes one `error:` line (its traceback goes to error.log). Later on an exception is a bug, but
+    for disks and memory."""
     print0(f"{doing} ...")
     try:
         yield
@@ -314,7 +327,8 @@ def stop_signals():
     stop_requests = []
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        before[number] = signal.signal(number, lambda *_: stop_requests.append(1))
+        if signal.getsignal(number) != signal.SIG_IGN:   # as under nohup
+            before[number] = signal.signal(number, lambda *_: stop_requests.append(1))
     try:
         yield stop_requests
     finally:
@@ -864,7 +878,7 @@ def tokenize(cfg, raw, tokenizer, split):
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
                         f"token: {reasons}")
     if dropped:
-        print0(f"{split}: dropped {dropped.total()} of {len(raw)} rows: {reasons}")
+        print0(f"{split}: of {len(raw)} raw rows dropped {dropped.total()}: {reasons}")
     return rows
 
 
@@ -1606,6 +1620,7 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
     write_json({"checkpoint": checkpoint}, aside / FINAL_MARK)
+    sync(*aside.iterdir(), aside)
     if path.exists():
         shutil.rmtree(f"{path}.old", ignore_errors=True)
         path.rename(f"{path}.old")
@@ -1988,14 +2003,17 @@ def save_checkpoint(folder, step, tensors, state, keep):
     """-> its digest. Written aside, synced, renamed; nothing old is deleted before the new one
     stands. keep: how many stay."""
     aside = folder / f"tmp-{step:08d}"
-    if RANK == 0:   # what a kill left there would be read as ours
-        shutil.rmtree(aside, ignore_errors=True)
+    if RANK == 0:   # what a kill or a full disk left would be read as ours, and takes room
+        for left in folder.glob("tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
     all_sum(0)
     # a file is put together in host memory: few tensors a file
     file_of = {name: 1 + i // TENSORS_A_FILE for i, name in enumerate(tensors)}
     writer = HuggingFaceStorageWriter(aside, file_of, save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=HOST)   # syncs each file
-    files = checksums(aside, from_rank0(sorted(os.listdir(aside))))
+    files = checksums(aside, from_rank0(RANK == 0 and sorted(os.listdir(aside))))
+    if None in files.values():
+        raise OSError(f"{aside} cannot be read back")
     state = json.loads(json.dumps(state | {"files": files}))   # what a reader will see
     state["digest"] = digest(state)
     if RANK == 0:
@@ -2006,7 +2024,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
         aside.rename(final)
         sync(folder)
         for old in checkpoints_in(folder)[keep:]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return state["digest"]
 
 
@@ -2044,7 +2062,7 @@ def find_checkpoint(resume, output_dir):
     if resume == "never":
         return None, None
     if resume != "auto":
-        if paths and Path(resume).resolve() not in [path.resolve() for path in paths]:
+        if paths and Path(resume).resolve().parent != paths[0].resolve().parent:
             raise UserError(f"{output_dir!r} holds another run than {resume!r}; choose another "
                             "--output_dir")
         paths = [Path(resume)]
@@ -2131,29 +2149,29 @@ def prepare_output(cfg, step):
         if int(path.name[5:]) > step:   # never to be continued from by itself
             aside = path.rename(folder / f"aside-{time.time_ns()}-{path.name}")
             print0(f"{path} is set aside as {aside}")
-    write_json(knobs_of(cfg), folder.parent / "config.json")
+    # --config on it repeats the run, not what was done with one before
+    write_json(knobs_of(cfg) | {"resume": "auto"}, folder.parent / "config.json")
     cut_log(folder.parent / "log.jsonl", step)
 
 
 def cut_log(path, step):
     """Drop the lines of steps that are about to be repeated, and half a line that a kill left."""
     kept = []
-    with open(path, "a+", encoding="utf-8", errors="replace") as f:
-        f.seek(0)
-        for line in f:
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if step and max(row[key] for key in row if key.endswith("/step")) <= step:
-                    kept.append(row)
-        f.truncate(0)
-    for row in kept:
-        append_jsonl(path, row)
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if max(row[key] for key in row if key.endswith("/step")) <= step:
+                kept.append(line + "\n")
+    aside = Path(f"{path}.tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
 
 
 # --------------------------------------------------------------------------------------------------
 # Train: a run is put together, begun, trained stage by stage and finished. train() says it in a few
-# lines; train_stage() is the loop. Optional modes compose the same pieces. main(), at the end of
-# the file, has opened the process group and claimed output_dir.
+# lines; train_stage() is the loop. Optional modes compose the same pieces. run_config(), at the end
+# of the file, has opened the process group and claimed output_dir.
 
 
 @dataclass
@@ -2291,10 +2309,11 @@ def start_run(cfg):
     if state is not None:
         refuse_changes(state["config"], knobs, path)
         if is_finished(cfg, state):
-            print0(f"{cfg.output_dir} holds this run, finished: see its final/")
+            print0(f"{cfg.output_dir} holds this run, finished: see its final/ (teacher and data "
+                   "were not looked at again; --resume never trains anew)")
             return None
     tokenizer, rows, eval_rows, student, teacher, identity = load(cfg)
-    inputs = {"teacher's weights": identity}
+    inputs = {"teacher's weights": identity, "dtype": str(compute_dtype(cfg))}   # auto: by device
     with phase("reading all token rows once"):
         facts = from_rank0([count_rows(rows), count_rows(eval_rows)] if RANK == 0 else None)
     for split, of_split in zip(("train", "held out"), facts):
@@ -2391,7 +2410,7 @@ def begin(run, stages):
         stack.enter_context(contextlib.closing(run.batches))
         if cfg.on_policy:   # optional: on_policy
             run.batches = batches_by_student(run, run.batches)
-        run.bar = stack.enter_context(tqdm(
+        run.bar = stack.enter_context(Bar(
             total=run.steps, initial=progress.step, disable=RANK > 0, dynamic_ncols=True,
             mininterval=0.5))
         run.window_start = time.time()
@@ -2472,7 +2491,7 @@ def count_tokens(stage, micro):
 
 def one_step(run, stage, micro, tokens):
     """Forward and backward of the micro-batches, with `tokens` counted on all ranks, and a step of
-    the optimiser -> loss, ce and kl of this rank, norm of the gradient."""
+    the optimiser -> this rank's shares of loss, ce and kl, norm of the gradient."""
     student = run.student
     sums = torch.zeros(3, device=DEVICE)
     for i, batch in enumerate(micro):
@@ -2563,7 +2582,7 @@ def evaluate_and_save(run, stage):
         log(run, {f"eval/{key}": value for key, value in entry.items()})
         shown = ", ".join(f"{key} {value:.4f}" for key, value in run.last_scores.items())
         print0(f"step {progress.step}: held-out {shown}")
-    if last or is_due(progress.step, cfg.save_steps):
+    if (last or is_due(progress.step, cfg.save_steps)) and run.saved_step != progress.step:
         save(run)
     run.window_start += time.time() - paused   # the speed is of training alone
 
@@ -2637,7 +2656,7 @@ def held_out(rows, batch_size, what):
     nothing in the last ones where rows end."""
     at_once = batch_size * WORLD
     starts = range(0, len(rows), at_once)
-    for start in tqdm(starts, what, disable=RANK > 0, leave=False, dynamic_ncols=True):
+    for start in Bar(starts, what, disable=RANK > 0, leave=False, dynamic_ncols=True):
         numbers = range(start + RANK, min(start + at_once, len(rows)), WORLD)
         yield numbers, collate([rows[i] for i in numbers])
 
@@ -2649,8 +2668,8 @@ def finish(run):
     """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
     final = Path(run.cfg.output_dir, "final")
     if run.stopped:
-        print0(f"stopped at step {run.progress.step} of {run.steps}; what is saved goes on with "
-               "the same command")
+        print0(f"stopped at step {run.progress.step} of {run.steps}; the same command, without "
+               "--resume, goes on from what is saved")
     elif run.save_problem is None:
         run.last_scores = run.last_scores or scores(run, run.eval_rows)
         results = closing_table(run)
@@ -2662,11 +2681,11 @@ def finish(run):
         except Exception as e:   # a full disk comes as SafetensorError, or as others
             problem = one_line(e, 300)
         run.save_problem = from_rank0(problem)
-        print0(f"\n{results}\n{sample_in_words(run)}\n\ndone in {time.time() - run.started:.0f} s, "
+        print0(f"\n{results}\n{sample_in_words(run)}\n\n{time.time() - run.started:.0f} s, "
                f"{describe_peak()}: {final}")
     if run.save_problem is not None:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
-                        f"{run.save_problem}; make room, then run it again")
+                        f"{run.save_problem}; mend that, then run it again without --resume")
     return not run.stopped
 
 
@@ -2771,7 +2790,8 @@ def rehearse(run, stages):
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
         rows = [run.rows[i] for i in longest.tolist()]
         micro = micro_batches(rows, run.micro_steps, run.batch_size)
-    print0("an example, its targets in [[ ]]: " + show_targets(micro[0].rows[0], run.tokenizer))
+    rows = [row for batch in micro for row in batch.rows] or [STAND_IN]
+    print0("an example, its targets in [[ ]]: " + show_targets(rows[0], run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
     average = seconds
@@ -2785,7 +2805,7 @@ def rehearse(run, stages):
 
 
 def time_step(run, stage, micro):
-    """A step that comes to nothing -> its seconds, its target tokens."""
+    """A real step, at the peak rate: of no use but -> its seconds, its target tokens."""
     tokens, = all_sum(count_tokens(stage, micro))
     start = time.time()
     sums, _ = one_step(run, stage, micro, tokens)
@@ -5133,6 +5153,8 @@ def run_config(cfg):
         datasets.utils.logging.disable_progress_bar()
     try:
         with process_group(), contextlib.ExitStack() as stack:
+            if from_rank0(knobs_of(cfg)) != knobs_of(cfg):
+                raise UserError(f"rank {RANK} was started with other flags than rank 0")
             if not (cfg.dry_run or cfg.mode == "cache"):   # which marks its cache_dir
                 mode = cfg.mode.replace("eval", "train")   # a report lies beside its run
                 stack.enter_context(claim(cfg.output_dir, mode))
@@ -5144,8 +5166,8 @@ def run_config(cfg):
         return explain(cfg, e, f"rank {RANK} ran out of memory; turn {MEMORY_ADVICE}")
     except OSError as e:   # a full disk, or one that went away
         return explain(cfg, e, f"{one_line(e, 300)}; what was finished stays, the same command "
-                       "goes on")
-    except KeyboardInterrupt:   # before there was anything to save
+                       "without --resume goes on")
+    except KeyboardInterrupt:   # before there was anything to save, or all of it is
         return 130
     except Exception:   # a bug; or another rank's, and what broke here is the connection to it
         if first_to_fail():
@@ -5173,7 +5195,8 @@ def explain(cfg, error, words):
     output_dir/error.log, or to the terminal with --debug."""
     folder = Path(cfg.output_dir)
     if first_to_fail():
-        print(f"\nerror: {words}", file=sys.stderr)   # not behind a bar
+        with contextlib.suppress(OSError):
+            print(f"\nerror: {words}", file=sys.stderr)   # not behind a bar
         if cfg.debug:
             traceback.print_exception(error)
         elif (folder / MARK).exists():

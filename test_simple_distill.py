@@ -1788,7 +1788,7 @@ def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
     assert [sum(row["targets"]) for row in train] == [11, 11, 11]
     shown = capsys.readouterr().out
-    assert "train: dropped 2 of 5 rows: 2 x no target in 16 tokens" in shown
+    assert "train: of 5 raw rows dropped 2: 2 x no target in 16 tokens" in shown
     assert "eval: dropped" not in shown
 
 
@@ -1890,7 +1890,7 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
     assert len(found) == 4, ran.stderr
     assert len(set(found)) == 1, found
-    assert "train: dropped 5 of 2500 rows: 5 x KeyError: 'role' among" in found[0]
+    assert "train: of 2500 raw rows dropped 5: 5 x KeyError: 'role' among" in found[0]
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
