@@ -2306,12 +2306,13 @@ def start_run(cfg):
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
     with phase("looking for a checkpoint"):
         path, state = find_checkpoint(cfg.resume, cfg.output_dir)
-    if state is not None:
-        refuse_changes(state["config"], knobs, path)
-        if is_finished(cfg, state):
-            print0(f"{cfg.output_dir} holds this run, finished: see its final/ (teacher and data "
-                   "were not looked at again; --resume never trains anew)")
-            return None
+        if state is not None:
+            refuse_changes(state["config"], knobs, path)
+        finished = state is not None and is_finished(cfg, state)
+    if finished:
+        print0(f"{cfg.output_dir} holds this run, finished: see its final/ (teacher and data were "
+               "not looked at again; --resume never trains anew)")
+        return None
     tokenizer, rows, eval_rows, student, teacher, identity = load(cfg)
     inputs = {"teacher's weights": identity, "dtype": str(compute_dtype(cfg))}   # auto: by device
     with phase("reading all token rows once"):
@@ -2681,7 +2682,7 @@ def finish(run):
         except Exception as e:   # a full disk comes as SafetensorError, or as others
             problem = one_line(e, 300)
         run.save_problem = from_rank0(problem)
-        print0(f"\n{results}\n{sample_in_words(run)}\n\n{time.time() - run.started:.0f} s, "
+        print0(f"\n{results}\n{sample_in_words(run)}\n\ndone in {time.time() - run.started:.0f} s, "
                f"{describe_peak()}: {final}")
     if run.save_problem is not None:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
@@ -4677,11 +4678,11 @@ def generate(cfg):
         rows = read_replies(path_in(cfg, "replies.jsonl"))
         config_there = read_json(config_path, {})
         spent_usd = read_json(path_in(cfg, "summary.json"), {}).get("spent_usd", 0.0)
-    done = answered(rows)
-    if done:
-        settings = {name: getattr(cfg, name) for name in DECIDING}
-        refuse_changes(config_there, config_there | settings, cfg.output_dir,
-                       way_out="choose another --output_dir")
+        done = answered(rows)
+        if done:
+            settings = {name: getattr(cfg, name) for name in DECIDING}
+            refuse_changes(config_there, config_there | settings, cfg.output_dir,
+                           way_out="choose another --output_dir")
     write_json(knobs_of(cfg), config_path)
 
     to_ask = [job for job in jobs.values() if job.prompt_id not in done]
