@@ -2572,6 +2572,8 @@ def evaluate_and_save(run, stage):
     """What is due after a step; after the last one of the run, both."""
     cfg = run.cfg
     progress = run.progress
+    if run.saved_step == progress.step:   # resumed here: it was done before it was saved
+        return
     paused = time.time()
     last = progress.step == run.steps
     judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
@@ -2583,7 +2585,7 @@ def evaluate_and_save(run, stage):
         log(run, {f"eval/{key}": value for key, value in entry.items()})
         shown = ", ".join(f"{key} {value:.4f}" for key, value in run.last_scores.items())
         print0(f"step {progress.step}: held-out {shown}")
-    if (last or is_due(progress.step, cfg.save_steps)) and run.saved_step != progress.step:
+    if last or is_due(progress.step, cfg.save_steps):
         save(run)
     run.window_start += time.time() - paused   # the speed is of training alone
 
