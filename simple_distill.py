@@ -1422,7 +1422,11 @@ def load_model(cfg, role):
         root = make_root(AutoModelForCausalLM.from_config(config, **options))
     root.train(learns).requires_grad_(learns)
     if learns and cfg.gradient_checkpointing:
-        recompute_activations(root.model)
+        enable = getattr(root.model, "activation_checkpointing_enable", None)   # its newer name
+        enable = enable or root.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        # transformers makes the embeddings ask for gradients; frozen layers would be recomputed
+        root.model.disable_input_require_grads()
     if cfg.compile:
         compile_layers(root.model)
     if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
@@ -1491,14 +1495,6 @@ def cut_layers(config, count):
             values[key] = [value[i] for i in kept_layers]
     values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
     return type(config).from_dict(values), kept_layers
-
-
-def recompute_activations(model):
-    enable = getattr(model, "activation_checkpointing_enable", None)   # in newer transformers
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    # transformers makes the embeddings ask for gradients here; frozen layers would be recomputed
-    model.disable_input_require_grads()
 
 
 def compile_layers(model):
@@ -1606,7 +1602,7 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
     model.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
     model.tie_weights()
     model.generation_config = root.model.generation_config
-    model.to(dtype).save_pretrained(aside)
+    model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
     write_json({"checkpoint": checkpoint}, aside / FINAL_MARK)
@@ -1662,7 +1658,7 @@ def head_of(model):
 def head_logits(hidden, head, vocabulary=None):
     """-> logits in fp32, of the first `vocabulary` ids."""
     raw = raw_logits(hidden, head)[..., :vocabulary]
-    return scale_and_softcap(raw, head.scale, head.softcap)[0]
+    return scale_and_softcap(raw, *head[2:])[0]
 
 
 def distil_loss(model, batch, targets, denominator, **objective):
@@ -1737,14 +1733,12 @@ def head_error(model, ids_1T):
     return error, 1e-3 if hidden.dtype == torch.float32 else 0.1
 
 
-def packing_error(model, packed, alone):
+def packing_error(model, *batches):
     """How far the states of documents that share rows are from those of each alone, as a part of
     these, at the token where that is most. Two batches of the same tokens in the same order."""
-    states = []
-    for batch in (packed, alone):
-        hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
-        states.append(hidden_BTD.flatten(0, 1)[batch.real])
-    packed_ND, alone_ND = states
+    packed_ND, alone_ND = [
+        hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.real]
+        for batch in batches]
     missed_N = (packed_ND - alone_ND).float().norm(dim=-1)
     error = (missed_N / alone_ND.float().norm(dim=-1).clamp_min(1e-6)).max()
     return error, 1e-3 if packed_ND.dtype == torch.float32 else 0.1
@@ -1762,11 +1756,11 @@ def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
     with evaluating(root), gathered(root), torch.compiler.set_stance("force_eager"):
         if not prompts:
             return []
-        ids_BT, mask_BT = pad_left(prompts)
-        draw = make_draw(seeds, temperature, vocabulary, max(rooms))
-        written_BN = root(generate_ids, ids_BT, mask_BT, max(rooms), ends, draw).tolist()
+        new = max(rooms)
+        draw = make_draw(seeds, temperature, vocabulary, new)
+        written_BN = root(generate_ids, *pad_left(prompts), new, ends, draw)
     texts = []
-    for ids, room in zip(written_BN, rooms, strict=True):
+    for ids, room in zip(written_BN.tolist(), rooms, strict=True):
         ended = [i for i, token in enumerate(ids, 1) if token in ends]
         texts.append(ids[:min([room, *ended])])
     return texts
@@ -1811,8 +1805,8 @@ def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
 def end_ids(model, tokenizer):
     """Of generation config and tokenizer."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return (ends | {tokenizer.eos_token_id}) - {None}
+    ends = ends if isinstance(ends, list) else [ends]
+    return {*ends, tokenizer.eos_token_id} - {None}
 
 
 @contextlib.contextmanager
@@ -1823,9 +1817,8 @@ def gathered(root):
         for module in root.modules():   # the root comes first
             if isinstance(module, FSDPModule):
                 module.unshard()
-                none = collections.OrderedDict()
                 hooks_off.enter_context(
-                    patch.multiple(module, _forward_pre_hooks=none, _forward_hooks=none))
+                    patch.multiple(module, _forward_pre_hooks={}, _forward_hooks={}))
         yield
 
 
@@ -1887,10 +1880,9 @@ def make_schedule(cfg, steps):
     nothing to save or to replay."""
     unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
-        options = json.loads(cfg.lr_scheduler_kwargs or "{}")
-        schedule = get_scheduler(
-            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
-        return schedule.lr_lambdas[0]
+        return get_scheduler(
+            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps,
+            json.loads(cfg.lr_scheduler_kwargs or "{}")).lr_lambdas[0]
 
 
 def set_rates(optimizer, multiplier):
@@ -1916,8 +1908,9 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
                  if p.grad is not None]
-    norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) / scale_state["scale"]
-    divisor = scale_state["scale"]
+    scale = scale_state["scale"]
+    norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale
+    divisor = scale
     if max_grad_norm:
         divisor = divisor * (norm / max_grad_norm).clamp_min(1.0)
     bad = (~norm.isfinite()).float()   # 1 or 0
@@ -1930,7 +1923,7 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
     scale_state["good"].add_(1 - bad).mul_(1 - bad)
     if fp16:   # about every 2000 good steps in a row twice the scale, after a bad one half of it
         grow = (scale_state["good"] % 2000 == 1999).float()
-        scale_state["scale"].mul_((1 + grow) * (1 - bad / 2))
+        scale.mul_((1 + grow) * (1 - bad / 2))
     return norm
 
 
