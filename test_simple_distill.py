@@ -2383,10 +2383,10 @@ def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
     def change(tensors):
         tensors["model.norm.weight"][-1] += 1e-3
 
-    edit_weights(changed, change)
     def identity(path):
         return sd.load_model(config.Config(student="unused", teacher=str(path)), "teacher")[1]
 
+    edit_weights(changed, change)
     assert identity(moved) == identity(teacher) != identity(changed)
     torch.save(weights(moved), moved / "pytorch_model.bin")
     (moved / "model.safetensors").unlink()
