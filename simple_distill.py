@@ -55,6 +55,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+from unittest.mock import patch
 
 from config import (
     Config,
@@ -371,11 +372,9 @@ class SparseTarget(NamedTuple):
 
 def tokens_of(target, where):
     """The same tokens of a DenseTarget, of a SparseTarget or of None."""
-    if target is None:
-        return None
     if isinstance(target, DenseTarget):
-        return DenseTarget(target.hidden[where], target.head)
-    return SparseTarget(*[tensor[where] for tensor in target])
+        return target._replace(hidden=target.hidden[where])
+    return target and SparseTarget(*[tensor[where] for tensor in target])
 
 
 def as_head(head):
@@ -548,24 +547,20 @@ def chunk_kernel(worth_compiling, **options):
         return eager
     compiled = torch.compile(eager)
 
-    def run(student_CV, labels_C, target):
+    def run(*inputs):
         nonlocal compiled
-        inputs = [student_CV, labels_C]
-        if isinstance(target, SparseTarget):
-            inputs.extend(target)
-        elif target is not None:
-            inputs.append(target)
-        for tensor in inputs:   # one compilation for any number of tokens
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in torch.utils._pytree.tree_leaves(inputs):
+            if tensor is not None:   # one compilation for any number of tokens
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return compiled(student_CV, labels_C, target)
+            return compiled(*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             print0(f"loss: no working compiler ({type(e).__name__}), its element-wise part runs "
                    "eagerly, slower and with more memory")
             compiled = eager
-            return eager(student_CV, labels_C, target)
+            return eager(*inputs)
 
     return run
 
@@ -629,20 +624,18 @@ class FusedDistillation(torch.autograd.Function):
                 add_product(grad_weight[:vocab], grad_CV.T, h_CD)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden_ND.dtype
-        ce = ce.to(exact)
-        kl = kl.to(exact)
+        ce, kl = ce.to(exact), kl.to(exact)
         ctx.mark_non_differentiable(ce, kl)
         return alpha * ce + (1 - alpha) * kl, ce, kl
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        scaled = []
-        for grad in ctx.grads:
+        scaled = [None] * 10   # an argument of forward; most have none
+        for i, grad in enumerate(ctx.grads):
             if grad is not None:
                 into = torch.empty_like(grad, dtype=ctx.dtype)
-                grad = torch.mul(grad, grad_loss, out=into)
-            scaled.append(grad)
-        return (*scaled, *[None] * 7)   # forward's other arguments have none
+                scaled[i] = torch.mul(grad, grad_loss, out=into)
+        return tuple(scaled)
 
 
 def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, temperature,
@@ -658,13 +651,11 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     device = student_hidden.device
     student = as_head(student_head)
     vocab = len(student.weight[:vocabulary])
-    teacher_scaling = (1.0, None)
+    teacher_scaling = None
     if teacher is not None and not isinstance(teacher, SparseTarget):
-        hidden, head = teacher
-        head = as_head(head)
-        teacher = DenseTarget(hidden, head)
-        teacher_scaling = (head.scale, head.softcap)
-        vocab = len(head.weight[:vocab])
+        teacher = DenseTarget(teacher[0], as_head(teacher[1]))
+        teacher_scaling = teacher.head[2:]
+        vocab = len(teacher.head.weight[:vocab])
     if alpha >= 1:
         teacher = None
     counted = (labels != -100).nonzero()[:, 0]
@@ -679,11 +670,11 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
         chunk = chunk_size(device, student_hidden.element_size(), len(student.weight))
     kernel = chunk_kernel(
         vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature, divergence=divergence,
-        student_scaling=(student.scale, student.softcap), teacher_scaling=teacher_scaling)
-    loss, ce, kl = FusedDistillation.apply(
-        student_hidden, student.weight, student.bias, labels.to(device, non_blocking=True),
-        teacher, kernel, alpha, chunk, vocab, torch.is_grad_enabled())
-    return loss / denominator, ce / denominator, kl / denominator
+        student_scaling=student[2:], teacher_scaling=teacher_scaling)
+    sums = FusedDistillation.apply(
+        student_hidden, *student[:2], labels.to(device, non_blocking=True), teacher, kernel, alpha,
+        chunk, vocab, torch.is_grad_enabled())
+    return [value / denominator for value in sums]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1386,12 +1377,9 @@ def evaluating(root):
 
 def compute_dtype(cfg):
     """auto: bf16 on GPUs that have it, fp32 elsewhere (CPUs without AMX emulate bf16 slowly)."""
-    if cfg.dtype != "auto":
-        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        return named[cfg.dtype]
-    if CUDA and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    has_bf16 = CUDA and torch.cuda.is_bf16_supported(including_emulation=False)
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return named.get(cfg.dtype, torch.bfloat16 if has_bf16 else torch.float32)
 
 
 # ---- loading
@@ -1399,7 +1387,7 @@ def compute_dtype(cfg):
 
 def load_checked(cfg, role, tokenizer):
     """A model that computes what this trainer believes it computes -> root, identity."""
-    name = cfg.student if role == "student" else cfg.teacher
+    name = getattr(cfg, role)
     with phase(f"reading {role} {name}"):
         root, identity = load_model(cfg, role)
         check_model(root, f"{role} {name!r}", cfg.seq_len, cfg.packing == "documents")
@@ -1414,7 +1402,7 @@ def load_model(cfg, role):
     """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
     teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
     learns = role == "student"
-    name = cfg.student if learns else cfg.teacher
+    name = getattr(cfg, role)
     cut = re.fullmatch(r"layers:(\d+)", name)
     if cut:
         name = cfg.teacher
@@ -1434,7 +1422,11 @@ def load_model(cfg, role):
         root = make_root(AutoModelForCausalLM.from_config(config, **options))
     root.train(learns).requires_grad_(learns)
     if learns and cfg.gradient_checkpointing:
-        recompute_activations(root.model)
+        enable = getattr(root.model, "activation_checkpointing_enable", None)   # its newer name
+        enable = enable or root.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        # transformers makes the embeddings ask for gradients; frozen layers would be recomputed
+        root.model.disable_input_require_grads()
     if cfg.compile:
         compile_layers(root.model)
     if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
@@ -1457,7 +1449,7 @@ def read_model(name, config, kept_layers, seed, options):
         return AutoModelForCausalLM.from_config(config, **options)
     model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     if info["missing_keys"]:   # transformers would fill them with random numbers
-        raise UserError(f"{name!r} lacks weights, {sorted(info['missing_keys'])[0]} among them; is "
+        raise UserError(f"{name!r} lacks weights, {min(info['missing_keys'])} among them; is "
                         "it whole?")
     if kept_layers is not None:
         path, layers = layers_of(model)
@@ -1503,16 +1495,6 @@ def cut_layers(config, count):
             values[key] = [value[i] for i in kept_layers]
     values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
     return type(config).from_dict(values), kept_layers
-
-
-def recompute_activations(model):
-    if hasattr(model, "activation_checkpointing_enable"):   # its name in newer transformers
-        enable = model.activation_checkpointing_enable
-    else:
-        enable = model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    # transformers makes the embeddings ask for gradients here; frozen layers would be recomputed
-    model.disable_input_require_grads()
 
 
 def compile_layers(model):
@@ -1564,8 +1546,8 @@ def load_weights(root, source, cpu_offload):
     if source is not None:
         # tied ones under both names: a head that block-wise unties begins as a copy of the
         # embeddings
-        source_tensors.update(source.named_parameters(remove_duplicate=False))
-        source_tensors.update(source.named_buffers())
+        parameters = source.named_parameters(remove_duplicate=False)
+        source_tensors = dict([*parameters, *source.named_buffers()])
     # buffers too: those that are not persistent (of RoPE) are in no state dict
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if source is None:
@@ -1580,10 +1562,9 @@ def load_weights(root, source, cpu_offload):
 
 def copy_from_rank0(tensor, whole):
     """Fill a tensor, of which this rank may hold a shard, from rank 0's whole one. Every rank
-    brings a whole of the right shape; what is in the others' does not matter."""
+    brings a whole of the right shape on its device; what is in the others' does not matter."""
     if isinstance(tensor, DTensor):
-        whole = distribute_tensor(
-            whole.to(DEVICE, tensor.dtype), tensor.device_mesh, tensor.placements)
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
         tensor.to_local().copy_(whole.to_local())
     else:
         dist.broadcast(whole, 0)
@@ -1616,7 +1597,12 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
         print0(f"WARNING: not all weights of the student are finite: {', '.join(broken)[:300]}")
     aside = Path(f"{path}.tmp")
     shutil.rmtree(aside, ignore_errors=True)   # what a killed run left
-    with_tensors(root.model, full).to(dtype).save_pretrained(aside)
+    with torch.device("meta"):   # without initialising any
+        model = type(root.model)(root.model.config)
+    model.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
+    model.tie_weights()
+    model.generation_config = root.model.generation_config
+    model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
     write_json({"checkpoint": checkpoint}, aside / FINAL_MARK)
@@ -1627,20 +1613,9 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
     aside.rename(path)
 
 
-def with_tensors(model, full):
-    """A model of the same kind and config on these tensors, without initialising any."""
-    with torch.device("meta"):
-        copy = type(model)(model.config)
-    copy.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
-    copy.tie_weights()
-    copy.generation_config = model.generation_config
-    return copy
-
-
 # ---- what a model says of a batch: functions that run inside a root
 
 
-@contextlib.contextmanager
 def known_documents(position_ids_BT):
     """Around a forward without attention mask and cache. There transformers looks at the positions
     whether a row holds several documents: a number that the host needs at once, so that it waits
@@ -1652,12 +1627,8 @@ def known_documents(position_ids_BT):
         steps_BT = torch.diff(positions_BT, prepend=positions_BT[:, :1] - 1, dim=-1)
         return (steps_BT != 1).cumsum(-1)
 
-    own = getattr(masking_utils, "find_packed_sequence_indices", None)
-    masking_utils.find_packed_sequence_indices = number_documents
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = own
+    return patch.object(
+        masking_utils, "find_packed_sequence_indices", number_documents, create=True)
 
 
 def hidden_states(model, input_ids_BT, position_ids_BT=None):
@@ -1678,17 +1649,16 @@ def head_of(model):
     """A new way of scaling logits is added here; check_model tells whether one is missing."""
     output = model.get_output_embeddings()
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)   # Cohere
-    if not scale:
-        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)   # Granite
+    scale = (getattr(config, "logit_scale", None)   # Cohere
+             or 1.0 / (getattr(config, "logits_scaling", None) or 1.0))   # Granite
     softcap = getattr(config, "final_logit_softcapping", None)   # Gemma
     return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
 
 
 def head_logits(hidden, head, vocabulary=None):
     """-> logits in fp32, of the first `vocabulary` ids."""
-    raw = nn.functional.linear(hidden, head.weight, head.bias)[..., :vocabulary]
-    return scale_and_softcap(raw, head.scale, head.softcap)[0]
+    raw = raw_logits(hidden, head)[..., :vocabulary]
+    return scale_and_softcap(raw, *head[2:])[0]
 
 
 def distil_loss(model, batch, targets, denominator, **objective):
@@ -1701,14 +1671,11 @@ def distil_loss(model, batch, targets, denominator, **objective):
 def teacher_targets(teacher):
     """-> a function batch -> what the loss takes from the teacher: hidden states and head of a
     model, a SparseTarget where rows come from a cache, None at alpha 1."""
-    def from_batch(batch):
-        return batch.sparse   # None too, at alpha 1
-
     @torch.no_grad()
-    def from_model(batch):
-        return teacher(counted_hidden, batch)
+    def targets_of(batch):
+        return teacher(counted_hidden, batch) if teacher else batch.sparse
 
-    return from_batch if teacher is None else from_model
+    return targets_of
 
 
 # ---- is what we compute with a model what the model computes?
@@ -1728,15 +1695,14 @@ def check_model(root, what, seq_len, packed):
           "need --dtype fp32, or head_of() in simple_distill.py to know its scaling?",
           head_error, ids_1T[:, :8])
     if packed:
-        documents = []
-        for length in (3, 5, 2, 4, 1):
-            ids = np.arange(length, 2 * length) % vocab
-            documents.append({"input_ids": ids, "targets": ids > vocab, "starts": [0]})
-        rows = []   # two: some kinds of attention look at positions only where a batch is one row
-        for members in (documents[:2], documents[2:]):
-            rows.append(packed_row({key: [row[key] for row in members] for key in STAND_IN}))
+        def batch(*rows):   # without targets
+            return collate([packed_row({"input_ids": row, "targets": [ids > vocab for ids in row]})
+                            for row in rows])
+
+        a, b, c, d, e = [np.arange(length, 2 * length) % vocab for length in (3, 5, 2, 4, 1)]
+        # two rows: some kinds of attention look at positions only where a batch is one row
         probe(root, f"{what} lets packed documents see each other; use --packing rows or blocks",
-              packing_error, collate(rows), collate(documents))
+              packing_error, batch([a, b], [c, d, e]), batch([a], [b], [c], [d], [e]))
 
 
 def probe(root, what, function, *args):
@@ -1767,14 +1733,12 @@ def head_error(model, ids_1T):
     return error, 1e-3 if hidden.dtype == torch.float32 else 0.1
 
 
-def packing_error(model, packed, alone):
+def packing_error(model, *batches):
     """How far the states of documents that share rows are from those of each alone, as a part of
     these, at the token where that is most. Two batches of the same tokens in the same order."""
-    states = []
-    for batch in (packed, alone):
-        hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
-        states.append(hidden_BTD.flatten(0, 1)[batch.real])
-    packed_ND, alone_ND = states
+    packed_ND, alone_ND = [
+        hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.real]
+        for batch in batches]
     missed_N = (packed_ND - alone_ND).float().norm(dim=-1)
     error = (missed_N / alone_ND.float().norm(dim=-1).clamp_min(1e-6)).max()
     return error, 1e-3 if packed_ND.dtype == torch.float32 else 0.1
@@ -1792,21 +1756,21 @@ def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
     with evaluating(root), gathered(root), torch.compiler.set_stance("force_eager"):
         if not prompts:
             return []
-        ids_BT, mask_BT = pad_left(prompts)
-        draw = make_draw(seeds, temperature, vocabulary, max(rooms))
-        written_BN = root(generate_ids, ids_BT, mask_BT, max(rooms), ends, draw).tolist()
-    return [cut_text(ids[:room], ends) for ids, room in zip(written_BN, rooms, strict=True)]
+        new = max(rooms)
+        draw = make_draw(seeds, temperature, vocabulary, new)
+        written_BN = root(generate_ids, *pad_left(prompts), new, ends, draw)
+    texts = []
+    for ids, room in zip(written_BN.tolist(), rooms, strict=True):
+        ended = [i for i, token in enumerate(ids, 1) if token in ends]
+        texts.append(ids[:min([room, *ended])])
+    return texts
 
 
 def pad_left(prompts):
     """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
-    width = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for i, prompt in enumerate(prompts):
-        ids_BT[i, width - len(prompt):] = torch.as_tensor(prompt)
-        mask_BT[i, width - len(prompt):] = 1
-    return to_device(ids_BT), to_device(mask_BT)
+    ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
+    mask = [torch.ones_like(of_row) for of_row in ids]
+    return [to_device(pad_sequence(rows, True, padding_side="left")) for rows in (ids, mask)]
 
 
 def make_draw(seeds, temperature, vocabulary, new):
@@ -1814,14 +1778,14 @@ def make_draw(seeds, temperature, vocabulary, new):
     one at which the sum of probabilities passes a number from (0, 1]."""
     numbers_BN = torch.stack([
         1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    numbers = iter(to_device(numbers_BN).unbind(1))
+    numbers = iter(to_device(numbers_BN).split(1, 1))   # [B, 1] each
 
     def draw(_, logits_BV):
         logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
         if temperature == 0:
             return logits_BV
         sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
-        passed_B1 = next(numbers)[:, None] * sums_BV[:, -1:]   # rounding: it is not quite 1
+        passed_B1 = next(numbers) * sums_BV[:, -1:]   # rounding: it is not quite 1
         ids_B1 = torch.searchsorted(sums_BV, passed_B1)
         return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
     return draw
@@ -1829,50 +1793,33 @@ def make_draw(seeds, temperature, vocabulary, new):
 
 def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
     """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
-    usual = model.generation_config
-    model.generation_config = transformers.GenerationConfig()   # no top_k or penalty of its own
-    try:
+    no_knobs = transformers.GenerationConfig()   # no top_k or penalty of its own
+    with patch.object(model, "generation_config", no_knobs):
         ids = model.generate(
             ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, use_cache=True,
             eos_token_id=sorted(ends) or None, pad_token_id=0, synced_gpus=False,
             logits_processor=[draw])
-    finally:
-        model.generation_config = usual
     return ids[:, ids_BT.shape[1]:]
-
-
-def cut_text(ids, ends):
-    """Up to the first end mark, which belongs to it."""
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[:i + 1]
-    return ids
 
 
 def end_ids(model, tokenizer):
     """Of generation config and tokenizer."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return (ends | {tokenizer.eos_token_id}) - {None}
+    ends = ends if isinstance(ends, list) else [ends]
+    return {*ends, tokenizer.eos_token_id} - {None}
 
 
 @contextlib.contextmanager
 def gathered(root):
     """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
     gather and drop each layer at each token, are off: without gradients they do nothing else."""
-    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    hooks = []
-    for unit in units:   # the root comes first
-        unit.unshard()
-        hooks.append((unit._forward_pre_hooks, unit._forward_hooks))
-        unit._forward_pre_hooks = collections.OrderedDict()
-        unit._forward_hooks = collections.OrderedDict()
-    try:
+    with contextlib.ExitStack() as hooks_off:
+        for module in root.modules():   # the root comes first
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                hooks_off.enter_context(
+                    patch.multiple(module, _forward_pre_hooks={}, _forward_hooks={}))
         yield
-    finally:
-        for unit, (before, after) in zip(units, hooks, strict=True):
-            unit._forward_pre_hooks = before
-            unit._forward_hooks = after
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1914,7 +1861,7 @@ def make_optimizer(parameters, rates, weight_decay):
                f"{sum(p.numel() for p in group):,} parameters")
         if rate > 0:
             trained.append(dict(params=group, lr=rate, initial_lr=rate,
-                                weight_decay=weight_decay if decays else 0.0))
+                                weight_decay=weight_decay * decays))
     if not trained:
         raise UserError("every parameter is frozen (lr_multipliers 0); leave something to train")
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -1933,10 +1880,9 @@ def make_schedule(cfg, steps):
     nothing to save or to replay."""
     unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
-        options = json.loads(cfg.lr_scheduler_kwargs or "{}")
-        schedule = get_scheduler(
-            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps, options)
-        return schedule.lr_lambdas[0]
+        return get_scheduler(
+            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps,
+            json.loads(cfg.lr_scheduler_kwargs or "{}")).lr_lambdas[0]
 
 
 def set_rates(optimizer, multiplier):
@@ -1962,8 +1908,9 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
                  if p.grad is not None]
-    norm = full_tensor(torch.nn.utils.get_total_norm(gradients)) / scale_state["scale"]
-    divisor = scale_state["scale"]
+    scale = scale_state["scale"]
+    norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale
+    divisor = scale
     if max_grad_norm:
         divisor = divisor * (norm / max_grad_norm).clamp_min(1.0)
     bad = (~norm.isfinite()).float()   # 1 or 0
@@ -1976,7 +1923,7 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
     scale_state["good"].add_(1 - bad).mul_(1 - bad)
     if fp16:   # about every 2000 good steps in a row twice the scale, after a bad one half of it
         grow = (scale_state["good"] % 2000 == 1999).float()
-        scale_state["scale"].mul_((1 + grow) * (1 - bad / 2))
+        scale.mul_((1 + grow) * (1 - bad / 2))
     return norm
 
 
