@@ -3206,8 +3206,8 @@ def unpack_row(numbers, manifest):
 def compress(numbers):
     """-> bytes. The lowest byte of all numbers first, the highest last: like stands beside like,
     and takes a little less than every number in the fewest bits."""
-    number_bytes = np.asarray(numbers, "<u4").view(np.uint8).reshape(-1, 4)
-    return zlib.compress(number_bytes.T.tobytes(), 1)
+    bytes_N4 = np.asarray(numbers, "<u4").view(np.uint8).reshape(-1, 4)
+    return zlib.compress(bytes_N4.T.tobytes(), 1)
 
 
 def decompress(data):
@@ -3243,10 +3243,6 @@ def open_teacher(cfg, tokenizer):
     draws are the same whoever makes them. All ranks ask together, also one that has no rows left,
     since a sharded teacher needs them all."""
     teacher, weights = load_checked(cfg, "teacher", tokenizer)
-    identity = dict(
-        weights=weights, dtype=str(compute_dtype(cfg)),
-        revision=getattr(teacher.model.config, "_commit_hash", None))   # None: a directory
-
     def ask(rows, first, manifest):
         batch = collate(rows)
         check_ids(teacher, tokenizer, int(batch.input_ids.max()))
@@ -3254,24 +3250,26 @@ def open_teacher(cfg, tokenizer):
         parts = hidden_ND.split([int(row["targets"].sum()) for row in rows])
         return [keep(part, head, number, manifest) for number, part in enumerate(parts, first)]
 
-    return ask, identity
+    return ask, dict(
+        weights=weights, dtype=str(compute_dtype(cfg)),
+        revision=getattr(teacher.model.config, "_commit_hash", None))   # None: a directory
 
 
 def begin_cache(cfg, tokenizer, manifest):
     """A new cache gets all but its chunks; one that is there must be of the same content."""
-    folder = Path(cfg.cache_dir)
-    if (folder / "manifest.json").exists() and not cfg.force_regenerate:
+    folder = cfg.cache_dir
+    if os.path.exists(f"{folder}/manifest.json") and not cfg.force_regenerate:
         there = read_manifest(folder)
         refuse_changes(there, manifest, folder, "empty it: --force_regenerate")
     elif RANK == 0:
-        write_json({}, folder / "index.json")
+        write_json({}, f"{folder}/index.json")
         if cfg.force_regenerate:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            for path in folder.glob("*.safetensors"):
+            shutil.rmtree(f"{folder}/tokenizer", ignore_errors=True)
+            for path in Path(folder).glob("*.safetensors"):
                 path.unlink()
-        write_json(knobs_of(cfg) | {"force_regenerate": False}, folder / "config.json")
-        tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(manifest, folder / "manifest.json")   # last: from here on there is a cache
+        write_json(knobs_of(cfg) | {"force_regenerate": False}, f"{folder}/config.json")
+        tokenizer.save_pretrained(f"{folder}/tokenizer")
+        write_json(manifest, f"{folder}/manifest.json")   # last: from here on there is a cache
     all_sum(0)   # nobody goes on before that
 
 
@@ -3311,12 +3309,12 @@ def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
     size = manifest["chunk"]
     numbers = {"eval": 0, "train": 2**60}   # where those of chunks, and of rows, begin
     said = False
-    with Path(cfg.cache_dir, "claims").open("a") as claims:
+    with open(f"{cfg.cache_dir}/claims", "a") as claims:
         for split, rows in splits.items():
             is_stream = isinstance(rows, datasets.IterableDataset)
             blocks = rows.iter(size) if is_stream else range(0, len(rows), size)
             for chunk, block in enumerate(blocks):
-                path = Path(cfg.cache_dir, f"{split}-{chunk:08d}.safetensors")
+                path = Path(f"{cfg.cache_dir}/{split}-{chunk:08d}.safetensors")
                 paths.append(path)
                 try:   # one byte, which the file need not have; given back when a worker dies
                     fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, numbers[split] + chunk)
@@ -3383,37 +3381,35 @@ def keep(hidden_ND, head, number, manifest):
     """Of the teacher, at the targets of the row of this number -> Kept"""
     # draws of its own, the same on any device
     generator = torch.Generator().manual_seed(int(digest(manifest["seed"], number), 16) >> 1)
-    uniform_NS = torch.rand(
-        len(hidden_ND), manifest["size"], dtype=torch.float64, generator=generator).to(DEVICE)
     # 16 bytes an entry of [C, V]: log p, p, and the running sum of p in fp64
     at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
     parts = []
-    for hidden_CD, uniform_CS in zip(hidden_ND.split(at_once), uniform_NS.split(at_once)):
+    for hidden_CD in hidden_ND.split(at_once):
         logits_CV = head_logits(hidden_CD, head, manifest["vocabulary"])   # without the padding
         logp_CV = torch.log_softmax(logits_CV / manifest["temperature"], -1)
         if manifest["method"] == "sample":
-            parts.append(sample_entries(logp_CV, uniform_CS))
+            parts.append(sample_entries(logp_CV, manifest["size"], generator))
         else:
             parts.append(topk_entries(logp_CV, manifest["size"]))
     return Kept(*(torch.cat(part).cpu().numpy() for part in zip(*parts)))
 
 
-def sample_entries(logp_CV, uniform_CS):
-    """S draws a token -> an entry for each distinct id [E], extra [C]"""
-    vocabulary = logp_CV.shape[1]
+def sample_entries(logp_CV, size, generator):
+    """S = size draws a token -> an entry for each distinct id [E], extra [C]"""
+    count, vocabulary = logp_CV.shape
+    # one after the other: the same in any pieces
+    uniform_CS = torch.rand(count, size, dtype=torch.float64, generator=generator).to(DEVICE)
     cdf_CV = logp_CV.exp().cumsum(-1, dtype=torch.float64)
-    heights_CS = uniform_CS * cdf_CV[:, -1:]   # which is not exactly 1
+    heights_CS = uniform_CS.sort(-1)[0] * cdf_CV[:, -1:]   # which is not exactly 1
     draws_CS = torch.searchsorted(cdf_CV, heights_CS, right=True).clamp_max(vocabulary - 1)
-    draws_CS = draws_CS.sort(-1)[0]
     # the entropy as these draws show it: student = teacher logs a KL of 0, not of noise around 0
     entropy_C = -logp_CV.gather(-1, draws_CS).mean(-1)
     extra_C = (entropy_C * 256).round().clamp_max(4095).long()
-    line_C1 = torch.arange(len(draws_CS), device=DEVICE)[:, None]
+    line_C1 = torch.arange(count, device=DEVICE)[:, None]
     # places in [C, V] end to end: what two tokens have drawn stays apart
     places_E, times_E = torch.unique_consecutive(
         draws_CS + vocabulary * line_C1, return_counts=True)
-    entries_E = places_E % vocabulary * uniform_CS.shape[1] + times_E - 1
-    return entries_E, extra_C
+    return places_E % vocabulary * size + times_E - 1, extra_C
 
 
 def topk_entries(logp_CV, size):
@@ -3440,7 +3436,7 @@ def finish_cache(cache_dir, manifest, paths):
             biggest_id = max(biggest_id, int(numbers[2]))
     index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
                  bytes_per_token=size / tokens, biggest_id=biggest_id)
-    write_json(index, Path(cache_dir, "index.json"))
+    write_json(index, f"{cache_dir}/index.json")
     print0(f"cache {cache_dir} is full: {index['rows']:,} sequences, {tokens:,} tokens of "
            f"{size / tokens:.1f} bytes")
 
@@ -3470,14 +3466,14 @@ def load_with_cache(cfg):
     only where this run allows it."""
     with phase(f"reading cache {cfg.cache_dir}"):
         manifest = read_manifest(cfg.cache_dir)
-        index = read_json(Path(cfg.cache_dir, "index.json"))
+        index = read_json(f"{cfg.cache_dir}/index.json")
         if not index:
             raise UserError(f"{cfg.cache_dir!r} holds no finished cache (it was begun, not "
                             "finished); the same mode cache command finishes it")
-        folder = Path(cfg.cache_dir, "tokenizer")
+        folder = f"{cfg.cache_dir}/tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
         if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
-            raise UserError(f"cache tokenizer '{folder}' is not what was written; fill the cache "
+            raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache "
                             "again with --force_regenerate")
         theirs = load_tokenizer(cfg, cfg.student) or tokenizer
         compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
@@ -3501,8 +3497,8 @@ class CacheRows:
         return self.length
 
     def __getitem__(self, i):
-        chunk = int(np.searchsorted(self.starts, i, "right")) - 1
-        line = i - int(self.starts[chunk])
+        chunk = np.searchsorted(self.starts, i, "right") - 1
+        line = i - self.starts[chunk]
         path = Path(f"{self.prefix}-{chunk:08d}.safetensors")
         numbers, = read_chunk(path, self.manifest, [line])
         return unpack_row(numbers, self.manifest)
@@ -3531,7 +3527,7 @@ def read_chunk(path, manifest, lines=None):
 
 def read_manifest(cache_dir):
     """Of a cache that was begun, at least."""
-    manifest = read_json(Path(cache_dir, "manifest.json"), {})
+    manifest = read_json(f"{cache_dir}/manifest.json", {})
     if manifest.get("format") != 2:
         raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
                         "fills it, an older one with --force_regenerate")
