@@ -3061,6 +3061,9 @@ def write_demo_files(folder):
 # checksum of its bytes and of where they belong, in which cache, chunk and line.
 
 
+DECIDED = ("teacher", "dataset", "seq_len", "temperature", "packing")   # for all who train from it
+
+
 def describe_cache(cfg, tokenizer, splits, identity):
     """The manifest. splits: the rows of each; those of train may be a stream. identity: what is to
     be said of the teacher, see open_teacher."""
@@ -3071,19 +3074,16 @@ def describe_cache(cfg, tokenizer, splits, identity):
         size = min(cfg.cache_top_k, vocabulary)
         codes = 256
     raw_rows = []
-    if isinstance(splits["train"], datasets.IterableDataset):   # optional: streaming
+    if cfg.streaming:   # optional: streaming
         raw_rows = list(splits["train"].take(64))   # nobody has seen all of it
     return identity | dict(
         format=2,
         vocabulary=vocabulary,
         tokenizer=identify_tokenizer(tokenizer),
-        dataset=cfg.dataset,
+        **{name: getattr(cfg, name) for name in DECIDED},
         dataset_fingerprint=digest(
             count_rows(splits["train"]), count_rows(splits["eval"]), str(raw_rows)),
         eval_samples=cfg.eval_samples,
-        seq_len=cfg.seq_len,
-        packing=cfg.packing,
-        temperature=cfg.temperature,
         method=cfg.cache_method,
         size=size,               # draws a token, or the likeliest tokens that are kept
         codes=codes,             # how many there are, see below
@@ -3119,59 +3119,44 @@ class Kept(NamedTuple):
     """Of the teacher, at the targets of a row."""
     entries: np.ndarray
     extra: np.ndarray
-    mass: float   # of the teacher's distribution that the entries hold, summed over targets
 
 
 def pack_row(row, kept):
     text = 4 * np.asarray(row["input_ids"]) + row["targets"]
     text[row["starts"]] += 2
-    numbers = [len(text), len(kept.entries), text.max() // 4]
-    return np.concatenate([numbers, text, kept.entries, kept.extra])
+    counts = [len(text), len(kept.entries), text.max() // 4]
+    return np.concatenate([counts, text, kept.entries, kept.extra])
 
 
 def unpack_row(numbers, manifest):
     """-> a row like those of load_data, with its SparseTarget in arrays: manifest["size"] ids a
     target."""
-    tokens, entries = numbers[:2]
-    text, listed, extra = np.split(numbers[3:], [tokens, tokens + entries])
+    size = manifest["size"]
+    text, listed, extra = np.split(numbers[3:], np.cumsum(numbers[:2]))
     ids, codes = np.divmod(listed, manifest["codes"])
-    if manifest["method"] == "sample":
-        sparse = decode_samples(ids, codes, extra, manifest["size"])
-    else:
-        sparse = decode_topk(ids, codes, manifest["size"])
+    if manifest["method"] == "sample":   # an id as often as it was drawn, each time 1 / size
+        ids = np.repeat(ids, codes + 1).reshape(-1, size)
+        probs = np.full(ids.shape, 1 / size)
+        rest = np.zeros(len(ids))
+        entropy = extra / 256
+    else:   # the entropy is that of what is listed and the rest, so that the KL is never below 0
+        probs = np.exp(-24 * (codes / 255) ** 2) * (codes < 255)
+        probs = probs.reshape(-1, size + 1)
+        probs /= probs.sum(1, keepdims=True)   # takes out what all roundings have in common
+        entropy = -(probs * np.log(probs + 1e-30)).sum(1)
+        rest = probs[:, -1]
+        probs = probs[:, :-1]
+        ids = ids.reshape(-1, size + 1)[:, :-1]
+    floats = [part.astype(np.float32) for part in (probs, rest, entropy)]
     return {"input_ids": text // 4, "targets": text % 2 == 1,
-            "starts": np.flatnonzero(text & 2), "sparse": sparse}
-
-
-def decode_samples(ids, codes, extra, size):
-    """An id stands as often as it was drawn, each time with probability 1 / size."""
-    targets = len(extra)
-    return SparseTarget(
-        ids=np.repeat(ids, codes + 1).reshape(targets, size),
-        probs=np.full((targets, size), 1 / size, np.float32),
-        rest=np.zeros(targets, np.float32),
-        entropy=(extra / 256).astype(np.float32))
-
-
-def decode_topk(ids, codes, size):
-    """The entropy is that of what is listed and the rest, so that the KL is never below 0."""
-    probs = np.exp(-24 * (codes / 255) ** 2) * (codes < 255)
-    probs = probs.reshape(-1, size + 1)
-    probs /= probs.sum(1, keepdims=True)   # takes out what all roundings of a target have in common
-    entropy = -(probs * np.log(probs + 1e-30)).sum(1)
-    probs = probs.astype(np.float32)
-    return SparseTarget(
-        ids=ids.reshape(-1, size + 1)[:, :-1],
-        probs=probs[:, :-1],
-        rest=probs[:, -1],
-        entropy=entropy.astype(np.float32))
+            "starts": np.flatnonzero(text & 2), "sparse": SparseTarget(ids, *floats)}
 
 
 def compress(numbers):
     """-> bytes. The lowest byte of all numbers first, the highest last: like stands beside like,
     and takes a little less than every number in the fewest bits."""
-    number_bytes = np.asarray(numbers, "<u4").view(np.uint8).reshape(-1, 4)
-    return zlib.compress(number_bytes.T.tobytes(), 1)
+    bytes_N4 = np.asarray(numbers, "<u4").view(np.uint8).reshape(-1, 4)
+    return zlib.compress(bytes_N4.T.tobytes(), 1)
 
 
 def decompress(data):
@@ -3187,7 +3172,6 @@ def fill_cache(cfg):
     of ranks; the same command goes on where it was stopped."""
     if RANK == 0:
         with mark_folder(cfg.cache_dir, "cache") as mark:   # no lock: there may be many workers
-            mark.truncate(0)
             mark.write("cache ")
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
@@ -3198,9 +3182,7 @@ def fill_cache(cfg):
         begin_cache(cfg, tokenizer, manifest)
     with stop_signals() as stop_requests:
         paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
-    if paths is None:
-        print0("stopped; the same command goes on")
-    elif RANK == 0:
+    if paths and RANK == 0:
         finish_cache(cfg.cache_dir, manifest, paths)
 
 
@@ -3210,40 +3192,33 @@ def open_teacher(cfg, tokenizer):
     draws are the same whoever makes them. All ranks ask together, also one that has no rows left,
     since a sharded teacher needs them all."""
     teacher, weights = load_checked(cfg, "teacher", tokenizer)
-    get_teacher_targets = teacher_targets(teacher)
-    identity = dict(
-        teacher=cfg.teacher, weights=weights, dtype=str(compute_dtype(cfg)),
-        revision=getattr(teacher.model.config, "_commit_hash", None))   # None: a directory
-
     def ask(rows, first, manifest):
-        for row in rows:
-            check_ids(teacher, tokenizer, int(row["input_ids"].max()))
-        hidden_ND, head = get_teacher_targets(collate(rows))   # N: the targets of all rows
-        kept = []
-        for number, row in enumerate(rows, first):
-            row_hidden_ND, hidden_ND = hidden_ND.tensor_split([int(row["targets"].sum())])
-            kept.append(keep(row_hidden_ND, head, number, manifest))
-        return kept
+        batch = collate(rows)
+        check_ids(teacher, tokenizer, int(batch.input_ids.max()))
+        hidden_ND, head = teacher_targets(teacher)(batch)   # N: the targets of all rows
+        parts = hidden_ND.split([int(row["targets"].sum()) for row in rows])
+        return [keep(part, head, number, manifest) for number, part in enumerate(parts, first)]
 
-    return ask, identity
+    return ask, dict(
+        weights=weights, dtype=str(compute_dtype(cfg)),
+        revision=getattr(teacher.model.config, "_commit_hash", None))   # None: a directory
 
 
 def begin_cache(cfg, tokenizer, manifest):
     """A new cache gets all but its chunks; one that is there must be of the same content."""
-    folder = Path(cfg.cache_dir)
-    manifest_path = folder / "manifest.json"
-    if manifest_path.exists() and not cfg.force_regenerate:
-        there = read_manifest(cfg.cache_dir)
-        refuse_changes(there, manifest, cfg.cache_dir, "empty it: --force_regenerate")
+    folder = cfg.cache_dir
+    if os.path.exists(f"{folder}/manifest.json") and not cfg.force_regenerate:
+        there = read_manifest(folder)
+        refuse_changes(there, manifest, folder, "empty it: --force_regenerate")
     elif RANK == 0:
-        write_json({}, folder / "index.json")
+        write_json({}, f"{folder}/index.json")
         if cfg.force_regenerate:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            for path in folder.glob("*.safetensors"):
+            shutil.rmtree(f"{folder}/tokenizer", ignore_errors=True)
+            for path in Path(folder).glob("*.safetensors"):
                 path.unlink()
-        write_json(knobs_of(cfg) | {"force_regenerate": False}, folder / "config.json")
-        tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(manifest, manifest_path)   # last: from here on there is a cache
+        write_json(knobs_of(cfg) | {"force_regenerate": False}, f"{folder}/config.json")
+        tokenizer.save_pretrained(f"{folder}/tokenizer")
+        write_json(manifest, f"{folder}/manifest.json")   # last: from here on there is a cache
     all_sum(0)   # nobody goes on before that
 
 
@@ -3256,8 +3231,7 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
     with tqdm(total=total, unit="row", disable=RANK > 0) as bar:
         while True:
             paths = []
-            chunks = free_chunks(cfg, tokenizer, splits, manifest, paths)
-            forwards = write_chunks(chunks, ask, manifest, total)
+            forwards = write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths)
             all_rows = True
             while all_rows:
                 rows = next(forwards, 0)
@@ -3265,6 +3239,7 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
                     ask([], 0, manifest)
                 all_rows, stop = all_sum(rows, len(stop_requests))
                 if stop:
+                    print0("stopped; the same command goes on")
                     return None
                 bar.update(int(all_rows))
             missing, = all_sum(sum(not path.exists() for path in paths))
@@ -3273,20 +3248,22 @@ def fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests):
             time.sleep(1)   # another worker has a chunk; it may die with it
 
 
-def free_chunks(cfg, tokenizer, splits, manifest, paths):
-    """Claim the chunks that are not there and that no living worker has, one after the other
-    -> (path, rows, number of the first row), ...; the paths of all chunks are added to paths.
+def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
+    """Claim the chunks that are not there and that no living worker has, one after the other, and
+    write them: yields after each forward, its number of rows. The paths of all chunks are added to
+    paths. The first chunk tells what all will take; total: rows of all splits, inf for a stream.
 
     A stream is cut into blocks of raw rows, each packed on its own, so that nobody has to tokenise
     what another worker does. As a block may hold any number of rows, theirs begin 2^32 apart."""
     size = manifest["chunk"]
     numbers = {"eval": 0, "train": 2**60}   # where those of chunks, and of rows, begin
-    with Path(cfg.cache_dir, "claims").open("a") as claims:
+    said = False
+    with open(f"{cfg.cache_dir}/claims", "a") as claims:
         for split, rows in splits.items():
             is_stream = isinstance(rows, datasets.IterableDataset)
             blocks = rows.iter(size) if is_stream else range(0, len(rows), size)
             for chunk, block in enumerate(blocks):
-                path = Path(cfg.cache_dir, f"{split}-{chunk:08d}.safetensors")
+                path = Path(f"{cfg.cache_dir}/{split}-{chunk:08d}.safetensors")
                 paths.append(path)
                 try:   # one byte, which the file need not have; given back when a worker dies
                     fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, numbers[split] + chunk)
@@ -3299,55 +3276,35 @@ def free_chunks(cfg, tokenizer, splits, manifest, paths):
                     block_rows = encode_block(cfg, tokenizer, block)
                     first += chunk << 32
                 else:
-                    end = min(block + size, len(rows))
-                    block_rows = [rows[i] for i in range(block, end)]
-                yield path, block_rows, first
+                    block_rows = [rows[i] for i in range(len(rows))[block:block + size]]
+                yield from write_chunk(path, block_rows, first, manifest, ask)
+                if block_rows and not said:
+                    say_size(path, block_rows, total)
+                    said = True
 
 
 def encode_block(cfg, tokenizer, columns):
-    columns = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
-    rows, _ = kept_rows(token_rows(columns))
+    encoded = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
+    rows, _ = kept_rows(token_rows(encoded))
     if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
 
 
-def write_chunks(chunks, ask, manifest, total):
-    """Write the chunks of free_chunks; yields after each forward, its number of rows. The first
-    chunk tells what all will take. total: rows of all splits, inf for a stream."""
-    said = False
-    for path, rows, first in chunks:
-        kept = []
-        for start in range(0, len(rows), manifest["group"]):
-            group = rows[start:start + manifest["group"]]
-            kept += ask(group, first + start, manifest)
-            yield len(group)
-        write_chunk(path, rows, kept, digest(manifest))
-        if rows and not said:
-            say_size(path, rows, kept, total)
-            said = True
-
-
-def say_size(path, rows, kept, total):
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    targets = sum(row["targets"].sum() for row in rows)
-    mass = sum(of_row.mass for of_row in kept)
-    size = path.stat().st_size
-    print0(f"cache: {size / tokens:.1f} bytes a token, which hold {mass / targets:.1%} of the "
-           f"teacher's mass; about {size / len(rows) * total / 1e9:.3f} GB in all, "
-           f"{shutil.disk_usage(path).free / 1e9:.1f} GB free")
-
-
-def write_chunk(path, rows, kept, content):
+def write_chunk(path, rows, first, manifest, ask):
     """A chunk appears whole or not at all. Safetensors: mapped into memory, sliced, no code in it.
 
     rows   the rows, end to end: 4 bytes of checksum_at, then its numbers, compressed
     ends   where each begins and ends
     """
     parts = []
-    for line, (row, of_row) in enumerate(zip(rows, kept, strict=True)):
-        data = compress(pack_row(row, of_row))
-        parts.append(checksum_at(path, line, data, content) + data)
+    size = manifest["group"]
+    for start in range(0, len(rows), size):
+        group = rows[start:start + size]
+        for row, kept in zip(group, ask(group, first + start, manifest), strict=True):
+            data = compress(pack_row(row, kept))
+            parts.append(checksum_at(path, len(parts), data, manifest) + data)
+        yield len(group)
     tensors = {"rows": np.frombuffer(b"".join(parts), np.uint8),
                "ends": np.cumsum([0, *map(len, parts)])}
     aside = path.with_suffix(".tmp")
@@ -3356,9 +3313,16 @@ def write_chunk(path, rows, kept, content):
     aside.rename(path)
 
 
-def checksum_at(path, line, data, content):
-    """Of a row's bytes and of where they belong. content: digest of the manifest."""
-    place = f"{content} {path.name} {line}"
+def say_size(path, rows, total):
+    size = path.stat().st_size
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    print0(f"cache: {size / tokens:.1f} bytes a token; about {size / len(rows) * total / 1e9:.3f} "
+           f"GB in all, {shutil.disk_usage(path).free / 1e9:.1f} GB free")
+
+
+def checksum_at(path, line, data, manifest):
+    """Of a row's bytes and of where they belong."""
+    place = f"{digest(manifest)} {path.name} {line}"
     return zlib.crc32(data, zlib.crc32(place.encode())).to_bytes(4, "little")
 
 
@@ -3366,69 +3330,64 @@ def keep(hidden_ND, head, number, manifest):
     """Of the teacher, at the targets of the row of this number -> Kept"""
     # draws of its own, the same on any device
     generator = torch.Generator().manual_seed(int(digest(manifest["seed"], number), 16) >> 1)
-    shape = len(hidden_ND), manifest["size"]
-    uniform_NS = torch.rand(shape, dtype=torch.float64, generator=generator).to(DEVICE)
     # 16 bytes an entry of [C, V]: log p, p, and the running sum of p in fp64
     at_once = max(1, LOGITS_BUDGET // (16 * manifest["vocabulary"]))
     parts = []
-    for hidden_CD, uniform_CS in zip(hidden_ND.split(at_once), uniform_NS.split(at_once)):
+    for hidden_CD in hidden_ND.split(at_once):
         logits_CV = head_logits(hidden_CD, head, manifest["vocabulary"])   # without the padding
         logp_CV = torch.log_softmax(logits_CV / manifest["temperature"], -1)
         if manifest["method"] == "sample":
-            parts.append(sample_entries(logp_CV, uniform_CS))
+            parts.append(sample_entries(logp_CV, manifest["size"], generator))
         else:
             parts.append(topk_entries(logp_CV, manifest["size"]))
-    entries, extra, masses = map(torch.cat, zip(*parts))
-    return Kept(entries.cpu().numpy(), extra.cpu().numpy(), masses.sum().item())
+    return Kept(*(torch.cat(part).cpu().numpy() for part in zip(*parts)))
 
 
-def sample_entries(logp_CV, uniform_CS):
-    """S draws a token -> an entry for each distinct id [E], extra [C], masses."""
-    vocabulary = logp_CV.shape[1]
+def sample_entries(logp_CV, size, generator):
+    """S = size draws a token -> an entry for each distinct id [E], extra [C]"""
+    count, vocabulary = logp_CV.shape
+    # one after the other: the same in any pieces
+    uniform_CS = torch.rand(count, size, dtype=torch.float64, generator=generator).to(DEVICE)
     cdf_CV = logp_CV.exp().cumsum(-1, dtype=torch.float64)
-    heights_CS = uniform_CS * cdf_CV[:, -1:]   # which is not exactly 1
+    heights_CS = uniform_CS.sort(-1)[0] * cdf_CV[:, -1:]   # which is not exactly 1
     draws_CS = torch.searchsorted(cdf_CV, heights_CS, right=True).clamp_max(vocabulary - 1)
-    draws_CS = draws_CS.sort(-1)[0]
     # the entropy as these draws show it: student = teacher logs a KL of 0, not of noise around 0
     entropy_C = -logp_CV.gather(-1, draws_CS).mean(-1)
     extra_C = (entropy_C * 256).round().clamp_max(4095).long()
-    line_C1 = torch.arange(len(draws_CS), device=draws_CS.device)[:, None]
+    line_C1 = torch.arange(count, device=DEVICE)[:, None]
     # places in [C, V] end to end: what two tokens have drawn stays apart
     places_E, times_E = torch.unique_consecutive(
         draws_CS + vocabulary * line_C1, return_counts=True)
-    entries_E = places_E % vocabulary * uniform_CS.shape[1] + times_E - 1
-    return entries_E, extra_C, logp_CV.flatten()[places_E].exp()
+    return places_E % vocabulary * size + times_E - 1, extra_C
 
 
 def topk_entries(logp_CV, size):
-    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing, masses.
-    """
+    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing"""
     logp_CK, ids_CK = logp_CV.topk(size)
-    mass_C1 = logp_CK.exp().sum(-1, keepdim=True)
-    rest_C1 = (1 - mass_C1).clamp_min(0)
+    rest_C1 = (1 - logp_CK.exp().sum(-1, keepdim=True)).clamp_min(0)
     logp_CE = torch.cat([logp_CK, rest_C1.log()], -1)
     codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255).long()
     entries_CE = 256 * nn.functional.pad(ids_CK, (0, 1)) + codes_CE
-    return entries_CE.flatten(), ids_CK.new_empty(0), mass_C1
+    return entries_CE.flatten(), ids_CK.new_empty(0)
 
 
 def finish_cache(cache_dir, manifest, paths):
     """Read every row of all workers' chunks back; with their numbers the cache is full."""
     chunks = {"train": [], "eval": []}
-    tokens = biggest_id = 0
-    with tqdm(paths, desc="reading the cache back", unit="chunk") as bar:
-        for path in bar:
-            rows = read_chunk(path, digest(manifest))
-            tokens += sum(int(numbers[0]) for numbers in rows)
-            biggest_id = max([biggest_id, *[int(numbers[2]) for numbers in rows]])
-            split, _ = path.name.split("-")
-            chunks[split].append(len(rows))
-    size = sum(path.stat().st_size for path in paths)
+    tokens = biggest_id = size = 0
+    for path in tqdm(paths, desc="reading the cache back", unit="chunk"):
+        rows = read_chunk(path, manifest)
+        split, _ = path.name.split("-")
+        chunks[split].append(len(rows))
+        size += path.stat().st_size
+        for numbers in rows:
+            tokens += int(numbers[0])
+            biggest_id = max(biggest_id, int(numbers[2]))
     index = dict(chunks=chunks, rows=sum(map(sum, chunks.values())), tokens=tokens,
                  bytes_per_token=size / tokens, biggest_id=biggest_id)
-    write_json(index, Path(cache_dir, "index.json"))
+    write_json(index, f"{cache_dir}/index.json")
     print0(f"cache {cache_dir} is full: {index['rows']:,} sequences, {tokens:,} tokens of "
-           f"{index['bytes_per_token']:.1f} bytes")
+           f"{size / tokens:.1f} bytes")
 
 
 # ---- reading
@@ -3439,9 +3398,8 @@ def take_from_cache(cfg):
     typed."""
     with phase(f"opening cache {cfg.cache_dir}"):
         manifest = read_manifest(cfg.cache_dir)
-        names = ("teacher", "dataset", "seq_len", "temperature", "packing")
-        decided = {name: manifest[name] for name in names}
-        typed = {name: getattr(cfg, name) for name in names if name in cfg.given}
+        decided = {name: manifest[name] for name in DECIDED}
+        typed = {name: getattr(cfg, name) for name in DECIDED if name in cfg.given}
         refuse_changes(decided, decided | typed, cfg.cache_dir, "fill another --cache_dir")
     print0(f"the cache is of {decided}")
     return dataclasses.replace(cfg, **decided)
@@ -3457,14 +3415,14 @@ def load_with_cache(cfg):
     only where this run allows it."""
     with phase(f"reading cache {cfg.cache_dir}"):
         manifest = read_manifest(cfg.cache_dir)
-        index = read_json(Path(cfg.cache_dir, "index.json"))
+        index = read_json(f"{cfg.cache_dir}/index.json")
         if not index:
             raise UserError(f"{cfg.cache_dir!r} holds no finished cache (it was begun, not "
                             "finished); the same mode cache command finishes it")
-        folder = Path(cfg.cache_dir, "tokenizer")
+        folder = f"{cfg.cache_dir}/tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
         if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
-            raise UserError(f"cache tokenizer '{folder}' is not what was written; fill the cache "
+            raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache "
                             "again with --force_regenerate")
         theirs = load_tokenizer(cfg, cfg.student) or tokenizer
         compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
@@ -3481,7 +3439,6 @@ class CacheRows:
     def __init__(self, cache_dir, split, manifest, index, at_most=math.inf):
         self.prefix = f"{cache_dir}/{split}"
         self.manifest = manifest
-        self.content = digest(manifest)
         self.starts = np.cumsum([0, *index["chunks"][split]])   # of chunks; the last: the end
         self.length = int(min(self.starts[-1], at_most))
 
@@ -3489,23 +3446,23 @@ class CacheRows:
         return self.length
 
     def __getitem__(self, i):
-        chunk = int(np.searchsorted(self.starts, i, "right")) - 1
-        line = i - int(self.starts[chunk])
+        chunk = np.searchsorted(self.starts, i, "right") - 1
+        line = i - self.starts[chunk]
         path = Path(f"{self.prefix}-{chunk:08d}.safetensors")
-        numbers, = read_chunk(path, self.content, [line])
+        numbers, = read_chunk(path, self.manifest, [line])
         return unpack_row(numbers, self.manifest)
 
 
-def read_chunk(path, content, lines=None):
-    """-> the numbers of each of its rows, or of some, as they were written. content: digest of the
-    manifest. Mapped anew each time, 20 us: nothing has to be kept."""
+def read_chunk(path, manifest, lines=None):
+    """-> the numbers of each of its rows, or of some, as they were written. Mapped anew each time,
+    20 us: nothing has to be kept."""
     try:
         rows = []
         with safetensors.safe_open(path, "numpy") as file:
             ends = file.get_tensor("ends").tolist()
             for line in lines or range(len(ends) - 1):
                 written = file.get_slice("rows")[ends[line]:ends[line + 1]].tobytes()
-                if written[:4] != checksum_at(path, line, written[4:], content):
+                if written[:4] != checksum_at(path, line, written[4:], manifest):
                     raise ValueError("wrong checksum")
                 rows.append(decompress(written[4:]))
         return rows
@@ -3519,7 +3476,7 @@ def read_chunk(path, content, lines=None):
 
 def read_manifest(cache_dir):
     """Of a cache that was begun, at least."""
-    manifest = read_json(Path(cache_dir, "manifest.json"), {})
+    manifest = read_json(f"{cache_dir}/manifest.json", {})
     if manifest.get("format") != 2:
         raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
                         "fills it, an older one with --force_regenerate")
