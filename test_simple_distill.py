@@ -5592,7 +5592,7 @@ def generate_fields(folder, server, questions, provider="openai", **more):
 
 def run_generate(fields, rc=0):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd, "PAUSES", (0.01,) * len(sd.PAUSES))
+        patch.setattr(sd, "PAUSE", 1e-4)
         return cli(*flags(**fields), rc=rc)
 
 
@@ -6083,7 +6083,7 @@ def test_generate_signal(tmp_path, status):
 
 
 # The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask_api, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+LOOP = (sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer,
         sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
