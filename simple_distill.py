@@ -4181,17 +4181,6 @@ class Job:
     cost: float = 0.0    # USD of its tries in this run, at their worst where nobody said
 
 
-def parse_categories(items):
-    """["implement=3", "debug"] -> {"implement": 3.0, "debug": 1.0}; none: all tasks alike."""
-    weights = {}
-    for item in items or TASKS:
-        name, _, weight = item.partition("=")
-        weights[name] = float(weight or 1)
-        if name not in TASKS or not 0 < weights[name] < math.inf:
-            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
-    return weights
-
-
 def stdlib_functions(rng):
     """Yields functions without a docstring, 7 to 30 lines long, of Python's own library."""
     sources = list(stdlib_sources())
@@ -4228,8 +4217,14 @@ def compose_prompt(category, function, rng):
 
 
 def compose_prompts(categories, seed):
-    """Yields distinct (category, messages): asking for more only adds, so a run can be extended."""
-    weights = parse_categories(categories)
+    """Yields distinct (category, messages): asking for more only adds, so a run can be extended.
+    categories: ["implement=3", "debug"]; none: all tasks alike."""
+    weights = {}
+    for item in categories or TASKS:
+        name, _, weight = item.partition("=")
+        weights[name] = float(weight or 1)
+        if name not in TASKS or not 0 < weights[name] < math.inf:
+            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
     rng = random.Random(seed)
     functions = itertools.cycle(stdlib_functions(rng))
     asked = collections.Counter()
@@ -4361,16 +4356,13 @@ def is_broken_code(reply):
     return False
 
 
-def repeats_prompt(asked, said):
-    # a short piece of the prompt may be just what it asks for
-    as_long = len(asked) / 2 < len(said) < 1.2 * len(asked)
-    return as_long and (said in asked or asked in said)
-
-
 def find_flaw(prompt, reply, finish_reason, min_chars=1):
     """-> the first filter that rejects the reply, None: it passes"""
     reply = reply.replace("\r\n", "\n")
+    asked = plain_words(prompt)
     said = plain_words(reply)
+    # a short piece of the prompt may be just what it asks for
+    is_as_long = len(asked) / 2 < len(said) < 1.2 * len(asked)
     refused = "```" not in reply and REFUSAL.match(said)
     flaws = {
         "cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
@@ -4378,7 +4370,7 @@ def find_flaw(prompt, reply, finish_reason, min_chars=1):
         "repetition loop": is_loop(reply),
         "code does not parse": is_broken_code(reply),
         "refusal": refused or finish_reason in ("refusal", "content_filter"),
-        "repeats the prompt": repeats_prompt(plain_words(prompt), said),
+        "repeats the prompt": is_as_long and (said in asked or asked in said),
     }
     return next((name for name, found in flaws.items() if found), None)
 
@@ -4401,6 +4393,10 @@ def find_duplicate(prompt, reply, seen):
 
 PAUSE = 1           # seconds between the first two tries of a request; each next one is doubled
 MAX_COUNT = 10**7   # tokens: who says that a reply had more says nothing
+USAGE = {   # what they call the tokens in and out
+    "openai": ("prompt_tokens", "completion_tokens"),
+    "anthropic": ("input_tokens", "output_tokens"),
+}
 
 
 @dataclass
@@ -4472,11 +4468,8 @@ def read_answer(cfg, text):
     """The JSON of an answer -> what record takes. Of a list of parts those that are text: what a
     model thought is not what it said. usage None: the server says nothing of it, or nonsense."""
     answer = json.loads(text)
-    theirs = answer.get("usage") or {}
-    usage = {
-        "prompt_tokens": theirs.get("prompt_tokens", theirs.get("input_tokens")),
-        "completion_tokens": theirs.get("completion_tokens", theirs.get("output_tokens")),
-    }
+    usage = answer.get("usage") or {}
+    usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
     if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
         usage = None
     if cfg.provider == "openai":
@@ -4565,16 +4558,16 @@ def ask_all_local(asking, jobs):
             tokenizer.apply_chat_template(
                 job.messages, add_generation_prompt=True, return_dict=False)
             for job in jobs]
-        longest = max(map(len, prompts)) + cfg.max_tokens
         teacher, _ = load_model(cfg, "teacher")
-        check_model(teacher, f"teacher {cfg.teacher!r}", longest, packed=False)
+        check_model(teacher, f"teacher {cfg.teacher!r}", max(map(len, prompts)) + cfg.max_tokens,
+                    packed=False)
     ends = end_ids(teacher.model, tokenizer)
     temperature = cfg.api_temperature
     if temperature is None:
         temperature = 1.0
         with contextlib.suppress(OSError):   # there is no generation_config.json
-            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher).temperature
-            temperature = usual or 1.0
+            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
+            temperature = usual.temperature or 1.0
     for start in range(0, len(jobs), cfg.concurrency):
         if asking.error or asking.stop_requests:
             break
@@ -4628,8 +4621,7 @@ def sort_out(asking, jobs):
             flaw = flaw or find_duplicate(prompt, reply, seen)
             if flaw:
                 row["reason"] = flaw
-    train = f"{cfg.output_dir}/train.jsonl"
-    write_jsonl(train, [row for row in rows if "reason" not in row])
+    write_jsonl(f"{cfg.output_dir}/train.jsonl", [row for row in rows if "reason" not in row])
     write_jsonl(f"{cfg.output_dir}/rejected.jsonl", [row for row in rows if "reason" in row])
 
     fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
@@ -4637,22 +4629,21 @@ def sort_out(asking, jobs):
     print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
     print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
            f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
-           f"{train} trains on what is kept")
+           f"{cfg.output_dir}/train.jsonl trains on what is kept")
 
 
 def generate(cfg):
     """Ask what has no reply yet; leave replies.jsonl, and what is made of it, in output_dir."""
-    config_path = f"{cfg.output_dir}/config.json"
     with phase(f"reading {cfg.prompts_file or 'functions to ask about'} and {cfg.output_dir}"):
         jobs = all_prompts(cfg)
         rows = read_replies(f"{cfg.output_dir}/replies.jsonl")
-        config_there = read_json(config_path, {})
+        config_there = read_json(f"{cfg.output_dir}/config.json", {})
         spent_usd = read_json(f"{cfg.output_dir}/summary.json", {}).get("spent_usd", 0.0)
         done = answered(rows)
         if done:
             refuse_changes(config_there, config_there | result_knobs(cfg), cfg.output_dir,
                            way_out="choose another --output_dir")
-    write_json(knobs_of(cfg), config_path)
+    write_json(knobs_of(cfg), f"{cfg.output_dir}/config.json")
 
     to_ask = [job for job in jobs.values() if job.prompt_id not in done]
     print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most "
