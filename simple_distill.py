@@ -4050,19 +4050,15 @@ TASKS = {
 FORMS = [
     "{}", "Please help me: {}", "Here is a task for you. {}", "I need this for my project. {}",
 ]
-THINGS = [
-    "LRU cache", "trie", "tokenizer", "diff tool", "job scheduler",
-    "web crawler", "state machine", "CSV reader", "URL router",
-]
-TRAITS = [
-    "thread-safe", "memory-bounded", "streaming", "resumable", "strict",
-    "pluggable", "lazy", "minimal", "configurable",
-]
-LANGUAGES = [
-    "Python",   # the first: the code shown is Python, so nothing is translated to it
-    "C", "C++", "C#", "Go", "Java", "JavaScript",
-    "Kotlin", "PHP", "Ruby", "Rust", "Swift", "TypeScript",
-]
+THINGS = (
+    "LRU cache, trie, tokenizer, diff tool, job scheduler, "
+    "web crawler, state machine, CSV reader, URL router"
+).split(", ")
+TRAITS = (
+    "thread-safe memory-bounded streaming resumable strict pluggable lazy minimal configurable"
+).split()
+# Python is the first: the code shown is Python, so nothing is translated to it
+LANGUAGES = "Python C C++ C# Go Java JavaScript Kotlin PHP Ruby Rust Swift TypeScript".split()
 LEVELS = [
     "I am new to programming.", "I program every day.", "I am an expert, so go deep.",
 ]
@@ -4070,15 +4066,15 @@ LIMITS = [
     "Keep it short.", "Name the edge cases.", "State its cost.",
     "Give an example.", "Say why.", "Say what could fail.",
 ]
-BUGS = [   # (what stands in the code, what is put in its place)
-    (" <= ", " < "),
-    (" >= ", " > "),
-    (" == ", " != "),
-    (" < ", " > "),
-    (" + ", " - "),
-    (" += ", " -= "),
-    ("[0]", "[1]"),
-]
+BUGS = {   # what stands in the code: what is put in its place
+    " <= ": " < ",
+    " >= ": " > ",
+    " == ": " != ",
+    " < ": " > ",
+    " + ": " - ",
+    " += ": " -= ",
+    "[0]": "[1]",
+}
 
 
 @dataclass
@@ -4089,17 +4085,6 @@ class Job:
     prompt_id: str       # digest of the messages: the same in every run
     worst_usd: float     # the most that one try can cost
     cost: float = 0.0    # USD of its tries in this run, at their worst where nobody said
-
-
-def parse_categories(items):
-    """["implement=3", "debug"] -> {"implement": 3.0, "debug": 1.0}; none: all tasks alike."""
-    weights = {}
-    for item in items or TASKS:
-        name, _, weight = item.partition("=")
-        weights[name] = float(weight or 1)
-        if name not in TASKS or not 0 < weights[name] < math.inf:
-            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
-    return weights
 
 
 def stdlib_functions(rng):
@@ -4119,7 +4104,7 @@ def compose_prompt(category, function, rng):
     """-> the text of a prompt, about this function where the task is about code; None: no fit."""
     # All is drawn, needed or not, in this order: another order gives other prompts, and a run that
     # is extended would not find its own again.
-    bugs = [bug for bug in BUGS if bug[0] in function]
+    bugs = [right for right in BUGS if right in function]
     bug = rng.choice(bugs) if bugs else None
     language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
     trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
@@ -4128,7 +4113,7 @@ def compose_prompt(category, function, rng):
     if category == "complete":
         code = function[:len(function) // 2].rpartition("\n")[0]
     elif category == "debug":
-        code = function.replace(*bug, 1) if bug else ""
+        code = function.replace(bug, BUGS[bug], 1) if bug else ""
     if not code:
         return None
     text = form.format(TASKS[category].format(language=language, thing=f"a {trait} {thing}"))
@@ -4138,8 +4123,14 @@ def compose_prompt(category, function, rng):
 
 
 def compose_prompts(categories, seed):
-    """Yields distinct (category, messages): asking for more only adds, so a run can be extended."""
-    weights = parse_categories(categories)
+    """Yields distinct (category, messages): asking for more only adds, so a run can be extended.
+    categories: ["implement=3", "debug"]; none: all tasks alike."""
+    weights = {}
+    for item in categories or TASKS:
+        name, _, weight = item.partition("=")
+        weights[name] = float(weight or 1)
+        if name not in TASKS or not 0 < weights[name] < math.inf:
+            raise UserError(f"categories {item}: write NAME or NAME=WEIGHT, of {', '.join(TASKS)}")
     rng = random.Random(seed)
     functions = itertools.cycle(stdlib_functions(rng))
     asked = collections.Counter()
@@ -4149,7 +4140,7 @@ def compose_prompts(categories, seed):
         misses += 1
         # the category that is most behind its share
         name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
-        function = next(itertools.islice(functions, rng.choice(range(20)), None))
+        function = next(itertools.islice(functions, rng.randrange(20), None))
         text = compose_prompt(name, function, rng)
         if text and text not in seen:
             misses = 0
@@ -4160,35 +4151,31 @@ def compose_prompts(categories, seed):
                     "lower num_examples or its weight")
 
 
-def parse_prompt_row(row):
-    """{"prompt": TEXT} or {"messages": [...]} -> (category, messages)"""
-    turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in turns]
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("it ends with a reply")
-    return str(row.get("category", "own")), messages
-
-
 def read_prompts(path):
     """Yields (category, messages) of the user's own prompts: lines of a .txt, rows of a .jsonl, or
-    a list of rows in a .json."""
+    a list of rows in a .json; a row: {"prompt": TEXT} or {"messages": [...]}."""
+    kind = Path(path).suffix
     with open(path, encoding="utf-8-sig") as f:
-        rows = json.load(f) if path.endswith(".json") else [line for line in f if line.strip()]
+        rows = json.load(f) if kind == ".json" else [line for line in f if line.strip()]
     for number, row in enumerate(rows, 1):
         try:
-            if path.endswith(".jsonl"):
+            if kind == ".jsonl":
                 row = json.loads(row)
-            elif not path.endswith(".json"):
+            elif kind != ".json":
                 row = {"prompt": row.strip()}
-            yield parse_prompt_row(row)
+            turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+            messages = [{"role": turn["role"], "content": text_of(turn["content"])}
+                        for turn in turns]
+            if messages[-1]["role"] == "assistant":
+                raise ValueError("it ends with a reply")
+            yield str(row.get("category", "own")), messages
         except Exception as e:
             raise UserError(f"{path!r}, row {number}: {one_line(e)}") from e
 
 
 def usd(cfg, prompt_tokens, completion_tokens):
-    price_in = cfg.price_in or 0   # USD a million tokens
-    price_out = cfg.price_out or 0
-    return (prompt_tokens * price_in + completion_tokens * price_out) / 1e6
+    """The prices are those of a million tokens."""
+    return (prompt_tokens * (cfg.price_in or 0) + completion_tokens * (cfg.price_out or 0)) / 1e6
 
 
 def all_prompts(cfg):
@@ -4214,19 +4201,19 @@ def all_prompts(cfg):
 
 # Filters: find_flaw lists them, in order.
 
-CODE_BLOCK = re.compile(r"""
+CODE_BLOCK = re.compile(r"""(?xms)
     ^[ \t]* (?: [-*+][ ]+ | \d+[.)][ ]+ )?   # begins a line, or an item of a list
     (```+) [ \t]* (\w*) [^\n`]* \n           # the fence and its language
     (.*?)                                    # the code
     ^[ \t]* \1 `* [ \t]* $                   # closed by a fence at least as long
-    """, re.VERBOSE | re.MULTILINE | re.DOTALL)
+    """)
 
-OPEN_FENCE = re.compile(r"""
+OPEN_FENCE = re.compile(r"""(?xm)
     ^[ \t]* ( [-*+][ ]+ | \d+[.)][ ]+ )?     # begins a line, or an item of a list
     ```+ [^`\n]* $                           # and nothing but its language beside it
-    """, re.VERBOSE | re.MULTILINE)
+    """)
 
-REFUSAL = re.compile(r"""
+REFUSAL = re.compile(r"""(?xi)
     \W*
     (
         (   unfortunately
@@ -4245,7 +4232,7 @@ REFUSAL = re.compile(r"""
         [ ]
         ( help(?![ ]but) | assist | provide | fulfil | comply | create | write | do[ ]th )
     )
-    """, re.VERBOSE | re.IGNORECASE)
+    """)
 
 
 def plain_words(text):
@@ -4256,8 +4243,8 @@ def plain_words(text):
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
-    tail = data[-1000:]   # shows a reply that only ended in one
-    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, tail))
+    parts = (data, data[-1000:])   # the end shows a reply that only ended in one
+    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in parts)
 
 
 def is_broken_code(reply):
@@ -4265,26 +4252,23 @@ def is_broken_code(reply):
     if OPEN_FENCE.search(CODE_BLOCK.sub("", reply)):
         return True
     for _, language, code in CODE_BLOCK.findall(reply):
-        if not re.fullmatch("py(thon)?3?", language, re.IGNORECASE) or ">>>" in code:
+        if not re.fullmatch("(?i)py(thon)?3?", language) or ">>>" in code:
             continue   # another language, or a session with its output
         try:
             with warnings.catch_warnings(action="ignore"):   # about odd escapes in the reply
                 ast.parse(textwrap.dedent(code))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except Exception:   # SyntaxError, ValueError, RecursionError, MemoryError
             return True
     return False
-
-
-def repeats_prompt(asked, said):
-    if not len(asked) / 2 < len(said) < 1.2 * len(asked):
-        return False   # a short piece of the prompt may be just what it asks for
-    return said in asked or asked in said
 
 
 def find_flaw(prompt, reply, finish_reason, min_chars=1):
     """-> the first filter that rejects the reply, None: it passes"""
     reply = reply.replace("\r\n", "\n")
+    asked = plain_words(prompt)
     said = plain_words(reply)
+    # a short piece of the prompt may be just what it asks for
+    is_as_long = len(asked) / 2 < len(said) < 1.2 * len(asked)
     refused = "```" not in reply and REFUSAL.match(said)
     flaws = {
         "cut off": finish_reason in ("length", "max_tokens", "model_context_window_exceeded"),
@@ -4292,7 +4276,7 @@ def find_flaw(prompt, reply, finish_reason, min_chars=1):
         "repetition loop": is_loop(reply),
         "code does not parse": is_broken_code(reply),
         "refusal": refused or finish_reason in ("refusal", "content_filter"),
-        "repeats the prompt": repeats_prompt(plain_words(prompt), said),
+        "repeats the prompt": is_as_long and (said in asked or asked in said),
     }
     return next((name for name, found in flaws.items() if found), None)
 
@@ -4313,8 +4297,8 @@ def find_duplicate(prompt, reply, seen):
 # only by an answer or by a refusal. So at any moment, kill -9 included, what was billed <= what
 # stands there <= max_cost. What a kill leaves in flight stays counted at its worst.
 
-PAUSES = (1, 2, 4, 8, 16, 32, 32)   # seconds between the tries of a request
-MAX_COUNT = 10**7                   # tokens: who says that a reply had more says nothing
+PAUSE = 1           # seconds between the first two tries of a request; each next one is doubled
+MAX_COUNT = 10**7   # tokens: who says that a reply had more says nothing
 USAGE = {   # what they call the tokens in and out
     "openai": ("prompt_tokens", "completion_tokens"),
     "anthropic": ("input_tokens", "output_tokens"),
@@ -4332,20 +4316,10 @@ class Asking:
     failures: int = 0     # in a row
     error: str = ""       # why no other request would fare better
 
-    def stopping(self):
-        return self.error or self.stop_requests
-
     def change(self, job, change_usd):
         job.cost += change_usd
         self.spent_usd += change_usd
-        write_json({"spent_usd": self.spent_usd}, path_in(self.cfg, "summary.json"))
-
-    def hold(self, job):
-        """Set aside the worst case of one more try -> whether max_cost allows it."""
-        if self.spent_usd + job.worst_usd > (self.cfg.max_cost or math.inf):
-            return False
-        self.change(job, job.worst_usd)
-        return True
+        write_json({"spent_usd": self.spent_usd}, f"{self.cfg.output_dir}/summary.json")
 
     def record(self, job, said):
         """said: {"reply", "finish_reason", "usage"}, or {"reason": why there is none}"""
@@ -4353,9 +4327,9 @@ class Asking:
             self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
         if "reply" in said:
             job.messages.append({"role": "assistant", "content": said.pop("reply")})
-        row = {**vars(job), "model": self.cfg.api_model or self.cfg.teacher, **said}
+        row = vars(job) | {"model": self.cfg.api_model or self.cfg.teacher} | said
         del row["worst_usd"]
-        append_jsonl(path_in(self.cfg, "replies.jsonl"), row)
+        append_jsonl(f"{self.cfg.output_dir}/replies.jsonl", row)
         self.bar.update()
         if "reason" not in row:
             self.failures = 0
@@ -4369,10 +4343,6 @@ class Asking:
 
 def answered(rows):
     return {prompt_id for prompt_id, row in rows.items() if "reason" not in row}
-
-
-def path_in(cfg, name):
-    return os.path.join(cfg.output_dir, name)
 
 
 def api_key(cfg):
@@ -4428,9 +4398,11 @@ async def ask_api(asking, sdk, create, job):
     seconds = 2 * cfg.request_timeout
     may_pass = (
         TimeoutError, sdk.APIConnectionError, sdk.RateLimitError, sdk.InternalServerError)
-    for pause in (*PAUSES, None):
-        if asking.stopping() or not asking.hold(job):
+    for number in range(8):
+        too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
+        if asking.error or asking.stop_requests or too_much:
             return None
+        asking.change(job, job.worst_usd)
         answer = ""
         try:
             request = create(**request_body(cfg, job.messages))
@@ -4441,28 +4413,26 @@ async def ask_api(asking, sdk, create, job):
             problem = e
         if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
             asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
-        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")
-        words = f"no reply (a try has {seconds:g} s): {words[:300]}"
-        words = str(UserError(words))   # as a terminal may show it
+        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")[:300]
+        # as a terminal may show it
+        words = str(UserError(f"no reply (a try has {seconds:g} s): {words}"))
         asking.bar.set_postfix_str(words)
-        if pause is None or not isinstance(problem, may_pass):
+        if number == 7 or not isinstance(problem, may_pass):
             return {"reason": f"failed: {words}"}
-        await asyncio.sleep(pause * random.uniform(0.7, 1))   # not all at once
+        await asyncio.sleep(PAUSE * 2**number * random.uniform(0.7, 1))   # not all at once
 
 
 async def ask_all_api(asking, jobs):
     """In this order, cfg.concurrency at a time, until all is answered, a stop, or max_cost."""
     cfg = asking.cfg
     sdk = importlib.import_module(cfg.provider)
-    is_openai = cfg.provider == "openai"
-    make = sdk.AsyncOpenAI if is_openai else sdk.AsyncAnthropic
     with phase(f"making a client of {cfg.provider}"):   # by the environment: proxies, certificates
-        client = make(
+        client = sdk.AsyncClient(
             api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
             max_retries=0,   # ask tries again, because it knows about money
             # of its own making, it has a destructor that fails where its making failed
             http_client=sdk.DefaultAsyncHttpxClient())
-    typed = client.chat.completions if is_openai else client.messages
+    typed = client.chat.completions if cfg.provider == "openai" else client.messages
     create = typed.with_raw_response.create   # a server may say what the types would hide
     to_ask = iter(jobs)   # of all workers
 
@@ -4488,25 +4458,24 @@ def ask_all_local(asking, jobs):
         if tokenizer is None:
             raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
                             "--tokenizer")
-        if not tokenizer.chat_template:
-            template = "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}"
-            tokenizer.chat_template = template
+        tokenizer.chat_template = tokenizer.chat_template or (
+            "{{bos_token}}{%for m in messages%}{{m.content}}\n\n{%endfor%}")
         prompts = [
             tokenizer.apply_chat_template(
-                job.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+                job.messages, add_generation_prompt=True, return_dict=False)
             for job in jobs]
-        longest = max(map(len, prompts)) + cfg.max_tokens
         teacher, _ = load_model(cfg, "teacher")
-        check_model(teacher, f"teacher {cfg.teacher!r}", longest, packed=False)
+        check_model(teacher, f"teacher {cfg.teacher!r}", max(map(len, prompts)) + cfg.max_tokens,
+                    packed=False)
     ends = end_ids(teacher.model, tokenizer)
     temperature = cfg.api_temperature
     if temperature is None:
         temperature = 1.0
         with contextlib.suppress(OSError):   # there is no generation_config.json
-            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher).temperature
-            temperature = usual or 1.0
+            usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
+            temperature = usual.temperature or 1.0
     for start in range(0, len(jobs), cfg.concurrency):
-        if asking.stopping():
+        if asking.error or asking.stop_requests:
             break
         some = slice(start, start + cfg.concurrency)
         # what it says hangs on seed and prompt alone: a resumed run draws the same
@@ -4538,16 +4507,17 @@ def read_replies(path):
 
 
 def write_jsonl(path, rows):
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    aside = Path(f"{path}.tmp")
+    aside.write_text("".join(lines), encoding="utf-8", errors="replace")
+    aside.replace(path)
 
 
 def sort_out(asking, jobs):
     """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
     say what became of them."""
     cfg = asking.cfg
-    rows = [asking.rows[name] for name in {**jobs, **asking.rows} if name in asking.rows]
+    rows = [asking.rows[name] for name in jobs | asking.rows if name in asking.rows]
     min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
     seen = set()
     for row in rows:
@@ -4557,46 +4527,35 @@ def sort_out(asking, jobs):
             flaw = flaw or find_duplicate(prompt, reply, seen)
             if flaw:
                 row["reason"] = flaw
-    train = path_in(cfg, "train.jsonl")
-    write_jsonl(train, [row for row in rows if "reason" not in row])
-    write_jsonl(path_in(cfg, "rejected.jsonl"), [row for row in rows if "reason" in row])
+    write_jsonl(f"{cfg.output_dir}/train.jsonl", [row for row in rows if "reason" not in row])
+    write_jsonl(f"{cfg.output_dir}/rejected.jsonl", [row for row in rows if "reason" in row])
 
     fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
-    write_json({"spent_usd": asking.spent_usd, **fates}, path_in(cfg, "summary.json"))
+    write_json({"spent_usd": asking.spent_usd, **fates}, f"{cfg.output_dir}/summary.json")
     print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
     print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
            f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
-           f"{train} trains on what is kept")
-
-
-# What decides the rows of a folder; not where the server stands: it may move.
-DECIDING = (
-    "provider", "categories", "max_tokens", "api_temperature", "api_model",
-    "seed", "teacher", "tokenizer", "dtype",
-)
+           f"{cfg.output_dir}/train.jsonl trains on what is kept")
 
 
 def generate(cfg):
     """Ask what has no reply yet; leave replies.jsonl, and what is made of it, in output_dir."""
-    config_path = path_in(cfg, "config.json")
     with phase(f"reading {cfg.prompts_file or 'functions to ask about'} and {cfg.output_dir}"):
         jobs = all_prompts(cfg)
-        rows = read_replies(path_in(cfg, "replies.jsonl"))
-        config_there = read_json(config_path, {})
-        spent_usd = read_json(path_in(cfg, "summary.json"), {}).get("spent_usd", 0.0)
+        rows = read_replies(f"{cfg.output_dir}/replies.jsonl")
+        config_there = read_json(f"{cfg.output_dir}/config.json", {})
+        spent_usd = read_json(f"{cfg.output_dir}/summary.json", {}).get("spent_usd", 0.0)
         done = answered(rows)
         if done:
-            settings = {name: getattr(cfg, name) for name in DECIDING}
-            refuse_changes(config_there, config_there | settings, cfg.output_dir,
+            refuse_changes(config_there, config_there | result_knobs(cfg), cfg.output_dir,
                            way_out="choose another --output_dir")
-    write_json(knobs_of(cfg), config_path)
+    write_json(knobs_of(cfg), f"{cfg.output_dir}/config.json")
 
     to_ask = [job for job in jobs.values() if job.prompt_id not in done]
     print0(f"{len(to_ask):,} of {len(jobs):,} prompts to ask, for at most "
            f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
            "what is in flight, which may be paid for")
-    bar = tqdm(total=len(to_ask), unit="prompt")
-    with bar, stop_signals() as stop_requests:
+    with tqdm(total=len(to_ask), unit="prompt") as bar, stop_signals() as stop_requests:
         asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
         if cfg.provider != "local":
             asyncio.run(ask_all_api(asking, to_ask))

@@ -5377,6 +5377,7 @@ FAULTY_TEXTS = {   # what a server says where a fault is one of the text alone
     "empty": "",
     "code": "Here it is for you:\n```python\ndef f(:\n    pass\n```",
 }
+sd.PAUSE = 1e-4   # the tests of this process wait for no server
 PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
 REPLY_COST = 0.022                          # of 100 tokens in and 200 out
 
@@ -5414,20 +5415,20 @@ class ApiServer(http.server.ThreadingHTTPServer):
     of at least as much as was billed, and of at most 1 USD, at any moment."""
     daemon_threads = True
     request_queue_size = 200
+    summary = None
+    reply_cost = REPLY_COST
+    at_work = 0
 
     def __init__(self, fault=no_fault, reply=random_words, jitter=0):
         super().__init__(("127.0.0.1", 0), ApiHandler)
         self.fault = fault
         self.reply = reply
         self.jitter = jitter
-        self.summary = None
-        self.reply_cost = REPLY_COST
         self.lock = threading.Lock()
         self.tries = collections.Counter()    # prompt -> requests
         self.billed = collections.Counter()   # prompt -> requests that a provider would bill
         self.seen = []                        # (body, key) of each request
         self.unpaid = []                      # (bill, spent_usd) where they are not as they should
-        self.at_work = 0
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -5476,29 +5477,26 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, prompt, fault, key):
         if fault == "drop":
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif isinstance(fault, int):
-            self.send(fault, json.dumps({"error": {"message": f"{fault} for {key}"}}).encode())
-        elif isinstance(fault, bytes):
-            self.send(200, fault)
-        else:
-            text = FAULTY_TEXTS[fault] if fault in FAULTY_TEXTS else self.server.reply(prompt)
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        status = 200
+        data = fault
+        if isinstance(fault, int):
+            status = fault
+            data = json.dumps({"error": {"message": f"{fault} for {key}"}}).encode()
+        elif not isinstance(fault, bytes):
+            text = FAULTY_TEXTS.get(fault, self.server.reply(prompt))
             provider = "anthropic" if self.path == "/v1/messages" else "openai"
             more = {"usage": None} if fault == "no usage" else {}
             data = answer_of(provider, text, fault != "length", **more)
-            self.send(200, data, pause=0.1 if fault == "slow" else 0)
-
-    def send(self, status, data, pause=0):
-        """pause: seconds after each 20 bytes."""
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         for start in range(0, len(data), 20):
             self.wfile.write(data[start:start + 20])
-            if pause:
+            if fault == "slow":
                 self.wfile.flush()
-                time.sleep(pause)
+                time.sleep(0.1)
 
 
 def generate_fields(folder, server, questions, provider="openai", **more):
@@ -5507,27 +5505,20 @@ def generate_fields(folder, server, questions, provider="openai", **more):
     folder.mkdir(exist_ok=True)
     lines = [f"Question {i}: what is {random_words(i, 4)}?\n" for i in range(questions)]
     (folder / "prompts.txt").write_text("".join(lines))
-    api_base = f"http://127.0.0.1:{server.server_port}"
-    if provider == "openai":
-        api_base += "/v1"
-    fields = dict(
-        mode="generate", provider=provider, api_model="m", api_base=api_base, max_tokens=300,
-        prompts_file=folder / "prompts.txt", output_dir=folder / "out")
-    return {**fields, **more}
+    return dict(
+        mode="generate", provider=provider, api_model="m", max_tokens=300,
+        api_base=f"http://127.0.0.1:{server.server_port}",
+        prompts_file=folder / "prompts.txt", output_dir=folder / "out") | more
 
 
-def run_generate(fields, rc=0):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd, "PAUSES", (0.01,) * len(sd.PAUSES))
-        return cli(*flags(**fields), rc=rc)
+def run_generate(fields, rc=0, **more):
+    return cli(*flags(**fields | more), rc=rc)
 
 
 def one_error(named, fields, **more):
     """The run fails with one line of error, which names this -> Result."""
-    result = run_generate({**fields, **more}, rc=2)
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, errors
-    assert named in errors[0], errors
+    result = run_generate(fields, 2, **more)
+    assert re.search(f"^error: .*{re.escape(named)}", result.err, re.MULTILINE), result.err
     return result
 
 
@@ -5557,21 +5548,19 @@ def number_of(prompt):
     return int(prompt.split()[1].removesuffix(":"))
 
 
-def reasons_of(rejected):
+def reasons_of(folder):
     """{number of a question: why}, without what "failed: ..." goes on to say"""
+    rejected = rows_of_run(folder, "rejected")
     return {question_of(row): row["reason"].split(":")[0] for row in rejected}
 
 
-def faults_by_number(faults):
-    """{number of a question: how it misbehaves at every attempt} -> fault of a server"""
-    def fault(prompt, attempt):
-        return faults.get(number_of(prompt))
-    return fault
+def count_kept(folder):
+    return len(rows_of_run(folder, "train"))
 
 
-PASSING_FAULTS = (429, 500, 502, 503, 529, "drop")
-LASTING_FAULTS = (
-    b'{"choices": [{"mess', "no usage", "length", "refusal", "duplicate", "code", "empty", "loop")
+PASSING_FAULTS = (429, 500, 502, 503, 504, 529, "drop", "drop")
+LASTING_FAULTS = (   # the third meets none of the first 16: a run that nobody answered would end
+    "no usage", "length", b'{"choices": [{"mess', "refusal", "duplicate", "code", "empty", "loop")
 
 
 def faults_by_chance(share):
@@ -5579,41 +5568,36 @@ def faults_by_chance(share):
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
         chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
-        if chance < share / 2:
-            i = int(2 * chance / share * len(PASSING_FAULTS))
-            return PASSING_FAULTS[i] if attempt == 1 else None
-        if chance < share:
-            i = int((2 * chance / share - 1) * len(LASTING_FAULTS))
-            return LASTING_FAULTS[i]
-        return None
+        i = int(chance / share * 16)
+        if i >= 8:
+            return LASTING_FAULTS[i - 8] if i < 16 else None
+        return PASSING_FAULTS[i] if attempt == 1 else None
     return fault
 
 
 # ---- prompts and filters
 
 
-def first_prompts(count, categories=(), seed=0):
-    return list(itertools.islice(sd.compose_prompts(list(categories), seed), count))
+def first_prompts(count, *categories, seed=0):
+    """-> texts of prompts, {category: how many}"""
+    prompts = list(itertools.islice(sd.compose_prompts(categories, seed), count))
+    texts = [messages[0]["content"] for _, messages in prompts]
+    return texts, collections.Counter(category for category, _ in prompts)
 
 
-def count_categories(prompts):
-    return collections.Counter(category for category, _ in prompts)
-
-
-def test_generate_prompts():
+def test_generate_prompts(monkeypatch):
     """Distinct and balanced; asking for more only adds to them; weights are kept; a category that
     runs out says so."""
-    prompts = first_prompts(20_000)
-    assert len({messages[0]["content"] for _, messages in prompts}) == 20_000
-    assert count_categories(prompts) == dict.fromkeys(sd.TASKS, 20_000 // 8)
-    assert first_prompts(50) == prompts[:50]
-    assert first_prompts(50, seed=1) != prompts[:50]
-    weighted = first_prompts(60, ["implement=2.0", "debug=.5e0", "explain"])
-    assert count_categories(weighted) == {"implement": 35, "debug": 8, "explain": 17}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd, "stdlib_functions", lambda rng: ["def f():\n    return 1\n"])
-        with pytest.raises(sd.UserError, match="few more"):
-            first_prompts(100_000, ["explain"])
+    texts, counts = first_prompts(20_000)
+    assert len(set(texts)) == 20_000
+    assert counts == dict.fromkeys(sd.TASKS, 20_000 // 8)
+    assert first_prompts(50)[0] == texts[:50]
+    assert first_prompts(50, seed=1)[0] != texts[:50]
+    _, counts = first_prompts(60, "implement=2.0", "debug=.5e0", "explain")
+    assert counts == {"implement": 35, "debug": 8, "explain": 17}
+    monkeypatch.setattr(sd, "stdlib_functions", lambda rng: ["def f():\n    return 1\n"])
+    with pytest.raises(sd.UserError, match="few more"):
+        first_prompts(100_000, "explain")
 
 
 BLOCK = "Here:\n```python\ndef f(x):\n    return x\n```\nThat is all."
@@ -5684,13 +5668,17 @@ def test_generate_filters(verdict):
         assert sd.find_flaw("Give this back, all of it.", reply, "stop") == verdict, reply
 
 
-def test_generate_filters_by_what_the_server_says():
-    for finish_reason in ("length", "max_tokens", "model_context_window_exceeded"):
-        assert sd.find_flaw("Why?", "So it is.", finish_reason) == "cut off"
-    for finish_reason in ("refusal", "content_filter"):
-        assert sd.find_flaw("Why?", "So it is.", finish_reason) == "refusal"
-    assert sd.find_flaw("Why?", "x" * 20, "stop", min_chars=20) is None
-    assert sd.find_flaw("Why?", "x" * 19, "stop", min_chars=20) == "empty or too short"
+@pytest.mark.parametrize("size, finish_reason, verdict", [
+    (20, "stop", None),
+    (19, "stop", "empty or too short"),
+    (20, "length", "cut off"),
+    (20, "max_tokens", "cut off"),
+    (20, "model_context_window_exceeded", "cut off"),
+    (20, "refusal", "refusal"),
+    (20, "content_filter", "refusal"),
+])
+def test_generate_filters_by_size_and_what_the_server_says(size, finish_reason, verdict):
+    assert sd.find_flaw("Why?", "x" * size, finish_reason, min_chars=20) == verdict
 
 
 def test_generate_duplicates():
@@ -5700,23 +5688,23 @@ def test_generate_duplicates():
     code += random_words("code", 6)
     words = random_words("near", 400)
     seen = set()
-    dialogues = [(f"Here is a long question, and always the same, is {i} prime?", "yes")
-                 for i in range(9)]
-    for prompt, reply, expected in [
-        *((prompt, reply, None) for prompt, reply in dialogues),
-        (dialogues[8][0], "Yes", "duplicate"),
-        ("more", "return a < b", None),
-        ("more", "return a >= b", None),
-        ("more", code.format("<"), None),
-        ("other", code.format("<"), "duplicate"),
-        ("more", code.format(">="), None),
-        ("more", words, None),
-        ("more", words + " and nothing else", "duplicate"),
-        ("more", words + random_words("end", 60), None),
-        ("more", " ".join(words.split()[:19]), None),   # as short, a reply is one with its prompt
-        ("more", " ".join(words.split()[:20]), "duplicate"),
+    question = "Here is a long question, and always the same, is {} prime?"
+    for prompt, reply, is_new in [
+        *((question.format(i), "yes", True) for i in range(9)),
+        (question.format(8), "Yes", False),
+        ("more", "return a < b", True),
+        ("more", "return a >= b", True),
+        ("more", code.format("<"), True),
+        ("other", code.format("<"), False),
+        ("more", code.format(">="), True),
+        ("more", words, True),
+        ("more", words + " and nothing else", False),
+        ("more", words + random_words("end", 60), True),
+        ("more", " ".join(words.split()[:19]), True),   # as short, a reply is one with its prompt
+        ("more", " ".join(words.split()[:20]), False),
     ]:
-        assert sd.find_duplicate(prompt, reply, seen) == expected, (prompt, reply)
+        verdict = sd.find_duplicate(prompt, reply, seen)
+        assert verdict == (None if is_new else "duplicate"), (prompt, reply)
 
 
 CONVERSATION = [
@@ -5744,11 +5732,10 @@ def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
     assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
     assert [row["category"] for row in kept] == ["own", "explain"]
     body, _ = server.seen[-1]
-    assert body.get("temperature") == temperature
-    assert body["max_tokens"] == 300
-    assert body["model"] == "m"
-    assert body.get("system") == system
-    assert len(body["messages"]) == (1 if system else 3)
+    assert len(body.pop("messages")) == (1 if system else 3)
+    more = {"temperature": temperature, "system": system}
+    more = {name: value for name, value in more.items() if value}
+    assert body == {"model": "m", "max_tokens": 300} | more
 
 
 def test_generate_own_lines(tmp_path):
@@ -5757,14 +5744,14 @@ def test_generate_own_lines(tmp_path):
     with ApiServer(reply=lambda prompt: "```yes```") as server:
         fields = generate_fields(tmp_path, server, 9)
         (tmp_path / "prompts.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
-        run_generate({**fields, "num_examples": 2})
+        run_generate(fields, num_examples=2)
         assert len(server.tries) == 2
         run_generate(fields)
         asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
         assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
         assert server.tries == dict.fromkeys(asked, 1)
-        run_generate({**fields, "num_examples": 1, "prompts_file": None,
-                      "categories": ["implement=1.0"], "output_dir": tmp_path / "ours/out"})
+        run_generate(fields, num_examples=1, prompts_file=None, categories="implement=1.0",
+                     output_dir=tmp_path / "ours/out")
     rejected, = rows_of_run(tmp_path / "ours", "rejected")
     assert (rejected["reason"], rejected["category"]) == ("empty or too short", "implement")
 
@@ -5802,21 +5789,22 @@ def test_generate_faults(tmp_path, provider):
             out = run_generate(
                 generate_fields(folder, server, 300, provider, concurrency=concurrency)).out
         kept = rows_of_run(folder, "train")
-        rejected = rows_of_run(folder, "rejected")
-        assert sorted(map(question_of, kept + rejected)) == list(range(300))
-        fates = collections.Counter(reasons_of(rejected).values())
+        reasons = reasons_of(folder)
+        assert sorted([*map(question_of, kept), *reasons]) == list(range(300))
+        fates = collections.Counter(reasons.values())
         assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
                               "repetition loop", "code does not parse", "failed"}
-        for name, count in {**fates, "kept": len(kept)}.items():
+        fates["kept"] = len(kept)
+        for name, count in fates.items():
             assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
         for prompt, tries in server.tries.items():
             first = fault(prompt, 1)
             assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
-        results.append((kept, reasons_of(rejected)))
+        results.append((kept, reasons))
     assert results[0] == results[1]
     assert set(kept[0]) == {
         "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-    assert kept[0]["usage"] == {"prompt_tokens": 100, "completion_tokens": 200}
+    assert kept[0]["usage"] == USAGE
 
 
 def test_generate_concurrency(tmp_path):
@@ -5830,54 +5818,34 @@ def test_generate_concurrency(tmp_path):
         return random_words(prompt)
 
     with ApiServer(reply=reply) as server:
-        run_generate(generate_fields(tmp_path, server, 16, concurrency=8))
-    assert len(rows_of_run(tmp_path, "train")) == 16
+        run_generate(generate_fields(tmp_path, server, 16))   # --concurrency is 8
+    assert count_kept(tmp_path) == 16
     assert max(at_once) == 8
 
 
-def test_generate_filters_can_change(tmp_path, monkeypatch):
-    """Old replies are judged again, and nobody is asked."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 5)
-        run_generate(fields)
-    monkeypatch.setattr(sd, "is_loop", lambda reply: True)
-    run_generate(fields)
-    assert rows_of_run(tmp_path, "train") == []
-    assert set(reasons_of(rows_of_run(tmp_path, "rejected")).values()) == {"repetition loop"}
-
-
 TEXT = {"type": "text", "text": random_words("text")}
+USAGE = {"prompt_tokens": 100, "completion_tokens": 200}
 
 
-@pytest.mark.parametrize("content, reply", [
-    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"]),
-    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"]),
-    (None, ""),
+@pytest.mark.parametrize("content, reply, odd_usage", [
+    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"], {}),
+    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"], {}),
+    (None, "", {}),
+    *(("yes", "yes", {"usage": usage}) for usage in (None, {**USAGE, "prompt_tokens": None})),
+    *(("yes", "yes", {"usage": {**USAGE, "prompt_tokens": n}}) for n in (-1, 10**30, "10")),
 ])
-def test_generate_parts(tmp_path, content, reply):
-    """Parts of text are one text; what a model thought is no part of it."""
-    with ApiServer(lambda *_: answer_of("openai", content)) as server:
-        run_generate(generate_fields(tmp_path, server, 1))
+def test_generate_odd_answers(tmp_path, content, reply, odd_usage):
+    """Parts of text are one text; what a model thought is no part of it. Who says nonsense of
+    tokens is believed to have sent the longest reply."""
+    with ApiServer(lambda *_: answer_of("openai", content, **odd_usage)) as server:
+        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
     row, = replies_of(tmp_path)
     assert row["messages"][1] == {"role": "assistant", "content": reply}
-
-
-@pytest.mark.parametrize("usage", [
-    None, *({"prompt_tokens": n, "completion_tokens": 5} for n in (-1, 10**30, "10", None))])
-def test_generate_odd_usage(tmp_path, usage):
-    """Who says nonsense of tokens is believed to have sent the longest reply; it is kept."""
-    with ApiServer(lambda *_: answer_of("openai", TEXT["text"], usage=usage)) as server:
-        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
-    kept, = rows_of_run(tmp_path, "train")
-    assert kept["usage"] is None
-    assert kept["cost"] > 300 * 100 / 1e6
+    assert row["usage"] == (None if odd_usage else USAGE)
+    assert (row["cost"] > 300 * 100 / 1e6) == bool(odd_usage)
 
 
 # ---- money
-
-
-def worst_of(prompt):
-    return ((64 + len(prompt)) * 20 + 300 * 100) / 1e6
 
 
 @pytest.mark.parametrize("faults, max_cost, worst, replies, failed", [
@@ -5893,7 +5861,7 @@ def worst_of(prompt):
     ([400], 1, 0, 0, True),
     ([b"{"], 1, 1, 0, True),
     (["drop"], 0.05, 1, 0, None),                # no money for another: nothing is known
-    ([None], 0.03, 0, 0, None),
+    ([], 0.03, 0, 0, None),
 ])
 def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
     """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
@@ -5901,15 +5869,13 @@ def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
         fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
                                  request_timeout=0.5)
         run_generate(fields, rc=2 if failed else 0)
-    prompt = (tmp_path / "prompts.txt").read_text().strip()
-    expected = pytest.approx(worst * worst_of(prompt) + replies * REPLY_COST)
-    assert spent_of(tmp_path) == expected if worst + replies else spent_of(tmp_path) < 1e-9
-    rows = replies_of(tmp_path)
-    if failed is None:
-        assert rows == []
-    else:
-        assert [("reason" in row, row["cost"]) for row in rows] == [(failed, expected)]
-    assert server.tries.total() == (len(faults) if max_cost > 0.04 else 0)
+    size = 64 + len((tmp_path / "prompts.txt").read_text().strip())
+    worst_usd = (size * 20 + 300 * 100) / 1e6
+    expected = pytest.approx(worst * worst_usd + replies * REPLY_COST, abs=1e-9)
+    assert spent_of(tmp_path) == expected
+    rows = [("reason" in row, row["cost"]) for row in replies_of(tmp_path)]
+    assert rows == ([] if failed is None else [(failed, expected)])
+    assert server.tries.total() == len(faults)
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
@@ -5937,20 +5903,19 @@ def test_generate_cap(tmp_path, provider):
 def test_generate_failed(tmp_path):
     """What failed is asked again by the same command, its cost is not forgotten, and what fails
     always stops no later run."""
-    lasting = {number: 400 for number in range(4, 61, 5)}   # a dozen, in the second run in a row
+    lasting = dict.fromkeys(range(4, 61, 5), 400)   # a dozen, in the second run in a row
     passing = {5: b"{", 7: b'{"error": "x"}'}
-    with ApiServer(faults_by_number(lasting | passing)) as server:
+    faults = lasting | passing
+    with ApiServer(lambda prompt, attempt: faults.get(number_of(prompt))) as server:
         fields = generate_fields(tmp_path, server, 60, concurrency=1, **PRICES)
         run_generate(fields)
         spent = spent_of(tmp_path)
         tries = server.tries.copy()
-        assert reasons_of(rows_of_run(tmp_path, "rejected")) == dict.fromkeys(
-            lasting | passing, "failed")
-        server.fault = faults_by_number(lasting)
+        assert reasons_of(tmp_path) == dict.fromkeys(faults, "failed")
+        faults = lasting
         run_generate(generate_fields(tmp_path, server, 61, concurrency=1, **PRICES))
-    asked = sorted(map(number_of, server.tries - tries))
-    assert asked == sorted([*lasting, *passing, 60])
-    assert reasons_of(rows_of_run(tmp_path, "rejected")) == dict.fromkeys(lasting, "failed")
+    assert set(map(number_of, server.tries - tries)) == {*lasting, *passing, 60}
+    assert reasons_of(tmp_path) == dict.fromkeys(lasting, "failed")
     assert spent_of(tmp_path) == pytest.approx(spent + 3 * REPLY_COST)
 
 
@@ -5964,20 +5929,17 @@ def test_generate_failed(tmp_path):
 def test_generate_stops(tmp_path, provider, fault, answers, named):
     """Where nobody was ever answered, or ten in a row are not, the run ends; what came is kept; and
     after that another setting may be tried."""
-    def refuse(prompt, attempt):
-        return fault if server.tries.total() > answers else None
-
-    with ApiServer(refuse) as server:
+    with ApiServer(lambda *_: fault if server.tries.total() > answers else None) as server:
         fields = generate_fields(tmp_path, server, 50, provider, concurrency=3)
         one_error(named, fields)
-        assert len(rows_of_run(tmp_path, "train")) == answers
+        assert count_kept(tmp_path) == answers
         tries = server.tries.total() - answers
         assert 10 <= tries <= 12 if answers else tries <= 3
         server.fault = no_fault
         if not answers:
             fields["api_model"] = "other"
         run_generate(fields)
-    assert len(rows_of_run(tmp_path, "train")) == 50
+    assert count_kept(tmp_path) == 50
 
 
 def test_generate_time_out(tmp_path):
@@ -5996,24 +5958,22 @@ def test_generate_signal(tmp_path, status):
         if server.tries.total() == 6:
             os.kill(os.getpid(), signal.SIGTERM)
             return status
-        return None
 
     with ApiServer(stop, jitter=0.05) as server:
         fields = generate_fields(tmp_path, server, 40, concurrency=3)
         run_generate(fields)
-        kept = len(rows_of_run(tmp_path, "train"))
-        assert 5 <= kept <= 8
+        assert 5 <= count_kept(tmp_path) <= 8
         run_generate(fields)
-        assert len(rows_of_run(tmp_path, "train")) == 40
+        assert count_kept(tmp_path) == 40
         assert set(server.billed.values()) == {1}
 
 
 # The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask_api, sd.Asking.hold, sd.Asking.change, sd.Asking.record, sd.read_answer,
+LOOP = (sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer,
         sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
 
 
-def kill_at(fields, line):
+def kill_at(line, fields, **more):
     """Fork; the child runs the command and is killed when it first comes to this (code, number of
     a line) -> whether it came there."""
     pid = os.fork()
@@ -6027,7 +5987,7 @@ def kill_at(fields, line):
 
     sys.settrace(trace)
     try:
-        run_generate(fields)
+        run_generate(fields, **more)
     finally:
         os._exit(0)
 
@@ -6055,7 +6015,7 @@ def test_generate_kill_at_every_line(tmp_path):
                                  price_out=0.5)
         for line in lines:
             count = len(tries_of_answered) + 40
-            if not kill_at({**fields, "num_examples": count}, line):
+            if not kill_at(line, fields, num_examples=count):
                 missed.append(f"{line[0].co_name} {line[1]}")
             while server.at_work:
                 time.sleep(0.01)
@@ -6067,7 +6027,7 @@ def test_generate_kill_at_every_line(tmp_path):
         server.fault = no_fault
         run_generate(fields)
     assert server.unpaid == []
-    assert len(rows_of_run(tmp_path, "train")) == 600
+    assert count_kept(tmp_path) == 600
     assert len(tries_of_answered) > 50
     assert tries_of_answered == {prompt: server.tries[prompt] for prompt in tries_of_answered}
     # an outage of all eight tries, and a cap that is met, are other tests'
@@ -6102,28 +6062,31 @@ def test_generate_file_limit(tmp_path):
         answered = {row["messages"][0]["content"]: 1 for row in replies_of(tmp_path)}
         assert 5 < len(answered) < 30
         run_generate(fields)
-        assert len(rows_of_run(tmp_path, "train")) == 30
+        assert count_kept(tmp_path) == 30
         assert answered.items() <= server.tries.items()
 
 
-def test_generate_other_settings(tmp_path):
+def test_generate_other_settings(tmp_path, monkeypatch):
     """What decides the rows is the same for all of a folder; where the server stands, how many are
-    asked and how much may be spent is not of that kind."""
+    asked and how much may be spent is not of that kind; nor are the filters: old replies are judged
+    again, and nobody is asked."""
     with ApiServer() as server:
         run_generate(generate_fields(tmp_path, server, 2))
     with ApiServer() as server:   # at another port
         fields = generate_fields(tmp_path, server, 3)
-        for name, value, there in (
-            ("api_model", "other", "api_model 'm' there, 'other' here"),
-            ("seed", 7, "seed 0 there, 7 here"),
-            ("api_temperature", 0.5, "api_temperature None there, 0.5 here"),
-            ("max_tokens", 301, "max_tokens 300 there, 301 here"),
+        for name, there, here in (
+            ("api_model", "m", "other"), ("seed", 0, 7), ("api_temperature", None, 0.5),
+            ("max_tokens", 300, 301),
         ):
-            one_error(there, fields, **{name: value})
+            one_error(f"{name} {there!r} there, {here!r} here", fields, **{name: here})
         assert not server.tries
-        run_generate({**fields, "concurrency": 2, "price_in": 1, "price_out": 1, "max_cost": 1})
+        run_generate(fields, concurrency=2, price_in=1, price_out=1, max_cost=1)
+        assert count_kept(tmp_path) == 3
+        monkeypatch.setattr(sd, "is_loop", lambda reply: True)
+        run_generate(fields)
         assert server.tries.total() == 1
-    assert len(rows_of_run(tmp_path, "train")) == 3
+    assert count_kept(tmp_path) == 0
+    assert list(reasons_of(tmp_path).values()) == ["repetition loop"] * 3
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
@@ -6135,26 +6098,24 @@ def test_generate_secrets(tmp_path, monkeypatch, provider):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
     odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
-    words = [json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
+    words = [None, json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
              answer_of(provider, key + random_words("key"))]
 
-    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5 - 1]
-                   if number_of(prompt) % 5 else None) as server:
+    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5]) as server:
         fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
-        results = [run_generate(fields)]
+        results = [*run_generate(fields)]
         assert server.seen[0][1] == key
         server.fault = lambda prompt, attempt: 401
-        results.append(one_error("401 for ***", fields, output_dir=tmp_path / "refused/out"))
+        results += one_error("401 for ***", fields, output_dir=tmp_path / "refused/out")
     assert len(replies_of(tmp_path)) == 20
     monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
     left_over = []
     monkeypatch.setattr(sys, "unraisablehook", left_over.append)
-    results.append(one_error("making a client", fields, output_dir=tmp_path / "proxy/out"))
+    results += one_error("making a client", fields, output_dir=tmp_path / "proxy/out")
     gc.collect()
     assert left_over == []   # no traceback of a client that was never whole
-    shown = "".join(result.out + result.err for result in results)
-    for path in tmp_path.glob("**/out/*"):
-        shown += path.read_text()
+    results += [path.read_text() for path in tmp_path.glob("**/out/*")]
+    shown = "".join(map(str, results))
     assert "***" in shown
     for secret in (key, "proxy-word", "\x1b[31m"):
         assert secret not in shown
@@ -6172,21 +6133,21 @@ def test_generate_errors(tmp_path, named, more):
     """What no request would survive is one `error:` line."""
     fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
                   api_base="http://127.0.0.1:9/v1")
-    one_error(named, {**fields, **more})
+    one_error(named, fields, **more)
 
 
 # ---- a model of one's own
 
 
-def local_run(out, model, questions=11, rc=0, **more):
-    """-> {number of a question: (reply, usage, finish_reason)}"""
-    prompts_file = Path(out).parent / "prompts.txt"
+def local_run(out, model, questions=11, named=None, **more):
+    """-> {number of a question: (reply, usage, finish_reason)}; named: what its error names"""
+    prompts_file = out.parent / "prompts.txt"
     prompts_file.write_text("".join(f"Question {i}: what?{'?' * i}\n" for i in range(questions)))
     fields = dict(mode="generate", provider="local", teacher=model, max_tokens=8,
                   prompts_file=prompts_file, output_dir=out)
-    if rc:
-        return one_error("", {**fields, **more}).err
-    run_generate({**fields, **more})
+    if named:
+        return one_error(named, fields, **more)
+    run_generate(fields, **more)
     return {
         question_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
         for row in replies_of(out.parent, out.name)}
@@ -6199,11 +6160,10 @@ def test_generate_local(tmp_path, teacher):
     assert len(set(reply for reply, *_ in whole.values())) > 5
     for number, (_, usage, finish_reason) in whole.items():
         assert usage["prompt_tokens"] == 1 + len(f"Question {number}: what?\n\n") + number
-        if finish_reason == "length":
-            assert usage["completion_tokens"] == 8
+        assert finish_reason == "stop" or usage["completion_tokens"] == 8
         assert finish_reason in ("stop", "length")
     parts = tmp_path / "parts"
-    assert len(local_run(parts, teacher, questions=6, seed=3, concurrency=5, cpu_offload=True)) == 6
+    assert len(local_run(parts, teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
     assert local_run(parts, teacher, seed=3, concurrency=3) == whole
     assert local_run(tmp_path / "other", teacher, seed=4) != whole
     likeliest = [local_run(tmp_path / name, teacher, seed=seed, api_temperature=0)
@@ -6222,41 +6182,28 @@ def test_generate_local_temperature(tmp_path, teacher):
     assert unset != local_run(tmp_path / "one", teacher)
 
 
-def gpt2(folder):
-    return tiny_model(folder / "gpt2", cls="GPT2Config", max_position_embeddings=48)
-
-
-def without_ends(folder):
-    """No eos, no pad: a reply goes on to its last token."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None
-    tokenizer.pad_token = None
-    return tiny_model(folder / "endless", tokenizer=tokenizer, eos_token_id=None, pad_token_id=None)
-
-
-def nan_weights(folder):
-    path = tiny_model(folder / "nan")
-    edit_weights(path, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
-    return path
-
-
-def no_tokenizer(folder):
-    return tiny_model(folder / "mute", tokenizer=False)
-
-
-@pytest.mark.parametrize("make, named", [
-    (gpt2, "49 positions"), (nan_weights, "nan"), (no_tokenizer, "no tokenizer")])
-def test_generate_local_bad_models(tmp_path, make, named):
+@pytest.mark.parametrize("shape, named", [
+    (dict(cls="GPT2Config", max_position_embeddings=48), "49 positions"),
+    ({}, "nan"),
+    (dict(tokenizer=False), "no tokenizer"),
+])
+def test_generate_local_bad_models(tmp_path, shape, named):
     """One line before anything is written; what fits into the positions is answered."""
-    model = make(tmp_path)
-    error = local_run(tmp_path / "out", model, questions=10, rc=2, max_tokens=20)
-    assert named in error, error
-    if make is gpt2:
-        assert len(local_run(tmp_path / "out", model, questions=10, max_tokens=19)) == 10
+    model = tiny_model(tmp_path / "model", **shape)
+    if named == "nan":
+        edit_weights(model, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
+    local_run(tmp_path / "out", model, 10, named, max_tokens=20)
+    if "cls" in shape:
+        assert len(local_run(tmp_path / "out", model, 10, max_tokens=19)) == 10
 
 
 def test_generate_local_without_an_end(tmp_path):
-    replies = local_run(tmp_path / "out", without_ends(tmp_path), questions=2)
+    """No eos, no pad: a reply goes on to its last token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    model = tiny_model(tmp_path / "endless", tokenizer=tokenizer, eos_token_id=None,
+                       pad_token_id=None)
+    replies = local_run(tmp_path / "out", model, 2)
     assert [(usage["completion_tokens"], end) for _, usage, end in replies.values()] == [
         (8, "length")] * 2
 
