@@ -4739,21 +4739,6 @@ STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # 
 # ---- which models, and the rows of each
 
 
-def name_models(cfg):
-    """-> {label: what it is loaded from}: the teacher, the student, and each of --compare under
-    the name of its folder."""
-    student = cfg.student
-    if student == "demo":   # none was named
-        student = f"{cfg.output_dir}/final"
-    names = {"teacher": cfg.teacher, "student": student}
-    for path in cfg.compare:
-        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
-        if label in names:
-            label = path
-        names[label] = path
-    return names
-
-
 def is_checkpoint(name):
     return Path(name, "state.json").exists()
 
@@ -4838,15 +4823,14 @@ def score(cfg, root, reference, rows, vocabulary, what):
                 log_total = logits_CV.logsumexp(-1)
                 logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
                 logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
-                terms = [
+                terms_C6 = torch.stack([
                     torch.ones_like(best),
                     log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
                     top == labels_C,
                     top == reference_CV.argmax(-1),
                     torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
                     (best - log_total).exp(),
-                ]
-                terms_C6 = torch.stack([term.double().cpu() for term in terms], 1)
+                ], 1).double().cpu()
                 sums.index_add_(0, row_N[part_C], terms_C6)
                 bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
                 sums.index_add_(0, len(rows) + bin_C, terms_C6)
@@ -4934,16 +4918,16 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
     print0(f"layers of {label}, then what it writes, by the clock ...")
     layers = []
     if reference is not root:   # on the same rows on every rank
-        probe = list(itertools.islice(rows, 8192 // cfg.seq_len + 1))
-        layers = compare_layers(root, teacher, collate(probe))
+        layers = compare_layers(
+            root, teacher, collate(list(itertools.islice(rows, 8192 // cfg.seq_len + 1))))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
-    memory = torch.cuda.max_memory_allocated() - allocated if CUDA else None
+    memory = torch.cuda.max_memory_allocated() - allocated or None
     parameters = root.model.num_parameters()
     # a hub name, or a checkpoint, whose files hold more than the weights: as saved
-    files = glob.glob(f"{glob.escape(name)}/model*.safetensors")
-    disk = sum(map(os.path.getsize, files)) or parameters * compute_dtype(cfg).itemsize
+    disk = sum(file.stat().st_size for file in Path(name).glob("model*.safetensors"))
+    disk = disk or parameters * compute_dtype(cfg).itemsize
     figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
                    layers=layers, sums=sums, bins=bins, curves=curves, **trial)
     figures["own"] = score_own_texts(   # optional: on_policy
@@ -5015,18 +4999,17 @@ def draw_report(path, models):
     _, layers, quality, reliability = panels
     layers.xaxis.get_major_locator().set_params(integer=True)
     quality.set_xscale("log")
-    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
+    reliability.plot([0, 1], [0, 1], color="0.85")
     for i, (label, figures) in enumerate(models.items()):
         color, marker = STYLES[i % len(STYLES)]
         for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                panels[panel].plot(
-                    *zip(*points), line.replace("o", marker), color=color, markersize=5)
+                panels[panel].plot(*zip(*points), line.replace("o", marker), color=color)
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
         quality.plot([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
                      color=color, label=label)
-    figure.legend(loc="outside lower center", ncols=len(models), frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(models))
     figure.savefig(path, dpi=130)
 
 
@@ -5079,7 +5062,12 @@ def write_report(folder, setting, models, prompts):
 
 def report(cfg):
     """-> {label: figures}, which are in output_dir's report.md, report.json and report.png."""
-    names = name_models(cfg)
+    names = {"teacher": cfg.teacher, "student": cfg.student}
+    if cfg.student == "demo":   # none was named
+        names["student"] = f"{cfg.output_dir}/final"
+    for path in cfg.compare:   # under the names of their folders
+        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
+        names[path if label in names else label] = path
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
             with phase(f"looking for {label} {name}"):
