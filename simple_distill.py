@@ -4587,6 +4587,7 @@ LEGEND = (
     "best linear map from a layer leaves unexplained, and linear CKA. A model with another "
     "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
+AGAINST = "- student against {}: {difference:+.4f} bits a byte ({:+.4f} to {:+.4f}): {verdict}"
 PANELS = (   # of the picture: title, x, y
     ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
     ("Layers against the teacher's", "layer", "share unexplained, CKA (dotted)"),
@@ -4603,21 +4604,6 @@ STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # 
 # ---- which models, and the rows of each
 
 
-def name_models(cfg):
-    """-> {label: what it is loaded from}: the teacher, the student, and each of --compare under
-    the name of its folder."""
-    student = cfg.student
-    if student == "demo":   # none was named
-        student = f"{cfg.output_dir}/final"
-    names = {"teacher": cfg.teacher, "student": student}
-    for path in cfg.compare:
-        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
-        if label in names:
-            label = path
-        names[label] = path
-    return names
-
-
 def is_checkpoint(name):
     return Path(name, "state.json").exists()
 
@@ -4626,8 +4612,7 @@ def load_any(cfg, name):
     """A model, or checkpoints/step-... of a run in progress: its student, as that run builds it.
     Whether code of strangers runs is for this run to say."""
     if not is_checkpoint(name):
-        root, _ = load_model(dataclasses.replace(cfg, teacher=name), "teacher")
-        return root
+        return load_model(dataclasses.replace(cfg, teacher=name), "teacher")[0]
     path, state = find_checkpoint(name, name)
     knobs = state["config"] | dict(dtype=cfg.dtype, trust_remote_code=cfg.trust_remote_code)
     knobs.pop("cache", None)   # optional: cache
@@ -4640,15 +4625,13 @@ def read_losses(name):
     """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
     is of; nothing where there is none."""
     path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
+    text = path.read_text("utf-8") if path.is_file() else ""
     losses = collections.defaultdict(list)
-    if path.is_file():
-        with path.open(encoding="utf-8") as f:   # a run may be writing its last line
-            entries = [json.loads(line) for line in f if line.endswith("}\n")]
-        for entry in entries:
-            for key, value in entry.items():
-                if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                    step = entry[f"{key.split('/')[0]}/step"]
-                    losses[key].append((int(step), float(value)))
+    for line in text.split("\n")[:-1]:   # a run may be writing its last one
+        entry = json.loads(line)
+        for key, value in entry.items():
+            if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
+                losses[key].append((entry[f"{key.split('/')[0]}/step"], value))
     return losses
 
 
@@ -4665,26 +4648,21 @@ def rows_for(cfg, name, tokenizer, rows):
             raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
                             "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
-    other_eos = other.eos_token or ""
     begin = bos_of(other)
     if begin is None:
         begin = other.eos_token_id or 0
     retokenized = []
     for row in rows:
-        text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other_eos)
+        text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other.eos_token or "")
         ids = np.array([begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
-        targets = np.arange(len(ids)) > 0
-        retokenized.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+        retokenized.append(dict(input_ids=ids, targets=np.arange(len(ids)) > 0, starts=[0]))
     return retokenized, other
 
 
 def beginnings(rows):
     """Of three rows (fewer where there are fewer): up to the first target, and at least 32 ids."""
-    prompts = []
-    for i in range(0, len(rows), -(-len(rows) // 3)):
-        width = max(32, rows[i]["targets"].argmax())
-        prompts.append(rows[i]["input_ids"][:width].tolist())
-    return prompts
+    places = range(0, len(rows), math.ceil(len(rows) / 3))
+    return [rows[i]["input_ids"][:max(32, rows[i]["targets"].argmax())].tolist() for i in places]
 
 
 # ---- one model: scores, layers, speed
@@ -4692,10 +4670,9 @@ def beginnings(rows):
 
 def score(cfg, root, reference, rows, vocabulary, what):
     """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
-    -> sums a sequence [rows, 5]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
-    its T^2); and sums a bin of confidence (p of the top-1) [BINS, 3]: tokens, hits, confidence."""
-    sums = torch.zeros(len(rows), 5, dtype=torch.float64)
-    bins = torch.zeros(BINS, 3, dtype=torch.float64)
+    -> sums a sequence [rows, 6]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
+    its T^2), confidence (p of the top-1); and sums a bin of that [BINS, 3]: tokens, hits, it."""
+    sums = torch.zeros(len(rows) + BINS, 6, dtype=torch.float64)   # of sequences, then of bins
     chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
     with evaluating(reference), evaluating(root):
         for numbers, batch in held_out(rows, cfg.batch_size, what):
@@ -4711,27 +4688,25 @@ def score(cfg, root, reference, rows, vocabulary, what):
                 log_total = logits_CV.logsumexp(-1)
                 logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
                 logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
-                terms = [
+                terms_C6 = torch.stack([
                     torch.ones_like(best),
                     log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
                     top == labels_C,
                     top == reference_CV.argmax(-1),
                     torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
                     (best - log_total).exp(),
-                ]
-                terms_C6 = torch.stack([term.double().cpu() for term in terms], 1)
-                sums.index_add_(0, row_N[part_C], terms_C6[:, :5])
+                ], 1).double().cpu()
+                sums.index_add_(0, row_N[part_C], terms_C6)
                 bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
-                bins.index_add_(0, bin_C, terms_C6[:, [0, 2, 5]])
+                sums.index_add_(0, len(rows) + bin_C, terms_C6)
     dist.all_reduce(sums, group=HOST)
-    dist.all_reduce(bins, group=HOST)
-    return sums.numpy(), bins.tolist()
+    return sums[:-BINS].numpy(), sums[-BINS:, [0, 2, 5]].tolist()
 
 
 def layer_outputs(model, batch):
     """Runs inside a root: [N, D] of the counted tokens after each layer."""
     outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
-    states = outputs.hidden_states[1:]   # the first is of the embeddings
+    _, *states = outputs.hidden_states   # the first is of the embeddings
     return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
@@ -4753,12 +4728,11 @@ def compare_states(x_ND, y_NE):
     few tokens), linear CKA."""
     x_ND = x_ND.double()
     y_NE = y_NE.double()
-    x_ND = x_ND - x_ND.mean(0)
-    y_NE = y_NE - y_NE.mean(0)
+    x_ND -= x_ND.mean(0)
+    y_NE -= y_NE.mean(0)
     xx = x_ND.T @ x_ND
     xy = x_ND.T @ y_NE
-    yy = y_NE.T @ y_NE
-    cka = (xy.norm() ** 2 / xx.norm() / yy.norm()).item()
+    cka = (xy.norm() ** 2 / xx.norm() / (y_NE.T @ y_NE).norm()).item()
     # Fitted on the tokens that it is judged on: each row of the map and its bias explain one token
     # for nothing, and those are left out of the average.
     tokens, width = x_ND.shape
@@ -4809,16 +4783,16 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
     print0(f"layers of {label}, then what it writes, by the clock ...")
     layers = []
     if reference is not root:   # on the same rows on every rank
-        probe = list(itertools.islice(rows, 8192 // cfg.seq_len + 1))
-        layers = compare_layers(root, teacher, collate(probe))
+        layers = compare_layers(
+            root, teacher, collate(list(itertools.islice(rows, 8192 // cfg.seq_len + 1))))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
-    memory = torch.cuda.max_memory_allocated() - allocated if CUDA else None
+    memory = torch.cuda.max_memory_allocated() - allocated or None
     parameters = root.model.num_parameters()
     # a hub name, or a checkpoint, whose files hold more than the weights: as saved
-    files = glob.glob(f"{glob.escape(name)}/model*.safetensors")
-    disk = sum(map(os.path.getsize, files)) or parameters * compute_dtype(cfg).itemsize
+    disk = sum(file.stat().st_size for file in Path(name).glob("model*.safetensors"))
+    disk = disk or parameters * compute_dtype(cfg).itemsize
     figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
                    layers=layers, sums=sums, bins=bins, curves=curves, **trial)
     figures["own"] = score_own_texts(   # optional: on_policy
@@ -4853,31 +4827,28 @@ def judge_models(models, sizes, seed):
     for figures in models.values():
         sums = figures.pop("sums")
         counts, nats, *_ = sums.T
-        tokens, _, right, agreed, kl = sums.sum(0).tolist()
-        around = [math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
-        figures["perplexity"], *figures["perplexity_95"] = around
+        tokens, _, right, agreed, kl, _ = sums.sum(0).tolist()
+        figures["perplexity"], *figures["perplexity_95"] = [
+            math.exp(min(x, 700)) for x in interval(nats, counts, seed)]
         figures["bits"], *figures["bits_95"] = interval(nats / math.log(2), sizes, seed)
-        figures["tokens"] = int(tokens)
-        figures["accuracy"] = right / tokens
-        same = figures.pop("same_tokenizer")   # these need one vocabulary
-        figures["agreement"] = agreed / tokens if same else None
-        figures["kl"] = kl / tokens if same else None
-        bins = figures["bins"]
-        figures["ece"] = sum(abs(hits - p) for _, hits, p in bins) / tokens
         difference, low, high = interval((student_nats - nats) / math.log(2), sizes, seed)
         verdict = "no significant difference"
         if high < 0:
             verdict = "better"
         elif low > 0:
             verdict = "worse"
-        figures["student_against_it"] = dict(
-            difference=difference, interval=[low, high], verdict=verdict)
+        same = figures.pop("same_tokenizer")   # what needs one vocabulary
+        bins = figures["bins"]
         layers = figures["layers"]
-        figures["curves"] |= {
-            "unexplained": [(layer["student"], layer["share"]) for layer in layers],
-            "CKA": [(layer["student"], layer["cka"]) for layer in layers],
-            "reliability": [(p / n, hits / n) for n, hits, p in bins if n],
-        }
+        figures.update(
+            tokens=int(tokens), accuracy=right / tokens,
+            agreement=agreed / tokens if same else None, kl=kl / tokens if same else None,
+            ece=sum(abs(hits - p) for _, hits, p in bins) / tokens,
+            student_against_it=dict(difference=difference, interval=[low, high], verdict=verdict))
+        figures["curves"].update(
+            unexplained=[(layer["student"], layer["share"]) for layer in layers],
+            CKA=[(layer["student"], layer["cka"]) for layer in layers],
+            reliability=[(p / n, hits / n) for n, hits, p in bins if n])
 
 
 # ---- the report
@@ -4893,39 +4864,35 @@ def draw_report(path, models):
     _, layers, quality, reliability = panels
     layers.xaxis.get_major_locator().set_params(integer=True)
     quality.set_xscale("log")
-    reliability.plot([0, 1], [0, 1], color="0.85", zorder=0)
+    reliability.plot([0, 1], [0, 1], color="0.85")
     for i, (label, figures) in enumerate(models.items()):
         color, marker = STYLES[i % len(STYLES)]
         for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                xs, ys = zip(*points)
-                panels[panel].plot(xs, ys, line.replace("o", marker), color=color, markersize=5)
+                panels[panel].plot(*zip(*points), line.replace("o", marker), color=color)
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
-        bits = [*figures["bits_95"], figures["bits"]]
-        quality.plot([size] * 3, bits, marker + "-", color=color, label=label)
-    figure.legend(loc="outside lower center", ncols=len(models), frameon=False)
+        quality.plot([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
+                     color=color, label=label)
+    figure.legend(loc="outside lower center", ncols=len(models))
     figure.savefig(path, dpi=130)
 
 
 def show_number(x):
     if x is None:
         return "-"
-    if abs(x) < 1e4:
-        return f"{x:.4g}"
-    return f"{x:,.0f}"
+    return f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"
 
 
-def show_figure(models, label, key):
+def show_figure(figures, teacher, key):
     """The cell of a model in the table: value (low to high), so many x of the teacher's."""
-    value = models[label][key]
+    value = figures[key]
     shown = show_number(value)
-    if key + "_95" in models[label]:
-        low, high = map(show_number, models[label][key + "_95"])
+    if key + "_95" in figures:
+        low, high = map(show_number, figures[key + "_95"])
         shown += f" ({low} to {high})"
-    whole = models["teacher"][key]
-    if label != "teacher" and whole and value is not None:   # the teacher's KL is 0
-        shown += f", {show_number(value / whole)} x"
+    if figures is not teacher and teacher[key] and value is not None:   # the teacher's KL is 0
+        shown += f", {show_number(value / teacher[key])} x"
     return shown
 
 
@@ -4935,15 +4902,12 @@ def write_report(folder, setting, models, prompts):
     lines = [f"# {models['student']['name']}: the report", ""]
     for label, figures in models.items():
         against = figures["student_against_it"]
-        low, high = against["interval"]
         if label != "student":
-            lines.append(
-                f"- student against {label}: {against['difference']:+.4f} bits a byte "
-                f"({low:+.4f} to {high:+.4f}): {against['verdict']}"
-            )
+            lines.append(AGAINST.format(label, *against["interval"], **against))
     rows = []
     for key, title in METRICS.items():
-        rows.append([title, *[show_figure(models, label, key) for label in models]])
+        cells = [show_figure(figures, models["teacher"], key) for figures in models.values()]
+        rows.append([title, *cells])
     settings = ", ".join(f"{key} {value}" for key, value in setting.items())
     lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
     print0("\n".join(lines))
@@ -4963,7 +4927,12 @@ def write_report(folder, setting, models, prompts):
 
 def report(cfg):
     """-> {label: figures}, which are in output_dir's report.md, report.json and report.png."""
-    names = name_models(cfg)
+    names = {"teacher": cfg.teacher, "student": cfg.student}
+    if cfg.student == "demo":   # none was named
+        names["student"] = f"{cfg.output_dir}/final"
+    for path in cfg.compare:   # under the names of their folders
+        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
+        names[path if label in names else label] = path
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
             with phase(f"looking for {label} {name}"):
@@ -4979,10 +4948,9 @@ def report(cfg):
         root, models[label] = measure_model(cfg, label, name, teacher, tokenizer, rows)
         teacher = teacher or root   # which comes first, and stays
         del root   # before the next one is read
-    sizes = []   # of the counted text of each row, in UTF-8
-    for row in rows:
-        text = tokenizer.decode(row["input_ids"][row["targets"]], skip_special_tokens=True)
-        sizes.append(len(text.encode()))
+    sizes = [   # of the counted text of each row, in UTF-8
+        len(tokenizer.decode(row["input_ids"][row["targets"]], skip_special_tokens=True).encode())
+        for row in rows]
     judge_models(models, np.array(sizes), cfg.seed)
     setting = dict(
         dataset=cfg.dataset, sequences=len(rows), bytes=sum(sizes), ranks=WORLD,

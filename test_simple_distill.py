@@ -6237,10 +6237,16 @@ def eval_folder(tmp_path_factory):
     texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
     write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts])
     tokenizer = trained_tokenizer(texts, EVAL_VOCAB)
-    eval_model(folder / "teacher", tokenizer, 0, hidden=32, layers=4, vocab=EVAL_VOCAB + 7)
-    eval_model(folder / "student", tokenizer, 1)
-    eval_model(folder / "wide", tokenizer, 2, hidden=32, vocab=EVAL_VOCAB + 3)
-    eval_model(folder / "stranger", trained_tokenizer(texts[::3], 290), 3)
+    # So loud that their predictions are far from even and from alike.
+    for seed, (name, shape) in enumerate({
+        "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
+        "student": dict(hidden=16, vocab=EVAL_VOCAB),
+        "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
+        "stranger": dict(hidden=16, vocab=290, tokenizer=trained_tokenizer(texts[::3], 290)),
+    }.items()):
+        tiny_model(folder / name, seed=seed, **dict(tokenizer=tokenizer) | shape,
+                   num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
+                   initializer_range=0.6)
 
     training = dict(
         student=folder / "student", dataset=folder / "data.jsonl", seq_len=48, batch_size=3,
@@ -6260,18 +6266,11 @@ def trained_tokenizer(texts, vocab):
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def eval_model(path, tokenizer, seed, hidden=16, layers=2, vocab=None):
-    """So loud that its predictions, and those of another seed, are far from even and from alike."""
-    tiny_model(
-        path, vocab or len(tokenizer), hidden, layers, seed, tokenizer=tokenizer,
-        num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.6)
-
-
-def report_fields(folder, out, student, **more):
-    fields = dict(
+def report_fields(folder, out, student, compare=(), **more):
+    return dict(
         mode="eval", teacher=folder / "teacher", student=folder / student,
-        output_dir=folder / out, dataset=folder / "data.jsonl", seq_len=48, batch_size=3)
-    return fields | more
+        compare=[folder / name for name in compare] or None, output_dir=folder / out,
+        dataset=folder / "data.jsonl", seq_len=48, batch_size=3) | more
 
 
 def run_report(folder, out, student, **more):
@@ -6280,66 +6279,52 @@ def run_report(folder, out, student, **more):
     return json.loads((folder / out / "report.json").read_text())
 
 
-def compared_models(folder):
-    return [folder / "labels/final", folder / "wide", folder / "stranger"]
+ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
 
 
 @pytest.fixture(scope="module")
 def full_report(eval_folder):
-    """report.json about all models, at temperature 2; seven tokens are scored at once."""
+    """report.json about all models; seven tokens are scored at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
-        return run_report(eval_folder, "found", "run/final", temperature=2,
-                          compare=compared_models(eval_folder))
+        return run_report(eval_folder, "found", **ALL)
 
 
 # ---- the same figures by hand
 
 
-def held_out_rows(folder):
-    """Cut here once more by hand: every 20th text, joined with EOS, blocks of 48."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "teacher")
+@pytest.fixture(scope="module")
+def held_out(eval_folder):
+    """-> tokenizer, rows, cut here once more by hand: every 20th text, joined with EOS, blocks of
+    48; the bytes of each"""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
     ids = []
-    for row in read_lines(folder / "data.jsonl")[19::20]:
+    for row in read_lines(eval_folder / "data.jsonl")[19::20]:
         ids += tokenizer(row["text"])["input_ids"] + [0]
-    blocks = [ids[i:i + 48] for i in range(0, len(ids), 48)]
-    return [block for block in blocks if len(block) > 1]
+    rows = [ids[i:i + 48] for i in range(0, len(ids) - 1, 48)]
+    sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
+    return tokenizer, rows, np.array(sizes)
 
 
+@torch.no_grad()
 def logits_by_hand(model, rows):
     """[tokens, vocabulary without padding], of all but the first of each row, and their labels"""
-    with torch.no_grad():
-        logits = [model(torch.tensor(row)[None]).logits[0, :-1, :EVAL_VOCAB] for row in rows]
-    return torch.cat(logits), torch.cat([torch.tensor(row[1:]) for row in rows])
+    logits = [model(torch.tensor([row[:-1]])).logits[0, :, :EVAL_VOCAB] for row in rows]
+    return torch.cat(logits), torch.tensor([i for row in rows for i in row[1:]])
 
 
-def nats_of_rows(model, rows):
+def bits_of_rows(model, rows):
     losses = [F.cross_entropy(*logits_by_hand(model, [row]), reduction="sum") for row in rows]
-    return torch.stack(losses).numpy()
+    return torch.stack(losses).numpy() / math.log(2)
 
 
-def reference_figures(model, teacher, rows):
-    """Full logits in float64; KL at temperature 2, times its square."""
-    logits, labels = logits_by_hand(model, rows)
-    teacher_logits, _ = logits_by_hand(teacher, rows)
-    confidence, top = logits.softmax(-1).max(-1)
-    right = (top == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
-    kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
-    return dict(
-        tokens=len(labels), accuracy=right.mean().item(),
-        agreement=(top == teacher_logits.argmax(-1)).double().mean().item(),
-        kl=4 * kl.item() / len(labels), ece=gaps.abs().sum().item() / len(labels))
-
-
+@torch.no_grad()
 def states_by_layer(path, rows):
     """-> [tokens, width] after each layer, of every token but the last of a row"""
     model = load(path).double()
-    with torch.no_grad():
-        outputs = [model(torch.tensor(row)[None], output_hidden_states=True) for row in rows]
-    by_row = [[states[0, :-1] for states in output.hidden_states[1:]] for output in outputs]
-    return [torch.cat(layer) for layer in zip(*by_row)]
+    by_row = [model(torch.tensor([row[:-1]]), output_hidden_states=True).hidden_states[1:]
+              for row in rows]
+    return [torch.cat(layer, 1)[0] for layer in zip(*by_row)]
 
 
 # ---- figures
@@ -6348,58 +6333,67 @@ def states_by_layer(path, rows):
 @pytest.mark.parametrize("label, name", [
     ("student", "run/final"), ("labels", "labels/final"), ("wide", "wide"), ("teacher", "teacher"),
 ])
-def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, label, name):
-    rows = held_out_rows(eval_folder)
+def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, held_out, label, name):
+    """KL is at temperature 2, times its square."""
+    _, rows, sizes = held_out
     model, teacher, student = [
         load(eval_folder / path).double() for path in (name, "teacher", "run/final")]
+    logits, labels = logits_by_hand(model, rows)
+    teacher_logits, _ = logits_by_hand(teacher, rows)
+    confidence, top = logits.softmax(-1).max(-1)
+    right = (top == labels).double()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
+    kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
     figures = full_report["models"][label]
-    for key, value in reference_figures(model, teacher, rows).items():
-        assert figures[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
-    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    for key, value in dict(
+        tokens=len(labels), accuracy=right.mean(), kl=4 * kl / len(labels),
+        agreement=(top == teacher_logits.argmax(-1)).double().mean(),
+        ece=gaps.abs().sum() / len(labels),
+    ).items():
+        assert figures[key] == pytest.approx(float(value), rel=1e-5, abs=1e-6), key
     tokens = np.array([len(row) - 1 for row in rows])
-    sizes = np.array([
-        len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows])
-    nats = nats_of_rows(model, rows)
-    bits = nats / math.log(2)
-    lead = nats_of_rows(student, rows) / math.log(2) - bits
+    bits = bits_of_rows(model, rows)
+    lead = bits_of_rows(student, rows) - bits
     against = figures["student_against_it"]
-    low, high = against["interval"]
     for found, expected in (
-        (np.log([figures["perplexity"], *figures["perplexity_95"]]), sd.interval(nats, tokens, 0)),
-        ([figures["bits"], *figures["bits_95"]], sd.interval(bits, sizes, 0)),
-        ([against["difference"], low, high], sd.interval(lead, sizes, 0)),
+        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), (bits, tokens)),
+        ([figures["bits"], *figures["bits_95"]], (bits, sizes)),
+        ([against["difference"], *against["interval"]], (lead, sizes)),
     ):
-        assert list(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert (against["verdict"] == "better") == (high < 0)
+        assert list(found) == pytest.approx(sd.interval(*expected, 0), rel=1e-4, abs=1e-6)
+    assert (against["verdict"] == "better") == (against["interval"][1] < 0)
 
 
 def test_eval_teacher_against_itself_and_a_worse_student(eval_folder):
-    models = run_report(eval_folder, "self", "teacher", compare=eval_folder / "run/final",
-                        **QUICK)["models"]
+    """Also where a batch is more than there is."""
+    report = run_report(eval_folder, "self", "teacher", compare=["run/final"], batch_size=10**12,
+                        **QUICK)
+    assert report["prompts"] == []
+    models = report["models"]
     assert models["student"]["kl"] == 0
     assert models["student"]["agreement"] == 1
     assert models["student"]["perplexity"] == models["teacher"]["perplexity"]
     assert models["teacher"]["student_against_it"] == {
         "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
     assert models["run"]["student_against_it"]["verdict"] == "worse"
-    assert [layer["teacher"] for layer in models["student"]["layers"]] == [1, 2, 3, 4]
-    for layer in models["student"]["layers"]:
+    for i, layer in enumerate(models["student"]["layers"], 1):
+        assert layer["teacher"] == layer["student"] == i <= 4
         assert layer["cka"] == pytest.approx(1, abs=1e-9)
         assert layer["share"] < 1e-12
 
 
-def test_eval_layers_equal_a_direct_computation(eval_folder, full_report):
+def test_eval_layers_equal_a_direct_computation(eval_folder, full_report, held_out):
     """CKA; the share that the best affine map leaves, without the tokens that it explains."""
-    rows = held_out_rows(eval_folder)
+    _, rows, _ = held_out
     teacher_states = states_by_layer(eval_folder / "teacher", rows)
     states = states_by_layer(eval_folder / "run/final", rows)
     layers = full_report["models"]["student"]["layers"]
     assert [(layer["student"], layer["teacher"]) for layer in layers] == [(1, 2), (2, 4)]
     for layer, x, y in zip(layers, states, teacher_states[1::2], strict=True):
-        with_ones = torch.cat([x, torch.ones(len(x), 1)], 1)
-        missed = y - with_ones @ torch.linalg.lstsq(with_ones, y).solution
         x = x - x.mean(0)
         y = y - y.mean(0)
+        missed = y - x @ torch.linalg.lstsq(x, y).solution
         share = missed.square().sum() / (len(x) - x.shape[1] - 1) / y.square().sum() * len(x)
         assert layer["share"] == pytest.approx(share.item(), rel=1e-4)
         cka = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
@@ -6422,9 +6416,8 @@ def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, own_bos, oth
     assert same_rows is rows and same is tokenizer
 
 
-def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    rows = held_out_rows(eval_folder)
+def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report, held_out):
+    tokenizer, rows, sizes = held_out
     token_rows = [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
     path = eval_folder / "stranger"
     other_rows, other = sd.rows_for(sd.Config(), str(path), tokenizer, token_rows)
@@ -6432,8 +6425,8 @@ def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_rep
     for row, other_row in zip(rows, other_rows, strict=True):
         assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
         assert other_row[1:].count(0) == row[1:].count(0)
-    nats = nats_of_rows(load(path).double(), other_rows)
-    bits = nats.sum() / math.log(2) / full_report["setting"]["bytes"]
+    bits = bits_of_rows(load(path).double(), other_rows).sum() / sizes.sum()
+    assert full_report["setting"]["bytes"] == sizes.sum()
     figures = full_report["models"]["stranger"]
     assert figures["bits"] == pytest.approx(bits, rel=1e-5)
     assert figures["kl"] is figures["agreement"] is None
@@ -6455,10 +6448,9 @@ def test_eval_intervals_cover():
     assert 180 <= covered <= 198
 
 
-def test_eval_continuations(eval_folder, full_report):
+def test_eval_continuations(eval_folder, full_report, held_out):
     """Greedy, then sampled, after the beginnings of three rows; within the length of a row."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    rows = held_out_rows(eval_folder)
+    tokenizer, rows, _ = held_out
     third = math.ceil(len(rows) / 3)
     model = load(eval_folder / "run/final")
     shown = (eval_folder / "found/report.md").read_text()
@@ -6494,8 +6486,8 @@ def test_eval_report_files(eval_folder, full_report):
     low, high = against["interval"]
     assert (f"wide: {against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): "
             f"{against['verdict']}\n") in text
-    for key, points in {"train/ce_loss": 12, "train/kl_loss": 12, "eval/ce_loss": 3}.items():
-        assert len(models["student"]["curves"][key]) == points
+    curves = models["student"]["curves"]
+    assert [len(curves[key]) for key in list(sd.CURVES)[:5]] == [12, 12, 3, 2, 2]
 
     from matplotlib import image
     pixels = image.imread(eval_folder / "found/report.png")[..., :3]
@@ -6524,16 +6516,16 @@ def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(
 def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(eval_folder):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
     before = (eval_folder / "run/config.json").read_text()
-    final = eval_folder / "run/final"
     perplexities = []
     for step in (6, 12):
-        models = run_report(eval_folder, "run", f"run/checkpoints/step-{step:08d}", compare=final,
-                            **QUICK)["models"]
+        models = run_report(eval_folder, "run", f"run/checkpoints/step-{step:08d}",
+                            compare=["run/final"], **QUICK)["models"]
         perplexities.append(models["student"]["perplexity"])
     final_perplexity = pytest.approx(models["run"]["perplexity"], rel=1e-5)
     assert [perplexity == final_perplexity for perplexity in perplexities] == [False, True]
     assert models["student"]["disk"] == 4 * models["run"]["parameters"]   # its files hold more
-    assert models["run"]["disk"] == os.path.getsize(final / "model.safetensors")
+    assert models["run"]["disk"] == os.path.getsize(
+        eval_folder / "run/final/model.safetensors")
     assert len(models["student"]["curves"]["train/loss"]) == 12
     assert (eval_folder / "run/config.json").read_text() == before
 
@@ -6548,10 +6540,7 @@ def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(eval_fo
 
 
 def test_eval_same_numbers_on_two_ranks(eval_folder, full_report):
-    fields = report_fields(
-        eval_folder, "two", "run/final", compare=compared_models(eval_folder), temperature=2,
-        **QUICK)
-    process = spawn(*flags(**fields), nproc=2)
+    process = spawn(*flags(**report_fields(eval_folder, "two", **ALL, **QUICK)), nproc=2)
     out, _ = process.communicate()
     assert process.returncode == 0, out[-2000:]
     models = json.loads((eval_folder / "two/report.json").read_text())["models"]
@@ -6573,8 +6562,7 @@ def test_eval_refusals(eval_folder, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"train/loss": 1.5}\n')
     talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
     damaged = Path(shutil.copytree(eval_folder / "student", tmp_path / "of/damaged"))
-    content = (damaged / "model.safetensors").read_bytes()
-    (damaged / "model.safetensors").write_bytes(content[:len(content) // 2])
+    os.truncate(damaged / "model.safetensors", 5000)
     for student, more, said in (
         ("nowhere", {}, "while looking for student "),
         ("data.jsonl", {}, "while looking for student "),
@@ -6585,14 +6573,6 @@ def test_eval_refusals(eval_folder, tmp_path):
     ):
         fields = report_fields(eval_folder, tmp_path / "out", student, **more, **QUICK)
         assert said in cli(*flags(**fields), rc=2).err
-
-
-def test_eval_of_a_split_by_name_is_of_its_first_eval_samples(eval_folder):
-    """Also of train: eval_samples of it, as --help says, and no more; a batch is what there is."""
-    report = run_report(eval_folder, "train", "run/final", eval_split="train", eval_samples=5,
-                        batch_size=10**12, **QUICK)
-    assert report["setting"]["sequences"] == 5
-    assert report["prompts"] == []
 
 
 # --------------------------------------------------------------------------------------------------
