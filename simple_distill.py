@@ -2954,9 +2954,8 @@ def batches_of_stream(run):
 # once, as ordinary files in a cache folder of the user. From there on the demo is a run like any
 # other.
 
-DEMO_VOCAB = 1024
 DEMO_SHAPE = dict(   # of both models
-    vocab_size=DEMO_VOCAB, num_hidden_layers=2, initializer_range=0.05,
+    vocab_size=1024, num_hidden_layers=2, initializer_range=0.05,
     max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     pad_token_id=0)
 DEMO_SHAPES = {   # what else each has, by the name of its folder
@@ -3037,7 +3036,7 @@ def resolve_demo(cfg):
     if not files:
         return cfg
     print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
-    if not make_demo(cfg, folder, with_teacher="teacher" in files):
+    if not make_demo(cfg, folder, files):
         return None
     if "student" in files:
         files["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
@@ -3051,7 +3050,7 @@ def demo_folder(cfg):
     return f"{huggingface_hub.constants.HF_HOME}/simple_distill/demo-{depends}"
 
 
-def make_demo(cfg, folder, with_teacher):
+def make_demo(cfg, folder, roles):
     """Make what is missing; another run that does so already is waited for. -> False when a signal
     stopped it: the next run goes on where this one was."""
     with claim(folder, "demo", wait=True):
@@ -3059,7 +3058,7 @@ def make_demo(cfg, folder, with_teacher):
             if RANK == 0 and not os.path.exists(f"{folder}/student/config.json"):
                 write_demo_files(folder)
             all_sum(0)   # nobody goes on before that is done
-        if not with_teacher or os.path.exists(f"{folder}/teacher/final"):
+        if "teacher" not in roles or os.path.exists(f"{folder}/teacher/final"):
             return True
         teacher_cfg = Config(**demo_knobs() | dict(
             dataset=f"{folder}/corpus", tokenizer=f"{folder}/tokenizer",
@@ -3081,7 +3080,7 @@ def write_demo_files(folder):
         rows.to_json(f"{folder}/corpus/{split}.jsonl")
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"],
+    bpe.train_from_iterator(texts["train"], DEMO_SHAPE["vocab_size"], special_tokens=["<|end|>"],
                             show_progress=False)   # it writes to stdout
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
@@ -3973,14 +3972,13 @@ def is_on_policy(share, seed, step):
 def write_batches(run, micro):
     """This rank's micro-batches of a step -> the same with the student's texts. What there was to
     see is added to the notes of the progress, so that a resumed run logs the same."""
-    progress = run.progress
     rows = [row for batch in micro for row in batch.rows]
     numbers = range(RANK, WORLD * len(rows), WORLD)   # in the global batch
-    rows = rows_by_student(run.cfg, run.student, run.tokenizer, rows, progress.step, numbers)
+    rows = rows_by_student(run.cfg, run.student, run.tokenizer, rows, run.progress.step, numbers)
     ends = end_ids(run.student.model, run.tokenizer)
     tokens = sum(row["targets"].sum() for row in rows)
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
-    progress.notes.setdefault("rollouts", []).append(all_sum(len(rows), tokens, cut))
+    run.progress.notes.setdefault("rollouts", []).append(all_sum(len(rows), tokens, cut))
     micro = micro_batches(rows, run.micro_steps, run.batch_size)
     for batch in micro:
         batch.by_student = True

@@ -3918,18 +3918,13 @@ def run_the_demo(out, home, *words):
 
 
 @pytest.mark.campaign
-def test_demo_labels_only_needs_no_teacher(out, tmp_path):
-    run_the_demo(out, f"{tmp_path}/home", "--alpha", 1, "--max_steps", 3)
-    assert os.path.exists(f"{out}/final")
+def test_demo_from_nothing_to_a_better_student(out, tmp_path):
+    """Labels alone need no teacher; distilling beats them at the same steps. output_dir holds only
+    what the run made, and a second demo finds files and teacher of the first."""
+    home = f"{tmp_path}/home"
+    run_the_demo(f"{out}-labels", home, "--alpha", 1)
     made = {path.name for path in tmp_path.glob("home/simple_distill/demo-*/[a-z]*")}
     assert made == {"corpus", "tokenizer", "student", "teacher-shape"}
-
-
-@pytest.mark.campaign
-def test_demo_from_nothing_to_a_better_student(out, tmp_path):
-    """Distilling beats labels alone at the same steps; output_dir holds only what the run made, and
-    a second demo finds files and teacher of the first."""
-    home = f"{tmp_path}/home"
     shown = run_the_demo(out, home)
     assert "first the teacher" in shown
     assert shown.splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
@@ -3940,7 +3935,6 @@ def test_demo_from_nothing_to_a_better_student(out, tmp_path):
     assert "first the teacher" not in again
     assert "done in" not in again   # optional: eval
     assert again.splitlines()[-1] == shown.splitlines()[-1]   # optional: eval
-    run_the_demo(f"{out}-labels", home, "--alpha", 1)
     assert column(out, "eval/perplexity")[-1] < column(f"{out}-labels", "eval/perplexity")[-1]
     sampled, top = angles_of_draws(f"{out}/final", knobs)
     print(f"{sampled:.1f} degrees from 50 draws, {top:.1f} from the top 12")
@@ -4700,30 +4694,27 @@ def test_blockwise_trains_as_plain_models_do(block, out, fields):
     distil_blocks(block, out, gradient_checkpointing=True, **fields,
                   **(head_fields if cfg.train_lm_head else {}))
     rows, _ = rows_of(block.data, seq_len=32)
-    losses = []
-
-    def take_steps(count, learners, loss_of):
-        for _ in range(count):
-            numbers = sd.batch_of_step(len(rows), 0, 4, len(losses))
-            loss = loss_of(sd.collate([rows[i] for i in numbers]))
-            losses.append(loss.item())
-            run.student.zero_grad()
-            loss.backward()
-            for step in learners:
-                step()
-
     phases = {(0,): 2, (1,): 3, (2,): 4}   # blocks: steps
     if cfg.block_input == "teacher":
         phases = {(0, 1, 2): 4}
+    plan = []   # of each step: who learns, on which loss
     for blocks, steps in phases.items():
-        take_steps(steps, [learner_of_block(run, i) for i in blocks],
-                   functools.partial(loss_of_blocks, run, blocks))
+        plan += steps * [([learner_of_block(run, i) for i in blocks],
+                          functools.partial(loss_of_blocks, run, blocks))]
     model = run.student.model
-    expected = dict(model.state_dict())
     if cfg.train_lm_head:
-        step = learner([model.lm_head, model.model.norm], 3e-3, 0.1, 0.2)
-        take_steps(2, [step], functools.partial(loss_of_head, run))
-    else:   # it stays tied
+        plan += 2 * [([learner([model.lm_head, model.model.norm], 3e-3, 0.1, 0.2)],
+                      functools.partial(loss_of_head, run))]
+    losses = []
+    for step, (learners, loss_of) in enumerate(plan):
+        loss = loss_of(sd.collate([rows[i] for i in sd.batch_of_step(len(rows), 0, 4, step)]))
+        losses.append(loss.item())
+        run.student.zero_grad()
+        loss.backward()
+        for learn in learners:
+            learn()
+    expected = dict(model.state_dict())
+    if not cfg.train_lm_head:   # it stays tied
         del expected["lm_head.weight"]
     assert column(out, "train/loss") == pytest.approx(losses, rel=1e-5, abs=1e-6)
     torch.testing.assert_close(final_weights(out), expected, rtol=0, atol=1e-4)
@@ -4965,9 +4956,10 @@ def mix(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import mixlib
     torch.manual_seed(0)
-    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    return tmp_path
+    path = f"{tmp_path}/mix"
+    mixlib.MixForCausalLM(mixlib.MixConfig()).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
 
 
 def test_blockwise_student_class_of_ones_own(block, out, mix):
@@ -5117,7 +5109,6 @@ def biased(path, bias, **fields):
     tiny_model(path, cls="PhiConfig", resid_pdrop=0.0, embd_pdrop=0.0, **fields)
 
     def set_bias(tensors):
-        tensors["lm_head.bias"].zero_()
         for token, value in bias.items():
             tensors["lm_head.bias"][token] = value
 
@@ -5182,13 +5173,15 @@ def test_on_policy_what_is_written_is_drawn_from_the_softmax(tmp_path, student, 
         expected = 2000 * (logits / temperature).softmax(-1).detach()
         counts = torch.bincount(torch.tensor(texts[i::2])[:, 0], minlength=len(expected))
         assert len(counts) == len(tiny_tokenizer())
-        common = expected > 5
-        squares = ((counts - expected).square() / expected)[common].sum()
-        freedom = int(common.sum())
+        # the rare ones as one
+        expected, order = expected.sort(descending=True)
+        freedom = int((expected > 5).sum())
         assert freedom > 20
-        assert squares < freedom + 4 * math.sqrt(2 * freedom)
-        rare = counts[~common].sum() - expected[~common].sum()
-        assert abs(rare) < 4 * math.sqrt(expected[~common].sum())
+        counts, expected = [
+            torch.cat([x[:freedom], x[freedom:].sum()[None]]) for x in (counts[order], expected)]
+        squares = (counts - expected).square() / expected
+        assert squares.sum() < freedom + 4 * math.sqrt(2 * freedom)
+        assert squares[-1] < 16
 
 
 def test_on_policy_a_text_does_not_depend_on_the_rows_beside_it(student):
