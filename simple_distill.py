@@ -2814,12 +2814,17 @@ def load_stream(cfg, tokenizer):
     """-> (train stream of raw rows, eval rows)."""
     with phase(f"reading the beginning of dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
+        # not every row of a stream has every column; Dataset.from_list takes those of the first
+        names = dict.fromkeys(itertools.chain(*eval_raw))
+        columns = {name: [row.get(name) for row in eval_raw] for name in names}
+        eval_raw = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     return stream, take_first(eval_rows, cfg.eval_samples)
 
 
 def split_stream(cfg):
-    """-> stream of train, raw rows of eval: the head of their own split, else that of train."""
+    """-> stream of train, raw rows of eval (a list): the head of their own split, else that of
+    train."""
     stream, eval_stream = read_raw(cfg, streaming=True)
     if cfg.max_samples is not None:
         stream = stream.take(cfg.max_samples)
@@ -2829,7 +2834,7 @@ def split_stream(cfg):
     first_rows = list(stream.take(wanted + 1))   # a look at the stream itself would move it
     if len(first_rows) <= wanted:   # that was the whole stream: a twentieth of it
         wanted = max(1, len(first_rows) // 20)
-    return stream.skip(wanted), table_of(first_rows[:wanted])
+    return stream.skip(wanted), first_rows[:wanted]
 
 
 def read_head(stream, eval_samples, seq_len):
@@ -2842,14 +2847,7 @@ def read_head(stream, eval_samples, seq_len):
         # a token is rarely more than 8 characters
         if len(first_rows) >= eval_samples and characters > 8 * eval_samples * seq_len:
             break
-    return table_of(first_rows)
-
-
-def table_of(rows):
-    """Not every row of a stream has every column; Dataset.from_list takes those of the first."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+    return first_rows
 
 
 def batches_of_stream(run):
@@ -2865,9 +2863,9 @@ def batches_of_stream(run):
     encode_here = row_encoder(cfg, run.tokenizer)
     size = cfg.shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
-    position = run.progress.position
-    if position is None:
-        position = dict(epoch=0, window=0, used=0, found=0, source=beginning)
+    # used: how many rows of this window; found: how many there were in this epoch before it
+    position = dict(epoch=0, window=0, used=0, found=0, source=beginning)
+    position |= run.progress.position or {}
     stream.load_state_dict(position["source"])
     raw_rows = iter(stream)
     pending = []
@@ -2884,16 +2882,16 @@ def batches_of_stream(run):
         order = range(len(rows))
         if cfg.shuffle_buffer:
             order = shuffled(len(rows), cfg.seed, position["window"]).tolist()
-        for used in range(position["used"], len(rows)):
-            pending.append(rows[order[used]])
+        for number in order[position["used"]:]:
+            pending.append(rows[number])
+            position["used"] += 1
             if len(pending) == run.global_batch:   # what is left over no position has to keep
-                yield pending, {**position, "used": used + 1}
+                yield pending, dict(position)
                 pending = []
-        found = position["found"] + len(rows)   # in this epoch so far
-        position = dict(epoch=position["epoch"], window=position["window"] + 1, used=0,
-                        found=found, source=stream.state_dict())
+        position |= dict(window=position["window"] + 1, used=0,
+                         found=position["found"] + len(rows), source=stream.state_dict())
         if len(raw) < size:   # the end
-            if found == 0:
+            if position["found"] == 0:
                 raise UserError(f"no row of the stream {cfg.dataset} holds a target token")
             position |= dict(epoch=position["epoch"] + 1, found=0, source=beginning)
             stream.load_state_dict(beginning)
@@ -2905,9 +2903,8 @@ def batches_of_stream(run):
 # once, as ordinary files in a cache folder of the user. From there on the demo is a run like any
 # other.
 
-DEMO_VOCAB = 1024
 DEMO_SHAPE = dict(   # of both models
-    vocab_size=DEMO_VOCAB, num_hidden_layers=2, initializer_range=0.05,
+    vocab_size=1024, num_hidden_layers=2, initializer_range=0.05,
     max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     pad_token_id=0)
 DEMO_SHAPES = {   # what else each has, by the name of its folder
@@ -2946,11 +2943,10 @@ def answer_demo(cfg):   # optional: eval
     stopped it: the next run goes on where this one was."""
     control = f"{cfg.output_dir}/labels-only"
     resume = "never" if cfg.resume == "never" else "auto"   # a PATH is of the other student
-    control_cfg = dataclasses.replace(
-        cfg, alpha=1.0, output_dir=control, resume=resume, use_wandb=False)
     print0(f"\ndemo: and now the same student on labels alone, in {control}")
     with claim(control, "train"):
-        if not train(control_cfg):
+        if not train(dataclasses.replace(
+                cfg, alpha=1.0, output_dir=control, resume=resume, use_wandb=False)):
             return False
     figures = report(dataclasses.replace(
         cfg, mode="eval", student=f"{cfg.output_dir}/final", compare=[f"{control}/final"]))
@@ -2989,7 +2985,7 @@ def resolve_demo(cfg):
     if not files:
         return cfg
     print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
-    if not make_demo(cfg, folder, with_teacher="teacher" in files):
+    if not make_demo(cfg, folder, files):
         return None
     if "student" in files:
         files["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
@@ -3003,7 +2999,7 @@ def demo_folder(cfg):
     return f"{huggingface_hub.constants.HF_HOME}/simple_distill/demo-{depends}"
 
 
-def make_demo(cfg, folder, with_teacher):
+def make_demo(cfg, folder, roles):
     """Make what is missing; another run that does so already is waited for. -> False when a signal
     stopped it: the next run goes on where this one was."""
     with claim(folder, "demo", wait=True):
@@ -3011,13 +3007,12 @@ def make_demo(cfg, folder, with_teacher):
             if RANK == 0 and not os.path.exists(f"{folder}/student/config.json"):
                 write_demo_files(folder)
             all_sum(0)   # nobody goes on before that is done
-        if not with_teacher or os.path.exists(f"{folder}/teacher/final"):
+        if "teacher" not in roles or os.path.exists(f"{folder}/teacher/final"):
             return True
-        knobs = demo_knobs() | dict(alpha=1.0, eval_steps=0)
-        teacher_cfg = Config(
+        teacher_cfg = Config(**demo_knobs() | dict(
             dataset=f"{folder}/corpus", tokenizer=f"{folder}/tokenizer",
             student=f"{folder}/teacher-shape/config.json", output_dir=f"{folder}/teacher",
-            dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, **knobs)
+            dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, alpha=1.0, eval_steps=0))
         print0(f"demo: first the teacher, {teacher_cfg.max_steps} steps, kept in {folder}")
         return train(teacher_cfg)
 
@@ -3029,13 +3024,12 @@ def write_demo_files(folder):
         if text.strip():
             split = "validation" if int(digest(name), 16) % 20 == 0 else "train"
             texts[split].append(text)
-    os.makedirs(f"{folder}/corpus", exist_ok=True)
     for split in texts:
-        with open(f"{folder}/corpus/{split}.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": text}) + "\n" for text in texts[split])
+        rows = datasets.Dataset.from_dict({"text": texts[split]})
+        rows.to_json(f"{folder}/corpus/{split}.jsonl")
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts["train"], vocab_size=DEMO_VOCAB, special_tokens=["<|end|>"],
+    bpe.train_from_iterator(texts["train"], DEMO_SHAPE["vocab_size"], special_tokens=["<|end|>"],
                             show_progress=False)   # it writes to stdout
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
@@ -3502,7 +3496,7 @@ def train_blockwise(cfg):
     if cfg.dry_run:
         return rehearse(run, stages)
     with begin(run, stages):
-        if "block_figures" not in run.progress.notes:
+        if "blocks_measured" not in run.progress.notes:
             measure_blocks(run)
         for stage in stages:
             if run.progress.step >= stage.end:   # done before a resume
@@ -3519,6 +3513,8 @@ def train_blockwise(cfg):
 
 # ---- which block learns from which, and when
 
+PER_BLOCK = ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block")
+
 
 def match_blocks(cfg, student_shape, teacher_shape):
     """-> {block of the student: block of the teacher}, refused where they cannot be matched."""
@@ -3530,7 +3526,7 @@ def match_blocks(cfg, student_shape, teacher_shape):
     if student_shape.hidden_size != teacher_shape.hidden_size and not cfg.use_stitching_layers:
         raise UserError(f"blockwise: student width {student_shape.hidden_size} and teacher width "
                         f"{teacher_shape.hidden_size} differ, that needs use_stitching_layers")
-    for name in ("epochs_per_block", "lr_per_block", "wd_per_block", "max_grad_norm_per_block"):
+    for name in PER_BLOCK:   # one value for all blocks, or one a block
         count = len(getattr(cfg, name))
         if count not in (1, depth):
             raise UserError(f"{name} has {count} values; give one, or one for each of the "
@@ -3547,14 +3543,13 @@ def parameters_by_part(run):
         run.cfg.default_lr_multiplier, learning_rate=1.0)
     path, _ = layers_of(model)
     head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head.discard(model.get_input_embeddings().weight)
+    head -= {model.get_input_embeddings().weight}
     parts = collections.defaultdict(dict)
     for name, p in run.student.named_parameters():
         block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
+        part = "head" if p in head else "embeddings"
         if block:
             part = int(block[1])
-        else:
-            part = "head" if p in head else "embeddings"
         parts[part][p] = multipliers.get(p, 1.0)   # a stitch has the rate of its block
     return parts
 
@@ -3596,39 +3591,32 @@ def stage_of_blocks(run, parts, pairs, first_step):
         trained = [i]
         if not fed_by_teacher and (i == 0 or not cfg.freeze_previous_blocks):
             trained += ["embeddings", *range(i)]
-        rate = one_of(cfg.lr_per_block, i)
+        epochs, rate, decay, max_norm = [
+            values[i % len(values)] for values in map(vars(cfg).get, PER_BLOCK)]
         rates |= {p: rate * times for part in trained for p, times in parts[part].items()}
-        max_norm = one_of(cfg.max_grad_norm_per_block, i)
         if fed_by_teacher and max_norm:
             clipped_alone.append((parts[i], max_norm))
     return Stage(
         name="blocks" if fed_by_teacher else f"block {i}", first_step=first_step,
-        steps=steps_of_epochs(run, one_of(cfg.epochs_per_block, i)),
-        loss_fn=functools.partial(block_loss, run, pairs),
+        steps=steps_of_epochs(run, epochs), loss_fn=functools.partial(block_loss, run, pairs),
         get_teacher_targets=functools.partial(run.teacher, around_blocks, pairs.values(), {}),
-        rates=rates, weight_decay=one_of(cfg.wd_per_block, i),
-        max_grad_norm=0 if fed_by_teacher else max_norm, clipped_alone=clipped_alone,
-        mean_over="real")
+        rates=rates, weight_decay=decay, max_grad_norm=0 if fed_by_teacher else max_norm,
+        clipped_alone=clipped_alone, mean_over="real")
 
 
 def stage_of_head(run, head, first_step):
     """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
     cfg = run.cfg
     alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
-    loss_fn = functools.partial(
-        distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
-        divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
-        vocabulary=run.vocabulary)
     return Stage(
         name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
-        loss_fn=loss_fn, get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        loss_fn=functools.partial(
+            distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
+            divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
+            vocabulary=run.vocabulary),
+        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
         rates={p: cfg.lm_head_lr * multiplier for p, multiplier in head.items()},
         weight_decay=cfg.lm_head_wd, max_grad_norm=cfg.lm_head_max_grad_norm)
-
-
-def one_of(values, block):
-    """One value for all blocks, or one a block."""
-    return values[block % len(values)]
 
 
 def steps_of_epochs(run, epochs):
@@ -3688,8 +3676,8 @@ def block_errors(run, pairs, model, batch, teacher_states):
     dtype = model.get_input_embeddings().weight.dtype
     inputs = {}
     if cfg.block_input == "teacher":
-        for i, j in pairs.items():
-            inputs[i] = stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+        inputs = {i: stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+                  for i, j in pairs.items()}
     student_states = around_blocks(model, pairs, inputs, batch)
     for i, j in pairs.items():
         student_ND = student_states[i][1].flatten(0, 1)[batch.real].to(dtype)
@@ -3715,15 +3703,14 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
     if kind == "relative":   # |s - t|^2 / |t|^2: a sink, 100 times as large, weighs as any token
         size_N = teacher_ND.square().mean(-1)
         # a state of zeros (padding_idx) has no size: it counts nothing
-        error_N = (error_N / size_N.clamp_min(1e-8)).masked_fill(size_N < 1e-8, 0.0)
+        error_N = error_N / size_N.masked_fill(size_N < 1e-8, math.inf)
     return error_N
 
 
 def block_loss(run, pairs, model, batch, teacher_states, denominator):
     """-> the sum of the blocks' mean errors; ce and kl, which are 0."""
-    loss = 0
-    for error_N, _, _ in block_errors(run, pairs, model, batch, teacher_states):
-        loss = loss + error_N.sum() / denominator
+    errors = block_errors(run, pairs, model, batch, teacher_states)
+    loss = sum(error_N.sum() / denominator for error_N, *_ in errors)
     return loss, *loss.new_zeros(2)
 
 
@@ -3734,21 +3721,25 @@ ORDINARY = 3   # times the median |t| of its batch: a state above that is a sink
 
 
 def measure_blocks(run):
-    """How far every block is on held-out rows, now: kept in the run's notes, logged and shown.
+    """How far every block is on held-out rows, now: shown and logged.
     loss: the mean error of a token. explained: the share of the teacher's variance that the student
     has, below 0 where the mean of t would be nearer."""
-    blocks = run.student.pairs.values()
-    means = mean_over_rows(
+    pairs = run.student.pairs
+    means = iter(mean_over_rows(
         run.student, functools.partial(sums_of_blocks, run),
-        functools.partial(run.teacher, around_blocks, blocks, {}), run.eval_rows, run.batch_size,
-        "real", "measuring the blocks")
+        functools.partial(run.teacher, around_blocks, pairs.values(), {}), run.eval_rows,
+        run.batch_size, "real", "measuring the blocks"))
     figures = {"block/step": run.progress.step}
-    for i, (error, missed, variance) in enumerate(np.reshape(means, (-1, 3)).tolist()):
-        figures[f"block/{i}/loss"] = error
-        figures[f"block/{i}/explained"] = 1 - missed / max(variance, 1e-30)
-    run.progress.notes.setdefault("block_figures", []).append(figures)
-    print0(block_table(run))
+    rows = []
+    for i, error, missed, variance in zip(pairs, means, means, means):
+        explained = 1 - missed / max(variance, 1e-30)
+        figures |= {f"block/{i}/loss": error, f"block/{i}/explained": explained}
+        rows.append([f"{i}", f"{pairs[i]}", f"{error:.4g}", f"{explained:.1%}"])
+    header = ["block", "teacher block", run.cfg.distill_loss_type, "explained"]
+    print0(f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
+           f"|t| is at most {ORDINARY} times its median")
     log(run, figures)
+    run.progress.notes["blocks_measured"] = True   # a resume needs not to
 
 
 def sums_of_blocks(run, model, batch, teacher_states, _):
@@ -3761,30 +3752,20 @@ def sums_of_blocks(run, model, batch, teacher_states, _):
         ordinary_N = size_N <= ORDINARY * size_N.median()
         student_ND = student_ND[ordinary_N].double()
         teacher_ND = teacher_ND[ordinary_N].double()
-        missed_ND = student_ND - teacher_ND
-        spread_ND = teacher_ND - teacher_ND.mean(0)
-        sums += [error_N.sum().double(), missed_ND.square().sum(), spread_ND.square().sum()]
+        sums += [error_N.sum(), (student_ND - teacher_ND).square().sum(),
+                 (teacher_ND - teacher_ND.mean(0)).square().sum()]
     return sums
-
-
-def block_table(run):
-    """The errors that were measured: once before and, after the blocks, once more."""
-    header = ["block", "teacher block"]
-    rows = [[str(i), str(j)] for i, j in run.student.pairs.items()]
-    for when, figures in zip(("before", "after"), run.progress.notes["block_figures"]):
-        header += [f"{run.cfg.distill_loss_type} {when}", f"explained {when}"]
-        for i, row in enumerate(rows):
-            row += [f"{figures[f'block/{i}/loss']:.4g}", f"{figures[f'block/{i}/explained']:.1%}"]
-    return (f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
-            f"|t| is at most {ORDINARY} times its median")
 
 
 # ---- stitches, and the head
 
 
 def stitching(cfg, config):
-    """-> the function that makes a root of the student. A head that is to be trained is untied in
-    its config from the embeddings, which the blocks build on."""
+    """-> the function that makes a root of the student, which has beside the model root.pairs,
+    {block of the student: block of the teacher}, and root.stitches, the linear maps between the
+    widths: up<i> from its block i to the teacher's width, down<i> (block_input teacher) the other
+    way. A checkpoint keeps them, final/ does not. A head that is to be trained is untied in its
+    config from the embeddings, which the blocks build on."""
     shape = config.get_text_config()
     learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
     if learns_head and getattr(shape, "tie_word_embeddings", False):
@@ -3792,40 +3773,36 @@ def stitching(cfg, config):
         shape.tie_word_embeddings = False
         print0("blockwise: the student's head is untied from its embeddings, which the blocks "
                "build on")
-    teacher_config = AutoConfig.from_pretrained(
-        cfg.teacher, trust_remote_code=cfg.trust_remote_code)
-    return functools.partial(StitchedRoot, cfg=cfg, shape=shape,
-                             teacher_shape=teacher_config.get_text_config())
+    teacher_shape = AutoConfig.from_pretrained(
+        cfg.teacher, trust_remote_code=cfg.trust_remote_code).get_text_config()
+    pairs = match_blocks(cfg, shape, teacher_shape)
+    width = shape.hidden_size
+    teacher_width = teacher_shape.hidden_size
+    # the last one becomes a part of the head, which mostly has no place for a bias
+    folded = width != teacher_width and cfg.initialize_head_from_teacher
+    stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
 
-
-class StitchedRoot(ShardedRoot):
-    """The student beside the linear maps between the widths: up<i> from its block i to the
-    teacher's width, down<i> (block_input teacher) the other way. A checkpoint keeps them, final/
-    does not. pairs: {block of the student: block of the teacher}."""
-
-    def __init__(self, model, cfg, shape, teacher_shape):
-        super().__init__(model)
-        self.pairs = match_blocks(cfg, shape, teacher_shape)
-        self.stitches = nn.ModuleDict()
-        width = shape.hidden_size
-        teacher_width = teacher_shape.hidden_size
-        stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
-        # the last one becomes a part of the head, which mostly has no place for a bias
-        folded = width != teacher_width and cfg.initialize_head_from_teacher
+    def make_root(model):
+        root = ShardedRoot(model)
+        root.pairs = pairs
+        root.stitches = nn.ModuleDict()
         torch.manual_seed(cfg.seed)
-        for i in self.pairs:
-            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(self.pairs))
-            self.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
+        for i in pairs:
+            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(pairs))
+            root.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
         if cfg.block_input == "teacher":
-            for i in self.pairs:
-                self.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
-        for p in self.stitches.parameters():
+            for i in pairs:
+                root.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
+        for p in root.stitches.parameters():
             if p.ndim == 1:
                 nn.init.zeros_(p)
             elif width == teacher_width:
                 nn.init.eye_(p)
             else:
                 nn.init.xavier_uniform_(p)
+        return root
+
+    return make_root
 
 
 def final_norm(model):
@@ -3870,8 +3847,7 @@ def initialize_head(run, multipliers):
         gain = len(gain) ** 0.5 / stitch.norm()
     scale = head.scale / student_head.scale
     for p, new in zip(output.parameters(), (weight, bias)):
-        padded_tail = full_tensor(p)[len(new):]
-        copy_from_rank0(p, torch.cat([new[:len(p)] * scale, padded_tail]))
+        copy_from_rank0(p, torch.cat([new[:len(p)] * scale, full_tensor(p)[len(new):]]))
     # the norm's weight is moved by the difference, since what it means is not known
     for p, change in zip(final_norm(student.model).parameters(), [gain - student_gain]):
         copy_from_rank0(p, full_tensor(p) + change)
@@ -3888,8 +3864,8 @@ def batches_by_student(run, batches):
     after their prompts. It writes when the loop asks for the batch: by the weights that it has
     then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
     for micro, position in batches:
-        is_last_stage = run.stage is run.stages[-1]
-        if is_last_stage and is_on_policy(run.cfg.on_policy, run.cfg.seed, run.progress.step):
+        drawn = is_on_policy(run.cfg.on_policy, run.cfg.seed, run.progress.step)
+        if drawn and run.stage is run.stages[-1]:
             micro = write_batches(run, micro)
         yield micro, position
 
@@ -3902,33 +3878,31 @@ def is_on_policy(share, seed, step):
 def write_batches(run, micro):
     """This rank's micro-batches of a step -> the same with the student's texts. What there was to
     see is added to the notes of the progress, so that a resumed run logs the same."""
-    progress = run.progress
     rows = [row for batch in micro for row in batch.rows]
     numbers = range(RANK, WORLD * len(rows), WORLD)   # in the global batch
+    rows = rows_by_student(run.cfg, run.student, run.tokenizer, rows, run.progress.step, numbers)
     ends = end_ids(run.student.model, run.tokenizer)
-    rows = rows_by_student(run.cfg, run.student, rows, progress.step, numbers, ends, run.vocabulary)
     tokens = sum(row["targets"].sum() for row in rows)
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
-    figures = all_sum(len(rows), tokens, cut)   # of all ranks, once all are done
-    progress.notes.setdefault("rollouts", []).append(figures)
+    run.progress.notes.setdefault("rollouts", []).append(all_sum(len(rows), tokens, cut))
     micro = micro_batches(rows, run.micro_steps, run.batch_size)
     for batch in micro:
         batch.by_student = True
     return micro
 
 
-def rows_by_student(cfg, root, rows, step, numbers, ends, vocabulary):
+def rows_by_student(cfg, root, tokenizer, rows, step, numbers):
     """Token rows -> token rows of which the targets are what a model writes after their prompts.
     They stay within seq_len; what is drawn follows from step and number."""
     prompts = [prompt_of(row, cfg) for row in rows]
     rooms = [min(cfg.max_new_tokens, cfg.seq_len - len(prompt)) for prompt in prompts]
     seeds = [int(digest("text", cfg.seed, step, number), 16) for number in numbers]
-    texts = write_texts(root, prompts, seeds, rooms, cfg.on_policy_temperature, ends, vocabulary)
+    texts = write_texts(root, prompts, seeds, rooms, cfg.on_policy_temperature,
+                        end_ids(root.model, tokenizer), vocabulary_of(tokenizer))
     written = []
     for prompt, text in zip(prompts, texts):
-        ids = np.array(prompt + text)
-        targets = np.arange(len(ids)) >= len(prompt)
-        written.append({"input_ids": ids, "targets": targets, "starts": np.array([0])})
+        targets = np.repeat([False, True], [len(prompt), len(text)])
+        written.append({"input_ids": np.array(prompt + text), "targets": targets, "starts": [0]})
     return written
 
 
@@ -3946,7 +3920,7 @@ def take_rollout_figures(run):
     steps = run.progress.notes.pop("rollouts", [])
     if not steps:
         return {}
-    texts, tokens, cut = np.sum(steps, axis=0).tolist()
+    texts, tokens, cut = map(sum, zip(*steps))
     return {"train/rollout_length": tokens / texts, "train/rollout_cut": cut / texts}
 
 
@@ -3968,19 +3942,16 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     if teacher is root:
         return 0.0
     count = min(OWN_TEXTS, len(rows))
-    rows = [rows[i * len(rows) // count] for i in range(count)]
-    ends = end_ids(root.model, tokenizer)
-    vocabulary = vocabulary_of(tokenizer)
-    written = [None] * count   # each rank writes its rows of them, and reads no others
+    rows = {i: rows[i * len(rows) // count] for i in range(count)}
+    # each rank writes in place of its rows of them, and reads no others
     for numbers, batch in held_out(rows, cfg.batch_size, "writing after held-out prompts"):
-        texts = rows_by_student(cfg, root, batch.rows, "held out", numbers, ends, vocabulary)
-        for i, row in zip(numbers, texts):
-            written[i] = row
-    loss_fn = functools.partial(distil_loss, alpha=0.0, temperature=cfg.temperature,
-                                divergence=cfg.divergence, vocabulary=vocabulary)
-    divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), written,
-                                    cfg.batch_size, "labels", "evaluating own texts")
-    return divergence
+        written = rows_by_student(cfg, root, tokenizer, batch.rows, "held out", numbers)
+        rows.update(zip(numbers, written))
+    loss_fn = functools.partial(
+        distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
+        vocabulary=vocabulary_of(tokenizer))
+    return evaluate(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size,
+                    "evaluating own texts")["loss"]
 
 
 def check_writer(cfg, student, teacher, tokenizer):
@@ -3993,9 +3964,8 @@ def check_writer(cfg, student, teacher, tokenizer):
         probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
               "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
               writing_error, ids_1T)
-    teacher_tokenizer = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
-    ends = end_ids(student.model, tokenizer)
-    ends |= end_ids(teacher.model, teacher_tokenizer or tokenizer)
+    theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
+    ends = end_ids(student.model, tokenizer) | end_ids(teacher.model, theirs or tokenizer)
     student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
 
@@ -4004,14 +3974,14 @@ def writing_error(model, ids_1T):
     longer one, are from those of the same ids alone, in their standard deviations, and how far
     rounding may bring them."""
     hidden_states(model, ids_1T)   # a table of positions that is too short fails here
-    prompts = [ids_1T[0, :3].tolist(), ids_1T[0, :8].tolist()]
     drawn_from = []
 
     def record(_, logits_BV):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    new = generate_ids(model, *pad_left(prompts), 3, set(), record)
+    prompts = pad_left([ids_1T[0, :3], ids_1T[0, :8]])
+    new = generate_ids(model, *prompts, 3, set(), record)
     alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
     error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
