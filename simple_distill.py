@@ -704,16 +704,15 @@ def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
     ours, theirs = (dict(map(reversed, tokenizer.get_vocab().items()))   # id -> token
                     for tokenizer in (student, teacher))
-    clashing = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    problems = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
+                for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    problem = "they cut text differently"
-    for i in clashing[:1]:
-        problem = f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
-    if not clashing and student(probe)["input_ids"] == teacher(probe)["input_ids"]:
-        return
-    raise UserError(
-        f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
-        f"{problem}. Distil within one, or train on text that the teacher wrote (--alpha 1)")
+    if student(probe)["input_ids"] != teacher(probe)["input_ids"]:
+        problems.append("they cut text differently")
+    if problems:
+        raise UserError(
+            f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
+            f"{problems[0]}. Distil within one, or train on text of the teacher's (--alpha 1)")
 
 
 def vocabulary_of(tokenizer):
@@ -734,8 +733,7 @@ def load_data(cfg, tokenizer):
         return load_stream(cfg, tokenizer)
     with phase(f"reading dataset {cfg.dataset}"), node_first():
         train_raw, eval_raw = read_raw(cfg)
-        if cfg.max_samples is not None:
-            train_raw = take_first(train_raw, cfg.max_samples)
+        train_raw = take_first(train_raw, cfg.max_samples)
         if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
             eval_raw = train_raw   # asked for by its name: nothing is held out of it
         if eval_raw is None and len(train_raw) > 1:
@@ -758,19 +756,23 @@ def load_data(cfg, tokenizer):
 
 
 def take_first(rows, count):
-    return rows.take(min(count, len(rows)))   # a dataset refuses to take more than it has
+    """All where there are less, or where count is None."""
+    return rows.select(range(len(rows))[:count])
 
 
 def read_raw(cfg, streaming=False):
     """-> raw rows of train, raw rows of eval; None where a slice of train has to do."""
-    needed = {cfg.train_split, cfg.eval_split}
-    splits = {name: read_split(cfg, name, streaming) for name in needed}
-    if cfg.eval_split == Config.eval_split != cfg.train_split:   # the default may be absent
-        needed.remove(cfg.eval_split)
-    for name in needed:
-        if splits[name] is None:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {name!r}")
-    return splits.pop(cfg.train_split), splits.get(cfg.eval_split)
+    train_raw = read_split(cfg, cfg.train_split, streaming)
+    eval_raw = None
+    if cfg.eval_split != cfg.train_split:
+        eval_raw = read_split(cfg, cfg.eval_split, streaming)
+        # where only the default is absent, no harm
+        if eval_raw is None and cfg.eval_split != Config.eval_split:
+            raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave "
+                            "eval_split out to hold out a slice of train")
+    if train_raw is None:
+        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}")
+    return train_raw, eval_raw
 
 
 FILE_KINDS = {   # ending -> the reader of `datasets`
@@ -799,7 +801,7 @@ def read_split(cfg, split, streaming=False):
     try:
         return datasets.load_dataset(split=split, streaming=streaming, **options)
     except ValueError as e:
-        if "Unknown split" in str(e) or "Bad split" in str(e):
+        if re.match("(Unknown|Bad) split", str(e)):
             return None
         raise
 
@@ -821,8 +823,8 @@ def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
 def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages",
-               "dist-packages", "turtledemo", "pydoc_data"}
+    skipped = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo "
+                  "pydoc_data".split())
     # of each folder first its files, then its folders
     for path in sorted(root.rglob("*.py"), key=lambda path: (path.parent.parts, path.name)):
         name = path.relative_to(root)
@@ -838,8 +840,8 @@ def tokenize(cfg, raw, tokenizer, split):
 
     def encode_from(batch):   # the same thousand rows together, whoever takes them
         start, = batch["start"]
-        rows = rows_from_columns(raw[start:start + ROWS_AT_ONCE])
-        return encode(rows).with_format("arrow")[:]
+        rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
+        return rows.with_format("arrow")[:]
 
     # a tokenizer's own threads do not survive the fork of a worker
     os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
@@ -876,8 +878,8 @@ def fingerprint_rows(raw, encode):
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = [checksum(path) for path in sorted(Path(folder).rglob("*"))]
-    text = Path(__file__).read_text(encoding="utf-8")
-    code = text.split("\n# ---- between raw rows and token rows")[1]
+    code = Path(__file__).read_text(encoding="utf-8").split(
+        "\n# ---- between raw rows and token rows")[1]
     return digest(raw._fingerprint, str(raw.features), saved, code, options)
 
 
@@ -908,14 +910,14 @@ def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
         try:
             conversation = conversation_of(row)
             if conversation is None:
-                texts.append(text_of(row[text_column] or ""))
+                # an empty one is read as well, and says nothing
+                texts += filter(None, [text_of(row[text_column] or "")])
             elif packing == "blocks":
                 raise ValueError("a conversation; blocks are of text: use --packing rows")
             else:
                 chats.append(write_chat(conversation))
         except Exception as e:   # whatever is strange about it, or not to the template's liking
             dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
-    texts = list(filter(None, texts))   # an empty one is read as well, and says nothing
     rows = []
     for ids, targets in (encode_chats(chats, tokenizer, seq_len)
                          + encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))):
@@ -985,19 +987,12 @@ def chat_writer(tokenizer):
              if token.special]
     marks.sort(reverse=True)   # one may begin with another, which comes first then
     end_mark = re.compile(rf"(\s*({'|'.join(marks) or '(?!)'}))?")
-    return functools.partial(render, write, generation_prompt(write), end_mark)
-
-
-def generation_prompt(write):
-    """What a template writes to have the assistant speak next; "" where it has nothing of the kind.
-    """
     question = [{"role": "user", "content": "x"}]
-    try:
+    prompt = ""   # what it writes to have the assistant speak next
+    with contextlib.suppress(Exception):   # not without a system role, or so
         asking = write(question, add_generation_prompt=True)
-        start, _ = difference(asking, write(question))
-    except Exception:   # not without a system role, or so
-        return ""
-    return asking[start:]
+        prompt = asking[difference(asking, write(question))[0]:]
+    return functools.partial(render, write, prompt, end_mark)
 
 
 def render(write, prompt, end_mark, messages):
@@ -1062,15 +1057,14 @@ def conversation_of(row):
             return list(map(message_of, row[column]))
     for columns in CONVERSATIONS:
         said = [row.get(column) for column in columns]
-        if not all(isinstance(content, (str, list)) for content in said):
+        if not set(map(type, said)) <= {str, list}:
             continue
         if columns[0] == "instruction" and row.get("input"):
             said[0] = f"{said[0]}\n\n{row['input']}"
         messages = []
         for role, content in zip(("user", "assistant"), said):
-            if isinstance(content, str):
-                content = [{"role": role, "content": content}]
-            messages += map(message_of, content)
+            turns = content if isinstance(content, list) else [dict(role=role, content=content)]
+            messages += map(message_of, turns)
         return messages
     return None
 
@@ -1137,25 +1131,19 @@ def packed_row(documents):
 def fit_into_rows(lengths, seq_len):
     """-> the numbers of the documents in each row: the longest first, each where it leaves the
     least room. Rows, and what is in them, stand in the order of the documents."""
-    rows = []
-    free = []   # (room left, row), in rising order
+    rows = [[] for _ in lengths]   # more than are needed: the last ones stay empty
+    free = [(seq_len, row) for row in range(len(rows))]   # (room left, row), in rising order
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(free, (lengths[i], 0))
-        if place < len(free):
-            room, row = free.pop(place)
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
+        room, row = free.pop(bisect.bisect_left(free, (lengths[i], 0)))
         rows[row].append(i)
         bisect.insort(free, (room - lengths[i], row))
-    return sorted(sorted(row) for row in rows)
+    return sorted(sorted(row) for row in rows if row)
 
 
 def row_lengths(rows):
     """In tokens, of a dataset of token rows."""
-    tables = rows.with_format("arrow").iter(1000)
-    return np.concatenate([table["input_ids"].combine_chunks().value_lengths().to_numpy()
-                           for table in tables])
+    parts = rows.select_columns("input_ids").iter(1000)
+    return np.array([len(ids) for part in parts for ids in part["input_ids"]])
 
 
 def count_rows(rows):
@@ -1166,15 +1154,13 @@ def count_rows(rows):
         return None
     tokens = targets = biggest = 0
     content = hashlib.sha256()
-    for table in documents.with_format("arrow").iter(1000):
-        lists = table["input_ids"].combine_chunks()
-        ids = lists.flatten().to_numpy()
-        is_target = table["targets"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        for part in (lists.value_lengths().to_numpy(), ids, is_target):
-            content.update(part)
-        tokens += len(ids)
-        targets += int(is_target.sum())
-        biggest = max(biggest, int(ids.max()))
+    for part in documents.iter(1000):
+        row = packed_row(part)
+        for values in row.values():
+            content.update(values)
+        tokens += len(row["input_ids"])
+        targets += int(row["targets"].sum())
+        biggest = max(biggest, int(row["input_ids"].max()))
     return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest,
                 digest=content.hexdigest()[:16])
 
@@ -1207,23 +1193,23 @@ def collate(rows):
     one before a target, as no row begins with one."""
     shown = rows or [STAND_IN]
     ids, targets = (
-        pad_sequence([torch.as_tensor(row[name]) for row in shown], True).flatten()
+        pad_sequence([torch.as_tensor(row[name]) for row in shown], True).flatten().long()
         for name in ("input_ids", "targets"))
     positions = []   # within documents; -1: padding
     for row in shown:
         lengths = np.diff(row["starts"], append=len(row["input_ids"]))
-        positions.append(torch.cat([torch.arange(length) for length in lengths]))
+        positions.append(torch.cat(list(map(torch.arange, lengths))))
     positions = pad_sequence(positions, True, padding_value=-1)
     has_several = any(len(row["starts"]) > 1 for row in shown)
     is_real = (positions.flatten() >= 0) & bool(rows)
     next_tokens = targets.nonzero()[:, 0]
-    sparse = [np.concatenate(arrays) for arrays in
+    sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
               zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
-        rows=rows, input_ids=to_device(ids.long().view_as(positions)),
-        positions=to_device(next_tokens - 1), labels=pin(ids.long()[next_tokens]),
+        rows=rows, input_ids=to_device(ids.view_as(positions)),
+        positions=to_device(next_tokens - 1), labels=pin(ids[next_tokens]),
         real=to_device(is_real.nonzero()[:, 0]),
-        sparse=SparseTarget(*map(to_device, map(torch.from_numpy, sparse))) if sparse else None,
+        sparse=SparseTarget(*sparse) if sparse else None,
         position_ids=to_device(positions.clamp(0)) if has_several else None)
 
 
@@ -1253,8 +1239,8 @@ def batch_of_step(count, seed, global_batch, step):
 
 def micro_batches(rows, micro_steps, batch_size):
     """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row."""
-    starts = range(0, micro_steps * batch_size, batch_size)
-    return [collate(rows[start:start + batch_size]) for start in starts]
+    return [collate(rows[start:start + batch_size])
+            for start in range(0, micro_steps * batch_size, batch_size)]
 
 
 def prefetch(endless):

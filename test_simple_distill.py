@@ -1773,7 +1773,7 @@ REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
 
 def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
     tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
-    rows, dropped = sd.kept_rows(sd.token_rows(encode(MIXED, tokenizer, 64)))
+    rows, dropped = sd.kept_rows(encode(MIXED, tokenizer, 64))
     assert [target_runs(row, tokenizer) for row in rows] == [
         ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
     assert dropped.total() == len(REASONS)
@@ -1831,8 +1831,7 @@ def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin,
 ])
 def test_data_dropped_as_it_has_to_be(template, packing, why):
     rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
-    encoded = encode(rows, tiny_tokenizer(template), 16, packing)
-    kept, dropped = sd.kept_rows(sd.token_rows(encoded))
+    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
     assert len(kept) == 1
     [reason] = dropped.elements()
     assert why in reason
@@ -1898,7 +1897,7 @@ def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, mo
 
     def fingerprint(tokenizer=None, raw=raw, **fields):
         cfg = config.Config(**{"packing": "rows", **fields})
-        return sd.fingerprint_rows(cfg, raw, tokenizer or tiny_tokenizer())
+        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer or tiny_tokenizer()))
 
     other_end = tiny_tokenizer()
     other_end.eos_token = "<|im_end|>"
@@ -1950,9 +1949,9 @@ def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
 
 def token_dataset(documents):
     """Of [(ids, targets)], as it lies on disk."""
-    rows = [{"input_ids": ids, "targets": targets, "starts": [0], "dropped": ""}
+    rows = [dict(input_ids=ids, targets=targets, starts=[0], dropped="")
             for ids, targets in documents]
-    return sd.kept_rows(sd.token_rows(rows))[0]
+    return sd.kept_rows(datasets.Dataset.from_list(rows, features=sd.FEATURES))[0]
 
 
 def test_data_packed_rows_are_a_view_of_any_number_of_documents():
