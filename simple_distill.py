@@ -107,27 +107,25 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # on this node
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
+DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 HOST = None    # the group of all ranks' hosts, beside that of their devices: see process_group
 STORE = None   # what a rank says there every other rank can read, without a collective
 
 
+class Suppress(contextlib.suppress, contextlib.ContextDecorator):
+    """Around a function. Whoever reads what it writes may go away (`| tee`, a closed terminal): the
+    run goes on, and saves."""
+
+
+@Suppress(OSError)
 def print0(*words):
     if RANK == 0:
-        with contextlib.suppress(OSError):   # the terminal is gone: the run goes on, and saves
-            tqdm.write(" ".join(map(str, words)))   # a line never tears the bar
+        tqdm.write(" ".join(map(str, words)))   # a line never tears the bar
 
 
 class Bar(tqdm):
-    """Whoever looks at it may go away (`| tee`, a closed terminal): the run goes on, and saves."""
-
-    def display(self, *args, **kwargs):
-        with contextlib.suppress(OSError):
-            super().display(*args, **kwargs)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            super().close()
+    display = Suppress(OSError)(tqdm.display)
+    close = Suppress(OSError)(tqdm.close)
 
 
 @contextlib.contextmanager
@@ -165,7 +163,7 @@ def process_group():
         else:
             keep_freed_memory()
         if "RANK" in os.environ:
-            STORE, _, _ = next(rendezvous("env://", **patience))
+            STORE = next(rendezvous("env://", **patience))[0]
         dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
                                 world_size=WORLD, **patience)
         HOST = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
@@ -190,10 +188,9 @@ def keep_freed_memory():
     """By default glibc gives large blocks back at once, and page-faults them in anew for the next
     tensor: a quarter of a step's time on a CPU."""
     libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max = -1, -4   # as malloc.h numbers them
     if hasattr(libc, "mallopt"):
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(-4, 0)            # M_MMAP_MAX, as malloc.h numbers it
+        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager
@@ -228,8 +225,7 @@ def from_rank0(value):
 
 def digest(*things):
     """16 characters that differ when anything in these things does."""
-    text = json.dumps(things, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path, default=None):
@@ -270,13 +266,12 @@ def table(header, rows):
 
 MARK = ".simple_distill"   # in a folder of ours: the mode that writes there; locked by who is at it
 WRITES = {   # mode: what it writes, names that must be free in a folder without our mark
-    "train": (   # eval writes its report there too
-        "config.json", "log.jsonl", "checkpoints", "final", "report.md", "report.json",
-        "report.png"),
-    "cache": ("config.json", "manifest.json", "index.json", "tokenizer"),   # optional: cache
+    # eval writes its report there too
+    "train": "config.json log.jsonl checkpoints final report.md report.json report.png",
+    "cache": "config.json manifest.json index.json tokenizer",   # optional: cache
     "generate": (   # optional: generate
-        "config.json", "replies.jsonl", "train.jsonl", "rejected.jsonl", "summary.json"),
-    "demo": ("corpus", "tokenizer", "student", "teacher", "teacher-shape"),   # optional: demo
+        "config.json replies.jsonl train.jsonl rejected.jsonl summary.json"),
+    "demo": "corpus tokenizer student teacher teacher-shape",   # optional: demo
 }
 
 
@@ -308,8 +303,8 @@ def mark_folder(folder, mode):
     """-> the mark of a folder, open. Refused: one without a mark that holds a name which this mode
     writes, and one of another mode."""
     path = Path(folder, MARK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    taken = [name for name in WRITES[mode] if Path(folder, name).exists()]
+    os.makedirs(folder, exist_ok=True)
+    taken = [name for name in WRITES[mode].split() if Path(folder, name).exists()]
     if taken and not path.exists():
         raise UserError(f"{folder!r} holds {taken[0]!r} and no {MARK}: it is not ours, or of a "
                         f"version before; choose another, or have its files replaced: touch {path}")
@@ -326,15 +321,12 @@ def stop_signals():
     """SIGTERM, Ctrl-C, or a terminal that closes: finish the step, save, exit 0. Yields
     stop_requests, empty so far."""
     stop_requests = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:   # as under nohup
-            before[number] = signal.signal(number, lambda *_: stop_requests.append(1))
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:   # as under nohup
+                before = signal.signal(number, lambda *_: stop_requests.append(1))
+                stack.callback(signal.signal, number, before)
         yield stop_requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -688,34 +680,30 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 def load_tokenizer(cfg, *candidates):
     """--tokenizer, else that of the first candidate that may have one, else None. A folder shows
     it; layers:N, a config .json and demo (no name was given) have none."""
-    names = [cfg.tokenizer] if cfg.tokenizer else []
-    for name in candidates:
-        has_none = name == "demo" or name.endswith(".json") or name.startswith("layers:")
+    for name in filter(None, [cfg.tokenizer, *candidates]):
+        may_have_one = not re.fullmatch(r"demo|layers:.*|.*\.json", name)
         if os.path.isdir(name):
-            has_none = not list(Path(name).glob("tokenizer*"))
-        if not has_none:
-            names.append(name)
-    if not names:
-        return None
-    with phase(f"reading the tokenizer of {names[0]}"):
-        return AutoTokenizer.from_pretrained(names[0], trust_remote_code=cfg.trust_remote_code)
+            may_have_one = any(Path(name).glob("tokenizer*"))
+        if may_have_one or name == cfg.tokenizer:
+            with phase(f"reading the tokenizer of {name}"):
+                return AutoTokenizer.from_pretrained(
+                    name, trust_remote_code=cfg.trust_remote_code)
+    return None
 
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    ours = {i: token for token, i in student.get_vocab().items()}
-    theirs = {i: token for token, i in teacher.get_vocab().items()}
-    clashing = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+    ours, theirs = (dict(map(reversed, tokenizer.get_vocab().items()))   # id -> token
+                    for tokenizer in (student, teacher))
+    problems = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
+                for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
-    problem = "they cut text differently"
-    if clashing:
-        i = clashing[0]
-        problem = f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
-    elif student(probe)["input_ids"] == teacher(probe)["input_ids"]:
-        return
-    raise UserError(
-        f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
-        f"{problem}. Distil within one, or train on text that the teacher wrote (--alpha 1)")
+    if student(probe)["input_ids"] != teacher(probe)["input_ids"]:
+        problems.append("they cut text differently")
+    if problems:
+        raise UserError(
+            f"student {student_name!r} and teacher {teacher_name!r} have different tokenizers: "
+            f"{problems[0]}. Distil within one, or train on text of the teacher's (--alpha 1)")
 
 
 def vocabulary_of(tokenizer):
@@ -736,8 +724,7 @@ def load_data(cfg, tokenizer):
         return load_stream(cfg, tokenizer)
     with phase(f"reading dataset {cfg.dataset}"), node_first():
         train_raw, eval_raw = read_raw(cfg)
-        if cfg.max_samples is not None:
-            train_raw = take_first(train_raw, cfg.max_samples)
+        train_raw = take_first(train_raw, cfg.max_samples)
         if cfg.mode == "eval" and cfg.eval_split == cfg.train_split:   # optional: eval
             eval_raw = train_raw   # asked for by its name: nothing is held out of it
         if eval_raw is None and len(train_raw) > 1:
@@ -748,9 +735,9 @@ def load_data(cfg, tokenizer):
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     elif len(rows) > 1:   # one long document: its last twentieth
-        eval_size = max(1, len(rows) // 20)
-        eval_rows = rows.skip(len(rows) - eval_size)
-        rows = rows.take(len(rows) - eval_size)
+        train_size = len(rows) - max(1, len(rows) // 20)
+        eval_rows = rows.skip(train_size)
+        rows = rows.take(train_size)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -760,7 +747,8 @@ def load_data(cfg, tokenizer):
 
 
 def take_first(rows, count):
-    return rows.take(min(count, len(rows)))   # a dataset refuses to take more than it has
+    """All where there are less, or where count is None."""
+    return rows.select(range(len(rows))[:count])
 
 
 def read_raw(cfg, streaming=False):
@@ -791,23 +779,20 @@ def read_split(cfg, split, streaming=False):
     """Raw rows of a file, a save_to_disk folder or a hub dataset; None where it has no such split.
     """
     path = Path(cfg.dataset)
-    kind = FILE_KINDS.get(path.suffix.lower())
-    if kind and split != "train":   # a file has no other
-        return None
-    if kind:
-        options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
-        # a name would be taken for a pattern
-        return datasets.load_dataset(kind, data_files=glob.escape(cfg.dataset), split=split,
-                                     streaming=streaming, **options)
     if (path / "dataset_dict.json").exists():   # of save_to_disk
         return datasets.load_from_disk(path).get(split)
     if (path / "state.json").exists():   # the same, saved without splits
         return {"train": datasets.load_from_disk(path)}.get(split)
+    options = dict(path=cfg.dataset, name=cfg.dataset_config)
+    kind = FILE_KINDS.get(path.suffix.lower())
+    if kind:   # a name would be taken for a pattern
+        options = dict(path=kind, data_files=glob.escape(cfg.dataset))
+    if kind == "text":   # a blank line ends one
+        options["sample_by"] = "paragraph"
     try:
-        return datasets.load_dataset(cfg.dataset, cfg.dataset_config, split=split,
-                                     streaming=streaming)
+        return datasets.load_dataset(split=split, streaming=streaming, **options)
     except ValueError as e:
-        if "Unknown split" in str(e) or "Bad split" in str(e):
+        if re.match("(Unknown|Bad) split", str(e)):
             return None
         raise
 
@@ -815,12 +800,10 @@ def read_split(cfg, split, streaming=False):
 def hold_out_rows(raw, eval_samples):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
-    wanted = min(eval_samples, max(1, len(raw) // 20))
-    gap = max(2, len(raw) // wanted)
-    held_out = raw.select(range(gap - 1, len(raw), gap))
-    # an array: select makes a fingerprint of it, a generator has none that another run finds again
-    kept = np.flatnonzero(np.arange(len(raw)) % gap != gap - 1)
-    return raw.select(kept), held_out
+    gap = len(raw) // min(eval_samples, max(1, len(raw) // 20))
+    is_held_out = np.arange(1, len(raw) + 1) % gap == 0
+    # arrays: select makes a fingerprint of them, a generator has none that another run finds again
+    return [raw.select(np.flatnonzero(part)) for part in (~is_held_out, is_held_out)]
 
 
 def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
@@ -830,16 +813,14 @@ def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
 
 def stdlib_sources():   # optional: demo generate
     """(name, text) of every module of Python's own library, tests left out."""
-    root = sysconfig.get_paths()["stdlib"]
-    skipped = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages",
-               "dist-packages", "turtledemo", "pydoc_data"}
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped)   # in place: what os.walk goes on with
-        for file in sorted(files):
-            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
-                path = os.path.join(folder, file)
-                with open(path, encoding="utf-8", errors="ignore") as f:
-                    yield os.path.relpath(path, root), f.read()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = set("test tests idlelib idle_test lib2to3 site-packages dist-packages turtledemo "
+                  "pydoc_data".split())
+    # of each folder first its files, then its folders
+    for path in sorted(root.rglob("*.py"), key=lambda path: (path.parent.parts, path.name)):
+        name = path.relative_to(root)
+        if not skipped & set(name.parts) and not path.name.startswith("_sysconfigdata"):
+            yield str(name), path.read_text(encoding="utf-8", errors="ignore")
 
 
 # ---- rows of token ids, kept in the datasets cache
@@ -851,32 +832,26 @@ def tokenize(cfg, raw, tokenizer, split):
     def encode_from(batch):   # the same thousand rows together, whoever takes them
         start, = batch["start"]
         rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
-        return token_rows(rows).with_format("arrow")[:]
+        return rows.with_format("arrow")[:]
 
     # a tokenizer's own threads do not survive the fork of a worker
     os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
     file = Path(datasets.config.HF_DATASETS_CACHE, "simple_distill",
-                f"{fingerprint_rows(cfg, raw, tokenizer)}.arrow")
+                f"{fingerprint_rows(raw, encode)}.arrow")
     file.parent.mkdir(parents=True, exist_ok=True)
-    starts = datasets.Dataset.from_dict({"start": list(range(0, len(raw), ROWS_AT_ONCE))})
+    starts = datasets.Dataset.from_dict({"start": range(0, len(raw), ROWS_AT_ONCE)})
     with phase(f"tokenising {split}"), node_first():
         rows, dropped = kept_rows(starts.map(
             encode_from, batched=True, batch_size=1, remove_columns="start", features=FEATURES,
             num_proc=cfg.num_proc, new_fingerprint=file.stem, cache_file_name=str(file),
             desc=split))
     reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
-    if len(rows) == 0:
+    if not rows:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
                         f"token: {reasons}")
     if dropped:
         print0(f"{split}: of {len(raw)} raw rows dropped {dropped.total()}: {reasons}")
     return rows
-
-
-def token_rows(rows):
-    """What row_encoder gives -> a dataset as tokenize has on disk."""
-    columns = {name: [row[name] for row in rows] for name in FEATURES}
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 def kept_rows(rows):
@@ -887,23 +862,22 @@ def kept_rows(rows):
     return rows, collections.Counter(filter(None, reasons))
 
 
-def fingerprint_rows(cfg, raw, tokenizer):
+def fingerprint_rows(raw, encode):
     """Of all that shapes token rows: the tokenizer as it would be saved, and the code, so that a
     fork that edits it gets what it wrote and not what an older version left in the cache."""
+    tokenizer, *options = encode.args
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = [checksum(path) for path in sorted(Path(folder).rglob("*"))]
-    text = Path(__file__).read_text(encoding="utf-8")
-    code = text.split("\n# ---- between raw rows and token rows")[1]
-    packing = cfg.packing.replace("documents", "rows")   # which PackedRows puts together
-    return digest(raw._fingerprint, str(raw.features), saved, code, cfg.text_column, cfg.seq_len,
-                  packing)
+    code = Path(__file__).read_text(encoding="utf-8").split(
+        "\n# ---- between raw rows and token rows")[1]
+    return digest(raw._fingerprint, str(raw.features), saved, code, options)
 
 
 def row_encoder(cfg, tokenizer):
     """-> a function of raw rows alone."""
-    return functools.partial(encode_rows, tokenizer=tokenizer, text_column=cfg.text_column,
-                             seq_len=cfg.seq_len, packing=cfg.packing)
+    packing = cfg.packing.replace("documents", "rows")   # which PackedRows puts together
+    return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, packing)
 
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
@@ -916,109 +890,78 @@ FEATURES = datasets.Features(
 ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes share the work
 
 
-def encode_rows(raw_rows, tokenizer, text_column, seq_len, packing):
-    """Raw rows -> token rows: first the conversations, one a row, then the texts, joined in blocks
-    or each in rows of its own, then what was dropped: a row too, that says why."""
-    conversations = []
+def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
+    """Raw rows -> a dataset of token rows: first the conversations, one a row, then the texts,
+    joined in blocks or each in rows of its own, then what was dropped: a row too, that says why."""
+    write_chat = chat_writer(tokenizer)
+    chats = []
     texts = []
     dropped = []
     for row in raw_rows:
         try:
             conversation = conversation_of(row)
             if conversation is None:
-                texts.append(text_of(row[text_column] or ""))
+                # an empty one is read as well, and says nothing
+                texts += filter(None, [text_of(row[text_column] or "")])
             elif packing == "blocks":
                 raise ValueError("a conversation; blocks are of text: use --packing rows")
             else:
-                conversations.append(conversation)
-        except Exception as e:   # whatever is strange about it
+                chats.append(write_chat(conversation))
+        except Exception as e:   # whatever is strange about it, or not to the template's liking
             dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
-    texts = list(filter(None, texts))   # an empty one is read as well, and says nothing
-    encoded = encode_conversations(conversations, tokenizer, seq_len, dropped)
-    encoded += encode_texts(texts, tokenizer, seq_len, join=packing in ("auto", "blocks"))
     rows = []
-    for ids, targets in encoded:
+    for ids, targets in (encode_chats(chats, tokenizer, seq_len)
+                         + encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))):
         targets = [False, *targets[1:]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
-        rows.append({"input_ids": ids, "targets": targets, "starts": [0], "dropped": why})
-    for why in dropped:
-        rows.append({"input_ids": [], "targets": [], "starts": [], "dropped": why})
-    return rows
+        rows.append((ids, targets, [0], why))
+    rows += [([], [], [], why) for why in dropped]
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(FEATURES)}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 def rows_from_columns(columns):
     """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]"""
-    rows = zip(*columns.values(), strict=True)
-    return [dict(zip(columns, values, strict=True)) for values in rows]
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def bos_of(tokenizer):
     """The id that this tokenizer puts before every text; None where it puts none. A model that
     learned with it (Gemma, Llama) is lost without."""
     bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        return bos
-    return None
+    return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
     """-> [(ids, which are targets)]. Each text ends with EOS. Joined, or each by itself, they are
     cut into blocks of seq_len; the last one may be shorter. A BOS begins each block, not each text:
     so it is predicted nowhere."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    bos = bos_of(tokenizer)
-    begin = [] if bos is None else [bos]
+    if not texts:   # which a tokenizer does not take
+        return []
+    begin, end = ([] if token is None else [token]
+                  for token in (bos_of(tokenizer), tokenizer.eos_token_id))
     room = seq_len - len(begin)
-    documents = []
-    for ids in encode_all(tokenizer, texts, add_special_tokens=False)["input_ids"]:
-        documents.append(ids if ids[-1:] == end else ids + end)
+    encoded = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
+    documents = [ids if ids[-1:] == end else ids + end for ids in encoded]
     if join:
         documents = [list(itertools.chain(*documents))]
-    blocks = []
-    for ids in documents:
-        for i in range(0, len(ids), room):
-            block = begin + ids[i:i + room]
-            blocks.append((block, [True] * len(block)))
-    return blocks
+    blocks = [begin + ids[i:i + room] for ids in documents for i in range(0, len(ids), room)]
+    return [(block, [True] * len(block)) for block in blocks]
 
 
-def encode_all(tokenizer, texts, **options):
-    """All at once, on the tokenizer's own threads; it does not take an empty list."""
-    if not texts:
-        return {"input_ids": [], "offset_mapping": []}
-    return tokenizer(texts, verbose=False, **options)
-
-
-def encode_conversations(conversations, tokenizer, seq_len, dropped):
-    """-> [(ids, which are targets)], cut at seq_len. Targets are the assistant's tokens with their
-    end marks. What the chat template does not take is added to dropped."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special_tokens = {*tokenizer.all_special_tokens, *added}
-    end_marks = sorted(special_tokens, key=len, reverse=True)   # one may begin with another
-    write = functools.partial(
-        tokenizer.apply_chat_template, tokenize=False,
-        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
-    prompt = generation_prompt(write)
-    spans_of = []
-    texts = []
-    for messages in conversations:
-        try:
-            text, spans = render(messages, write, prompt, end_marks)
-        except Exception as e:
-            dropped.append(f"the chat template: {one_line(e)}")
-            continue
-        texts.append(text)
-        spans_of.append(spans)
+def encode_chats(chats, tokenizer, seq_len):
+    """[(text, spans of the assistant in it)] -> [(ids, which are targets)], cut at seq_len."""
+    if not chats:
+        return []
     # a template has written the special tokens already
-    encoded = encode_all(tokenizer, texts, add_special_tokens=not tokenizer.chat_template,
-                         return_offsets_mapping=True)
-    return [(ids[:seq_len], find_targets(offsets[:seq_len], spans)) for ids, offsets, spans in
-            zip(encoded["input_ids"], encoded["offset_mapping"], spans_of)]
-
-
-def find_targets(offsets, spans):
-    """Which tokens, by the characters that each covers, overlap one of the spans."""
-    return [any(first < end and start < last for start, end in spans) for first, last in offsets]
+    encoded = tokenizer([text for text, _ in chats], verbose=False, return_offsets_mapping=True,
+                        add_special_tokens=not tokenizer.chat_template)
+    rows = []
+    for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], chats):
+        targets = [any(first < end and start < last for start, end in spans)
+                   for first, last in offsets[:seq_len]]
+        rows.append((ids[:seq_len], targets))
+    return rows
 
 
 # The text of a conversation where a tokenizer has no chat template of its own.
@@ -1026,24 +969,29 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
                   "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 
-def generation_prompt(write):
-    """What a template writes to have the assistant speak next; "" where it has nothing of the kind.
-    """
+def chat_writer(tokenizer):
+    """-> a function of a conversation: its text, and the spans of the assistant in it."""
+    write = functools.partial(
+        tokenizer.apply_chat_template, tokenize=False,
+        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
+    marks = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()
+             if token.special]
+    marks.sort(reverse=True)   # one may begin with another, which comes first then
+    end_mark = re.compile(rf"(\s*({'|'.join(marks) or '(?!)'}))?")
     question = [{"role": "user", "content": "x"}]
-    try:
-        text = write(question)
+    prompt = ""   # what it writes to have the assistant speak next
+    with contextlib.suppress(Exception):   # not without a system role, or so
         asking = write(question, add_generation_prompt=True)
-    except Exception:   # not without a system role, or so
-        return ""
-    return asking[common_length(text, asking):]
+        prompt = asking[difference(asking, write(question))[0]:]
+    return functools.partial(render, write, prompt, end_mark)
 
 
-def render(messages, write, prompt, end_marks):
+def render(write, prompt, end_mark, messages):
     """-> a conversation as text, and the spans of characters that the assistant's messages add to
     it, with the end mark that follows: all that comes after the prompt, be it an answer, a thought
     or a call of a tool."""
     text = write(messages)
-    spans = []
+    spans = [(0, 0)]
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -1051,16 +999,10 @@ def render(messages, write, prompt, end_marks):
         if start == end and not message["content"]:   # nor anything else that the template knows
             continue
         # what every message of the assistant begins with, such as <think>, is no difference
-        last_end = spans[-1][1] if spans else 0
-        header = text.rfind(prompt, last_end, start)
-        if prompt and header >= 0:
+        header = text.rfind(prompt, spans[-1][1], start)
+        if header >= 0:
             start = header + len(prompt)
-        following = text[end:end + 1000].lstrip()
-        for mark in end_marks:
-            if following.startswith(mark):
-                end = text.index(mark, end) + len(mark)
-                break
-        spans.append((start, end))
+        spans.append((start, end_mark.match(text, end).end()))
     return text, spans
 
 
@@ -1080,13 +1022,9 @@ def find_turn(i, messages, text, write):
 
 def difference(text, other):
     """-> the span of text between what both begin with and what both end with."""
-    start = common_length(text, other)
-    same_end = common_length(text[start:][::-1], other[start:][::-1])
-    return start, len(text) - same_end
-
-
-def common_length(a, b):
-    return len(os.path.commonprefix([a, b]))
+    start = len(os.path.commonprefix([text, other]))
+    ends = [text[start:][::-1], other[start:][::-1]]
+    return start, len(text) - len(os.path.commonprefix(ends))
 
 
 # Columns that hold a conversation each, as a list of messages.
@@ -1107,53 +1045,41 @@ def conversation_of(row):
     """A raw row -> [{"role": ..., "content": ..., ...}, ...], or None for plain text."""
     for column in CONVERSATION_COLUMNS:
         if isinstance(row.get(column), list) and row[column]:
-            return as_messages("", row[column])
-    for user_column, assistant_column in CONVERSATIONS:
-        prompt = row.get(user_column)
-        answer = row.get(assistant_column)
-        if not isinstance(prompt, (str, list)) or not isinstance(answer, (str, list)):
+            return list(map(message_of, row[column]))
+    for columns in CONVERSATIONS:
+        said = [row.get(column) for column in columns]
+        if not set(map(type, said)) <= {str, list}:
             continue
-        if user_column == "instruction" and row.get("input"):
-            prompt = f"{prompt}\n\n{row['input']}"
-        return as_messages("user", prompt) + as_messages("assistant", answer)
+        if columns[0] == "instruction" and row.get("input"):
+            said[0] = f"{said[0]}\n\n{row['input']}"
+        messages = []
+        for role, content in zip(("user", "assistant"), said):
+            turns = content if isinstance(content, list) else [dict(role=role, content=content)]
+            messages += map(message_of, turns)
+        return messages
     return None
-
-
-def as_messages(role, content):
-    if isinstance(content, list):   # of messages
-        return [message_of(turn) for turn in content]
-    return [{"role": role, "content": content}]
 
 
 def message_of(turn):
     """With a role, and a content that is text. ShareGPT has `from` and `value` for them."""
-    message = without_nulls(turn)
+    message = json.loads(json.dumps(turn, default=str), object_hook=without_nulls)
     if "value" in message and "content" not in message:
         sender = message["from"]
         message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message["value"]}
-    calls = message.pop("tool_calls", None)
-    if calls:   # some templates ask only whether there is such a list
-        message["tool_calls"] = [call_of(call) for call in calls]
+    if not message.get("tool_calls"):   # some templates ask only whether there is such a list
+        message.pop("tool_calls", None)
+    for call in message.get("tool_calls", []):
+        function = call.get("function", call)
+        # an object, as templates expect; APIs give its JSON
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            function["arguments"] = json.loads(function["arguments"])
     return {**message, "role": message["role"], "content": text_of(message.get("content", ""))}
 
 
-def call_of(call):
-    """The arguments of a tool as the object that templates expect; APIs give them as its JSON."""
-    function = call.get("function", call)
-    if isinstance(function.get("arguments"), str):
-        with contextlib.suppress(ValueError):
-            function["arguments"] = json.loads(function["arguments"])
-    return call
-
-
-def without_nulls(value):
+def without_nulls(fields):
     """A table gives every message the fields of all others, as nulls; templates take those for
     something."""
-    if isinstance(value, dict):
-        return {name: without_nulls(x) for name, x in value.items() if x is not None}
-    if isinstance(value, list):
-        return [without_nulls(x) for x in value]
-    return value
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def text_of(content):
@@ -1188,33 +1114,27 @@ def packed_row(documents):
     """documents: columns. Each begins with a token that is no target: it would be predicted from
     another document."""
     lengths = [len(ids) for ids in documents["input_ids"]]
-    return {"input_ids": np.concatenate(list(documents["input_ids"])),
-            "targets": np.concatenate(list(documents["targets"])),
+    return {"input_ids": np.concatenate(documents["input_ids"]),
+            "targets": np.concatenate(documents["targets"]),
             "starts": np.cumsum([0, *lengths[:-1]])}
 
 
 def fit_into_rows(lengths, seq_len):
     """-> the numbers of the documents in each row: the longest first, each where it leaves the
     least room. Rows, and what is in them, stand in the order of the documents."""
-    rows = []
-    free = []   # (room left, row), in rising order
+    rows = [[] for _ in lengths]   # more than are needed: the last ones stay empty
+    free = [(seq_len, row) for row in range(len(rows))]   # (room left, row), in rising order
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(free, (lengths[i], 0))
-        if place < len(free):
-            room, row = free.pop(place)
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
+        room, row = free.pop(bisect.bisect_left(free, (lengths[i], 0)))
         rows[row].append(i)
         bisect.insort(free, (room - lengths[i], row))
-    return sorted(sorted(row) for row in rows)
+    return sorted(sorted(row) for row in rows if row)
 
 
 def row_lengths(rows):
     """In tokens, of a dataset of token rows."""
-    tables = rows.with_format("arrow").iter(1000)
-    return np.concatenate([table["input_ids"].combine_chunks().value_lengths().to_numpy()
-                           for table in tables])
+    parts = rows.select_columns("input_ids").iter(1000)
+    return np.array([len(ids) for part in parts for ids in part["input_ids"]])
 
 
 def count_rows(rows):
@@ -1225,15 +1145,13 @@ def count_rows(rows):
         return None
     tokens = targets = biggest = 0
     content = hashlib.sha256()
-    for table in documents.with_format("arrow").iter(1000):
-        lists = table["input_ids"].combine_chunks()
-        ids = lists.flatten().to_numpy()
-        is_target = table["targets"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        for part in (lists.value_lengths().to_numpy(), ids, is_target):
-            content.update(part)
-        tokens += len(ids)
-        targets += int(is_target.sum())
-        biggest = max(biggest, int(ids.max()))
+    for part in documents.iter(1000):
+        row = packed_row(part)
+        for values in row.values():
+            content.update(values)
+        tokens += len(row["input_ids"])
+        targets += int(row["targets"].sum())
+        biggest = max(biggest, int(row["input_ids"].max()))
     return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest,
                 digest=content.hexdigest()[:16])
 
@@ -1262,37 +1180,28 @@ STAND_IN = {"input_ids": [0, 0], "targets": [False, False], "starts": [0]}
 
 
 def collate(rows):
-    """Token rows -> Batch. The label of a position is the *next* token; shifting comes before
-    masking: a position counts where its next token is a target, not where it is one itself."""
+    """Token rows -> Batch. A position counts where its *next* token, its label, is a target: so the
+    one before a target, as no row begins with one."""
     shown = rows or [STAND_IN]
-    ids = []
-    next_ids = []
-    positions = []   # within documents; those of padding do not matter
+    ids, targets = (
+        pad_sequence([torch.as_tensor(row[name]) for row in shown], True).flatten().long()
+        for name in ("input_ids", "targets"))
+    positions = []   # within documents; -1: padding
     for row in shown:
-        ids.append(torch.as_tensor(row["input_ids"], dtype=torch.long))
-        labels = torch.where(torch.as_tensor(row["targets"]), ids[-1], -100)
-        next_ids.append(nn.functional.pad(labels[1:], (0, 1), value=-100))   # the last has none
-        lengths = np.diff(row["starts"], append=len(ids[-1]))
-        positions.append(torch.cat([torch.arange(length) for length in lengths]))
-    position_ids = None
-    if any(len(row["starts"]) > 1 for row in shown):
-        position_ids = to_device(pad_sequence(positions, True))
-    labels = pad_sequence(next_ids, True, padding_value=-100).flatten()
-    is_real = pad_sequence([torch.full_like(of_row, bool(rows)) for of_row in ids], True)
-    counted = (labels != -100).nonzero()[:, 0]
+        lengths = np.diff(row["starts"], append=len(row["input_ids"]))
+        positions.append(torch.cat(list(map(torch.arange, lengths))))
+    positions = pad_sequence(positions, True, padding_value=-1)
+    has_several = any(len(row["starts"]) > 1 for row in shown)
+    is_real = (positions.flatten() >= 0) & bool(rows)
+    next_tokens = targets.nonzero()[:, 0]
+    sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
+              zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
-        rows=rows, input_ids=to_device(pad_sequence(ids, True)), positions=to_device(counted),
-        labels=pin(labels[counted]), real=to_device(is_real.flatten().nonzero()[:, 0]),
-        sparse=collate_sparse(rows), position_ids=position_ids)
-
-
-def collate_sparse(rows):
-    """The rows' SparseTargets as one, in the order of the batch's labels; None online."""
-    sparse = [row["sparse"] for row in rows if "sparse" in row]   # tuples of arrays
-    if not sparse:
-        return None
-    fields = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*sparse, strict=True)]
-    return SparseTarget(*[to_device(tensor) for tensor in fields])
+        rows=rows, input_ids=to_device(ids.view_as(positions)),
+        positions=to_device(next_tokens - 1), labels=pin(ids[next_tokens]),
+        real=to_device(is_real.nonzero()[:, 0]),
+        sparse=SparseTarget(*sparse) if sparse else None,
+        position_ids=to_device(positions.clamp(0)) if has_several else None)
 
 
 def pin(tensor):
@@ -1321,15 +1230,15 @@ def batch_of_step(count, seed, global_batch, step):
 
 def micro_batches(rows, micro_steps, batch_size):
     """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row."""
-    starts = range(0, micro_steps * batch_size, batch_size)
-    return [collate(rows[start:start + batch_size]) for start in starts]
+    return [collate(rows[start:start + batch_size])
+            for start in range(0, micro_steps * batch_size, batch_size)]
 
 
-def prefetch(endless, depth=2):
-    """Run a generator in a thread, `depth` items ahead: the next batch is ready while this one
+def prefetch(endless):
+    """Run a generator in a thread, two items ahead: the next batch is ready while this one
     computes."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(next, endless) for _ in range(depth))
+        ahead = collections.deque(pool.submit(next, endless) for _ in range(2))
         while True:
             ahead.append(pool.submit(next, endless))
             yield ahead.popleft().result()
@@ -2872,7 +2781,7 @@ def batches_of_stream(run):
     while True:
         with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
             raw = list(itertools.islice(raw_rows, size))
-            rows, dropped = kept_rows(token_rows(encode_here(raw)))
+            rows, dropped = kept_rows(encode_here(raw))
             for root in filter(None, [run.student, run.teacher]):
                 check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
         if dropped and position["window"] == 0:   # not at each window
@@ -3278,8 +3187,7 @@ def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
 
 
 def encode_block(cfg, tokenizer, columns):
-    encoded = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
-    rows, _ = kept_rows(token_rows(encoded))
+    rows, _ = kept_rows(row_encoder(cfg, tokenizer)(rows_from_columns(columns)))
     if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]

@@ -13,6 +13,7 @@ import atexit
 import collections
 import contextlib
 import fcntl   # optional: cache
+import datetime
 import functools
 import gc   # optional: generate
 import hashlib
@@ -1110,11 +1111,10 @@ with sd.process_group():
 
 def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
     port = free_port()
-    processes = []
-    for rank in range(2):
-        processes.append(subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
-            env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE))
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
+        env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE)
+        for rank in range(2)]
     try:
         first, second = [process.communicate(timeout=240)[0] for process in processes]
     finally:
@@ -1509,14 +1509,12 @@ def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template
         assert row["input_ids"] == ids
 
 
-@pytest.mark.parametrize("said, shown", [
-    ("  spaced out \n", "spaced out"), ("x", "x"), ("<|im", "<|im"), ("user", "user"),
-    ("é日本🙂", "é日本🙂"), ("assistant", "assistant"),
-])
-def test_data_odd_answers_are_found_exactly(said, shown):
+@pytest.mark.parametrize("said", [
+    "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant"])
+def test_data_odd_answers_are_found_exactly(said):
     tokenizer = tiny_tokenizer(LLAMA3)
     row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    assert target_runs(row, tokenizer) == [shown + "<|eot_id|>"] * 2
+    assert target_runs(row, tokenizer) == [said.strip() + "<|eot_id|>"] * 2
 
 
 # ---- thoughts and calls of tools, by the templates of those models, shortened
@@ -1635,9 +1633,9 @@ CALL = {"type": "function", "id": "abcdefghi",
         "function": {"name": "look", "arguments": {"at": "sky"}}}
 TOOL_TURNS = [
     user("how is it?"),
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {**assistant(None), "tool_calls": [CALL]},
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
-    {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"},
+    {**assistant("Dull."), "reasoning_content": "grey is dull"},
 ]
 SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
@@ -1723,23 +1721,25 @@ PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
 NULLS = {"name": None, "tool_calls": None}
 
 
-@pytest.mark.parametrize("row, messages", [
-    ({"messages": WHY_SO}, WHY_SO),
-    ({"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]}, WHY_SO),
-    ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
-     WHY_SO),
-    ({"prompt": "why?", "response": "so", "text": "unread"}, WHY_SO),
-    ({"prompt": "why?", "completion": "so"}, WHY_SO),
-    ({"prompt": [user("why?")], "completion": [assistant("so")]}, WHY_SO),
-    ({"messages": None, "prompt": None, "question": "why?", "answer": "so"}, WHY_SO),
-    ({"instruction": "why?", "input": "", "output": "so"}, WHY_SO),
-    ({"instruction": "add", "input": "1, 2", "output": "3"},
-     [user("add\n\n1, 2"), assistant("3")]),
-    ({"messages": [], "prompt": "why?", "response": None, "text": "one"}, None),
-    ({"messages": "why?", "text": "one"}, None),
+@pytest.mark.parametrize("row", [
+    {"messages": WHY_SO},
+    {"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]},
+    {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
+    {"prompt": "why?", "response": "so", "text": "unread"},
+    {"prompt": "why?", "completion": "so"},
+    {"prompt": [user("why?")], "completion": [assistant("so")]},
+    {"messages": None, "prompt": None, "question": "why?", "answer": "so"},
+    {"instruction": "why?", "input": "", "output": "so"},
 ])
-def test_data_conversations_of_every_format(row, messages):
-    assert sd.conversation_of(row) == messages
+def test_data_conversations_of_every_format(row):
+    assert sd.conversation_of(row) == WHY_SO
+    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == [
+        user("add\n\n1, 2"), assistant("3")]
+    for other in ({"messages": [], "prompt": "why?", "response": None}, {"messages": "why?"}):
+        assert sd.conversation_of({**other, "text": "one"}) is None
+    when = datetime.datetime(2026, 1, 2)   # as parquet has them
+    assert sd.conversation_of({"messages": [{**user("a"), "when": when, "calls": [None]}]}) == [
+        {**user("a"), "when": str(when), "calls": [None]}]
 
 
 PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
@@ -1761,7 +1761,7 @@ REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
 
 def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
     tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
-    rows, dropped = sd.kept_rows(sd.token_rows(encode(MIXED, tokenizer, 64)))
+    rows, dropped = sd.kept_rows(encode(MIXED, tokenizer, 64))
     assert [target_runs(row, tokenizer) for row in rows] == [
         ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
     assert dropped.total() == len(REASONS)
@@ -1819,8 +1819,7 @@ def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin,
 ])
 def test_data_dropped_as_it_has_to_be(template, packing, why):
     rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
-    encoded = encode(rows, tiny_tokenizer(template), 16, packing)
-    kept, dropped = sd.kept_rows(sd.token_rows(encoded))
+    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
     assert len(kept) == 1
     [reason] = dropped.elements()
     assert why in reason
@@ -1886,7 +1885,7 @@ def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, mo
 
     def fingerprint(tokenizer=None, raw=raw, **fields):
         cfg = config.Config(**{"packing": "rows", **fields})
-        return sd.fingerprint_rows(cfg, raw, tokenizer or tiny_tokenizer())
+        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer or tiny_tokenizer()))
 
     other_end = tiny_tokenizer()
     other_end.eos_token = "<|im_end|>"
@@ -1938,9 +1937,9 @@ def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
 
 def token_dataset(documents):
     """Of [(ids, targets)], as it lies on disk."""
-    rows = [{"input_ids": ids, "targets": targets, "starts": [0], "dropped": ""}
+    rows = [dict(input_ids=ids, targets=targets, starts=[0], dropped="")
             for ids, targets in documents]
-    return sd.kept_rows(sd.token_rows(rows))[0]
+    return sd.kept_rows(datasets.Dataset.from_list(rows, features=sd.FEATURES))[0]
 
 
 def test_data_packed_rows_are_a_view_of_any_number_of_documents():
