@@ -2006,8 +2006,8 @@ def save_checkpoint(folder, step, tensors, state, keep):
         for left in folder.glob("tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
     all_sum(0)
-    # a file is put together in host memory: few tensors a file
-    file_of = {name: 1 + i // TENSORS_A_FILE for i, name in enumerate(tensors)}
+    # a file is put together in host memory: 16 tensors a file
+    file_of = {name: 1 + i // 16 for i, name in enumerate(tensors)}
     writer = HuggingFaceStorageWriter(aside, file_of, save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=HOST)   # syncs each file
     files = checksums(aside, from_rank0(RANK == 0 and sorted(os.listdir(aside))))
@@ -2025,9 +2025,6 @@ def save_checkpoint(folder, step, tensors, state, keep):
         for old in checkpoints_in(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     return state["digest"]
-
-
-TENSORS_A_FILE = 16
 
 
 def checksums(folder, files):
@@ -2204,8 +2201,7 @@ class Progress:
 class Run:
     """What a run works with."""
     cfg: Config
-    result_knobs: dict         # all knobs that decide the result; compared at a resume ...
-    inputs: dict               # ... as is what the files that they name held
+    setup: dict                # what each checkpoint says of the run beside its progress
     tokenizer: Any
     rows: Any                  # token rows to train on, or a stream of raw rows
     eval_rows: Any
@@ -2311,14 +2307,17 @@ def start_run(cfg):
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    setup = {
+        "config": knobs, "inputs": inputs, "global_batch": global_batch,
+        "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
+        "length": [cfg.max_steps, cfg.num_epochs]}
     # Student and teacher are compared over the ids that the tokenizer has, and then CE is of the
     # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
     vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
     return Run(
-        cfg=cfg, result_knobs=knobs, inputs=inputs, tokenizer=tokenizer, rows=rows,
-        eval_rows=eval_rows, student=student, teacher=teacher, batch_size=batch_size,
-        micro_steps=micro_steps, global_batch=global_batch, checkpoint=path,
-        saved_digest=state and state["digest"],
+        cfg=cfg, setup=setup, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, student=student,
+        teacher=teacher, batch_size=batch_size, micro_steps=micro_steps, global_batch=global_batch,
+        checkpoint=path, saved_digest=state and state["digest"],
         progress=Progress(**state["progress"]) if state else Progress(),
         vocabulary=vocabulary,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
@@ -2381,11 +2380,11 @@ def begin(run, stages):
                 prepare_output(cfg, progress.step)
             all_sum(0)   # nobody goes on before that is done
         run.wandb = start_wandb(cfg, progress.wandb_id)
-        if run.wandb is not None:
+        if run.wandb:
             progress.wandb_id = run.wandb.id
             stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
-        if progress.first_scores is None:
-            progress.first_scores = scores(run, rows_before_training(run))
+        if not progress.first_scores:
+            progress.first_scores = scores(run, run.student, rows_before_training(run))
         run.batches = prefetch(my_batches(run))
         stack.enter_context(contextlib.closing(run.batches))
         if cfg.on_policy:   # optional: on_policy
@@ -2532,7 +2531,7 @@ def log(run, entry):
     finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
     with contextlib.suppress(OSError):   # a full disk: the next checkpoint says so
         append_jsonl(Path(run.cfg.output_dir, "log.jsonl"), finite)
-    if run.wandb is not None:
+    if run.wandb:
         run.wandb.log(entry, step=run.progress.step)
 
 
@@ -2543,7 +2542,7 @@ def evaluate_and_save(run, stage):
     last = progress.step == run.steps
     judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
     if last or (judged and is_due(progress.step, run.cfg.eval_steps)):
-        run.last_scores = scores(run, run.eval_rows)
+        run.last_scores = scores(run, run.student, run.eval_rows)
         progress.best_loss = min(progress.best_loss, run.last_scores["loss"])
         entry = run.last_scores | {
             "min_loss": progress.best_loss, "epoch": run.epoch, "step": progress.step}
@@ -2561,19 +2560,14 @@ def is_due(step, every):
 
 def save(run):
     """A checkpoint of this moment, once. What goes wrong is said; the run goes on."""
-    cfg = run.cfg
     if run.saved_step == run.progress.step:
         return
     run.saved_step = run.progress.step
-    state = {
-        "progress": dataclasses.asdict(run.progress), "length": [cfg.max_steps, cfg.num_epochs],
-        "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
-        "global_batch": run.global_batch, "config": run.result_knobs, "inputs": run.inputs}
     with saving(run):
         run.saved_digest = save_checkpoint(
-            Path(cfg.output_dir, "checkpoints"), run.saved_step,
-            tensors_of(run.student, run.optimizer.state, run.scale_state), state,
-            cfg.keep_checkpoints)
+            Path(run.cfg.output_dir, "checkpoints"), run.saved_step,
+            tensors_of(run.student, run.optimizer.state, run.scale_state),
+            run.setup | {"progress": dataclasses.asdict(run.progress)}, run.cfg.keep_checkpoints)
     if run.save_problem:
         print0(f"WARNING: checkpoint {run.saved_step} could not be saved ({run.save_problem}); the "
                "run goes on, older ones stay")
@@ -2594,11 +2588,11 @@ def saving(run):
 # ---- evaluating
 
 
-def scores(run, rows):
-    """The student on held-out rows -> {loss, ce_loss, kl_loss, perplexity}: means over their
+def scores(run, root, rows):
+    """Student or teacher on held-out rows -> {loss, ce_loss, kl_loss, perplexity}: means over their
     counted tokens. Every token counts once, whatever the number of ranks."""
-    loss, ce, kl, *_ = mean_over_rows(run.student, run.loss_fn, run.get_teacher_targets, rows,
-                                      run.batch_size, "labels", "evaluating the student")
+    loss, ce, kl, *_ = mean_over_rows(root, run.loss_fn, run.get_teacher_targets, rows,
+                                      run.batch_size, "labels", "evaluating")
     return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
@@ -2643,7 +2637,7 @@ def finish(run):
         print0(f"stopped at step {run.progress.step} of {run.steps}; the same command, without "
                "--resume, goes on from what is saved")
     elif not run.save_problem:
-        run.last_scores = run.last_scores or scores(run, run.eval_rows)
+        run.last_scores = run.last_scores or scores(run, run.student, run.eval_rows)
         results = closing_table(run)
         print0(f"writing {final} ...")
         with saving(run):
@@ -2658,19 +2652,16 @@ def finish(run):
 
 
 def closing_table(run):
-    rows = []
-    if run.teacher is not None:   # by itself: its cross-entropy to the labels
-        alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
-                                  vocabulary=run.vocabulary)
-        _, ce, *_ = mean_over_rows(run.teacher, alone, teacher_targets(None), run.eval_rows,
-                                   run.batch_size, "labels", "evaluating the teacher")
-        rows.append(["teacher", f"{math.exp(min(ce, 700)):.2f}", "0.0000"])
+    scored = {}
+    if run.teacher is not None:
+        scored["teacher"] = scores(run, run.teacher, run.eval_rows)
     seen = f"{len(rows_before_training(run))} sequences"
-    for when, scored in (
-            (f"before ({seen})", run.progress.first_scores),
-            (f"after ({len(run.eval_rows)})", run.last_scores)):
-        kl = "-" if run.cfg.alpha == 1 else f"{scored['kl_loss']:.4f}"
-        rows.append([f"student {when}", f"{scored['perplexity']:.2f}", kl])
+    scored[f"student before ({seen})"] = run.progress.first_scores
+    scored[f"student after ({len(run.eval_rows)})"] = run.last_scores
+    rows = []
+    for name, values in scored.items():   # rounded, the teacher's own KL is a little below 0
+        kl = "-" if run.cfg.alpha == 1 else f"{max(values['kl_loss'], 0):.4f}"
+        rows.append([name, f"{values['perplexity']:.2f}", kl])
     return table(["held out", "perplexity", "KL to teacher"], rows)
 
 
@@ -2750,8 +2741,8 @@ def rehearse(run, stages):
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
         rows = [run.rows[i] for i in longest.tolist()]
         micro = micro_batches(rows, run.micro_steps, run.batch_size)
-    rows = [row for batch in micro for row in batch.rows] or [STAND_IN]
-    print0("an example, its targets in [[ ]]: " + show_targets(rows[0], run.tokenizer))
+    example, *_ = micro[0].rows or [STAND_IN]
+    print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
     average = seconds
@@ -2775,12 +2766,10 @@ def time_step(run, stage, micro):
 
 def show_targets(row, tokenizer):
     """A row as text; what the student learns to say stands in [[ ]]."""
-    shown = []
-    parts = itertools.groupby(zip(row["input_ids"], row["targets"]), key=lambda pair: pair[1])
-    for is_target, pairs in parts:
-        text = tokenizer.decode([int(i) for i, _ in pairs])
-        shown.append(f"[[{text}]]" if is_target else text)
-    return repr("".join(shown))
+    cuts = np.flatnonzero(np.diff(row["targets"])) + 1
+    texts = tokenizer.batch_decode(np.split(row["input_ids"], cuts))
+    texts[1::2] = [f"[[{text}]]" for text in texts[1::2]]   # the first token is never a target
+    return repr("".join(texts))
 
 
 def describe_peak():

@@ -3364,7 +3364,7 @@ def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teach
     (HERE, "c/d", 0.5, ["c/d"]),
 ])
 def test_train_model_card_names_what_is_on_the_hub(monkeypatch, student, teacher, alpha, bases):
-    monkeypatch.setattr(sd, "facts_of", lambda run: {})
+    monkeypatch.setattr(sd, "facts_of", str)
     cfg = config.Config(student=str(student), teacher=teacher, alpha=alpha)
     card = sd.model_card(types.SimpleNamespace(cfg=cfg), "")
     assert f"\nbase_model: {json.dumps(bases)}\n" in card
@@ -3606,11 +3606,11 @@ def simulate(folder):
             get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
         stage = sd.distillation_stage(run)
         sd.start_stage(run, stage)
-        batch = sd.collate([{"input_ids": list(range(9)), "targets": [False] + 8 * [True],
-                             "starts": [0]}])
+        row = {"input_ids": list(range(9)), "targets": [False] + 8 * [True], "starts": [0]}
+        micro = [sd.collate([row]), sd.collate([row])]
         for _ in range(2):
             calls.count = collections.Counter(wait=0)
-            _, norm = sd.one_step(run, stage, [batch, batch], 1000)
+            _, norm = sd.one_step(run, stage, micro, 1000)
         assert norm.device.type == "cuda" and norm.dtype == torch.float32
     print(json.dumps(calls.count))
 
