@@ -2547,8 +2547,8 @@ def evaluate_and_save(run, stage):
         entry = run.last_scores | {
             "min_loss": progress.best_loss, "epoch": run.epoch, "step": progress.step}
         log(run, {f"eval/{key}": value for key, value in entry.items()})
-        shown = [f"{key} {value:.4f}" for key, value in run.last_scores.items()]
-        print0(f"step {progress.step}: held-out", *shown)
+        print0(f"step {progress.step}: held-out",
+               *[f"{key} {value:.4f}" for key, value in run.last_scores.items()])
     if last or is_due(progress.step, run.cfg.save_steps):
         save(run)
     run.window_start += time.time() - paused   # the speed is of training alone
