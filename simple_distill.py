@@ -63,7 +63,6 @@ from config import (
     demo_knobs,   # optional: demo
     knobs_of,
     one_line,
-    parse_config,
     parse_multipliers,
     parse_or_exit,
     result_knobs,
@@ -1863,8 +1862,8 @@ def save_checkpoint(folder, step, tensors, state, keep):
         for left in folder.glob("tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
     all_sum(0)
-    # a file is put together in host memory: few tensors a file
-    file_of = {name: 1 + i // TENSORS_A_FILE for i, name in enumerate(tensors)}
+    # a file is put together in host memory: 16 tensors a file
+    file_of = {name: 1 + i // 16 for i, name in enumerate(tensors)}
     writer = HuggingFaceStorageWriter(aside, file_of, save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=HOST)   # syncs each file
     files = checksums(aside, from_rank0(RANK == 0 and sorted(os.listdir(aside))))
@@ -1884,9 +1883,6 @@ def save_checkpoint(folder, step, tensors, state, keep):
     return state["digest"]
 
 
-TENSORS_A_FILE = 16
-
-
 def checksums(folder, files):
     """{file: CRC-32, None where it cannot be read}. Each rank reads its share."""
     mine = {file: checksum(folder / file) for file in files[RANK::WORLD]}
@@ -1896,14 +1892,10 @@ def checksums(folder, files):
 
 
 def checksum(path):
-    crc = 0
     try:
-        with open(path, "rb") as f:
-            while block := f.read(2**24):
-                crc = zlib.crc32(block, crc)
+        return zlib.crc32(path.read_bytes())   # no larger than what a save puts together
     except OSError:
         return None
-    return crc
 
 
 def checkpoints_in(folder):
@@ -1923,10 +1915,10 @@ def find_checkpoint(resume, output_dir):
                             "--output_dir")
         paths = [Path(resume)]
     for path in paths:
-        state, problem = from_rank0(read_state(path) if RANK == 0 else None)
-        if state is not None and checksums(path, sorted(state["files"])) == state["files"]:
+        state = from_rank0(read_state(path) if RANK == 0 else None)
+        if state and checksums(path, sorted(state["files"])) == state["files"]:
             return path, state
-        print0(f"checkpoint {path} is not what was written{problem}, passed over")
+        print0(f"checkpoint {path} is not what was written, passed over")
     if paths:
         raise UserError(f"'{paths[0]}' is no readable checkpoint; start over with --resume never")
     return None, None
@@ -1934,7 +1926,7 @@ def find_checkpoint(resume, output_dir):
 
 def read_state(path):
     """-> state.json of a checkpoint whose files are exactly those it lists (else None: another file
-    would be read too, and a missing one be missed by nobody), what is wrong."""
+    would be read too, and a missing one be missed by nobody)."""
     try:
         state = read_json(path / "state.json")
         written = state.pop("digest")
@@ -1942,9 +1934,10 @@ def read_state(path):
             raise ValueError("other files, or another state.json")
         # a run from before there was some knob had it at its default
         state["config"] = result_knobs(Config()) | state["config"]
-        return state | {"digest": written}, ""
+        return state | {"digest": written}
     except Exception as e:   # whatever stands there
-        return None, f" ({one_line(e)})"
+        print0(one_line(e))
+        return None
 
 
 def load_checkpoint(path, tensors):
@@ -2012,15 +2005,10 @@ def prepare_output(cfg, step):
 
 def cut_log(path, step):
     """Drop the lines of steps that are about to be repeated, and half a line that a kill left."""
-    kept = []
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if max(row[key] for key in row if key.endswith("/step")) <= step:
-                kept.append(line + "\n")
+    text = path.read_text() if step and path.exists() else ""
+    rows = re.findall(r'(\{[^{]*/step": (\d+)[^{]*}\n)', text)
     aside = Path(f"{path}.tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
+    aside.write_text("".join(row for row, row_step in rows if int(row_step) <= step))
     aside.replace(path)
 
 
@@ -2060,8 +2048,8 @@ class Progress:
     tokens: int = 0                         # trained on so far
     position: Any = None                    # of a stream
     best_loss: float = math.inf
-    first_scores: Optional[dict] = None     # held-out scores before training
-    wandb_id: Optional[str] = None
+    first_scores: dict = None               # held-out scores before training
+    wandb_id: str = None
     notes: dict = field(default_factory=dict)   # what a mode of its own wants to keep
 
 
@@ -2069,38 +2057,34 @@ class Progress:
 class Run:
     """What a run works with."""
     cfg: Config
-    result_knobs: dict         # all knobs that decide the result; compared at a resume ...
-    inputs: dict               # ... as is what the files that they name held
+    setup: dict                # what each checkpoint says of the run beside its progress
     tokenizer: Any
     rows: Any                  # token rows to train on, or a stream of raw rows
     eval_rows: Any
     student: ShardedRoot
-    teacher: Optional[ShardedRoot]
+    teacher: ShardedRoot       # None: at alpha 1, or with a cache
     batch_size: int            # sequences a rank and micro-step
     micro_steps: int
     global_batch: int          # sequences an optimiser step, whatever the number of ranks
-    checkpoint: Optional[Path]  # to continue from
-    saved_digest: Optional[str]   # of the newest checkpoint
-    vocabulary: Optional[int]  # from this id on heads are padding
+    checkpoint: Path           # to continue from, or None
+    saved_digest: str          # of the newest checkpoint, or None
+    vocabulary: int            # from this id on heads are padding; None: nowhere
     loss_fn: Any               # of plain distillation: what held-out rows are judged by ...
     get_teacher_targets: Any   # ... and what it takes from the teacher
     scale_state: dict          # see new_scale_state
     progress: Progress
-    started: float             # seconds since the epoch
 
-    stages: list = field(default_factory=list)
-    stage: Optional[Stage] = None   # whose optimiser this is
+    stages: list = None
+    stage: Stage = None           # whose optimiser this is
     optimizer: Any = None
-    multiplier_at: Any = None       # step of the stage -> what its rates are multiplied by
-    batches: Any = None             # endless (micro-batches of this rank, position after the step)
+    batches: Any = None           # endless (micro-batches of this rank, position after the step)
     wandb: Any = None
     bar: Any = None
-    stop_requests: list = field(default_factory=list)   # filled by a signal
-    stopped: bool = False
-    saved_step: Optional[int] = None
-    save_problem: Optional[str] = None      # why the last checkpoint could not be saved
-    last_scores: Optional[dict] = None      # of the newest evaluation
-    window_start: float = 0.0               # since when the tokens below are counted, for the speed
+    stop_requests: list = None    # filled by a signal
+    saved_step: int = None
+    save_problem: str = None      # why the last checkpoint could not be saved
+    last_scores: dict = None      # of the newest evaluation
+    window_start: float = 0.0     # since when the tokens below are counted, for the speed
     window_tokens: float = 0.0
 
     @property
@@ -2109,16 +2093,13 @@ class Run:
 
     @property
     def steps_per_epoch(self):
-        """None for a stream, which has no length."""
-        if self.cfg.streaming:   # optional: streaming
-            return None
         return math.ceil(len(self.rows) / self.global_batch)
 
     @property
     def epoch(self):
-        if self.steps_per_epoch:
-            return self.progress.step / self.steps_per_epoch
-        return (self.progress.position or {}).get("epoch", 0)
+        if self.cfg.streaming:   # optional: streaming
+            return self.progress.position["epoch"]
+        return self.progress.step / self.steps_per_epoch
 
 
 def train(cfg):
@@ -2151,7 +2132,6 @@ def load_everything(cfg):
 
 def start_run(cfg):
     """Load everything and check that it belongs together -> Run; None where it is finished."""
-    started = time.time()
     make_schedule(cfg, steps=1)   # would it? Before any model is loaded
     load = load_everything
     if cfg.cache_dir:   # optional: cache
@@ -2162,38 +2142,40 @@ def start_run(cfg):
         knobs["cache"] = digest(read_manifest(cfg.cache_dir))   # which one, wherever it lies
     with phase("looking for a checkpoint"):
         path, state = find_checkpoint(cfg.resume, cfg.output_dir)
-        if state is not None:
+        if state:
             refuse_changes(state["config"], knobs, path)
-        finished = state is not None and is_finished(cfg, state)
-    if finished:
-        print0(f"{cfg.output_dir} holds this run, finished: see its final/ (teacher and data were "
-               "not looked at again; --resume never trains anew)")
-        return None
+            if is_finished(cfg, state):
+                print0(f"{cfg.output_dir} holds this run, finished: see its final/ (teacher and "
+                       "data were not looked at again; --resume never trains anew)")
+                return None
     tokenizer, rows, eval_rows, student, teacher, identity = load(cfg)
     inputs = {"teacher's weights": identity, "dtype": str(compute_dtype(cfg))}   # auto: by device
     with phase("reading all token rows once"):
-        facts = from_rank0([count_rows(rows), count_rows(eval_rows)] if RANK == 0 else None)
-    for split, of_split in zip(("train", "held out"), facts):
-        if of_split is not None:
-            print0(f"{split}: {of_split}")
-            inputs[split] = of_split["digest"]
-            for root in filter(None, (student, teacher)):
-                check_ids(root, tokenizer, of_split["biggest"])
-    if state is not None:
+        for split, split_rows in ("train", rows), ("held out", eval_rows):
+            facts = from_rank0(count_rows(split_rows) if RANK == 0 else None)
+            if facts:   # a stream is checked as it comes
+                print0(f"{split}: {facts}")
+                inputs[split] = facts["digest"]
+                for root in filter(None, (student, teacher)):
+                    check_ids(root, tokenizer, facts["biggest"])
+    if state:
         refuse_changes(state["inputs"], inputs, path)
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
     batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    setup = {
+        "config": knobs, "inputs": inputs, "global_batch": global_batch,
+        "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
+        "length": [cfg.max_steps, cfg.num_epochs]}
     # Student and teacher are compared over the ids that the tokenizer has, and then CE is of the
     # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
     vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
     return Run(
-        cfg=cfg, result_knobs=knobs, inputs=inputs, tokenizer=tokenizer, rows=rows,
-        eval_rows=eval_rows, student=student, teacher=teacher, batch_size=batch_size,
-        micro_steps=micro_steps, global_batch=global_batch, checkpoint=path,
-        saved_digest=state and state["digest"],
+        cfg=cfg, setup=setup, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, student=student,
+        teacher=teacher, batch_size=batch_size, micro_steps=micro_steps, global_batch=global_batch,
+        checkpoint=path, saved_digest=state and state["digest"],
         progress=Progress(**state["progress"]) if state else Progress(),
-        vocabulary=vocabulary, started=started,
+        vocabulary=vocabulary,
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
@@ -2210,10 +2192,9 @@ def check_ids(root, tokenizer, biggest):
 
 def is_finished(cfg, state):
     """final/ has to be of this very checkpoint, not of a shorter run before it."""
-    final = read_json(Path(cfg.output_dir, "final", FINAL_MARK), {})
-    same_length = state["length"] == [cfg.max_steps, cfg.num_epochs]
-    return (same_length and state["progress"]["step"] >= state["steps"]
-            and final.get("checkpoint") == state["digest"])
+    final = read_json(Path(cfg.output_dir, "final", FINAL_MARK))
+    return (final == {"checkpoint": state["digest"]}
+            and state["length"] == [cfg.max_steps, cfg.num_epochs])
 
 
 def distillation_stage(run, first_step=0):
@@ -2247,22 +2228,19 @@ def begin(run, stages):
         raise UserError(
             f"'{run.checkpoint}' is of step {progress.step}, this run would end at {run.steps}. "
             "Raise --max_steps or --num_epochs, or start over with --resume never")
-    print0(in_lines(facts_of(run)))
+    print0(facts_of(run))
     with stop_signals() as run.stop_requests, contextlib.ExitStack() as stack:
-        if run.checkpoint:
-            resume(run)   # which starts the stage that it is in
-        else:
-            start_stage(run, stages[0])
+        resume(run)
         with phase(f"preparing {cfg.output_dir}"):
             if RANK == 0:
                 prepare_output(cfg, progress.step)
             all_sum(0)   # nobody goes on before that is done
         run.wandb = start_wandb(cfg, progress.wandb_id)
-        if run.wandb is not None:
+        if run.wandb:
             progress.wandb_id = run.wandb.id
             stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
-        if progress.first_scores is None:
-            progress.first_scores = scores(run, rows_before_training(run))
+        if not progress.first_scores:
+            progress.first_scores = scores(run, run.student, rows_before_training(run))
         run.batches = prefetch(my_batches(run))
         stack.enter_context(contextlib.closing(run.batches))
         if cfg.on_policy:   # optional: on_policy
@@ -2287,16 +2265,16 @@ def my_batches(run):
 
 
 def resume(run):
-    """Start the stage that goes on, fill its tensors from the checkpoint."""
+    """Start the stage that goes on, fill its tensors from the checkpoint, where there is one."""
     step = run.progress.step
-    unfinished = [stage for stage in run.stages if step < stage.end]
-    stage = unfinished[0] if unfinished else run.stages[-1]
+    stage = next((stage for stage in run.stages if step < stage.end), run.stages[-1])
     start_stage(run, stage)
-    # where a stage begins, the moments that were saved are of the stage before
-    moments = {} if step == stage.first_step else run.optimizer.state
-    with phase(f"reading {run.checkpoint}"):
-        load_checkpoint(run.checkpoint, tensors_of(run.student, moments, run.scale_state))
-    run.saved_step = step
+    if run.checkpoint:
+        # where a stage begins, the moments that were saved are of the stage before
+        moments = {} if step == stage.first_step else run.optimizer.state
+        with phase(f"reading {run.checkpoint}"):
+            load_checkpoint(run.checkpoint, tensors_of(run.student, moments, run.scale_state))
+        run.saved_step = step
 
 
 def start_stage(run, stage):
@@ -2304,7 +2282,6 @@ def start_stage(run, stage):
     run.stage = stage
     run.optimizer = None   # its moments go before the next ones come
     run.optimizer = make_optimizer(run.student.parameters(), stage.rates, stage.weight_decay)
-    run.multiplier_at = make_schedule(run.cfg, stage.steps)
 
 
 # ---- the loop
@@ -2313,29 +2290,28 @@ def start_stage(run, stage):
 def train_stage(run, stage):
     """Train what is left of a stage -> True at its end, False when a signal stopped it. What is due
     after its last step is the caller's: something may have to be done before it is saved."""
-    cfg = run.cfg
     progress = run.progress
-    if run.stage is not stage:   # begin() or a resume may have started it
+    if run.stage is not stage:   # begin() may have started it
         start_stage(run, stage)
+    multiplier_at = make_schedule(run.cfg, stage.steps)
     while progress.step < stage.end:
         micro, position = next(run.batches)
         # all ranks agree
         tokens, stopping = all_sum(count_tokens(stage, micro), len(run.stop_requests))
         if stopping:
-            run.stopped = True
-            if run.saved_step != progress.step:
-                save(run)
+            save(run)
             return False
         progress.position = position
-        seed_step(cfg.seed, progress.step)
-        rate = set_rates(run.optimizer, run.multiplier_at(progress.step - stage.first_step))
+        # dropout follows from the step: a resumed run draws the same, and no state has to be kept
+        torch.manual_seed((run.cfg.seed * 1_000_003 + progress.step) * 65_536 + RANK)
+        rate = set_rates(run.optimizer, multiplier_at(progress.step - stage.first_step))
         sums, grad_norm = one_step(run, stage, micro, tokens)
         progress.step += 1
         progress.tokens += int(tokens)
         run.window_tokens += tokens
         run.bar.update()
         stop_after_bad_steps(run)
-        if progress.step % cfg.log_steps == 0 or progress.step == stage.end:
+        if progress.step % run.cfg.log_steps == 0 or progress.step == stage.end:
             log_step(run, stage, sums, grad_norm, rate)
         if progress.step < stage.end:
             evaluate_and_save(run, stage)
@@ -2349,13 +2325,12 @@ def count_tokens(stage, micro):
 def one_step(run, stage, micro, tokens):
     """Forward and backward of the micro-batches, with `tokens` counted on all ranks, and a step of
     the optimiser -> this rank's shares of loss, ce and kl, norm of the gradient."""
-    student = run.student
     sums = torch.zeros(3, device=DEVICE)
-    for i, batch in enumerate(micro):
-        student.set_requires_gradient_sync(
-            run.cfg.fsdp in REDUCE_EACH or i == len(micro) - 1)
+    for batch in micro:
+        run.student.set_requires_gradient_sync(
+            run.cfg.fsdp in REDUCE_EACH or batch is micro[-1])
         targets = stage.get_teacher_targets(batch)
-        loss, ce, kl, *_ = student(stage.loss_fn, batch, targets, max(tokens, 1))
+        loss, ce, kl, *_ = run.student(stage.loss_fn, batch, targets, max(tokens, 1))
         # FSDP averages over ranks, the loss is a mean over the tokens of all of them: times
         # WORLD. A loss that is not finite takes its gradient along: 0 * nan is nan.
         weight = WORLD * run.scale_state["scale"] * (1 + 0 * loss.detach())
@@ -2375,11 +2350,6 @@ def one_step(run, stage, micro, tokens):
     return sums, grad_norm
 
 
-def seed_step(seed, step):
-    """Dropout follows from the step: a resumed run draws the same, and no state has to be kept."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_536 + RANK)
-
-
 def stop_after_bad_steps(run):
     # .item() makes a GPU wait: there only every tenth step looks
     step = run.progress.step
@@ -2394,7 +2364,7 @@ def stop_after_bad_steps(run):
 def log_step(run, stage, sums, grad_norm, rate):
     loss, ce, kl = all_sum(*sums.tolist())
     now = time.time()
-    speed = run.window_tokens / max(now - run.window_start, 1e-9)
+    speed = run.window_tokens / (now - run.window_start)
     run.window_start = now
     run.window_tokens = 0.0
     skipped = int(run.scale_state["skipped"].item())
@@ -2406,11 +2376,8 @@ def log_step(run, stage, sums, grad_norm, rate):
     if run.cfg.on_policy:   # optional: on_policy
         entry |= take_rollout_figures(run)
     log(run, entry)
-    shown = (f"{stage.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
-             f"{speed:,.0f} tok/s")
-    if skipped:
-        shown += f" skipped {skipped}"
-    run.bar.set_postfix_str(shown)
+    run.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
+                            f"{speed:,.0f} tok/s skipped {skipped}")
 
 
 def log(run, entry):
@@ -2420,66 +2387,71 @@ def log(run, entry):
     finite = {k: v if math.isfinite(v) else None for k, v in entry.items()}
     with contextlib.suppress(OSError):   # a full disk: the next checkpoint says so
         append_jsonl(Path(run.cfg.output_dir, "log.jsonl"), finite)
-    if run.wandb is not None:
+    if run.wandb:
         run.wandb.log(entry, step=run.progress.step)
 
 
 def evaluate_and_save(run, stage):
     """What is due after a step; after the last one of the run, both."""
-    cfg = run.cfg
     progress = run.progress
     if run.saved_step == progress.step:   # resumed here: it was done before it was saved
         return
     paused = time.time()
     last = progress.step == run.steps
     judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
-    if last or (judged and is_due(progress.step, cfg.eval_steps)):
-        run.last_scores = scores(run, run.eval_rows)
+    if last or (judged and is_due(progress.step, run.cfg.eval_steps)):
+        run.last_scores = scores(run, run.student, run.eval_rows)
         progress.best_loss = min(progress.best_loss, run.last_scores["loss"])
         entry = run.last_scores | {
             "min_loss": progress.best_loss, "epoch": run.epoch, "step": progress.step}
         log(run, {f"eval/{key}": value for key, value in entry.items()})
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in run.last_scores.items())
-        print0(f"step {progress.step}: held-out {shown}")
-    if last or is_due(progress.step, cfg.save_steps):
+        print0(f"step {progress.step}: held-out",
+               *[f"{key} {value:.4f}" for key, value in run.last_scores.items()])
+    if last or is_due(progress.step, run.cfg.save_steps):
         save(run)
     run.window_start += time.time() - paused   # the speed is of training alone
 
 
 def is_due(step, every):
-    return every > 0 and step % every == 0
+    return every and step % every == 0
 
 
 def save(run):
-    """A checkpoint of this moment. What goes wrong is said, and kept in run.save_problem."""
-    cfg = run.cfg
+    """A checkpoint of this moment, once. What goes wrong is said; the run goes on."""
+    if run.saved_step == run.progress.step:
+        return
     run.saved_step = run.progress.step
-    state = {
-        "progress": dataclasses.asdict(run.progress), "steps": run.steps,
-        "length": [cfg.max_steps, cfg.num_epochs],
-        "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
-        "global_batch": run.global_batch, "config": run.result_knobs, "inputs": run.inputs}
-    tensors = tensors_of(run.student, run.optimizer.state, run.scale_state)
-    problem = None
-    try:
+    with saving(run):
         run.saved_digest = save_checkpoint(
-            Path(cfg.output_dir, "checkpoints"), run.saved_step, tensors, state,
-            cfg.keep_checkpoints)
-    except (OSError, dcp.api.CheckpointException) as e:
-        problem = reason_of(e)
-    run.save_problem = from_rank0(problem)
+            Path(run.cfg.output_dir, "checkpoints"), run.saved_step,
+            tensors_of(run.student, run.optimizer.state, run.scale_state),
+            run.setup | {"progress": dataclasses.asdict(run.progress)}, run.cfg.keep_checkpoints)
     if run.save_problem:
         print0(f"WARNING: checkpoint {run.saved_step} could not be saved ({run.save_problem}); the "
                "run goes on, older ones stay")
 
 
+@contextlib.contextmanager
+def saving(run):
+    """What goes wrong in it is kept in run.save_problem: a full disk comes as OSError, as
+    SafetensorError, or as others."""
+    problem = None
+    try:
+        yield
+    except (Exception, dcp.api.CheckpointException) as e:
+        problem = reason_of(e)
+    run.save_problem = from_rank0(problem)
+
+
 # ---- evaluating
 
 
-def scores(run, rows):
-    """The student on held-out rows."""
-    return evaluate(run.student, run.loss_fn, run.get_teacher_targets, rows, run.batch_size,
-                    "evaluating the student")
+def scores(run, root, rows):
+    """Student or teacher on held-out rows -> {loss, ce_loss, kl_loss, perplexity}: means over their
+    counted tokens. Every token counts once, whatever the number of ranks."""
+    loss, ce, kl, *_ = mean_over_rows(root, run.loss_fn, run.get_teacher_targets, rows,
+                                      run.batch_size, "labels", "evaluating")
+    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
 def rows_before_training(run):
@@ -2487,14 +2459,6 @@ def rows_before_training(run):
     of the student before it is only where it comes from."""
     count = min(4 * run.global_batch, len(run.eval_rows))
     return [run.eval_rows[i * len(run.eval_rows) // count] for i in range(count)]
-
-
-def evaluate(root, loss_fn, get_teacher_targets, rows, batch_size, what):
-    """-> {loss, ce_loss, kl_loss, perplexity}: means over the counted tokens of rows. Every token
-    counts once, whatever the number of ranks."""
-    loss, ce, kl, *_ = mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size,
-                                      "labels", what)
-    return {"loss": loss, "ce_loss": ce, "kl_loss": kl, "perplexity": math.exp(min(ce, 700))}
 
 
 def mean_over_rows(root, loss_fn, get_teacher_targets, rows, batch_size, mean_over, what):
@@ -2526,41 +2490,35 @@ def held_out(rows, batch_size, what):
 def finish(run):
     """Write final/, say how it ended -> True when the run is done, False when it was stopped."""
     final = Path(run.cfg.output_dir, "final")
-    if run.stopped:
+    done = run.progress.step == run.steps
+    if not done:
         print0(f"stopped at step {run.progress.step} of {run.steps}; the same command, without "
                "--resume, goes on from what is saved")
-    elif run.save_problem is None:
-        run.last_scores = run.last_scores or scores(run, run.eval_rows)
+    elif not run.save_problem:
+        run.last_scores = run.last_scores or scores(run, run.student, run.eval_rows)
         results = closing_table(run)
         print0(f"writing {final} ...")
-        problem = None
-        try:
+        with saving(run):
             save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg),
                        model_card(run, results), run.saved_digest)
-        except Exception as e:   # a full disk comes as SafetensorError, or as others
-            problem = one_line(e, 300)
-        run.save_problem = from_rank0(problem)
-        print0(f"\n{results}\n{sample_in_words(run)}\n\ndone in {time.time() - run.started:.0f} s, "
+        print0(f"\n{results}\n{sample_in_words(run)}\n\ndone in {run.steps} steps, "
                f"{describe_peak()}: {final}")
-    if run.save_problem is not None:
+    if run.save_problem:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
                         f"{run.save_problem}; mend that, then run it again without --resume")
-    return not run.stopped
+    return done
 
 
 def closing_table(run):
     scored = {}
-    if run.teacher is not None:   # by itself: its cross-entropy to the labels
-        alone = functools.partial(distil_loss, alpha=1.0, temperature=1.0,
-                                  vocabulary=run.vocabulary)
-        scored["teacher"] = evaluate(run.teacher, alone, teacher_targets(None), run.eval_rows,
-                                     run.cfg.batch_size, "evaluating the teacher")
-    seen = len(rows_before_training(run))
-    scored[f"student before ({seen} sequences)"] = run.progress.first_scores
+    if run.teacher is not None:
+        scored["teacher"] = scores(run, run.teacher, run.eval_rows)
+    seen = f"{len(rows_before_training(run))} sequences"
+    scored[f"student before ({seen})"] = run.progress.first_scores
     scored[f"student after ({len(run.eval_rows)})"] = run.last_scores
     rows = []
-    for name, values in scored.items():
-        kl = "-" if run.cfg.alpha == 1 else f"{values['kl_loss']:.4f}"
+    for name, values in scored.items():   # rounded, the teacher's own KL is a little below 0
+        kl = "-" if run.cfg.alpha == 1 else f"{max(values['kl_loss'], 0):.4f}"
         rows.append([name, f"{values['perplexity']:.2f}", kl])
     return table(["held out", "perplexity", "KL to teacher"], rows)
 
@@ -2573,18 +2531,23 @@ def sample_in_words(run):
     return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
-MODEL_CARD = """\
+def model_card(run, results):
+    """README.md of final/, as transformers writes them; a license is left to fill in."""
+    cfg = run.cfg
+    bases = [cfg.student] if cfg.alpha == 1 else [cfg.student, cfg.teacher]
+    bases = [name for name in bases if not os.path.exists(name) and ":" not in name]
+    return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [simple_distill, distillation]
-base_model: {bases}
+base_model: {json.dumps(bases)}
 license:   # fill in, for example apache-2.0
 ---
 
 # A student of simple_distill
 
-{facts}
+{facts_of(run)}
 
 On what was held out:
 
@@ -2595,43 +2558,30 @@ On what was held out:
 """
 
 
-def model_card(run, results):
-    """README.md of final/, as transformers writes them; a license is left to fill in."""
-    cfg = run.cfg
-    bases = [cfg.student] if cfg.alpha == 1 else [cfg.student, cfg.teacher]
-    bases = [name for name in bases if not os.path.exists(name) and ":" not in name]
-    return MODEL_CARD.format(bases=json.dumps(bases), facts=in_lines(facts_of(run)),
-                             results=results)
-
-
-def in_lines(facts):
-    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-
-
 def facts_of(run):
-    """-> {what: in words}, for the plan before a run and the model card after it. Of a path the
-    last parts: where it lay is nobody's business."""
+    """The plan before a run, and what the model card says of it. Of a path the last parts: where it
+    lay is nobody's business."""
     cfg = run.cfg
-    student, teacher, dataset = [os.sep.join(name.split(os.sep)[-2:])
+    student, teacher, dataset = [Path(*Path(name).parts[-2:])
                                  for name in (cfg.student, cfg.teacher, cfg.dataset)]
     objective = (f"{cfg.alpha:g} x cross-entropy + {1 - cfg.alpha:g} x T^2 x KL "
                  f"({cfg.divergence}), T {cfg.temperature:g}")
     if cfg.alpha == 1:
         teacher, objective = "none", "cross-entropy to the labels"
     if cfg.cache_dir:   # optional: cache
-        teacher += f", {describe_cache_use(cfg)}"
+        teacher = f"{teacher}, {describe_cache_use(cfg)}"
     if cfg.on_policy:   # optional: on_policy
         objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
     stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
-    return {
-        "student": f"{student}, {run.student.model.num_parameters():,} parameters",
-        "teacher": teacher,
-        "data": f"{dataset}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence, "
-                f"packing {cfg.packing}, {len(run.eval_rows)} held out",
-        "objective": objective,
-        "training": f"{stages} of {run.global_batch} sequences ({run.batch_size} x "
-                    f"{run.micro_steps} x {WORLD}), learning rate {cfg.learning_rate:g}, seed "
-                    f"{cfg.seed}, {DEVICE.type}, {compute_dtype(cfg)}"}
+    return (
+        f"- student: {student}, {run.student.model.num_parameters():,} parameters\n"
+        f"- teacher: {teacher}\n"
+        f"- data: {dataset}, split {cfg.train_split}, at most {cfg.seq_len} tokens a sequence, "
+        f"packing {cfg.packing}, {len(run.eval_rows)} held out\n"
+        f"- objective: {objective}\n"
+        f"- training: {stages} of {run.global_batch} sequences ({run.batch_size} x "
+        f"{run.micro_steps} x {WORLD}), learning rate {cfg.learning_rate:g}, seed {cfg.seed}, "
+        f"{DEVICE.type}, {compute_dtype(cfg)}")
 
 
 # ---- what a run says before it begins
@@ -2642,15 +2592,15 @@ def rehearse(run, stages):
     rows. Nothing is written -> False, since nothing is done."""
     run.stages = stages
     stage = stages[0]
-    print0(in_lines(facts_of(run)))
+    print0(facts_of(run))
     start_stage(run, stage)
     micro, _ = next(my_batches(run))
     if isinstance(run.rows, datasets.Dataset):   # the longest: a batch of them takes most memory
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
         rows = [run.rows[i] for i in longest.tolist()]
         micro = micro_batches(rows, run.micro_steps, run.batch_size)
-    rows = [row for batch in micro for row in batch.rows] or [STAND_IN]
-    print0("an example, its targets in [[ ]]: " + show_targets(rows[0], run.tokenizer))
+    example, *_ = micro[0].rows or [STAND_IN]
+    print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
     average = seconds
@@ -2674,12 +2624,10 @@ def time_step(run, stage, micro):
 
 def show_targets(row, tokenizer):
     """A row as text; what the student learns to say stands in [[ ]]."""
-    shown = []
-    parts = itertools.groupby(zip(row["input_ids"], row["targets"]), key=lambda pair: pair[1])
-    for is_target, pairs in parts:
-        text = tokenizer.decode([int(i) for i, _ in pairs])
-        shown.append(f"[[{text}]]" if is_target else text)
-    return repr("".join(shown))
+    cuts = np.flatnonzero(np.diff(row["targets"])) + 1
+    texts = tokenizer.batch_decode(np.split(row["input_ids"], cuts))
+    texts[1::2] = [f"[[{text}]]" for text in texts[1::2]]   # the first token is never a target
+    return repr("".join(texts))
 
 
 def describe_peak():
@@ -4848,21 +4796,15 @@ def report(cfg):
 
 def main(argv=None):
     """The command line in this process -> the exit code."""
-    try:
-        cfg = parse_config(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return run_config(cfg)
+    return run_config(parse_or_exit(sys.argv[1:] if argv is None else argv))
 
 
 def run_config(cfg):
     """Run what cfg asks for -> 0: done, or saved after a signal; 2: something the user can mend."""
-    transformers.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
-    if RANK > 0:
-        transformers.utils.logging.disable_progress_bar()
-        datasets.utils.logging.disable_progress_bar()
+    for library in (transformers, datasets):
+        library.utils.logging.set_verbosity_error()
+        if RANK > 0:
+            library.utils.logging.disable_progress_bar()
     try:
         with process_group(), contextlib.ExitStack() as stack:
             if from_rank0(knobs_of(cfg)) != knobs_of(cfg):

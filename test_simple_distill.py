@@ -2784,6 +2784,12 @@ def state_of(out, step):
     return json.loads((saved(out, step) / "state.json").read_text())
 
 
+@pytest.fixture
+def labels_only(student, text):
+    """Flags of a run without a teacher."""
+    return dict(student=student, dataset=text, alpha=1.0)
+
+
 def digests_below(folder):
     """{path: digest of its content} of all files; what each run writes anew left out."""
     found = {}
@@ -2822,19 +2828,22 @@ def test_checkpoints_keep_their_global_batch_at_any_number_of_ranks(typed, of_sa
     """8 sequences a step, of one rank."""
     cfg = config.Config(batch_size=typed[0], gradient_accumulation_steps=typed[1])
     state = of_save and {"global_batch": 8, "batch": of_save}
-    if planned:
+    refused = pytest.raises(config.UserError, match="sequences a step")
+    with contextlib.nullcontext() if planned else refused:
         assert sd.plan_batch(cfg, state, world) == planned
-    else:
-        with pytest.raises(config.UserError, match="sequences a step"):
-            sd.plan_batch(cfg, state, world)
 
 
-def test_checkpoints_are_a_few_safetensors_and_the_newest_stay(out, student, text):
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=5, save_steps=1,
-           keep_checkpoints=2)
+def test_checkpoints_are_a_few_safetensors_and_the_newest_stay(out, labels_only):
+    """With nothing of what a killed save left."""
+    fields = labels_only | dict(save_steps=1, keep_checkpoints=2)
+    distil(out, **fields, max_steps=4)
+    files = sorted({*os.listdir(saved(out, 4))} - {"state.json"})
+    left = shutil.copytree(saved(out, 4), Path(out, "checkpoints", "tmp-00000005"))
+    add(left / files[0])
+    distil(out, **fields, max_steps=5)
     assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000005"]
+    assert {*os.listdir(saved(out, 5))} == {"state.json", *files}
     tensors = {}
-    files = sorted({*os.listdir(saved(out, 5))} - {"state.json"})
     for file in files:   # each is put together in host memory
         some = load_file(saved(out, 5) / file)
         assert 0 < len(some) <= 16
@@ -2843,18 +2852,6 @@ def test_checkpoints_are_a_few_safetensors_and_the_newest_stay(out, student, tex
     for name, tensor in final_weights(out).items():
         assert torch.equal(tensors[f"model.model.{name}"], tensor)
         assert tensors[f"step.model.{name}"] == 5
-    assert not [name for name in os.listdir(out) if name.endswith((".tmp", ".old"))]
-
-
-def test_checkpoints_what_a_killed_save_left_is_not_taken_in(out, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0)
-    distil(out, **fields, max_steps=1)
-    shutil.copytree(saved(out, 1), f"{out}/checkpoints/tmp-00000002")
-    first = f"{out}/checkpoints/tmp-00000002/" + min(os.listdir(saved(out, 1)))
-    shutil.copy(first, first.replace("shard", "stale"))
-    distil(out, **fields, max_steps=2)
-    assert os.listdir(saved(out, 1)) == os.listdir(saved(out, 2))
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000001", "step-00000002"]
 
 
 # what may become of a file: a bit turned, the end cut off, the file lost, one of another save added
@@ -2912,10 +2909,10 @@ def two_saves(tmp_path_factory, student, text):
     return out
 
 
-def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, student, text):
+def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, labels_only):
     """With one to keep, the step after a resume must not push out the good one."""
     out = tmp_path / "out"
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
+    fields = labels_only | dict(save_steps=2)
     distil(out, **fields, max_steps=6)
     flip(next(saved(out, 6).glob("*.safetensors")))
     shown = distil(out, **fields, max_steps=7, keep_checkpoints=1).out
@@ -2929,8 +2926,8 @@ def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, s
     assert "no readable checkpoint" in distil(out, **fields, max_steps=8, rc=2).err
 
 
-def test_checkpoints_resume_by_path_and_never(tmp_path, student, text):
-    fields = dict(student=student, dataset=text, alpha=1.0, save_steps=2)
+def test_checkpoints_resume_by_path_and_never(tmp_path, labels_only):
+    fields = labels_only | dict(save_steps=2)
     out = tmp_path / "out"
     straight = tmp_path / "straight"
     elsewhere = tmp_path / "elsewhere"
@@ -3022,12 +3019,12 @@ def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, teacher, student, t
     assert sorted(os.listdir(run / "checkpoints")) == names
 
 
-def test_checkpoints_a_finished_run_answers_at_once(tmp_path, student, text):
+def test_checkpoints_a_finished_run_answers_at_once(tmp_path, labels_only):
     """But with its own final/, which a longer run does not take for its own; what stood there
     before stays as final.old."""
-    model = shutil.copytree(student, tmp_path / "model")
+    model = shutil.copytree(labels_only["student"], tmp_path / "model")
     out = tmp_path / "out"
-    fields = dict(student=model, dataset=text, alpha=1.0)
+    fields = labels_only | dict(student=model)
     distil(out, **fields, max_steps=2)
     model.rename(tmp_path / "away")   # nothing is loaded
     before = digests_below(out)
@@ -3044,14 +3041,13 @@ def test_checkpoints_a_finished_run_answers_at_once(tmp_path, student, text):
     assert same(final_weights(out), done)
 
 
-def test_checkpoints_a_final_that_cannot_be_written_leaves_the_one_before(tmp_path, student, text):
+def test_checkpoints_a_final_that_cannot_be_written_leaves_the_one_before(tmp_path, labels_only):
     """Which may be the student; the next run writes it."""
     out = tmp_path / "out"
-    fields = dict(dataset=text, alpha=1.0)
-    distil(out, **fields, student=student, max_steps=1)
+    distil(out, **labels_only, max_steps=1)
     before = digests_below(out / "final")
     (out / "final.tmp").write_text("in the way")
-    fields |= dict(student=out / "final", max_steps=2)
+    fields = labels_only | dict(student=out / "final", max_steps=2)
     assert "could not be saved" in distil(out, rc=2, **fields, resume="never").err
     assert digests_below(out / "final") == before
     (out / "final.tmp").unlink()
@@ -3142,10 +3138,10 @@ def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, d
 def test_train_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
     """8x1, 2x4 and 1x8 give the same gradient."""
     results = []
-    for batch_size, micro_steps in ((8, 1), (2, 4), (1, 8)):
-        out = str(tmp_path / f"{batch_size}x{micro_steps}")
+    for size in (8, 2, 1):
+        out = tmp_path / str(size)
         distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, max_steps=1,
-               batch_size=batch_size, gradient_accumulation_steps=micro_steps, max_grad_norm=0,
+               batch_size=size, gradient_accumulation_steps=8 // size, max_grad_norm=0,
                alpha=0.3, temperature=2.0)
         first = log(out, "train")[0]
         results.append((gradients(out), [*logged_losses(first), first["train/grad_norm"]]))
@@ -3163,8 +3159,8 @@ def test_train_student_that_is_the_teacher_does_not_move(out, teacher, text, div
     assert same(final_weights(out), weights(teacher))
 
 
-def test_train_labels_alone_never_touch_a_teacher(out, student, text):
-    distil(out, teacher="/nowhere", student=student, dataset=text, alpha=1.0, max_steps=2)
+def test_train_labels_alone_never_touch_a_teacher(out, labels_only):
+    distil(out, teacher="/nowhere", **labels_only, max_steps=2)
     assert column(out, "train/kl_loss") == [0, 0]
     assert column(out, "train/loss") == column(out, "train/ce_loss")
     left = [".simple_distill", "checkpoints", "config.json", "final", "log.jsonl"]
@@ -3193,18 +3189,14 @@ def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
         assert column(tmp_path / name, "train/learning_rate") == pytest.approx(rates)
         epochs = column(tmp_path / name, "train/epoch")
         assert epochs == pytest.approx([k / 3 for k in range(1, 7)])
+    for num_epochs, steps in (0.1, 1), (1.5, 5):
+        fields["num_epochs"] = num_epochs
+        distil(tmp_path / str(steps), **fields)
+        assert column(tmp_path / str(steps), "train/step") == list(range(1, steps + 1))
     final = {name: final_weights(tmp_path / name) for name in variants}
     assert same(final["epochs"], final["steps"])
     assert distance(final["accumulated"], final["epochs"]) < 1e-5
     assert distance(final["seed"], final["epochs"]) > 1e-4
-
-
-@pytest.mark.parametrize("num_epochs, steps", [(0.1, 1), (1.5, 5)])
-def test_train_part_of_an_epoch(tmp_path, out, student, num_epochs, steps):
-    data = write_splits(tmp_path / "data", talk(10), talk(2))
-    distil(out, student=student, dataset=data, seq_len=256, alpha=1.0, batch_size=4,
-           num_epochs=num_epochs)
-    assert column(out, "train/step") == list(range(1, steps + 1))
 
 
 def test_train_logs_evaluates_and_saves_when_it_should(out, teacher, student, text):
@@ -3270,10 +3262,10 @@ def test_train_ten_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, ou
 
 
 def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
-        tmp_path, monkeypatch, student, text):
+        tmp_path, monkeypatch, labels_only):
     """The trainer makes no such batch by itself: one is made here by taking the targets of the
     second step away."""
-    fields = dict(student=student, dataset=text, alpha=1.0, batch_size=4, weight_decay=0.1)
+    fields = labels_only | dict(batch_size=4, weight_decay=0.1)
     distil(tmp_path / "one", **fields, max_steps=1)
     micro_batches = sd.micro_batches
     steps = itertools.count(1)
@@ -3292,7 +3284,7 @@ def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
     assert logged_losses(log(tmp_path / "two", "train")[1]) == [0, 0, 0]
 
 
-def test_train_a_log_that_cannot_be_written_costs_no_step(out, student, text, monkeypatch):
+def test_train_a_log_that_cannot_be_written_costs_no_step(out, labels_only, monkeypatch):
     """The disk is full at steps 3 and 4."""
     append = sd.append_jsonl
 
@@ -3302,7 +3294,7 @@ def test_train_a_log_that_cannot_be_written_costs_no_step(out, student, text, mo
         append(path, row)
 
     monkeypatch.setattr(sd, "append_jsonl", fill_disk)
-    distil(out, student=student, dataset=text, alpha=1.0, max_steps=6)
+    distil(out, **labels_only, max_steps=6)
     assert column(out, "train/step") == [1, 2, 5, 6]
     assert os.path.isdir(f"{out}/final")
 
@@ -3337,9 +3329,9 @@ def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teach
         assert [name for name, *_ in found] == [
             "teacher", "student before (4 sequences)", "student after (11)"]
     card = read_card(out)
-    about = card.data.to_dict()
-    assert about["library_name"] == "transformers" and about["pipeline_tag"] == "text-generation"
-    assert not about.get("base_model") and not about.get("license")
+    assert card.data.to_dict().items() >= dict(
+        library_name="transformers", pipeline_tag="text-generation", base_model=[]).items()
+    assert not card.data.license
     parameters = load(f"{out}/final").num_parameters()
     for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")], "reverse", "T 2",
                  f"/student, {parameters:,} parameters", "/teacher", "/data, split train",
@@ -3355,7 +3347,7 @@ def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teach
     (HERE, "c/d", 0.5, ["c/d"]),
 ])
 def test_train_model_card_names_what_is_on_the_hub(monkeypatch, student, teacher, alpha, bases):
-    monkeypatch.setattr(sd, "facts_of", lambda run: {})
+    monkeypatch.setattr(sd, "facts_of", str)
     cfg = config.Config(student=str(student), teacher=teacher, alpha=alpha)
     card = sd.model_card(types.SimpleNamespace(cfg=cfg), "")
     assert f"\nbase_model: {json.dumps(bases)}\n" in card
@@ -3371,10 +3363,7 @@ class FakeWandb:
         self.api = types.SimpleNamespace(api_key=key)
         self.problem = problem
         self.id = "abc"
-        self.asked_ids = []
-        self.config = None
-        self.entries = []
-        self.exit_codes = []
+        self.asked_ids, self.entries, self.exit_codes = [], [], []
 
     def Settings(self, **_):
         return None
@@ -3407,33 +3396,32 @@ def use_wandb(monkeypatch):
     (FakeWandb(key=None), "not logged in"),
     (FakeWandb(problem=TimeoutError("no answer")), "no answer"),
 ])
-def test_train_without_wandb_goes_on_and_says_so(out, student, text, use_wandb, wandb, reason):
+def test_train_without_wandb_goes_on_and_says_so(out, labels_only, use_wandb, wandb, reason):
     use_wandb(wandb)
-    shown = distil(out, student=student, dataset=text, alpha=1.0, max_steps=1, use_wandb=True).out
+    shown = distil(out, **labels_only, max_steps=1, use_wandb=True).out
     line, = re.findall("^wandb.*", shown, re.MULTILINE)
     assert reason in line
 
 
-def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, student, text, use_wandb):
+def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, use_wandb):
     """A run that goes on is the same there."""
     wandb = FakeWandb()
     use_wandb(wandb)
     for max_steps in (2, 3):
-        distil(out, student=student, dataset=text, alpha=1.0, max_steps=max_steps, use_wandb=True)
+        distil(out, **labels_only, max_steps=max_steps, use_wandb=True)
     assert wandb.entries == log(out)
     assert wandb.asked_ids == [None, "abc"]
     assert wandb.exit_codes == [0, 0]
     assert wandb.config.keys() == config.FIELDS.keys()
     assert "key" not in json.dumps(wandb.config).split()
-    distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=30, use_wandb=True,
-           resume="never", learning_rate=1e38, max_grad_norm=0)
+    distil(out, rc=2, **labels_only, max_steps=30, use_wandb=True, resume="never",
+           learning_rate=1e38, max_grad_norm=0)
     assert wandb.exit_codes == [0, 0, 1]
 
 
 @pytest.mark.campaign
-def test_train_wandb_offline(out, student, text):
-    words = flags(**PLAIN, output_dir=out, student=student, dataset=text, alpha=1.0, max_steps=1,
-                  use_wandb=True)
+def test_train_wandb_offline(out, labels_only):
+    words = flags(**PLAIN, **labels_only, output_dir=out, max_steps=1, use_wandb=True)
     process = spawn(*words, env={"WANDB_MODE": "offline"})
     shown, _ = process.communicate(timeout=300)
     assert process.returncode == 0, shown
@@ -3597,11 +3585,11 @@ def simulate(folder):
             get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
         stage = sd.distillation_stage(run)
         sd.start_stage(run, stage)
-        batch = sd.collate([{"input_ids": list(range(9)), "targets": [False] + 8 * [True],
-                             "starts": [0]}])
+        row = {"input_ids": list(range(9)), "targets": [False] + 8 * [True], "starts": [0]}
+        micro = [sd.collate([row]), sd.collate([row])]
         for _ in range(2):
             calls.count = collections.Counter(wait=0)
-            _, norm = sd.one_step(run, stage, [batch, batch], 1000)
+            _, norm = sd.one_step(run, stage, micro, 1000)
         assert norm.device.type == "cuda" and norm.dtype == torch.float32
     print(json.dumps(calls.count))
 
