@@ -3806,8 +3806,9 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     loss_fn = functools.partial(
         distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
         vocabulary=vocabulary_of(tokenizer))
-    return evaluate(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size,
-                    "evaluating own texts")["loss"]
+    divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size,
+                                    "labels", "evaluating own texts")
+    return divergence
 
 
 def check_writer(cfg, student, teacher, tokenizer):
