@@ -668,12 +668,13 @@ def test_config_a_flag_that_the_mode_does_not_read_is_refused(name, student, tex
     parse(*flags(**fields, **{name: config.default_of(name) or None}))   # as it is anyway
 
 
+READ = r"\bcfg\.{0}\b|\"{0}\"[,)]"   # the latter in a list of knobs, as block-wise has one
+
+
 def test_config_every_field_is_read():
     """By name, somewhere in the code: a flag that does nothing is worse than none."""
     source = Path(sd.__file__).read_text() + Path(config.__file__).read_text()
-    by_list = getattr(sd, "PER_BLOCK", ())   # which block-wise goes through
-    unread = [name for name in config.FIELDS
-              if name not in by_list and not re.search(rf"\bcfg\.{name}\b", source)]
+    unread = [name for name in config.FIELDS if not re.search(READ.format(name), source)]
     assert unread == []
 
 
@@ -7588,7 +7589,7 @@ def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, studen
     source = (folder / "simple_distill.py").read_text() + knobs
     names = re.findall(r"^    (\w+): (?:Literal\[$|.*= knob\()", knobs, re.MULTILINE)
     assert "learning_rate" in names
-    assert [name for name in names if not re.search(rf"\bcfg\.{name}\b", source)] == []
+    assert [name for name in names if not re.search(READ.format(name), source)] == []
     for name in without:
         assert f"# Optional: {name}:" not in source
     words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, max_steps=2,
