@@ -1874,9 +1874,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
     if RANK == 0:
         write_json(state, aside / "state.json")
         sync(aside / "state.json", aside)
-        final = folder / f"step-{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        aside.rename(folder / f"step-{step:08d}")   # fails where there is one
         sync(folder)
         for old in checkpoints_in(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -2004,7 +2002,8 @@ def prepare_output(cfg, step):
 
 
 def cut_log(path, step):
-    """Drop the lines of steps that are about to be repeated, and half a line that a kill left."""
+    """Drop the lines of steps that are about to be repeated, and half a line that a kill left. A
+    line is an object of numbers, of which one is named .../step."""
     text = path.read_text() if step and path.exists() else ""
     rows = re.findall(r'(\{[^{]*/step": (\d+)[^{]*}\n)', text)
     aside = Path(f"{path}.tmp")
@@ -4577,12 +4576,12 @@ def try_out(root, tokenizer, rows, batch_size, limit):
         """-> new tokens a second, the texts up to the end mark; but always written in full."""
         rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
         start = time.time()
-        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
-                          vocabulary_of(tokenizer))
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(), vocabulary)
         speed = sum(rooms) / (time.time() - start)
         eos = tokenizer.eos_token or "\0"
         return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
 
+    vocabulary = vocabulary_of(tokenizer)
     prompts = beginnings(rows)
     _, greedy = write(prompts, NEW_TOKENS)
     _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
