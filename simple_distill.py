@@ -1865,7 +1865,8 @@ def save_checkpoint(folder, step, tensors, state, keep):
     # a file is put together in host memory: 16 tensors a file
     file_of = {name: 1 + i // 16 for i, name in enumerate(tensors)}
     writer = HuggingFaceStorageWriter(aside, file_of, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, process_group=HOST)   # syncs each file
+    with plain_errors():
+        dcp.save(tensors, storage_writer=writer, process_group=HOST)   # syncs each file
     files = checksums(aside, from_rank0(RANK == 0 and sorted(os.listdir(aside))))
     if None in files.values():
         raise OSError(f"{aside} cannot be read back")
@@ -1940,18 +1941,19 @@ def read_state(path):
 
 def load_checkpoint(path, tensors):
     """In place, where `tensors` says, named as by tensors_of."""
-    try:
+    with plain_errors():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), process_group=HOST)
-    except dcp.api.CheckpointException as e:   # which is no Exception
-        raise UserError(f"'{path}' is no checkpoint of this run: {reason_of(e)}") from e
     print0(f"resumes from {path}")
 
 
-def reason_of(error):
-    """dcp's error holds those of all ranks that failed."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error, _ = next(iter(error.failures.values()))
-    return one_line(error, 300)
+@contextlib.contextmanager
+def plain_errors():
+    """dcp raises what is no Exception, on all ranks, with those of all that failed in it."""
+    try:
+        yield
+    except dcp.api.CheckpointException as e:
+        error, _ = next(iter(e.failures.values()))
+        raise error from e
 
 
 def refuse_changes(there, here, where,
@@ -2049,7 +2051,8 @@ class Progress:
     best_loss: float = math.inf
     first_scores: dict = None               # held-out scores before training
     wandb_id: str = None
-    notes: dict = field(default_factory=dict)   # what a mode of its own wants to keep
+    # what a mode of its own wants to keep   # optional: blockwise on_policy
+    notes: dict = field(default_factory=dict)   # optional: blockwise on_policy
 
 
 @dataclass
@@ -2202,15 +2205,15 @@ def distillation_stage(run, first_step=0):
     steps = cfg.max_steps
     if steps is None:
         steps = math.ceil(cfg.num_epochs * run.steps_per_epoch)
-    rates = learning_rates(
-        run.student.model.named_parameters(),
-        parse_multipliers(cfg.lr_multipliers), cfg.default_lr_multiplier, cfg.learning_rate)
     loss_fn = run.loss_fn
     if cfg.on_policy:   # optional: on_policy
         loss_fn = functools.partial(loss_by_writer, run.loss_fn)
     return Stage(
         name="distil", first_step=first_step, steps=steps, loss_fn=loss_fn,
-        get_teacher_targets=run.get_teacher_targets, rates=rates,
+        get_teacher_targets=run.get_teacher_targets,
+        rates=learning_rates(
+            run.student.model.named_parameters(), parse_multipliers(cfg.lr_multipliers),
+            cfg.default_lr_multiplier, cfg.learning_rate),
         weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
 
 
@@ -2235,7 +2238,7 @@ def begin(run, stages):
                 prepare_output(cfg, progress.step)
             all_sum(0)   # nobody goes on before that is done
         run.wandb = start_wandb(cfg, progress.wandb_id)
-        if run.wandb:
+        if run.wandb:   # its own __exit__ prints a traceback
             progress.wandb_id = run.wandb.id
             stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
         if not progress.first_scores:
@@ -2437,8 +2440,8 @@ def saving(run):
     problem = None
     try:
         yield
-    except (Exception, dcp.api.CheckpointException) as e:
-        problem = reason_of(e)
+    except Exception as e:
+        problem = one_line(e, 300)
     run.save_problem = from_rank0(problem)
 
 
@@ -2593,11 +2596,11 @@ def rehearse(run, stages):
     stage = stages[0]
     print0(facts_of(run))
     start_stage(run, stage)
-    micro, _ = next(my_batches(run))
+    left = run.steps - run.progress.step
     if isinstance(run.rows, datasets.Dataset):   # the longest: a batch of them takes most memory
-        longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
-        rows = [run.rows[i] for i in longest.tolist()]
-        micro = micro_batches(rows, run.micro_steps, run.batch_size)
+        longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch]
+        run.rows = run.rows.select(longest)
+    micro, _ = next(my_batches(run))
     example, *_ = micro[0].rows or [STAND_IN]
     print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
@@ -2605,7 +2608,6 @@ def rehearse(run, stages):
     average = seconds
     if run.cfg.on_policy:   # optional: on_policy
         average = rehearse_writing(run, stage, micro, seconds)
-    left = run.steps - run.progress.step
     print0(f"a step of the longest rows takes {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s), "
            f"{left} steps at most {left * average / 3600:.2f} hours, without evaluations; "
            f"{describe_peak()}. --dry_run: nothing was written")
