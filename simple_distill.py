@@ -1914,7 +1914,7 @@ def find_checkpoint(resume, output_dir):
                             "--output_dir")
         paths = [Path(resume)]
     for path in paths:
-        state = from_rank0(read_state(path) if RANK == 0 else None)
+        state = from_rank0(RANK == 0 and read_state(path))
         if state and checksums(path, sorted(state["files"])) == state["files"]:
             return path, state
         print0(f"checkpoint {path} is not what was written, passed over")
@@ -1974,16 +1974,15 @@ def plan_batch(cfg, state, world):
     in micro-steps of at most the batch size that was typed."""
     size = cfg.batch_size
     micro_steps = cfg.gradient_accumulation_steps
-    typed = size * micro_steps * world
-    if state is None or state["global_batch"] == typed:
-        return size, micro_steps, typed
-    global_batch = state["global_batch"]
-    if [size, micro_steps] != state["batch"]:
-        raise UserError(f"{cfg.output_dir!r} holds a run of {global_batch} sequences a step, not "
-                        f"of {size} x {micro_steps} x {world} ranks; keep the product, or start "
-                        "over with --resume never or elsewhere")
-    size = min(size, math.ceil(global_batch / world))
-    micro_steps = math.ceil(global_batch / (world * size))
+    global_batch = size * micro_steps * world
+    if state and state["global_batch"] != global_batch:
+        global_batch = state["global_batch"]
+        if [size, micro_steps] != state["batch"]:
+            raise UserError(f"{cfg.output_dir!r} holds a run of {global_batch} sequences a step, "
+                            f"not of {size} x {micro_steps} x {world} ranks; keep the product, or "
+                            "start over with --resume never or elsewhere")
+        size = min(size, math.ceil(global_batch / world))
+        micro_steps = math.ceil(global_batch / (world * size))
     return size, micro_steps, global_batch
 
 
@@ -2154,7 +2153,7 @@ def start_run(cfg):
     inputs = {"teacher's weights": identity, "dtype": str(compute_dtype(cfg))}   # auto: by device
     with phase("reading all token rows once"):
         for split, split_rows in ("train", rows), ("held out", eval_rows):
-            facts = from_rank0(count_rows(split_rows) if RANK == 0 else None)
+            facts = from_rank0(RANK == 0 and count_rows(split_rows))
             if facts:   # a stream is checked as it comes
                 print0(f"{split}: {facts}")
                 inputs[split] = facts["digest"]
@@ -2164,7 +2163,7 @@ def start_run(cfg):
         refuse_changes(state["inputs"], inputs, path)
     if cfg.on_policy:   # optional: on_policy
         check_writer(cfg, student, teacher, tokenizer)
-    batch_size, micro_steps, global_batch = plan_batch(cfg, state, WORLD)
+    *plan, global_batch = plan_batch(cfg, state, WORLD)
     setup = {
         "config": knobs, "inputs": inputs, "global_batch": global_batch,
         "batch": [cfg.batch_size, cfg.gradient_accumulation_steps],
@@ -2173,8 +2172,7 @@ def start_run(cfg):
     # same distribution. Labels alone keep transformers' own loss, which is over the whole head.
     vocabulary = vocabulary_of(tokenizer) if cfg.alpha < 1 else None
     return Run(
-        cfg=cfg, setup=setup, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, student=student,
-        teacher=teacher, batch_size=batch_size, micro_steps=micro_steps, global_batch=global_batch,
+        cfg, setup, tokenizer, rows, eval_rows, student, teacher, *plan, global_batch,
         checkpoint=path, saved_digest=state and state["digest"],
         progress=Progress(**state["progress"]) if state else Progress(),
         vocabulary=vocabulary,
