@@ -11,7 +11,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
-import importlib.util   # optional: generate
+import importlib.util   # optional: generate served
 import json
 import math
 import operator
@@ -86,11 +86,32 @@ def a_teacher(cfg):
         return "--alpha below 1"
 
 
-def whole_teacher(cfg):   # optional: blockwise on_policy
+def whole_teacher(cfg):   # optional: blockwise on_policy served
     """Not what a cache holds of it."""
     if no_cache(cfg):   # optional: cache
         return no_cache(cfg)
     return a_teacher(cfg)
+
+
+def teacher_with_states(cfg):   # optional: blockwise
+    if cfg.teacher_url:   # optional: served
+        return "no --teacher_url: a server gives no hidden states"
+    return whole_teacher(cfg)
+
+
+def drawn_entries(cfg):   # optional: cache
+    if cfg.teacher_url:   # optional: served
+        return "no --teacher_url: a server gives its likeliest tokens"
+    if cfg.cache_method != "sample":
+        return "--cache_method sample"
+
+
+def likeliest_entries(cfg):   # optional: cache served
+    if cfg.teacher_url:   # optional: served
+        return None
+    if cfg.mode == "cache" and cfg.cache_method == "topk":   # optional: cache
+        return None
+    return "--mode cache --cache_method topk, or --teacher_url"
 
 
 def local_teacher(cfg):   # optional: generate
@@ -215,6 +236,9 @@ class Config:
         needs=no_cache,   # optional: cache
         read_by="train eval",   # optional: on_policy
     )
+    cache_top_k: int = knob(   # optional: cache served
+        64, "likeliest tokens that are kept of a distribution, in a cache or from a server",
+        at_least=1, read_by="train cache", needs=likeliest_entries)
 
     # these may differ on resume as long as the sequences a step do not: the trainer compares those
     section("steps", "how long, and how much at a time", "train", changes_result=False)
@@ -288,17 +312,23 @@ class Config:
         read_by="train cache", needs=a_teacher, changes_result=False)
     cache_method: Literal["sample", "topk"] = knob("sample", "what is kept of a distribution")
     cache_samples: int = knob(
-        50, "draws a token", at_least=1, at_most=255, needs=("cache_method", "sample"))
-    cache_top_k: int = knob(
-        64, "largest logits a token", at_least=1, needs=("cache_method", "topk"))
+        50, "draws a token", at_least=1, at_most=255, needs=drawn_entries)
     cache_chunk: int = knob(256, "sequences a cache file", at_least=1)
     force_regenerate: bool = knob(False, "empty cache_dir first")
+
+    # ----- optional: served
+    section("served", "a teacher behind a vLLM or SGLang server", "train cache")
+    teacher_url: str | None = knob(
+        None, "http://HOST:8000/v1 of the server whose model is the teacher: its only one, or the "
+        "one whose id or root is --teacher, which else is only the name of a tokenizer and of what "
+        "layers:N cuts. A key comes from OPENAI_API_KEY. vllm serve MODEL --max-logprobs 64",
+        needs=whole_teacher, changes_result=False)
 
     # ----- optional: blockwise
     section("blockwise", "hidden states first, by blocks", "train", needs=("blockwise", True))
     blockwise: bool = knob(
         False, "match hidden states block by block, then the head, then distil as usual",
-        needs=whole_teacher)
+        needs=teacher_with_states)
     block_input: Literal["student", "teacher"] = knob(
         "student", "what feeds block i: its own stream or the teacher's")
     distill_loss_type: Literal["relative", "mse", "cosine", "kl_div"] = knob(
@@ -390,6 +420,7 @@ class Config:
             self.student = self.teacher   # none named: the teacher's tokenizer
         check_training(self)
         check_cache(self)       # optional: cache
+        check_served(self)      # optional: served
         check_blockwise(self)   # optional: blockwise
         check_on_policy(self)   # optional: on_policy
         check_generate(self)    # optional: generate
@@ -470,6 +501,20 @@ def parse_multipliers(items):
     return rules
 
 
+def check_server(name, url, who, sdk):   # optional: generate served
+    """-> the key for it. who: needs that SDK."""
+    if not importlib.util.find_spec(sdk):
+        raise UserError(f"{who} needs its SDK: pip install {sdk}")
+    key = f"{sdk.upper()}_API_KEY"
+    value = os.environ.get(key, "").strip()
+    if not (value.isascii() and value.isprintable()):
+        raise UserError(f"{key} holds what no key does: a line end, or letters beyond ASCII")
+    if url and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[^\s?#]*)?", url):
+        raise UserError(f"{name} is no URL like http://localhost:8000/v1, without user, password "
+                        f"and query; a key belongs into {key}")
+    return value
+
+
 # ----- optional: streaming
 
 def check_streaming(cfg):
@@ -484,6 +529,25 @@ def check_streaming(cfg):
 def check_cache(cfg):
     if cfg.mode == "cache" and not cfg.cache_dir:
         raise UserError("mode cache writes cache_dir; name it with --cache_dir DIR")
+
+
+# ----- optional: served
+
+def check_served(cfg):
+    if not cfg.teacher_url:
+        return
+    if "cache_method" not in cfg.given:   # optional: cache
+        cfg.cache_method = "topk"
+    wanted = {
+        "temperature": 1.0,
+        "divergence": "forward",
+        "cache_method": "topk",   # optional: cache
+    }
+    for name, value in wanted.items():
+        if getattr(cfg, name) != value:
+            raise UserError(f"{name} is {getattr(cfg, name)}: a teacher_url gives the likeliest "
+                            f"tokens at temperature 1 and nothing of the others; make it {value}")
+    check_server("teacher_url", cfg.teacher_url, "teacher_url", "openai")
 
 
 # ----- optional: blockwise
@@ -525,17 +589,10 @@ def check_generate(cfg):
 def check_api(cfg):
     if not cfg.api_model:
         raise UserError(f"provider {cfg.provider} needs --api_model NAME")
-    if not importlib.util.find_spec(cfg.provider):
-        raise UserError(f"provider {cfg.provider} needs its SDK: pip install {cfg.provider}")
-    key = f"{cfg.provider.upper()}_API_KEY"
-    value = os.environ.get(key, "").strip()
+    value = check_server("api_base", cfg.api_base, f"provider {cfg.provider}", cfg.provider)
     if not cfg.api_base and not value:
-        raise UserError(f"provider {cfg.provider}: set {key} in the environment")
-    if not (value.isascii() and value.isprintable()):
-        raise UserError(f"{key} holds what no key does: a line end, or letters beyond ASCII")
-    if cfg.api_base and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[^\s?#]*)?", cfg.api_base):
-        raise UserError("api_base is no URL like http://localhost:8000/v1, without user, password "
-                        f"and query; a key belongs into {key}")
+        raise UserError(f"provider {cfg.provider}: set {cfg.provider.upper()}_API_KEY in the "
+                        "environment")
 
 
 # ----- optional: demo

@@ -5,6 +5,7 @@
     python simple_distill.py --teacher T --student S --dataset D              # online distillation
     python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C   # the teacher once
     python simple_distill.py --student S --cache_dir C                        # ... then from disk
+    python simple_distill.py --teacher T --student S --dataset D --teacher_url U  # or a server's
     python simple_distill.py --teacher T --student S --dataset D --blockwise  # block by block
     python simple_distill.py --teacher T --student S --dataset D --on_policy 0.5   # own texts too
     python simple_distill.py --mode generate --api_model M             # a dataset from an API
@@ -14,7 +15,7 @@
 First the core, which every fork needs: Runtime, Losses, Data, Models and FSDP, Optimiser,
 Checkpoints, Train. Whoever wants to understand or change plain distillation can stop there. Then
 the optional chapters, each of which can be deleted (README, "Changing it"): streaming, demo, cache,
-blockwise, on_policy, generate, eval. The knobs are config.py's.
+served, blockwise, on_policy, generate, eval. The knobs are config.py's.
 
 Shapes, as suffixes: B sequences, T positions, N counted tokens, C those of a chunk, D width, V
 vocabulary, K kept teacher entries a token.
@@ -2075,6 +2076,7 @@ class Run:
     scale_state: dict          # see new_scale_state
     progress: Progress
 
+    server: Any = None            # a teacher that is asked   # optional: served
     stages: list = None
     stage: Stage = None           # whose optimiser this is
     optimizer: Any = None
@@ -2126,6 +2128,8 @@ def load_everything(cfg):
     rows, eval_rows = load_data(cfg, tokenizer)
     student, _ = load_checked(cfg, "student", tokenizer)
     teacher, identity = None, None
+    if cfg.teacher_url:   # optional: served
+        return tokenizer, rows, eval_rows, student, teacher, identity
     if cfg.alpha < 1:
         teacher, identity = load_checked(cfg, "teacher", tokenizer)
     return tokenizer, rows, eval_rows, student, teacher, identity
@@ -2159,6 +2163,11 @@ def start_run(cfg):
                 inputs[split] = facts["digest"]
                 for root in filter(None, (student, teacher)):
                     check_ids(root, tokenizer, facts["biggest"])
+    server = None   # optional: served
+    if cfg.teacher_url:   # optional: served
+        server = open_server(cfg, tokenizer, eval_rows)
+        inputs["teacher's weights"] = server.name
+        eval_rows = ask_held_out(server, eval_rows)
     if state:
         refuse_changes(state["inputs"], inputs, path)
     if cfg.on_policy:   # optional: on_policy
@@ -2179,6 +2188,7 @@ def start_run(cfg):
         loss_fn=functools.partial(distil_loss, alpha=cfg.alpha, temperature=cfg.temperature,
                                   divergence=cfg.divergence, vocabulary=vocabulary),
         get_teacher_targets=teacher_targets(teacher),
+        server=server,   # optional: served
         scale_state=new_scale_state(compute_dtype(cfg) == torch.float16))
 
 
@@ -2241,10 +2251,15 @@ def begin(run, stages):
             stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
         if not progress.first_scores:
             progress.first_scores = scores(run, run.student, rows_before_training(run))
-        run.batches = prefetch(my_batches(run))
+        batches = my_batches(run)
+        if run.server:   # optional: served
+            batches = batches_with_teacher(run, batches)
+        run.batches = prefetch(batches)
         stack.enter_context(contextlib.closing(run.batches))
         if cfg.on_policy:   # optional: on_policy
             run.batches = batches_by_student(run, run.batches)
+        if run.server:   # optional: served
+            run.batches = until_server_fails(run, run.batches)
         run.bar = stack.enter_context(Bar(
             total=run.steps, initial=progress.step, disable=RANK > 0, dynamic_ncols=True,
             mininterval=0.5))
@@ -2506,6 +2521,8 @@ def finish(run):
     if run.save_problem:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
                         f"{run.save_problem}; mend that, then run it again without --resume")
+    if run.server:   # optional: served
+        raise_server_problem()
     return done
 
 
@@ -2570,6 +2587,8 @@ def facts_of(run):
         teacher, objective = "none", "cross-entropy to the labels"
     if cfg.cache_dir:   # optional: cache
         teacher = f"{teacher}, {describe_cache_use(cfg)}"
+    if run.server:   # optional: served
+        teacher = f"{teacher}, a server's, of each token {run.server.top_k} ids and the rest as one"
     if cfg.on_policy:   # optional: on_policy
         objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
     stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
@@ -2599,6 +2618,8 @@ def rehearse(run, stages):
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch]
         run.rows = run.rows.select(longest)
     micro, _ = next(my_batches(run))
+    if run.server:   # optional: served
+        micro = ask_batches(run, micro)
     example, *_ = micro[0].rows or [STAND_IN]
     print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
@@ -2787,6 +2808,7 @@ def is_whole_demo(cfg):   # optional: eval
         cfg.dry_run,
         cfg.alpha == 1,
         cfg.cache_dir,   # optional: cache
+        cfg.teacher_url,   # optional: served
         cfg.blockwise,   # optional: blockwise
         cfg.on_policy,   # optional: on_policy
     ]
@@ -2834,6 +2856,8 @@ def resolve_demo(cfg):
     if cfg.mode == "eval":   # there the student is what output_dir holds
         del places["student"]
     if cfg.mode == "train" and cfg.alpha == 1 and not cfg.student.startswith("layers:"):
+        del places["teacher"]
+    if cfg.teacher_url and not cfg.student.startswith("layers:"):   # optional: served
         del places["teacher"]
     if cfg.mode == "train" and cfg.cache_dir:   # optional: cache
         places = {"student": places["student"]}   # a cache is teacher and dataset
@@ -3026,10 +3050,15 @@ def fill_cache(cfg):
     tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     splits = {"train": rows, "eval": eval_rows}
-    ask, identity = open_teacher(cfg, tokenizer)
+    open_it = open_teacher
+    if cfg.teacher_url:   # optional: served
+        open_it = functools.partial(open_served_teacher, eval_rows)
+    ask, identity = open_it(cfg, tokenizer)
     with phase(f"opening cache {cfg.cache_dir}"):
         manifest = describe_cache(cfg, tokenizer, splits, identity)
         begin_cache(cfg, tokenizer, manifest)
+    if cfg.teacher_url:   # optional: served
+        ask_again(cfg.cache_dir, manifest, ask)
     with stop_signals() as stop_requests:
         paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
     if paths and RANK == 0:
@@ -3188,7 +3217,7 @@ def keep(hidden_ND, head, number, manifest):
         if manifest["method"] == "sample":
             parts.append(sample_entries(logp_CV, manifest["size"], generator))
         else:
-            parts.append(topk_entries(logp_CV, manifest["size"]))
+            parts.append(topk_entries(*logp_CV.topk(manifest["size"])))
     return Kept(*(torch.cat(part).cpu().numpy() for part in zip(*parts)))
 
 
@@ -3210,9 +3239,8 @@ def sample_entries(logp_CV, size, generator):
     return places_E % vocabulary * size + times_E - 1, extra_C
 
 
-def topk_entries(logp_CV, size):
-    """The likeliest K = size ids a token and the rest -> entries [C * (K + 1)], nothing"""
-    logp_CK, ids_CK = logp_CV.topk(size)
+def topk_entries(logp_CK, ids_CK):
+    """The likeliest K ids a token, and the rest -> entries [C * (K + 1)], nothing"""
     rest_C1 = (1 - logp_CK.exp().sum(-1, keepdim=True)).clamp_min(0)
     logp_CE = torch.cat([logp_CK, rest_C1.log()], -1)
     codes_CE = logp_CE.div(-24).sqrt().mul(255).round().clamp_max(255).long()
@@ -3330,6 +3358,209 @@ def read_manifest(cache_dir):
         raise UserError(f"{cache_dir!r} holds no cache, or one of an older version; mode cache "
                         "fills it, an older one with --force_regenerate")
     return manifest
+
+
+# --------------------------------------------------------------------------------------------------
+# Optional: served: a teacher behind a vLLM or SGLang server, which tells of each token of a text
+# what was likeliest there. A row gets that as its SparseTarget, like a row of a cache of method
+# topk: KL is measured to the listed tokens and to all others as one bucket. Hands on open_server,
+# what stands between batches and loop, and, for a cache, open_served_teacher.
+
+IN_FLIGHT = 16   # requests of a process
+PATIENCE = 120   # seconds that a server may be away, and those that it may take for an answer
+
+
+class Server(NamedTuple):
+    client: Any
+    ask: Any           # ask_vllm or ask_sglang
+    name: list         # the model's id and root
+    top_k: int         # entries a token
+    vocabulary: int
+
+
+def open_server(cfg, tokenizer, rows):
+    """-> Server, once it has been tried on the longest of these rows."""
+    import openai
+    client = openai.OpenAI(
+        base_url=cfg.teacher_url, timeout=PATIENCE, max_retries=1,
+        api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none")
+    with phase(f"looking for the teacher at {cfg.teacher_url}"):
+        models = json.loads(client.get("/models", cast_to=bytes))["data"]
+        names = [(model["owned_by"], model["id"], model.get("root")) for model in models]
+        found = [name for name in names if len(names) == 1 or cfg.teacher in name[1:]]
+        ways = {"vllm": ask_vllm, "sglang": ask_sglang}
+        if len(found) != 1 or found[0][0] not in ways:
+            raise UserError(f"{cfg.teacher_url} serves {names}: --teacher has to be the name of "
+                            "one, vllm's or sglang's")
+    owner, *name = found[0]
+    vocabulary = vocabulary_of(tokenizer)
+    server = Server(client, ways[owner], name, min(cfg.cache_top_k, vocabulary), vocabulary)
+    with phase(f"trying teacher {name[0]}: {server.top_k} entries a token (vllm serve MODEL "
+               f"--max-logprobs {server.top_k})"):
+        ask_document(server, max((row["input_ids"] for row in rows), key=len), tokenizer)
+    return server
+
+
+# ---- asking
+
+
+def ask_vllm(server, ids):
+    """-> {id: (log-probability, text)} a position"""
+    answer = post(server, "/completions", model=server.name[0], prompt=ids, max_tokens=1,
+                  prompt_logprobs=server.top_k)
+    return [{int(i): (entry["logprob"], entry["decoded_token"])
+             for i, entry in (listed or {}).items()}
+            for listed in answer["choices"][0]["prompt_logprobs"]]
+
+
+def ask_sglang(server, ids):
+    """The same. Its /v1/completions gives texts without ids."""
+    answer = post(server, f"{server.client.base_url}".removesuffix("v1/") + "generate",
+                  input_ids=ids, sampling_params={"max_new_tokens": 1, "temperature": 1},
+                  return_logprob=True, logprob_start_len=0, top_logprobs_num=server.top_k,
+                  return_text_in_logprobs=True)["meta_info"]
+    return [{i: (logp, text) for logp, i, text in [own, *(listed or [])]}
+            for own, listed in zip(answer["input_token_logprobs"], answer["input_top_logprobs"])]
+
+
+def post(server, url, **body):
+    """The client waits before its second try, as long as a server asks for."""
+    import openai
+    deadline = time.time() + PATIENCE
+    while True:
+        try:
+            return json.loads(server.client.post(url, body=body, cast_to=bytes))
+        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as e:
+            if time.time() > deadline:
+                raise
+            say_once(f"{time.strftime('%H:%M')}: no answer from the teacher's server, which is "
+                     f"asked again for {PATIENCE} s ({one_line(e)})")
+
+
+say_once = functools.cache(print0)   # for all that are in flight
+
+
+def ask_document(server, ids, tokenizer=None):
+    """-> [T, K, 2], at each position log-probability and id of the likeliest, zeros at the first,
+    which nothing predicts. tokenizer: ours, to be compared."""
+    try:
+        places = server.ask(server, ids.tolist())
+        whole = [i in listed and len(listed) >= server.top_k for i, listed in zip(ids, places)]
+        if len(places) != len(ids) or not all(whole[1:]):
+            raise ValueError(
+                f"{sum(whole[1:])} of {len(ids) - 1} positions list {server.top_k} tokens and the "
+                "one that stands there. Does it add a BOS, or cut? Does it answer from a cache "
+                "(--no-enable-prefix-caching, --disable-radix-cache)?")
+        table = np.zeros((len(ids), server.top_k, 2))
+        for t, listed in enumerate(places[1:], 1):
+            entries = sorted(((logp, i) for i, (logp, _) in listed.items()), reverse=True)
+            table[t] = entries[:server.top_k]
+        total = np.exp(table[1:, :, 0]).sum(1).max()
+        biggest = table[..., 1].max()
+        if not total <= 1.01 or biggest >= server.vocabulary:   # nor nan
+            raise ValueError(f"probabilities add up to {total:.3g}, ids go up to {biggest:.0f} "
+                             f"of {server.vocabulary}")
+        if tokenizer:
+            same = np.mean([tokenizer.decode([i]) == text for listed in places[1:]
+                            for i, (_, text) in listed.items()])
+            if same < 0.9:   # pieces of characters may differ
+                raise ValueError(f"{same:.0%} of the ids read as in our tokenizer: it has another")
+        return table
+    except Exception as e:
+        raise UserError(f"teacher {server.name[0]}, asked about {len(ids)} tokens: "
+                        f"{one_line(e, 600)}") from e
+
+
+def ask_rows(server, rows):
+    """Token rows -> the same with their SparseTarget, in arrays. Each document is asked by itself.
+    """
+    documents = [ids for row in rows for ids in np.split(row["input_ids"], row["starts"][1:])]
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        tables = pool.map(functools.partial(ask_document, server), documents)
+        return [with_target(row, itertools.islice(tables, len(row["starts"]))) for row in rows]
+
+
+def with_target(row, tables):
+    logp_NK, ids_NK = np.moveaxis(np.concatenate(list(tables))[row["targets"]], -1, 0)
+    probs_NK = np.exp(logp_NK)
+    rest_N1 = np.maximum(0, 1 - probs_NK.sum(1, keepdims=True))
+    probs_NE = np.hstack([probs_NK, rest_N1])
+    probs_NE /= probs_NE.sum(1, keepdims=True)
+    entropy_N = -(probs_NE * np.log(probs_NE + 1e-30)).sum(1)   # of what KL is measured to
+    floats = [part.astype(np.float32) for part in (probs_NE[:, :-1], probs_NE[:, -1], entropy_N)]
+    return row | {"sparse": SparseTarget(ids_NK.astype(np.int64), *floats)}
+
+
+# ---- training
+
+
+def ask_held_out(server, rows):
+    """Once for all ranks and evaluations."""
+    with phase(f"asking the teacher about {len(rows)} held-out rows"):
+        return from_rank0(ask_rows(server, rows) if RANK == 0 else None)
+
+
+def ask_batches(run, micro):
+    """All of a step at once."""
+    rows = ask_rows(run.server, [row for batch in micro for row in batch.rows])
+    return micro_batches(rows, run.micro_steps, run.batch_size)
+
+
+def batches_with_teacher(run, batches):
+    for step, (micro, position) in enumerate(batches, run.progress.step):
+        if is_on_policy(run.cfg.on_policy, run.cfg.seed, step):   # optional: on_policy
+            yield micro, position   # asked when the student has written
+            continue
+        yield ask_batches(run, micro), position
+
+
+def until_server_fails(run, batches):
+    """The same batches. Where one cannot be had, all ranks save and stop, as for a signal, and
+    raise_server_problem ends the run."""
+    try:
+        yield from batches
+    except UserError as e:
+        STORE.set("server", f"{e}")
+        run.stop_requests.append(1)
+        yield [], None
+
+
+def raise_server_problem():
+    if STORE.check(["server"]):
+        raise UserError(f"{STORE.get('server').decode()}; the same command goes on from what is "
+                        "saved")
+
+
+# ---- filling a cache
+
+
+def open_served_teacher(eval_rows, cfg, tokenizer):   # optional: cache
+    """See open_teacher."""
+    server = open_server(cfg, tokenizer, eval_rows)
+
+    def ask(rows, first, manifest):
+        return [kept_of(row["sparse"]) for row in ask_rows(server, rows)]
+
+    return ask, {"served": server.name}
+
+
+def kept_of(sparse):   # optional: cache
+    probs_NK, ids_NK = map(torch.from_numpy, (sparse.probs, sparse.ids))
+    return Kept(*[part.numpy() for part in topk_entries(probs_NK.log(), ids_NK)])
+
+
+def ask_again(cache_dir, manifest, ask):   # optional: cache
+    """A name says little: of a cache that goes on, a row that is there has to come out the same."""
+    for path in sorted(Path(cache_dir).glob("*.safetensors"))[:1]:
+        for numbers in read_chunk(path, manifest)[:1]:
+            row = unpack_row(numbers, manifest)
+            kept, = ask([row], 0, manifest)
+            again = unpack_row(pack_row(row, kept), manifest)
+            same = np.mean(row["sparse"].ids[:, 0] == again["sparse"].ids[:, 0])
+            if same < 0.98:
+                raise UserError(f"the server says something else of {path} than it did: {same:.0%} "
+                                "of the likeliest tokens are the same; serve the model it was, or "
+                                "empty the cache: --force_regenerate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3741,6 +3972,8 @@ def write_batches(run, micro):
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
     run.progress.notes.setdefault("rollouts", []).append(all_sum(len(rows), tokens, cut))
     micro = micro_batches(rows, run.micro_steps, run.batch_size)
+    if run.server:   # optional: served
+        micro = ask_batches(run, micro)
     for batch in micro:
         batch.by_student = True
     return micro
@@ -3820,6 +4053,8 @@ def check_writer(cfg, student, teacher, tokenizer):
         probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
               "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
               writing_error, ids_1T)
+    if cfg.teacher_url:   # optional: served
+        return   # nobody knows its ends
     theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
     ends = end_ids(student.model, tokenizer) | end_ids(teacher.model, theirs or tokenizer)
     student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
