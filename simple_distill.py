@@ -1228,10 +1228,12 @@ def batch_of_step(count, seed, global_batch, step):
     return order[place * global_batch:(place + 1) * global_batch].tolist()
 
 
-def micro_batches(rows, micro_steps, batch_size):
+def micro_batches(run, rows):
     """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row."""
-    return [collate(rows[start:start + batch_size])
-            for start in range(0, micro_steps * batch_size, batch_size)]
+    if run.server:   # optional: served
+        rows = with_answers(run.server, rows)
+    return [collate(rows[start:start + run.batch_size])
+            for start in range(0, run.micro_steps * run.batch_size, run.batch_size)]
 
 
 def prefetch(endless):
@@ -2076,7 +2078,7 @@ class Run:
     scale_state: dict          # see new_scale_state
     progress: Progress
 
-    server: Any = None            # a teacher that is asked   # optional: served
+    server: Any = None            # where the teacher is   # optional: served
     stages: list = None
     stage: Stage = None           # whose optimiser this is
     optimizer: Any = None
@@ -2128,9 +2130,10 @@ def load_everything(cfg):
     rows, eval_rows = load_data(cfg, tokenizer)
     student, _ = load_checked(cfg, "student", tokenizer)
     teacher, identity = None, None
+    is_here = cfg.alpha < 1
     if cfg.teacher_url:   # optional: served
-        return tokenizer, rows, eval_rows, student, teacher, identity
-    if cfg.alpha < 1:
+        is_here = False
+    if is_here:
         teacher, identity = load_checked(cfg, "teacher", tokenizer)
     return tokenizer, rows, eval_rows, student, teacher, identity
 
@@ -2165,9 +2168,9 @@ def start_run(cfg):
                     check_ids(root, tokenizer, facts["biggest"])
     server = None   # optional: served
     if cfg.teacher_url:   # optional: served
-        server = open_server(cfg, tokenizer, eval_rows)
-        inputs["teacher's weights"] = server.name
-        eval_rows = ask_held_out(server, eval_rows)
+        server = open_server(eval_rows[0], cfg, tokenizer)
+        inputs["teacher's weights"] = server.manifest
+        eval_rows = from_rank0(with_answers(server, eval_rows) if RANK == 0 else None)
     if state:
         refuse_changes(state["inputs"], inputs, path)
     if cfg.on_policy:   # optional: on_policy
@@ -2251,15 +2254,12 @@ def begin(run, stages):
             stack.push(lambda kind, *_: run.wandb.finish(exit_code=int(kind is not None)))
         if not progress.first_scores:
             progress.first_scores = scores(run, run.student, rows_before_training(run))
-        batches = my_batches(run)
-        if run.server:   # optional: served
-            batches = batches_with_teacher(run, batches)
-        run.batches = prefetch(batches)
-        stack.enter_context(contextlib.closing(run.batches))
+        run.batches = prefetch(my_batches(run))
         if cfg.on_policy:   # optional: on_policy
             run.batches = batches_by_student(run, run.batches)
-        if run.server:   # optional: served
+        if cfg.teacher_url:   # optional: served
             run.batches = until_server_fails(run, run.batches)
+        stack.enter_context(contextlib.closing(run.batches))
         run.bar = stack.enter_context(Bar(
             total=run.steps, initial=progress.step, disable=RANK > 0, dynamic_ncols=True,
             mininterval=0.5))
@@ -2272,11 +2272,11 @@ def my_batches(run):
     on. Rank r takes every WORLD-th sequence of a global batch."""
     if run.cfg.streaming:   # optional: streaming
         for rows, position in batches_of_stream(run):
-            yield micro_batches(rows[RANK::WORLD], run.micro_steps, run.batch_size), position
+            yield micro_batches(run, rows[RANK::WORLD]), position
     for step in itertools.count(run.progress.step):
         numbers = batch_of_step(len(run.rows), run.cfg.seed, run.global_batch, step)
         rows = [run.rows[i] for i in numbers[RANK::WORLD]]
-        yield micro_batches(rows, run.micro_steps, run.batch_size), None
+        yield micro_batches(run, rows), None
 
 
 def resume(run):
@@ -2521,8 +2521,6 @@ def finish(run):
     if run.save_problem:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
                         f"{run.save_problem}; mend that, then run it again without --resume")
-    if run.server:   # optional: served
-        raise_server_problem()
     return done
 
 
@@ -2587,8 +2585,8 @@ def facts_of(run):
         teacher, objective = "none", "cross-entropy to the labels"
     if cfg.cache_dir:   # optional: cache
         teacher = f"{teacher}, {describe_cache_use(cfg)}"
-    if run.server:   # optional: served
-        teacher = f"{teacher}, a server's, of each token {run.server.top_k} ids and the rest as one"
+    if cfg.teacher_url:   # optional: served
+        teacher = f"{teacher}, a server's, of each token {cfg.cache_top_k} ids and the rest as one"
     if cfg.on_policy:   # optional: on_policy
         objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
     stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
@@ -2618,8 +2616,6 @@ def rehearse(run, stages):
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch]
         run.rows = run.rows.select(longest)
     micro, _ = next(my_batches(run))
-    if run.server:   # optional: served
-        micro = ask_batches(run, micro)
     example, *_ = micro[0].rows or [STAND_IN]
     print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
@@ -2857,8 +2853,6 @@ def resolve_demo(cfg):
         del places["student"]
     if cfg.mode == "train" and cfg.alpha == 1 and not cfg.student.startswith("layers:"):
         del places["teacher"]
-    if cfg.teacher_url and not cfg.student.startswith("layers:"):   # optional: served
-        del places["teacher"]
     if cfg.mode == "train" and cfg.cache_dir:   # optional: cache
         places = {"student": places["student"]}   # a cache is teacher and dataset
     files = {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
@@ -3052,13 +3046,13 @@ def fill_cache(cfg):
     splits = {"train": rows, "eval": eval_rows}
     open_it = open_teacher
     if cfg.teacher_url:   # optional: served
-        open_it = functools.partial(open_served_teacher, eval_rows)
+        open_it = functools.partial(open_server, eval_rows[0])
     ask, identity = open_it(cfg, tokenizer)
     with phase(f"opening cache {cfg.cache_dir}"):
         manifest = describe_cache(cfg, tokenizer, splits, identity)
         begin_cache(cfg, tokenizer, manifest)
-    if cfg.teacher_url:   # optional: served
-        ask_again(cfg.cache_dir, manifest, ask)
+        if cfg.teacher_url:   # optional: served
+            ask_again(cfg.cache_dir, manifest, ask)
     with stop_signals() as stop_requests:
         paths = fill_chunks(cfg, tokenizer, splits, manifest, ask, stop_requests)
     if paths and RANK == 0:
@@ -3362,205 +3356,124 @@ def read_manifest(cache_dir):
 
 # --------------------------------------------------------------------------------------------------
 # Optional: served: a teacher behind a vLLM or SGLang server, which tells of each token of a text
-# what was likeliest there. A row gets that as its SparseTarget, like a row of a cache of method
-# topk: KL is measured to the listed tokens and to all others as one bucket. Hands on open_server,
-# what stands between batches and loop, and, for a cache, open_served_teacher.
+# what was likeliest there. To a cache it is another teacher (see open_teacher: this chapter needs
+# that one). Online a row gets what a row of a cache of method topk has: when its batch is
+# prefetched, when the student has written it, and, where it is held out, once at the start.
 
-IN_FLIGHT = 16   # requests of a process
-PATIENCE = 120   # seconds that a server may be away, and those that it may take for an answer
+PATIENCE = 120   # seconds in which what goes wrong is tried again
 
 
 class Server(NamedTuple):
-    client: Any
-    ask: Any           # ask_vllm or ask_sglang
-    name: list         # the model's id and root
-    top_k: int         # entries a token
-    vocabulary: int
+    ask: Any         # see open_teacher
+    manifest: dict   # what is to be said of the teacher, and what rows have to know
 
 
-def open_server(cfg, tokenizer, rows):
-    """-> Server, once it has been tried on the longest of these rows."""
+def open_server(row, cfg, tokenizer):
+    """row: to try it on."""
     import openai
-    client = openai.OpenAI(
-        base_url=cfg.teacher_url, timeout=PATIENCE, max_retries=1,
-        api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none")
-    with phase(f"looking for the teacher at {cfg.teacher_url}"):
-        models = json.loads(client.get("/models", cast_to=bytes))["data"]
-        names = [(model["owned_by"], model["id"], model.get("root")) for model in models]
-        found = [name for name in names if len(names) == 1 or cfg.teacher in name[1:]]
-        ways = {"vllm": ask_vllm, "sglang": ask_sglang}
-        if len(found) != 1 or found[0][0] not in ways:
-            raise UserError(f"{cfg.teacher_url} serves {names}: --teacher has to be the name of "
-                            "one, vllm's or sglang's")
-    owner, *name = found[0]
-    vocabulary = vocabulary_of(tokenizer)
-    server = Server(client, ways[owner], name, min(cfg.cache_top_k, vocabulary), vocabulary)
-    with phase(f"trying teacher {name[0]}: {server.top_k} entries a token (vllm serve MODEL "
-               f"--max-logprobs {server.top_k})"):
-        ask_document(server, max((row["input_ids"] for row in rows), key=len), tokenizer)
-    return server
+    # it may be silent for half a minute, and is asked three times
+    client = openai.OpenAI(base_url=cfg.teacher_url, timeout=PATIENCE / 4,
+                           api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    with phase(f"choosing --teacher {cfg.teacher}, or the only model, at {cfg.teacher_url}"):
+        models = client.models.list().data
+        model, = [model for model in models if cfg.teacher in (model.id, model.root)] or models
+        ask_server = {"vllm": ask_vllm, "sglang": ask_sglang}[model.owned_by]
+    manifest = {"served": [model.id, model.root], "vocabulary": vocabulary_of(tokenizer),
+                "method": "topk", "size": cfg.cache_top_k, "codes": 256}
+    ask_ids = functools.partial(ask_server, client, model.id, cfg.cache_top_k)
+    advice = (f"of each token but the first it has to list {cfg.cache_top_k} and the token itself "
+              f"(vllm serve MODEL --max-logprobs {cfg.cache_top_k} --no-enable-prefix-caching; "
+              "sglang's --disable-radix-cache)")
+
+    def ask(rows, first, manifest):
+        deadline = time.time() + PATIENCE
+        while True:
+            try:
+                with ThreadPoolExecutor(16) as pool:   # so many requests are in flight
+                    return [*pool.map(functools.partial(ask_row, ask_ids, manifest), rows)]
+            except Exception as e:
+                if time.time() > deadline:
+                    raise UserError(f"teacher {model.id} at {cfg.teacher_url}: {one_line(e, 600)}; "
+                                    f"{advice}") from e
+                print0(f"asking {cfg.teacher_url} again: {one_line(e)}")
+                time.sleep(5)
+
+    with phase(f"trying teacher {model.id}: {advice}"):
+        ask_row(ask_ids, manifest, row, tokenizer)
+    return Server(ask, manifest)
 
 
-# ---- asking
+def ask_vllm(client, model, top_k, ids, texts):
+    """-> [(log-probability, id, text), ...] for each id but the first"""
+    answer = client.post("/completions", cast_to=object, body={
+        "model": model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": top_k})
+    return [[(entry["logprob"], int(i), entry["decoded_token"]) for i, entry in entries.items()]
+            for entries in answer["choices"][0]["prompt_logprobs"][1:]]
 
 
-def ask_vllm(server, ids):
-    """-> {id: (log-probability, text)} a position"""
-    answer = post(server, "/completions", model=server.name[0], prompt=ids, max_tokens=1,
-                  prompt_logprobs=server.top_k)
-    return [{int(i): (entry["logprob"], entry["decoded_token"])
-             for i, entry in (listed or {}).items()}
-            for listed in answer["choices"][0]["prompt_logprobs"]]
+def ask_sglang(client, model, top_k, ids, texts):
+    """The same, of its own interface: /v1/completions tells no ids. texts: whether to tell them."""
+    answer = client.post(f"{client.base_url}".replace("/v1/", "/generate"), cast_to=object, body={
+        "input_ids": ids, "sampling_params": {"max_new_tokens": 1}, "return_logprob": True,
+        "logprob_start_len": 0, "top_logprobs_num": top_k, "return_text_in_logprobs": texts})
+    facts = answer["meta_info"]
+    return [[label, *likeliest] for label, likeliest in zip(
+        facts["input_token_logprobs"][1:], facts["input_top_logprobs"][1:])]
 
 
-def ask_sglang(server, ids):
-    """The same. Its /v1/completions gives texts without ids."""
-    answer = post(server, f"{server.client.base_url}".removesuffix("v1/") + "generate",
-                  input_ids=ids, sampling_params={"max_new_tokens": 1, "temperature": 1},
-                  return_logprob=True, logprob_start_len=0, top_logprobs_num=server.top_k,
-                  return_text_in_logprobs=True)["meta_info"]
-    return [{i: (logp, text) for logp, i, text in [own, *(listed or [])]}
-            for own, listed in zip(answer["input_token_logprobs"], answer["input_top_logprobs"])]
+def ask_row(ask_ids, manifest, row, tokenizer=None):
+    """-> Kept. What shares the row is asked one by one. tokenizer: ours, to be compared."""
+    answers = []
+    for ids in np.split(row["input_ids"], row["starts"][1:]):
+        answers += ask_ids(ids.tolist(), tokenizer is not None)
+    # nothing predicts what a document begins with; it is no target
+    labels, targets = (np.delete(row[name], row["starts"]) for name in ("input_ids", "targets"))
+    is_listed = [label in [i for _, i, _ in entries] for label, entries in zip(labels, answers)]
+    table = torch.tensor([
+        sorted({(logp, i) for logp, i, _ in entries}, reverse=True)[:manifest["size"]]
+        for entries in answers]).view(len(labels), manifest["size"], 2)
+    logp_NK, ids_NK = table[targets].unbind(-1)
+    total = logp_NK.exp().sum(-1).max()
+    if not (all(is_listed) and total <= 1.01 and ids_NK.max() < manifest["vocabulary"]):
+        raise ValueError(f"{np.mean(is_listed):.1%} of the tokens are listed, probabilities add up "
+                         f"to {total:.2f}, ids to {ids_NK.max()} of {manifest['vocabulary']}")
+    if tokenizer:
+        same = np.mean([tokenizer.decode([i]) == text
+                        for entries in answers for _, i, text in entries])
+        if same < 0.9:   # pieces of characters may differ
+            raise ValueError(f"{same:.0%} of the ids read as in our tokenizer; --tokenizer names "
+                             "another")
+    return Kept(*map(np.asarray, topk_entries(logp_NK, ids_NK.long())))
 
 
-def post(server, url, **body):
-    """The client waits before its second try, as long as a server asks for."""
-    import openai
-    deadline = time.time() + PATIENCE
-    while True:
-        try:
-            return json.loads(server.client.post(url, body=body, cast_to=bytes))
-        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as e:
-            if time.time() > deadline:
-                raise
-            say_once(f"{time.strftime('%H:%M')}: no answer from the teacher's server, which is "
-                     f"asked again for {PATIENCE} s ({one_line(e)})")
-
-
-say_once = functools.cache(print0)   # for all that are in flight
-
-
-def ask_document(server, ids, tokenizer=None):
-    """-> [T, K, 2], at each position log-probability and id of the likeliest, zeros at the first,
-    which nothing predicts. tokenizer: ours, to be compared."""
-    try:
-        places = server.ask(server, ids.tolist())
-        whole = [i in listed and len(listed) >= server.top_k for i, listed in zip(ids, places)]
-        if len(places) != len(ids) or not all(whole[1:]):
-            raise ValueError(
-                f"{sum(whole[1:])} of {len(ids) - 1} positions list {server.top_k} tokens and the "
-                "one that stands there. Does it add a BOS, or cut? Does it answer from a cache "
-                "(--no-enable-prefix-caching, --disable-radix-cache)?")
-        table = np.zeros((len(ids), server.top_k, 2))
-        for t, listed in enumerate(places[1:], 1):
-            entries = sorted(((logp, i) for i, (logp, _) in listed.items()), reverse=True)
-            table[t] = entries[:server.top_k]
-        total = np.exp(table[1:, :, 0]).sum(1).max()
-        biggest = table[..., 1].max()
-        if not total <= 1.01 or biggest >= server.vocabulary:   # nor nan
-            raise ValueError(f"probabilities add up to {total:.3g}, ids go up to {biggest:.0f} "
-                             f"of {server.vocabulary}")
-        if tokenizer:
-            same = np.mean([tokenizer.decode([i]) == text for listed in places[1:]
-                            for i, (_, text) in listed.items()])
-            if same < 0.9:   # pieces of characters may differ
-                raise ValueError(f"{same:.0%} of the ids read as in our tokenizer: it has another")
-        return table
-    except Exception as e:
-        raise UserError(f"teacher {server.name[0]}, asked about {len(ids)} tokens: "
-                        f"{one_line(e, 600)}") from e
-
-
-def ask_rows(server, rows):
-    """Token rows -> the same with their SparseTarget, in arrays. Each document is asked by itself.
-    """
-    documents = [ids for row in rows for ids in np.split(row["input_ids"], row["starts"][1:])]
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        tables = pool.map(functools.partial(ask_document, server), documents)
-        return [with_target(row, itertools.islice(tables, len(row["starts"]))) for row in rows]
-
-
-def with_target(row, tables):
-    logp_NK, ids_NK = np.moveaxis(np.concatenate(list(tables))[row["targets"]], -1, 0)
-    probs_NK = np.exp(logp_NK)
-    rest_N1 = np.maximum(0, 1 - probs_NK.sum(1, keepdims=True))
-    probs_NE = np.hstack([probs_NK, rest_N1])
-    probs_NE /= probs_NE.sum(1, keepdims=True)
-    entropy_N = -(probs_NE * np.log(probs_NE + 1e-30)).sum(1)   # of what KL is measured to
-    floats = [part.astype(np.float32) for part in (probs_NE[:, :-1], probs_NE[:, -1], entropy_N)]
-    return row | {"sparse": SparseTarget(ids_NK.astype(np.int64), *floats)}
-
-
-# ---- training
-
-
-def ask_held_out(server, rows):
-    """Once for all ranks and evaluations."""
-    with phase(f"asking the teacher about {len(rows)} held-out rows"):
-        return from_rank0(ask_rows(server, rows) if RANK == 0 else None)
-
-
-def ask_batches(run, micro):
-    """All of a step at once."""
-    rows = ask_rows(run.server, [row for batch in micro for row in batch.rows])
-    return micro_batches(rows, run.micro_steps, run.batch_size)
-
-
-def batches_with_teacher(run, batches):
-    for step, (micro, position) in enumerate(batches, run.progress.step):
-        if is_on_policy(run.cfg.on_policy, run.cfg.seed, step):   # optional: on_policy
-            yield micro, position   # asked when the student has written
-            continue
-        yield ask_batches(run, micro), position
+def with_answers(server, rows):
+    """Token rows -> the same with their SparseTarget, by the way that it takes through a cache."""
+    return [unpack_row(pack_row(row, kept), server.manifest)
+            for row, kept in zip(rows, server.ask(rows, 0, server.manifest))]
 
 
 def until_server_fails(run, batches):
-    """The same batches. Where one cannot be had, all ranks save and stop, as for a signal, and
-    raise_server_problem ends the run."""
+    """The same batches. Where one cannot be had, all ranks save and stop, as for a signal; then
+    begin closes this, and the run ends in an error."""
     try:
         yield from batches
     except UserError as e:
-        STORE.set("server", f"{e}")
         run.stop_requests.append(1)
-        yield [], None
+        try:
+            yield [], None
+        finally:
+            raise e
 
 
-def raise_server_problem():
-    if STORE.check(["server"]):
-        raise UserError(f"{STORE.get('server').decode()}; the same command goes on from what is "
-                        "saved")
-
-
-# ---- filling a cache
-
-
-def open_served_teacher(eval_rows, cfg, tokenizer):   # optional: cache
-    """See open_teacher."""
-    server = open_server(cfg, tokenizer, eval_rows)
-
-    def ask(rows, first, manifest):
-        return [kept_of(row["sparse"]) for row in ask_rows(server, rows)]
-
-    return ask, {"served": server.name}
-
-
-def kept_of(sparse):   # optional: cache
-    probs_NK, ids_NK = map(torch.from_numpy, (sparse.probs, sparse.ids))
-    return Kept(*[part.numpy() for part in topk_entries(probs_NK.log(), ids_NK)])
-
-
-def ask_again(cache_dir, manifest, ask):   # optional: cache
-    """A name says little: of a cache that goes on, a row that is there has to come out the same."""
+def ask_again(cache_dir, manifest, ask):
+    """Names say little: of a cache that goes on, a row has to come out as it did."""
     for path in sorted(Path(cache_dir).glob("*.safetensors"))[:1]:
-        for numbers in read_chunk(path, manifest)[:1]:
-            row = unpack_row(numbers, manifest)
-            kept, = ask([row], 0, manifest)
-            again = unpack_row(pack_row(row, kept), manifest)
-            same = np.mean(row["sparse"].ids[:, 0] == again["sparse"].ids[:, 0])
-            if same < 0.98:
-                raise UserError(f"the server says something else of {path} than it did: {same:.0%} "
-                                "of the likeliest tokens are the same; serve the model it was, or "
-                                "empty the cache: --force_regenerate")
+        row = unpack_row(read_chunk(path, manifest)[0], manifest)
+        again, = with_answers(Server(ask, manifest), [row])
+        same = np.mean(row["sparse"].ids[:, 0] == again["sparse"].ids[:, 0])
+        if same < 0.98:
+            raise UserError(f"of {path} {same:.0%} of the likeliest tokens are what the server "
+                            "says now: serve the model it was, or --force_regenerate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3971,9 +3884,7 @@ def write_batches(run, micro):
     tokens = sum(row["targets"].sum() for row in rows)
     cut = sum(row["input_ids"][-1] not in ends for row in rows)
     run.progress.notes.setdefault("rollouts", []).append(all_sum(len(rows), tokens, cut))
-    micro = micro_batches(rows, run.micro_steps, run.batch_size)
-    if run.server:   # optional: served
-        micro = ask_batches(run, micro)
+    micro = micro_batches(run, rows)
     for batch in micro:
         batch.by_student = True
     return micro

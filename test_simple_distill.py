@@ -17,7 +17,7 @@ import datetime
 import functools
 import gc   # optional: generate
 import hashlib
-import http.server   # optional: generate
+import http.server   # optional: generate served
 import importlib   # optional: generate
 import io
 import itertools
@@ -272,6 +272,37 @@ def wait_for_log(out, process, seconds=120):
     while not (os.path.exists(f"{out}/log.jsonl") and log(out, "train")):
         assert process.poll() is None and time.time() < end, "it ended, or is too slow"
         time.sleep(0.05)
+
+
+# ---- servers
+
+
+class Loopback(http.server.ThreadingHTTPServer):   # optional: generate served
+    """On a port of this machine, while it is entered."""
+    daemon_threads = True
+    request_queue_size = 200
+
+    def __init__(self, handler, port=0):
+        super().__init__(("127.0.0.1", port), handler)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        """Silent: clients get killed."""
+
+
+class LoopbackHandler(http.server.BaseHTTPRequestHandler):   # optional: generate served
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1   # an answer in one piece, unless it is flushed
+
+    def log_message(self, *args):
+        """Silent."""
 
 
 # ---- what a run leaves behind
@@ -2121,7 +2152,8 @@ def test_data_a_step_knows_its_rows(count, size):
 def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
     rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
     run = types.SimpleNamespace(
-        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2,
+        server=None)   # optional: served
     monkeypatch.setattr(sd, "WORLD", 2)
     for rank in (0, 1):
         monkeypatch.setattr(sd, "RANK", rank)
@@ -4458,6 +4490,181 @@ def bench_packing(vocab, method, size):
 
 
 # --------------------------------------------------------------------------------------------------
+# Optional: served: a teacher behind a server of our own, which answers as vLLM and SGLang do.
+
+class TeacherServer(Loopback):
+    """vLLM or SGLang on loopback, while it is entered, with the log-probabilities of a model.
+
+    fault(number of the request): how that misbehaves. None: not at all; a number: the status of an
+    error; another name: see TeacherHandler."""
+
+    def __init__(self, path, kind="vllm", fault=None, port=0, name="T"):
+        super().__init__(TeacherHandler, port)
+        self.model = load(path)
+        self.kind = kind
+        self.fault = fault or (lambda number: None)
+        self.card = {"id": name, "root": str(path), "owned_by": kind, "object": "model"}
+        self.numbers = itertools.count(1)
+        self.seen = []   # ids of each request
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    @torch.no_grad()
+    def places(self, ids, top_k, fault):
+        """-> [{id: log-probability}, ...] of a text, its own first; None at the first."""
+        if fault == "bos":
+            ids = [1, *ids]
+        logp_TV = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logp_TV += 0.1 * (fault == "above 1")
+        places = [None]
+        for i, logp_V in zip(ids[1:], logp_TV):
+            top, likeliest = logp_V.topk(top_k - 2 * (fault == "few"))
+            places.append({i: logp_V[i].item()} | dict(zip(likeliest.tolist(), top.tolist())))
+        if fault == "null":
+            places[5] = None
+        if fault == "beyond":
+            places[5] |= {999: -0.1}
+        if fault == "shifted":
+            places.insert(1, places.pop())
+        return places[:-1] if fault == "cut" else places
+
+
+class TeacherHandler(LoopbackHandler):
+    def do_GET(self):
+        self.send({"object": "list", "data": [self.server.card]})
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        ids = body.get("prompt") or body["input_ids"]
+        top_k = body.get("prompt_logprobs") or body["top_logprobs_num"]
+        fault = server.fault(next(server.numbers))
+        server.seen.append(ids)
+        if fault == "drop":
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "silence":
+            time.sleep(2)
+        if isinstance(fault, int):
+            return self.send({"error": {"message": f"{fault} of our own"}}, fault)
+        tokenizer = tiny_tokenizer(roll=9 if fault == "tokenizer" else 0)
+        places = server.places(ids, top_k, fault)
+        if self.path == "/v1/completions":
+            assert body["model"] == server.card["id"] and body["max_tokens"] == 1
+            told = [place and {
+                str(i): {"logprob": logp, "rank": 1, "decoded_token": tokenizer.decode([i])}
+                for i, logp in place.items()} for place in places]
+            return self.send({"choices": [{"text": "x", "prompt_logprobs": told}]}, fault=fault)
+        assert self.path == "/generate" and body["logprob_start_len"] == 0
+        texts = body["return_text_in_logprobs"]
+        told = [place and [[logp, i, tokenizer.decode([i]) if texts else None]
+                           for i, logp in place.items()] for place in places]
+        own = [entries[0] if entries else [None, ids[0], None] for entries in told]
+        best = [entries and sorted(entries, key=lambda entry: -entry[0])[:top_k]
+                for entries in told]
+        self.send({"text": "x", "meta_info": {
+            "input_token_logprobs": own, "input_top_logprobs": best}}, fault=fault)
+
+    def send(self, answer, status=200, fault=None):
+        data = json.dumps(answer).encode()
+        if fault == "html":
+            data = b"<html>Welcome to nginx</html>"
+        self.send_response(status)
+        self.send_header("content-type", "text/html" if fault == "html" else "application/json")
+        self.send_header("content-length", str(len(data)))
+        if status == 429:
+            self.send_header("retry-after", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def served(teacher):
+    """No weights of a teacher, but a server with them."""
+    with TeacherServer(teacher) as server:
+        yield server
+
+
+def served_fields(server, **fields):
+    return dict(teacher_url=server.url, teacher="T", cache_top_k=12) | fields
+
+
+# ---- what comes back
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_served_rows_hold_what_the_model_says(teacher, text, kind):
+    """Of each document by itself, also where they share a row."""
+    rows, _ = rows_of(text, packing="documents", seq_len=256)
+    row = rows[0]
+    assert len(row["starts"]) > 1
+    cfg = config.Config(cache_top_k=12)
+    with TeacherServer(teacher, kind) as server, sd.process_group():
+        cfg.teacher_url = server.url
+        with_answers, = sd.with_answers(sd.open_server(row, cfg, tiny_tokenizer()), [row])
+    sparse = sd.SparseTarget(*map(torch.from_numpy, with_answers.pop("sparse")))
+    for name, values in with_answers.items():
+        assert (values == row[name]).all(), name
+    ids = torch.tensor(row["input_ids"])
+    logp = [load(teacher)(part[None]).logits[0, :-1].detach().log_softmax(-1)
+            for part in ids.tensor_split(row["starts"][1:].tolist())]
+    top = torch.cat(logp).topk(12)
+    assert (sparse.ids == top.indices).float().mean() > 0.999
+    bound = 2 * (0.0193 * (-top.values).sqrt() + 1e-4)
+    assert ((sparse.probs.log() - top.values).abs() < bound).all()
+    assert (sparse.rest - (1 - top.values.exp().sum(-1))).abs().max() < 0.02
+
+
+def test_served_cache_is_that_of_the_model_here(served, teacher, student, cache_text, tmp_path):
+    """... but for its name; no teacher is loaded. It goes on where the same model answers."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    top_k = dict(cache_top_k=12)
+    fill_cache(teacher, cache_text, here, cache_method="topk", **top_k)
+    words = served_fields(served, tokenizer=teacher)
+    fill_cache(dataset=cache_text, cache_dir=there, **words)
+    assert facts_of_cache(there)[0]["served"] == ["T", teacher]
+    for split in ("train", "eval"):
+        for a, b in zip(rows_of_cache(here, split), rows_of_cache(there, split), strict=True):
+            for one, other in zip(a["sparse"], b["sparse"]):
+                assert np.mean(one == other) > 0.999
+    for name, cache in (("a", here), ("b", there)):
+        train_from_cache(student, cache, tmp_path / name)
+    for key in ("train/loss", "eval/kl_loss"):
+        assert column(tmp_path / "a", key) == pytest.approx(column(tmp_path / "b", key), rel=1e-3)
+    whole = chunk_files(there)
+    os.remove(there / "train-00000003.safetensors")
+    served.seen.clear()
+    fill_cache(dataset=cache_text, cache_dir=there, **words)
+    assert chunk_files(there) == whole
+    assert len(served.seen) == 1 + 1 + 16   # tried on a row, one again, and what was missing
+    served.model = load(student)
+    refused = fill_cache(dataset=cache_text, cache_dir=there, rc=2, **words)
+    assert "of the likeliest tokens are what the server says now" in refused.err
+
+
+RUN = dict(alpha=0.3, max_steps=6, batch_size=4, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("fields", [
+    {},
+    dict(packing="documents", seq_len=256, num_epochs=3),
+    dict(streaming=True, shuffle_buffer=0),   # optional: streaming
+])
+def test_served_online_is_like_a_cache(served, teacher, student, text, tmp_path, fields):
+    """The same losses to the last digit that a cache keeps."""
+    cache, cached, online = tmp_path / "cache", tmp_path / "cached", tmp_path / "online"
+    data = {name: fields[name] for name in ("packing", "seq_len", "streaming") if name in fields}
+    fill_cache(teacher, text, cache, cache_method="topk", cache_top_k=12, **data)
+    train_from_cache(student, cache, cached, seq_len=None, **RUN)
+    fields = served_fields(served, student=student, dataset=text, **RUN | fields)
+    shown = distil(online, tokenizer=teacher, **fields).out
+    assert "a server's, of each token 12 ids" in shown
+    for key in ("eval/kl_loss", "eval/loss", *["train/kl_loss"] * ("streaming" not in fields)):
+        assert column(online, key) == pytest.approx(column(cached, key), rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
 # Optional: blockwise: hidden states, stitches, heads, against plain models run layer by layer.
 
 
@@ -5366,7 +5573,7 @@ def no_fault(prompt, attempt):
     return None
 
 
-class ApiServer(http.server.ThreadingHTTPServer):
+class ApiServer(Loopback):
     """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
     statuses below 500.
 
@@ -5374,14 +5581,12 @@ class ApiServer(http.server.ThreadingHTTPServer):
     an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
     is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
     of at least as much as was billed, and of at most 1 USD, at any moment."""
-    daemon_threads = True
-    request_queue_size = 200
     summary = None
     reply_cost = REPLY_COST
     at_work = 0
 
     def __init__(self, fault=no_fault, reply=random_words, jitter=0):
-        super().__init__(("127.0.0.1", 0), ApiHandler)
+        super().__init__(ApiHandler)
         self.fault = fault
         self.reply = reply
         self.jitter = jitter
@@ -5391,17 +5596,6 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.seen = []                        # (body, key) of each request
         self.unpaid = []                      # (bill, spent_usd) where they are not as they should
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address):
-        """Silent: clients get killed."""
-
     def check(self):
         if self.summary and self.billed:
             bill = self.billed.total() * self.reply_cost
@@ -5410,13 +5604,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
                 self.unpaid.append((bill, spent))
 
 
-class ApiHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1   # an answer in one piece, unless it is flushed
-
-    def log_message(self, *args):
-        """Silent."""
-
+class ApiHandler(LoopbackHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -7477,7 +7665,7 @@ def test_freeze_replies_are_those_of_the_reference(   # optional: generate
 # `# optional: NAME` with what is indented under them, its knobs, its tests, its README section. A
 # line that is marked with several names goes when all of them go.
 
-OPTIONAL = ("streaming", "demo", "cache", "blockwise", "on_policy", "generate", "eval")
+OPTIONAL = ("streaming", "demo", "cache", "served", "blockwise", "on_policy", "generate", "eval")
 PACKAGE = ("simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
            "requirements.txt", "README.md", ".ci/run", ".gitignore", ".pytest.ini", ".ruff.toml")
 BANNER = re.compile(r"(\s*)# -----")
