@@ -3361,6 +3361,7 @@ def read_manifest(cache_dir):
 # prefetched, when the student has written it, and, where it is held out, once at the start.
 
 PATIENCE = 120   # seconds in which what goes wrong is tried again
+SILENCE = 60     # seconds that an answer may take; the client itself tries three times
 
 
 class Server(NamedTuple):
@@ -3371,8 +3372,7 @@ class Server(NamedTuple):
 def open_server(row, cfg, tokenizer):
     """row: to try it on."""
     import openai
-    # it may be silent for half a minute, and is asked three times
-    client = openai.OpenAI(base_url=cfg.teacher_url, timeout=PATIENCE / 4,
+    client = openai.OpenAI(base_url=cfg.teacher_url, timeout=SILENCE,
                            api_key=os.environ.get("OPENAI_API_KEY", "none"))
     with phase(f"choosing --teacher {cfg.teacher}, or the only model, at {cfg.teacher_url}"):
         models = client.models.list().data
