@@ -1231,7 +1231,7 @@ def batch_of_step(count, seed, global_batch, step):
 def micro_batches(run, rows):
     """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row."""
     if run.server:   # optional: served
-        rows = with_answers(run.server, rows)
+        rows = with_answers(*run.server, rows)
     return [collate(rows[start:start + run.batch_size])
             for start in range(0, run.micro_steps * run.batch_size, run.batch_size)]
 
@@ -2078,7 +2078,7 @@ class Run:
     scale_state: dict          # see new_scale_state
     progress: Progress
 
-    server: Any = None            # where the teacher is   # optional: served
+    server: Any = None            # of the teacher: see open_server   # optional: served
     stages: list = None
     stage: Stage = None           # whose optimiser this is
     optimizer: Any = None
@@ -2169,8 +2169,8 @@ def start_run(cfg):
     server = None   # optional: served
     if cfg.teacher_url:   # optional: served
         server = open_server(eval_rows[0], cfg, tokenizer)
-        inputs["teacher's weights"] = server.manifest
-        eval_rows = from_rank0(with_answers(server, eval_rows) if RANK == 0 else None)
+        _, inputs["teacher's weights"] = server
+        eval_rows = from_rank0(with_answers(*server, eval_rows) if RANK == 0 else None)
     if state:
         refuse_changes(state["inputs"], inputs, path)
     if cfg.on_policy:   # optional: on_policy
@@ -2586,7 +2586,7 @@ def facts_of(run):
     if cfg.cache_dir:   # optional: cache
         teacher = f"{teacher}, {describe_cache_use(cfg)}"
     if cfg.teacher_url:   # optional: served
-        teacher = f"{teacher}, a server's, of each token {cfg.cache_top_k} ids and the rest as one"
+        teacher = f"{teacher}, a server's, of each token {cfg.cache_top_k} ids and the rest"
     if cfg.on_policy:   # optional: on_policy
         objective += f"; KL alone on {cfg.on_policy:.0%} of the steps, on texts of the student"
     stages = ", ".join(f"{stage.name} {stage.steps} steps" for stage in run.stages)
@@ -3364,23 +3364,17 @@ PATIENCE = 120   # seconds in which what goes wrong is tried again
 SILENCE = 60     # seconds that an answer may take; the client itself tries three times
 
 
-class Server(NamedTuple):
-    ask: Any         # see open_teacher
-    manifest: dict   # what is to be said of the teacher, and what rows have to know
-
-
 def open_server(row, cfg, tokenizer):
-    """row: to try it on."""
+    """-> ask, as of open_teacher, and a manifest: what is to be said of the teacher, and what its
+    rows depend on. row: to try it on."""
     import openai
     client = openai.OpenAI(base_url=cfg.teacher_url, timeout=SILENCE,
                            api_key=os.environ.get("OPENAI_API_KEY", "none"))
     with phase(f"choosing --teacher {cfg.teacher}, or the only model, at {cfg.teacher_url}"):
         models = client.models.list().data
         model, = [model for model in models if cfg.teacher in (model.id, model.root)] or models
-        ask_server = {"vllm": ask_vllm, "sglang": ask_sglang}[model.owned_by]
     manifest = {"served": [model.id, model.root], "vocabulary": vocabulary_of(tokenizer),
                 "method": "topk", "size": cfg.cache_top_k, "codes": 256}
-    ask_ids = functools.partial(ask_server, client, model.id, cfg.cache_top_k)
     advice = (f"of each token but the first it has to list {cfg.cache_top_k} and the token itself "
               f"(vllm serve MODEL --max-logprobs {cfg.cache_top_k} --no-enable-prefix-caching; "
               "sglang's --disable-radix-cache)")
@@ -3390,7 +3384,7 @@ def open_server(row, cfg, tokenizer):
         while True:
             try:
                 with ThreadPoolExecutor(16) as pool:   # so many requests are in flight
-                    return [*pool.map(functools.partial(ask_row, ask_ids, manifest), rows)]
+                    return [*pool.map(functools.partial(ask_row, client, model, manifest), rows)]
             except Exception as e:
                 if time.time() > deadline:
                     raise UserError(f"teacher {model.id} at {cfg.teacher_url}: {one_line(e, 600)}; "
@@ -3399,40 +3393,21 @@ def open_server(row, cfg, tokenizer):
                 time.sleep(5)
 
     with phase(f"trying teacher {model.id}: {advice}"):
-        ask_row(ask_ids, manifest, row, tokenizer)
-    return Server(ask, manifest)
+        ask_row(client, model, manifest, row, tokenizer)
+    return ask, manifest
 
 
-def ask_vllm(client, model, top_k, ids, texts):
-    """-> [(log-probability, id, text), ...] for each id but the first"""
-    answer = client.post("/completions", cast_to=object, body={
-        "model": model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": top_k})
-    return [[(entry["logprob"], int(i), entry["decoded_token"]) for i, entry in entries.items()]
-            for entries in answer["choices"][0]["prompt_logprobs"][1:]]
-
-
-def ask_sglang(client, model, top_k, ids, texts):
-    """The same, of its own interface: /v1/completions tells no ids. texts: whether to tell them."""
-    answer = client.post(f"{client.base_url}".replace("/v1/", "/generate"), cast_to=object, body={
-        "input_ids": ids, "sampling_params": {"max_new_tokens": 1}, "return_logprob": True,
-        "logprob_start_len": 0, "top_logprobs_num": top_k, "return_text_in_logprobs": texts})
-    facts = answer["meta_info"]
-    return [[label, *likeliest] for label, likeliest in zip(
-        facts["input_token_logprobs"][1:], facts["input_top_logprobs"][1:])]
-
-
-def ask_row(ask_ids, manifest, row, tokenizer=None):
+def ask_row(client, model, manifest, row, tokenizer=None):
     """-> Kept. What shares the row is asked one by one. tokenizer: ours, to be compared."""
-    answers = []
+    size = manifest["size"]
+    answers = []   # for each token that has one before it
     for ids in np.split(row["input_ids"], row["starts"][1:]):
-        answers += ask_ids(ids.tolist(), tokenizer is not None)
-    # nothing predicts what a document begins with; it is no target
+        answers += ask_ids(client, model, size, ids.tolist(), texts=tokenizer is not None)
     labels, targets = (np.delete(row[name], row["starts"]) for name in ("input_ids", "targets"))
     is_listed = [label in [i for _, i, _ in entries] for label, entries in zip(labels, answers)]
-    table = torch.tensor([
-        sorted({(logp, i) for logp, i, _ in entries}, reverse=True)[:manifest["size"]]
-        for entries in answers]).view(len(labels), manifest["size"], 2)
-    logp_NK, ids_NK = table[targets].unbind(-1)
+    best = [sorted({(logp, i) for logp, i, _ in entries}, reverse=True)[:size]
+            for entries in answers]
+    logp_NK, ids_NK = torch.tensor(best).view(len(labels), size, 2)[targets].unbind(-1)
     total = logp_NK.exp().sum(-1).max()
     if not (all(is_listed) and total <= 1.01 and ids_NK.max() < manifest["vocabulary"]):
         raise ValueError(f"{np.mean(is_listed):.1%} of the tokens are listed, probabilities add up "
@@ -3446,10 +3421,26 @@ def ask_row(ask_ids, manifest, row, tokenizer=None):
     return Kept(*map(np.asarray, topk_entries(logp_NK, ids_NK.long())))
 
 
-def with_answers(server, rows):
+def ask_ids(client, model, size, ids, texts):
+    """-> [(log-probability, id, text), ...] for each id but the first."""
+    if model.owned_by == "sglang":   # whose /v1/completions gives no ids
+        answer = client.post(f"{client.base_url}".replace("/v1/", "/generate"), cast_to=object,
+                             body={"input_ids": ids, "sampling_params": {"max_new_tokens": 1},
+                                   "return_logprob": True, "logprob_start_len": 0,
+                                   "top_logprobs_num": size, "return_text_in_logprobs": texts})
+        facts = answer["meta_info"]
+        return [[label, *likeliest] for label, likeliest in zip(
+            facts["input_token_logprobs"][1:], facts["input_top_logprobs"][1:])]
+    answer = client.post("/completions", cast_to=object, body={
+        "model": model.id, "prompt": ids, "max_tokens": 1, "prompt_logprobs": size})
+    return [[(entry["logprob"], int(i), entry["decoded_token"]) for i, entry in entries.items()]
+            for entries in answer["choices"][0]["prompt_logprobs"][1:]]
+
+
+def with_answers(ask, manifest, rows):
     """Token rows -> the same with their SparseTarget, by the way that it takes through a cache."""
-    return [unpack_row(pack_row(row, kept), server.manifest)
-            for row, kept in zip(rows, server.ask(rows, 0, server.manifest))]
+    return [unpack_row(pack_row(row, kept), manifest)
+            for row, kept in zip(rows, ask(rows, 0, manifest))]
 
 
 def until_server_fails(run, batches):
@@ -3469,7 +3460,7 @@ def ask_again(cache_dir, manifest, ask):
     """Names say little: of a cache that goes on, a row has to come out as it did."""
     for path in sorted(Path(cache_dir).glob("*.safetensors"))[:1]:
         row = unpack_row(read_chunk(path, manifest)[0], manifest)
-        again, = with_answers(Server(ask, manifest), [row])
+        again, = with_answers(ask, manifest, [row])
         same = np.mean(row["sparse"].ids[:, 0] == again["sparse"].ids[:, 0])
         if same < 0.98:
             raise UserError(f"of {path} {same:.0%} of the likeliest tokens are what the server "
