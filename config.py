@@ -106,12 +106,11 @@ def drawn_entries(cfg):   # optional: cache
         return "--cache_method sample"
 
 
-def likeliest_entries(cfg):   # optional: cache served
+def likeliest_entries(cfg):   # optional: cache
     if cfg.teacher_url:   # optional: served
         return None
-    if cfg.mode == "cache" and cfg.cache_method == "topk":   # optional: cache
-        return None
-    return "--mode cache --cache_method topk, or --teacher_url"
+    if cfg.mode != "cache" or cfg.cache_method != "topk":
+        return "--mode cache --cache_method topk, or --teacher_url"
 
 
 def local_teacher(cfg):   # optional: generate
@@ -236,9 +235,6 @@ class Config:
         needs=no_cache,   # optional: cache
         read_by="train eval",   # optional: on_policy
     )
-    cache_top_k: int = knob(   # optional: cache served
-        64, "likeliest tokens that are kept of a distribution, in a cache or from a server",
-        at_least=1, read_by="train cache", needs=likeliest_entries)
 
     # these may differ on resume as long as the sequences a step do not: the trainer compares those
     section("steps", "how long, and how much at a time", "train", changes_result=False)
@@ -313,6 +309,10 @@ class Config:
     cache_method: Literal["sample", "topk"] = knob("sample", "what is kept of a distribution")
     cache_samples: int = knob(
         50, "draws a token", at_least=1, at_most=255, needs=drawn_entries)
+    cache_top_k: int = knob(
+        64, "likeliest tokens that are kept", at_least=1, needs=likeliest_entries,
+        read_by="train cache",   # optional: served
+    )
     cache_chunk: int = knob(256, "sequences a cache file", at_least=1)
     force_regenerate: bool = knob(False, "empty cache_dir first")
 
@@ -320,8 +320,8 @@ class Config:
     section("served", "a teacher behind a vLLM or SGLang server", "train cache")
     teacher_url: str | None = knob(
         None, "http://HOST:8000/v1 of the server whose model is the teacher: its only one, or the "
-        "one whose id or root is --teacher, which else is only the name of a tokenizer and of what "
-        "layers:N cuts. A key comes from OPENAI_API_KEY. vllm serve MODEL --max-logprobs 64",
+        "one whose id or root is --teacher, which else only names a tokenizer and what layers:N "
+        "cuts. cache_top_k: how many tokens it lists. Its key, if any, is OPENAI_API_KEY",
         needs=whole_teacher, changes_result=False)
 
     # ----- optional: blockwise
@@ -536,13 +536,9 @@ def check_cache(cfg):
 def check_served(cfg):
     if not cfg.teacher_url:
         return
-    if "cache_method" not in cfg.given:   # optional: cache
+    if "cache_method" not in cfg.given:
         cfg.cache_method = "topk"
-    wanted = {
-        "temperature": 1.0,
-        "divergence": "forward",
-        "cache_method": "topk",   # optional: cache
-    }
+    wanted = {"temperature": 1.0, "divergence": "forward", "cache_method": "topk"}
     for name, value in wanted.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{name} is {getattr(cfg, name)}: a teacher_url gives the likeliest "

@@ -2153,7 +2153,8 @@ def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
     rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
     run = types.SimpleNamespace(
         cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2,
-        server=None)   # optional: served
+        server=None,   # optional: served
+    )
     monkeypatch.setattr(sd, "WORLD", 2)
     for rank in (0, 1):
         monkeypatch.setattr(sd, "RANK", rank)
@@ -4502,7 +4503,7 @@ class TeacherServer(Loopback):
         super().__init__(TeacherHandler, port)
         self.model = load(path)
         self.kind = kind
-        self.fault = fault or (lambda number: None)
+        self.fault = fault or since(math.inf, None)
         self.card = {"id": name, "root": str(path), "owned_by": kind, "object": "model"}
         self.numbers = itertools.count(1)
         self.seen = []   # ids of each request
@@ -4586,6 +4587,10 @@ def served(teacher):
         yield server
 
 
+def since(first, fault):
+    return lambda number: fault if number >= first else None
+
+
 def served_fields(server, **fields):
     return dict(teacher_url=server.url, teacher="T", cache_top_k=12) | fields
 
@@ -4602,9 +4607,9 @@ def test_served_rows_hold_what_the_model_says(teacher, text, kind):
     cfg = config.Config(cache_top_k=12)
     with TeacherServer(teacher, kind) as server, sd.process_group():
         cfg.teacher_url = server.url
-        with_answers, = sd.with_answers(sd.open_server(row, cfg, tiny_tokenizer()), [row])
-    sparse = sd.SparseTarget(*map(torch.from_numpy, with_answers.pop("sparse")))
-    for name, values in with_answers.items():
+        answered, = sd.with_answers(*sd.open_server(row, cfg, tiny_tokenizer()), [row])
+    sparse = sd.SparseTarget(*map(torch.from_numpy, answered.pop("sparse")))
+    for name, values in answered.items():
         assert (values == row[name]).all(), name
     ids = torch.tensor(row["input_ids"])
     logp = [load(teacher)(part[None]).logits[0, :-1].detach().log_softmax(-1)
@@ -4712,11 +4717,11 @@ def test_served_faults_are_one_error_and_lose_nothing(
         fill_cache(cache_dir=whole, **fields)
         for (fault, message), first in itertools.product(FAULTS.items(), (1, 5)):
             server.numbers = itertools.count(1)
-            server.fault = lambda number: fault if number >= first else None
+            server.fault = since(first, fault)
             refused = fill_cache(cache_dir=cache, rc=2, **fields)
             assert re.search(message, refused.err), (fault, refused.err)
             assert "--max-logprobs 12 --no-enable-prefix-caching" in refused.err
-        server.fault = lambda number: None
+        server.fault = since(math.inf, None)
         fill_cache(cache_dir=cache, **fields)
     assert chunk_files(cache) == chunk_files(whole)
 
@@ -4726,7 +4731,7 @@ def test_served_refuses_a_teacher_that_is_not_ours(teacher, tmp_path, out, text,
     fields = dict(student=student, dataset=text, max_steps=1)
     for card, message in ((dict(), "of the ids read as in our tokenizer"),
                           (dict(owned_by="llamacpp"), "KeyError: 'llamacpp'")):
-        with TeacherServer(teacher, fault=lambda number: "tokenizer") as server:
+        with TeacherServer(teacher, fault=since(1, "tokenizer")) as server:
             server.card |= card
             assert message in distil(out, 2, **fields, **served_fields(server)).err
     refused = distil(out, 2, **fields, **served_fields(server)).err   # nobody there
@@ -4760,12 +4765,12 @@ def test_served_a_server_that_goes_away(teacher, student, text, tmp_path, ranks,
         distil_apart(whole, ranks, **run).wait()
         count = len(server.seen)
         server.numbers = itertools.count(1)
-        server.fault = lambda number: "drop" if number > count / 2 else None
+        server.fault = since(count // 2, "drop")
         shown = distil_apart(out, ranks, "PATIENCE = 0", **run).wait()
         assert shown.count("error: teacher T at http") == 1 and "Traceback" not in shown, shown
         saved = sd.checkpoints_in(out / "checkpoints")
         assert len(saved) == 1 and not saved[0].name.endswith("0000")
-        server.fault = lambda number: None
+        server.fault = since(math.inf, None)
         shown = distil_apart(out, ranks, **run).wait()
     assert same(final_weights(out), final_weights(whole))
 
@@ -4787,7 +4792,7 @@ def test_served_a_trainer_that_is_killed(served, student, text, tmp_path, kills)
 @pytest.mark.parametrize("words, message", [
     ("--temperature 2", "temperature is 2.0"),
     ("--divergence reverse", "divergence is reverse"),
-    ("--mode cache --cache_dir c --cache_method sample", "cache_method is sample"),   # optional: cache
+    ("--mode cache --cache_dir c --cache_method sample", "cache_method is sample"),
     ("--mode cache --cache_dir c --cache_samples 9", "no --teacher_url"),
     ("--cache_dir c", "teacher_url is read only with no --cache_dir"),
     ("--alpha 1", "teacher_url is read only with --alpha below 1"),
@@ -7803,6 +7808,7 @@ def test_freeze_replies_are_those_of_the_reference(   # optional: generate
 OPTIONAL = ("streaming", "demo", "cache", "served", "blockwise", "on_policy", "generate", "eval")
 PACKAGE = ("simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
            "requirements.txt", "README.md", ".ci/run", ".gitignore", ".pytest.ini", ".ruff.toml")
+NEEDS = {"served": "cache"}   # a chapter that goes with another
 BANNER = re.compile(r"(\s*)# -----")
 MARK = re.compile(r"(?:#|<!--) optional: ([\w ]+?)\s*(?:-->.*)?$", re.IGNORECASE)
 
@@ -7815,12 +7821,13 @@ def fork(folder, without):
                  f"there are {', '.join(OPTIONAL)}")
     if os.path.isdir(folder) and os.listdir(folder):
         sys.exit(f"error: {folder!r} is not empty; name a new folder")
+    without = {*without, *(name for name in NEEDS if NEEDS[name] in without)}
     for name in PACKAGE:
         text = (HERE / name).read_text()
         if name.endswith(".py"):
-            text = without_chapters(text, set(without))
+            text = without_chapters(text, without)
         elif name.endswith(".md"):
-            text = without_sections(text, set(without))
+            text = without_sections(text, without)
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
