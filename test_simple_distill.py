@@ -4804,6 +4804,73 @@ def test_served_knobs(words, message, capsys):
         parse("--teacher_url", "http://host:8000/v1", *words.split())
 
 
+# ---- the real thing
+
+
+@contextlib.contextmanager
+def real_vllm(path, log_path, port):
+    """vLLM on CPU cores, out of the virtual environment that VLLM_DIR names -> its process"""
+    command = [f"{os.environ['VLLM_DIR']}/bin/vllm", "serve", path, "--served-model-name", "T",
+               "--dtype", "float32", "--host", "127.0.0.1", "--port", port,
+               "--max-logprobs", "64", "--max-model-len", "300"]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with open(log_path, "a") as log_file:
+        process = subprocess.Popen([*map(str, command)], env=env, stdout=log_file,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.time() + 300
+        while "Application startup complete" not in Path(log_path).read_text():
+            assert process.poll() is None and time.time() < end, Path(log_path).read_text()[-3000:]
+            time.sleep(1)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif("VLLM_DIR" not in os.environ, reason="VLLM_DIR names no vLLM: see Tests")
+def test_served_by_a_real_vllm(tmp_path, student, cache_text):
+    """Its numbers are the model's; a cache, a run online, one on policy; gone in the middle."""
+    openai = pytest.importorskip("openai")
+    teacher = tiny_model(tmp_path / "teacher", hidden=128, seed=1)
+    port = free_port()
+    serve = functools.partial(real_vllm, teacher, tmp_path / "vllm.txt", port)
+    fields = dict(teacher_url=f"http://127.0.0.1:{port}/v1", teacher="T", cache_top_k=64,
+                  tokenizer=teacher, dataset=cache_text)
+    here, there = tmp_path / "here", tmp_path / "there"
+    with serve() as process:
+        row = text_row(200, 256)
+        client = openai.OpenAI(base_url=fields["teacher_url"], api_key="none")
+        answers = sd.ask_ids(client, client.models.list().data[0], 64, row["input_ids"].tolist(),
+                             False)
+        logp = load(teacher)(torch.tensor(row["input_ids"])[None]).logits[0].log_softmax(-1)
+        off = [logp[t, i].item() - said for t, place in enumerate(answers) for said, i, _ in place]
+        assert len(off) >= 255 * 64 and max(map(abs, off)) < 1e-5
+        fill_cache(teacher, cache_text, here, cache_method="topk", cache_top_k=64)
+        fill_cache(cache_dir=there, **fields)
+        train_from_cache(student, here, tmp_path / "a")
+        train_from_cache(student, there, tmp_path / "b")
+        run = dict(student=student, alpha=0.3, max_steps=6) | fields
+        distil(tmp_path / "c", **run)
+        for key in ("train/loss", "train/kl_loss", "eval/kl_loss"):
+            for out in ("b", "c"):
+                assert column(tmp_path / out, key) == pytest.approx(
+                    column(tmp_path / "a", key), rel=1e-3)
+        distil(tmp_path / "d", on_policy=0.5, max_new_tokens=8, **run)   # optional: on_policy
+        out = tmp_path / "e"
+        apart = distil_apart(out, change="PATIENCE = 5", **run | dict(max_steps=400))
+        wait_for_log(out, apart)
+        os.killpg(process.pid, signal.SIGKILL)
+        shown = apart.wait()
+    assert shown.count("error: teacher T at http") == 1 and "Traceback" not in shown, shown
+    step, = (int(path.name[5:]) for path in sd.checkpoints_in(out / "checkpoints"))
+    with serve():
+        distil(out, **run | dict(max_steps=step + 5))
+    assert len(log(out, "train")) == step + 5
+
+
 # --------------------------------------------------------------------------------------------------
 # Optional: blockwise: hidden states, stitches, heads, against plain models run layer by layer.
 
@@ -8012,7 +8079,7 @@ def test_package_an_optional_chapter_borrows_from_none():
     for name, chapter in optional.items():
         defined = re.findall(r"^(?:async )?(?:def|class) (\w+)", chapter, re.MULTILINE)
         for other, text in optional.items():
-            if other == name:
+            if name in (other, NEEDS.get(other)):
                 continue
             text = without_chapters(text, {name})
             borrowed = [word for word in defined if re.search(rf"(?<![.\w]){word}\(", text)]
@@ -8052,6 +8119,8 @@ def test_package_readme_commands_run(command, tmp_path, monkeypatch, teacher, st
     mode = given.get("--mode", ["train"])[0]
     if mode == "generate":
         pytest.skip("mode generate has tests of its own, with a server")
+    if "--teacher_url" in given:   # optional: served
+        pytest.skip("a served teacher has tests of its own, with a server")
     monkeypatch.chdir(tmp_path)
     replaced = {"--teacher": teacher, "--student": student, "--dataset": text,
                 "--tokenizer": teacher, "--compare": student}
