@@ -4497,36 +4497,33 @@ class TeacherServer(Loopback):
     """vLLM or SGLang on loopback, while it is entered, with the log-probabilities of a model.
 
     fault(number of the request): how that misbehaves. None: not at all; a number: the status of an
-    error; another name: see TeacherHandler."""
+    error; a name: see below."""
 
-    def __init__(self, path, kind="vllm", fault=None, port=0, name="T"):
-        super().__init__(TeacherHandler, port)
+    def __init__(self, path, kind="vllm", fault=lambda number: None):
+        super().__init__(TeacherHandler)
         self.model = load(path)
-        self.kind = kind
-        self.fault = fault or since(math.inf, None)
-        self.card = {"id": name, "root": str(path), "owned_by": kind, "object": "model"}
+        self.card = {"id": "T", "root": str(path), "owned_by": kind}
+        self.fault = fault
         self.numbers = itertools.count(1)
-        self.seen = []   # ids of each request
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     @torch.no_grad()
     def places(self, ids, top_k, fault):
-        """-> [{id: log-probability}, ...] of a text, its own first; None at the first."""
+        """-> [(log-probability, id, text), ...] a position, its own first; None at the first."""
         if fault == "bos":
             ids = [1, *ids]
-        logp_TV = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        logp_TV += 9 * (fault == "above 1")
+        if fault == "few":
+            top_k -= 2
+        decode = tiny_tokenizer(roll=9 * (fault == "tokenizer")).decode
         places = [None]
-        for i, logp_V in zip(ids[1:], logp_TV):
-            top, likeliest = logp_V.topk(top_k - 2 * (fault == "few"))
-            places.append({i: logp_V[i].item()} | dict(zip(likeliest.tolist(), top.tolist())))
+        for i, logits_V in zip(ids[1:], self.model(torch.tensor([ids])).logits[0]):
+            logp_V = logits_V.log_softmax(-1) + 9 * (fault == "above 1")
+            listed = [i, *logp_V.topk(top_k).indices.tolist()]
+            places.append([(logp_V[j].item(), j, decode([j])) for j in listed])
+        if fault == "beyond":
+            places[5].append((-0.1, 999, "x"))
         if fault == "null":
             places[5] = None
-        if fault == "beyond":
-            places[5] |= {999: -0.1}
         if fault == "shifted":
             places.insert(1, places.pop())
         return places[:-1] if fault == "cut" else places
@@ -4537,45 +4534,34 @@ class TeacherHandler(LoopbackHandler):
         self.send({"object": "list", "data": [self.server.card]})
 
     def do_POST(self):
-        server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        ids = body.get("prompt") or body["input_ids"]
-        top_k = body.get("prompt_logprobs") or body["top_logprobs_num"]
-        fault = server.fault(next(server.numbers))
-        server.seen.append(ids)
+        fault = self.server.fault(next(self.server.numbers))
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "silence":
             threading.Event().wait(3)   # time.sleep may be none
         if isinstance(fault, int):
             return self.send({"error": {"message": f"{fault} of our own"}}, fault)
-        tokenizer = tiny_tokenizer(roll=9 if fault == "tokenizer" else 0)
-        places = server.places(ids, top_k, fault)
         if self.path == "/v1/completions":
-            assert body["model"] == server.card["id"] and body["max_tokens"] == 1
-            told = [place and {
-                str(i): {"logprob": logp, "rank": 1, "decoded_token": tokenizer.decode([i])}
-                for i, logp in place.items()} for place in places]
-            return self.send({"choices": [{"text": "x", "prompt_logprobs": told}]}, fault=fault)
-        assert self.path == "/generate" and body["logprob_start_len"] == 0
-        texts = body["return_text_in_logprobs"]
-        told = [place and [[logp, i, tokenizer.decode([i]) if texts else None]
-                           for i, logp in place.items()] for place in places]
-        own = [entries[0] if entries else [None, ids[0], None] for entries in told]
-        best = [entries and sorted(entries, key=lambda entry: -entry[0])[:top_k]
-                for entries in told]
-        self.send({"text": "x", "meta_info": {
-            "input_token_logprobs": own, "input_top_logprobs": best}}, fault=fault)
+            assert body["model"] == "T" and body["max_tokens"] == 1
+            places = self.server.places(body["prompt"], body["prompt_logprobs"], fault)
+            answer = {"choices": [{"prompt_logprobs": [place and {
+                str(i): {"logprob": logp, "decoded_token": text} for logp, i, text in place}
+                for place in places]}]}
+        else:
+            assert self.path == "/generate" and body["logprob_start_len"] == 0
+            places = self.server.places(body["input_ids"], body["top_logprobs_num"], fault)
+            answer = {"meta_info": {
+                "input_token_logprobs": [place and place[0] for place in places],
+                "input_top_logprobs": [place and place[1:] for place in places]}}
+        self.send("<html>" if fault == "html" else answer)
 
-    def send(self, answer, status=200, fault=None):
-        data = json.dumps(answer).encode()
-        if fault == "html":
-            data = b"<html>Welcome to nginx</html>"
+    def send(self, answer, status=200):
+        data = answer.encode() if answer == "<html>" else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("content-type", "text/html" if fault == "html" else "application/json")
+        self.send_header("content-type", "application/json"[:20 * (answer != "<html>")])
         self.send_header("content-length", str(len(data)))
-        if status == 429:
-            self.send_header("retry-after", "1")
+        self.send_header("retry-after", "1")
         self.end_headers()
         self.wfile.write(data)
 
@@ -4608,13 +4594,10 @@ def test_served_rows_hold_what_the_model_says(teacher, text, kind):
     with TeacherServer(teacher, kind) as server, sd.process_group():
         cfg.teacher_url = server.url
         answered, = sd.with_answers(*sd.open_server(row, cfg, tiny_tokenizer()), [row])
-    sparse = sd.SparseTarget(*map(torch.from_numpy, answered.pop("sparse")))
-    for name, values in answered.items():
-        assert (values == row[name]).all(), name
-    ids = torch.tensor(row["input_ids"])
-    logp = [load(teacher)(part[None]).logits[0, :-1].detach().log_softmax(-1)
-            for part in ids.tensor_split(row["starts"][1:].tolist())]
-    top = torch.cat(logp).topk(12)
+    sparse = sd.SparseTarget(*map(torch.from_numpy, answered["sparse"]))
+    documents = torch.tensor(row["input_ids"]).tensor_split(row["starts"][1:].tolist())
+    logits = [load(teacher)(ids[None]).logits[0, :-1].detach() for ids in documents]
+    top = torch.cat(logits).log_softmax(-1).topk(12)
     assert (sparse.ids == top.indices).float().mean() > 0.999
     bound = 2 * (0.0193 * (-top.values).sqrt() + 1e-4)
     assert ((sparse.probs.log() - top.values).abs() < bound).all()
@@ -4640,10 +4623,10 @@ def test_served_cache_is_that_of_the_model_here(served, teacher, student, cache_
         assert column(tmp_path / "a", key) == pytest.approx(column(tmp_path / "b", key), rel=1e-3)
     whole = chunk_files(there)
     os.remove(there / "train-00000003.safetensors")
-    served.seen.clear()
+    served.numbers = itertools.count(1)
     fill_cache(dataset=cache_text, cache_dir=there, **words)
     assert chunk_files(there) == whole
-    assert len(served.seen) == 1 + 1 + 16   # tried on a row, one again, and what was missing
+    assert next(served.numbers) == 1 + 1 + 16 + 1   # tried, one row again, what was missing
     served.model = load(student)
     refused = fill_cache(dataset=cache_text, cache_dir=there, rc=2, **words)
     assert "of the likeliest tokens are what the server says now" in refused.err
@@ -4721,7 +4704,7 @@ def test_served_faults_are_one_error_and_lose_nothing(
             refused = fill_cache(cache_dir=cache, rc=2, **fields)
             assert re.search(message, refused.err), (fault, refused.err)
             assert "--max-logprobs 12 --no-enable-prefix-caching" in refused.err
-        server.fault = since(math.inf, None)
+        server.fault = since(0, None)
         fill_cache(cache_dir=cache, **fields)
     assert chunk_files(cache) == chunk_files(whole)
 
@@ -4763,14 +4746,14 @@ def test_served_a_server_that_goes_away(teacher, student, text, tmp_path, ranks,
         run = served_fields(server, student=student, dataset=text, max_steps=12, batch_size=2,
                             **fields)
         distil_apart(whole, ranks, **run).wait()
-        count = len(server.seen)
+        count = next(server.numbers)
         server.numbers = itertools.count(1)
         server.fault = since(count // 2, "drop")
         shown = distil_apart(out, ranks, "PATIENCE = 0", **run).wait()
         assert shown.count("error: teacher T at http") == 1 and "Traceback" not in shown, shown
         saved = sd.checkpoints_in(out / "checkpoints")
         assert len(saved) == 1 and not saved[0].name.endswith("0000")
-        server.fault = since(math.inf, None)
+        server.fault = since(0, None)
         shown = distil_apart(out, ranks, **run).wait()
     assert same(final_weights(out), final_weights(whole))
 
