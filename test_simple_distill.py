@@ -4502,7 +4502,7 @@ class TeacherServer(Loopback):
     def __init__(self, path, kind="vllm", fault=lambda number: None):
         super().__init__(TeacherHandler)
         self.model = load(path)
-        self.card = {"id": "T", "root": str(path), "owned_by": kind}
+        self.cards = [{"id": "T", "root": str(path), "owned_by": kind}]
         self.fault = fault
         self.numbers = itertools.count(1)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -4531,7 +4531,7 @@ class TeacherServer(Loopback):
 
 class TeacherHandler(LoopbackHandler):
     def do_GET(self):
-        self.send({"object": "list", "data": [self.server.card]})
+        self.send({"object": "list", "data": self.server.cards})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -4644,7 +4644,7 @@ def test_served_online_is_like_a_cache(served, teacher, student, text, tmp_path,
     assert "a server's, of each token 12 ids" in shown
     for key in ("train/kl_loss", "train/loss", "eval/kl_loss", "eval/loss"):
         assert column(online, key) == pytest.approx(column(cached, key), rel=1e-3)
-    served.card["root"] = "another"
+    served.cards[0]["root"] = "another"
     refused = distil(online, 2, tokenizer=teacher, alpha=0.3, **fields | dict(max_steps=7))
     assert "teacher's weights" in refused.err
 
@@ -4709,16 +4709,16 @@ def test_served_faults_are_one_error_and_lose_nothing(
     assert chunk_files(cache) == chunk_files(whole)
 
 
-def test_served_refuses_a_teacher_that_is_not_ours(teacher, tmp_path, out, text, student):
-    """Of another tokenizer, of another name, of a server that is neither."""
+def test_served_refuses_a_teacher_that_is_not_ours(teacher, out, text, student):
+    """Of another tokenizer, one of two unnamed ones, nobody there."""
     fields = dict(student=student, dataset=text, max_steps=1)
-    for card, message in ((dict(), "of the ids read as in our tokenizer"),
-                          (dict(owned_by="llamacpp"), "KeyError: 'llamacpp'")):
-        with TeacherServer(teacher, fault=since(1, "tokenizer")) as server:
-            server.card |= card
-            assert message in distil(out, 2, **fields, **served_fields(server)).err
-    refused = distil(out, 2, **fields, **served_fields(server)).err   # nobody there
-    assert "APIConnectionError" in refused
+    with TeacherServer(teacher, fault=since(1, "tokenizer")) as server:
+        fields |= served_fields(server)
+        assert "of the ids read as in our tokenizer" in distil(out, 2, **fields).err
+        server.cards *= 2
+        refused = distil(out, 2, **fields | dict(teacher="U")).err
+        assert "choosing --teacher U" in refused and "too many values" in refused
+    assert "APIConnectionError" in distil(out, 2, **fields).err
 
 
 def test_served_faults_that_pass_are_waited_for(served, student, text, tmp_path, monkeypatch):
