@@ -4539,7 +4539,7 @@ class TeacherHandler(LoopbackHandler):
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "silence":
-            threading.Event().wait(3)   # time.sleep may be none
+            threading.Event().wait(2)   # time.sleep may be none
         if isinstance(fault, int):
             return self.send({"error": {"message": f"{fault} of our own"}}, fault)
         if self.path == "/v1/completions":
@@ -4640,8 +4640,7 @@ def test_served_online_is_like_a_cache(served, teacher, student, text, tmp_path,
     fill_cache(teacher, text, cache, cache_method="topk", cache_top_k=12, **data)
     train_from_cache(student, cache, cached, seq_len=None, **run)
     fields = served_fields(served, student=student, dataset=text, **data, **run)
-    shown = distil(online, tokenizer=teacher, alpha=0.3, **fields).out
-    assert "a server's, of each token 12 ids" in shown
+    distil(online, tokenizer=teacher, alpha=0.3, **fields)
     for key in ("train/kl_loss", "train/loss", "eval/kl_loss", "eval/loss"):
         assert column(online, key) == pytest.approx(column(cached, key), rel=1e-3)
     served.cards[0]["root"] = "another"
@@ -4671,13 +4670,13 @@ def test_served_works_where_a_teacher_does(served, teacher, student, text, tmp_p
 
 
 FAULTS = {   # of an answer: what the one line says
-    "bos": "shape",
-    "cut": "shape",
-    "few": "at dim 1|shape",
+    "bos": "for token .* came 13",
+    "cut": "argument 2 is shorter",
+    "few": "for token .* came 1[01]",
     "null": "NoneType",
-    "shifted": "of the tokens are listed",
+    "shifted": "for token .* came 1[23]",
     "above 1": "probabilities add up to",
-    "beyond": "ids to 999.0 of 263",
+    "beyond": "ids to 999 of 263",
     "html": "string indices",
     400: "400 of our own",
     429: "429 of our own",
@@ -4692,7 +4691,6 @@ def test_served_faults_are_one_error_and_lose_nothing(
         teacher, student, cache_text, tmp_path, monkeypatch, kind):
     """At the start and in the middle. What is in the cache then is right."""
     monkeypatch.setattr(sd, "PATIENCE", 0)
-    monkeypatch.setattr(sd, "SILENCE", 1)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     with TeacherServer(teacher, kind) as server:
@@ -4701,6 +4699,7 @@ def test_served_faults_are_one_error_and_lose_nothing(
         for (fault, message), first in itertools.product(FAULTS.items(), (1, 5)):
             server.numbers = itertools.count(1)
             server.fault = since(first, fault)
+            monkeypatch.setattr(sd, "SILENCE", 1 if fault == "silence" else 60)
             refused = fill_cache(cache_dir=cache, rc=2, **fields)
             assert re.search(message, refused.err), (fault, refused.err)
             assert "--max-logprobs 12 --no-enable-prefix-caching" in refused.err
