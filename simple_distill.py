@@ -371,8 +371,7 @@ def tokens_of(target, where):
 
 def as_head(head):
     """nn.Linear, or what else has its attributes -> Head."""
-    return Head(
-        head.weight, head.bias, getattr(head, "scale", 1.0), getattr(head, "softcap", None))
+    return head if isinstance(head, Head) else Head(head.weight, head.bias)
 
 
 def raw_logits(hidden, head, vocabulary=None):
@@ -397,7 +396,7 @@ def exponentials(x, temperature=1.0):
     z = x - x.amax(-1, keepdim=True)
     del x   # where it was the caller's temporary, its [C, V] is free again
     if temperature != 1:
-        z = z.div_(temperature)
+        z.div_(temperature)
     exp_z = z.exp()
     return z, exp_z, exp_z.sum(-1, keepdim=True)
 
@@ -422,9 +421,7 @@ def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_c
     q = exp_y.div_(teacher_total)
     if p_weight_from_ce == 0:   # always so where T is not 1; exactly 0 where p equals q
         return kl, p.sub_(q).mul_(kl_weight)
-    if p_weight_from_ce + kl_weight != 1:   # never so, but in a fork that weighs otherwise
-        p.mul_(p_weight_from_ce + kl_weight)
-    return kl, p.sub_(q, alpha=kl_weight)
+    return kl, p.mul_(p_weight_from_ce + kl_weight).sub_(q, alpha=kl_weight)
 
 
 def pulled_terms(p, pull, p_weight_from_ce, kl_weight):
@@ -459,8 +456,7 @@ def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     listed_p = p.gather(-1, ids)
     unlisted_p = p.scatter_(-1, ids, 0.0)   # [C, V]
     rest_p = unlisted_p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    kl = -(q * listed_logp).sum(-1) - entropy
-    kl = kl - torch.where(rest > 0, rest * rest_p.log(), 0.0)
+    kl = -(q * listed_logp).sum(-1) - entropy - rest * rest_p.log()
     # d KL / d u = p - q on listed entries, keep * p on the others. Method sample: rest 0, keep 1,
     # and ids that repeat add up their q.
     keep = (1 - rest / rest_p)[:, None]
@@ -525,9 +521,7 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
         grad = torch.where(is_label_CV, grad - alpha, grad)
     else:
         grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
-    if student_scaling != (1.0, None):
-        grad = grad * slope
-    return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
+    return ce, kl * temperature ** 2, grad.mul_(slope).to(student_CV.dtype)
 
 
 @functools.cache   # so that nothing is compiled twice
@@ -597,7 +591,7 @@ class FusedDistillation(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
         student = Head(weight_VD, bias_V)
-        ce = kl = hidden_ND.new_zeros((), dtype=torch.float64)
+        sums = hidden_ND.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             h_CD = hidden_ND[part]
@@ -606,8 +600,7 @@ class FusedDistillation(torch.autograd.Function):
                 target = raw_logits(*target, vocab)
             ce_C, kl_C, grad_CV = kernel(raw_logits(h_CD, student, vocab), labels_N[part], target)
             del target   # [C, V]: its memory is wanted below
-            ce = ce + ce_C.sum(dtype=torch.float64)
-            kl = kl + kl_C.sum(dtype=torch.float64)
+            sums += torch.stack([ce_C, kl_C]).sum(1, dtype=torch.float64)
             if need_bias:
                 grad_bias[:vocab] += grad_CV.sum(0, dtype=exact)
             if need_hidden:
@@ -616,7 +609,7 @@ class FusedDistillation(torch.autograd.Function):
                 add_product(grad_weight[:vocab], grad_CV.T, h_CD)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden_ND.dtype
-        ce, kl = ce.to(exact), kl.to(exact)
+        ce, kl = sums.to(exact)
         ctx.mark_non_differentiable(ce, kl)
         return alpha * ce + (1 - alpha) * kl, ce, kl
 
@@ -625,8 +618,8 @@ class FusedDistillation(torch.autograd.Function):
         scaled = [None] * 10   # an argument of forward; most have none
         for i, grad in enumerate(ctx.grads):
             if grad is not None:
-                into = torch.empty_like(grad, dtype=ctx.dtype)
-                scaled[i] = torch.mul(grad, grad_loss, out=into)
+                scaled[i] = torch.mul(
+                    grad, grad_loss, out=torch.empty_like(grad, dtype=ctx.dtype))
         return tuple(scaled)
 
 
@@ -644,7 +637,7 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     student = as_head(student_head)
     vocab = len(student.weight[:vocabulary])
     teacher_scaling = None
-    if teacher is not None and not isinstance(teacher, SparseTarget):
+    if not isinstance(teacher, SparseTarget | None):
         teacher = DenseTarget(teacher[0], as_head(teacher[1]))
         teacher_scaling = teacher.head[2:]
         vocab = len(teacher.head.weight[:vocab])
@@ -1329,7 +1322,7 @@ def load_model(cfg, role):
         root = make_root(AutoModelForCausalLM.from_config(config, **options))
     root.train(learns).requires_grad_(learns)
     if learns and cfg.gradient_checkpointing:
-        # its newer name, and that of transformers < 5.20 or so
+        # its newer name, and its older one
         getattr(root.model, "activation_checkpointing_enable",
                 root.model.gradient_checkpointing_enable)()
         # transformers makes the embeddings ask for gradients; frozen layers would be recomputed
@@ -1584,7 +1577,7 @@ def check_model(root, what, seq_len, packed):
           logits_two_ways, ids_1T[:, :8], allowed=0.05)
     if packed:
         probe(root, f"{what} lets packed documents see each other; use --packing rows or blocks",
-              packed_and_alone, vocab)
+              documents_first_and_second, vocab)
 
 
 def probe(root, what, function, *args, allowed=0.1):
@@ -1614,15 +1607,14 @@ def logits_two_ways(model, ids_1T):
     return head_logits(hidden, head_of(model)), model_logits.to(hidden.dtype)
 
 
-def packed_and_alone(model, vocab):
-    """The states of documents that share rows, and of each alone. Two rows: some kinds of attention
-    look at positions only where a batch is one row."""
-    numbers = torch.arange(16, device=DEVICE)
-    documents = numbers.split([3, 5, 2, 4, 2])
-    positions = torch.cat([document - document[0] for document in documents])
-    packed = hidden_states(model, numbers.view(2, 8) % vocab, positions.view(2, 8))
-    alone = [hidden_states(model, document[None] % vocab)[0] for document in documents]
-    return packed.flatten(0, 1), torch.cat(alone)
+def documents_first_and_second(model, vocab):
+    """The states of two documents, of 3 and of 5 tokens, that share a row: in one order, and in the
+    other. The first in a row sees no other. Two rows: some kinds of attention look at positions
+    only where a batch is one row."""
+    row_T = torch.arange(8, device=DEVICE)
+    rows_2T = torch.stack([row_T, row_T.roll(5)])   # 0 1 2, 3 4 5 6 7 and 3 4 5 6 7, 0 1 2
+    states_2TD = hidden_states(model, rows_2T % vocab, rows_2T - 3 * (rows_2T > 2))
+    return states_2TD[0], states_2TD[1].roll(3, 0)
 
 
 # ---- the writer of texts
@@ -1707,14 +1699,13 @@ def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     parse_multipliers.
     """
     names = {parameter: name for name, parameter in named_parameters}
-    for pattern, _ in rules:
-        if not any(map(pattern.search, names.values())):
+    rates = dict.fromkeys(names, learning_rate * default_multiplier)
+    for pattern, multiplier in reversed(rules):   # an earlier one has the last word
+        matched = [parameter for parameter, name in names.items() if pattern.search(name)]
+        if not matched:
             raise UserError(f"lr_multipliers: {pattern.pattern!r} matches no parameter (of tied "
                             f"ones the first name counts) among {', '.join(names.values())}")
-    rates = {}
-    for parameter, name in names.items():
-        multipliers = [multiplier for pattern, multiplier in rules if pattern.search(name)]
-        rates[parameter] = learning_rate * [*multipliers, default_multiplier][0]
+        rates |= dict.fromkeys(matched, learning_rate * multiplier)
     return rates
 
 
@@ -1767,7 +1758,7 @@ def set_rates(optimizer, multiplier):
 
 def new_scale_state(fp16):
     """Scalars on the device: the fp16 loss scale, good steps in a row, skipped in all, in a row."""
-    values = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
+    values = {"scale": 16384.0 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
     return {name: torch.tensor(value, device=DEVICE) for name, value in values.items()}
 
 
@@ -1788,8 +1779,9 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
         divisor = divisor * (norm / max_grad_norm).clamp_min(1.0)
     bad = (~norm.isfinite()).float()   # 1 or 0
     # offloaded parameters live on the host: AdamW itself would not wait for the copies
-    optimizer.grad_scale = divisor.to(gradients[0].device)
-    optimizer.found_inf = bad.to(gradients[0].device)
+    device = gradients[0].device
+    optimizer.grad_scale = divisor.to(device)
+    optimizer.found_inf = bad.to(device)
     optimizer.step()
     scale_state["skipped"] += bad
     scale_state["streak"].add_(bad).mul_(bad)
