@@ -516,11 +516,9 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
 
     if ce_grad is not None:
         grad.add_(ce_grad)
-    if torch.compiler.is_compiling():   # a scatter would force a [C, V] in fp32 and three kernels
-        is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
-        grad = torch.where(is_label_CV, grad - alpha, grad)
-    else:
-        grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
+    # a scatter would force the compiler to a [C, V] in fp32 and three kernels
+    is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
+    grad.add_(is_label_CV, alpha=-alpha)
     return ce, kl * temperature ** 2, grad.mul_(slope).to(student_CV.dtype)
 
 
@@ -651,8 +649,7 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
         counted = counted.to(device)
         student_hidden = student_hidden[counted]
         teacher = tokens_of(teacher, counted)
-    if chunk is None:
-        chunk = chunk_size(device, student_hidden.element_size(), len(student.weight))
+    chunk = chunk or chunk_size(device, student_hidden.element_size(), len(student.weight))
     kernel = chunk_kernel(
         vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature, divergence=divergence,
         student_scaling=student[2:], teacher_scaling=teacher_scaling)
