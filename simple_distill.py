@@ -1328,9 +1328,7 @@ def load_model(cfg, role):
         compile_layers(root.model)
     if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
         shard(root, cfg.fsdp if learns else "full_shard", computes_in, cfg.cpu_offload)
-    source = None
-    if RANK == 0:
-        source = make_root(read_model(name, config, kept_layers, cfg.seed, options))
+    source = RANK == 0 and make_root(read_model(name, config, kept_layers, cfg.seed, options))
     load_weights(root, source, cfg.cpu_offload)
     # what ends a text may stand in a file of its own
     root.model.generation_config.eos_token_id = from_rank0(
@@ -1417,10 +1415,10 @@ def shard(root, fsdp, dtype, cpu_offload):
     dtype and reduce gradients in fp32. The root stays gathered after a forward: the backward begins
     with it, and the loss uses a teacher's head outside of the teacher's forward."""
     shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}
-    mesh_shape = shapes.get(fsdp, (WORLD,))
-    names = ("replicate", "shard")[-len(mesh_shape):]
+    shape = shapes.get(fsdp, (WORLD,))
     options = dict(
-        mesh=init_device_mesh(DEVICE.type, mesh_shape, mesh_dim_names=names),
+        mesh=init_device_mesh(
+            DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
         mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     if cpu_offload and CUDA:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -1432,12 +1430,13 @@ def shard(root, fsdp, dtype, cpu_offload):
 @torch.no_grad()
 def load_weights(root, source, cpu_offload):
     """The tensors of rank 0's source into everybody's shards, one at a time: no other rank ever
-    holds a whole model. source is None on the other ranks."""
+    holds a whole model. source is False on the other ranks."""
     all_sum(0)   # rank 0 may have read for an hour, which no GPU waits for
     root.to_empty(device="cpu" if cpu_offload else DEVICE)
     for buffer in root.buffers():   # FSDP's offloading leaves them where they are
         buffer.data = buffer.data.to(DEVICE)
-    root.model.tie_weights()   # to_empty broke the ties
+    if not isinstance(root, FSDPModule):   # which keeps ties by itself
+        root.model.tie_weights()   # to_empty broke them
     # buffers too: those that are not persistent (of RoPE) are in no state dict
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
@@ -1532,8 +1531,8 @@ def head_of(model):
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None)   # Cohere
              or 1.0 / (getattr(config, "logits_scaling", None) or 1.0))   # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)   # Gemma
-    return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
+    return Head(output.weight, getattr(output, "bias", None), float(scale),
+                getattr(config, "final_logit_softcapping", None))   # Gemma
 
 
 def head_logits(hidden, head, vocabulary=None):
@@ -1659,16 +1658,15 @@ def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
     """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
     # no top_k or penalty of its own
     with patch.object(model, "generation_config", transformers.GenerationConfig()):
-        ids = model.generate(
+        return model.generate(
             ids_BT, attention_mask=mask_BT, max_new_tokens=new, eos_token_id=sorted(ends) or None,
-            pad_token_id=0, synced_gpus=False, logits_processor=[draw])
-    return ids[:, ids_BT.shape[1]:]
+            pad_token_id=0, synced_gpus=False, logits_processor=[draw])[:, ids_BT.shape[1]:]
 
 
 def end_ids(model, tokenizer):
-    """Of generation config and tokenizer."""
-    ends = np.ravel(model.generation_config.eos_token_id).tolist()   # one, several, or None
-    return {*ends, tokenizer.eos_token_id} - {None}
+    """Of generation config (one, several, or None) and tokenizer."""
+    ends = np.ravel(model.generation_config.eos_token_id)
+    return {*ends.tolist(), tokenizer.eos_token_id} - {None}
 
 
 @contextlib.contextmanager
@@ -1739,10 +1737,11 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
         return get_scheduler(
-            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps,
+            cfg.lr_scheduler,
+            torch.optim.SGD([torch.zeros(1)], cfg.learning_rate),   # unused, but min_lr is of it
+            round(cfg.warmup_ratio * steps), steps,
             json.loads(cfg.lr_scheduler_kwargs or "{}")).lr_lambdas[0]
 
 
@@ -1767,8 +1766,7 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
     both carry tensors: clipping and unscaling are one division inside its kernel, a step that is
     not finite is skipped there, and the host never waits for a number.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
-                 if p.grad is not None]
+    gradients = [p.grad for p in optimizer.state if p.grad is not None]
     scale = scale_state["scale"]
     norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale
     divisor = scale
