@@ -3787,9 +3787,9 @@ def writing_error(model, ids_1T):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    prompts = pad_left([ids_1T[0, :3], ids_1T[0, :8]])
+    prompts = pad_left([range(3), range(8)])   # on the host, as texts are
     new = generate_ids(model, *prompts, 3, set(), record)
-    alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
+    alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)   # 0 1 2 and what was written
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
     return torch.stack(drawn_from)[:, 0], alone
 
