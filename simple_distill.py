@@ -36,6 +36,7 @@ import inspect   # optional: demo
 import itertools
 import json
 import math
+import operator
 import os
 import random   # optional: generate
 import re
@@ -370,8 +371,7 @@ def tokens_of(target, where):
 
 def as_head(head):
     """nn.Linear, or what else has its attributes -> Head."""
-    return Head(
-        head.weight, head.bias, getattr(head, "scale", 1.0), getattr(head, "softcap", None))
+    return head if isinstance(head, Head) else Head(head.weight, head.bias)
 
 
 def raw_logits(hidden, head, vocabulary=None):
@@ -396,7 +396,7 @@ def exponentials(x, temperature=1.0):
     z = x - x.amax(-1, keepdim=True)
     del x   # where it was the caller's temporary, its [C, V] is free again
     if temperature != 1:
-        z = z.div_(temperature)
+        z.div_(temperature)
     exp_z = z.exp()
     return z, exp_z, exp_z.sum(-1, keepdim=True)
 
@@ -421,9 +421,7 @@ def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_c
     q = exp_y.div_(teacher_total)
     if p_weight_from_ce == 0:   # always so where T is not 1; exactly 0 where p equals q
         return kl, p.sub_(q).mul_(kl_weight)
-    if p_weight_from_ce + kl_weight != 1:   # never so, but in a fork that weighs otherwise
-        p.mul_(p_weight_from_ce + kl_weight)
-    return kl, p.sub_(q, alpha=kl_weight)
+    return kl, p.mul_(p_weight_from_ce + kl_weight).sub_(q, alpha=kl_weight)
 
 
 def pulled_terms(p, pull, p_weight_from_ce, kl_weight):
@@ -458,8 +456,7 @@ def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
     listed_p = p.gather(-1, ids)
     unlisted_p = p.scatter_(-1, ids, 0.0)   # [C, V]
     rest_p = unlisted_p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    kl = -(q * listed_logp).sum(-1) - entropy
-    kl = kl - torch.where(rest > 0, rest * rest_p.log(), 0.0)
+    kl = -(q * listed_logp).sum(-1) - entropy - rest * rest_p.log()
     # d KL / d u = p - q on listed entries, keep * p on the others. Method sample: rest 0, keep 1,
     # and ids that repeat add up their q.
     keep = (1 - rest / rest_p)[:, None]
@@ -519,14 +516,10 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
 
     if ce_grad is not None:
         grad.add_(ce_grad)
-    if torch.compiler.is_compiling():   # a scatter would force a [C, V] in fp32 and three kernels
-        is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
-        grad = torch.where(is_label_CV, grad - alpha, grad)
-    else:
-        grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
-    if student_scaling != (1.0, None):
-        grad = grad * slope
-    return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
+    # a scatter would force the compiler to a [C, V] in fp32 and three kernels
+    is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
+    grad.add_(is_label_CV, alpha=-alpha)
+    return ce, kl * temperature ** 2, grad.mul_(slope).to(student_CV.dtype)
 
 
 @functools.cache   # so that nothing is compiled twice
@@ -596,7 +589,7 @@ class FusedDistillation(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias else None
         student = Head(weight_VD, bias_V)
-        ce = kl = hidden_ND.new_zeros((), dtype=torch.float64)
+        sums = hidden_ND.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             h_CD = hidden_ND[part]
@@ -605,8 +598,7 @@ class FusedDistillation(torch.autograd.Function):
                 target = raw_logits(*target, vocab)
             ce_C, kl_C, grad_CV = kernel(raw_logits(h_CD, student, vocab), labels_N[part], target)
             del target   # [C, V]: its memory is wanted below
-            ce = ce + ce_C.sum(dtype=torch.float64)
-            kl = kl + kl_C.sum(dtype=torch.float64)
+            sums += torch.stack([ce_C, kl_C]).sum(1, dtype=torch.float64)
             if need_bias:
                 grad_bias[:vocab] += grad_CV.sum(0, dtype=exact)
             if need_hidden:
@@ -615,7 +607,7 @@ class FusedDistillation(torch.autograd.Function):
                 add_product(grad_weight[:vocab], grad_CV.T, h_CD)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden_ND.dtype
-        ce, kl = ce.to(exact), kl.to(exact)
+        ce, kl = sums.to(exact)
         ctx.mark_non_differentiable(ce, kl)
         return alpha * ce + (1 - alpha) * kl, ce, kl
 
@@ -624,8 +616,8 @@ class FusedDistillation(torch.autograd.Function):
         scaled = [None] * 10   # an argument of forward; most have none
         for i, grad in enumerate(ctx.grads):
             if grad is not None:
-                into = torch.empty_like(grad, dtype=ctx.dtype)
-                scaled[i] = torch.mul(grad, grad_loss, out=into)
+                scaled[i] = torch.mul(
+                    grad, grad_loss, out=torch.empty_like(grad, dtype=ctx.dtype))
         return tuple(scaled)
 
 
@@ -643,7 +635,7 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     student = as_head(student_head)
     vocab = len(student.weight[:vocabulary])
     teacher_scaling = None
-    if teacher is not None and not isinstance(teacher, SparseTarget):
+    if not isinstance(teacher, SparseTarget | None):
         teacher = DenseTarget(teacher[0], as_head(teacher[1]))
         teacher_scaling = teacher.head[2:]
         vocab = len(teacher.head.weight[:vocab])
@@ -657,8 +649,7 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
         counted = counted.to(device)
         student_hidden = student_hidden[counted]
         teacher = tokens_of(teacher, counted)
-    if chunk is None:
-        chunk = chunk_size(device, student_hidden.element_size(), len(student.weight))
+    chunk = chunk or chunk_size(device, student_hidden.element_size(), len(student.weight))
     kernel = chunk_kernel(
         vocab >= COMPILED_VOCAB, alpha=alpha, temperature=temperature, divergence=divergence,
         student_scaling=student[2:], teacher_scaling=teacher_scaling)
@@ -1310,14 +1301,12 @@ def load_model(cfg, role):
     """student: weights in fp32, spread as --fsdp says; layers and head compute in compute_dtype.
     teacher: frozen, its weights in the type that it computes in. -> root, identity of weights."""
     learns = role == "student"
-    name = getattr(cfg, role)
-    cut = re.fullmatch(r"layers:(\d+)", name)
+    cut = re.fullmatch(r"layers:(\d+)", getattr(cfg, role))
+    name = cfg.teacher if cut else getattr(cfg, role)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    kept_layers = None
     if cut:
-        name = cfg.teacher
-    source_config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    config, kept_layers = source_config, None
-    if cut:
-        config, kept_layers = cut_layers(source_config, int(cut[1]))
+        config, kept_layers = cut_layers(config, int(cut[1]))
     computes_in = compute_dtype(cfg)
     if not learns and computes_in == torch.float16 and config.dtype != torch.float16:
         computes_in = torch.float32   # models trained in bf16 overflow in fp16
@@ -1330,28 +1319,26 @@ def load_model(cfg, role):
         root = make_root(AutoModelForCausalLM.from_config(config, **options))
     root.train(learns).requires_grad_(learns)
     if learns and cfg.gradient_checkpointing:
-        enable = getattr(root.model, "activation_checkpointing_enable", None)   # its newer name
-        enable = enable or root.model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        # its newer name, and its older one
+        getattr(root.model, "activation_checkpointing_enable",
+                root.model.gradient_checkpointing_enable)()
         # transformers makes the embeddings ask for gradients; frozen layers would be recomputed
         root.model.disable_input_require_grads()
     if cfg.compile:
         compile_layers(root.model)
     if learns or cfg.cpu_offload or (cfg.shard_teacher and WORLD > 1):
         shard(root, cfg.fsdp if learns else "full_shard", computes_in, cfg.cpu_offload)
-    source = None
-    if RANK == 0:
-        source = make_root(read_model(name, source_config, kept_layers, cfg.seed, options))
+    source = RANK == 0 and make_root(read_model(name, config, kept_layers, cfg.seed, options))
     load_weights(root, source, cfg.cpu_offload)
-    with contextlib.suppress(OSError):   # what ends a text, where a file of its own says it
-        ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-        root.model.generation_config.eos_token_id = ends
+    # what ends a text may stand in a file of its own
+    root.model.generation_config.eos_token_id = from_rank0(
+        source and source.model.generation_config.eos_token_id)
     return root, from_rank0(source and identity_of(source))
 
 
 def read_model(name, config, kept_layers, seed, options):
     """A whole model on the host, memory-mapped until it is cast; a config alone (.json) makes
-    random weights. kept_layers: the decoder layers that stay, by number."""
+    random weights. kept_layers: the decoder layers that stay, by number; None: all."""
     if name.endswith(".json"):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **options)
@@ -1359,7 +1346,7 @@ def read_model(name, config, kept_layers, seed, options):
     if info["missing_keys"]:   # transformers would fill them with random numbers
         raise UserError(f"{name!r} lacks weights, {min(info['missing_keys'])} among them; is "
                         "it whole?")
-    if kept_layers is not None:
+    if kept_layers:
         path, layers = layers_of(model)
         model.set_submodule(path, nn.ModuleList(layers[i] for i in kept_layers))
     return model
@@ -1407,7 +1394,7 @@ def cut_layers(config, count):
 
 def compile_layers(model):
     # a layer that recomputes and has nothing below it to train is refused by this pass (torch 2.13)
-    if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
+    with contextlib.suppress(AttributeError):   # not every torch has it
         torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
     # by default after 8 kinds of layer, input and mode the next ones run eagerly: sliding and full
     # attention of student and teacher, training and not, are as many
@@ -1428,10 +1415,10 @@ def shard(root, fsdp, dtype, cpu_offload):
     dtype and reduce gradients in fp32. The root stays gathered after a forward: the backward begins
     with it, and the loss uses a teacher's head outside of the teacher's forward."""
     shapes = {"hybrid_shard": (WORLD // LOCAL_WORLD, LOCAL_WORLD), "no_shard": (WORLD, 1)}
-    mesh_shape = shapes.get(fsdp, (WORLD,))
-    names = ("replicate", "shard")[-len(mesh_shape):]
+    shape = shapes.get(fsdp, (WORLD,))
     options = dict(
-        mesh=init_device_mesh(DEVICE.type, mesh_shape, mesh_dim_names=names),
+        mesh=init_device_mesh(
+            DEVICE.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):]),
         mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     if cpu_offload and CUDA:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -1443,28 +1430,18 @@ def shard(root, fsdp, dtype, cpu_offload):
 @torch.no_grad()
 def load_weights(root, source, cpu_offload):
     """The tensors of rank 0's source into everybody's shards, one at a time: no other rank ever
-    holds a whole model. source is None on the other ranks."""
+    holds a whole model. source is False on the other ranks."""
     all_sum(0)   # rank 0 may have read for an hour, which no GPU waits for
     root.to_empty(device="cpu" if cpu_offload else DEVICE)
     for buffer in root.buffers():   # FSDP's offloading leaves them where they are
         buffer.data = buffer.data.to(DEVICE)
-    if not any(isinstance(p, DTensor) for p in root.parameters()):
-        root.model.tie_weights()   # to_empty broke the ties; FSDP keeps them by itself
-    source_tensors = {}
-    if source is not None:
-        # tied ones under both names: a head that block-wise unties begins as a copy of the
-        # embeddings
-        parameters = source.named_parameters(remove_duplicate=False)
-        source_tensors = dict([*parameters, *source.named_buffers()])
+    if not isinstance(root, FSDPModule):   # which keeps ties by itself
+        root.model.tie_weights()   # to_empty broke them
     # buffers too: those that are not persistent (of RoPE) are in no state dict
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if source is None:
-            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        elif name in source_tensors and source_tensors[name].shape == tensor.shape:
-            whole = source_tensors[name].to(DEVICE, tensor.dtype)
-        else:   # as a mixture's dense and sparse layers
-            raise UserError(f"layers:N cannot be cut from {type(root.model).__name__}: its layers "
-                            "differ by number")
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        if source:   # layers:N fails here where layers differ by number (dense ones, mixtures)
+            whole.copy_(operator.attrgetter(name)(source))
         copy_from_rank0(tensor, whole)
 
 
@@ -1473,10 +1450,9 @@ def copy_from_rank0(tensor, whole):
     brings a whole of the right shape on its device; what is in the others' does not matter."""
     if isinstance(tensor, DTensor):
         whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
-        tensor.to_local().copy_(whole.to_local())
     else:
         dist.broadcast(whole, 0)
-        tensor.copy_(whole)
+    tensor.copy_(whole)
 
 
 def full_tensor(tensor):
@@ -1493,11 +1469,14 @@ FINAL_MARK = ".simple_distill.json"   # in final/: of which checkpoint it is
 def save_model(root, tokenizer, path, dtype, card, checkpoint):
     """Gathered on rank 0 tensor by tensor, saved by transformers, renamed when whole; what stood
     there moves to final.old. card: its README.md. checkpoint: its digest."""
+    model = root.model
+    saved = model.state_dict()   # without buffers that are not persistent
     full = {}
     kept_on = "cpu" if RANK == 0 else "meta"   # the other ranks drop each tensor at once
-    for name, tensor in [*root.model.named_parameters(), *root.model.named_buffers()]:
-        kept_as = dtype if tensor.is_floating_point() else tensor.dtype
-        full[name] = full_tensor(tensor).to(kept_on, kept_as, copy=True)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:   # tied ones once
+        if name in saved:
+            kept_as = dtype if tensor.is_floating_point() else tensor.dtype
+            full[name] = full_tensor(tensor).to(kept_on, kept_as)
     if RANK > 0:
         return
     broken = [name for name, tensor in full.items() if not tensor.isfinite().all()]
@@ -1505,12 +1484,9 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
         print0(f"WARNING: not all weights of the student are finite: {', '.join(broken)[:300]}")
     aside = Path(f"{path}.tmp")
     shutil.rmtree(aside, ignore_errors=True)   # what a killed run left
-    with torch.device("meta"):   # without initialising any
-        model = type(root.model)(root.model.config)
-    model.load_state_dict(full, assign=True, strict=False)   # not strict: tied heads are not listed
-    model.tie_weights()
-    model.generation_config = root.model.generation_config
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=full)
+    model.config.dtype = dtype   # not that of the weights here
+    model.config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
     write_json({"checkpoint": checkpoint}, aside / FINAL_MARK)
@@ -1524,33 +1500,29 @@ def save_model(root, tokenizer, path, dtype, card, checkpoint):
 # ---- what a model says of a batch: functions that run inside a root
 
 
-def known_documents(position_ids_BT):
-    """Around a forward without attention mask and cache. There transformers looks at the positions
-    whether a row holds several documents: a number that the host needs at once, so that it waits
-    for the GPU twice a micro-step. We know: without position_ids a row is one document."""
-    def number_documents(positions_BT):
-        """-> [B, T], for each token the number of its document; None: one a row."""
-        if position_ids_BT is None:
-            return None
-        steps_BT = torch.diff(positions_BT, prepend=positions_BT[:, :1] - 1, dim=-1)
-        return (steps_BT != 1).cumsum(-1)
-
-    return patch.object(
-        masking_utils, "find_packed_sequence_indices", number_documents, create=True)
-
-
 def hidden_states(model, input_ids_BT, position_ids_BT=None):
     """-> [B, T, D] after the final norm, without the head. position_ids restart at each document,
-    which keeps attention inside of it."""
-    positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-    with known_documents(position_ids_BT):
+    which keeps attention inside of it.
+
+    Without attention mask and cache transformers looks at the positions whether a row holds several
+    documents: a number that the host needs at once, so that it waits for the GPU twice a
+    micro-step. We know: without position_ids a row is one document.
+    """
+    positions = {}
+    documents_BT = None   # for each token the number of its document; None: one a row
+    if position_ids_BT is not None:
+        positions["position_ids"] = position_ids_BT
+        steps_BT = torch.diff(position_ids_BT, prepend=position_ids_BT[:, :1] - 1)
+        documents_BT = (steps_BT != 1).cumsum(-1)
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda _: documents_BT,
+                      create=True):
         return model.base_model(input_ids=input_ids_BT, use_cache=False, **positions)[0]
 
 
 def counted_hidden(model, batch):
     """-> hidden states of the counted tokens [N, D], and the head to apply to them by chunks."""
-    hidden_BTD = hidden_states(model, batch.input_ids, batch.position_ids)
-    return DenseTarget(hidden_BTD.flatten(0, 1)[batch.positions], head_of(model))
+    hidden_ND = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
+    return DenseTarget(hidden_ND[batch.positions], head_of(model))
 
 
 def head_of(model):
@@ -1559,21 +1531,19 @@ def head_of(model):
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None)   # Cohere
              or 1.0 / (getattr(config, "logits_scaling", None) or 1.0))   # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)   # Gemma
-    return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
+    return Head(output.weight, getattr(output, "bias", None), float(scale),
+                getattr(config, "final_logit_softcapping", None))   # Gemma
 
 
 def head_logits(hidden, head, vocabulary=None):
     """-> logits in fp32, of the first `vocabulary` ids."""
-    raw = raw_logits(hidden, head)[..., :vocabulary]
-    return scale_and_softcap(raw, *head[2:])[0]
+    return scale_and_softcap(raw_logits(hidden, head)[..., :vocabulary], *head[2:])[0]
 
 
 def distil_loss(model, batch, targets, denominator, **objective):
     """Runs inside the student: -> loss, ce, kl. targets: see teacher_targets."""
-    hidden_ND, head = counted_hidden(model, batch)
-    return distillation_loss(
-        hidden_ND, head, batch.labels, targets, denominator=denominator, **objective)
+    return distillation_loss(*counted_hidden(model, batch), batch.labels, targets,
+                             denominator=denominator, **objective)
 
 
 def teacher_targets(teacher):
@@ -1595,61 +1565,52 @@ def check_model(root, what, seq_len, packed):
     what = f"{what} ({type(root.model).__name__})"
     vocab = root.model.config.get_text_config().vocab_size
     ids_1T = torch.arange(seq_len, device=DEVICE)[None] % vocab
-    with phase(f"running {what} on {seq_len} positions"), evaluating(root):
-        root(hidden_states, ids_1T)
-    probe(root, f"{what} is no causal language model: its states change with later tokens",
-          look_ahead, ids_1T[:, :8])
+    with phase(f"running {what} on {seq_len} positions"):
+        probe(root, f"{what} is no causal language model: its states change with later tokens",
+              before_other_tokens, ids_1T)
     probe(root, f"{what}: hidden states times head miss its own logits; is it damaged, does it "
           "need --dtype fp32, or head_of() in simple_distill.py to know its scaling?",
-          head_error, ids_1T[:, :8])
+          logits_two_ways, ids_1T[:, :8], allowed=0.05)
     if packed:
-        def batch(*rows):   # without targets
-            return collate([packed_row({"input_ids": row, "targets": [ids > vocab for ids in row]})
-                            for row in rows])
-
-        a, b, c, d, e = [np.arange(length, 2 * length) % vocab for length in (3, 5, 2, 4, 1)]
-        # two rows: some kinds of attention look at positions only where a batch is one row
         probe(root, f"{what} lets packed documents see each other; use --packing rows or blocks",
-              packing_error, batch([a, b], [c, d, e]), batch([a], [b], [c], [d], [e]))
+              documents_first_and_second, vocab)
 
 
-def probe(root, what, function, *args):
-    """function(model, *args) -> how far something is off, how far rounding may bring it."""
+def probe(root, what, function, *args, allowed=0.1):
+    """function(model, *args) -> states or logits [.., D], got in two ways. Between them lies what
+    rounding does, in standard deviations within a token: no more than `allowed` in 16 bits."""
     with evaluating(root):
-        error, allowed = root(function, *args)
+        got, expected = root(function, *args)
+    error = ((got - expected).float().std(-1) / expected.float().std(-1).clamp_min(1e-6)).max()
+    if expected.dtype == torch.float32:
+        allowed = 1e-3
     if not error <= allowed:   # also nan
         raise UserError(f"{what} (off by {error:.2g}, {allowed:g} is allowed)")
 
 
-def look_ahead(model, ids_1T):
-    """How far the states of earlier tokens move with the last one, in units of how far its own
-    does."""
-    other_1T = ids_1T.clone()
-    other_1T[0, -1] = ids_1T[0, 0]
-    moved_TD = (hidden_states(model, other_1T) - hidden_states(model, ids_1T))[0].abs().float()
-    error = moved_TD[:-1].max() / moved_TD[-1].max().clamp_min(1e-6)
-    return error, 1e-3 if model.dtype == torch.float32 else 0.1
+def before_other_tokens(model, ids_1T):
+    """The states of the same tokens before this one and before another one."""
+    hidden_states(model, ids_1T)   # a table of positions that is too short fails here
+    ids_2T = ids_1T[:, :8].repeat(2, 1)
+    ids_2T[1, -1] = ids_2T[0, 0]
+    return hidden_states(model, ids_2T)[:, :-1]
 
 
-def head_error(model, ids_1T):
-    """How far hidden states times head_of are from the model's own logits, in their standard
-    deviations."""
-    model_logits = model(input_ids=ids_1T, use_cache=False).logits.float()
+def logits_two_ways(model, ids_1T):
+    """Hidden states times head_of, and the model's own."""
     hidden = hidden_states(model, ids_1T)
-    logits = head_logits(hidden, head_of(model))
-    error = (logits - model_logits).abs().max() / model_logits.std().clamp_min(1e-6)
-    return error, 1e-3 if hidden.dtype == torch.float32 else 0.1
+    model_logits = model(input_ids=ids_1T, use_cache=False).logits
+    return head_logits(hidden, head_of(model)), model_logits.to(hidden.dtype)
 
 
-def packing_error(model, *batches):
-    """How far the states of documents that share rows are from those of each alone, as a part of
-    these, at the token where that is most. Two batches of the same tokens in the same order."""
-    packed_ND, alone_ND = [
-        hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.real]
-        for batch in batches]
-    missed_N = (packed_ND - alone_ND).float().norm(dim=-1)
-    error = (missed_N / alone_ND.float().norm(dim=-1).clamp_min(1e-6)).max()
-    return error, 1e-3 if packed_ND.dtype == torch.float32 else 0.1
+def documents_first_and_second(model, vocab):
+    """The states of two documents, of 3 and of 5 tokens, that share a row: in one order, and in the
+    other. The first in a row sees no other. Two rows: some kinds of attention look at positions
+    only where a batch is one row."""
+    row_T = torch.arange(8, device=DEVICE)
+    rows_2T = torch.stack([row_T, row_T.roll(5)])   # 0 1 2, 3 4 5 6 7 and 3 4 5 6 7, 0 1 2
+    states_2TD = hidden_states(model, rows_2T % vocab, rows_2T - 3 * (rows_2T > 2))
+    return states_2TD[0], states_2TD[1].roll(3, 0)
 
 
 # ---- the writer of texts
@@ -1664,9 +1625,9 @@ def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
     with evaluating(root), gathered(root), torch.compiler.set_stance("force_eager"):
         if not prompts:
             return []
-        new = max(rooms)
-        draw = make_draw(seeds, temperature, vocabulary, new)
-        written_BN = root(generate_ids, *pad_left(prompts), new, ends, draw)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draw = functools.partial(draw_ids, generators, temperature, vocabulary)
+        written_BN = root(generate_ids, *pad_left(prompts), max(rooms), ends, draw)
     texts = []
     for ids, room in zip(written_BN.tolist(), rooms, strict=True):
         ended = [i for i, token in enumerate(ids, 1) if token in ends]
@@ -1676,45 +1637,36 @@ def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
 
 def pad_left(prompts):
     """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
-    ids = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    mask = [torch.ones_like(of_row) for of_row in ids]
-    return [to_device(pad_sequence(rows, True, padding_side="left")) for rows in (ids, mask)]
+    ids_BT = pad_sequence([torch.as_tensor(ids) for ids in prompts], True, -1, "left").long()
+    return to_device(ids_BT.clamp(0)), to_device((ids_BT >= 0).long())
 
 
-def make_draw(seeds, temperature, vocabulary, new):
-    """-> a logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
+def draw_ids(generators, temperature, vocabulary, _, logits_BV):
+    """A logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
     one at which the sum of probabilities passes a number from (0, 1]."""
-    numbers_BN = torch.stack([
-        1 - torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    numbers = iter(to_device(numbers_BN).split(1, 1))   # [B, 1] each
-
-    def draw(_, logits_BV):
-        logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
-        if temperature == 0:
-            return logits_BV
-        sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
-        passed_B1 = next(numbers) * sums_BV[:, -1:]   # rounding: it is not quite 1
-        ids_B1 = torch.searchsorted(sums_BV, passed_B1)
-        return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
-    return draw
+    logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
+    if temperature == 0:
+        return logits_BV
+    numbers_B1 = torch.stack([1 - torch.rand(1, generator=generator) for generator in generators])
+    sums_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
+    passed_B1 = to_device(numbers_B1) * sums_BV[:, -1:]   # rounding: it is not quite 1
+    ids_B1 = torch.searchsorted(sums_BV, passed_B1)
+    return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
 
 
 def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
     """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
-    no_knobs = transformers.GenerationConfig()   # no top_k or penalty of its own
-    with patch.object(model, "generation_config", no_knobs):
-        ids = model.generate(
-            ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, use_cache=True,
-            eos_token_id=sorted(ends) or None, pad_token_id=0, synced_gpus=False,
-            logits_processor=[draw])
-    return ids[:, ids_BT.shape[1]:]
+    # no top_k or penalty of its own
+    with patch.object(model, "generation_config", transformers.GenerationConfig()):
+        return model.generate(
+            ids_BT, attention_mask=mask_BT, max_new_tokens=new, eos_token_id=sorted(ends) or None,
+            pad_token_id=0, synced_gpus=False, logits_processor=[draw])[:, ids_BT.shape[1]:]
 
 
 def end_ids(model, tokenizer):
-    """Of generation config and tokenizer."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {*ends, tokenizer.eos_token_id} - {None}
+    """Of generation config (one, several, or None) and tokenizer."""
+    ends = np.ravel(model.generation_config.eos_token_id)
+    return {*ends.tolist(), tokenizer.eos_token_id} - {None}
 
 
 @contextlib.contextmanager
@@ -1742,14 +1694,13 @@ def learning_rates(named_parameters, rules, default_multiplier, learning_rate):
     parse_multipliers.
     """
     names = {parameter: name for name, parameter in named_parameters}
-    for pattern, _ in rules:
-        if not any(map(pattern.search, names.values())):
+    rates = dict.fromkeys(names, learning_rate * default_multiplier)
+    for pattern, multiplier in reversed(rules):   # an earlier one has the last word
+        matched = [parameter for parameter, name in names.items() if pattern.search(name)]
+        if not matched:
             raise UserError(f"lr_multipliers: {pattern.pattern!r} matches no parameter (of tied "
                             f"ones the first name counts) among {', '.join(names.values())}")
-    rates = {}
-    for parameter, name in names.items():
-        multipliers = [multiplier for pattern, multiplier in rules if pattern.search(name)]
-        rates[parameter] = learning_rate * [*multipliers, default_multiplier][0]
+        rates |= dict.fromkeys(matched, learning_rate * multiplier)
     return rates
 
 
@@ -1786,10 +1737,11 @@ def make_optimizer(parameters, rates, weight_decay):
 def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
-    unused = torch.optim.SGD([torch.zeros(1)], cfg.learning_rate)   # min_lr is a part of it
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
         return get_scheduler(
-            cfg.lr_scheduler, unused, round(cfg.warmup_ratio * steps), steps,
+            cfg.lr_scheduler,
+            torch.optim.SGD([torch.zeros(1)], cfg.learning_rate),   # unused, but min_lr is of it
+            round(cfg.warmup_ratio * steps), steps,
             json.loads(cfg.lr_scheduler_kwargs or "{}")).lr_lambdas[0]
 
 
@@ -1802,7 +1754,7 @@ def set_rates(optimizer, multiplier):
 
 def new_scale_state(fp16):
     """Scalars on the device: the fp16 loss scale, good steps in a row, skipped in all, in a row."""
-    values = {"scale": 2.0 ** 14 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
+    values = {"scale": 16384.0 if fp16 else 1.0, "good": 0.0, "skipped": 0.0, "streak": 0.0}
     return {name: torch.tensor(value, device=DEVICE) for name, value in values.items()}
 
 
@@ -1814,8 +1766,7 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
     both carry tensors: clipping and unscaling are one division inside its kernel, a step that is
     not finite is skipped there, and the host never waits for a number.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
-                 if p.grad is not None]
+    gradients = [p.grad for p in optimizer.state if p.grad is not None]
     scale = scale_state["scale"]
     norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale
     divisor = scale
@@ -1823,8 +1774,9 @@ def optimizer_step(optimizer, max_grad_norm, scale_state, fp16):
         divisor = divisor * (norm / max_grad_norm).clamp_min(1.0)
     bad = (~norm.isfinite()).float()   # 1 or 0
     # offloaded parameters live on the host: AdamW itself would not wait for the copies
-    optimizer.grad_scale = divisor.to(gradients[0].device)
-    optimizer.found_inf = bad.to(gradients[0].device)
+    device = gradients[0].device
+    optimizer.grad_scale = divisor.to(device)
+    optimizer.found_inf = bad.to(device)
     optimizer.step()
     scale_state["skipped"] += bad
     scale_state["streak"].add_(bad).mul_(bad)
@@ -3826,9 +3778,8 @@ def check_writer(cfg, student, teacher, tokenizer):
 
 
 def writing_error(model, ids_1T):
-    """Runs inside a root: how far the logits that a text is drawn from, after a prompt beside a
-    longer one, are from those of the same ids alone, in their standard deviations, and how far
-    rounding may bring them."""
+    """Runs inside a root: the logits that a text is drawn from, after a prompt beside a longer one,
+    and those of the same ids alone."""
     hidden_states(model, ids_1T)   # a table of positions that is too short fails here
     drawn_from = []
 
@@ -3836,12 +3787,11 @@ def writing_error(model, ids_1T):
         drawn_from.append(logits_BV.clone())
         return logits_BV
 
-    prompts = pad_left([ids_1T[0, :3], ids_1T[0, :8]])
+    prompts = pad_left([range(3), range(8)])   # on the host, as texts are
     new = generate_ids(model, *prompts, 3, set(), record)
-    alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)
+    alone_1T = torch.cat([ids_1T[:, :3], new[:1]], 1)   # 0 1 2 and what was written
     alone = model(input_ids=alone_1T, use_cache=False).logits[0, 2:-1]
-    error = (torch.stack(drawn_from)[:, 0] - alone.float()).abs().max() / alone.float().std()
-    return error, 1e-3 if alone.dtype == torch.float32 else 0.5
+    return torch.stack(drawn_from)[:, 0], alone
 
 
 def rehearse_writing(run, stage, micro, seconds):
