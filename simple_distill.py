@@ -71,7 +71,6 @@ from config import (
 if __name__ == "__main__":   # --help and a typo are answered before the slow imports below
     CONFIG = parse_or_exit(sys.argv[1:])
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
 import huggingface_hub   # optional: demo
 import numpy as np
@@ -692,10 +691,10 @@ def load_tokenizer(cfg, *candidates):
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    ours, theirs = (dict(map(reversed, tokenizer.get_vocab().items()))   # id -> token
-                    for tokenizer in (student, teacher))
-    problems = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
-                for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    ours = student.get_vocab()
+    theirs = dict(map(reversed, teacher.get_vocab().items()))   # id -> token
+    problems = [f"token {i} is {token!r} in one, {theirs[i]!r} in the other"
+                for i, token in sorted(zip(ours.values(), ours)) if theirs.get(i, token) != token]
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
     if student(probe)["input_ids"] != teacher(probe)["input_ids"]:
         problems.append("they cut text differently")
@@ -733,10 +732,8 @@ def load_data(cfg, tokenizer):
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document: its last twentieth
-        train_size = len(rows) - max(1, len(rows) // 20)
-        eval_rows = rows.skip(train_size)
-        rows = rows.take(train_size)
+    elif len(rows) > 1:   # of one long document
+        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -750,21 +747,6 @@ def take_first(rows, count):
     return rows.select(range(len(rows))[:count])
 
 
-def read_raw(cfg, streaming=False):
-    """-> raw rows of train, raw rows of eval; None where a slice of train has to do."""
-    train_raw = read_split(cfg, cfg.train_split, streaming)
-    eval_raw = None
-    if cfg.eval_split != cfg.train_split:
-        eval_raw = read_split(cfg, cfg.eval_split, streaming)
-        # where only the default is absent, no harm
-        if eval_raw is None and cfg.eval_split != Config.eval_split:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave "
-                            "eval_split out to hold out a slice of train")
-    if train_raw is None:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}")
-    return train_raw, eval_raw
-
-
 FILE_KINDS = {   # ending -> the reader of `datasets`
     ".jsonl": "json",
     ".json": "json",
@@ -774,35 +756,35 @@ FILE_KINDS = {   # ending -> the reader of `datasets`
 }
 
 
-def read_split(cfg, split, streaming=False):
-    """Raw rows of a file, a save_to_disk folder or a hub dataset; None where it has no such split.
-    """
+def read_raw(cfg, streaming=False):
+    """A file, a save_to_disk folder or a hub dataset -> raw rows of train, raw rows of eval; None
+    where a slice of train has to do."""
     path = Path(cfg.dataset)
     if (path / "dataset_dict.json").exists():   # of save_to_disk
-        return datasets.load_from_disk(path).get(split)
-    if (path / "state.json").exists():   # the same, saved without splits
-        return {"train": datasets.load_from_disk(path)}.get(split)
-    options = dict(path=cfg.dataset, name=cfg.dataset_config)
-    kind = FILE_KINDS.get(path.suffix.lower())
-    if kind:   # a name would be taken for a pattern
-        options = dict(path=kind, data_files=glob.escape(cfg.dataset))
-    if kind == "text":   # a blank line ends one
-        options["sample_by"] = "paragraph"
-    try:
-        return datasets.load_dataset(split=split, streaming=streaming, **options)
-    except ValueError as e:
-        if re.match("(Unknown|Bad) split", str(e)):
-            return None
-        raise
+        splits = datasets.load_from_disk(path)
+    elif (path / "state.json").exists():   # the same, saved without splits
+        splits = {"train": datasets.load_from_disk(path)}
+    else:
+        kind = FILE_KINDS.get(path.suffix.lower())
+        options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
+        splits = datasets.load_dataset(   # a name would be taken for a pattern
+            kind or cfg.dataset, cfg.dataset_config, data_files=kind and glob.escape(cfg.dataset),
+            streaming=streaming, **options)
+    train_raw = splits[cfg.train_split]
+    splits.setdefault(Config.eval_split)   # where only the default is absent, no harm
+    if cfg.eval_split == cfg.train_split:
+        return train_raw, None
+    return train_raw, splits[cfg.eval_split]
 
 
-def hold_out_rows(raw, eval_samples):
+def hold_out_rows(rows, eval_samples):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
-    gap = len(raw) // min(eval_samples, max(1, len(raw) // 20))
-    is_held_out = np.arange(1, len(raw) + 1) % gap == 0
+    gap = len(rows) // min(eval_samples, max(1, len(rows) // 20))
     # arrays: select makes a fingerprint of them, a generator has none that another run finds again
-    return [raw.select(np.flatnonzero(part)) for part in (~is_held_out, is_held_out)]
+    numbers = np.arange(len(rows))
+    held_out = numbers[gap - 1::gap]
+    return rows.select(np.delete(numbers, held_out)), rows.select(held_out)
 
 
 def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
@@ -828,23 +810,15 @@ def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
 
-    def encode_from(batch):   # the same thousand rows together, whoever takes them
-        start, = batch["start"]
-        rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
-        return rows.with_format("arrow")[:]
+    def encode_from(starts):   # the same thousand rows together, whoever takes them
+        for start in starts:
+            yield from encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
 
-    # a tokenizer's own threads do not survive the fork of a worker
-    os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
-    file = Path(datasets.config.HF_DATASETS_CACHE, "simple_distill",
-                f"{fingerprint_rows(raw, encode)}.arrow")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    starts = datasets.Dataset.from_dict({"start": range(0, len(raw), ROWS_AT_ONCE)})
     with phase(f"tokenising {split}"), node_first():
-        rows, dropped = kept_rows(starts.map(
-            encode_from, batched=True, batch_size=1, remove_columns="start", features=FEATURES,
-            num_proc=cfg.num_proc, new_fingerprint=file.stem, cache_file_name=str(file),
-            desc=split))
-    reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
+        rows, dropped = kept_rows(datasets.Dataset.from_generator(
+            encode_from, FEATURES, num_proc=cfg.num_proc, fingerprint=fingerprint_rows(raw, encode),
+            gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))}))
+    reasons = dict(dropped.most_common(5))
     if not rows:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
                         f"token: {reasons}")
@@ -856,9 +830,8 @@ def tokenize(cfg, raw, tokenizer, split):
 def kept_rows(rows):
     """-> token rows less those that were dropped, and a Counter of why they were."""
     reasons = rows["dropped"][:]
-    kept = [i for i, why in enumerate(reasons) if not why]
-    rows = rows.select(kept).remove_columns("dropped").with_format("numpy")
-    return rows, collections.Counter(filter(None, reasons))
+    rows = rows.select(np.flatnonzero(np.array(reasons) == "")).remove_columns("dropped")
+    return rows.with_format("numpy"), collections.Counter(filter(None, reasons))
 
 
 def fingerprint_rows(raw, encode):
@@ -866,17 +839,22 @@ def fingerprint_rows(raw, encode):
     fork that edits it gets what it wrote and not what an older version left in the cache."""
     tokenizer, *options = encode.args
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        saved = [checksum(path) for path in sorted(Path(folder).rglob("*"))]
+        saved = [checksum(Path(path)) for path in tokenizer.save_pretrained(folder)]
     code = Path(__file__).read_text(encoding="utf-8").split(
         "\n# ---- between raw rows and token rows")[1]
-    return digest(raw._fingerprint, str(raw.features), saved, code, options)
+    return digest(raw._fingerprint, saved, code, options)
 
 
 def row_encoder(cfg, tokenizer):
     """-> a function of raw rows alone."""
     packing = cfg.packing.replace("documents", "rows")   # which PackedRows puts together
     return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, packing)
+
+
+def token_rows(rows):   # optional: streaming cache
+    """What row_encoder's function hands on, as a dataset, also of no rows."""
+    columns = {name: [row[name] for row in rows] for name in FEATURES}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
@@ -890,33 +868,28 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 
 
 def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
-    """Raw rows -> a dataset of token rows: first the conversations, one a row, then the texts,
-    joined in blocks or each in rows of its own, then what was dropped: a row too, that says why."""
+    """Raw rows -> token rows: first those that are dropped, rows too, that say why; then the
+    conversations, one a row, then the texts, joined in blocks or each in rows of its own."""
     write_chat = chat_writer(tokenizer)
     chats = []
     texts = []
-    dropped = []
+    rows = []
     for row in raw_rows:
         try:
-            conversation = conversation_of(row)
-            if conversation is None:
-                # an empty one is read as well, and says nothing
-                texts += filter(None, [text_of(row[text_column] or "")])
-            elif packing == "blocks":
-                raise ValueError("a conversation; blocks are of text: use --packing rows")
-            else:
+            conversation = packing != "blocks" and conversation_of(row)
+            if conversation:
                 chats.append(write_chat(conversation))
+            else:   # an empty one is read as well, and says nothing
+                texts += filter(None, [text_of(row[text_column] or "")])
         except Exception as e:   # whatever is strange about it, or not to the template's liking
-            dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
-    rows = []
+            why = f"{one_line(e)} among {', '.join(row)}"[:300]
+            rows.append(dict(input_ids=[], targets=[], starts=[], dropped=why))
     for ids, targets in (encode_chats(chats, tokenizer, seq_len)
                          + encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))):
         targets = [False, *targets[1:]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
-        rows.append((ids, targets, [0], why))
-    rows += [([], [], [], why) for why in dropped]
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(FEATURES)}
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+        rows.append(dict(input_ids=ids, targets=targets, starts=[0], dropped=why))
+    return rows
 
 
 def rows_from_columns(columns):
@@ -1026,8 +999,6 @@ def difference(text, other):
     return start, len(text) - len(os.path.commonprefix(ends))
 
 
-# Columns that hold a conversation each, as a list of messages.
-CONVERSATION_COLUMNS = ("messages", "conversations")
 # Pairs of columns that are a conversation: what the user says, what the assistant answers, each a
 # string or a list of messages. To read another format, add its pair here; anything else that is
 # not of this kind belongs into conversation_of.
@@ -1042,37 +1013,35 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 def conversation_of(row):
     """A raw row -> [{"role": ..., "content": ..., ...}, ...], or None for plain text."""
-    for column in CONVERSATION_COLUMNS:
-        if isinstance(row.get(column), list) and row[column]:
-            return list(map(message_of, row[column]))
+    messages = row.get("messages") or row.get("conversations")
+    if isinstance(messages, list):
+        return list(map(message_of, messages))
     for columns in CONVERSATIONS:
         said = [row.get(column) for column in columns]
-        if not set(map(type, said)) <= {str, list}:
+        if None in said:
             continue
         if columns[0] == "instruction" and row.get("input"):
             said[0] = f"{said[0]}\n\n{row['input']}"
-        messages = []
+        turns = []
         for role, content in zip(("user", "assistant"), said):
-            turns = content if isinstance(content, list) else [dict(role=role, content=content)]
-            messages += map(message_of, turns)
-        return messages
+            turns += content if isinstance(content, list) else [dict(role=role, content=content)]
+        return list(map(message_of, turns))
     return None
 
 
 def message_of(turn):
     """With a role, and a content that is text. ShareGPT has `from` and `value` for them."""
     message = json.loads(json.dumps(turn, default=str), object_hook=without_nulls)
-    if "value" in message and "content" not in message:
+    if "role" not in message:
         sender = message["from"]
         message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message["value"]}
     if not message.get("tool_calls"):   # some templates ask only whether there is such a list
         message.pop("tool_calls", None)
     for call in message.get("tool_calls", []):
         function = call.get("function", call)
-        # an object, as templates expect; APIs give its JSON
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(Exception):   # an object, as templates expect; APIs give its JSON
             function["arguments"] = json.loads(function["arguments"])
-    return {**message, "role": message["role"], "content": text_of(message.get("content", ""))}
+    return {**message, "content": text_of(message.get("content", ""))}
 
 
 def without_nulls(fields):
@@ -1099,7 +1068,7 @@ class PackedRows:
         self.members = []   # of each row: numbers of documents
         lengths = row_lengths(documents)
         for start in range(0, len(lengths), 10_000):
-            for row in fit_into_rows(lengths[start:start + 10_000].tolist(), seq_len):
+            for row in fit_into_rows(lengths[start:start + 10_000], seq_len):
                 self.members.append([start + i for i in row])
 
     def __len__(self):
@@ -1121,19 +1090,19 @@ def packed_row(documents):
 def fit_into_rows(lengths, seq_len):
     """-> the numbers of the documents in each row: the longest first, each where it leaves the
     least room. Rows, and what is in them, stand in the order of the documents."""
-    rows = [[] for _ in lengths]   # more than are needed: the last ones stay empty
-    free = [(seq_len, row) for row in range(len(rows))]   # (room left, row), in rising order
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        room, row = free.pop(bisect.bisect_left(free, (lengths[i], 0)))
-        rows[row].append(i)
+    # (room left, the row), in rising order; more than are needed: the others stay empty
+    free = [(seq_len, []) for _ in lengths]
+    for i in np.argsort(np.negative(lengths), kind="stable"):
+        room, row = free.pop(bisect.bisect_left(free, (lengths[i],)))
+        row.append(i)
         bisect.insort(free, (room - lengths[i], row))
-    return sorted(sorted(row) for row in rows if row)
+    return sorted(sorted(row) for _, row in free if row)
 
 
 def row_lengths(rows):
     """In tokens, of a dataset of token rows."""
-    parts = rows.select_columns("input_ids").iter(1000)
-    return np.array([len(ids) for part in parts for ids in part["input_ids"]])
+    return np.array([len(ids) for part in rows.select_columns("input_ids").iter(1000)
+                     for ids in part["input_ids"]])
 
 
 def count_rows(rows):
@@ -1174,33 +1143,29 @@ class Batch:
     by_student: bool = False  # whether it wrote them: no labels then   # optional: on_policy
 
 
-# what a rank gets for whom no row is left: it takes part all the same
-STAND_IN = {"input_ids": [0, 0], "targets": [False, False], "starts": [0]}
-
-
 def collate(rows):
     """Token rows -> Batch. A position counts where its *next* token, its label, is a target: so the
     one before a target, as no row begins with one."""
-    shown = rows or [STAND_IN]
-    ids, targets = (
-        pad_sequence([torch.as_tensor(row[name]) for row in shown], True).flatten().long()
-        for name in ("input_ids", "targets"))
-    positions = []   # within documents; -1: padding
-    for row in shown:
-        lengths = np.diff(row["starts"], append=len(row["input_ids"]))
-        positions.append(torch.cat(list(map(torch.arange, lengths))))
-    positions = pad_sequence(positions, True, padding_value=-1)
-    has_several = any(len(row["starts"]) > 1 for row in shown)
-    is_real = (positions.flatten() >= 0) & bool(rows)
-    next_tokens = targets.nonzero()[:, 0]
+    tables = []   # of each token: its id, is it a target, its place in its document: 1, 2, ...
+    for row in rows:
+        places = np.arange(len(row["input_ids"])) + 1
+        for start in row["starts"]:
+            places[start:] -= places[start] - 1
+        table_T3 = np.stack([row["input_ids"], row["targets"], places], 1)
+        tables.append(torch.from_numpy(table_T3))
+    # a rank for whom no row is left takes part all the same, with padding: its place is 0
+    tables = tables or [torch.zeros(2, 3, dtype=torch.long)]
+    ids_BT, targets_BT, places_BT = pad_sequence(tables).permute(2, 1, 0).contiguous()
+    next_tokens = targets_BT.flatten().nonzero()[:, 0]
+    has_several = any(len(row["starts"]) > 1 for row in rows)
     sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
               zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
-        rows=rows, input_ids=to_device(ids.view_as(positions)),
-        positions=to_device(next_tokens - 1), labels=pin(ids[next_tokens]),
-        real=to_device(is_real.nonzero()[:, 0]),
+        rows=rows, input_ids=to_device(ids_BT),
+        positions=to_device(next_tokens - 1), labels=pin(ids_BT.flatten()[next_tokens]),
+        real=to_device(places_BT.flatten().nonzero()[:, 0]),
         sparse=SparseTarget(*sparse) if sparse else None,
-        position_ids=to_device(positions.clamp(0)) if has_several else None)
+        position_ids=to_device((places_BT - 1).clamp(0)) if has_several else None)
 
 
 def pin(tensor):
@@ -1215,16 +1180,15 @@ def to_device(tensor):
 @functools.lru_cache(1)
 def shuffled(count, seed, part):
     """The numbers below count, in an order that depends on nothing but seed and part: no state."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(
+        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + part))
 
 
 def batch_of_step(count, seed, global_batch, step):
     """-> numbers of the rows, of count, in a global batch. The position *is* the step: a resume
     needs no other state, and has nothing to replay."""
     epoch, place = divmod(step, math.ceil(count / global_batch))
-    order = shuffled(count, seed, epoch)
-    return order[place * global_batch:(place + 1) * global_batch].tolist()
+    return shuffled(count, seed, epoch)[place * global_batch:][:global_batch].tolist()
 
 
 def micro_batches(rows, micro_steps, batch_size):
@@ -2598,8 +2562,8 @@ def rehearse(run, stages):
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch // WORLD]
         rows = [run.rows[i] for i in longest.tolist()]
         micro = micro_batches(rows, run.micro_steps, run.batch_size)
-    example, *_ = micro[0].rows or [STAND_IN]
-    print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
+    for example in micro[0].rows[:1]:   # rank 0 has one
+        print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
     average = seconds
@@ -2728,7 +2692,7 @@ def batches_of_stream(run):
     while True:
         with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
             raw = list(itertools.islice(raw_rows, size))
-            rows, dropped = kept_rows(encode_here(raw))
+            rows, dropped = kept_rows(token_rows(encode_here(raw)))
             for root in filter(None, [run.student, run.teacher]):
                 check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
         if dropped and position["window"] == 0:   # not at each window
@@ -3134,7 +3098,8 @@ def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
 
 
 def encode_block(cfg, tokenizer, columns):
-    rows, _ = kept_rows(row_encoder(cfg, tokenizer)(rows_from_columns(columns)))
+    encoded = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
+    rows, _ = kept_rows(token_rows(encoded))
     if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
