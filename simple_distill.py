@@ -676,9 +676,9 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 
 
 def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else that of the first candidate that may have one, else None. A folder shows
+    """That of the first candidate that may have one, or is --tokenizer, else None. A folder shows
     it; layers:N, a config .json and demo (no name was given) have none."""
-    for name in filter(None, [cfg.tokenizer, *candidates]):
+    for name in filter(None, candidates):
         may_have_one = not re.fullmatch(r"demo|layers:.*|.*\.json", name)
         if os.path.isdir(name):
             may_have_one = any(Path(name).glob("tokenizer*"))
@@ -686,7 +686,6 @@ def load_tokenizer(cfg, *candidates):
             with phase(f"reading the tokenizer of {name}"):
                 return AutoTokenizer.from_pretrained(
                     name, trust_remote_code=cfg.trust_remote_code)
-    return None
 
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
@@ -770,19 +769,18 @@ def read_raw(cfg, streaming=False):
         splits = datasets.load_dataset(   # a name would be taken for a pattern
             kind or cfg.dataset, cfg.dataset_config, data_files=kind and glob.escape(cfg.dataset),
             streaming=streaming, **options)
-    train_raw = splits[cfg.train_split]
-    splits.setdefault(Config.eval_split)   # where only the default is absent, no harm
-    if cfg.eval_split == cfg.train_split:
-        return train_raw, None
-    return train_raw, splits[cfg.eval_split]
+    # where only the default is absent, no harm
+    others = {Config.eval_split: None, **splits, cfg.train_split: None}
+    return splits[cfg.train_split], others[cfg.eval_split]
 
 
 def hold_out_rows(rows, eval_samples):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
-    gap = len(rows) // min(eval_samples, max(1, len(rows) // 20))
+    count = len(rows)
+    gap = count // min(eval_samples, max(1, count // 20))
     # arrays: select makes a fingerprint of them, a generator has none that another run finds again
-    numbers = np.arange(len(rows))
+    numbers = np.arange(count)
     held_out = numbers[gap - 1::gap]
     return rows.select(np.delete(numbers, held_out)), rows.select(held_out)
 
@@ -847,8 +845,7 @@ def fingerprint_rows(raw, encode):
 
 def row_encoder(cfg, tokenizer):
     """-> a function of raw rows alone."""
-    packing = cfg.packing.replace("documents", "rows")   # which PackedRows puts together
-    return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, packing)
+    return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, cfg.packing)
 
 
 def token_rows(rows):   # optional: streaming cache
@@ -870,25 +867,26 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
     """Raw rows -> token rows: first those that are dropped, rows too, that say why; then the
     conversations, one a row, then the texts, joined in blocks or each in rows of its own."""
-    write_chat = chat_writer(tokenizer)
-    chats = []
+    encode_chat = chat_encoder(tokenizer)
+    encoded = []
     texts = []
     rows = []
     for row in raw_rows:
         try:
             conversation = packing != "blocks" and conversation_of(row)
             if conversation:
-                chats.append(write_chat(conversation))
+                encoded.append(encode_chat(conversation))
             else:   # an empty one is read as well, and says nothing
                 texts += filter(None, [text_of(row[text_column] or "")])
         except Exception as e:   # whatever is strange about it, or not to the template's liking
             why = f"{one_line(e)} among {', '.join(row)}"[:300]
             rows.append(dict(input_ids=[], targets=[], starts=[], dropped=why))
-    for ids, targets in (encode_chats(chats, tokenizer, seq_len)
-                         + encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))):
-        targets = [False, *targets[1:]]   # the first is predicted from nothing
+    if texts:   # a tokenizer takes no empty list
+        encoded += encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))
+    for ids, targets in encoded:
+        targets = [False, *targets[1:seq_len]]   # the first is predicted from nothing
         why = "" if any(targets) else f"no target in {seq_len} tokens"
-        rows.append(dict(input_ids=ids, targets=targets, starts=[0], dropped=why))
+        rows.append(dict(input_ids=ids[:seq_len], targets=targets, starts=[0], dropped=why))
     return rows
 
 
@@ -898,42 +896,25 @@ def rows_from_columns(columns):
 
 
 def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
+    """[the id that this tokenizer puts before every text], or []. A model that learned with it
+    (Gemma, Llama) is lost without."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
     """-> [(ids, which are targets)]. Each text ends with EOS. Joined, or each by itself, they are
     cut into blocks of seq_len; the last one may be shorter. A BOS begins each block, not each text:
     so it is predicted nowhere."""
-    if not texts:   # which a tokenizer does not take
-        return []
-    begin, end = ([] if token is None else [token]
-                  for token in (bos_of(tokenizer), tokenizer.eos_token_id))
+    begin = bos_of(tokenizer)
+    end = tokenizer.eos_token or ""
     room = seq_len - len(begin)
-    encoded = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
-    documents = [ids if ids[-1:] == end else ids + end for ids in encoded]
+    documents = tokenizer([text.removesuffix(end) + end for text in texts], verbose=False,
+                          add_special_tokens=False)["input_ids"]
     if join:
         documents = [list(itertools.chain(*documents))]
     blocks = [begin + ids[i:i + room] for ids in documents for i in range(0, len(ids), room)]
     return [(block, [True] * len(block)) for block in blocks]
-
-
-def encode_chats(chats, tokenizer, seq_len):
-    """[(text, spans of the assistant in it)] -> [(ids, which are targets)], cut at seq_len."""
-    if not chats:
-        return []
-    # a template has written the special tokens already
-    encoded = tokenizer([text for text, _ in chats], verbose=False, return_offsets_mapping=True,
-                        add_special_tokens=not tokenizer.chat_template)
-    rows = []
-    for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], chats):
-        targets = [any(first < end and start < last for start, end in spans)
-                   for first, last in offsets[:seq_len]]
-        rows.append((ids[:seq_len], targets))
-    return rows
 
 
 # The text of a conversation where a tokenizer has no chat template of its own.
@@ -941,8 +922,10 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
                   "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 
-def chat_writer(tokenizer):
-    """-> a function of a conversation: its text, and the spans of the assistant in it."""
+def chat_encoder(tokenizer):
+    """-> a function of a conversation: its ids, which are targets. These are of the characters that
+    the assistant's messages add to its text, with the end mark that follows: all that comes after
+    the prompt, be it an answer, a thought or a call of a tool."""
     write = functools.partial(
         tokenizer.apply_chat_template, tokenize=False,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
@@ -955,27 +938,30 @@ def chat_writer(tokenizer):
     with contextlib.suppress(Exception):   # not without a system role, or so
         asking = write(question, add_generation_prompt=True)
         prompt = asking[difference(asking, write(question))[0]:]
-    return functools.partial(render, write, prompt, end_mark)
 
+    def encode_chat(messages):
+        text = write(messages)
+        spans = [(0, 0)]
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start, end = find_turn(i, messages, text, write)
+            # nor anything else that the template knows
+            if start == end and not message["content"]:
+                continue
+            # what all messages of the assistant begin with, such as <think>, is no difference
+            header = text.rfind(prompt, spans[-1][1], start)
+            if header >= 0:
+                start = header + len(prompt)
+            spans.append((start, end_mark.match(text, end).end()))
+        # a template has written the special tokens already
+        encoded = tokenizer(text, verbose=False, return_offsets_mapping=True,
+                            add_special_tokens=not tokenizer.chat_template)
+        return encoded["input_ids"], [
+            any(first < end and start < last for start, end in spans)
+            for first, last in encoded["offset_mapping"]]
 
-def render(write, prompt, end_mark, messages):
-    """-> a conversation as text, and the spans of characters that the assistant's messages add to
-    it, with the end mark that follows: all that comes after the prompt, be it an answer, a thought
-    or a call of a tool."""
-    text = write(messages)
-    spans = [(0, 0)]
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = find_turn(i, messages, text, write)
-        if start == end and not message["content"]:   # nor anything else that the template knows
-            continue
-        # what every message of the assistant begins with, such as <think>, is no difference
-        header = text.rfind(prompt, spans[-1][1], start)
-        if header >= 0:
-            start = header + len(prompt)
-        spans.append((start, end_mark.match(text, end).end()))
-    return text, spans
+    return encode_chat
 
 
 def find_turn(i, messages, text, write):
@@ -1020,13 +1006,12 @@ def conversation_of(row):
         said = [row.get(column) for column in columns]
         if None in said:
             continue
-        if columns[0] == "instruction" and row.get("input"):
+        if "instruction" in columns and row.get("input"):
             said[0] = f"{said[0]}\n\n{row['input']}"
         turns = []
         for role, content in zip(("user", "assistant"), said):
             turns += content if isinstance(content, list) else [dict(role=role, content=content)]
         return list(map(message_of, turns))
-    return None
 
 
 def message_of(turn):
@@ -1068,8 +1053,8 @@ class PackedRows:
         self.members = []   # of each row: numbers of documents
         lengths = row_lengths(documents)
         for start in range(0, len(lengths), 10_000):
-            for row in fit_into_rows(lengths[start:start + 10_000], seq_len):
-                self.members.append([start + i for i in row])
+            self.members += [start + np.array(row) for row in
+                             fit_into_rows(lengths[start:][:10_000], seq_len)]
 
     def __len__(self):
         return len(self.members)
@@ -1081,10 +1066,9 @@ class PackedRows:
 def packed_row(documents):
     """documents: columns. Each begins with a token that is no target: it would be predicted from
     another document."""
-    lengths = [len(ids) for ids in documents["input_ids"]]
     return {"input_ids": np.concatenate(documents["input_ids"]),
             "targets": np.concatenate(documents["targets"]),
-            "starts": np.cumsum([0, *lengths[:-1]])}
+            "starts": np.cumsum([0, *map(len, documents["input_ids"])])[:-1]}
 
 
 def fit_into_rows(lengths, seq_len):
@@ -1111,17 +1095,15 @@ def count_rows(rows):
     documents = getattr(rows, "documents", rows)   # of PackedRows
     if not isinstance(documents, datasets.Dataset):
         return None
-    tokens = targets = biggest = 0
-    content = hashlib.sha256()
+    tokens = targets = biggest = crc = 0
     for part in documents.iter(1000):
         row = packed_row(part)
         for values in row.values():
-            content.update(values)
+            crc = zlib.crc32(values, crc)
         tokens += len(row["input_ids"])
         targets += int(row["targets"].sum())
         biggest = max(biggest, int(row["input_ids"].max()))
-    return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest,
-                digest=content.hexdigest()[:16])
+    return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest, digest=crc)
 
 
 # ---- batches
@@ -1151,18 +1133,17 @@ def collate(rows):
         places = np.arange(len(row["input_ids"])) + 1
         for start in row["starts"]:
             places[start:] -= places[start] - 1
-        table_T3 = np.stack([row["input_ids"], row["targets"], places], 1)
-        tables.append(torch.from_numpy(table_T3))
+        tables.append(torch.tensor(np.stack([row["input_ids"], row["targets"], places], 1)))
     # a rank for whom no row is left takes part all the same, with padding: its place is 0
-    tables = tables or [torch.zeros(2, 3, dtype=torch.long)]
+    tables = tables or [torch.zeros(2, 3).long()]
     ids_BT, targets_BT, places_BT = pad_sequence(tables).permute(2, 1, 0).contiguous()
-    next_tokens = targets_BT.flatten().nonzero()[:, 0]
     has_several = any(len(row["starts"]) > 1 for row in rows)
     sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
               zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
         rows=rows, input_ids=to_device(ids_BT),
-        positions=to_device(next_tokens - 1), labels=pin(ids_BT.flatten()[next_tokens]),
+        positions=to_device(targets_BT.flatten().nonzero()[:, 0] - 1),
+        labels=pin(ids_BT[targets_BT > 0]),
         real=to_device(places_BT.flatten().nonzero()[:, 0]),
         sparse=SparseTarget(*sparse) if sparse else None,
         position_ids=to_device((places_BT - 1).clamp(0)) if has_several else None)
@@ -1201,10 +1182,10 @@ def prefetch(endless):
     """Run a generator in a thread, two items ahead: the next batch is ready while this one
     computes."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(next, endless) for _ in range(2))
+        ahead = [pool.submit(next, endless) for _ in range(2)]
         while True:
             ahead.append(pool.submit(next, endless))
-            yield ahead.popleft().result()
+            yield ahead.pop(0).result()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1264,7 +1245,7 @@ def load_checked(cfg, role, tokenizer):
         root, identity = load_model(cfg, role)
         check_model(root, f"{role} {name!r}", cfg.seq_len, cfg.packing == "documents")
     if role == "teacher":
-        theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name)
+        theirs = load_tokenizer(cfg, name)
         if theirs is not None:
             compare_tokenizers(tokenizer, theirs, cfg.tokenizer or cfg.student, name)
     return root, identity
@@ -2084,7 +2065,7 @@ def train(cfg):
 
 def load_everything(cfg):
     """-> tokenizer, rows, eval rows, student, teacher (None at alpha 1), identity of its weights"""
-    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     student, _ = load_checked(cfg, "student", tokenizer)
     teacher, identity = None, None
@@ -2987,7 +2968,7 @@ def fill_cache(cfg):
     if RANK == 0:
         with mark_folder(cfg.cache_dir, "cache") as mark:   # no lock: there may be many workers
             mark.write("cache ")
-    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     splits = {"train": rows, "eval": eval_rows}
     ask, identity = open_teacher(cfg, tokenizer)
@@ -3238,7 +3219,7 @@ def load_with_cache(cfg):
         if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
             raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache "
                             "again with --force_regenerate")
-        theirs = load_tokenizer(cfg, cfg.student) or tokenizer
+        theirs = load_tokenizer(cfg, cfg.tokenizer, cfg.student) or tokenizer
         compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
         rows = CacheRows(cfg.cache_dir, "train", manifest, index)
         eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
@@ -3785,7 +3766,7 @@ def check_writer(cfg, student, teacher, tokenizer):
         probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
               "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
               writing_error, ids_1T)
-    theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
+    theirs = load_tokenizer(cfg, cfg.teacher)
     ends = end_ids(student.model, tokenizer) | end_ids(teacher.model, theirs or tokenizer)
     student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
@@ -4245,7 +4226,7 @@ def ask_all_local(asking, jobs):
     """In this order, cfg.concurrency at a time, until all is answered or a stop."""
     cfg = asking.cfg
     with phase(f"reading teacher {cfg.teacher}"):
-        tokenizer = load_tokenizer(cfg, cfg.teacher)
+        tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.teacher)
         if tokenizer is None:
             raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
                             "--tokenizer")
@@ -4430,7 +4411,7 @@ def rows_for(cfg, name, tokenizer, rows):
     """-> the rows as a model reads them, its tokenizer. Where that cuts like `tokenizer` it is that
     one; else the rows are the same bytes, after its BOS, or EOS where it has none, in place of the
     first token, which is never counted."""
-    other = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name) or tokenizer
+    other = load_tokenizer(cfg, name) or tokenizer
     try:
         compare_tokenizers(other, tokenizer, name, cfg.teacher)
         return rows, tokenizer
@@ -4439,13 +4420,11 @@ def rows_for(cfg, name, tokenizer, rows):
             raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
                             "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
-    begin = bos_of(other)
-    if begin is None:
-        begin = other.eos_token_id or 0
+    begin = bos_of(other) or [other.eos_token_id or 0]
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other.eos_token or "")
-        ids = np.array([begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        ids = np.array([*begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
         retokenized.append(dict(input_ids=ids, targets=np.arange(len(ids)) > 0, starts=[0]))
     return retokenized, other
 
@@ -4728,7 +4707,7 @@ def report(cfg):
         if not is_checkpoint(name):
             with phase(f"looking for {label} {name}"):
                 AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
