@@ -850,7 +850,7 @@ def row_encoder(cfg, tokenizer):
 
 def token_rows(rows):   # optional: streaming cache
     """What row_encoder's function hands on, as a dataset, also of no rows."""
-    columns = {name: [row[name] for row in rows] for name in FEATURES}
+    columns = {name: [row.get(name) for row in rows] for name in FEATURES}
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
@@ -865,7 +865,7 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 
 
 def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
-    """Raw rows -> token rows: first those that are dropped, rows too, that say why; then the
+    """Raw rows -> token rows: first those that are dropped, which only say why; then the
     conversations, one a row, then the texts, joined in blocks or each in rows of its own."""
     encode_chat = chat_encoder(tokenizer)
     encoded = []
@@ -879,14 +879,14 @@ def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
             else:   # an empty one is read as well, and says nothing
                 texts += filter(None, [text_of(row[text_column] or "")])
         except Exception as e:   # whatever is strange about it, or not to the template's liking
-            why = f"{one_line(e)} among {', '.join(row)}"[:300]
-            rows.append(dict(input_ids=[], targets=[], starts=[], dropped=why))
+            rows.append(dict(dropped=f"{one_line(e)} among {', '.join(row)}"[:300]))
     if texts:   # a tokenizer takes no empty list
         encoded += encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))
     for ids, targets in encoded:
         targets = [False, *targets[1:seq_len]]   # the first is predicted from nothing
-        why = "" if any(targets) else f"no target in {seq_len} tokens"
-        rows.append(dict(input_ids=ids[:seq_len], targets=targets, starts=[0], dropped=why))
+        rows.append(dict(
+            input_ids=ids[:seq_len], targets=targets, starts=[0],
+            dropped="" if any(targets) else f"no target in {seq_len} tokens"))
     return rows
 
 
@@ -1020,9 +1020,10 @@ def message_of(turn):
     if "role" not in message:
         sender = message["from"]
         message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message["value"]}
-    if not message.get("tool_calls"):   # some templates ask only whether there is such a list
-        message.pop("tool_calls", None)
-    for call in message.get("tool_calls", []):
+    calls = message.pop("tool_calls", None) or []
+    if calls:   # some templates ask only whether there is such a list
+        message["tool_calls"] = calls
+    for call in calls:
         function = call.get("function", call)
         with contextlib.suppress(Exception):   # an object, as templates expect; APIs give its JSON
             function["arguments"] = json.loads(function["arguments"])
@@ -1101,7 +1102,7 @@ def count_rows(rows):
         for values in row.values():
             crc = zlib.crc32(values, crc)
         tokens += len(row["input_ids"])
-        targets += int(row["targets"].sum())
+        targets += np.count_nonzero(row["targets"])
         biggest = max(biggest, int(row["input_ids"].max()))
     return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest, digest=crc)
 
@@ -1135,9 +1136,8 @@ def collate(rows):
             places[start:] -= places[start] - 1
         tables.append(torch.tensor(np.stack([row["input_ids"], row["targets"], places], 1)))
     # a rank for whom no row is left takes part all the same, with padding: its place is 0
-    tables = tables or [torch.zeros(2, 3).long()]
-    ids_BT, targets_BT, places_BT = pad_sequence(tables).permute(2, 1, 0).contiguous()
-    has_several = any(len(row["starts"]) > 1 for row in rows)
+    ids_BT, targets_BT, places_BT = pad_sequence(
+        tables or [torch.zeros(2, 3).long()]).permute(2, 1, 0).contiguous()
     sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
               zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
@@ -1146,7 +1146,8 @@ def collate(rows):
         labels=pin(ids_BT[targets_BT > 0]),
         real=to_device(places_BT.flatten().nonzero()[:, 0]),
         sparse=SparseTarget(*sparse) if sparse else None,
-        position_ids=to_device((places_BT - 1).clamp(0)) if has_several else None)
+        position_ids=to_device((places_BT - 1).clamp(0))
+        if any(len(row["starts"]) > 1 for row in rows) else None)
 
 
 def pin(tensor):
