@@ -1027,7 +1027,8 @@ def message_of(turn):
         function = call.get("function", call)
         with contextlib.suppress(Exception):   # an object, as templates expect; APIs give its JSON
             function["arguments"] = json.loads(function["arguments"])
-    return {**message, "content": text_of(message.get("content", ""))}
+    message["content"] = text_of(message.get("content", ""))
+    return message
 
 
 def without_nulls(fields):
@@ -1077,7 +1078,7 @@ def fit_into_rows(lengths, seq_len):
     least room. Rows, and what is in them, stand in the order of the documents."""
     # (room left, the row), in rising order; more than are needed: the others stay empty
     free = [(seq_len, []) for _ in lengths]
-    for i in np.argsort(np.negative(lengths), kind="stable"):
+    for i in np.argsort(-lengths, kind="stable"):
         room, row = free.pop(bisect.bisect_left(free, (lengths[i],)))
         row.append(i)
         bisect.insort(free, (room - lengths[i], row))
@@ -1102,7 +1103,7 @@ def count_rows(rows):
         for values in row.values():
             crc = zlib.crc32(values, crc)
         tokens += len(row["input_ids"])
-        targets += np.count_nonzero(row["targets"])
+        targets += int(row["targets"].sum())
         biggest = max(biggest, int(row["input_ids"].max()))
     return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest, digest=crc)
 

@@ -1961,13 +1961,13 @@ def test_data_packed_rows_are_a_view_of_any_number_of_documents():
 def test_data_as_few_rows_as_the_documents_need():
     pick = random.Random(0)
     for _ in range(50):
-        lengths = [pick.randint(2, 64) for _ in range(pick.randint(1, 200))]
+        lengths = np.array([pick.randint(2, 64) for _ in range(pick.randint(1, 200))])
         rows = sd.fit_into_rows(lengths, 64)
         assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
         # what is proven of it: 11/9 of the best, and a little
         assert len(rows) <= 11 / 9 * math.ceil(sum(lengths) / 64) + 1 + len(lengths) / 12
-    assert sd.fit_into_rows([3, 5, 2, 6], 8) == [[0, 1], [2, 3]]
+    assert sd.fit_into_rows(np.array([3, 5, 2, 6]), 8) == [[0, 1], [2, 3]]
 
 
 def test_data_rows_are_counted_and_known_by_their_content():
