@@ -1464,7 +1464,9 @@ def target_runs(row, tokenizer):
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
     cfg = config.Config(seq_len=seq_len, packing=packing)
-    return sd.token_rows(sd.row_encoder(cfg, tokenizer)(rows))
+    encoded = sd.row_encoder(cfg, tokenizer)(rows)
+    columns = {name: [row.get(name) for row in encoded] for name in sd.FEATURES}
+    return datasets.Dataset.from_dict(columns, features=sd.FEATURES)
 
 
 def user(content):
