@@ -714,7 +714,7 @@ def vocabulary_of(tokenizer):
 def load_data(cfg, tokenizer):
     """-> train rows, eval rows, which can be indexed. A row is {"input_ids": [...], "targets":
     which of them are, "starts": where each of its documents begins}."""
-    if tokenizer is None:
+    if not tokenizer:
         raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a "
                         "tokenizer; name one with --tokenizer")
     if cfg.streaming:   # optional: streaming
@@ -867,7 +867,7 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
     """Raw rows -> token rows: first those that are dropped, which only say why; then the
     conversations, one a row, then the texts, joined in blocks or each in rows of its own."""
-    encode_chat = chat_encoder(tokenizer)
+    encode_chat = chat_encoder(tokenizer, seq_len)
     encoded = []
     texts = []
     rows = []
@@ -883,9 +883,9 @@ def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
     if texts:   # a tokenizer takes no empty list
         encoded += encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))
     for ids, targets in encoded:
-        targets = [False, *targets[1:seq_len]]   # the first is predicted from nothing
+        targets = [False, *targets[1:]]   # the first is predicted from nothing
         rows.append(dict(
-            input_ids=ids[:seq_len], targets=targets, starts=[0],
+            input_ids=ids, targets=targets, starts=[0],
             dropped="" if any(targets) else f"no target in {seq_len} tokens"))
     return rows
 
@@ -922,10 +922,10 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
                   "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 
-def chat_encoder(tokenizer):
-    """-> a function of a conversation: its ids, which are targets. These are of the characters that
-    the assistant's messages add to its text, with the end mark that follows: all that comes after
-    the prompt, be it an answer, a thought or a call of a tool."""
+def chat_encoder(tokenizer, seq_len):
+    """-> a function of a conversation: its first ids, which are targets. These are of what the
+    assistant's messages add to its text, with the end mark that follows: all that comes after the
+    prompt, be it an answer, a thought or a call of a tool."""
     write = functools.partial(
         tokenizer.apply_chat_template, tokenize=False,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
@@ -946,9 +946,8 @@ def chat_encoder(tokenizer):
             if message["role"] != "assistant":
                 continue
             start, end = find_turn(i, messages, text, write)
-            # nor anything else that the template knows
             if start == end and not message["content"]:
-                continue
+                continue   # nor anything else that the template knows
             # what all messages of the assistant begin with, such as <think>, is no difference
             header = text.rfind(prompt, spans[-1][1], start)
             if header >= 0:
@@ -957,9 +956,9 @@ def chat_encoder(tokenizer):
         # a template has written the special tokens already
         encoded = tokenizer(text, verbose=False, return_offsets_mapping=True,
                             add_special_tokens=not tokenizer.chat_template)
-        return encoded["input_ids"], [
+        return encoded["input_ids"][:seq_len], [
             any(first < end and start < last for start, end in spans)
-            for first, last in encoded["offset_mapping"]]
+            for first, last in encoded["offset_mapping"][:seq_len]]
 
     return encode_chat
 
@@ -994,7 +993,6 @@ CONVERSATIONS = (
     ("question", "answer"),
     ("instruction", "output"),   # Alpaca's; what a row has as `input` follows the instruction
 )
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def conversation_of(row):
@@ -1019,7 +1017,8 @@ def message_of(turn):
     message = json.loads(json.dumps(turn, default=str), object_hook=without_nulls)
     if "role" not in message:
         sender = message["from"]
-        message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message["value"]}
+        message = {"role": {"human": "user", "gpt": "assistant"}.get(sender, sender),
+                   "content": message["value"]}
     calls = message.pop("tool_calls", None) or []
     if calls:   # some templates ask only whether there is such a list
         message["tool_calls"] = calls
@@ -1143,9 +1142,9 @@ def collate(rows):
               zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
         rows=rows, input_ids=to_device(ids_BT),
-        positions=to_device(targets_BT.flatten().nonzero()[:, 0] - 1),
+        positions=to_device(targets_BT.flatten().nonzero().flatten() - 1),
         labels=pin(ids_BT[targets_BT > 0]),
-        real=to_device(places_BT.flatten().nonzero()[:, 0]),
+        real=to_device(places_BT.flatten().nonzero().flatten()),
         sparse=SparseTarget(*sparse) if sparse else None,
         position_ids=to_device((places_BT - 1).clamp(0))
         if any(len(row["starts"]) > 1 for row in rows) else None)
