@@ -72,7 +72,6 @@ from config import (
 if __name__ == "__main__":   # --help and a typo are answered before the slow imports below
     CONFIG = parse_or_exit(sys.argv[1:])
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
 import huggingface_hub   # optional: demo
 import numpy as np
@@ -668,9 +667,9 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
 
 
 def load_tokenizer(cfg, *candidates):
-    """--tokenizer, else that of the first candidate that may have one, else None. A folder shows
+    """That of the first candidate that may have one, or is --tokenizer, else None. A folder shows
     it; layers:N, a config .json and demo (no name was given) have none."""
-    for name in filter(None, [cfg.tokenizer, *candidates]):
+    for name in filter(None, candidates):
         may_have_one = not re.fullmatch(r"demo|layers:.*|.*\.json", name)
         if os.path.isdir(name):
             may_have_one = any(Path(name).glob("tokenizer*"))
@@ -678,15 +677,14 @@ def load_tokenizer(cfg, *candidates):
             with phase(f"reading the tokenizer of {name}"):
                 return AutoTokenizer.from_pretrained(
                     name, trust_remote_code=cfg.trust_remote_code)
-    return None
 
 
 def compare_tokenizers(student, teacher, student_name, teacher_name):
     """By what they encode, not by size: an id that both use must mean the same token."""
-    ours, theirs = (dict(map(reversed, tokenizer.get_vocab().items()))   # id -> token
-                    for tokenizer in (student, teacher))
-    problems = [f"token {i} is {ours[i]!r} in one, {theirs[i]!r} in the other"
-                for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    ours = student.get_vocab()
+    theirs = dict(map(reversed, teacher.get_vocab().items()))   # id -> token
+    problems = [f"token {i} is {token!r} in one, {theirs[i]!r} in the other"
+                for i, token in sorted(zip(ours.values(), ours)) if theirs.get(i, token) != token]
     probe = "def f(x):\n    return x+1  # Größe 12345 résumé 日本"
     if student(probe)["input_ids"] != teacher(probe)["input_ids"]:
         problems.append("they cut text differently")
@@ -707,7 +705,7 @@ def vocabulary_of(tokenizer):
 def load_data(cfg, tokenizer):
     """-> train rows, eval rows, which can be indexed. A row is {"input_ids": [...], "targets":
     which of them are, "starts": where each of its documents begins}."""
-    if tokenizer is None:
+    if not tokenizer:
         raise UserError(f"neither student {cfg.student!r} nor teacher {cfg.teacher!r} has a "
                         "tokenizer; name one with --tokenizer")
     if cfg.streaming:   # optional: streaming
@@ -724,10 +722,8 @@ def load_data(cfg, tokenizer):
     rows = tokenize(cfg, train_raw, tokenizer, "train")
     if eval_raw is not None:
         eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
-    elif len(rows) > 1:   # one long document: its last twentieth
-        train_size = len(rows) - max(1, len(rows) // 20)
-        eval_rows = rows.skip(train_size)
-        rows = rows.take(train_size)
+    elif len(rows) > 1:   # of one long document
+        rows, eval_rows = hold_out_rows(rows, cfg.eval_samples)
     else:
         raise UserError(f"dataset {cfg.dataset!r} is a single sequence of {cfg.seq_len} tokens or "
                         "less; nothing is left to evaluate on: bring more text or lower --seq_len")
@@ -741,21 +737,6 @@ def take_first(rows, count):
     return rows.select(range(len(rows))[:count])
 
 
-def read_raw(cfg, streaming=False):
-    """-> raw rows of train, raw rows of eval; None where a slice of train has to do."""
-    train_raw = read_split(cfg, cfg.train_split, streaming)
-    eval_raw = None
-    if cfg.eval_split != cfg.train_split:
-        eval_raw = read_split(cfg, cfg.eval_split, streaming)
-        # where only the default is absent, no harm
-        if eval_raw is None and cfg.eval_split != Config.eval_split:
-            raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.eval_split!r}; leave "
-                            "eval_split out to hold out a slice of train")
-    if train_raw is None:
-        raise UserError(f"dataset {cfg.dataset!r} has no split {cfg.train_split!r}")
-    return train_raw, eval_raw
-
-
 FILE_KINDS = {   # ending -> the reader of `datasets`
     ".jsonl": "json",
     ".json": "json",
@@ -765,35 +746,34 @@ FILE_KINDS = {   # ending -> the reader of `datasets`
 }
 
 
-def read_split(cfg, split, streaming=False):
-    """Raw rows of a file, a save_to_disk folder or a hub dataset; None where it has no such split.
-    """
+def read_raw(cfg, streaming=False):
+    """A file, a save_to_disk folder or a hub dataset -> raw rows of train, raw rows of eval; None
+    where a slice of train has to do."""
     path = Path(cfg.dataset)
     if (path / "dataset_dict.json").exists():   # of save_to_disk
-        return datasets.load_from_disk(path).get(split)
-    if (path / "state.json").exists():   # the same, saved without splits
-        return {"train": datasets.load_from_disk(path)}.get(split)
-    options = dict(path=cfg.dataset, name=cfg.dataset_config)
-    kind = FILE_KINDS.get(path.suffix.lower())
-    if kind:   # a name would be taken for a pattern
-        options = dict(path=kind, data_files=glob.escape(cfg.dataset))
-    if kind == "text":   # a blank line ends one
-        options["sample_by"] = "paragraph"
-    try:
-        return datasets.load_dataset(split=split, streaming=streaming, **options)
-    except ValueError as e:
-        if re.match("(Unknown|Bad) split", str(e)):
-            return None
-        raise
+        splits = datasets.load_from_disk(path)
+    elif (path / "state.json").exists():   # the same, saved without splits
+        splits = {"train": datasets.load_from_disk(path)}
+    else:
+        kind = FILE_KINDS.get(path.suffix.lower())
+        options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
+        splits = datasets.load_dataset(   # a name would be taken for a pattern
+            kind or cfg.dataset, cfg.dataset_config, data_files=kind and glob.escape(cfg.dataset),
+            streaming=streaming, **options)
+    # where only the default is absent, no harm
+    others = {Config.eval_split: None, **splits, cfg.train_split: None}
+    return splits[cfg.train_split], others[cfg.eval_split]
 
 
-def hold_out_rows(raw, eval_samples):
+def hold_out_rows(rows, eval_samples):
     """-> the rows to train on, and evenly spaced ones to evaluate on: a twentieth, or about
     eval_samples where that is less, but at least one."""
-    gap = len(raw) // min(eval_samples, max(1, len(raw) // 20))
-    is_held_out = np.arange(1, len(raw) + 1) % gap == 0
+    count = len(rows)
+    gap = count // min(eval_samples, max(1, count // 20))
     # arrays: select makes a fingerprint of them, a generator has none that another run finds again
-    return [raw.select(np.flatnonzero(part)) for part in (~is_held_out, is_held_out)]
+    numbers = np.arange(count)
+    held_out = numbers[gap - 1::gap]
+    return rows.select(np.delete(numbers, held_out)), rows.select(held_out)
 
 
 def teacher_layer(i, depth, teacher_depth):   # optional: blockwise eval
@@ -819,23 +799,15 @@ def tokenize(cfg, raw, tokenizer, split):
     """Raw rows -> token rows on disk: the same rows are not tokenised twice."""
     encode = row_encoder(cfg, tokenizer)
 
-    def encode_from(batch):   # the same thousand rows together, whoever takes them
-        start, = batch["start"]
-        rows = encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
-        return rows.with_format("arrow")[:]
+    def encode_from(starts):   # the same thousand rows together, whoever takes them
+        for start in starts:
+            yield from encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
 
-    # a tokenizer's own threads do not survive the fork of a worker
-    os.environ["TOKENIZERS_PARALLELISM"] = str(not cfg.num_proc)
-    file = Path(datasets.config.HF_DATASETS_CACHE, "simple_distill",
-                f"{fingerprint_rows(raw, encode)}.arrow")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    starts = datasets.Dataset.from_dict({"start": range(0, len(raw), ROWS_AT_ONCE)})
     with phase(f"tokenising {split}"), node_first():
-        rows, dropped = kept_rows(starts.map(
-            encode_from, batched=True, batch_size=1, remove_columns="start", features=FEATURES,
-            num_proc=cfg.num_proc, new_fingerprint=file.stem, cache_file_name=str(file),
-            desc=split))
-    reasons = "; ".join(f"{count} x {why}" for why, count in dropped.most_common(5))
+        rows, dropped = kept_rows(datasets.Dataset.from_generator(
+            encode_from, FEATURES, num_proc=cfg.num_proc, fingerprint=fingerprint_rows(raw, encode),
+            gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))}))
+    reasons = dict(dropped.most_common(5))
     if not rows:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
                         f"token: {reasons}")
@@ -847,9 +819,8 @@ def tokenize(cfg, raw, tokenizer, split):
 def kept_rows(rows):
     """-> token rows less those that were dropped, and a Counter of why they were."""
     reasons = rows["dropped"][:]
-    kept = [i for i, why in enumerate(reasons) if not why]
-    rows = rows.select(kept).remove_columns("dropped").with_format("numpy")
-    return rows, collections.Counter(filter(None, reasons))
+    rows = rows.select(np.flatnonzero(np.array(reasons) == "")).remove_columns("dropped")
+    return rows.with_format("numpy"), collections.Counter(filter(None, reasons))
 
 
 def fingerprint_rows(raw, encode):
@@ -857,17 +828,21 @@ def fingerprint_rows(raw, encode):
     fork that edits it gets what it wrote and not what an older version left in the cache."""
     tokenizer, *options = encode.args
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        saved = [checksum(path) for path in sorted(Path(folder).rglob("*"))]
+        saved = [checksum(Path(path)) for path in tokenizer.save_pretrained(folder)]
     code = Path(__file__).read_text(encoding="utf-8").split(
         "\n# ---- between raw rows and token rows")[1]
-    return digest(raw._fingerprint, str(raw.features), saved, code, options)
+    return digest(raw._fingerprint, saved, code, options)
 
 
 def row_encoder(cfg, tokenizer):
     """-> a function of raw rows alone."""
-    packing = cfg.packing.replace("documents", "rows")   # which PackedRows puts together
-    return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, packing)
+    return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, cfg.packing)
+
+
+def token_rows(rows):   # optional: streaming cache
+    """What row_encoder's function hands on, as a dataset, also of no rows."""
+    columns = {name: [row.get(name) for row in rows] for name in FEATURES}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
@@ -881,33 +856,29 @@ ROWS_AT_ONCE = 1000   # texts among them are joined, however many processes shar
 
 
 def encode_rows(tokenizer, text_column, seq_len, packing, raw_rows):
-    """Raw rows -> a dataset of token rows: first the conversations, one a row, then the texts,
-    joined in blocks or each in rows of its own, then what was dropped: a row too, that says why."""
-    write_chat = chat_writer(tokenizer)
-    chats = []
+    """Raw rows -> token rows: first those that are dropped, which only say why; then the
+    conversations, one a row, then the texts, joined in blocks or each in rows of its own."""
+    encode_chat = chat_encoder(tokenizer, seq_len)
+    encoded = []
     texts = []
-    dropped = []
+    rows = []
     for row in raw_rows:
         try:
-            conversation = conversation_of(row)
-            if conversation is None:
-                # an empty one is read as well, and says nothing
+            conversation = packing != "blocks" and conversation_of(row)
+            if conversation:
+                encoded.append(encode_chat(conversation))
+            else:   # an empty one is read as well, and says nothing
                 texts += filter(None, [text_of(row[text_column] or "")])
-            elif packing == "blocks":
-                raise ValueError("a conversation; blocks are of text: use --packing rows")
-            else:
-                chats.append(write_chat(conversation))
         except Exception as e:   # whatever is strange about it, or not to the template's liking
-            dropped.append(f"{one_line(e)} among {', '.join(row)}"[:300])
-    rows = []
-    for ids, targets in (encode_chats(chats, tokenizer, seq_len)
-                         + encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))):
+            rows.append(dict(dropped=f"{one_line(e)} among {', '.join(row)}"[:300]))
+    if texts:   # a tokenizer takes no empty list
+        encoded += encode_texts(texts, tokenizer, seq_len, packing in ("auto", "blocks"))
+    for ids, targets in encoded:
         targets = [False, *targets[1:]]   # the first is predicted from nothing
-        why = "" if any(targets) else f"no target in {seq_len} tokens"
-        rows.append((ids, targets, [0], why))
-    rows += [([], [], [], why) for why in dropped]
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(FEATURES)}
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+        rows.append(dict(
+            input_ids=ids, targets=targets, starts=[0],
+            dropped="" if any(targets) else f"no target in {seq_len} tokens"))
+    return rows
 
 
 def rows_from_columns(columns):
@@ -916,42 +887,25 @@ def rows_from_columns(columns):
 
 
 def bos_of(tokenizer):
-    """The id that this tokenizer puts before every text; None where it puts none. A model that
-    learned with it (Gemma, Llama) is lost without."""
-    bos = tokenizer.bos_token_id
-    return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
+    """[the id that this tokenizer puts before every text], or []. A model that learned with it
+    (Gemma, Llama) is lost without."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def encode_texts(texts, tokenizer, seq_len, join):
     """-> [(ids, which are targets)]. Each text ends with EOS. Joined, or each by itself, they are
     cut into blocks of seq_len; the last one may be shorter. A BOS begins each block, not each text:
     so it is predicted nowhere."""
-    if not texts:   # which a tokenizer does not take
-        return []
-    begin, end = ([] if token is None else [token]
-                  for token in (bos_of(tokenizer), tokenizer.eos_token_id))
+    begin = bos_of(tokenizer)
+    end = tokenizer.eos_token or ""
     room = seq_len - len(begin)
-    encoded = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
-    documents = [ids if ids[-1:] == end else ids + end for ids in encoded]
+    documents = tokenizer([text.removesuffix(end) + end for text in texts], verbose=False,
+                          add_special_tokens=False)["input_ids"]
     if join:
         documents = [list(itertools.chain(*documents))]
     blocks = [begin + ids[i:i + room] for ids in documents for i in range(0, len(ids), room)]
     return [(block, [True] * len(block)) for block in blocks]
-
-
-def encode_chats(chats, tokenizer, seq_len):
-    """[(text, spans of the assistant in it)] -> [(ids, which are targets)], cut at seq_len."""
-    if not chats:
-        return []
-    # a template has written the special tokens already
-    encoded = tokenizer([text for text, _ in chats], verbose=False, return_offsets_mapping=True,
-                        add_special_tokens=not tokenizer.chat_template)
-    rows = []
-    for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], chats):
-        targets = [any(first < end and start < last for start, end in spans)
-                   for first, last in offsets[:seq_len]]
-        rows.append((ids[:seq_len], targets))
-    return rows
 
 
 # The text of a conversation where a tokenizer has no chat template of its own.
@@ -959,8 +913,10 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m.content }}"
                   "{{ eos_token or '\n' if m.role == 'assistant' else '\n' }}{% endfor %}")
 
 
-def chat_writer(tokenizer):
-    """-> a function of a conversation: its text, and the spans of the assistant in it."""
+def chat_encoder(tokenizer, seq_len):
+    """-> a function of a conversation: its first ids, which are targets. These are of what the
+    assistant's messages add to its text, with the end mark that follows: all that comes after the
+    prompt, be it an answer, a thought or a call of a tool."""
     write = functools.partial(
         tokenizer.apply_chat_template, tokenize=False,
         chat_template=tokenizer.chat_template or PLAIN_TEMPLATE)
@@ -973,27 +929,29 @@ def chat_writer(tokenizer):
     with contextlib.suppress(Exception):   # not without a system role, or so
         asking = write(question, add_generation_prompt=True)
         prompt = asking[difference(asking, write(question))[0]:]
-    return functools.partial(render, write, prompt, end_mark)
 
+    def encode_chat(messages):
+        text = write(messages)
+        spans = [(0, 0)]
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start, end = find_turn(i, messages, text, write)
+            if start == end and not message["content"]:
+                continue   # nor anything else that the template knows
+            # what all messages of the assistant begin with, such as <think>, is no difference
+            header = text.rfind(prompt, spans[-1][1], start)
+            if header >= 0:
+                start = header + len(prompt)
+            spans.append((start, end_mark.match(text, end).end()))
+        # a template has written the special tokens already
+        encoded = tokenizer(text, verbose=False, return_offsets_mapping=True,
+                            add_special_tokens=not tokenizer.chat_template)
+        return encoded["input_ids"][:seq_len], [
+            any(first < end and start < last for start, end in spans)
+            for first, last in encoded["offset_mapping"][:seq_len]]
 
-def render(write, prompt, end_mark, messages):
-    """-> a conversation as text, and the spans of characters that the assistant's messages add to
-    it, with the end mark that follows: all that comes after the prompt, be it an answer, a thought
-    or a call of a tool."""
-    text = write(messages)
-    spans = [(0, 0)]
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = find_turn(i, messages, text, write)
-        if start == end and not message["content"]:   # nor anything else that the template knows
-            continue
-        # what every message of the assistant begins with, such as <think>, is no difference
-        header = text.rfind(prompt, spans[-1][1], start)
-        if header >= 0:
-            start = header + len(prompt)
-        spans.append((start, end_mark.match(text, end).end()))
-    return text, spans
+    return encode_chat
 
 
 def find_turn(i, messages, text, write):
@@ -1017,8 +975,6 @@ def difference(text, other):
     return start, len(text) - len(os.path.commonprefix(ends))
 
 
-# Columns that hold a conversation each, as a list of messages.
-CONVERSATION_COLUMNS = ("messages", "conversations")
 # Pairs of columns that are a conversation: what the user says, what the assistant answers, each a
 # string or a list of messages. To read another format, add its pair here; anything else that is
 # not of this kind belongs into conversation_of.
@@ -1028,42 +984,41 @@ CONVERSATIONS = (
     ("question", "answer"),
     ("instruction", "output"),   # Alpaca's; what a row has as `input` follows the instruction
 )
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def conversation_of(row):
     """A raw row -> [{"role": ..., "content": ..., ...}, ...], or None for plain text."""
-    for column in CONVERSATION_COLUMNS:
-        if isinstance(row.get(column), list) and row[column]:
-            return list(map(message_of, row[column]))
+    messages = row.get("messages") or row.get("conversations")
+    if isinstance(messages, list):
+        return list(map(message_of, messages))
     for columns in CONVERSATIONS:
         said = [row.get(column) for column in columns]
-        if not set(map(type, said)) <= {str, list}:
+        if None in said:
             continue
-        if columns[0] == "instruction" and row.get("input"):
+        if "instruction" in columns and row.get("input"):
             said[0] = f"{said[0]}\n\n{row['input']}"
-        messages = []
+        turns = []
         for role, content in zip(("user", "assistant"), said):
-            turns = content if isinstance(content, list) else [dict(role=role, content=content)]
-            messages += map(message_of, turns)
-        return messages
-    return None
+            turns += content if isinstance(content, list) else [dict(role=role, content=content)]
+        return list(map(message_of, turns))
 
 
 def message_of(turn):
     """With a role, and a content that is text. ShareGPT has `from` and `value` for them."""
     message = json.loads(json.dumps(turn, default=str), object_hook=without_nulls)
-    if "value" in message and "content" not in message:
+    if "role" not in message:
         sender = message["from"]
-        message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message["value"]}
-    if not message.get("tool_calls"):   # some templates ask only whether there is such a list
-        message.pop("tool_calls", None)
-    for call in message.get("tool_calls", []):
+        message = {"role": {"human": "user", "gpt": "assistant"}.get(sender, sender),
+                   "content": message["value"]}
+    calls = message.pop("tool_calls", None) or []
+    if calls:   # some templates ask only whether there is such a list
+        message["tool_calls"] = calls
+    for call in calls:
         function = call.get("function", call)
-        # an object, as templates expect; APIs give its JSON
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(Exception):   # an object, as templates expect; APIs give its JSON
             function["arguments"] = json.loads(function["arguments"])
-    return {**message, "role": message["role"], "content": text_of(message.get("content", ""))}
+    message["content"] = text_of(message.get("content", ""))
+    return message
 
 
 def without_nulls(fields):
@@ -1090,8 +1045,8 @@ class PackedRows:
         self.members = []   # of each row: numbers of documents
         lengths = row_lengths(documents)
         for start in range(0, len(lengths), 10_000):
-            for row in fit_into_rows(lengths[start:start + 10_000].tolist(), seq_len):
-                self.members.append([start + i for i in row])
+            self.members += [start + np.array(row) for row in
+                             fit_into_rows(lengths[start:][:10_000], seq_len)]
 
     def __len__(self):
         return len(self.members)
@@ -1103,28 +1058,27 @@ class PackedRows:
 def packed_row(documents):
     """documents: columns. Each begins with a token that is no target: it would be predicted from
     another document."""
-    lengths = [len(ids) for ids in documents["input_ids"]]
     return {"input_ids": np.concatenate(documents["input_ids"]),
             "targets": np.concatenate(documents["targets"]),
-            "starts": np.cumsum([0, *lengths[:-1]])}
+            "starts": np.cumsum([0, *map(len, documents["input_ids"])])[:-1]}
 
 
 def fit_into_rows(lengths, seq_len):
     """-> the numbers of the documents in each row: the longest first, each where it leaves the
     least room. Rows, and what is in them, stand in the order of the documents."""
-    rows = [[] for _ in lengths]   # more than are needed: the last ones stay empty
-    free = [(seq_len, row) for row in range(len(rows))]   # (room left, row), in rising order
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        room, row = free.pop(bisect.bisect_left(free, (lengths[i], 0)))
-        rows[row].append(i)
+    # (room left, the row), in rising order; more than are needed: the others stay empty
+    free = [(seq_len, []) for _ in lengths]
+    for i in np.argsort(-lengths, kind="stable"):
+        room, row = free.pop(bisect.bisect_left(free, (lengths[i],)))
+        row.append(i)
         bisect.insort(free, (room - lengths[i], row))
-    return sorted(sorted(row) for row in rows if row)
+    return sorted(sorted(row) for _, row in free if row)
 
 
 def row_lengths(rows):
     """In tokens, of a dataset of token rows."""
-    parts = rows.select_columns("input_ids").iter(1000)
-    return np.array([len(ids) for part in parts for ids in part["input_ids"]])
+    return np.array([len(ids) for part in rows.select_columns("input_ids").iter(1000)
+                     for ids in part["input_ids"]])
 
 
 def count_rows(rows):
@@ -1133,17 +1087,15 @@ def count_rows(rows):
     documents = getattr(rows, "documents", rows)   # of PackedRows
     if not isinstance(documents, datasets.Dataset):
         return None
-    tokens = targets = biggest = 0
-    content = hashlib.sha256()
+    tokens = targets = biggest = crc = 0
     for part in documents.iter(1000):
         row = packed_row(part)
         for values in row.values():
-            content.update(values)
+            crc = zlib.crc32(values, crc)
         tokens += len(row["input_ids"])
         targets += int(row["targets"].sum())
         biggest = max(biggest, int(row["input_ids"].max()))
-    return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest,
-                digest=content.hexdigest()[:16])
+    return dict(rows=len(rows), tokens=tokens, targets=targets, biggest=biggest, digest=crc)
 
 
 # ---- batches
@@ -1165,33 +1117,28 @@ class Batch:
     by_student: bool = False  # whether it wrote them: no labels then   # optional: on_policy
 
 
-# what a rank gets for whom no row is left: it takes part all the same
-STAND_IN = {"input_ids": [0, 0], "targets": [False, False], "starts": [0]}
-
-
 def collate(rows):
     """Token rows -> Batch. A position counts where its *next* token, its label, is a target: so the
     one before a target, as no row begins with one."""
-    shown = rows or [STAND_IN]
-    ids, targets = (
-        pad_sequence([torch.as_tensor(row[name]) for row in shown], True).flatten().long()
-        for name in ("input_ids", "targets"))
-    positions = []   # within documents; -1: padding
-    for row in shown:
-        lengths = np.diff(row["starts"], append=len(row["input_ids"]))
-        positions.append(torch.cat(list(map(torch.arange, lengths))))
-    positions = pad_sequence(positions, True, padding_value=-1)
-    has_several = any(len(row["starts"]) > 1 for row in shown)
-    is_real = (positions.flatten() >= 0) & bool(rows)
-    next_tokens = targets.nonzero()[:, 0]
+    tables = []   # of each token: its id, is it a target, its place in its document: 1, 2, ...
+    for row in rows:
+        places = np.arange(len(row["input_ids"])) + 1
+        for start in row["starts"]:
+            places[start:] -= places[start] - 1
+        tables.append(torch.tensor(np.stack([row["input_ids"], row["targets"], places], 1)))
+    # a rank for whom no row is left takes part all the same, with padding: its place is 0
+    ids_BT, targets_BT, places_BT = pad_sequence(
+        tables or [torch.zeros(2, 3).long()]).permute(2, 1, 0).contiguous()
     sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
               zip(*[row["sparse"] for row in rows if "sparse" in row])]
     return Batch(
-        rows=rows, input_ids=to_device(ids.view_as(positions)),
-        positions=to_device(next_tokens - 1), labels=pin(ids[next_tokens]),
-        real=to_device(is_real.nonzero()[:, 0]),
+        rows=rows, input_ids=to_device(ids_BT),
+        positions=to_device(targets_BT.flatten().nonzero().flatten() - 1),
+        labels=pin(ids_BT[targets_BT > 0]),
+        real=to_device(places_BT.flatten().nonzero().flatten()),
         sparse=SparseTarget(*sparse) if sparse else None,
-        position_ids=to_device(positions.clamp(0)) if has_several else None)
+        position_ids=to_device((places_BT - 1).clamp(0))
+        if any(len(row["starts"]) > 1 for row in rows) else None)
 
 
 def pin(tensor):
@@ -1206,16 +1153,15 @@ def to_device(tensor):
 @functools.lru_cache(1)
 def shuffled(count, seed, part):
     """The numbers below count, in an order that depends on nothing but seed and part: no state."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(
+        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + part))
 
 
 def batch_of_step(count, seed, global_batch, step):
     """-> numbers of the rows, of count, in a global batch. The position *is* the step: a resume
     needs no other state, and has nothing to replay."""
     epoch, place = divmod(step, math.ceil(count / global_batch))
-    order = shuffled(count, seed, epoch)
-    return order[place * global_batch:(place + 1) * global_batch].tolist()
+    return shuffled(count, seed, epoch)[place * global_batch:][:global_batch].tolist()
 
 
 def micro_batches(rows, micro_steps, batch_size):
@@ -1228,10 +1174,10 @@ def prefetch(endless):
     """Run a generator in a thread, two items ahead: the next batch is ready while this one
     computes."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(next, endless) for _ in range(2))
+        ahead = [pool.submit(next, endless) for _ in range(2)]
         while True:
             ahead.append(pool.submit(next, endless))
-            yield ahead.popleft().result()
+            yield ahead.pop(0).result()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1291,7 +1237,7 @@ def load_checked(cfg, role, tokenizer):
         root, identity = load_model(cfg, role)
         check_model(root, f"{role} {name!r}", cfg.seq_len, cfg.packing == "documents")
     if role == "teacher":
-        theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name)
+        theirs = load_tokenizer(cfg, name)
         if theirs is not None:
             compare_tokenizers(tokenizer, theirs, cfg.tokenizer or cfg.student, name)
     return root, identity
@@ -2074,7 +2020,7 @@ def train(cfg):
 
 def load_everything(cfg):
     """-> tokenizer, rows, eval rows, student, teacher (None at alpha 1), identity of its weights"""
-    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     student, _ = load_checked(cfg, "student", tokenizer)
     teacher, identity = None, None
@@ -2551,8 +2497,8 @@ def rehearse(run, stages):
         longest = np.argsort(-row_lengths(run.rows), kind="stable")[:run.global_batch]
         run.rows = run.rows.select(longest)
     micro, _ = next(my_batches(run))
-    example, *_ = micro[0].rows or [STAND_IN]
-    print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
+    for example in micro[0].rows[:1]:   # rank 0 has one
+        print0("an example, its targets in [[ ]]: " + show_targets(example, run.tokenizer))
     for _ in range(2):   # the first warms up, and compiles
         seconds, tokens = time_step(run, stage, micro)
     average = seconds
@@ -2680,7 +2626,7 @@ def batches_of_stream(run):
     while True:
         with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
             raw = list(itertools.islice(raw_rows, size))
-            rows, dropped = kept_rows(encode_here(raw))
+            rows, dropped = kept_rows(token_rows(encode_here(raw)))
             for root in filter(None, [run.student, run.teacher]):
                 check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
         if dropped and position["window"] == 0:   # not at each window
@@ -2975,7 +2921,7 @@ def fill_cache(cfg):
     if RANK == 0:
         with mark_folder(cfg.cache_dir, "cache") as mark:   # no lock: there may be many workers
             mark.write("cache ")
-    tokenizer = load_tokenizer(cfg, cfg.student, cfg.teacher)
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.student, cfg.teacher)
     rows, eval_rows = load_data(cfg, tokenizer)
     splits = {"train": rows, "eval": eval_rows}
     ask, identity = open_teacher(cfg, tokenizer)
@@ -3086,7 +3032,8 @@ def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
 
 
 def encode_block(cfg, tokenizer, columns):
-    rows, _ = kept_rows(row_encoder(cfg, tokenizer)(rows_from_columns(columns)))
+    encoded = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
+    rows, _ = kept_rows(token_rows(encoded))
     if cfg.packing == "documents" and len(rows):
         rows = PackedRows(rows, cfg.seq_len)
     return [rows[i] for i in range(len(rows))]
@@ -3225,7 +3172,7 @@ def load_with_cache(cfg):
         if identify_tokenizer(tokenizer) != manifest["tokenizer"]:
             raise UserError(f"cache tokenizer {folder!r} is not what was written; fill the cache "
                             "again with --force_regenerate")
-        theirs = load_tokenizer(cfg, cfg.student) or tokenizer
+        theirs = load_tokenizer(cfg, cfg.tokenizer, cfg.student) or tokenizer
         compare_tokenizers(theirs, tokenizer, cfg.tokenizer or cfg.student, cfg.cache_dir)
         rows = CacheRows(cfg.cache_dir, "train", manifest, index)
         eval_rows = CacheRows(cfg.cache_dir, "eval", manifest, index, at_most=cfg.eval_samples)
@@ -3772,7 +3719,7 @@ def check_writer(cfg, student, teacher, tokenizer):
         probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
               "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
               writing_error, ids_1T)
-    theirs = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), cfg.teacher)
+    theirs = load_tokenizer(cfg, cfg.teacher)
     ends = end_ids(student.model, tokenizer) | end_ids(teacher.model, theirs or tokenizer)
     student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
@@ -4230,7 +4177,7 @@ def ask_all_local(asking, jobs):
     """In this order, cfg.concurrency at a time, until all is answered or a stop."""
     cfg = asking.cfg
     with phase(f"reading teacher {cfg.teacher}"):
-        tokenizer = load_tokenizer(cfg, cfg.teacher)
+        tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.teacher)
         if tokenizer is None:
             raise UserError(f"teacher {cfg.teacher!r} has no tokenizer: another --teacher, or "
                             "--tokenizer")
@@ -4415,7 +4362,7 @@ def rows_for(cfg, name, tokenizer, rows):
     """-> the rows as a model reads them, its tokenizer. Where that cuts like `tokenizer` it is that
     one; else the rows are the same bytes, after its BOS, or EOS where it has none, in place of the
     first token, which is never counted."""
-    other = load_tokenizer(dataclasses.replace(cfg, tokenizer=None), name) or tokenizer
+    other = load_tokenizer(cfg, name) or tokenizer
     try:
         compare_tokenizers(other, tokenizer, name, cfg.teacher)
         return rows, tokenizer
@@ -4424,13 +4371,11 @@ def rows_for(cfg, name, tokenizer, rows):
             raise UserError(f"{name!r} has another tokenizer than the teacher: they are compared "
                             "on plain text; here prompts are masked")
     eos = tokenizer.eos_token or "\0"
-    begin = bos_of(other)
-    if begin is None:
-        begin = other.eos_token_id or 0
+    begin = bos_of(other) or [other.eos_token_id or 0]
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other.eos_token or "")
-        ids = np.array([begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        ids = np.array([*begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
         retokenized.append(dict(input_ids=ids, targets=np.arange(len(ids)) > 0, starts=[0]))
     return retokenized, other
 
@@ -4713,7 +4658,7 @@ def report(cfg):
         if not is_checkpoint(name):
             with phase(f"looking for {label} {name}"):
                 AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    tokenizer = load_tokenizer(cfg, cfg.teacher, names["student"])
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.teacher, names["student"])
     _, rows = load_data(cfg, tokenizer)
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
