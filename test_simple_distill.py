@@ -4497,15 +4497,14 @@ def plain_run(**fields):
 
 
 def layer_states(model, ids, fed):
-    """A plain Llama -> (what goes into it, what comes out) of each layer, [B, T, D] both. fed:
-    {layer: what it is given in place of the output of the one before}."""
+    """A plain Llama -> what comes out of each layer, [B, T, D]. fed: {layer: what it is given in
+    place of the output of the one before}."""
     hidden = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
     states = []
     for i, layer in enumerate(model.model.layers):
-        layer_input = fed.get(i, hidden)
-        hidden = layer(layer_input, position_embeddings=rotary)
-        states.append((layer_input, hidden))
+        hidden = layer(fed.get(i, hidden), position_embeddings=rotary)
+        states.append(hidden)
     return states
 
 
@@ -4515,11 +4514,11 @@ def states_of_blocks(run, batch):
     taught = layer_states(run.teacher.model, batch.input_ids, {})
     fed = {}
     if run.cfg.block_input == "teacher":
-        fed = {i: stitches[f"down{i}"](taught[j][0]) for i, j in enumerate(TEACHER_BLOCK)}
+        fed = {i: stitches[f"down{i}"](taught[j - 1]) for i, j in enumerate(TEACHER_BLOCK)}
     learnt = layer_states(run.student.model, batch.input_ids, fed)
     pairs = []
     for i, j in enumerate(TEACHER_BLOCK):
-        x, y = [hidden.flatten(0, 1)[batch.real] for _, hidden in (learnt[i], taught[j])]
+        x, y = [hidden.flatten(0, 1)[batch.real] for hidden in (learnt[i], taught[j])]
         pairs.append((stitches[f"up{i}"](x), y))
     return pairs
 
@@ -4528,8 +4527,7 @@ def reference_loss(kind, student_ND, teacher_ND, temperature):
     if kind == "mse":
         return F.mse_loss(student_ND, teacher_ND)
     if kind == "relative":
-        missed_N = (student_ND - teacher_ND).square().sum(-1)
-        return (missed_N / teacher_ND.square().sum(-1)).mean()
+        return ((student_ND - teacher_ND).norm(dim=-1) / teacher_ND.norm(dim=-1)).square().mean()
     if kind == "cosine":
         return (1 - F.cosine_similarity(student_ND, teacher_ND)).mean()
     logp = F.log_softmax(student_ND / temperature, -1)
@@ -4604,31 +4602,32 @@ def test_blockwise_trains_as_plain_models_do(block, out, words):
                   wd_per_block=None, max_grad_norm_per_block=[0, 0.5, 0.1],
                   initialize_head_from_teacher=False, gradient_checkpointing=True)
     run = plain_run(**read_config(out))
+    model = run.student.model
     rows, _ = rows_of(block["dataset"], seq_len=32)
-    phases = {(0,): 2, (1,): 3, (2,): 4}   # blocks: steps
+    phases = [(2, [0]), (3, [1]), (4, [2])]   # so many steps, of which blocks
     if run.cfg.block_input == "teacher":
-        phases = {(0, 1, 2): 4}
-    plan = []   # of each step: who learns, on which loss
-    for blocks, steps in phases.items():
+        phases = [(4, [0, 1, 2])]
+    plan = []
+    for steps, blocks in phases:
         plan += steps * [([learner_of_block(run, i) for i in blocks],
                           functools.partial(loss_of_blocks, run, blocks))]
-    model = run.student.model
-    expected = model.state_dict()   # of the same tensors
+    expected = dict(model.state_dict())   # the same tensors
     if run.cfg.train_lm_head:
         plan += 2 * [([learner([model.lm_head, model.model.norm], 3e-3, 0.1, 0.2)],
                       functools.partial(loss_of_head, run))]
     else:   # it stays tied
         del expected["lm_head.weight"]
     losses = []
-    for step, (learners, loss_of) in enumerate(plan):
-        loss = loss_of(sd.collate([rows[i] for i in sd.batch_of_step(len(rows), 0, 4, step)]))
+    for learners, loss_of in plan:
+        numbers = sd.batch_of_step(len(rows), 0, 4, len(losses))
+        loss = loss_of(sd.collate([rows[i] for i in numbers]))
         losses.append(loss.item())
         run.student.zero_grad()
         loss.backward()
         for learn in learners:
             learn()
     assert column(out, "train/loss") == pytest.approx(losses, rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(final_weights(out), dict(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(final_weights(out), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, source", [
@@ -4639,7 +4638,6 @@ def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source
     assert set(column(out, "train/loss")) == {0.0}
     for i in range(5):
         assert column(out, f"block/{i}/loss") == [0, 0]
-        assert column(out, f"block/{i}/explained") == [1, 1]
     assert same(final_weights(out), weights(block["teacher"]))
 
 
@@ -4674,8 +4672,8 @@ def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
         states = states_of_blocks(plain_run(**read_config(out)), batch)
     for i, (x, y) in enumerate(states):
         error = reference_loss("relative", x, y, 1.0).item()
-        x, y = x[ordinary], y[ordinary]
-        explained = 1 - ((x - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        variance = y[ordinary].var(0, correction=0).mean()
+        explained = 1 - (F.mse_loss(x[ordinary], y[ordinary]) / variance).item()
         assert column(out, f"block/{i}/loss") == pytest.approx([error] * 2, rel=1e-4)
         assert column(out, f"block/{i}/explained") == pytest.approx([explained] * 2, rel=1e-3)
         line = f"| {i} | {TEACHER_BLOCK[i]} | {error:.4g} | {explained:.1%} |"
@@ -4698,7 +4696,7 @@ def test_blockwise_head_begins_as_the_teachers_on_stitched_states(
     head = run.student.model.lm_head
     gain, student_gain = [sd.final_norm(root.model).weight for root in (run.teacher, run.student)]
     for weight in (gain, student_gain):   # trained ones are not all the same
-        weight.data += torch.rand(len(weight))
+        weight.data.uniform_(1, 2)
     before = head.weight.clone()
     # what the last one added would be lost
     no_bias = [stitch.bias is None for stitch in run.student.stitches.values()]
@@ -4760,8 +4758,7 @@ def test_blockwise_resume_is_exact_in_every_phase(block, out, source, steps):
 def test_blockwise_refusals_name_numbers(block, out, mix):
     for fields, message in [
         (dict(use_stitching_layers=False), "student width 16 and teacher width 32"),
-        (dict(student=block["teacher"], teacher=block["student"]),
-         "has 5 layers, the teacher only 3"),
+        (dict(teacher=mix), "has 3 layers, the teacher only 2"),
         (dict(lr_per_block=[1e-3, 1e-4]), "lr_per_block has 2 values"),
         (dict(block_input="teacher", epochs_per_block=[1, 1, 2]), "one value"),
         (dict(lr_multipliers=["lm_head=0", "model.norm=0"]), "--train_lm_head false"),
@@ -4882,7 +4879,7 @@ def test_blockwise_student_of_another_family(block, out, tmp_path, mix, cls, fie
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, source):
     """One row in five has the letter that the teacher cannot bear."""
-    rows = [{"prompt": "a" if i % 5 else "Z", "response": "one two three"} for i in range(10)]
+    rows = [{"prompt": "Zaaaa"[i % 5], "response": "one two three"} for i in range(10)]
     data = write_splits(f"{tmp_path}/data", rows, rows[1:3])
     broken = break_letter(block["teacher"], f"{tmp_path}/broken")
     distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, block_input=source,
@@ -4898,19 +4895,18 @@ def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_
     (dict(block_input="teacher"), 2e-5),
     (dict(dtype="bf16"), 0.02),
 ])
-def test_blockwise_an_empty_share_counts_nothing(block, tmp_path, fields, tolerance):
+def test_blockwise_an_empty_share_counts_nothing(block, out, fields, tolerance):
     """5 sequences as 8 x 1 and on two ranks as 4 of 1 each: micro-batches have none, and a rank of
     the held-out rows."""
     fields = {**BLOCKWISE, **block, "epochs_per_block": 2, "lm_head_epochs": 1, **fields,
-              "dataset": write_splits(f"{tmp_path}/data", talk(5), talk(1))}
-    whole = f"{tmp_path}/whole"
-    ranks = f"{tmp_path}/ranks"
-    distil(whole, **fields | dict(batch_size=8))
+              "dataset": write_splits(f"{out}-data", talk(5), talk(1))}
+    distil(out, **fields | dict(batch_size=8))
     fields |= dict(batch_size=1, gradient_accumulation_steps=4)
-    shown = distil_apart(ranks, ranks=2, **fields).wait()
+    apart = f"{out}-apart"
+    shown = distil_apart(apart, ranks=2, **fields).wait()
     for key in ("train/loss", "block/0/loss", "block/2/explained", "eval/loss"):
-        expected = pytest.approx(column(whole, key), rel=tolerance)
-        assert column(ranks, key) == expected, (key, shown)
+        expected = pytest.approx(column(out, key), rel=tolerance)
+        assert column(apart, key) == expected, (key, shown)
 
 
 def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
@@ -4949,8 +4945,7 @@ def bench_block(layers=8, width=256):
             sd.make_optimizer(run.student.parameters(), stage.rates, 0.0)   # freezes the others
         step = functools.partial(step_of_block, run, stage, batch)
         costs.append(interleaved({"step": step}, rounds=5)["step"])
-    milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
-    print(f"\nms a step of each block: {milliseconds}; all of them: "
+    print(f"\nms a step of each block: {[round(1e3 * cost) for cost in costs]}; all of them: "
           f"{sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each, as the "
           "last one does")
 
