@@ -3666,9 +3666,9 @@ def test_streaming_reads_the_head_of_its_eval_split(tmp_path, words):
     """Nothing is prepared whole, and no more is read than eval_samples sequences need: so many
     rows, with 8 characters a token."""
     rows = [{"text": prose(words, i)} for i in range(100)]
-    folder = write_splits(f"{tmp_path}/data", rows[:50], rows)
     enough = next(n for n in range(5, 100) if len("".join(map(str, rows[:n]))) > 8 * 5 * 32)
-    found = split_of_stream(folder, eval_samples=5, seq_len=32)
+    found = split_of_stream(
+        write_splits(tmp_path / "data", rows[:50], rows), eval_samples=5, seq_len=32)
     assert found == (rows[:50], rows[:enough])
 
 
@@ -3682,17 +3682,16 @@ def test_streaming_holds_the_first_rows_out(tmp_path, count, max_samples, held_o
     assert found == (rows[held_out:max_samples], rows[:held_out])
 
 
-def test_streaming_trains_on_the_same_rows(tmp_path, teacher, student, chat):
+def test_streaming_trains_on_the_same_rows(out, trio, chat):
     """Three passes over eight rows, eight a step: in whatever order they come, each step is all of
     them."""
-    table = f"{tmp_path}/table"
-    stream = f"{tmp_path}/stream"
-    for out, fields in ((table, {}), (stream, dict(streaming=True, shuffle_buffer=3))):
-        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8,
-               max_steps=3, alpha=0.3, **fields)
+    fields = trio | dict(dataset=chat, seq_len=256, batch_size=8, max_steps=3, alpha=0.3)
+    table = f"{out}-table"
+    distil(table, **fields)
+    distil(out, **fields, streaming=True, shuffle_buffer=3)
     for key in ("train/loss", "eval/loss"):
-        assert column(stream, key) == pytest.approx(column(table, key), rel=1e-6)
-    assert distance(final_weights(stream), final_weights(table)) < 1e-5
+        assert column(out, key) == pytest.approx(column(table, key), rel=1e-6)
+    assert distance(final_weights(out), final_weights(table)) < 1e-5
 
 
 def test_streaming_of_text_unshuffled_is_the_same_blocks(tmp_path):
@@ -3716,15 +3715,13 @@ def test_streaming_shuffles_within_windows_each_in_an_order_of_its_own(tmp_path)
 
 def test_streaming_a_resume_finds_the_same_rows(tmp_path):
     """Within a window, at its end, in the second epoch."""
-    path = write_jsonl(f"{tmp_path}/d.jsonl", talk(30))
-    batches = batches_of(path, shuffle_buffer=7)
-    whole = [next(batches) for _ in range(20)]
+    path = write_jsonl(tmp_path / "d.jsonl", talk(30))
+    whole = list(itertools.islice(batches_of(path, shuffle_buffer=7), 20))
     for first in (3, 7, 11):
         again = batches_of(path, whole[first - 1][1], shuffle_buffer=7)
-        for rows, position in whole[first:first + 5]:
-            same_rows, same_position = next(again)
-            assert ids_of(same_rows) == ids_of(rows)
-            assert same_position == position
+        for (rows, position), found in zip(whole[first:first + 5], again):
+            assert ids_of(found[0]) == ids_of(rows)
+            assert found[1] == position
 
 
 def test_streaming_a_reader_that_fails_is_an_error(tmp_path):
@@ -3757,11 +3754,11 @@ def test_streaming_bad_rows_are_dropped_until_an_epoch_has_no_other(tmp_path, ca
 
 def test_streaming_refuses_an_id_that_the_head_has_not(tmp_path, out):
     """Where a row holds one: the last byte of an eszett is number 260."""
-    student = tiny_model(f"{tmp_path}/student", vocab=250)
     rows = [{"text": prose(9, i)} for i in range(20)]
-    path = write_splits(f"{tmp_path}/d", [*rows, {"text": "ß"}], rows[:2])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1, streaming=True, max_steps=2).err
-    assert "token 260" in err
+    shown = distil(
+        out, rc=2, student=tiny_model(tmp_path / "student", vocab=250), alpha=1, streaming=True,
+        dataset=write_splits(tmp_path / "d", [*rows, {"text": "ß"}], rows[:2]), max_steps=2)
+    assert "token 260" in shown.err
 
 
 def test_streaming_documents_are_packed_within_a_window(tmp_path):
@@ -3799,27 +3796,27 @@ def test_demo_decides_only_what_is_left_open(tmp_path, words, max_steps, seq_len
     assert config.knobs_of(config.parse_config(["--config", path])) == config.knobs_of(cfg)
 
 
-@pytest.mark.parametrize("words, made, whole", [
-    ("", "teacher student dataset", True),
-    ("--alpha 0.1 --max_steps 2", "teacher student dataset", True),
-    ("--tokenizer mine", "teacher student dataset", True),
-    ("--dry_run", "teacher student dataset", False),
-    ("--alpha 1", "student dataset", False),
-    ("--dataset d", "teacher student", False),
-    ("--student s --dataset d", "teacher", False),
-    ("--student s --dataset d --alpha 1", "", False),
-    ("--student layers:1 --alpha 1", "teacher dataset", False),
-    ("--mode eval", "teacher dataset", False),   # optional: eval
-    ("--cache_dir c", "student", False),   # optional: cache
-    ("--mode cache --cache_dir c", "teacher student dataset", False),   # optional: cache
-    ("--blockwise", "teacher student dataset", False),   # optional: blockwise
-    ("--on_policy 0.5", "teacher student dataset", False),   # optional: on_policy
+@pytest.mark.parametrize("words, made", [
+    ("", "teacher student dataset, answered"),
+    ("--alpha 0.1 --max_steps 2", "teacher student dataset, answered"),
+    ("--tokenizer mine", "teacher student dataset, answered"),
+    ("--dry_run", "teacher student dataset"),
+    ("--alpha 1", "student dataset"),
+    ("--dataset d", "teacher student"),
+    ("--student s --dataset d", "teacher"),
+    ("--student s --dataset d --alpha 1", ""),
+    ("--student layers:1 --alpha 1", "teacher dataset"),
+    ("--mode eval", "teacher dataset"),   # optional: eval
+    ("--cache_dir c", "student"),   # optional: cache
+    ("--mode cache --cache_dir c", "teacher student dataset"),   # optional: cache
+    ("--blockwise", "teacher student dataset"),   # optional: blockwise
+    ("--on_policy 0.5", "teacher student dataset"),   # optional: on_policy
 ])
-def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words, made, whole):
+def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words, made):
     """Here all is there already. The whole demo is answered."""
     monkeypatch.setattr(sd.huggingface_hub.constants, "HF_HOME", str(tmp_path))
     cfg = config.parse_config(words.split())
-    assert sd.is_whole_demo(cfg) == whole   # optional: eval
+    assert sd.is_whole_demo(cfg) == ("answered" in made)   # optional: eval
     folder = sd.demo_folder(cfg)
     paths = {"teacher": f"{folder}/teacher/final", "dataset": f"{folder}/corpus",
              "student": f"{folder}/student/config.json"}
@@ -3828,7 +3825,7 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words,
     Path(folder, ".simple_distill").write_text("demo 1")
     with sd.process_group():
         resolved = sd.resolve_demo(cfg)
-    expected = {role: paths[role] for role in made.split()}
+    expected = {role: paths[role] for role in paths if role in made}
     assert dict(re.findall(r"--(\w+) (\S+)", capsys.readouterr().out)) == expected
     if "student" in made:
         expected["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
@@ -3842,9 +3839,10 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
     library.mkdir()
     splits = {"train": [], "validation": []}
     for name in sorted([f"m{i}.py" for i in range(60)], key=sd.digest):
-        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
-        splits[split].append({"text": f"x = {name!r}\n"})
-        (library / name).write_text(splits[split][-1]["text"])
+        row = {"text": f"x = {name!r}\n"}
+        (library / name).write_text(row["text"])
+        held_out = int(sd.digest(name), 16) % 20 == 0
+        splits["validation" if held_out else "train"].append(row)
     (library / "empty.py").write_text("\n")
     monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     folder = f"{tmp_path}/demo"
@@ -3860,12 +3858,12 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
 
 
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
-        tmp_path, out, teacher, student, text, capsys):
+        out, trio, capsys):
     """The control is the run with --alpha 1, and what is done is not trained again."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 4,
-              "save_steps": 4}
+    fields = {**PLAIN, **trio, "max_steps": 4, "save_steps": 4}
+    alone = f"{out}-alone"
     distil(out, **fields)
-    distil(f"{tmp_path}/alone", **fields, alpha=1)
+    distil(alone, **fields, alpha=1)
     control = f"{out}/labels-only"
     lines = set()
     for resume in ("auto", f"{out}/checkpoints/step-00000004"):   # that of the other student
@@ -3875,13 +3873,13 @@ def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(
         shown = capsys.readouterr().out
         assert ("done in" in shown) == (resume == "auto")
         lines.add(shown.strip().splitlines()[-1])
-        assert same(final_weights(control), final_weights(f"{tmp_path}/alone"))
-        assert quiet_log(control) == quiet_log(f"{tmp_path}/alone")
+        assert same(final_weights(control), final_weights(alone))
+        assert quiet_log(control) == quiet_log(alone)
     line, = lines
-    models = json.loads(Path(out, "report.json").read_text())["models"]
+    models = sd.read_json(f"{out}/report.json")["models"]
     assert list(models) == ["teacher", "student", "labels-only"]
-    with_teacher, alone = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
-    assert f"perplexity {with_teacher:.2f}, on labels alone {alone:.2f} " in line
+    ours, theirs = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
+    assert f"perplexity {ours:.2f}, on labels alone {theirs:.2f} " in line
 
 
 @pytest.mark.parametrize("verdict, says", [
@@ -3916,7 +3914,7 @@ def test_demo_from_nothing_to_a_better_student(out, tmp_path):
     shown = run_the_demo(out, home)
     assert "first the teacher" in shown
     assert shown.splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
-    knobs = json.loads(Path(out, "config.json").read_text())
+    knobs = read_config(out)
     assert all(knobs[name].startswith(home) for name in ("teacher", "student", "dataset"))
     assert not os.path.exists(f"{out}/demo")
     again = run_the_demo(out, home)
@@ -3935,21 +3933,19 @@ def angles_of_draws(name, knobs):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     rows, _ = rows_of(f"{knobs['dataset']}/validation.jsonl", tokenizer, seq_len=128)
     ids = torch.tensor(ids_of(rows)[:64])
-    teacher = load(knobs["teacher"])
     student = load(name)
     with torch.no_grad():
-        probs = teacher(ids).logits[:, :-1].flatten(0, 1).softmax(-1)
-    draws = probs.multinomial(50, replacement=True, generator=torch.Generator().manual_seed(0))
-    largest, top = probs.topk(12)
+        probs = load(knobs["teacher"])(ids).logits[:, :-1].flatten(0, 1).softmax(-1)
+    torch.manual_seed(0)
     found = []
     for target in (
         probs,
-        torch.zeros_like(probs).scatter_add_(-1, draws, torch.full(draws.shape, 1 / 50)),
-        torch.zeros_like(probs).scatter_(-1, top, largest / largest.sum(-1, keepdim=True)),
+        torch.distributions.Multinomial(50, probs).sample() / 50,
+        F.normalize(torch.where(probs < probs.topk(12).values[:, -1:], 0, probs), p=1),
     ):
         loss = F.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), target)
-        gradients_ = torch.autograd.grad(loss, list(student.parameters()))
-        found.append(torch.cat([gradient.flatten() for gradient in gradients_]))
+        gradients_ = torch.autograd.grad(loss, student.parameters())
+        found.append(nn.utils.parameters_to_vector(gradients_))
     whole, *others = found
     return [math.degrees(math.acos(F.cosine_similarity(whole, other, dim=0))) for other in others]
 
@@ -4997,8 +4993,8 @@ def test_on_policy_a_step_is_the_divergence_on_the_students_texts(out, trio, div
     _, ce, kl = model_losses(
         model.double(), load(trio["teacher"]).double(), coded, 0.0, 2.0, divergence)
     kl.backward()
-    logged = logged_losses(log(out, "train")[0])
-    assert logged == pytest.approx([kl.item(), ce.item(), kl.item()], rel=1e-6)
+    assert logged_losses(log(out, "train")[0]) == pytest.approx(
+        [kl.item(), ce.item(), kl.item()], rel=1e-6)
     expected = {f"exp_avg.model.{name}": p.grad for name, p in model.named_parameters()}
     assert distance(gradients(out), expected) < 1e-6
 
@@ -5071,17 +5067,18 @@ def test_on_policy_dropout_and_recomputing_are_off_while_it_writes(
                    gradient_checkpointing=recompute) == texts
 
 
-@pytest.mark.parametrize("targets, length", [
-    ("..##.###.", 5),   # a conversation: all before the last turn of the assistant
-    ("..##", 2),
-    (".########", 4),   # plain text
-    (".##", 2),         # which is shorter than a prompt
-    (".##.#", 4),
+@pytest.mark.parametrize("row", [
+    "..##.|###.",   # a conversation: all before the last turn of the assistant
+    "..|##",
+    ".###|#####",   # plain text
+    ".#|#",         # which is shorter than a prompt
+    ".##.|#",
 ])
-def test_on_policy_the_prompt_of_a_row(targets, length):
-    row = {"input_ids": np.arange(len(targets)), "targets": np.array([c == "#" for c in targets])}
+def test_on_policy_the_prompt_of_a_row(row):
+    targets = np.array([c == "#" for c in row if c != "|"])
+    row_of_run = {"input_ids": np.arange(len(targets)), "targets": targets}
     cfg = config.Config(on_policy=0.5, on_policy_prompt=4)
-    assert sd.prompt_of(row, cfg) == list(range(length))
+    assert sd.prompt_of(row_of_run, cfg) == list(range(row.index("|")))
 
 
 def test_on_policy_what_is_written_counts_alone(student):
@@ -5093,8 +5090,7 @@ def test_on_policy_what_is_written_counts_alone(student):
         texts, other = [sd.rows_by_student(cfg, root, tiny_tokenizer(), rows, step, range(3))
                         for step in (3, 4)]
     assert ids_of(texts) != ids_of(other)
-    for row, prompt in zip(texts, (5, 7, 9)):
-        ids = row["input_ids"].tolist()
+    for row, ids, prompt in zip(texts, ids_of(texts), (5, 7, 9)):
         assert ids[:prompt] == list(range(prompt))
         assert len(ids) == min(prompt + 6, 12) or ids[-1] == 0
         assert row["targets"].tolist() == [i >= prompt for i in range(len(ids))]
@@ -5123,8 +5119,8 @@ def test_on_policy_steps_alternate_by_a_seeded_draw(out, trio, chat):
     plain = f"{out}-plain"
     distil(out, **fields, on_policy=0.5, max_new_tokens=4)
     distil(plain, **fields)
-    both = zip(log(out, "train"), log(plain, "train"), strict=True)
-    for (entry, usual), by_student in zip(both, drawn):
+    entries = [log(folder, "train") for folder in (out, plain)]
+    for entry, usual, by_student in zip(*entries, drawn[:8], strict=True):
         assert ("train/rollout_cut" in entry) == by_student
         if by_student:
             assert entry["train/loss"] == entry["train/kl_loss"]
@@ -5216,10 +5212,9 @@ def test_on_policy_dry_run_shows_what_the_student_writes(out, trio):
 
 def test_on_policy_eval_scores_the_students_own_texts(out, trio):   # optional: eval
     """Against whole forwards of what it writes by hand."""
-    fields = {**WRITING, **trio, "on_policy": None, "on_policy_temperature": GREEDY}
-    cli(*flags(**fields, mode="eval", seq_len=32, dtype="fp32", temperature=2.0,
-               divergence="reverse", output_dir=out))
-    found = json.loads(Path(out, "report.json").read_text())["models"]
+    cli(*flags(mode="eval", **trio, max_new_tokens=6, on_policy_prompt=5, seq_len=32, dtype="fp32",
+               on_policy_temperature=GREEDY, temperature=2.0, divergence="reverse", output_dir=out))
+    found = sd.read_json(f"{out}/report.json")["models"]
     _, held_out = rows_of(trio["dataset"], seq_len=32)
     model = load(trio["student"])
     coded = coded_texts(model, [ids[:5] for ids in ids_of(held_out)])
