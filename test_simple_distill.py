@@ -121,11 +121,9 @@ def flags(**fields):
     """Fields of Config as command-line words; None leaves a field out."""
     words = []
     for name, value in fields.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            words.append(str(x).lower() if isinstance(x, bool) else str(x))
+        if value is not None:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name}", *map(str, items)]
     return words
 
 
@@ -218,8 +216,7 @@ class Fork:
             env = rank_environment(rank, ranks, port) if ranks > 1 else {}
             job = {"args": words_of(args), "env": env, "log": self.log, "limit": limit,
                    "package": str(package), "change": change}
-            Fork.mother.stdin.write(json.dumps(job) + "\n")
-            Fork.mother.stdin.flush()
+            print(json.dumps(job), file=Fork.mother.stdin, flush=True)
             self.pids.append(int(Fork.mother.stdout.readline()))
 
     def poll(self):
@@ -287,7 +284,7 @@ def read_lines(path):
 
 def log(out, kind=None):
     """The lines of log.jsonl; kind train, eval or block: only those."""
-    entries = read_lines(os.path.join(out, "log.jsonl"))
+    entries = read_lines(f"{out}/log.jsonl")
     return [entry for entry in entries if kind is None or f"{kind}/step" in entry]
 
 
@@ -301,17 +298,16 @@ def column(out, key):
 
 
 def weights(path):
-    return load_file(os.path.join(path, "model.safetensors"))
+    return load_file(f"{path}/model.safetensors")
 
 
 def final_weights(out):
-    return weights(os.path.join(out, "final"))
+    return weights(f"{out}/final")
 
 
 def checkpoint(out, step):
     """All tensors of a checkpoint by name."""
-    path = os.path.join(out, "checkpoints", f"step-{step:08d}")
-    reader = dcp.HuggingFaceStorageReader(path)
+    reader = dcp.HuggingFaceStorageReader(f"{out}/checkpoints/step-{step:08d}")
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -329,10 +325,9 @@ def gradients(out):
 
 def distance(a, b):
     """Relative to the size of b, over all tensors."""
-    assert a.keys() == b.keys(), a.keys() ^ b.keys()
-    difference = sum((a[k].double() - b[k].double()).square().sum() for k in b)
-    size = sum(b[k].double().square().sum() for k in b)
-    return math.sqrt(difference / size)
+    assert a.keys() == b.keys()
+    flat_a, flat_b = [torch.cat([x[k].double().flatten() for k in b]) for x in (a, b)]
+    return ((flat_a - flat_b).norm() / flat_b.norm()).item()
 
 
 def same(a, b):
@@ -379,11 +374,10 @@ def tiny_tokenizer(chat_template=None, *, roll=0, merges=(), bos=False):
 def tiny_config(vocab=None, hidden=32, layers=2, cls="LlamaConfig", **overrides):
     shape = dict(
         vocab_size=vocab or len(tiny_tokenizer()), hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=2, intermediate_size=2 * hidden, max_position_embeddings=512,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=2 * hidden,
+        max_position_embeddings=512,
         bos_token_id=1, eos_token_id=0, pad_token_id=0,
         initializer_range=0.2)   # logits far from uniform
-    if "GPT2" not in cls and "NeoX" not in cls:
-        shape["num_key_value_heads"] = 2
     return getattr(transformers, cls)(**{**shape, **overrides})
 
 
@@ -407,7 +401,7 @@ def edit_weights(path, change):
     """change(dict of tensors) in place, and save."""
     tensors = weights(path)
     change(tensors)
-    save_file(tensors, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
 
 
 def padded(path, source, rows):
@@ -418,7 +412,7 @@ def padded(path, source, rows):
         torch.manual_seed(0)
         model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.weight.data[-rows:] = 50 * torch.randn(rows, module.weight.shape[1])
+            module.weight.data[-rows:].normal_(0, 50)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
@@ -428,11 +422,7 @@ def break_letter(source, path):
     """A copy of a model in which the letter Z, and only it, makes everything infinite."""
     shutil.copytree(source, path)
     z = tiny_tokenizer().encode("Z")[0]
-
-    def change(tensors):
-        tensors["model.embed_tokens.weight"][z] = math.inf
-
-    edit_weights(path, change)
+    edit_weights(path, lambda tensors: tensors["model.embed_tokens.weight"][z].fill_(math.inf))
     return str(path)
 
 
@@ -445,8 +435,8 @@ def write_splits(folder, train, validation):
     """A directory of two splits, as on the hub: what is trained on does not depend on how a slice
     is held out."""
     os.makedirs(folder)
-    write_jsonl(os.path.join(folder, "train.jsonl"), train)
-    write_jsonl(os.path.join(folder, "validation.jsonl"), validation)
+    write_jsonl(f"{folder}/train.jsonl", train)
+    write_jsonl(f"{folder}/validation.jsonl", validation)
     return str(folder)
 
 
@@ -461,11 +451,8 @@ def prose(n, seed=0):
 
 def talk(n, seed=0):
     """n questions with answers of very different length."""
-    rows = []
-    for i in range(n):
-        question = prose(1 + i % 3, seed + i)
-        rows.append({"prompt": question, "response": prose(1 + (5 * i) % 16, seed + 100 + i)})
-    return rows
+    return [{"prompt": prose(1 + i % 3, seed + i),
+             "response": prose(1 + (5 * i) % 16, seed + 100 + i)} for i in range(n)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -487,8 +474,8 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """40 rows of plain text, some 70 blocks of 32 tokens."""
-    rows = [{"text": prose(8 + i % 9, i)} for i in range(40)]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl", rows)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl",
+                       [{"text": prose(8 + i % 9, i)} for i in range(40)])
 
 
 @pytest.fixture
@@ -549,11 +536,8 @@ def chatml_rows(rows):
     for row in rows:
         before = encode(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answer = encode(f"{row['response']}<|im_end|>")
-        ids = before + answer + encode("\n")
-        labels = [-100] * len(ids)
-        for i in range(len(before), len(before) + len(answer)):
-            labels[i - 1] = ids[i]
-        coded.append((torch.tensor(ids), torch.tensor(labels)))
+        labels = [-100] * (len(before) - 1) + answer + [-100, -100]
+        coded.append((torch.tensor(before + answer + encode("\n")), torch.tensor(labels)))
     return coded
 
 
@@ -562,13 +546,12 @@ def model_losses(student, teacher, coded, alpha, temperature=1.0, divergence="fo
     labels = torch.cat([labels for _, labels in coded])
     with torch.no_grad():
         teacher_logits = None if teacher is None else logits_of_rows(teacher, coded)
-    student_logits = logits_of_rows(student, coded)
-    return dense_losses(student_logits, teacher_logits, labels, alpha, temperature, divergence)
+    return dense_losses(logits_of_rows(student, coded), teacher_logits, labels, alpha, temperature,
+                        divergence)
 
 
 def logits_of_rows(model, coded):
-    rows = [model(input_ids=ids[None], use_cache=False).logits[0] for ids, _ in coded]
-    return torch.cat(rows)
+    return torch.cat([model(ids[None], use_cache=False).logits[0] for ids, _ in coded])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -851,7 +834,7 @@ BAD_FILES = {
     "mine": b"mine",
     "empty.jsonl": b"",
     "binary.jsonl": bytes(range(256)) * 9,
-    "line.jsonl": b'{"text": "one two three"}\n' * 4 + b"{bad\n" + b'{"text": "four five six"}\n' * 4,
+    "line.jsonl": b'{"text": "one two three"}\n' * 4 + b'{bad\n{"text": "four five six"}\n',
     "a.parquet": b"PAR",
     "column.jsonl": b'{"body": "one two", "id": 3}\n' * 9,
     "target.jsonl": b'{"prompt": "", "response": ""}\n' * 9,
@@ -3641,7 +3624,7 @@ def test_streaming_reads_the_head_of_its_eval_split(tmp_path, words):
     rows = [{"text": prose(words, i)} for i in range(100)]
     enough = next(n for n in range(5, 100) if len("".join(map(str, rows[:n]))) > 8 * 5 * 32)
     found = split_of_stream(
-        write_splits(tmp_path / "data", rows[:50], rows), eval_samples=5, seq_len=32)
+        write_splits(f"{tmp_path}/data", rows[:50], rows), eval_samples=5, seq_len=32)
     assert found == (rows[:50], rows[:enough])
 
 
@@ -3688,7 +3671,7 @@ def test_streaming_shuffles_within_windows_each_in_an_order_of_its_own(tmp_path)
 
 def test_streaming_a_resume_finds_the_same_rows(tmp_path):
     """Within a window, at its end, in the second epoch."""
-    path = write_jsonl(tmp_path / "d.jsonl", talk(30))
+    path = write_jsonl(f"{tmp_path}/d.jsonl", talk(30))
     whole = list(itertools.islice(batches_of(path, shuffle_buffer=7), 20))
     for first in (3, 7, 11):
         again = batches_of(path, whole[first - 1][1], shuffle_buffer=7)
@@ -3729,8 +3712,8 @@ def test_streaming_refuses_an_id_that_the_head_has_not(tmp_path, out):
     """Where a row holds one: the last byte of an eszett is number 260."""
     rows = [{"text": prose(9, i)} for i in range(20)]
     shown = distil(
-        out, rc=2, student=tiny_model(tmp_path / "student", vocab=250), alpha=1, streaming=True,
-        dataset=write_splits(tmp_path / "d", [*rows, {"text": "ß"}], rows[:2]), max_steps=2)
+        out, rc=2, student=tiny_model(f"{tmp_path}/student", vocab=250), alpha=1, streaming=True,
+        dataset=write_splits(f"{tmp_path}/d", [*rows, {"text": "ß"}], rows[:2]), max_steps=2)
     assert "token 260" in shown.err
 
 
@@ -3747,47 +3730,51 @@ def test_streaming_documents_are_packed_within_a_window(tmp_path):
 # Optional: demo: from nothing to a better student.
 
 
-@pytest.mark.parametrize("words, max_steps, seq_len", [
-    ("", 500, 128),
-    ("--max_steps 7 --num_epochs 2", 7, 128),
-    ("--num_epochs 2", None, 128),
-    ("--blockwise --num_epochs 0", None, 128),   # optional: blockwise
-    ("--lr_scheduler constant", 500, 128),
-    ("--teacher t --student s --dataset d", None, 512),
-    ("--mode eval", None, 128),   # optional: eval
-    ("--mode eval --student s", None, 128),   # optional: eval
-    ("--mode eval --teacher t --dataset d", None, 512),   # optional: eval
-    ("--mode cache --cache_dir c", None, 128),   # optional: cache
+# a command line -> max_steps, seq_len
+@pytest.mark.parametrize("case", [
+    " -> 500 128",
+    "--max_steps 7 --num_epochs 2 -> 7 128",
+    "--num_epochs 2 -> None 128",
+    "--blockwise --num_epochs 0 -> None 128",   # optional: blockwise
+    "--lr_scheduler constant -> 500 128",
+    "--teacher t --student s --dataset d -> None 512",
+    "--mode eval -> None 128",   # optional: eval
+    "--mode eval --student s -> None 128",   # optional: eval
+    "--mode eval --teacher t --dataset d -> None 512",   # optional: eval
+    "--mode cache --cache_dir c -> None 128",   # optional: cache
 ])
-def test_demo_decides_only_what_is_left_open(tmp_path, words, max_steps, seq_len):
+def test_demo_decides_only_what_is_left_open(tmp_path, case):
     """Its defaults fill in for the demo alone, never beside a flag that rules them out; and what
     config.json says of such a run is that run."""
+    words, decided = case.split(" -> ")
     cfg = config.parse_config(words.split())
-    assert (cfg.max_steps, cfg.seq_len) == (max_steps, seq_len)
+    assert f"{cfg.max_steps} {cfg.seq_len}" == decided
     path = f"{tmp_path}/config.json"
     sd.write_json(config.knobs_of(cfg), path)
     assert config.knobs_of(config.parse_config(["--config", path])) == config.knobs_of(cfg)
 
 
-@pytest.mark.parametrize("words, made", [
-    ("", "teacher student dataset, answered"),
-    ("--alpha 0.1 --max_steps 2", "teacher student dataset, answered"),
-    ("--tokenizer mine", "teacher student dataset, answered"),
-    ("--dry_run", "teacher student dataset"),
-    ("--alpha 1", "student dataset"),
-    ("--dataset d", "teacher student"),
-    ("--student s --dataset d", "teacher"),
-    ("--student s --dataset d --alpha 1", ""),
-    ("--student layers:1 --alpha 1", "teacher dataset"),
-    ("--mode eval", "teacher dataset"),   # optional: eval
-    ("--cache_dir c", "student"),   # optional: cache
-    ("--mode cache --cache_dir c", "teacher student dataset"),   # optional: cache
-    ("--blockwise", "teacher student dataset"),   # optional: blockwise
-    ("--on_policy 0.5", "teacher student dataset"),   # optional: on_policy
+# a command line -> what of the demo it takes
+@pytest.mark.parametrize("case", [
+    " -> teacher student dataset, answered",
+    "--alpha 0.1 --max_steps 2 -> teacher student dataset, answered",
+    "--tokenizer mine -> teacher student dataset, answered",
+    "--dry_run -> teacher student dataset",
+    "--alpha 1 -> student dataset",
+    "--dataset d -> teacher student",
+    "--student s --dataset d -> teacher",
+    "--student s --dataset d --alpha 1 -> ",
+    "--student layers:1 --alpha 1 -> teacher dataset",
+    "--mode eval -> teacher dataset",   # optional: eval
+    "--cache_dir c -> student",   # optional: cache
+    "--mode cache --cache_dir c -> teacher student dataset",   # optional: cache
+    "--blockwise -> teacher student dataset",   # optional: blockwise
+    "--on_policy 0.5 -> teacher student dataset",   # optional: on_policy
 ])
-def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words, made):
+def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, case):
     """Here all is there already. The whole demo is answered."""
     monkeypatch.setattr(sd.huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    words, made = case.split(" -> ")
     cfg = config.parse_config(words.split())
     assert sd.is_whole_demo(cfg) == ("answered" in made)   # optional: eval
     folder = sd.demo_folder(cfg)
@@ -4447,10 +4434,10 @@ def block(tmp_path_factory):
     of 4 an epoch."""
     folder = tmp_path_factory.mktemp("block")
     return dict(
-        teacher=tiny_model(folder / "teacher", layers=5, seed=1),
-        student=tiny_model(folder / "student", hidden=16, layers=3, seed=2,
+        teacher=tiny_model(f"{folder}/teacher", layers=5, seed=1),
+        student=tiny_model(f"{folder}/student", hidden=16, layers=3, seed=2,
                            tie_word_embeddings=True),
-        dataset=write_splits(folder / "data", talk(20), talk(6, seed=50)))
+        dataset=write_splits(f"{folder}/data", talk(20), talk(6, seed=50)))
 
 
 TEACHER_BLOCK = (1, 2, 4)   # which the student's block i learns from
@@ -4570,8 +4557,8 @@ THEN_HEAD = "--lm_head_epochs 0.4 --lm_head_lr 3e-3 --lm_head_wd 0.1 --lm_head_m
 def test_blockwise_trains_as_plain_models_do(block, out, words):
     """Every step of every phase: what is trained, how far, on which loss; the rest stands still."""
     distil_blocks(block, out, words=words, lr_per_block=[1e-3, 3e-3, 2e-3], lm_head_lr=None,
-                  wd_per_block=None, max_grad_norm_per_block=[0, 0.5, 0.1],
-                  initialize_head_from_teacher=False, gradient_checkpointing=True)
+                  max_grad_norm_per_block=[0, 0.5, 0.1], initialize_head_from_teacher=False,
+                  gradient_checkpointing=True)
     run = plain_run(**read_config(out))
     rows, _ = rows_of(block["dataset"], seq_len=32)
     phases = [(2, [0]), (3, [1]), (4, [2])]   # so many steps, of which blocks
@@ -4726,16 +4713,17 @@ def test_blockwise_resume_is_exact_in_every_phase(block, out, source, steps):
 
 
 def test_blockwise_refusals_name_numbers(block, out, mix):
-    for fields, message in [
-        (dict(use_stitching_layers=False), "student width 16 and teacher width 32"),
-        (dict(teacher=mix), "has 3 layers, the teacher only 2"),
-        (dict(lr_per_block=[1e-3, 1e-4]), "lr_per_block has 2 values"),
-        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]), "one value"),
-        (dict(lr_multipliers=["lm_head=0", "model.norm=0"]), "--train_lm_head false"),
-        (dict(student=mix, gradient_checkpointing=True), "MixForCausalLM"),
-        (dict(student=mix, packing="documents"), "position_ids"),
-    ]:
-        assert message in distil_blocks(block, out, 2, trust_remote_code=True, **fields).err
+    for case in (
+        "--use_stitching_layers false -> student width 16 and teacher width 32",
+        f"--teacher {mix} -> has 3 layers, the teacher only 2",
+        "--lr_per_block 1e-3 1e-4 -> lr_per_block has 2 values",
+        "--block_input teacher --epochs_per_block 1 1 2 -> one value",
+        "--lr_multipliers lm_head=0 model.norm=0 -> --train_lm_head false",
+        f"--student {mix} --gradient_checkpointing true -> MixForCausalLM",
+        f"--student {mix} --packing documents -> position_ids",
+    ):
+        words, message = case.split(" -> ")
+        assert message in distil_blocks(block, out, 2, words, trust_remote_code=True).err
 
 
 # ---- other architectures
@@ -4976,9 +4964,10 @@ def test_on_policy_the_student_writes_as_it_is_at_that_step(tmp_path, out, text)
     """A first step makes it sure of one letter: the texts of the second consist of it. Written any
     earlier, they would be the most unlikely."""
     q = tiny_tokenizer().encode("q")[0]
-    distil(out, teacher=biased(tmp_path / "teacher", q, 100, seed=1),
-           student=biased(tmp_path / "student", q, 0, seed=2), dataset=text, **WRITING, max_steps=2,
-           learning_rate=30, default_lr_multiplier=0, lr_multipliers=["lm_head.bias=1"])
+    distil(out, teacher=biased(f"{tmp_path}/teacher", q, 100, seed=1),
+           student=biased(f"{tmp_path}/student", q, 0, seed=2), dataset=text, **WRITING,
+           max_steps=2, learning_rate=30, default_lr_multiplier=0,
+           lr_multipliers=["lm_head.bias=1"])
     first, second = column(out, "train/ce_loss")
     assert first > 2
     assert second < 1e-3
@@ -5107,7 +5096,7 @@ def test_on_policy_texts_end_where_those_of_student_or_teacher_end(tmp_path, out
     for role, ends in (("teacher", [3, 70]), ("student", 80)):
         model = load(trio[role])
         model.generation_config.eos_token_id = ends
-        trio[role] = tmp_path / role
+        trio[role] = f"{tmp_path}/{role}"
         model.save_pretrained(trio[role])
         tokenizer.save_pretrained(trio[role])
         tokenizer.eos_token = "<|im_start|>"   # 2: the student's
@@ -5126,7 +5115,7 @@ def test_on_policy_a_table_of_positions_has_to_hold_a_long_prompt_and_new_tokens
         tmp_path, out, trio, positions, rc):
     """seq_len 32 and 100 more: a long row goes on beside a short one; the last is not looked up."""
     trio["student"] = tiny_model(
-        tmp_path / "student", cls="GPT2Config", max_position_embeddings=positions)
+        f"{tmp_path}/student", cls="GPT2Config", max_position_embeddings=positions)
     shown = distil(out, rc, **trio, on_policy=1, max_new_tokens=100, max_steps=1)
     assert ("as a writer, at up to 131 positions" in shown.err) == (rc == 2)
 
@@ -5148,7 +5137,7 @@ def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, 
     """Half of the first tokens are the end: of one text a rank, each often ends long before the
     other's."""
     teacher, student = [
-        biased(tmp_path / str(seed), 0, math.log(263), seed=seed, initializer_range=0.02)
+        biased(f"{tmp_path}/{seed}", 0, math.log(263), seed=seed, initializer_range=0.02)
         for seed in (1, 2)]
     shown = distil_apart(
         out, ranks=2, teacher=teacher, student=student, dataset=text, on_policy=1,
