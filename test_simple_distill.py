@@ -8,7 +8,6 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
     python test_simple_distill.py --fork DIR --without cache ...   # the package less some chapters
 """
 import argparse
-import ast
 import atexit
 import collections
 import contextlib
@@ -5190,15 +5189,16 @@ def test_on_policy_eval_scores_the_students_own_texts(out, trio):   # optional: 
 
 def bench_on_policy():
     """Writing against transformers' own generate, same model and prompts."""
-    shape, _, sequences, tokens = step_shapes()
+    shape, _, sequences, tokens = step_sizes()
+    vocab = shape.vocab_size
     new = tokens // 2
-    ids_BT = torch.randint(0, shape["vocab_size"], (sequences, tokens // 4), device=sd.DEVICE)
+    ids_BT = torch.randint(0, vocab, (sequences, tokens // 4), device=DEVICE)
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        transformers.Qwen3Config(**shape).save_pretrained(folder)
+        shape.save_pretrained(folder)
         cfg = sd.Config(student=f"{folder}/config.json", alpha=1.0)
         root, _ = sd.load_model(cfg, "student")
         model = AutoModelForCausalLM.from_config(
-            root.model.config, dtype=sd.compute_dtype(cfg)).to(sd.DEVICE).eval()
+            root.model.config, dtype=sd.compute_dtype(cfg)).to(DEVICE).eval()
 
         def plain():
             model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new,
@@ -5206,10 +5206,10 @@ def bench_on_policy():
 
         def ours():
             sd.write_texts(root, ids_BT.tolist(), range(sequences), [new] * sequences, 1.0, set(),
-                           shape["vocab_size"])
+                           vocab)
 
         found = interleaved({"plain generate": plain, "ours": ours}, rounds=5)
-    print(f"\nwriting {sequences} x {new} tokens after {tokens // 4}, V {shape['vocab_size']:,}")
+    print(f"\nwriting {sequences} x {new} tokens after {tokens // 4}, V {vocab:,}")
     print_speeds(found, sequences * new, "tokens/s", "plain generate")
 
 
@@ -7471,7 +7471,7 @@ FORKS = [[name] for name in OPTIONAL] + [list(OPTIONAL)]
 
 
 @pytest.mark.parametrize("without", FORKS, ids=" ".join)
-def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, student, text):
+def test_forks_run_with_nothing_dangling(without, tmp_path, out, trio):
     """No name undefined or imported in vain, no knob that nothing reads, and two steps train."""
     folder = tmp_path / "my_trainer"
     fork(folder, without)
@@ -7485,9 +7485,8 @@ def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, studen
     assert [name for name in names if not re.search(READ.format(name), source)] == []
     for name in without:
         assert f"# Optional: {name}:" not in source
-    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, max_steps=2,
-                  output_dir=out)
-    shown = Fork(tmp_path / "log.txt", *words, package=folder).wait()
+    words = flags(**PLAIN, **trio, max_steps=2, output_dir=out)
+    shown = Fork(f"{out}.txt", *words, package=folder).wait()
     assert "done in" in shown, shown
     assert len(log(out, "train")) == 2
 
@@ -7545,22 +7544,14 @@ def test_package_the_top_level_is_six_files_and_five_requirements():
     visible = {name for name in names if not name.startswith(".")}
     assert visible <= {"simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
                        "requirements.txt", "README.md", "__pycache__"}
-    required = []
-    for line in (HERE / "requirements.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            required.append(re.match(r"[\w-]+", line)[0])
+    required = re.findall(r"^[\w-]+", (HERE / "requirements.txt").read_text(), re.MULTILINE)
     assert sorted(required) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
 
 
 def test_package_config_is_the_configuration_and_nothing_else():
-    tree = ast.parse((HERE / "config.py").read_text())
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    names = {name.split(".")[0] for name in imported}
+    source = (HERE / "config.py").read_text()
+    names = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
+    assert {"re", "yaml", "transformers"} < names
     assert names.isdisjoint({"asyncio", "matplotlib", "safetensors", "zlib", "torch", "datasets"})
 
 
@@ -7572,14 +7563,11 @@ def test_package_an_optional_chapter_borrows_from_none():
         title = re.match(r"# Optional: (\w+):", chapter)
         if title:
             optional[title[1]] = chapter
-    for name, chapter in optional.items():
+    for (name, chapter), (other, text) in itertools.permutations(optional.items(), 2):
         defined = re.findall(r"^(?:async )?(?:def|class) (\w+)", chapter, re.MULTILINE)
-        for other, text in optional.items():
-            if other == name:
-                continue
-            text = without_chapters(text, {name})
-            borrowed = [word for word in defined if re.search(rf"(?<![.\w]){word}\(", text)]
-            assert borrowed == [], f"{other} uses {borrowed} of {name}"
+        text = without_chapters(text, {name})
+        borrowed = [word for word in defined if re.search(rf"(?<![.\w]){word}\(", text)]
+        assert borrowed == [], f"{other} uses {borrowed} of {name}"
 
 
 def readme_commands():
@@ -7659,7 +7647,7 @@ for T in (1.0, 2.0):
 """
 
 
-def test_package_the_readmes_own_loss(tmp_path, teacher, student, text):
+def test_package_the_readmes_own_loss(tmp_path, out, trio):
     """A fork that adds it as the README says: its gradient is that of autograd, and the command
     line trains with it."""
     readme = (HERE / "README.md").read_text()
@@ -7676,18 +7664,18 @@ def test_package_the_readmes_own_loss(tmp_path, teacher, student, text):
     checked = subprocess.run([sys.executable, "-c", SKEWED], cwd=tmp_path, capture_output=True,
                              text=True)
     assert checked.returncode == 0, checked.stderr
-    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, divergence="skew",
-                  max_steps=2, use_wandb=False, output_dir="out")
-    trained = subprocess.run([sys.executable, "simple_distill.py", *words], cwd=tmp_path,
-                             capture_output=True, text=True)
-    assert trained.returncode == 0, trained.stderr
-    assert all(0 < kl < 99 for kl in column(tmp_path / "out", "train/kl_loss"))
+    words = flags(**PLAIN, **trio, divergence="skew", max_steps=2, output_dir=out)
+    shown = Fork(f"{out}.txt", *words, package=tmp_path).wait()
+    assert "done in" in shown, shown
+    assert all(0 < kl < 99 for kl in column(out, "train/kl_loss"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Bench: python test_simple_distill.py --bench
 
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 def interleaved(cases, rounds=7):
@@ -7719,19 +7707,14 @@ class LossCase(NamedTuple):
 
 
 def loss_case(V, N, D, Dt, counted=1.0):
-    device, dtype = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
     torch.manual_seed(0)
 
     def make(rows, columns):
-        return torch.randn(rows, columns, device=device, dtype=torch.float32).to(dtype)
+        return torch.randn(rows, columns, device=DEVICE).to(DTYPE)
 
-    hidden = make(N, D)
-    teacher_hidden = make(N, Dt)
-    weight = make(V, D) / D ** 0.5
-    teacher_weight = make(V, Dt) / Dt ** 0.5
-    labels = torch.randint(0, V, (N,), device=device)
-    labels[torch.arange(N, device=device) >= counted * N] = -100
-    return LossCase(hidden, weight, teacher_hidden, teacher_weight, labels)
+    labels = torch.randint(0, V, (N,), device=DEVICE)
+    labels[math.ceil(counted * N):] = -100
+    return LossCase(make(N, D), make(V, D) / D ** 0.5, make(N, Dt), make(V, Dt) / Dt ** 0.5, labels)
 
 
 def plain_loss(case):
@@ -7754,9 +7737,8 @@ def our_loss(case):
     hidden = case.hidden.detach().requires_grad_()
     head = sd.Head(case.weight.detach().requires_grad_())
     teacher = (case.teacher_hidden, sd.Head(case.teacher_weight))
-    loss, _, _ = sd.distillation_loss(hidden, head, case.labels, teacher, alpha=0.5,
-                                      temperature=1.0)
-    loss.backward()
+    sd.distillation_loss(
+        hidden, head, case.labels, teacher, alpha=0.5, temperature=1.0)[0].backward()
 
 
 def our_eager_loss(case):
@@ -7785,9 +7767,9 @@ def bench_loss(vocab=32000):
         tokens, width, teacher_width = 8192, 2048, 4096
     else:
         tokens, width, teacher_width = 1024 if vocab == 32000 else 512, 256, 512
-    case = loss_case(vocab, tokens, width, teacher_width, counted=7 / 8)
-    half = loss_case(vocab, tokens, width, teacher_width, counted=0.5)
-    small = loss_case(vocab, 64, width, teacher_width)
+    case, half, small = [
+        loss_case(vocab, count, width, teacher_width, counted=counted)
+        for count, counted in ((tokens, 7 / 8), (tokens, 0.5), (64, 1.0))]
     found = interleaved({
         "its matmuls": functools.partial(its_matmuls, case),
         "ours": functools.partial(our_loss, case),
@@ -7813,19 +7795,19 @@ def print_peak_memory(name):
     case = loss_case(151936, 4096, 256, 512)
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work(case)
-        print(torch.cuda.max_memory_allocated() - before)
     else:
         Path("/proc/self/clear_refs").write_text("5")   # the peak starts again
-        before = resident_bytes("VmRSS")
-        work(case)
-        print(resident_bytes("VmHWM") - before)
+    before = memory_now()[0]
+    work(case)
+    print(memory_now()[1] - before)
 
 
-def resident_bytes(field):
+def memory_now():
+    """-> bytes in use, and at their peak."""
+    if ON_GPU:
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+    return [1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1]) for field in ("VmRSS", "VmHWM")]
 
 
 def bench_memory():
@@ -7833,9 +7815,8 @@ def bench_memory():
     for name in LOSSES:
         shown = subprocess.run([sys.executable, __file__, "--peak-memory", name],
                                capture_output=True, text=True)
-        found[name] = math.nan   # killed: it did not fit
-        if shown.returncode == 0:
-            found[name] = int(shown.stdout.split()[-1])
+        # killed: it did not fit
+        found[name] = math.nan if shown.returncode else int(shown.stdout.split()[-1])
     print("\npeak memory of the loss above its inputs, V 151,936, 4,096 tokens")
     for name, size in found.items():
         print(f"  {name:<20}{size / 2**30:>9.2f} GiB{size / found['plain']:>8.1%} of plain")
@@ -7844,32 +7825,29 @@ def bench_memory():
 # ---- a whole optimiser step, random weights
 
 
-def step_shapes():
-    """-> shapes of student and teacher, sequences, tokens: 0.6B and 4B on a GPU, tiny ones here."""
-    student = dict(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-        max_position_embeddings=2048)
-    teacher = student | dict(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)
+def step_sizes():
+    """-> student, teacher, sequences, tokens: 0.6B and 4B on a GPU, tiny ones here."""
     if ON_GPU:
-        return student, teacher, 8, 1024
-    small = dict(vocab_size=32000, head_dim=32, num_key_value_heads=4, num_hidden_layers=4,
-                 max_position_embeddings=512)
-    student |= small | dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)
-    teacher |= small | dict(hidden_size=256, intermediate_size=768, num_attention_heads=8)
-    return student, teacher, 4, 256
+        shapes = (1024, 3072, 28, 16), (2560, 9728, 36, 32)
+        shared = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128)
+    else:
+        shapes = (128, 384, 4, 4), (256, 768, 4, 8)
+        shared = dict(vocab_size=32000, num_key_value_heads=4, head_dim=32)
+    student, teacher = [
+        transformers.Qwen3Config(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, tie_word_embeddings=True, max_position_embeddings=2048,
+            **shared) for hidden, inner, layers, heads in shapes]
+    return (student, teacher, 8, 1024) if ON_GPU else (student, teacher, 4, 256)
 
 
 def our_step(folder, batches, alpha, **fields):
     """-> a function that makes one step of ours on each of the batches."""
     cfg = sd.Config(
         student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json",
-        alpha=alpha, use_wandb=False, **{"gradient_checkpointing": False} | fields)
+        alpha=alpha, **{"gradient_checkpointing": False} | fields)
     student, _ = sd.load_model(cfg, "student")
-    teacher = None
-    if alpha < 1:
-        teacher, _ = sd.load_model(cfg, "teacher")
+    teacher = sd.load_model(cfg, "teacher")[0] if alpha < 1 else None
     rates = dict.fromkeys(student.parameters(), 1e-4)
     optimizer = sd.make_optimizer(student.parameters(), rates, 0.0)
     scale_state = sd.new_scale_state(False)
@@ -7878,8 +7856,7 @@ def our_step(folder, batches, alpha, **fields):
 
     def step():
         for batch in batches:
-            loss, _, _ = student(loss_fn, batch, get_teacher_targets(batch), len(batch.labels))
-            loss.backward()
+            student(loss_fn, batch, get_teacher_targets(batch), len(batch.labels))[0].backward()
             sd.optimizer_step(optimizer, 1.0, scale_state, False)
             optimizer.zero_grad()
 
@@ -7890,17 +7867,14 @@ def token_row(ids, targets):
     return {"input_ids": ids, "targets": targets, "starts": np.array([0])}
 
 
-def plain_step(student_shape, teacher_shape, ids_BT, loss_of):
+def plain_step(student_config, teacher_config, ids_BT, loss_of):
     """-> a function that makes one step as a plain script would; loss_of(student, teacher)."""
-    dtype, device = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
-    student_config = transformers.Qwen3Config(**student_shape)
-    teacher_config = transformers.Qwen3Config(**teacher_shape)
-    student = AutoModelForCausalLM.from_config(student_config).to(device)
-    teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=dtype).to(device)
+    student = AutoModelForCausalLM.from_config(student_config).to(DEVICE)
+    teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=DTYPE).to(DEVICE)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
 
     def step():
-        with torch.autocast(device, dtype, enabled=ON_GPU):
+        with torch.autocast(DEVICE, DTYPE, enabled=ON_GPU):
             loss = loss_of(student, teacher, ids_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -7928,35 +7902,27 @@ def trl_step_loss(student, teacher, ids_BT):
 
 
 def bench_step():
-    student_shape, teacher_shape, sequences, tokens = step_shapes()
-    vocab = student_shape["vocab_size"]
+    student, teacher, sequences, tokens = step_sizes()
+    vocab = student.vocab_size
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
-        transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
+        student.save_pretrained(f"{folder}/student")
+        teacher.save_pretrained(f"{folder}/teacher")
         ids = np.random.default_rng(0).integers(0, vocab, (sequences, tokens))
         batch = sd.collate([token_row(row, np.arange(tokens) > 0) for row in ids])
+        plain = functools.partial(plain_step, student, teacher, batch.input_ids)
         cases = {
             "labels only": our_step(folder, [batch], alpha=1.0),
             "online": our_step(folder, [batch], alpha=0.5),
             "online, compile": our_step(folder, [batch], alpha=0.5, compile=True),
-            "plain PyTorch": plain_step(student_shape, teacher_shape, batch.input_ids,
-                                        plain_step_loss),
+            "plain PyTorch": plain(plain_step_loss),
         }
         with contextlib.suppress(ImportError):
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
             import trl   # noqa: F401
-            cases["TRL's GKDTrainer"] = plain_step(student_shape, teacher_shape, batch.input_ids,
-                                                   trl_step_loss)
+            cases["TRL's GKDTrainer"] = plain(trl_step_loss)
         found = interleaved(cases, rounds=5)
     print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}")
     print_speeds(found, sequences * tokens, "tokens/s", "plain PyTorch")
-
-
-def smollm2_135m():
-    return transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        tie_word_embeddings=True)
 
 
 def bench_documents(batch_size=8, seq_len=512, count=3):
@@ -7968,23 +7934,22 @@ def bench_documents(batch_size=8, seq_len=512, count=3):
         length = min(seq_len, round(pick.lognormvariate(5.32, 0.33)))
         documents.append(token_row(np.full(length, 7), np.arange(length) > 0.42 * length))
     rows = datasets.Dataset.from_list(documents).with_format("numpy")
-    kinds = {"one a row": rows, "packed": sd.PackedRows(rows, seq_len)}
     cases = {}
     targets = {}
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        smollm2_135m().save_pretrained(f"{folder}/student")
-        for kind, rows in kinds.items():
-            batches = []
-            for i in range(count):
-                numbers = range(i * batch_size, (i + 1) * batch_size)
-                batches.append(sd.collate([rows[k] for k in numbers]))
+        transformers.LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+            tie_word_embeddings=True).save_pretrained(f"{folder}/student")
+        for kind, table in (("one a row", rows), ("packed", sd.PackedRows(rows, seq_len))):
+            batches = sd.micro_batches(
+                [table[i] for i in range(count * batch_size)], count, batch_size)
             targets[kind] = sum(len(batch.labels) for batch in batches)
             cases[kind] = our_step(folder, batches, alpha=1.0, gradient_checkpointing=True)
         found = interleaved(cases, rounds=3)
     print(f"\nSmolLM2-135M's shape on labels, conversations in {batch_size} rows of {seq_len}")
-    speeds = {kind: targets[kind] / seconds for kind, seconds in found.items()}
-    for kind, speed in speeds.items():
-        print(f"  {kind:<20}{speed:>12,.0f} targets/s{speed / speeds['one a row']:>8.2f} x")
+    seconds = {kind: found[kind] / targets[kind] for kind in found}   # a target
+    print_speeds(seconds, 1, "targets/s", "one a row")
 
 
 BENCHES = {
@@ -8010,10 +7975,8 @@ def bench(names):
         return 0
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {device}", flush=True)
-    codes = []
-    for name in BENCHES:
-        codes.append(subprocess.run([sys.executable, __file__, "--bench", name]).returncode)
-    return max(codes)
+    return max(subprocess.run([sys.executable, __file__, "--bench", name]).returncode
+               for name in BENCHES)
 
 
 # --------------------------------------------------------------------------------------------------
