@@ -1188,8 +1188,8 @@ def case(n=23, vocab=97, *, teacher_vocab=None, seed=0, dtype=torch.float32, bia
         return sd.Head(weight, normal(rows) if bias else None, scale, softcap)
 
     labels = torch.where(torch.rand(n) < masked, -100, torch.randint(vocab, (n,)))
-    teacher = sd.DenseTarget(normal(n, 24).detach(), head(teacher_vocab or vocab, 24))
-    return Case(normal(n, 16), head(vocab, 16), labels, teacher)
+    return Case(normal(n, 16), head(vocab, 16), labels,
+                sd.DenseTarget(normal(n, 24).detach(), head(teacher_vocab or vocab, 24)))
 
 
 def apply_head(hidden, head):
