@@ -33,7 +33,6 @@ import shlex
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
 import tempfile
@@ -1388,25 +1387,19 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
 ])
 def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, text, ours, theirs,
                                                          problem):
-    names = []
-    for name, options in (("student", ours), ("teacher", theirs)):
-        tokenizer = tiny_tokenizer(**options)
-        names.append(tiny_model(tmp_path / name, len(tokenizer), tokenizer=tokenizer))
-    err = distil(out, rc=2, student=names[0], teacher=names[1], dataset=text, max_steps=1).err
-    assert problem in err
+    pair = {role: tiny_model(tmp_path / role, 300, tokenizer=tiny_tokenizer(**options))
+            for role, options in (("student", ours), ("teacher", theirs))}
+    assert problem in distil(out, rc=2, **pair, dataset=text, max_steps=1).err
 
 
 @pytest.mark.parametrize("named, candidates, found", [
-    (None, ["demo", "layers:2", "shape.json", "bare", "a", "b"], "a"),
-    ("b", ["a"], "b"),
-    (None, ["bare", "demo"], None),
-])
+    (None, "demo layers:2 shape.json bare a b", "a"), ("b", "a", "b"), (None, "bare demo", None)])
 def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "broken"):
         tiny_tokenizer().save_pretrained(name)
     os.mkdir("bare")
-    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), *candidates)
+    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), *candidates.split())
     assert (tokenizer and tokenizer.name_or_path) == found
     Path("broken", "tokenizer.json").write_text("{")
     with pytest.raises(config.UserError, match="tokenizer of broken"):   # and no other is taken
@@ -1420,31 +1413,21 @@ def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    runs = []
     pairs = zip(row["targets"], row["input_ids"], strict=True)
-    for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
-        if is_target:
-            runs.append(tokenizer.decode([int(token) for _, token in run]))
-    return runs
+    return [tokenizer.decode([token for _, token in run])
+            for is_target, run in itertools.groupby(pairs, lambda pair: pair[0]) if is_target]
 
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
     return sd.row_encoder(config.Config(seq_len=seq_len, packing=packing), tokenizer)(rows)
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def turns(*contents):
+    """Of user and assistant, one after the other."""
+    roles = itertools.cycle(["user", "assistant"])
+    return [dict(role=role, content=content) for role, content in zip(roles, contents)]
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-TWO_TURNS = [
-    {"role": "system", "content": "be brief"},
-    user("hello there"), assistant("hello there"),
-    user("2+2?"), assistant("It is 4.\nTruly."),
-]
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
@@ -1459,35 +1442,7 @@ NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
 
-
-@pytest.mark.parametrize("template, end_mark", [
-    pytest.param(CHATML, "<|im_end|>", id="chatml"),
-    pytest.param(NEEDS_SYSTEM + CHATML, "<|im_end|>", id="needs_system"),
-    pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
-    pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
-    pytest.param(NO_END, "", id="no_end"),
-    pytest.param(None, "<|endoftext|>", id="none"),
-])
-@pytest.mark.parametrize("bos", [False, True])
-def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template, end_mark, bos):
-    tokenizer = tiny_tokenizer(template, bos=bos)
-    row, = encode([{"messages": TWO_TURNS}], tokenizer)
-    assert target_runs(row, tokenizer) == ["hello there" + end_mark, "It is 4.\nTruly." + end_mark]
-    if template:   # and the ids are those that the template makes, with no second <|begin|>
-        ids = tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
-        assert row["input_ids"] == ids
-
-
-@pytest.mark.parametrize("said", [
-    "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant"])
-def test_data_odd_answers_are_found_exactly(said):
-    tokenizer = tiny_tokenizer(LLAMA3)
-    row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    assert target_runs(row, tokenizer) == [said.strip() + "<|eot_id|>"] * 2
-
-
-# ---- thoughts and calls of tools, by the templates of those models, shortened
-
+# thoughts and calls of tools, by the templates of those models, shortened
 QWEN3 = """
 {%- set ns = namespace(searching=true, last_query=messages|length - 1) %}
 {%- for m in messages[::-1] %}
@@ -1598,200 +1553,184 @@ MISTRAL_TOOLS = """
 {{- '[TOOL_RESULTS] {"content": ' + m.content + '}[/TOOL_RESULTS]' }}
 {%- endif %}
 {%- endfor %}"""
-CALL = {"type": "function", "id": "abcdefghi",
-        "function": {"name": "look", "arguments": {"at": "sky"}}}
-TOOL_TURNS = [
-    user("how is it?"),
-    {**assistant(None), "tool_calls": [CALL]},
+WITH_TOOLS = """[
+    {"role": "user", "content": "how is it?"},
+    {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "id": "abcdefghi",
+        "function": {"name": "look", "arguments": %s}}]},
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
-    {**assistant("Dull."), "reasoning_content": "grey is dull"},
-]
+    {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"}]"""
+THOUGHTS = json.loads(r"""[
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [
+        {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]},
+    {"role": "tool", "content": "blue"},
+    {"role": "assistant", "content": "<think>\nso\n</think>\n\nd"}]""")
 SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
 
+@pytest.mark.parametrize("template, messages, targets", [
+    *[(template, [dict(role="system", content="be brief"),
+                  *turns("hello there", "hello there", "2+2?", "It is 4.\nTruly.")],
+       ["hello there" + end, "It is 4.\nTruly." + end]) for template, end in (
+           (CHATML, "<|im_end|>"), (NEEDS_SYSTEM + CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"),
+           (MISTRAL, "<|endoftext|>"), (NO_END, ""), (None, "<|endoftext|>"))],
+    *[(LLAMA3, turns(said, said, said, said), [said.strip() + "<|eot_id|>"] * 2) for said in (
+        "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant")],
+    # templates that change earlier turns
+    (THINKING, turns("a", "<think>hm</think>b", "c", "<think>d"),
+     ["b<|im_end|>", "<think>d<|im_end|>"]),
+    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
+                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
+    (QWEN3, [*THOUGHTS, *turns("e", "f")],
+     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
+    (QWEN3, turns("a", ""), []),   # says nothing
+], ids=itertools.count())
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_what_the_assistant_says_and_its_end_mark_are_targets(
+        template, messages, targets, bos):
+    tokenizer = tiny_tokenizer(template, bos=bos)
+    row, = encode([{"messages": messages}], tokenizer)
+    assert target_runs(row, tokenizer) == targets
+    if template:   # and the ids are those that the template makes, with no second <|begin|>
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert row["input_ids"] == ids
+
+
 @pytest.mark.parametrize("template, targets", [
-    pytest.param(
-        QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
-    pytest.param(LLAMA31, [
-        '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
-        id="llama3.1"),
-    pytest.param(GLM, [
-        "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>sky</arg_value>\n"
-        "</tool_call><|observation|>",
-        "\n<think>grey is dull</think>\nDull."], id="glm"),
-    pytest.param(MISTRAL_TOOLS, [
-        '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
-        "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
-])
-@pytest.mark.parametrize("arguments", [{"at": "sky"}, '{"at": "sky"}'])
+    (QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"]),
+    (LLAMA31, ['{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"]),
+    (GLM, ["\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n"
+           "<arg_value>sky</arg_value>\n</tool_call><|observation|>",
+           "\n<think>grey is dull</think>\nDull."]),
+    (MISTRAL_TOOLS, ['[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, '
+                     '"id": "abcdefghi"}]<|endoftext|>', "Dull.<|endoftext|>"]),
+], ids="qwen3 llama3.1 glm mistral".split())
+@pytest.mark.parametrize("arguments", ['{"at": "sky"}', r'"{\"at\": \"sky\"}"'])
 def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets, arguments):
     """Read from a file, so that each message has the fields of all others, as nulls; arguments come
     as an object or, as APIs give them, as JSON in a string."""
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"extra_special_tokens": [
         "<|user|>", "<|assistant|>", "<|observation|>"]})
-    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
-    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
-    rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
-    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, seq_len=512)
-    assert target_runs(train[0], tokenizer) == targets
-    mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
-    assert target_runs(train[1], tokenizer) in (
-        [targets[0]], [mark],
-        ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
-
-
-THOUGHTS = [
-    user("a"), assistant("<think>\nhm\n</think>\n\nb"),
-    user("c"),
-    {**assistant(""), "reasoning_content": "look", "tool_calls": [CALL]},
-    {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
-]
-
-
-@pytest.mark.parametrize("template, turns, targets", [
-    (THINKING, [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>d")],
-     ["b<|im_end|>", "<think>d<|im_end|>"]),
-    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
-                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
-    (QWEN3, [*THOUGHTS, user("e"), assistant("f")],
-     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
-    (QWEN3, [user("a"), assistant("")], []),   # says nothing
-    (None, [assistant("abc")], ["bc<|endoftext|>"]),   # its first token follows nothing
-])
-def test_data_templates_that_change_earlier_turns(template, turns, targets):
-    tokenizer = tiny_tokenizer(template)
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == targets
+    messages = json.loads(WITH_TOOLS % arguments)
+    rows = [{"messages": messages}, {"messages": messages[:2]}]   # the second is only a call
+    (whole, call), _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, 512)
+    assert target_runs(whole, tokenizer) == targets
+    shown, = target_runs(call, tokenizer)
+    assert shown in (
+        targets[0], targets[0].replace("<|observation|>", ""),   # which is the next turn's
+        "<think>\n\n</think>\n\n" + targets[0])   # Qwen's last turn always thinks
 
 
 # ---- from raw rows to token rows
 
 
-def rows_of(dataset, tokenizer=None, **fields):
+def rows_of(dataset, tokenizer=None, seq_len=64, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    cfg = config.Config(**{"dataset": str(dataset), "seq_len": 64, **fields})
+    cfg = config.Config(dataset=str(dataset), seq_len=seq_len, **fields)
     with sd.process_group():
         train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
-    train = train or []
-    return [train[i] for i in range(len(train))], list(held_out)
+    return list(train or []), list(held_out)
 
 
 def ids_of(rows):
     return [list(map(int, row["input_ids"])) for row in rows]
 
 
-def decoded(rows):
-    return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
-
-
-WHY_SO = [user("why?"), assistant("so")]
-PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
-NULLS = {"name": None, "tool_calls": None}
-
-
-@pytest.mark.parametrize("row", [
-    {"messages": WHY_SO},
-    {"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]},
+@pytest.mark.parametrize("row", json.loads("""[
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    {"messages": [{"role": "user", "name": null, "tool_calls": null,
+                   "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]},
+                  {"role": "assistant", "content": "so", "tool_calls": []}]},
     {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
     {"prompt": "why?", "response": "so", "text": "unread"},
     {"prompt": "why?", "completion": "so"},
-    {"prompt": [user("why?")], "completion": [assistant("so")]},
-    {"messages": None, "prompt": None, "question": "why?", "answer": "so"},
-    {"instruction": "why?", "input": "", "output": "so"},
-])
+    {"prompt": [{"role": "user", "content": "why?"}],
+     "completion": [{"role": "assistant", "content": "so"}]},
+    {"messages": null, "prompt": null, "question": "why?", "answer": "so"},
+    {"instruction": "why?", "input": "", "output": "so"}]"""))
 def test_data_conversations_of_every_format(row):
-    assert sd.conversation_of(row) == WHY_SO
-    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == [
-        user("add\n\n1, 2"), assistant("3")]
+    assert sd.conversation_of(row) == turns("why?", "so")
+    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == turns(
+        "add\n\n1, 2", "3")
     for other in ({"messages": [], "prompt": "why?", "response": None}, {"messages": "why?"}):
         assert sd.conversation_of({**other, "text": "one"}) is None
     when = datetime.datetime(2026, 1, 2)   # as parquet has them
-    assert sd.conversation_of({"messages": [{**user("a"), "when": when, "calls": [None]}]}) == [
-        {**user("a"), "when": str(when), "calls": [None]}]
+    message = {"role": "user", "content": "a", "calls": [None]}
+    assert sd.conversation_of({"messages": [{**message, "when": when}]}) == [
+        {**message, "when": str(when)}]
 
 
-PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
-MIXED = [
+MIXED = json.loads("""[
     {"text": "plain one"},
-    {"messages": WHY_SO},
-    {"text": "", "id": 1},   # neither said nor wrong
-    {"text": None},
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    {"text": "", "id": 1},
+    {"text": null},
     {"text": "plain two"},
-    {"messages": [user("q"), {"content": "nobody said this"}]},
-    {"messages": [user(PICTURE), assistant("a picture")]},
+    {"messages": [{"role": "user", "content": "q"}, {"content": "nobody said this"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"},
+                                               {"type": "image_url", "image_url": {"url": "x"}}]},
+                  {"role": "assistant", "content": "a picture"}]},
     {"id": 7},
-    {"messages": [user("only asked")]},
-    {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]},
-]
-REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
-           "KeyError: 'text' among id", "no target in 64 tokens", "no system role"]
+    {"messages": [{"role": "user", "content": "only asked"}]},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                  {"role": "assistant", "content": "a"}]}]""")
 
 
 def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
+    """Empty text is neither said nor wrong."""
     tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
     rows, dropped = sd.kept_rows(encode(MIXED, tokenizer, 64))
     assert [target_runs(row, tokenizer) for row in rows] == [
         ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
-    assert dropped.total() == len(REASONS)
-    for reason in REASONS:
+    assert dropped.total() == 5
+    for reason in ("KeyError: 'role' among messages", "KeyError: 'text' among messages",
+                   "KeyError: 'text' among id", "no target in 64 tokens", "no system role"):
         assert sum(reason in why for why in dropped) == 1, (reason, dropped)
 
 
+@pytest.mark.parametrize("template, packing, why", [
+    (None, "blocks", "use --packing rows"),
+    ("{% for m in messages[2:] %}{{ m.content }}{% endfor %}", "auto",   # writes nothing of it
+     "no target in 16 tokens")], ids=["blocks", "template"])
+def test_data_dropped_as_it_has_to_be(template, packing, why):
+    rows = [{"messages": turns("why?", "so")}, {"text": "abc"}]
+    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
+    assert len(kept) == 1
+    reason, = dropped.elements()
+    assert why in reason
+
+
 def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
-    sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
-    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
+    rows = [{"prompt": "p" * n, "response": "r" * 10} for n in (2, 3, 9, 16, 500)]
     train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), seq_len=16)
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
-    assert [sum(row["targets"]) for row in train] == [11, 11, 11]
+    assert [sum(row["targets"]) for row in train] == [11, 11, 6]
     shown = capsys.readouterr().out
     assert "train: of 5 raw rows dropped 2: 2 x no target in 16 tokens" in shown
     assert "eval: dropped" not in shown
 
 
-def llama_tokenizer(**fields):
-    """One letter a token, a "▁" for each blank and before the text."""
-    tokens = ["<unk>", "<s>", "</s>", *string.ascii_letters, ".", ",", "▁"]
-    return transformers.LlamaTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
-
-
 @pytest.mark.parametrize("packing", ["blocks", "rows"])
-@pytest.mark.parametrize("tokenizer, begin", [
-    pytest.param(tiny_tokenizer(), [], id="gpt"),   # it has a BOS, and puts it nowhere
-    pytest.param(tiny_tokenizer(bos=True), [1], id="gemma"),
-    pytest.param(llama_tokenizer(add_bos_token=True), [1], id="llama"),
-])
-def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin, packing):
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(bos, packing):
+    """If that is where the tokenizer puts it."""
     docs = [prose(5 + i, i) for i in range(6)]
-    streams = tokenizer(docs, add_special_tokens=False)["input_ids"]
-    for ids in streams:
-        ids.append(tokenizer.eos_token_id)
-    docs[-1] += tokenizer.eos_token   # it ends so already
+    streams = [tiny_tokenizer().encode(doc + "<|endoftext|>") for doc in docs]
+    docs[-1] += "<|endoftext|>"   # it ends so already
     if packing == "blocks":
         streams = [list(itertools.chain(*streams))]
+    begin = [1] * bos
     room = 16 - len(begin)
     expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
-    rows = encode([{"text": doc} for doc in docs], tokenizer, 16, packing)
-    assert [row["input_ids"] for row in rows] == expected
-    for row in rows:
+    rows = encode([{"text": doc} for doc in docs], tiny_tokenizer(bos=bos), 16, packing)
+    for row, ids in zip(rows, expected, strict=True):
+        assert row["input_ids"] == ids
         assert row["starts"] == [0]
-        assert row["targets"] == [False] + [True] * (len(row["input_ids"]) - 1)
-        assert bool(row["dropped"]) == (len(row["input_ids"]) == 1)
-
-
-@pytest.mark.parametrize("template, packing, why", [
-    pytest.param(None, "blocks", "use --packing rows", id="blocks"),
-    # which writes nothing of a single message
-    pytest.param("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "auto",
-                 "no target in 16 tokens", id="template"),
-])
-def test_data_dropped_as_it_has_to_be(template, packing, why):
-    rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
-    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
-    assert len(kept) == 1
-    [reason] = dropped.elements()
-    assert why in reason
+        assert row["targets"] == [i > 0 for i in range(len(ids))]
+        assert bool(row["dropped"]) == (len(ids) == 1)
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
@@ -1800,15 +1739,15 @@ def test_data_every_local_format_gives_the_same_rows(tmp_path):
     table = datasets.Dataset.from_list(rows)
     write_jsonl(tmp_path / "d.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    table.to_csv(str(tmp_path / "d.csv"))
-    table.to_parquet(str(tmp_path / "d.parquet"))
+    table.to_csv(tmp_path / "d.csv")
+    table.to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.txt").write_text("\n\n".join(docs))
-    table.save_to_disk(str(tmp_path / "saved"))
-    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
-    want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved_dict")
+    want = list(map(ids_of, rows_of(tmp_path / "d.jsonl")))
     assert len(want[0]) > 20
-    for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
-        assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
+    for name in "d.json d.csv d.parquet d.txt saved saved_dict".split():
+        assert list(map(ids_of, rows_of(tmp_path / name))) == want, name
 
 
 # ---- what is kept of them
@@ -1841,40 +1780,38 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
     rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
     rows[::500] = [{"messages": [{"content": "nobody said this"}]}] * 5
     path = write_splits(tmp_path / "d", rows, rows[1:2])
-    ran = subprocess.run([sys.executable, "-c", SEVERAL, str(HERE), path, str(tmp_path)],
+    ran = subprocess.run([sys.executable, "-c", SEVERAL, HERE, path, tmp_path],
                          text=True, capture_output=True)
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
-    assert len(found) == 4, ran.stderr
-    assert len(set(found)) == 1, found
+    assert found == found[:1] * 4 != [], (found, ran.stderr)
     assert "train: of 2500 raw rows dropped 5: 5 x KeyError: 'role' among" in found[0]
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
+    code = Path(sd.__file__).read_text()
     raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
-
-    def fingerprint(tokenizer=None, raw=raw, **fields):
-        cfg = config.Config(**{"packing": "rows", **fields})
-        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer or tiny_tokenizer()))
-
-    other_end = tiny_tokenizer()
+    plain, other_end = tiny_tokenizer(), tiny_tokenizer()
     other_end.eos_token = "<|im_end|>"
+
+    def fingerprint(tokenizer=plain, raw=raw, packing="rows", **fields):
+        cfg = config.Config(packing=packing, **fields)
+        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer))
+
+    def edited(line):
+        Path(sd.__file__).write_text(code.replace(f"\n{line}", f"\n# an edit\n{line}"))
+        return fingerprint()
+
     same = {fingerprint(), fingerprint(packing="documents")}
-    other = [
+    other = {
         fingerprint(other_end), fingerprint(tiny_tokenizer(CHATML)),
         fingerprint(raw=raw.rename_column("prompt", "question")), fingerprint(packing="auto"),
-        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
-    marker = "\n# ---- between raw rows and token rows"
-    parts = Path(sd.__file__).read_text().split(marker)
-    for word in ("ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of"):
-        assert word in parts[1]
-    monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
-    for i, found in enumerate((same.add, other.append, same.add)):
-        edited = [*parts]
-        edited[i] += "# an edit"
-        Path(sd.__file__).write_text(marker.join(edited))
-        found(fingerprint())
+        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")}
+    monkeypatch.setattr(sd, "__file__", tmp_path / "edited.py")
+    other.update(map(edited, (
+        "ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of")))
+    same.update(map(edited, ("def tokenize", "class PackedRows")))
     assert len(same) == 1
-    assert len({*same, *other}) == 9
+    assert len(same | other) == 13
 
 
 # ---- packing
@@ -1891,32 +1828,34 @@ def documents_of(rows):
 
 
 def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
+    """Held-out ones stand alone: what is measured on them does not depend on the packing."""
     rows = talk(150)
     path = write_splits(tmp_path / "d", rows, rows[:9])
-    tokenizer = tiny_tokenizer(CHATML)
-    apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
-    packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
+    (apart, held_out), (packed, packed_held_out) = [
+        rows_of(path, tiny_tokenizer(CHATML), 128, packing=packing)
+        for packing in ("rows", "documents")]
     assert documents_of(packed) == documents_of(apart)
     assert len(apart) == 150
     assert len(packed) < len(apart) / 1.3
     assert max(len(row["input_ids"]) for row in packed) <= 128
-    # held-out documents stand alone: what is measured on them does not depend on the packing
     assert ids_of(packed_held_out) == ids_of(held_out)
+
+
+def marked_row(ids, targets, *starts):
+    """targets: a # for each that is one. starts: of all documents but the first."""
+    return dict(input_ids=ids, targets=[mark == "#" for mark in targets], starts=[0, *starts])
 
 
 def token_dataset(documents):
     """Of [(ids, targets)], as it lies on disk."""
-    rows = [dict(input_ids=ids, targets=targets, starts=[0], dropped="")
-            for ids, targets in documents]
+    rows = [dict(**marked_row(*document), dropped="") for document in documents]
     return sd.kept_rows(datasets.Dataset.from_list(rows, features=sd.FEATURES))[0]
 
 
 def test_data_packed_rows_are_a_view_of_any_number_of_documents():
     """They are put together ten thousand at a time."""
-    documents = token_dataset(([i] * (1 + i % 4), [False] + [True] * (i % 4))
-                              for i in range(10_050))
-    packed = sd.PackedRows(documents, 64)
-    rows = [packed[i] for i in range(len(packed))]
+    documents = token_dataset(([i] * (1 + i % 4), "." + "#" * (i % 4)) for i in range(10_050))
+    rows = list(sd.PackedRows(documents, 64))
     assert documents_of(rows) == documents_of(documents.with_format(None))
     assert max(len(row["input_ids"]) for row in rows) == 64
     assert len(rows) <= math.ceil(10_050 * 2.5 / 64) + 1
@@ -1936,30 +1875,28 @@ def test_data_as_few_rows_as_the_documents_need():
 
 def test_data_rows_are_counted_and_known_by_their_content():
     """By all of it, and by nothing else: a resume compares it."""
-    documents = [([i % 50, 7, 8], [False, True, True]) for i in range(1500)]
+    documents = [([i % 50, 7, 8], ".##") for i in range(1500)]
     rows = token_dataset(documents)
     found = sd.count_rows(rows)
-    digest = found.pop("digest")
-    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49)
+    digest = found["digest"]
+    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49, digest=digest)
+    assert sd.count_rows(sd.PackedRows(rows, 30)) == {**found, "rows": 150}
+    assert sd.count_rows(rows.to_iterable_dataset()) is None
     for edit in (
-        [([48, 9, 8], [False, True, True]), documents[-1]],    # another id
-        [documents[-2], ([49, 7, 8], [False, True, False])],   # another target
-        [([48, 7], [False, True]), ([8, 49, 7, 8], [True, False, True, True])],   # cut elsewhere
+        [([48, 9, 8], ".##"), ([49, 7, 8], ".##")],   # another id
+        [([48, 7, 8], ".##"), ([49, 7, 8], ".#.")],   # another target
+        [([48, 7], ".#"), ([8, 49, 7, 8], "#.##")],   # cut elsewhere
     ):
         assert sd.count_rows(token_dataset(documents[:-2] + edit))["digest"] != digest, edit
-    packed = sd.count_rows(sd.PackedRows(rows, 30))
-    assert packed == dict(rows=150, tokens=4500, targets=3000, biggest=49, digest=digest)
-    assert sd.count_rows(rows.to_iterable_dataset()) is None
 
 
 # ---- splits
 
 
 @pytest.mark.parametrize("length, wanted, expected", [
-    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98]),
-])
+    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98])])
 def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wanted, expected):
-    raw = datasets.Dataset.from_dict({"n": list(range(length))})
+    raw = datasets.Dataset.from_dict({"n": range(length)})
     train, held_out = sd.hold_out_rows(raw, wanted)
     assert held_out["n"][:] == expected
     assert train["n"][:] == [i for i in range(length) if i not in expected]
@@ -1977,36 +1914,32 @@ def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wante
 def test_data_splits_by_their_role(tmp_path, fields, expected):
     write_jsonl(tmp_path / "train.jsonl", talk(40))
     write_jsonl(tmp_path / "test.jsonl", talk(6))
-    train, held_out = rows_of(tmp_path, seq_len=256, **fields)
-    assert (len(train), len(held_out)) == expected
+    assert tuple(map(len, rows_of(tmp_path, seq_len=256, **fields))) == expected
 
 
 @pytest.mark.parametrize("role", ["train_split", "eval_split"])
-@pytest.mark.parametrize("kind", ["folder", "file", "saved"])
-def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, kind):
-    path = tmp_path
-    write_jsonl(tmp_path / "train.jsonl", talk(2))
-    if kind == "file":
-        path = tmp_path / "train.jsonl"
-    if kind == "saved":
-        path = tmp_path / "saved"
-        datasets.DatasetDict(train=datasets.Dataset.from_list(talk(2))).save_to_disk(path)
+@pytest.mark.parametrize("name", ["d", "d/train.jsonl", "saved"])
+def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, name):
+    write_splits(tmp_path / "d", talk(2), talk(2))
+    raw = datasets.Dataset.from_list(talk(2))
+    datasets.DatasetDict(train=raw).save_to_disk(tmp_path / "saved")
     with pytest.raises(config.UserError, match="no split 'test'"):
-        rows_of(path, **{role: "test"})
+        rows_of(tmp_path / name, **{role: "test"})
 
 
 def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
-    (tmp_path / "d.txt").write_text(prose(2000))
-    train, held_out = rows_of(tmp_path / "d.txt")
+    path = tmp_path / "d.txt"
+    path.write_text(prose(2000))
+    train, held_out = rows_of(path)
     ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
     blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
     assert ids_of(train + held_out) == blocks
     assert len(held_out) == len(blocks) // 20
-    (tmp_path / "d.txt").write_text("a" * 70)
-    assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
-    (tmp_path / "d.txt").write_text("a" * 60)
+    path.write_text("a" * 70)
+    assert [len(rows) for rows in rows_of(path)] == [1, 1]
+    path.write_text("a" * 60)
     with pytest.raises(config.UserError, match="nothing is left to evaluate on"):
-        rows_of(tmp_path / "d.txt")
+        rows_of(path)
 
 
 # ---- what can be wrong with a dataset
@@ -2024,14 +1957,12 @@ def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
 
 @pytest.mark.parametrize("name, content", [
     ("broken.jsonl", '{"text": \n'), ("empty.jsonl", ""), ("half.parquet", "PAR1"),
-    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None),
-])
+    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None)])
 def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
-    path = tmp_path / name
+    dataset = tmp_path / Path(name).parts[0]
     if content is not None:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-    dataset = tmp_path / Path(name).parts[0] if "/" in name else path
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
     with pytest.raises(config.UserError, match=f"reading dataset {dataset}: ") as caught:
         rows_of(dataset)
     assert len(str(caught.value).splitlines()) == 1
@@ -2041,7 +1972,7 @@ def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
 def test_data_names_are_names_and_no_patterns(tmp_path, name):
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
     train, _ = rows_of(write_jsonl(tmp_path / name, [{"text": "this file"}] * 3))
-    assert "this file" in decoded(train)[0]
+    assert "this file" in tiny_tokenizer().decode(train[0]["input_ids"])
 
 
 # ---- batches
@@ -2049,20 +1980,15 @@ def test_data_names_are_names_and_no_patterns(tmp_path, name):
 
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_data_collate_shifts_before_it_masks_and_positions_restart(kind):
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
-         "starts": [0, 2]},
-        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0]},
-    ]
-    rows = [{name: kind(values) for name, values in row.items()} for row in rows]
+    rows = [{name: kind(values) for name, values in row.items()} for row in (
+        marked_row([5, 6, 7, 8, 9], ".#.##", 2), marked_row([1, 2, 3], "..#"))]
     batch = sd.collate(rows)
     assert batch.rows is rows
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
     assert batch.positions.tolist() == [0, 2, 3, 6]
     assert batch.labels.tolist() == [6, 8, 9, 3]
     assert batch.real.tolist() == list(range(8))
-    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2]
-    assert batch.position_ids[1, :3].tolist() == [0, 1, 2]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
     assert sd.collate(rows[1:]).position_ids is None
 
 
@@ -2085,17 +2011,15 @@ def test_data_a_step_knows_its_rows(count, size):
 
 
 def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
-    rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
+    """After a resume, and where only five rows are left."""
     run = types.SimpleNamespace(
-        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+        cfg=config.Config(), rows=[marked_row([i, 50], ".#") for i in range(13)],
+        global_batch=8, micro_steps=2, batch_size=2, progress=types.SimpleNamespace(step=1))
     monkeypatch.setattr(sd, "WORLD", 2)
     for rank in (0, 1):
         monkeypatch.setattr(sd, "RANK", rank)
-        run.progress = types.SimpleNamespace(step=1)   # of a resume: five rows are left there
-        batches = sd.my_batches(run)
-        for step in (1, 2):
+        for step, (micro, _) in zip((1, 2), sd.my_batches(run)):
             mine = sd.batch_of_step(13, 0, 8, step)[rank::2]
-            micro, _ = next(batches)
             found = [[row["input_ids"][0] for row in batch.rows] for batch in micro]
             assert found == [mine[:2], mine[2:]]
 
