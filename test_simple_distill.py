@@ -2113,7 +2113,6 @@ def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packin
            max_grad_norm=0, packing=packing, gradient_checkpointing=recompute)
     assert distance(final_weights(out), layers_0_and_2(weights(path))) < 1e-20
     student = load(f"{out}/final")
-    assert student.config.num_hidden_layers == 2
     head = student.get_output_embeddings().weight
     assert (head is student.get_input_embeddings().weight) == student.config.tie_word_embeddings
     losses, held_out = [model_losses(student, load(path), chatml_rows(rows), 0.3, 2.0)
@@ -2130,28 +2129,24 @@ def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packin
 # ---- vocabularies
 
 
-@pytest.mark.parametrize("who", ["teacher", "student", "teacher student"])
+@pytest.mark.parametrize("who", [
+    "teacher", "student", "teacher student",
+    "teacher student cached",   # optional: cache
+])
 def test_models_a_padded_vocabulary_trains_as_one_that_is_not(tmp_path, usual, who):
     odd = {role: padded(tmp_path / role, usual[role], 96 + 32 * i)   # of different lengths
-           for i, role in enumerate(who.split())}
-    outs = two_runs(tmp_path, odd, {}, alpha=0.3, temperature=2.0, **usual)
-    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
-        assert column(outs[0], key) == pytest.approx(column(outs[1], key), rel=1e-6)
+           for i, role in enumerate(who.split()[:2])}
+    if "cached" in who:   # optional: cache
+        cache = dict(cache_dir=tmp_path / "cache", temperature=2.0)
+        cli(*flags(mode="cache", teacher=odd.pop("teacher"), dataset=usual["dataset"], seq_len=32,
+                   dtype="fp32", eval_samples=8, **cache))
+        usual = dict(student=usual["student"], max_steps=3, **cache)
+    outs = two_runs(tmp_path, odd, {}, alpha=0.3, **{"temperature": 2.0, **usual})
+    for got, expected in zip(*map(quiet_log, outs), strict=True):
+        assert got == pytest.approx(expected, rel=1e-6)
     got, expected = map(final_weights, outs)
     cut = {name: x[:len(expected[name])] for name, x in got.items()}
     assert distance(cut, expected) < 1e-6
-
-
-def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
-        tmp_path, teacher, student, text):
-    cache = str(tmp_path / "cache")
-    odd = padded(tmp_path / "student", student, 128)
-    cli(*flags(mode="cache", teacher=padded(tmp_path / "teacher", teacher, 96), dataset=text,
-               seq_len=32, cache_dir=cache, dtype="fp32", eval_samples=8))
-    outs = two_runs(tmp_path, dict(student=student), dict(student=odd), cache_dir=cache, alpha=0.3,
-                    max_steps=2)
-    losses = [column(out, "train/loss") for out in outs]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_models_labels_alone_are_transformers_own_loss_over_the_whole_head(
@@ -2195,9 +2190,9 @@ def test_models_layers_n_cuts_lists_of_one_item_a_layer():
     """And no others."""
     items = "full_attention sliding_attention chunked_attention linear_attention".split()
     shape = AnyConfig(depth=4, eos_token_id=items, **dict.fromkeys(PER_LAYER, items))
-    for count, kept in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])):
-        cut, numbers = sd.cut_layers(shape, count)
-        assert numbers == kept and cut.depth == count and cut.eos_token_id == items
+    for kept in ([0], [0, 3], [0, 2, 3], [0, 1, 2, 3]):
+        cut, numbers = sd.cut_layers(shape, len(kept))
+        assert numbers == kept and cut.depth == len(kept) and cut.eos_token_id == items
         lists = dict.fromkeys(PER_LAYER, [items[i] for i in kept])
         assert vars(cut).items() >= lists.items()
     short = dict.fromkeys(PER_LAYER, items[:2])
@@ -2264,9 +2259,9 @@ def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
     assert identities[0] == identities[1] != identities[2]
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_models_tied_embeddings_are_one_tensor(group, tmp_path, role):
-    root = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), role)
+def test_models_tied_embeddings_are_one_tensor(group, tmp_path):
+    """Of a teacher. A student of two could not have the checkpoint that it has."""
+    root = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), "teacher")
     assert root.model.lm_head.weight is root.model.transformer.wte.weight
 
 
@@ -2295,13 +2290,13 @@ def test_models_types_of_numbers(group, tmp_path, student, dtype, types):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_models_mixed_precision_stays_close_to_fp32(tmp_path, usual, dtype):
     full, mixed = two_runs(tmp_path, {}, dict(dtype=dtype), **usual)
-    for key, tolerance in (("train/loss", 2e-2), ("train/grad_norm", 5e-2)):
-        assert column(mixed, key) == pytest.approx(column(full, key), rel=tolerance)
+    for key in ("train/loss", "train/grad_norm"):
+        assert column(mixed, key) == pytest.approx(column(full, key), rel=2e-2)
     assert column(mixed, "train/skipped_steps") == [0, 0, 0]
-    kept = {x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name}
-    assert kept == {torch.float32}
-    final = {x.dtype for x in final_weights(mixed).values()}
-    assert final == {sd.compute_dtype(config.Config(dtype=dtype))}
+    assert {x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name} == {
+        torch.float32}
+    assert {x.dtype for x in final_weights(mixed).values()} == {
+        sd.compute_dtype(config.Config(dtype=dtype))}
     assert final_distance([full, mixed]) < 2e-2
 
 
@@ -2318,8 +2313,9 @@ def test_models_logits_of_a_head_are_formed_in_fp32():
 @pytest.fixture
 def eight_ranks(monkeypatch):
     """Rank 0 of four nodes with two ranks each; the others send nothing."""
-    for name, value in dict(WORLD=8, LOCAL_WORLD=2, HOST=None).items():
-        monkeypatch.setattr(sd, name, value)
+    monkeypatch.setattr(sd, "WORLD", 8)
+    monkeypatch.setattr(sd, "LOCAL_WORLD", 2)
+    monkeypatch.setattr(sd, "HOST", None)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     torch.distributed.destroy_process_group()
@@ -2393,19 +2389,11 @@ def test_models_checkpointing_does_not_recompute_what_is_frozen(group, student):
     assert calls == [0, 1, 1]
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: a number of a tensor that Python asks for."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("starts", [[], [4]])
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
 def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, starts):
-    """transformers looks into position_ids for packed documents, in Python, once a model."""
+    """For a number of a tensor. transformers looks into position_ids for packed documents, in
+    Python, once a model."""
     path = three_layers(   # GPT-2 looks for padding, to warn of it
         tmp_path / "model", name, pad_token_id=None)
     student = loaded(path, gradient_checkpointing=True)
@@ -2413,11 +2401,12 @@ def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, st
     masking = transformers.masking_utils
     own = masking.find_packed_sequence_indices
     batch = sd.collate([marked_row(range(n), "." + "#" * (n - 1), *starts) for n in (9, 6)])
-    with Waits() as waits:
+    with torch.profiler.profile() as profile:
         loss, *_ = student(functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0), batch,
                            get_teacher_targets(batch), 13)
         loss.backward()
-    assert waits.count == 0
+    calls = [event.name for event in profile.events()]
+    assert "aten::mm" in calls and "aten::_local_scalar_dense" not in calls
     assert all(p.grad is not None for p in student.parameters())
     assert masking.find_packed_sequence_indices is own
     with sd.known_documents(batch.position_ids):
@@ -2432,9 +2421,9 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
     path = three_layers(tmp_path / "model", "Gemma3Text")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        on, off = [dict(compile=x, gradient_checkpointing=x) for x in (True, False)]
-        outs = two_runs(tmp_path, on, off, teacher=path, student=path, dataset=text, alpha=0.5,
-                        max_steps=2, lr_multipliers=["embed=0", r"layers\.0\.=0"])
+        outs = two_runs(
+            tmp_path, dict(compile=True, gradient_checkpointing=True), {}, teacher=path,
+            student=path, dataset=text, max_steps=2, lr_multipliers=["embed=0", r"layers\.0\.=0"])
     assert final_distance(outs) < 1e-4
 
 
@@ -2444,9 +2433,7 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
 def test_models_a_probe_refuses_what_is_off_or_not_finite(group, student):
     root = loaded(student)
 
-    def probe(*error_and_allowed):
-        sd.probe(root, "it bends", lambda model, *numbers: numbers, *error_and_allowed)
-
+    probe = functools.partial(sd.probe, root, "it bends", lambda model, *numbers: numbers)
     probe(0.1, 0.1)
     for error in (0.11, math.nan):
         with pytest.raises(config.UserError, match="^it bends "):
@@ -2475,55 +2462,53 @@ def odd_model(path):
 def one_row(module, query, key, value, attention_mask, **kwargs):
     """Attention that keeps documents apart only where a batch is one row, as flash attention."""
     mask = attention_mask if len(query) == 1 else None
-    attend = transformers.AttentionInterface()["sdpa"]
-    return attend(module, query, key, value, mask, **kwargs)
+    return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
 
 
 transformers.AttentionInterface.register("one_row", one_row)
 transformers.AttentionMaskInterface.register(
     "one_row", transformers.AttentionMaskInterface()["sdpa"])
 
-PACKED = dict(packing="documents")
 SEES = "later tokens"
 MIXES = "see each other"
-# (model, knobs) -> words of the error; the class of the model is always among them
+# model, words of the error or None, knobs; the class of the model is always among the words
 WRONG = {
-    "beyond its positions": (dict(max_position_embeddings=16), PACKED, None),
-    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), {},
-                 SEES),
-    "BERT": (dict(cls="BertConfig"), {}, SEES),
-    "encoder": (dict(cls="T5Config", d_kv=16), {}, "T5Config"),
-    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), {}, "32 positions"),
-    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), PACKED, None),
-    "another head": (odd_model, dict(trust_remote_code=True), "Odd head_of()"),
-    "attention of one row": ({}, dict(attention="one_row", packing="documents"), MIXES),
-    "attention of one row, not packed": ({}, dict(attention="one_row"), None),
-    "state": (dict(cls="MambaConfig", state_size=4), PACKED, MIXES),
-    "state, not packed": (dict(cls="MambaConfig", state_size=4), {}, None),
-    "distances": (dict(cls="BloomConfig"), PACKED, MIXES),
-    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), PACKED, MIXES),
+    "beyond its positions": (dict(max_position_embeddings=16), None),
+    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), SEES),
+    "BERT": (dict(cls="BertConfig"), SEES),
+    "encoder": (dict(cls="T5Config", d_kv=16), "T5Config"),
+    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), "32 positions"),
+    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), None),
+    "another head": (odd_model, "Odd head_of()", dict(trust_remote_code=True)),
+    "attention of one row": ({}, MIXES, dict(attention="one_row")),
+    "state": (dict(cls="MambaConfig", state_size=4), MIXES),
+    "distances": (dict(cls="BloomConfig"), MIXES),
+    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), MIXES),
 }
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("case", WRONG)
 def test_models_that_compute_something_else_are_refused(group, tmp_path, case, role):
-    shape, fields, told = WRONG[case]
+    """Those that mix documents are taken where none share a row."""
+    shape, told, *knobs = WRONG[case]
     path = tmp_path / "shape.json"
     if callable(shape):
         path = tmp_path / "model"
         shape(path)
     else:
         tiny_config(**shape).to_json_file(path)
-    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, **fields)
-    if told is None:
+    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, packing="documents",
+                        **dict(*knobs))
+    if told:
+        with pytest.raises(config.UserError) as caught:
+            sd.load_checked(cfg, role, tiny_tokenizer())
+        for word in (role, str(path), *told.split()):
+            assert word in str(caught.value)
+        cfg.packing = "rows"
+    if told in (None, MIXES):
         root, _ = sd.load_checked(cfg, role, tiny_tokenizer())
         assert cfg.attention in (None, root.model.config._attn_implementation)
-        return
-    with pytest.raises(config.UserError) as caught:
-        sd.load_checked(cfg, role, tiny_tokenizer())
-    missing = [word for word in [role, str(path), *told.split()] if word not in str(caught.value)]
-    assert not missing, (missing, caught.value)
 
 
 # ---- the writer
@@ -2537,19 +2522,18 @@ def test_models_a_text_fills_its_room_or_ends(group, student):
     rooms = [2, 9, 5, 1]
     model = load(student)
 
-    def write(prompt, room, end=None):
-        how = transformers.GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end)
-        ids = model.generate(torch.tensor([prompt]), generation_config=how)
+    def write(prompt, room, end):
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=room, do_sample=False, eos_token_id=end)
         return ids[0, len(prompt):].tolist()
 
-    end = write(prompts[1], 5)[4]
+    end = write(prompts[1], 5, end=999)[4]   # at first an id that nobody writes
     expected = [write(prompt, room, end) for prompt, room in zip(prompts, rooms)]
     vocabulary = len(tiny_tokenizer())
     assert sd.write_texts(root, prompts, range(4), rooms, 0, {end}, vocabulary) == expected
     assert sd.write_texts(root, [], [], [], 0, {end}, vocabulary) == []
     states(root).sum().backward()
-    grads = [p.grad for p in root.model.model.parameters()]
-    assert all(map(is_shard, grads)) and all(map(is_shard, root.parameters()))
+    assert all(is_shard(x) for p in root.model.model.parameters() for x in (p, p.grad))
 
 
 # --------------------------------------------------------------------------------------------------
