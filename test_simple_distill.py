@@ -1635,6 +1635,11 @@ def rows_of(dataset, tokenizer=None, seq_len=64, **fields):
     return list(train or []), list(held_out)
 
 
+def in_parts(items, size):
+    """Cut, the last part maybe shorter."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
 def ids_of(rows):
     return [list(map(int, row["input_ids"])) for row in rows]
 
@@ -1722,9 +1727,7 @@ def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(bos, packing):
     docs[-1] += "<|endoftext|>"   # it ends so already
     if packing == "blocks":
         streams = [list(itertools.chain(*streams))]
-    begin = [1] * bos
-    room = 16 - len(begin)
-    expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
+    expected = [[1] * bos + part for ids in streams for part in in_parts(ids, 16 - bos)]
     rows = encode([{"text": doc} for doc in docs], tiny_tokenizer(bos=bos), 16, packing)
     for row, ids in zip(rows, expected, strict=True):
         assert row["input_ids"] == ids
@@ -1931,8 +1934,7 @@ def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     path = tmp_path / "d.txt"
     path.write_text(prose(2000))
     train, held_out = rows_of(path)
-    ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
-    blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
+    blocks = in_parts(tiny_tokenizer().encode(prose(2000) + "<|endoftext|>"), 64)
     assert ids_of(train + held_out) == blocks
     assert len(held_out) == len(blocks) // 20
     path.write_text("a" * 70)
@@ -2004,10 +2006,10 @@ def test_data_a_step_knows_its_rows(count, size):
     """An epoch has every row once, in an order of its own."""
     steps = math.ceil(count / size)
     for epoch in (0, 1, 2):
-        plain = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=plain).tolist()
+        torch.manual_seed(7 * 1_000_003 + epoch)
+        order = torch.randperm(count).tolist()
         found = [sd.batch_of_step(count, 7, size, epoch * steps + i) for i in range(steps)]
-        assert found == [order[i:i + size] for i in range(0, count, size)]
+        assert found == in_parts(order, size)
 
 
 def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
@@ -2115,15 +2117,14 @@ def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packin
     student = load(f"{out}/final")
     head = student.get_output_embeddings().weight
     assert (head is student.get_input_embeddings().weight) == student.config.tie_word_embeddings
-    losses, held_out = [model_losses(student, load(path), chatml_rows(rows), 0.3, 2.0)
-                        for rows in (talk(8), talk(4, seed=50))]
-    logged = logged_losses(log(out, "train")[0])
-    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
-    assert losses[2] > 1e-3
+    for kind, rows in (("eval", talk(4, seed=50)), ("train", talk(8))):
+        losses = model_losses(student, load(path), chatml_rows(rows), 0.3, 2.0)
+        assert logged_losses(log(out, kind)[-1], kind) == pytest.approx(
+            [loss.item() for loss in losses], rel=1e-5)
+        assert losses[2] > 1e-3
     losses[0].backward()
     expected = {f"exp_avg.model.{key}": p.grad for key, p in student.named_parameters()}
     assert distance(gradients(out), expected) < 1e-5
-    assert column(out, "eval/loss")[-1] == pytest.approx(held_out[0].item(), rel=1e-5)
 
 
 # ---- vocabularies
@@ -2137,11 +2138,11 @@ def test_models_a_padded_vocabulary_trains_as_one_that_is_not(tmp_path, usual, w
     odd = {role: padded(tmp_path / role, usual[role], 96 + 32 * i)   # of different lengths
            for i, role in enumerate(who.split()[:2])}
     if "cached" in who:   # optional: cache
-        cache = dict(cache_dir=tmp_path / "cache", temperature=2.0)
+        cache = tmp_path / "cache"
         cli(*flags(mode="cache", teacher=odd.pop("teacher"), dataset=usual["dataset"], seq_len=32,
-                   dtype="fp32", eval_samples=8, **cache))
-        usual = dict(student=usual["student"], max_steps=3, **cache)
-    outs = two_runs(tmp_path, odd, {}, alpha=0.3, **{"temperature": 2.0, **usual})
+                   dtype="fp32", eval_samples=8, temperature=2.0, cache_dir=cache))
+        usual = dict(student=usual["student"], max_steps=3, cache_dir=cache)
+    outs = two_runs(tmp_path, odd, {}, alpha=0.3, temperature=2.0, **usual)
     for got, expected in zip(*map(quiet_log, outs), strict=True):
         assert got == pytest.approx(expected, rel=1e-6)
     got, expected = map(final_weights, outs)
@@ -2247,13 +2248,12 @@ def states(root):
 
 def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
     """In whatever folder, in whatever kind of file."""
-    moved = shutil.copytree(teacher, tmp_path / "moved")
-    tensors = weights(moved)
-    (moved / "model.safetensors").unlink()
+    shutil.copy(f"{teacher}/config.json", tmp_path)
+    tensors = weights(teacher)
     identities = []
-    for path, change in ((teacher, 0), (moved, 0), (moved, 1e-3)):
+    for path, change in ((teacher, 0), (tmp_path, 0), (tmp_path, 1e-3)):
         tensors["model.norm.weight"][-1] += change
-        torch.save(tensors, moved / "pytorch_model.bin")
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
         cfg = config.Config(student="unused", teacher=str(path))
         identities.append(sd.load_model(cfg, "teacher")[1])
     assert identities[0] == identities[1] != identities[2]
@@ -2407,7 +2407,6 @@ def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, st
         loss.backward()
     calls = [event.name for event in profile.events()]
     assert "aten::mm" in calls and "aten::_local_scalar_dense" not in calls
-    assert all(p.grad is not None for p in student.parameters())
     assert masking.find_packed_sequence_indices is own
     with sd.known_documents(batch.position_ids):
         documents = masking.find_packed_sequence_indices(torch.arange(9)[None])
