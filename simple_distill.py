@@ -750,19 +750,26 @@ def read_raw(cfg, streaming=False):
     """A file, a save_to_disk folder or a hub dataset -> raw rows of train, raw rows of eval; None
     where a slice of train has to do."""
     path = Path(cfg.dataset)
-    if (path / "dataset_dict.json").exists():   # of save_to_disk
-        splits = datasets.load_from_disk(path)
-    elif (path / "state.json").exists():   # the same, saved without splits
-        splits = {"train": datasets.load_from_disk(path)}
-    else:
-        kind = FILE_KINDS.get(path.suffix.lower())
-        options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
-        splits = datasets.load_dataset(   # a name would be taken for a pattern
+    kind = FILE_KINDS.get(path.suffix.lower())
+    options = {"sample_by": "paragraph"} if kind == "text" else {}   # a blank line ends one
+
+    def read(split):
+        if (path / "dataset_dict.json").exists():   # of save_to_disk
+            return datasets.load_from_disk(path)[split]
+        if (path / "state.json").exists():   # the same, saved without splits
+            return {"train": datasets.load_from_disk(path)}[split]
+        return datasets.load_dataset(   # a name would be taken for a pattern
             kind or cfg.dataset, cfg.dataset_config, data_files=kind and glob.escape(cfg.dataset),
-            streaming=streaming, **options)
-    # where only the default is absent, no harm
-    others = {Config.eval_split: None, **splits, cfg.train_split: None}
-    return splits[cfg.train_split], others[cfg.eval_split]
+            split=split, streaming=streaming, **options)
+
+    eval_raw = None
+    if cfg.eval_split != cfg.train_split:
+        try:
+            eval_raw = read(cfg.eval_split)
+        except (KeyError, ValueError):
+            if cfg.eval_split != Config.eval_split:   # where only the default is absent, no harm
+                raise
+    return read(cfg.train_split), eval_raw
 
 
 def hold_out_rows(rows, eval_samples):

@@ -32,7 +32,6 @@ import shlex
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
 import tempfile
@@ -1137,19 +1136,20 @@ class Case(NamedTuple):
     teacher: sd.DenseTarget
 
 
-def case(n=23, vocab=97, *, seed=0, dtype=torch.float32, bias=False, scale=1.0, softcap=None,
-         masked=0.3, size=2.0):
+def case(n=23, vocab=97, *, teacher_vocab=None, seed=0, dtype=torch.float32, bias=False, scale=1.0,
+         softcap=None, masked=0.3, size=2.0):
     torch.manual_seed(seed)
 
     def normal(*shape, std=1.0):
         return (std * torch.randn(shape)).to(dtype).requires_grad_()
 
-    def head(width):
-        weight = normal(vocab, width, std=size / math.sqrt(width))
-        return sd.Head(weight, normal(vocab) if bias else None, scale, softcap)
+    def head(rows, width):
+        weight = normal(rows, width, std=size / math.sqrt(width))
+        return sd.Head(weight, normal(rows) if bias else None, scale, softcap)
 
     labels = torch.where(torch.rand(n) < masked, -100, torch.randint(vocab, (n,)))
-    return Case(normal(n, 16), head(16), labels, sd.DenseTarget(normal(n, 24).detach(), head(24)))
+    return Case(normal(n, 16), head(vocab, 16), labels,
+                sd.DenseTarget(normal(n, 24).detach(), head(teacher_vocab or vocab, 24)))
 
 
 def apply_head(hidden, head):
@@ -1163,24 +1163,24 @@ def apply_head(hidden, head):
 
 def with_gradients(losses, case):
     """(loss, ce, kl) and the gradients of loss to hidden, weight and bias, in float64."""
-    leaves = [x for x in (case.hidden, *case.head[:2]) if x is not None and x.requires_grad]
-    gradients_ = torch.autograd.grad(losses[0], leaves)
-    return [x.detach().double() for x in (*losses, *gradients_)]
+    leaves = (case.hidden, case.head.weight, case.head.bias)
+    leaves = [x for x in leaves if x is not None and x.requires_grad]
+    return [x.detach().double() for x in (*losses, *torch.autograd.grad(losses[0], leaves))]
 
 
-def exact(case, *, alpha, temperature=1.0, divergence="forward", vocabulary=None):
+def exact(case, alpha=0.3, temperature=1.0, vocabulary=None, **options):
     """Through full logits in float64."""
-    logits = apply_head(case.hidden, case.head)[:, :vocabulary]
-    teacher_logits = None
-    if alpha < 1:
-        teacher_logits = apply_head(*case.teacher)[:, :vocabulary].detach()
-    losses = dense_losses(logits, teacher_logits, case.labels, alpha, temperature, divergence)
+    logits, teacher_logits = [
+        apply_head(*pair)[:, :vocabulary] for pair in (case[:2], case.teacher)]
+    if alpha == 1:
+        teacher_logits = None
+    losses = dense_losses(logits, teacher_logits, case.labels, alpha, temperature, **options)
     return with_gradients(losses, case)
 
 
-def fused(case, *, temperature=1.0, **options):
+def fused(case, alpha=0.3, temperature=1.0, **options):
     """Through distillation_loss."""
-    losses = sd.distillation_loss(*case, temperature=temperature, **options)
+    losses = sd.distillation_loss(*case, alpha=alpha, temperature=temperature, **options)
     return with_gradients(losses, case)
 
 
@@ -1190,30 +1190,31 @@ def off(got, want, floor=1e-300):
                         for a, b in zip(got, want, strict=True)]).max()
 
 
+@pytest.fixture(params=itertools.product([1.0, 3.0], DIVERGENCES), ids=str)
+def options(request):
+    return dict(zip(("temperature", "divergence"), request.param))
+
+
 @pytest.mark.parametrize("given", CASES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_losses_and_gradients_match_float64(given, divergence, temperature, alpha):
+def test_losses_and_gradients_match_float64(given, alpha, options):
     """At alpha 1 the teacher is not asked."""
-    options = dict(alpha=alpha, temperature=temperature, divergence=divergence)
     inputs = case(**given)
-    want = exact(inputs, **options)
+    want = exact(inputs, alpha, **options)
     for chunk in (None, 1, 7):
-        assert off(fused(inputs, chunk=chunk, **options), want, floor=1e-3) < 2e-6
+        assert off(fused(inputs, alpha, chunk=chunk, **options), want, floor=1e-3) < 2e-6
 
 
 def test_losses_take_a_linear_layer_a_plain_pair_and_a_denominator():
-    layer = nn.Linear(16, 97)
-    inputs = case()._replace(head=sd.Head(layer.weight, layer.bias))
-    hidden, head = inputs.teacher
-    pair = (hidden, types.SimpleNamespace(weight=head.weight, bias=None))
-    plain = inputs._replace(head=layer, teacher=pair)
-    whole = sd.distillation_loss(*plain, alpha=0.3, temperature=1.0)
-    assert off(with_gradients(whole, inputs), fused(inputs, alpha=0.3)) == 0
+    inputs = case(bias=True)
+    head, teacher_head = [
+        types.SimpleNamespace(weight=head.weight, bias=head.bias)   # as nn.Linear has them
+        for head in (inputs.head, inputs.teacher.head)]
+    plain = inputs._replace(head=head, teacher=(inputs.teacher.hidden, teacher_head))
+    whole = fused(inputs)
+    assert off(fused(plain), whole) == 0
     counted = (inputs.labels != -100).sum()
-    by_seven = fused(inputs, alpha=0.3, denominator=7.0)
-    assert off(by_seven, [value * counted / 7 for value in fused(inputs, alpha=0.3)]) < 1e-6
+    assert off(fused(inputs, denominator=7.0), [value * counted / 7 for value in whole]) < 1e-6
 
 
 @pytest.mark.parametrize("device, vocab, size, budgets", [
@@ -1226,127 +1227,90 @@ def test_losses_a_large_gpu_takes_larger_chunks(monkeypatch, device, vocab, size
     assert chunk * 2 * 2 * vocab == pytest.approx(budgets * 2**29, rel=1e-2)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_losses_in_bf16_are_within_its_rounding(divergence):
+def test_losses_in_bf16_are_within_its_rounding(options):
     inputs = case(n=64, vocab=500, dtype=torch.bfloat16)
-    options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
-    got = fused(inputs, **options, chunk=30)
+    got = fused(inputs, chunk=30, **options)
     want = exact(inputs, **options)
     assert off(got, want) < 2e-2
     assert off(got[:3], want[:3]) < 4e-3   # reductions are in fp32
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_of_logits_of_ten_thousand_stay_finite(divergence, temperature):
+def test_losses_of_logits_of_ten_thousand_stay_finite(options):
     inputs = case(size=2e4)
-    options = dict(alpha=0.3, temperature=temperature, divergence=divergence)
     got = fused(inputs, **options)
     assert all(value.isfinite().all() for value in got)
-    if divergence == "forward":   # reverse and jsd reach log 0 in the reference
+    if options["divergence"] == "forward":   # reverse and jsd reach log 0 in the reference
         assert off(got, exact(inputs, **options)) < 1e-4
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("nudge", [0.0, 1e-6, 1e-4, 1e-2])
-def test_losses_kl_to_almost_oneself_is_never_negative(divergence, temperature, nudge):
+def test_losses_kl_to_almost_oneself_is_never_negative(nudge, options):
     """To oneself it is nothing, and has no gradient."""
     for seed in range(10):
         inputs = case(seed=seed, bias=True)
         near = inputs.hidden.detach() + nudge * torch.randn_like(inputs.hidden)
-        _, _, kl, *grads = fused(inputs._replace(teacher=(near, inputs.head)), alpha=0.0,
-                                 temperature=temperature, divergence=divergence)
+        _, _, kl, *grads = fused(inputs._replace(teacher=(near, inputs.head)), 0.0, **options)
         assert kl > -1e-6
         if nudge == 0:
             assert kl < 1e-6
-            assert all((grad == 0).all() for grad in grads)
+            assert not any(map(torch.any, grads))
 
 
-def test_losses_frozen_parts_get_no_gradient_and_change_nothing_else():
+def test_losses_what_does_not_learn_gets_no_gradient_and_changes_nothing_else(monkeypatch):
+    """Whether a weight would need one says nothing under no_grad."""
     inputs = case(bias=True)
-    whole = fused(inputs, alpha=0.3)   # loss, ce, kl, gradients of hidden, weight, bias
+    whole = fused(inputs)   # loss, ce, kl, gradients of hidden, weight, bias
     for i, part in enumerate((inputs.hidden, *inputs.head[:2]), 3):
         part.requires_grad_(False)
-        assert off(fused(inputs, alpha=0.3), whole[:i] + whole[i + 1:]) == 0
+        assert off(fused(inputs), whole[:i] + whole[i + 1:]) == 0
         part.requires_grad_(True)
-
-
-def test_losses_an_evaluation_forms_no_gradient(monkeypatch):
-    """Whether a weight would need one says nothing under no_grad."""
-    inputs = case()
-    want = fused(inputs, alpha=0.3)[:3]
     monkeypatch.delattr(sd, "add_product")
     with torch.no_grad():
         losses = sd.distillation_loss(*inputs, alpha=0.3, temperature=1.0)
-    assert off(losses, want) == 0
+    assert off(losses, whole[:3]) == 0
 
 
 @pytest.mark.parametrize("student, teacher, vocabulary", [(97, 97, 80), (80, 97, None),
                                                           (97, 80, None), (90, 85, 80)])
-def test_losses_beyond_the_common_vocabulary_heads_are_cut(student, teacher, vocabulary):
-    options = dict(alpha=0.3, temperature=2.0)
-    inputs = case(bias=True)
+def test_losses_beyond_the_common_vocabulary_heads_are_cut(student, teacher, vocabulary, options):
+    inputs = case(vocab=student, teacher_vocab=teacher, bias=True)
     inputs.labels.clamp_(max=79)
-
-    def cut(head, rows):
-        return head._replace(weight=head.weight[:rows], bias=head.bias[:rows])
-
-    shorter = inputs._replace(
-        head=cut(inputs.head, student),
-        teacher=(inputs.teacher.hidden, cut(inputs.teacher.head, teacher)))
-    losses = sd.distillation_loss(*shorter, vocabulary=vocabulary, **options)
-    assert off(with_gradients(losses, inputs), exact(inputs, vocabulary=80, **options)) < 1e-6
+    got = fused(inputs, vocabulary=vocabulary, **options)
+    assert off(got, exact(inputs, vocabulary=80, **options)) < 2e-6
 
 
-def with_rest(listed):
-    """Probabilities of what is listed, and of the rest as one bucket."""
-    rest = 1 - listed.sum(-1, keepdim=True)
-    return torch.cat([listed, rest.clamp_min(1e-300)], -1)
+def in_buckets(logits, ids):
+    """Log-probabilities of ids, and of all others as one bucket."""
+    logp = logits.log_softmax(-1)
+    rest = logp.scatter(-1, ids, -1e300).logsumexp(-1, keepdim=True)
+    return torch.cat([logp.gather(-1, ids), rest], -1)
 
 
-@pytest.mark.parametrize("k, repeats", [(1, 1), (8, 1), (97, 2)])   # what is listed twice adds up
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k, repeats, size", [
+    (1, 1, 2), (8, 1, 2), (97, 2, 2),   # what is listed twice adds up
+    (40, 1, 20)])   # down to exp(-60) of the student's mass where the teacher has most of its own
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(
-        k, repeats, temperature):
-    inputs = case(masked=0)
-    listed_q, ids = (apply_head(*inputs.teacher) / temperature).softmax(-1).detach().topk(k)
-    logits = apply_head(inputs.hidden, inputs.head)
-    p = with_rest((logits / temperature).softmax(-1).gather(-1, ids))
-    q = with_rest(listed_q)
-    kl = (q * (q / p).log()).sum(-1).mean() * temperature ** 2
+        k, repeats, size, temperature):
+    """Listed is what the student likes. It is pulled to the rest however little it has there."""
+    inputs = case(masked=0, size=size)
+    logits = apply_head(*inputs[:2])
+    ids = logits.topk(k).indices
+    logp = in_buckets(logits / temperature, ids)
+    logq = in_buckets(apply_head(*inputs.teacher) / temperature, ids).detach()
+    q = logq.exp()
+    kl = kl_sum(logq, logp) / len(q) * temperature ** 2
     ce = F.cross_entropy(logits, inputs.labels)
     want = with_gradients((0.3 * ce + 0.7 * kl, ce, kl), inputs)
-    rest = q[:, k] if k < 97 else torch.zeros(len(q))
     target = sd.SparseTarget(
-        ids.repeat(1, repeats), (listed_q / repeats).repeat(1, repeats).float(), rest.float(),
-        -(q * q.log()).sum(-1).float())
-    got = fused(inputs._replace(teacher=target), alpha=0.3, temperature=temperature, chunk=9)
+        ids.repeat(1, repeats), (q[:, :k] / repeats).repeat(1, repeats).float(), q[:, k].float(),
+        torch.special.entr(q).sum(-1).float())
+    got = fused(inputs._replace(teacher=target), temperature=temperature, chunk=9)
     assert off(got, want) < 2e-6
 
 
-@pytest.mark.parametrize("gap", [20.0, 40.0, 60.0])
-def test_losses_a_student_without_unlisted_mass_is_still_pulled_to_it(gap):
-    """The teacher leaves 5 % to what it does not list, where the student has exp(-gap) of its
-    mass: its gradient there is -0.05, however little that mass is."""
-    logits = torch.tensor([gap, gap + 0.1, 0.2, 0.3, 0.4]).double().requires_grad_()
-    q = torch.tensor([[0.6, 0.35]])
-    logp = logits.log_softmax(-1)
-    kl = -(q * logp[:2]).sum() - 0.05 * logp[2:].logsumexp(-1)
-    want, = torch.autograd.grad(kl, logits)
-    weight = logits.detach().float()[:, None].requires_grad_()
-    target = sd.SparseTarget(torch.tensor([[0, 1]]), q, torch.tensor([0.05]), torch.zeros(1))
-    inputs = Case(torch.ones(1, 1), sd.Head(weight), torch.tensor([0]), target)
-    loss, _, _, grad = fused(inputs, alpha=0.0)
-    assert loss.item() == pytest.approx(kl.item(), rel=1e-5)
-    torch.testing.assert_close(grad[:, 0], want, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.campaign
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_compiled_loss_matches_float64(divergence, temperature):
-    options = dict(alpha=0.3, temperature=temperature, divergence=divergence)
+def test_losses_compiled_loss_matches_float64(options):
     for n in (50, 7):   # of a vocabulary that is large enough for the compiler to be called
         inputs = case(n=n, vocab=20000)
         assert off(fused(inputs, **options), exact(inputs, **options)) < 2e-6
@@ -1356,15 +1320,16 @@ WITHOUT_COMPILER = """
 import test_simple_distill as t
 for n in (5, 9):
     inputs = t.case(n=n, vocab=20000)
-    assert t.off(t.fused(inputs, alpha=0.3), t.exact(inputs, alpha=0.3)) < 2e-6
+    assert t.off(t.fused(inputs), t.exact(inputs)) < 2e-6
 """
 
 
 @pytest.mark.campaign
 def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
-    env = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], cwd=HERE, env=env,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], cwd=HERE, capture_output=True, text=True,
+        env={**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        timeout=300)
     shown = done.stdout + done.stderr
     assert done.returncode == 0, shown
     assert shown.count("no working compiler") == 1, shown
@@ -1383,25 +1348,19 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
 ])
 def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, text, ours, theirs,
                                                          problem):
-    names = []
-    for name, options in (("student", ours), ("teacher", theirs)):
-        tokenizer = tiny_tokenizer(**options)
-        names.append(tiny_model(tmp_path / name, len(tokenizer), tokenizer=tokenizer))
-    err = distil(out, rc=2, student=names[0], teacher=names[1], dataset=text, max_steps=1).err
-    assert problem in err
+    pair = {role: tiny_model(tmp_path / role, 300, tokenizer=tiny_tokenizer(**options))
+            for role, options in (("student", ours), ("teacher", theirs))}
+    assert problem in distil(out, rc=2, **pair, dataset=text, max_steps=1).err
 
 
 @pytest.mark.parametrize("named, candidates, found", [
-    (None, ["demo", "layers:2", "shape.json", "bare", "a", "b"], "a"),
-    ("b", ["a"], "b"),
-    (None, ["bare", "demo"], None),
-])
+    (None, "demo layers:2 shape.json bare a b", "a"), ("b", "a", "b"), (None, "bare demo", None)])
 def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "broken"):
         tiny_tokenizer().save_pretrained(name)
     os.mkdir("bare")
-    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), named, *candidates)
+    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), named, *candidates.split())
     assert (tokenizer and tokenizer.name_or_path) == found
     Path("broken", "tokenizer.json").write_text("{")
     with pytest.raises(config.UserError, match="tokenizer of broken"):   # and no other is taken
@@ -1415,12 +1374,9 @@ def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    runs = []
     pairs = zip(row["targets"], row["input_ids"], strict=True)
-    for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
-        if is_target:
-            runs.append(tokenizer.decode([int(token) for _, token in run]))
-    return runs
+    return [tokenizer.decode([token for _, token in run])
+            for is_target, run in itertools.groupby(pairs, lambda pair: pair[0]) if is_target]
 
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
@@ -1430,19 +1386,12 @@ def encode(rows, tokenizer, seq_len=512, packing="auto"):
     return datasets.Dataset.from_dict(columns, features=sd.FEATURES)
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def turns(*contents):
+    """Of user and assistant, one after the other."""
+    roles = itertools.cycle(["user", "assistant"])
+    return [dict(role=role, content=content) for role, content in zip(roles, contents)]
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-TWO_TURNS = [
-    {"role": "system", "content": "be brief"},
-    user("hello there"), assistant("hello there"),
-    user("2+2?"), assistant("It is 4.\nTruly."),
-]
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
@@ -1457,35 +1406,7 @@ NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
 
-
-@pytest.mark.parametrize("template, end_mark", [
-    pytest.param(CHATML, "<|im_end|>", id="chatml"),
-    pytest.param(NEEDS_SYSTEM + CHATML, "<|im_end|>", id="needs_system"),
-    pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
-    pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
-    pytest.param(NO_END, "", id="no_end"),
-    pytest.param(None, "<|endoftext|>", id="none"),
-])
-@pytest.mark.parametrize("bos", [False, True])
-def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template, end_mark, bos):
-    tokenizer = tiny_tokenizer(template, bos=bos)
-    row, = encode([{"messages": TWO_TURNS}], tokenizer)
-    assert target_runs(row, tokenizer) == ["hello there" + end_mark, "It is 4.\nTruly." + end_mark]
-    if template:   # and the ids are those that the template makes, with no second <|begin|>
-        ids = tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
-        assert row["input_ids"] == ids
-
-
-@pytest.mark.parametrize("said", [
-    "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant"])
-def test_data_odd_answers_are_found_exactly(said):
-    tokenizer = tiny_tokenizer(LLAMA3)
-    row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    assert target_runs(row, tokenizer) == [said.strip() + "<|eot_id|>"] * 2
-
-
-# ---- thoughts and calls of tools, by the templates of those models, shortened
-
+# thoughts and calls of tools, by the templates of those models, shortened
 QWEN3 = """
 {%- set ns = namespace(searching=true, last_query=messages|length - 1) %}
 {%- for m in messages[::-1] %}
@@ -1596,200 +1517,187 @@ MISTRAL_TOOLS = """
 {{- '[TOOL_RESULTS] {"content": ' + m.content + '}[/TOOL_RESULTS]' }}
 {%- endif %}
 {%- endfor %}"""
-CALL = {"type": "function", "id": "abcdefghi",
-        "function": {"name": "look", "arguments": {"at": "sky"}}}
-TOOL_TURNS = [
-    user("how is it?"),
-    {**assistant(None), "tool_calls": [CALL]},
+WITH_TOOLS = """[
+    {"role": "user", "content": "how is it?"},
+    {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "id": "abcdefghi",
+        "function": {"name": "look", "arguments": %s}}]},
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
-    {**assistant("Dull."), "reasoning_content": "grey is dull"},
-]
+    {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"}]"""
+THOUGHTS = json.loads(r"""[
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [
+        {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]},
+    {"role": "tool", "content": "blue"},
+    {"role": "assistant", "content": "<think>\nso\n</think>\n\nd"}]""")
 SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
 
+@pytest.mark.parametrize("template, messages, targets", [
+    *[(template, [dict(role="system", content="be brief"),
+                  *turns("hello there", "hello there", "2+2?", "It is 4.\nTruly.")],
+       ["hello there" + end, "It is 4.\nTruly." + end]) for template, end in (
+           (CHATML, "<|im_end|>"), (NEEDS_SYSTEM + CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"),
+           (MISTRAL, "<|endoftext|>"), (NO_END, ""), (None, "<|endoftext|>"))],
+    *[(LLAMA3, turns(said, said, said, said), [said.strip() + "<|eot_id|>"] * 2) for said in (
+        "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant")],
+    # templates that change earlier turns
+    (THINKING, turns("a", "<think>hm</think>b", "c", "<think>d"),
+     ["b<|im_end|>", "<think>d<|im_end|>"]),
+    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
+                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
+    (QWEN3, [*THOUGHTS, *turns("e", "f")],
+     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
+    (QWEN3, turns("a", ""), []),   # says nothing
+], ids=itertools.count())
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_what_the_assistant_says_and_its_end_mark_are_targets(
+        template, messages, targets, bos):
+    tokenizer = tiny_tokenizer(template, bos=bos)
+    row, = encode([{"messages": messages}], tokenizer)
+    assert target_runs(row, tokenizer) == targets
+    if template:   # and the ids are those that the template makes, with no second <|begin|>
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert row["input_ids"] == ids
+
+
 @pytest.mark.parametrize("template, targets", [
-    pytest.param(
-        QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
-    pytest.param(LLAMA31, [
-        '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
-        id="llama3.1"),
-    pytest.param(GLM, [
-        "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>sky</arg_value>\n"
-        "</tool_call><|observation|>",
-        "\n<think>grey is dull</think>\nDull."], id="glm"),
-    pytest.param(MISTRAL_TOOLS, [
-        '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
-        "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
-])
-@pytest.mark.parametrize("arguments", [{"at": "sky"}, '{"at": "sky"}'])
+    (QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"]),
+    (LLAMA31, ['{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"]),
+    (GLM, ["\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n"
+           "<arg_value>sky</arg_value>\n</tool_call><|observation|>",
+           "\n<think>grey is dull</think>\nDull."]),
+    (MISTRAL_TOOLS, ['[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, '
+                     '"id": "abcdefghi"}]<|endoftext|>', "Dull.<|endoftext|>"]),
+], ids="qwen3 llama3.1 glm mistral".split())
+@pytest.mark.parametrize("arguments", ['{"at": "sky"}', r'"{\"at\": \"sky\"}"'])
 def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets, arguments):
     """Read from a file, so that each message has the fields of all others, as nulls; arguments come
     as an object or, as APIs give them, as JSON in a string."""
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"extra_special_tokens": [
         "<|user|>", "<|assistant|>", "<|observation|>"]})
-    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
-    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
-    rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
-    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, seq_len=512)
-    assert target_runs(train[0], tokenizer) == targets
-    mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
-    assert target_runs(train[1], tokenizer) in (
-        [targets[0]], [mark],
-        ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
-
-
-THOUGHTS = [
-    user("a"), assistant("<think>\nhm\n</think>\n\nb"),
-    user("c"),
-    {**assistant(""), "reasoning_content": "look", "tool_calls": [CALL]},
-    {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
-]
-
-
-@pytest.mark.parametrize("template, turns, targets", [
-    (THINKING, [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>d")],
-     ["b<|im_end|>", "<think>d<|im_end|>"]),
-    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
-                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
-    (QWEN3, [*THOUGHTS, user("e"), assistant("f")],
-     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
-    (QWEN3, [user("a"), assistant("")], []),   # says nothing
-    (None, [assistant("abc")], ["bc<|endoftext|>"]),   # its first token follows nothing
-])
-def test_data_templates_that_change_earlier_turns(template, turns, targets):
-    tokenizer = tiny_tokenizer(template)
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == targets
+    messages = json.loads(WITH_TOOLS % arguments)
+    rows = [{"messages": messages}, {"messages": messages[:2]}]   # the second is only a call
+    (whole, call), _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, 512)
+    assert target_runs(whole, tokenizer) == targets
+    shown, = target_runs(call, tokenizer)
+    assert shown in (
+        targets[0], targets[0].replace("<|observation|>", ""),   # which is the next turn's
+        "<think>\n\n</think>\n\n" + targets[0])   # Qwen's last turn always thinks
 
 
 # ---- from raw rows to token rows
 
 
-def rows_of(dataset, tokenizer=None, **fields):
+def rows_of(dataset, tokenizer=None, seq_len=64, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    cfg = config.Config(**{"dataset": str(dataset), "seq_len": 64, **fields})
+    cfg = config.Config(dataset=str(dataset), seq_len=seq_len, **fields)
     with sd.process_group():
         train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
-    train = train or []
-    return [train[i] for i in range(len(train))], list(held_out)
+    return list(train or []), list(held_out)
+
+
+def in_parts(items, size):
+    """Cut, the last part maybe shorter."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def ids_of(rows):
     return [list(map(int, row["input_ids"])) for row in rows]
 
 
-def decoded(rows):
-    return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
-
-
-WHY_SO = [user("why?"), assistant("so")]
-PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
-NULLS = {"name": None, "tool_calls": None}
-
-
-@pytest.mark.parametrize("row", [
-    {"messages": WHY_SO},
-    {"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]},
+@pytest.mark.parametrize("row", json.loads("""[
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    {"messages": [{"role": "user", "name": null, "tool_calls": null,
+                   "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]},
+                  {"role": "assistant", "content": "so", "tool_calls": []}]},
     {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
     {"prompt": "why?", "response": "so", "text": "unread"},
     {"prompt": "why?", "completion": "so"},
-    {"prompt": [user("why?")], "completion": [assistant("so")]},
-    {"messages": None, "prompt": None, "question": "why?", "answer": "so"},
-    {"instruction": "why?", "input": "", "output": "so"},
-])
+    {"prompt": [{"role": "user", "content": "why?"}],
+     "completion": [{"role": "assistant", "content": "so"}]},
+    {"messages": null, "prompt": null, "question": "why?", "answer": "so"},
+    {"instruction": "why?", "input": "", "output": "so"}]"""))
 def test_data_conversations_of_every_format(row):
-    assert sd.conversation_of(row) == WHY_SO
-    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == [
-        user("add\n\n1, 2"), assistant("3")]
+    assert sd.conversation_of(row) == turns("why?", "so")
+    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == turns(
+        "add\n\n1, 2", "3")
     for other in ({"messages": [], "prompt": "why?", "response": None}, {"messages": "why?"}):
         assert sd.conversation_of({**other, "text": "one"}) is None
     when = datetime.datetime(2026, 1, 2)   # as parquet has them
-    assert sd.conversation_of({"messages": [{**user("a"), "when": when, "calls": [None]}]}) == [
-        {**user("a"), "when": str(when), "calls": [None]}]
+    message = {"role": "user", "content": "a", "calls": [None]}
+    assert sd.conversation_of({"messages": [{**message, "when": when}]}) == [
+        {**message, "when": str(when)}]
 
 
-PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
-MIXED = [
+MIXED = json.loads("""[
     {"text": "plain one"},
-    {"messages": WHY_SO},
-    {"text": "", "id": 1},   # neither said nor wrong
-    {"text": None},
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    {"text": "", "id": 1},
+    {"text": null},
     {"text": "plain two"},
-    {"messages": [user("q"), {"content": "nobody said this"}]},
-    {"messages": [user(PICTURE), assistant("a picture")]},
+    {"messages": [{"role": "user", "content": "q"}, {"content": "nobody said this"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"},
+                                               {"type": "image_url", "image_url": {"url": "x"}}]},
+                  {"role": "assistant", "content": "a picture"}]},
     {"id": 7},
-    {"messages": [user("only asked")]},
-    {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]},
-]
-REASONS = ["KeyError: 'from' among messages", "KeyError: 'text' among messages",
-           "KeyError: 'text' among id", "no target in 64 tokens", "no system role"]
+    {"messages": [{"role": "user", "content": "only asked"}]},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                  {"role": "assistant", "content": "a"}]}]""")
 
 
 def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
+    """Empty text is neither said nor wrong."""
     tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
     rows, dropped = sd.kept_rows(encode(MIXED, tokenizer, 64))
     assert [target_runs(row, tokenizer) for row in rows] == [
         ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
-    assert dropped.total() == len(REASONS)
-    for reason in REASONS:
+    assert dropped.total() == 5
+    for reason in ("KeyError: 'from' among messages", "KeyError: 'text' among messages",
+                   "KeyError: 'text' among id", "no target in 64 tokens", "no system role"):
         assert sum(reason in why for why in dropped) == 1, (reason, dropped)
 
 
+@pytest.mark.parametrize("template, packing, why", [
+    (None, "blocks", "KeyError: 'text' among messages"),
+    ("{% for m in messages[2:] %}{{ m.content }}{% endfor %}", "auto",   # writes nothing of it
+     "no target in 16 tokens")], ids=["blocks", "template"])
+def test_data_dropped_as_it_has_to_be(template, packing, why):
+    rows = [{"messages": turns("why?", "so")}, {"text": "abc"}]
+    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
+    assert len(kept) == 1
+    reason, = dropped.elements()
+    assert why in reason
+
+
 def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
-    sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
-    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
+    rows = [{"prompt": "p" * n, "response": "r" * 10} for n in (2, 3, 9, 16, 500)]
     train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), seq_len=16)
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
-    assert [sum(row["targets"]) for row in train] == [11, 11, 11]
+    assert [sum(row["targets"]) for row in train] == [11, 11, 6]
     shown = capsys.readouterr().out
     assert "train: of 5 raw rows dropped 2: {'no target in 16 tokens': 2}" in shown
     assert "eval: dropped" not in shown
 
 
-def llama_tokenizer(**fields):
-    """One letter a token, a "▁" for each blank and before the text."""
-    tokens = ["<unk>", "<s>", "</s>", *string.ascii_letters, ".", ",", "▁"]
-    return transformers.LlamaTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
-
-
 @pytest.mark.parametrize("packing", ["blocks", "rows"])
-@pytest.mark.parametrize("tokenizer, begin", [
-    pytest.param(tiny_tokenizer(), [], id="gpt"),   # it has a BOS, and puts it nowhere
-    pytest.param(tiny_tokenizer(bos=True), [1], id="gemma"),
-    pytest.param(llama_tokenizer(add_bos_token=True), [1], id="llama"),
-])
-def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin, packing):
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(bos, packing):
+    """If that is where the tokenizer puts it."""
     docs = [prose(5 + i, i) for i in range(6)]
-    streams = tokenizer(docs, add_special_tokens=False)["input_ids"]
-    for ids in streams:
-        ids.append(tokenizer.eos_token_id)
-    docs[-1] += tokenizer.eos_token   # it ends so already
+    streams = [tiny_tokenizer().encode(doc + "<|endoftext|>") for doc in docs]
+    docs[-1] += "<|endoftext|>"   # it ends so already
     if packing == "blocks":
         streams = [list(itertools.chain(*streams))]
-    room = 16 - len(begin)
-    expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
-    rows = encode([{"text": doc} for doc in docs], tokenizer, 16, packing)
-    assert [row["input_ids"] for row in rows] == expected
-    for row in rows:
+    expected = [[1] * bos + part for ids in streams for part in in_parts(ids, 16 - bos)]
+    rows = encode([{"text": doc} for doc in docs], tiny_tokenizer(bos=bos), 16, packing)
+    for row, ids in zip(rows, expected, strict=True):
+        assert row["input_ids"] == ids
         assert row["starts"] == [0]
-        assert row["targets"] == [False] + [True] * (len(row["input_ids"]) - 1)
-        assert bool(row["dropped"]) == (len(row["input_ids"]) == 1)
-
-
-@pytest.mark.parametrize("template, packing, why", [
-    pytest.param(None, "blocks", "KeyError: 'text' among messages", id="blocks"),
-    # which writes nothing of a single message
-    pytest.param("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "auto",
-                 "no target in 16 tokens", id="template"),
-])
-def test_data_dropped_as_it_has_to_be(template, packing, why):
-    rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
-    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
-    assert len(kept) == 1
-    [reason] = dropped.elements()
-    assert why in reason
+        assert row["targets"] == [i > 0 for i in range(len(ids))]
+        assert bool(row["dropped"]) == (len(ids) == 1)
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
@@ -1798,15 +1706,15 @@ def test_data_every_local_format_gives_the_same_rows(tmp_path):
     table = datasets.Dataset.from_list(rows)
     write_jsonl(tmp_path / "d.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    table.to_csv(str(tmp_path / "d.csv"))
-    table.to_parquet(str(tmp_path / "d.parquet"))
+    table.to_csv(tmp_path / "d.csv")
+    table.to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.txt").write_text("\n\n".join(docs))
-    table.save_to_disk(str(tmp_path / "saved"))
-    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
-    want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved_dict")
+    want = list(map(ids_of, rows_of(tmp_path / "d.jsonl")))
     assert len(want[0]) > 20
-    for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
-        assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
+    for name in "d.json d.csv d.parquet d.txt saved saved_dict".split():
+        assert list(map(ids_of, rows_of(tmp_path / name))) == want, name
 
 
 # ---- what is kept of them
@@ -1839,41 +1747,39 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
     rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
     rows[::500] = [{"messages": [{"content": "nobody said this"}]}] * 5
     path = write_splits(tmp_path / "d", rows, rows[1:2])
-    ran = subprocess.run([sys.executable, "-c", SEVERAL, str(HERE), path, str(tmp_path)],
+    ran = subprocess.run([sys.executable, "-c", SEVERAL, HERE, path, tmp_path],
                          text=True, capture_output=True)
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
-    assert len(found) == 4, ran.stderr
-    assert len(set(found)) == 1, found
-    assert "train: of 2500 raw rows dropped 5: {" in found[0]
-    assert "KeyError: " in found[0]
+    assert found == found[:1] * 4 != [], (found, ran.stderr)
+    assert "raw rows dropped 5: {\"KeyError: 'from' among" in found[0]
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
+    code = Path(sd.__file__).read_text()
     raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
-
-    def fingerprint(tokenizer=None, raw=raw, **fields):
-        cfg = config.Config(**{"packing": "rows", **fields})
-        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer or tiny_tokenizer()))
-
-    other_end = tiny_tokenizer()
+    plain, other_end = tiny_tokenizer(), tiny_tokenizer()
     other_end.eos_token = "<|im_end|>"
+
+    def fingerprint(tokenizer=plain, raw=raw, packing="rows", **fields):
+        cfg = config.Config(packing=packing, **fields)
+        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer))
+
+    def edited(line):
+        Path(sd.__file__).write_text(code.replace(f"\n{line}", f"\n# an edit\n{line}"))
+        return fingerprint()
+
     same = {fingerprint()}
-    other = [
+    other = {
+        fingerprint(packing="documents"),
         fingerprint(other_end), fingerprint(tiny_tokenizer(CHATML)),
         fingerprint(raw=raw.rename_column("prompt", "question")), fingerprint(packing="auto"),
-        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
-    marker = "\n# ---- between raw rows and token rows"
-    parts = Path(sd.__file__).read_text().split(marker)
-    for word in ("ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of"):
-        assert word in parts[1]
-    monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
-    for i, found in enumerate((same.add, other.append, same.add)):
-        edited = [*parts]
-        edited[i] += "# an edit"
-        Path(sd.__file__).write_text(marker.join(edited))
-        found(fingerprint())
+        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")}
+    monkeypatch.setattr(sd, "__file__", tmp_path / "edited.py")
+    other.update(map(edited, (
+        "ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of")))
+    same.update(map(edited, ("def tokenize", "class PackedRows")))
     assert len(same) == 1
-    assert len({*same, *other}) == 9
+    assert len(same | other) == 14
 
 
 # ---- packing
@@ -1890,32 +1796,34 @@ def documents_of(rows):
 
 
 def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
+    """Held-out ones stand alone: what is measured on them does not depend on the packing."""
     rows = talk(150)
     path = write_splits(tmp_path / "d", rows, rows[:9])
-    tokenizer = tiny_tokenizer(CHATML)
-    apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
-    packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
+    (apart, held_out), (packed, packed_held_out) = [
+        rows_of(path, tiny_tokenizer(CHATML), 128, packing=packing)
+        for packing in ("rows", "documents")]
     assert documents_of(packed) == documents_of(apart)
     assert len(apart) == 150
     assert len(packed) < len(apart) / 1.3
     assert max(len(row["input_ids"]) for row in packed) <= 128
-    # held-out documents stand alone: what is measured on them does not depend on the packing
     assert ids_of(packed_held_out) == ids_of(held_out)
+
+
+def marked_row(ids, targets, *starts):
+    """targets: a # for each that is one. starts: of all documents but the first."""
+    return dict(input_ids=ids, targets=[mark == "#" for mark in targets], starts=[0, *starts])
 
 
 def token_dataset(documents):
     """Of [(ids, targets)], as it lies on disk."""
-    rows = [dict(input_ids=ids, targets=targets, starts=[0], dropped="")
-            for ids, targets in documents]
+    rows = [dict(**marked_row(*document), dropped="") for document in documents]
     return sd.kept_rows(datasets.Dataset.from_list(rows, features=sd.FEATURES))[0]
 
 
 def test_data_packed_rows_are_a_view_of_any_number_of_documents():
     """They are put together ten thousand at a time."""
-    documents = token_dataset(([i] * (1 + i % 4), [False] + [True] * (i % 4))
-                              for i in range(10_050))
-    packed = sd.PackedRows(documents, 64)
-    rows = [packed[i] for i in range(len(packed))]
+    documents = token_dataset(([i] * (1 + i % 4), "." + "#" * (i % 4)) for i in range(10_050))
+    rows = list(sd.PackedRows(documents, 64))
     assert documents_of(rows) == documents_of(documents.with_format(None))
     assert max(len(row["input_ids"]) for row in rows) == 64
     assert len(rows) <= math.ceil(10_050 * 2.5 / 64) + 1
@@ -1935,30 +1843,28 @@ def test_data_as_few_rows_as_the_documents_need():
 
 def test_data_rows_are_counted_and_known_by_their_content():
     """By all of it, and by nothing else: a resume compares it."""
-    documents = [([i % 50, 7, 8], [False, True, True]) for i in range(1500)]
+    documents = [([i % 50, 7, 8], ".##") for i in range(1500)]
     rows = token_dataset(documents)
     found = sd.count_rows(rows)
-    digest = found.pop("digest")
-    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49)
+    digest = found["digest"]
+    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49, digest=digest)
+    assert sd.count_rows(sd.PackedRows(rows, 30)) == {**found, "rows": 150}
+    assert sd.count_rows(rows.to_iterable_dataset()) is None
     for edit in (
-        [([48, 9, 8], [False, True, True]), documents[-1]],    # another id
-        [documents[-2], ([49, 7, 8], [False, True, False])],   # another target
-        [([48, 7], [False, True]), ([8, 49, 7, 8], [True, False, True, True])],   # cut elsewhere
+        [([48, 9, 8], ".##"), ([49, 7, 8], ".##")],   # another id
+        [([48, 7, 8], ".##"), ([49, 7, 8], ".#.")],   # another target
+        [([48, 7], ".#"), ([8, 49, 7, 8], "#.##")],   # cut elsewhere
     ):
         assert sd.count_rows(token_dataset(documents[:-2] + edit))["digest"] != digest, edit
-    packed = sd.count_rows(sd.PackedRows(rows, 30))
-    assert packed == dict(rows=150, tokens=4500, targets=3000, biggest=49, digest=digest)
-    assert sd.count_rows(rows.to_iterable_dataset()) is None
 
 
 # ---- splits
 
 
 @pytest.mark.parametrize("length, wanted, expected", [
-    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98]),
-])
+    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98])])
 def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wanted, expected):
-    raw = datasets.Dataset.from_dict({"n": list(range(length))})
+    raw = datasets.Dataset.from_dict({"n": range(length)})
     train, held_out = sd.hold_out_rows(raw, wanted)
     assert held_out["n"][:] == expected
     assert train["n"][:] == [i for i in range(length) if i not in expected]
@@ -1976,37 +1882,32 @@ def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wante
 def test_data_splits_by_their_role(tmp_path, fields, expected):
     write_jsonl(tmp_path / "train.jsonl", talk(40))
     write_jsonl(tmp_path / "test.jsonl", talk(6))
-    train, held_out = rows_of(tmp_path, seq_len=256, **fields)
-    assert (len(train), len(held_out)) == expected
+    assert tuple(map(len, rows_of(tmp_path, seq_len=256, **fields))) == expected
 
 
 @pytest.mark.parametrize("role", ["train_split", "eval_split"])
-@pytest.mark.parametrize("kind", ["folder", "file", "saved"])
-def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, kind):
-    path = tmp_path
-    write_jsonl(tmp_path / "train.jsonl", talk(2))
-    if kind == "file":
-        path = tmp_path / "train.jsonl"
-    if kind == "saved":
-        path = tmp_path / "saved"
-        datasets.DatasetDict(train=datasets.Dataset.from_list(talk(2))).save_to_disk(path)
-    with pytest.raises(config.UserError, match="'test'"):
-        rows_of(path, **{role: "test"})
+@pytest.mark.parametrize("name", ["d", "d/train.jsonl", "saved"])
+def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, name):
+    write_splits(tmp_path / "d", talk(2), talk(2))
+    raw = datasets.Dataset.from_list(talk(2))
+    datasets.DatasetDict(train=raw).save_to_disk(tmp_path / "saved")
+    with pytest.raises(config.UserError, match="[\"']test[\"']"):
+        rows_of(tmp_path / name, **{role: "test"})
 
 
 def test_data_of_one_long_document_blocks_are_held_out(tmp_path):
-    (tmp_path / "d.txt").write_text(prose(2000))
-    train, held_out = rows_of(tmp_path / "d.txt")
-    ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
-    blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
+    path = tmp_path / "d.txt"
+    path.write_text(prose(2000))
+    train, held_out = rows_of(path)
+    blocks = in_parts(tiny_tokenizer().encode(prose(2000) + "<|endoftext|>"), 64)
     gap = len(blocks) // (len(blocks) // 20)
     assert ids_of(held_out) == blocks[gap - 1::gap]
     assert ids_of(train) == [ids for i, ids in enumerate(blocks, 1) if i % gap]
-    (tmp_path / "d.txt").write_text("a" * 70)
-    assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
-    (tmp_path / "d.txt").write_text("a" * 60)
+    path.write_text("a" * 70)
+    assert [len(rows) for rows in rows_of(path)] == [1, 1]
+    path.write_text("a" * 60)
     with pytest.raises(config.UserError, match="nothing is left to evaluate on"):
-        rows_of(tmp_path / "d.txt")
+        rows_of(path)
 
 
 # ---- what can be wrong with a dataset
@@ -2024,14 +1925,12 @@ def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
 
 @pytest.mark.parametrize("name, content", [
     ("broken.jsonl", '{"text": \n'), ("empty.jsonl", ""), ("half.parquet", "PAR1"),
-    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None),
-])
+    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None)])
 def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
-    path = tmp_path / name
+    dataset = tmp_path / Path(name).parts[0]
     if content is not None:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-    dataset = tmp_path / Path(name).parts[0] if "/" in name else path
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
     with pytest.raises(config.UserError, match=f"reading dataset {dataset}: ") as caught:
         rows_of(dataset)
     assert len(str(caught.value).splitlines()) == 1
@@ -2041,7 +1940,7 @@ def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
 def test_data_names_are_names_and_no_patterns(tmp_path, name):
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
     train, _ = rows_of(write_jsonl(tmp_path / name, [{"text": "this file"}] * 3))
-    assert "this file" in decoded(train)[0]
+    assert "this file" in tiny_tokenizer().decode(train[0]["input_ids"])
 
 
 # ---- batches
@@ -2049,20 +1948,15 @@ def test_data_names_are_names_and_no_patterns(tmp_path, name):
 
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_data_collate_shifts_before_it_masks_and_positions_restart(kind):
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
-         "starts": [0, 2]},
-        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0]},
-    ]
-    rows = [{name: kind(values) for name, values in row.items()} for row in rows]
+    rows = [{name: kind(values) for name, values in row.items()} for row in (
+        marked_row([5, 6, 7, 8, 9], ".#.##", 2), marked_row([1, 2, 3], "..#"))]
     batch = sd.collate(rows)
     assert batch.rows is rows
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
     assert batch.positions.tolist() == [0, 2, 3, 6]
     assert batch.labels.tolist() == [6, 8, 9, 3]
     assert batch.real.tolist() == list(range(8))
-    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2]
-    assert batch.position_ids[1, :3].tolist() == [0, 1, 2]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
     assert sd.collate(rows[1:]).position_ids is None
 
 
@@ -2078,24 +1972,22 @@ def test_data_a_step_knows_its_rows(count, size):
     """An epoch has every row once, in an order of its own."""
     steps = math.ceil(count / size)
     for epoch in (0, 1, 2):
-        plain = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=plain).tolist()
+        torch.manual_seed(7 * 1_000_003 + epoch)
+        order = torch.randperm(count).tolist()
         found = [sd.batch_of_step(count, 7, size, epoch * steps + i) for i in range(steps)]
-        assert found == [order[i:i + size] for i in range(0, count, size)]
+        assert found == in_parts(order, size)
 
 
 def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
-    rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
+    """After a resume, and where only five rows are left."""
     run = types.SimpleNamespace(
-        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+        cfg=config.Config(), rows=[marked_row([i, 50], ".#") for i in range(13)],
+        global_batch=8, micro_steps=2, batch_size=2, progress=types.SimpleNamespace(step=1))
     monkeypatch.setattr(sd, "WORLD", 2)
     for rank in (0, 1):
         monkeypatch.setattr(sd, "RANK", rank)
-        run.progress = types.SimpleNamespace(step=1)   # of a resume: five rows are left there
-        batches = sd.my_batches(run)
-        for step in (1, 2):
+        for step, (micro, _) in zip((1, 2), sd.my_batches(run)):
             mine = sd.batch_of_step(13, 0, 8, step)[rank::2]
-            micro, _ = next(batches)
             found = [[row["input_ids"][0] for row in batch.rows] for batch in micro]
             assert found == [mine[:2], mine[2:]]
 
@@ -2121,26 +2013,29 @@ def test_data_prefetch_is_two_ahead_and_in_order():
 # --------------------------------------------------------------------------------------------------
 # Models and FSDP: families, heads, layers:N, precision, shards, probes, the writer.
 
-MODELS = {
-    "llama": {},
-    "llama_tied": dict(tie_word_embeddings=True),
-    "qwen2": dict(cls="Qwen2Config"),
-    "qwen3_moe": dict(cls="Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2,
-                      moe_intermediate_size=16),
-    "deepseek_v3": dict(   # it has a buffer that is saved
-        cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+MODELS = {   # the first word is that of the config's class
+    "Llama": {},
+    "Llama tied": dict(tie_word_embeddings=True),
+    "Qwen2": {},
+    "Qwen3Moe": dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "DeepseekV3": dict(   # it has a buffer that is saved
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         moe_intermediate_size=16, first_k_dense_replace=0, q_lora_rank=None, kv_lora_rank=8,
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8),
-    "gpt2": dict(cls="GPT2Config", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt_neox": dict(cls="GPTNeoXConfig"),
-    "gemma2": dict(cls="Gemma2Config", head_dim=16, final_logit_softcapping=2.0,
-                   query_pre_attn_scalar=16),
-    "gemma3": dict(cls="Gemma3TextConfig", head_dim=16, sliding_window=8, layer_types=[
+    "GPT2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "GPTNeoX": {},
+    "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "Gemma3Text": dict(head_dim=16, sliding_window=8, layer_types=[
         "sliding_attention", "sliding_attention", "full_attention"]),
-    "cohere": dict(cls="CohereConfig", logit_scale=0.3),
-    "granite": dict(cls="GraniteConfig", logits_scaling=3.0),
-    "phi": dict(cls="PhiConfig", tie_word_embeddings=False),   # a head with a bias
+    "Cohere": dict(logit_scale=0.3),
+    "Granite": dict(logits_scaling=3.0),
+    "Phi": dict(tie_word_embeddings=False),   # a head with a bias
 }
+
+
+def three_layers(path, name, **fields):
+    return tiny_model(
+        path, layers=3, cls=f"{name.split()[0]}Config", **MODELS[name], **fields)
 
 
 @pytest.fixture
@@ -2161,22 +2056,16 @@ def final_distance(outs):
 
 
 def fill_biases(tensors):
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for name, x in tensors.items():
         if name.endswith("bias"):
-            x.normal_(generator=generator)
+            x.normal_()
 
 
 def layers_0_and_2(tensors):
     """Those layers, under the numbers 0 and 1, and what is of no layer."""
-    kept = {}
-    for name, x in tensors.items():
-        before, number, after = re.fullmatch(r"(.*\.(?:layers|h)\.)(\d)(\..*)|.*", name).groups()
-        if number is None:
-            kept[name] = x
-        elif number != "1":
-            kept[f"{before}{int(number) // 2}{after}"] = x
-    return kept
+    return {re.sub(r"\b(layers|h)\.2\.", r"\1.1.", name): x for name, x in tensors.items()
+            if not re.search(r"\b(layers|h)\.1\.", name)}
 
 
 @pytest.mark.parametrize("packing, recompute", [("rows", False), ("documents", True)])
@@ -2185,90 +2074,75 @@ def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packin
     """layers:2 of 3 keeps the first and the last with their weights. Loss, KL and gradients are
     those of the model's own logits, a conversation at a time, though conversations share rows and
     are longer than a sliding window."""
-    path = tiny_model(tmp_path / "teacher", layers=3, seed=3, tokenizer=tiny_tokenizer(CHATML),
-                      **MODELS[name])
+    path = three_layers(tmp_path / "teacher", name, seed=3, tokenizer=tiny_tokenizer(CHATML))
     edit_weights(path, fill_biases)
     distil(out, teacher=path, student="layers:2", dataset=chat, seq_len=256, batch_size=8,
            max_steps=1, save_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL,
            max_grad_norm=0, packing=packing, gradient_checkpointing=recompute)
-    want = layers_0_and_2(weights(path))
-    assert distance(final_weights(out), want) < 1e-20
+    assert distance(final_weights(out), layers_0_and_2(weights(path))) < 1e-20
     student = load(f"{out}/final")
-    teacher = load(path)
-    assert student.config.num_hidden_layers == 2
-    head = student.get_output_embeddings().weight
-    assert (head is student.get_input_embeddings().weight) == student.config.tie_word_embeddings
-    losses = model_losses(student, teacher, chatml_rows(talk(8)), 0.3, 2.0)
-    first = log(out, "train")[0]
-    logged = [first[f"train/{key}"] for key in ("loss", "ce_loss", "kl_loss")]
-    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
-    assert losses[2] > 1e-3
+    for kind, rows in (("eval", talk(4, seed=50)), ("train", talk(8))):
+        losses = model_losses(student, load(path), chatml_rows(rows), 0.3, 2.0)
+        assert logged_losses(log(out, kind)[-1], kind) == pytest.approx(
+            [loss.item() for loss in losses], rel=1e-5)
+        assert losses[2] > 1e-3
     losses[0].backward()
     expected = {f"exp_avg.model.{key}": p.grad for key, p in student.named_parameters()}
     assert distance(gradients(out), expected) < 1e-5
-    held_out = model_losses(student, teacher, chatml_rows(talk(4, seed=50)), 0.3, 2.0)
-    assert column(out, "eval/loss")[-1] == pytest.approx(held_out[0].item(), rel=1e-5)
 
 
 # ---- vocabularies
 
 
-@pytest.mark.parametrize("who", ["teacher", "student", "teacher student"])
+@pytest.mark.parametrize("who", [
+    "teacher", "student", "teacher student",
+    "teacher student cached",   # optional: cache
+])
 def test_models_a_padded_vocabulary_trains_as_one_that_is_not(tmp_path, usual, who):
     odd = {role: padded(tmp_path / role, usual[role], 96 + 32 * i)   # of different lengths
-           for i, role in enumerate(who.split())}
+           for i, role in enumerate(who.split()[:2])}
+    if "cached" in who:   # optional: cache
+        cache = tmp_path / "cache"
+        cli(*flags(mode="cache", teacher=odd.pop("teacher"), dataset=usual["dataset"], seq_len=32,
+                   dtype="fp32", eval_samples=8, temperature=2.0, cache_dir=cache))
+        usual = dict(student=usual["student"], max_steps=3, cache_dir=cache)
     outs = two_runs(tmp_path, odd, {}, alpha=0.3, temperature=2.0, **usual)
-    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
-        assert column(outs[0], key) == pytest.approx(column(outs[1], key), rel=1e-6)
+    for got, expected in zip(*map(quiet_log, outs), strict=True):
+        assert got == pytest.approx(expected, rel=1e-6)
     got, expected = map(final_weights, outs)
     cut = {name: x[:len(expected[name])] for name, x in got.items()}
     assert distance(cut, expected) < 1e-6
 
 
-def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
-        tmp_path, teacher, student, text):
-    cache = str(tmp_path / "cache")
-    odd = padded(tmp_path / "student", student, 128)
-    cli(*flags(mode="cache", teacher=padded(tmp_path / "teacher", teacher, 96), dataset=text,
-               seq_len=32, cache_dir=cache, dtype="fp32", eval_samples=8))
-    outs = two_runs(tmp_path, dict(student=student), dict(student=odd), cache_dir=cache, alpha=0.3,
-                    max_steps=2)
-    losses = [column(out, "train/loss") for out in outs]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
 def test_models_labels_alone_are_transformers_own_loss_over_the_whole_head(
         tmp_path, out, student):
-    line = prose(40)
-    data = write_splits(tmp_path / "data", [{"text": line}] * 2, [{"text": line}])
+    rows = [{"text": prose(40)}]
     odd = padded(tmp_path / "student", student, 128)
-    distil(out, student=odd, dataset=data, alpha=1.0, max_steps=1, packing="rows", seq_len=256,
-           learning_rate=STILL)
-    ids = torch.tensor([tiny_tokenizer().encode(line + "<|endoftext|>")])
-    expected = load(odd)(input_ids=ids, labels=ids).loss.item()
-    assert column(out, "eval/ce_loss")[-1] == pytest.approx(expected, rel=1e-5)
+    distil(out, student=odd, dataset=write_splits(tmp_path / "data", rows, rows), alpha=1.0,
+           max_steps=1, packing="rows", seq_len=256, learning_rate=STILL)
+    ids = torch.tensor([tiny_tokenizer().encode(prose(40) + "<|endoftext|>")])
+    assert column(out, "eval/ce_loss")[-1] == pytest.approx(
+        load(odd)(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("missing", [0, 1])
-def test_models_ids_beyond_a_head_matter_where_rows_hold_one(
-        tmp_path, out, teacher, student, role, missing):
+def test_models_ids_beyond_a_head_matter_where_rows_hold_one(tmp_path, out, usual, role, missing):
     """The tokenizer has more ids than either head here."""
-    data = write_jsonl(tmp_path / "t.jsonl", [{"text": prose(20, i)} for i in range(9)])
     biggest = max(tiny_tokenizer().encode(prose(99)))
     small = tiny_model(tmp_path / "small", vocab=biggest + 1 - missing)
-    pair = {**dict(teacher=teacher, student=student), role: small}
-    shown = distil(out, rc=2 * missing, **pair, dataset=data, max_steps=1)
+    shown = distil(out, rc=2 * missing, **{**usual, role: small})
     assert (f"token {biggest}" in shown.err) == bool(missing)
 
 
 # ---- loading
 
 
-PER_LAYER = [   # lists of one item a layer, of models of four
-    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size",
-    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers",
-    "num_attention_heads_per_layer", "num_key_value_heads_per_layer"]
+# lists of one item a layer
+PER_LAYER = """
+    activation_sparsity_pattern attention_layers indexer_types intermediate_size layer_rope_theta
+    layer_types layers_block_type mlp_layer_types no_rope_layers num_attention_heads_per_layer
+    num_key_value_heads_per_layer""".split()
 
 
 class AnyConfig(transformers.PretrainedConfig):
@@ -2279,53 +2153,44 @@ class AnyConfig(transformers.PretrainedConfig):
 
 def test_models_layers_n_cuts_lists_of_one_item_a_layer():
     """And no others."""
-    items = ["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
-    lists = dict.fromkeys(PER_LAYER, items)
-    shape = AnyConfig(depth=4, eos_token_id=items, **lists)
-    for count, kept in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])):
-        cut, numbers = sd.cut_layers(shape, count)
-        assert numbers == kept and cut.depth == count and cut.eos_token_id == items
-        assert [vars(cut)[name] for name in PER_LAYER] == len(lists) * [[items[i] for i in kept]]
+    items = "full_attention sliding_attention chunked_attention linear_attention".split()
+    shape = AnyConfig(depth=4, eos_token_id=items, **dict.fromkeys(PER_LAYER, items))
+    for kept in ([0], [0, 3], [0, 2, 3], [0, 1, 2, 3]):
+        cut, numbers = sd.cut_layers(shape, len(kept))
+        assert numbers == kept and cut.depth == len(kept) and cut.eos_token_id == items
+        lists = dict.fromkeys(PER_LAYER, [items[i] for i in kept])
+        assert vars(cut).items() >= lists.items()
     short = dict.fromkeys(PER_LAYER, items[:2])
-    other, _ = sd.cut_layers(AnyConfig(depth=4, **short), 3)
+    other, _ = sd.cut_layers(AnyConfig(depth=4, **short), 2)
     assert vars(other).items() >= short.items()
     with pytest.raises(config.UserError, match="layers:5: .* has 4"):
         sd.cut_layers(shape, 5)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(mlp_only_layers=[1]), dict(decoder_sparse_step=2)], ids=str)
-def test_models_layers_n_of_layers_that_differ_by_number_is_refused(tmp_path, out, text, fields):
-    path = tiny_model(tmp_path / "teacher", layers=3, **MODELS["qwen3_moe"], **fields)
-    err = distil(out, rc=2, teacher=path, student="layers:2", dataset=text, max_steps=1).err
+def test_models_layers_n_of_layers_that_differ_by_number_is_refused(tmp_path, out, usual):
+    usual["teacher"] = three_layers(tmp_path / "teacher", "Qwen3Moe", mlp_only_layers=[1])
+    err = distil(out, rc=2, **{**usual, "student": "layers:2"}).err
     assert "while reading student layers:2: " in err and "Qwen3Moe" in err
 
 
-def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, teacher, text):
+def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, out, usual):
     """And brings no tokenizer: it takes the teacher's."""
-    shape = str(tmp_path / "shape.json")
-    tiny_config(hidden=16, layers=1).to_json_file(shape)
-    results = []
-    for i, seed in enumerate((1, 1, 2)):
-        distil(tmp_path / str(i), teacher=teacher, student=shape, dataset=text, max_steps=1,
-               seed=seed, learning_rate=STILL, eval_samples=2)
-        results.append(final_weights(tmp_path / str(i)))
-    assert same(results[0], results[1])
-    assert not same(results[0], results[2])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "0" / "final")
+    usual["student"] = f"{tmp_path}/shape.json"
+    tiny_config(hidden=16, layers=1).to_json_file(usual["student"])
+    distil(out, **usual, seed=1, learning_rate=STILL)
+    expected = weights(tiny_model(tmp_path / "expected", hidden=16, layers=1, seed=1))
+    assert same(final_weights(out), expected)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("student", ["layers:1", None])
-def test_models_final_ends_texts_where_generation_config_says(
-        tmp_path, out, teacher, text, student):
+def test_models_final_ends_texts_where_generation_config_says(tmp_path, out, usual, student):
     """Of the teacher, where the student is made of it. The auto classes load it."""
-    path = Path(shutil.copytree(teacher, tmp_path / "model"))
-    file = path / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 70]}))
-    distil(out, teacher=path, student=student or path, dataset=text, max_steps=1, eval_samples=2)
-    assert AutoModelForCausalLM.from_pretrained(
-        f"{out}/final").generation_config.eos_token_id == [0, 70]
+    path = shutil.copytree(usual["teacher"], tmp_path / "model")
+    transformers.GenerationConfig(eos_token_id=[0, 70]).save_pretrained(path)
+    distil(out, **{**usual, "teacher": path, "student": student or path})
+    assert load(f"{out}/final").generation_config.eos_token_id == [0, 70]
 
 
 @pytest.fixture
@@ -2346,68 +2211,61 @@ def states(root):
 
 def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
     """In whatever folder, in whatever kind of file."""
-    moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
-    changed = shutil.copytree(teacher, tmp_path / "changed")
-
-    def change(tensors):
-        tensors["model.norm.weight"][-1] += 1e-3
-
-    def identity(path):
-        return sd.load_model(config.Config(student="unused", teacher=str(path)), "teacher")[1]
-
-    edit_weights(changed, change)
-    assert identity(moved) == identity(teacher) != identity(changed)
-    torch.save(weights(moved), moved / "pytorch_model.bin")
-    (moved / "model.safetensors").unlink()
-    assert identity(moved) == identity(teacher)
+    shutil.copy(f"{teacher}/config.json", tmp_path)
+    tensors = weights(teacher)
+    identities = []
+    for path, change in ((teacher, 0), (tmp_path, 0), (tmp_path, 1e-3)):
+        tensors["model.norm.weight"][-1] += change
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        cfg = config.Config(student="unused", teacher=str(path))
+        identities.append(sd.load_model(cfg, "teacher")[1])
+    assert identities[0] == identities[1] != identities[2]
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_models_tied_embeddings_are_one_tensor(group, tmp_path, role):
-    root = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), role)
+def test_models_tied_embeddings_are_one_tensor(group, tmp_path):
+    """Of a teacher. A student of two could not have the checkpoint that it has."""
+    root = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), "teacher")
     assert root.model.lm_head.weight is root.model.transformer.wte.weight
 
 
 # ---- precision
 
 
-@pytest.mark.parametrize("dtype, saved_in, student_in, teacher_in", [
-    ("fp32", "float32", "float32", "float32"),
-    ("bf16", "float32", "bfloat16", "bfloat16"),
-    ("fp16", "bfloat16", "float16", "float32"),   # it might overflow
-    ("fp16", "float16", "float16", "float16"),
+@pytest.mark.parametrize("dtype, types", [   # what is saved; what student and teacher compute in
+    ("fp32", "float32 float32 float32"),
+    ("bf16", "float32 bfloat16 bfloat16"),
+    ("fp16", "bfloat16 float16 float32"),   # it might overflow
+    ("fp16", "float16 float16 float16"),
 ])
-def test_models_types_of_numbers(group, tmp_path, student, dtype, saved_in, student_in, teacher_in):
-    """What they compute in; a student's weights are kept in fp32."""
-    path = tmp_path / "model"
-    load(student).to(getattr(torch, saved_in)).save_pretrained(path)
-    for role, computes_in in (("student", student_in), ("teacher", teacher_in)):
-        root = loaded(path, role, dtype=dtype)
-        kept_in = "float32" if role == "student" else computes_in
-        assert {p.dtype for p in root.parameters()} == {getattr(torch, kept_in)}
-        assert states(root).dtype == getattr(torch, computes_in)
-        assert {p.requires_grad for p in root.parameters()} == {role == "student"}
-        assert root.training == root.model.training == (role == "student")
+def test_models_types_of_numbers(group, tmp_path, student, dtype, types):
+    """A student's weights are kept in fp32."""
+    saved_in, *computes_in = [getattr(torch, name) for name in types.split()]
+    load(student).to(saved_in).save_pretrained(tmp_path)
+    for learns, works_in in zip((True, False), computes_in):
+        kept_in = torch.float32 if learns else works_in
+        root = loaded(tmp_path, "student" if learns else "teacher", dtype=dtype)
+        assert {(p.dtype, p.requires_grad) for p in root.parameters()} == {(kept_in, learns)}
+        assert states(root).dtype == works_in
+        assert root.training == root.model.training == learns
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_models_mixed_precision_stays_close_to_fp32(tmp_path, usual, dtype):
     full, mixed = two_runs(tmp_path, {}, dict(dtype=dtype), **usual)
-    for key, tolerance in (("train/loss", 2e-2), ("train/grad_norm", 5e-2)):
-        assert column(mixed, key) == pytest.approx(column(full, key), rel=tolerance)
+    for key in ("train/loss", "train/grad_norm"):
+        assert column(mixed, key) == pytest.approx(column(full, key), rel=2e-2)
     assert column(mixed, "train/skipped_steps") == [0, 0, 0]
-    kept = {x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name}
-    assert kept == {torch.float32}
-    final = final_weights(mixed)
-    assert {x.dtype for x in final.values()} == {sd.compute_dtype(config.Config(dtype=dtype))}
+    assert {x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name} == {
+        torch.float32}
+    assert {x.dtype for x in final_weights(mixed).values()} == {
+        sd.compute_dtype(config.Config(dtype=dtype))}
     assert final_distance([full, mixed]) < 2e-2
 
 
 def test_models_logits_of_a_head_are_formed_in_fp32():
-    torch.manual_seed(0)
-    hidden, weight, bias = [torch.randn(n, 16).bfloat16() for n in (3, 7, 7)]
-    raw = F.linear(hidden, weight, bias[:, 0])[:, :5].float()
-    got = sd.head_logits(hidden, sd.Head(weight, bias[:, 0], 0.3, 2.0), vocabulary=5)
+    hidden, head, *_ = case(dtype=torch.bfloat16, bias=True, scale=0.3, softcap=2.0)
+    raw = F.linear(hidden, *head[:2])[:, :5].float()
+    got = sd.head_logits(hidden, head, vocabulary=5)
     torch.testing.assert_close(got, 2 * torch.tanh(0.3 * raw / 2))
 
 
@@ -2417,8 +2275,9 @@ def test_models_logits_of_a_head_are_formed_in_fp32():
 @pytest.fixture
 def eight_ranks(monkeypatch):
     """Rank 0 of four nodes with two ranks each; the others send nothing."""
-    for name, value in dict(WORLD=8, LOCAL_WORLD=2, HOST=None).items():
-        monkeypatch.setattr(sd, name, value)
+    monkeypatch.setattr(sd, "WORLD", 8)
+    monkeypatch.setattr(sd, "LOCAL_WORLD", 2)
+    monkeypatch.setattr(sd, "HOST", None)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     torch.distributed.destroy_process_group()
@@ -2483,58 +2342,50 @@ def test_models_checkpointing_does_not_recompute_what_is_frozen(group, student):
     layer is kept or run again."""
     calls = []
     root = loaded(student, gradient_checkpointing=True)
-    _, layers = sd.layers_of(root.model)
-    layers[0].requires_grad_(False)
     root.model.model.embed_tokens.requires_grad_(False)
-    for i in (0, 1):
-        layers[i].self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    layers = root.model.model.layers
+    layers[0].requires_grad_(False)
+    for i, layer in enumerate(layers):
+        layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
     states(root).sum().backward()
     assert calls == [0, 1, 1]
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: a number of a tensor that Python asks for."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("starts", [[0], [0, 4]])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("starts", [[], [4]])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
 def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, starts):
-    """transformers looks into position_ids for packed documents, in Python, once a model."""
-    shape = MODELS[name] | dict(pad_token_id=None)   # GPT-2 looks for padding, to warn of it
-    path = tiny_model(tmp_path / "model", layers=3, **shape)
+    """For a number of a tensor. transformers looks into position_ids for packed documents, in
+    Python, once a model."""
+    path = three_layers(   # GPT-2 looks for padding, to warn of it
+        tmp_path / "model", name, pad_token_id=None)
     student = loaded(path, gradient_checkpointing=True)
     get_teacher_targets = sd.teacher_targets(loaded(path, "teacher"))
-    own = transformers.masking_utils.find_packed_sequence_indices
-    batch = sd.collate([
-        {"input_ids": np.arange(n), "targets": np.arange(n) > 0, "starts": starts} for n in (9, 6)])
-    with Waits() as waits:
+    masking = transformers.masking_utils
+    own = masking.find_packed_sequence_indices
+    batch = sd.collate([marked_row(range(n), "." + "#" * (n - 1), *starts) for n in (9, 6)])
+    with torch.profiler.profile() as profile:
         loss, *_ = student(functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0), batch,
                            get_teacher_targets(batch), 13)
         loss.backward()
-    assert waits.count == 0
-    assert all(p.grad is not None for p in student.parameters())
-    assert transformers.masking_utils.find_packed_sequence_indices is own
-    looking = types.SimpleNamespace(base_model=lambda **_: [
-        transformers.masking_utils.find_packed_sequence_indices(None)])
+    calls = [event.name for event in profile.events()]
+    assert "aten::mm" in calls and "aten::_local_scalar_dense" not in calls
+    assert masking.find_packed_sequence_indices is own
+    looking = types.SimpleNamespace(
+        base_model=lambda **_: [masking.find_packed_sequence_indices(None)])
     documents = sd.hidden_states(looking, batch.input_ids, batch.position_ids)
-    assert (documents is None) == (starts == [0])   # then attention needs no mask
+    assert (documents is None) == (starts == [])   # then attention needs no mask
 
 
 @pytest.mark.campaign
 def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
     """Sliding and full attention, student and teacher, training and not, are more than 8 kinds of
     layer; below some of them nothing is trained. None falls back to eager code."""
-    path = tiny_model(tmp_path / "model", layers=3, **MODELS["gemma3"])
+    path = three_layers(tmp_path / "model", "Gemma3Text")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        on, off = [dict(compile=x, gradient_checkpointing=x) for x in (True, False)]
-        outs = two_runs(tmp_path, on, off, teacher=path, student=path, dataset=text, alpha=0.5,
-                        max_steps=2, lr_multipliers=["embed=0", r"layers\.0\.=0"])
+        outs = two_runs(
+            tmp_path, dict(compile=True, gradient_checkpointing=True), {}, teacher=path,
+            student=path, dataset=text, max_steps=2, lr_multipliers=["embed=0", r"layers\.0\.=0"])
     assert final_distance(outs) < 1e-4
 
 
@@ -2580,55 +2431,53 @@ def odd_model(path):
 def one_row(module, query, key, value, attention_mask, **kwargs):
     """Attention that keeps documents apart only where a batch is one row, as flash attention."""
     mask = attention_mask if len(query) == 1 else None
-    attend = transformers.AttentionInterface()["sdpa"]
-    return attend(module, query, key, value, mask, **kwargs)
+    return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
 
 
 transformers.AttentionInterface.register("one_row", one_row)
 transformers.AttentionMaskInterface.register(
     "one_row", transformers.AttentionMaskInterface()["sdpa"])
 
-PACKED = dict(packing="documents")
 SEES = "later tokens"
 MIXES = "see each other"
-# (model, knobs) -> words of the error; the class of the model is always among them
+# model, words of the error or None, knobs; the class of the model is always among the words
 WRONG = {
-    "beyond its positions": (dict(max_position_embeddings=16), PACKED, None),
-    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), {},
-                 SEES),
-    "BERT": (dict(cls="BertConfig"), {}, SEES),
-    "encoder": (dict(cls="T5Config", d_kv=16), {}, "T5Config"),
-    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), {}, "32 positions"),
-    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), PACKED, None),
-    "another head": (odd_model, dict(trust_remote_code=True), "Odd head_of()"),
-    "attention of one row": ({}, dict(attention="one_row", packing="documents"), MIXES),
-    "attention of one row, not packed": ({}, dict(attention="one_row"), None),
-    "state": (dict(cls="MambaConfig", state_size=4), PACKED, MIXES),
-    "state, not packed": (dict(cls="MambaConfig", state_size=4), {}, None),
-    "distances": (dict(cls="BloomConfig"), PACKED, MIXES),
-    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), PACKED, MIXES),
+    "beyond its positions": (dict(max_position_embeddings=16), None),
+    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), SEES),
+    "BERT": (dict(cls="BertConfig"), SEES),
+    "encoder": (dict(cls="T5Config", d_kv=16), "T5Config"),
+    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), "32 positions"),
+    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), None),
+    "another head": (odd_model, "Odd head_of()", dict(trust_remote_code=True)),
+    "attention of one row": ({}, MIXES, dict(attention="one_row")),
+    "state": (dict(cls="MambaConfig", state_size=4), MIXES),
+    "distances": (dict(cls="BloomConfig"), MIXES),
+    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), MIXES),
 }
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("case", WRONG)
 def test_models_that_compute_something_else_are_refused(group, tmp_path, case, role):
-    shape, fields, told = WRONG[case]
+    """Those that mix documents are taken where none share a row."""
+    shape, told, *knobs = WRONG[case]
     path = tmp_path / "shape.json"
     if callable(shape):
         path = tmp_path / "model"
         shape(path)
     else:
         tiny_config(**shape).to_json_file(path)
-    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, **fields)
-    if told is None:
+    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, packing="documents",
+                        **dict(*knobs))
+    if told:
+        with pytest.raises(config.UserError) as caught:
+            sd.load_checked(cfg, role, tiny_tokenizer())
+        for word in (role, str(path), *told.split()):
+            assert word in str(caught.value)
+        cfg.packing = "rows"
+    if told in (None, MIXES):
         root, _ = sd.load_checked(cfg, role, tiny_tokenizer())
         assert cfg.attention in (None, root.model.config._attn_implementation)
-        return
-    with pytest.raises(config.UserError) as caught:
-        sd.load_checked(cfg, role, tiny_tokenizer())
-    missing = [word for word in [role, str(path), *told.split()] if word not in str(caught.value)]
-    assert not missing, (missing, caught.value)
 
 
 # ---- the writer
@@ -2642,19 +2491,17 @@ def test_models_a_text_fills_its_room_or_ends(group, student):
     rooms = [2, 9, 5, 1]
     model = load(student)
 
-    def write(prompt, room, end=None):
-        how = transformers.GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end)
-        ids = model.generate(torch.tensor([prompt]), generation_config=how)
+    def write(prompt, room, end):
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=room, do_sample=False, eos_token_id=end)
         return ids[0, len(prompt):].tolist()
 
-    end = write(prompts[1], 5)[4]
+    end = write(prompts[1], 5, end=999)[4]   # at first an id that nobody writes
     expected = [write(prompt, room, end) for prompt, room in zip(prompts, rooms)]
-    vocabulary = len(tiny_tokenizer())
-    assert sd.write_texts(root, prompts, range(4), rooms, 0, {end}, vocabulary) == expected
-    assert sd.write_texts(root, [], [], [], 0, {end}, vocabulary) == []
+    assert sd.write_texts(root, prompts, range(4), rooms, 0, {end}, 263) == expected
+    assert sd.write_texts(root, [], [], [], 0, {end}, 263) == []
     states(root).sum().backward()
-    grads = [p.grad for p in root.model.model.parameters()]
-    assert all(map(is_shard, grads)) and all(map(is_shard, root.parameters()))
+    assert all(is_shard(x) for p in root.model.model.parameters() for x in (p, p.grad))
 
 
 # --------------------------------------------------------------------------------------------------
