@@ -964,17 +964,15 @@ def test_runtime_a_phase_says_what_it_does_and_why_it_failed(capsys, error, show
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student,
-                                                                           debug):
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(
+        tmp_path, out, student, capsys, debug):
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
-    words = flags(student=student, alpha=1.0, dataset=tmp_path / "bad.jsonl", debug=debug,
-                  output_dir=tmp_path / "out")
-    shown = io.StringIO()
-    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
-        assert sd.main(words) == 2
-    assert shown.getvalue().count("error: while reading dataset") == 1
-    assert ("Traceback" in shown.getvalue()) == debug
-    assert (tmp_path / "out" / "error.log").exists() != debug
+    words = f"--student {student} --alpha 1 --dataset {tmp_path}/bad.jsonl --output_dir {out}"
+    assert sd.main([*words.split(), f"--debug={debug}"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: while reading dataset") == 1
+    assert ("Traceback" in shown) == debug
+    assert os.path.exists(f"{out}/error.log") != debug
 
 
 def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch, capsys):
@@ -984,7 +982,7 @@ def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch
     assert capsys.readouterr().out == "rank 0\n"
 
     def gone(words):
-        raise OSError(5, "Input/output error")
+        raise OSError
 
     monkeypatch.setattr(sd.tqdm, "write", gone)
     sd.print0("nobody reads it")
@@ -1036,98 +1034,82 @@ def test_runtime_a_table_is_aligned():
 @pytest.mark.parametrize("files, refusal", [
     ({"notes.txt": "mine"}, None),
     ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
-    ({"final/notes.txt": "mine"}, "holds 'final'"),
-    ({sd.MARK: "", "final/notes.txt": "mine"}, None),   # touched by its owner, or half written
+    ({"final": "mine"}, "holds 'final'"),
+    ({sd.MARK: "", "final": "mine"}, None),   # touched by its owner, or half written
     ({sd.MARK: "train 12345", "config.json": "{}"}, None),
     ({sd.MARK: "trains 12345"}, "of mode trains"),
 ])
 def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out, files, refusal):
+    os.mkdir(out)
     for name, content in files.items():
-        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
         Path(out, name).write_text(content)
-    expected = contextlib.nullcontext()
-    if refusal:
-        expected = pytest.raises(config.UserError, match=refusal)
+    refused = pytest.raises(config.UserError, match=refusal)
+    expected = refused if refusal else contextlib.nullcontext()
     with expected, sd.process_group(), sd.claim(out, "train"):
         mark = Path(out, sd.MARK).read_text()
         assert re.fullmatch(r"train \d{6,}", mark)
         files = {**files, sd.MARK: mark}
-    left = {str(path.relative_to(out)): path.read_text() for path in files_in(Path(out))}
-    assert left == files
+    assert {name: Path(out, name).read_text() for name in os.listdir(out)} == files
 
 
 HOLD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group(), sd.claim(sys.argv[2], "train"):
-    print("held", flush=True)
-    sys.stdin.readline()
+def main(args):
+    with process_group(), claim(args[0], "train"):
+        print("held", flush=True)
+        time.sleep(99)
 """
 
 
-def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(HERE), out], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    while "held" not in holder.stdout.readline():
+def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, labels_only):
+    holder = Fork(f"{out}.txt", out, change=HOLD)
+    while "held\n" not in Path(holder.log).read_text():
         assert holder.poll() is None
+        time.sleep(0.05)
     mark = Path(out, sd.MARK).read_text()
-    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
-    assert f"no other run is at work in {out}" in err
+    assert f"no other run is at work in {out}" in distil(out, rc=2, **labels_only).err
     assert Path(out, sd.MARK).read_text() == mark
-    threading.Timer(0.5, holder.kill).start()
+    threading.Timer(0.5, holder.signal, [signal.SIGKILL]).start()
     with sd.process_group(), sd.claim(out, "train", wait=True):
-        assert holder.wait(60) < 0
+        holder.wait()
 
 
 # ---- ranks
 
 RANKS = """
-import contextlib, json, os, sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    seen = [sd.all_sum(sd.RANK, 2), sd.from_rank0(sd.RANK + 5)]
-    with contextlib.suppress(ValueError), sd.node_first():
-        if sd.RANK == 0:
-            time.sleep(1)
-            open("done", "w").close()
-            raise ValueError   # which the others then meet themselves
-        seen.append(os.path.exists("done"))
-    with sd.claim("shared", "train"):
-        pass
-    for folder in ("new", "old"):   # on a disk of its own, without a mark or with an older run's
-        os.makedirs(f"node{sd.RANK}/{folder}")
-        if folder == "old":
-            open(f"node{sd.RANK}/old/.simple_distill", "w").write("train 12345")
-        try:
-            with sd.claim(f"node{sd.RANK}/{folder}", "train"):
-                seen.append("went on")
-        except sd.UserError as e:
-            seen.append(str(e).split(" in ")[0])
-    print(json.dumps(seen), flush=True)
-    if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
-        time.sleep(2)
-        print(sd.first_to_fail(), sd.first_to_fail())
+def main(args):
+    os.chdir(args[0])
+    with process_group():
+        seen = [all_sum(RANK, 2), from_rank0(RANK + 5)]
+        with contextlib.suppress(ValueError), node_first():
+            if RANK == 0:
+                time.sleep(1)
+                open("done", "w").close()
+                raise ValueError   # which the others then meet themselves
+            seen.append(os.path.exists("done"))
+        with claim("shared", "train"):
+            pass
+        for folder in ("new", "old"):   # on its own disk, without a mark or with an older run's
+            os.makedirs(f"node{RANK}/{folder}")
+            if folder == "old":
+                open(f"node{RANK}/old/.simple_distill", "w").write("train 12345")
+            try:
+                with claim(f"node{RANK}/{folder}", "train"):
+                    seen.append("went on")
+            except UserError as e:
+                seen.append(str(e).split(" in ")[0])
+        print(RANK, json.dumps(seen), flush=True)
+        if RANK == 1:   # rank 0, with the store, may not be gone yet
+            time.sleep(2)
+            print(first_to_fail(), first_to_fail())
 """
 
 
 def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
-    port = free_port()
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
-        env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE)
-        for rank in range(2)]
-    try:
-        first, second = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on", "went on"], first
-    seen, failed = second.splitlines()[-2:]
-    refusal = "rank 1 does not see what rank 0 writes"
-    assert json.loads(seen) == [[1, 4], 5, True, refusal, refusal], second
-    assert failed == "True False"   # it speaks for all, once
+    shown = Fork(tmp_path / "log.txt", tmp_path, ranks=2, change=RANKS).wait()
+    refusal = '"rank 1 does not see what rank 0 writes"'
+    assert '\n0 [[1.0, 4.0], 5, "went on", "went on"]\n' in shown
+    assert f"\n1 [[1.0, 4.0], 5, true, {refusal}, {refusal}]\n" in shown
+    assert "\nTrue False\n" in shown   # it speaks for all, once
 
 
 def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
@@ -1142,11 +1124,11 @@ def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
 
 def test_runtime_only_the_host_waits_for_a_day():
     """A collective on GPUs, where a rank is gone, ends after minutes."""
+    limits = []
     with sd.process_group():
-        groups = [torch.distributed.group.WORLD, sd.HOST]
-        backends = [group._get_backend(torch.device("cpu")) for group in groups]
-    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
-    assert minutes == [15, 24 * 60]
+        for group in (torch.distributed.group.WORLD, sd.HOST):
+            limits.append(group._get_backend(torch.device("cpu")).options._timeout)
+    assert limits == [datetime.timedelta(minutes=15), datetime.timedelta(days=1)]
 
 
 def test_runtime_any_number_of_signals_only_asks_to_stop():
