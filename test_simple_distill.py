@@ -3315,7 +3315,8 @@ def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, w
     for max_steps in (2, 3):
         distil(out, **labels_only, max_steps=max_steps, use_wandb=True)
     assert run.log.mock_calls == [
-        mock.call(entry, step=entry.get("train/step", entry.get("eval/step"))) for entry in log(out)]
+        mock.call(entry, step=entry.get("train/step", entry.get("eval/step")))
+        for entry in log(out)]
     assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc"]
     assert wandb.init.call_args.kwargs["config"].keys() == config.FIELDS.keys()
     distil(out, rc=2, **labels_only, max_steps=30, use_wandb=True, resume="never",
@@ -6430,35 +6431,23 @@ def test_eval_refusals(eval_folder, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: killed anywhere, on many ranks, a week of every mode: as processes.
+# Runs: killed anywhere, on many ranks, under launch.sh, fed with anything: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {   # what the run is besides plain: (ranks, fields)
-    "map": (1, {}),
-    "stream": (1, dict(streaming=True, shuffle_buffer=7)),   # optional: streaming
-    "accumulation 3": (1, dict(batch_size=2, gradient_accumulation_steps=3)),
-    "dropout": (1, {}),
-    "2 ranks": (2, dict(batch_size=2)),
-    "documents": (1, dict(packing="documents", seq_len=128)),
-    "on policy": (1, dict(on_policy=0.5, max_new_tokens=6)),   # optional: on_policy
+KILLED = {   # what the run is besides plain
+    "map": {},
+    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
+    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
+    "dropout": {},
+    "2 ranks": dict(ranks=2, batch_size=2),
+    "documents": dict(packing="documents", seq_len=128),
+    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
 }
 
 
 def assert_same_run(out, other):
     assert same(final_weights(out), final_weights(other))
     assert quiet_log(out) == quiet_log(other)
-
-
-def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
-    path = draw.choice(sorted(newest.iterdir()))
-    how = draw.choice(["turn", "lose", "add"])
-    if how == "turn":
-        flip(path, draw.random())
-    elif how == "lose":
-        path.unlink()
-    else:
-        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
@@ -6476,31 +6465,30 @@ def saves_since(start, out):
     pytest.param(12, True, marks=pytest.mark.campaign),
 ])
 @pytest.mark.parametrize("kind", KILLED)
-def test_runs_a_killed_run_ends_as_if_it_had_not_been(
-        tmp_path, teacher, student, text, kind, kills, damaged):
-    """Killed again and again, at random. damaged: each time the newest checkpoint of two is."""
-    ranks, more = KILLED[kind]
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, online, kind, kills, damaged):
+    """Told to stop, or killed, again and again, at random. damaged: each time the newest checkpoint
+    of two is."""
+    fields = online | dict(batch_size=4, max_steps=12, save_steps=2, eval_steps=5, eval_samples=8,
+                           alpha=0.4, lr_scheduler="cosine") | KILLED[kind]
     if kind == "dropout":
-        student = tiny_model(tmp_path / "dropout", **DROPOUT)
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, max_steps=12,
-                  save_steps=2, eval_steps=5, eval_samples=8, alpha=0.4, lr_scheduler="cosine")
-    fields = dict(ranks=ranks) | fields | more
+        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     draw = random.Random(kills)
     assert "done in" in distil_apart(whole, **fields).wait()
     unfinished = 0
-    for _ in range(kills):
+    for i in range(kills):
         start = time.time()
         run = distil_apart(broken, **fields)
-        saves = 2 if damaged else draw.randrange(3)
+        saves = 2 if damaged else 1 - i % 2 + draw.randrange(2)
         while run.poll() is None and saves_since(start, broken) < saves:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.05))
-        run.signal(signal.SIGKILL).wait()
+        run.signal(signal.SIGKILL if i % 2 else signal.SIGTERM).wait()
         unfinished += not (broken / "final").is_dir()
         if damaged:
-            damage(max(broken.glob("checkpoints/step-*")), draw)
+            newest = max(broken.glob("checkpoints/step-*"))
+            draw.choice([flip, add, os.unlink])(draw.choice(sorted(newest.iterdir())))
     shown = distil_apart(broken, **fields).wait()
     assert unfinished or damaged, "no kill came before the end"
     assert damaged == ("passed over" in shown), shown
@@ -6537,11 +6525,11 @@ TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
     pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
     pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
 ])
-def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, ranks, files, every):
+def test_runs_killed_at_every_line_of_a_save(tmp_path, online, ranks, files, every):
     """While files are written, between checksums, rename and the deletion of the one before; each
     run finds what the last one left. The other ranks end by themselves."""
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=2, save_steps=1,
-                  keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
+    fields = online | dict(batch_size=2, save_steps=1, keep_checkpoints=1, max_steps=300 // every,
+                           ranks=ranks)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     for line in range(every, 999, every):
@@ -6555,41 +6543,19 @@ def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, r
 
 
 @pytest.mark.parametrize("world_sizes, packing", [
-    ([2, 1, 2], {}),
     ([2, 1, 2], dict(packing="documents", seq_len=128)),
     ([4, 1, 3, 2], {}),
 ])
-def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, packing):
+def test_runs_ranks_come_and_go(tmp_path, online, world_sizes, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=3, save_steps=2)
-    fields |= packing
+    fields = online | dict(batch_size=3, save_steps=2) | packing
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
     for i, ranks in enumerate(world_sizes, 1):
         shown = distil_apart(moved, ranks, **fields, max_steps=2 * i).wait()
-        assert (moved / f"checkpoints/step-{2 * i:08d}").is_dir(), shown
+        assert saved(moved, 2 * i).is_dir(), shown
     distil_apart(straight, world_sizes[0], **fields, max_steps=2 * i).wait()
     assert_close(moved, straight, shown)
-    refused = distil(moved, rc=2, **fields | dict(batch_size=5, max_steps=99))
-    assert f"{3 * world_sizes[0]} sequences a step" in refused.err
-
-
-def test_runs_a_signal_saves_and_a_second_process_is_refused(
-        tmp_path, teacher, student, text):
-    """Once it has stopped the same command goes on, with the next batch."""
-    fields = dict(teacher=teacher, student=student, dataset=text)
-    fields |= dict(streaming=True, shuffle_buffer=7)   # optional: streaming
-    stopped = tmp_path / "stopped"
-    whole = tmp_path / "whole"
-    first = distil_apart(stopped, **fields, max_steps=100_000)
-    wait_for_log(stopped, first)
-    assert "no other run" in distil(stopped, rc=2, **fields, max_steps=1).err
-    assert "stopped at step" in first.signal(signal.SIGTERM).wait()
-    step = log(stopped, "train")[-1]["train/step"]
-    assert (stopped / f"checkpoints/step-{step:08d}").is_dir()
-    for out in (stopped, whole):
-        distil(out, **fields, max_steps=step + 3)
-    assert same(final_weights(stopped), final_weights(whole))
 
 
 FAILS_ALONE = """
@@ -6599,9 +6565,8 @@ if RANK == 1:
 """
 
 
-def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, student, text):
-    run = distil_apart(out, 3, FAILS_ALONE, teacher=teacher, student=student, dataset=text)
-    shown = run.wait(seconds=60)
+def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, online):
+    shown = distil_apart(out, 3, FAILS_ALONE, **online).wait(seconds=60)
     assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     assert "ValueError: on this rank only" in shown
 
@@ -6672,27 +6637,34 @@ def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
     change = LOADING.format(first=tiny_model(tmp_path / "first"), wide=wide)
     shown = Fork(tmp_path / "log.txt", ranks=2, change=change).wait()
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown))
-    assert float(extra["1"]) < 0.2, shown
+    assert float(re.search(r"RANK 1 (\S+)", shown)[1]) < 0.2, shown
 
 
 @pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
-def test_runs_launcher_is_one_process(tmp_path, teacher, student, chat, nodes, processes):
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3)
+def test_runs_launcher_is_one_process(tmp_path, online, chat, nodes, processes):
+    """That warns of nothing and writes nowhere else."""
+    fields = online | dict(dataset=chat, max_steps=4, alpha=0.3)
     distil(tmp_path / "one", **fields, batch_size=8)
-    words = flags(**PLAIN, **fields, output_dir=tmp_path / "two", batch_size=4)
-    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port())}
-    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)})
+    words = flags(**PLAIN, **fields, output_dir="two", batch_size=4)
+    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port()),
+           "PYTHONWARNINGS": "default"}
+    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)}, cwd=tmp_path)
                 for rank in range(nodes)]
-    shown = [process.communicate(timeout=180)[0] for process in launched]
+    shown = "".join([process.communicate(timeout=180)[0] for process in launched])
     assert {process.returncode for process in launched} == {0}, shown
     assert_close(tmp_path / "two", tmp_path / "one", shown)
-    assert "".join(shown).count("done in") == 1   # only rank 0 prints
+    assert shown.count("done in") == 1   # only rank 0 prints
+    assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
+    assert listing(tmp_path) == "one two"
 
 
-def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
-    words = flags(**PLAIN, student=student, dataset=text, alpha=1.0, batch_size=4, output_dir=out,
-                  max_steps=100_000)
+def pids_of(pattern):
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def test_runs_a_rank_that_dies_takes_the_job_down(out, labels_only):
+    words = flags(**PLAIN, **labels_only, batch_size=4, output_dir=out, max_steps=100_000)
     process = spawn(*words, nproc=2)
     wait_for_log(out, process)
     workers = pids_of(f"simple_distill.py.*{out}")
@@ -6702,44 +6674,31 @@ def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
     assert process.returncode != 0
 
 
-def pids_of(pattern):
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
-    return found.stdout.split()
+@pytest.mark.parametrize("env, words, code, told", [
+    ({}, "--help", 0, "NNODES.*--learning_rate"),
+    # two ranks make the mistake, one line says it
+    ({"NPROC": "2"}, "--alpha 1 --dataset /nowhere.jsonl --student /nowhere", 2, "nowhere"),
+    ({"NPROC": "0"}, "", 2, "^error: .*NPROC is 0"),
+    ({"NPROC": "abc"}, "", 2, "^error: .*NPROC is abc"),
+    ({"NODE_RANK": "1"}, "", 2, "^error: .*NODE_RANK is 1"),
+])
+def test_runs_launcher_explains_itself_and_passes_mistakes_on(tmp_path, env, words, code, told):
+    ran = subprocess.run([HERE / "launch.sh", *words.split()], capture_output=True, text=True,
+                         cwd=tmp_path, env={**os.environ, "NPROC": "1", **env}, timeout=120)
+    assert ran.returncode == code
+    assert re.search(told, ran.stderr if code else ran.stdout, re.DOTALL), ran
+    assert ran.stderr.count("error: ") == code / 2 and "Traceback" not in ran.stderr, ran
 
 
-def test_runs_launcher_explains_itself():
-    shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
-
-
-def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
-    """Two ranks make it, one line says it, the exit code is that of one process."""
-    words = flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere",
-                  output_dir=tmp_path / "out")
-    process = spawn(*words, nproc=2, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
-    assert err.count("error: ") == 1 and "Traceback" not in err, err
-
-
-@pytest.mark.parametrize("name, value", [("NPROC", "0"), ("NPROC", "abc"), ("NODE_RANK", "1")])
-def test_runs_launcher_names_a_wrong_number(name, value):
-    shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
-                           env={**os.environ, "NPROC": "1", name: value})
-    assert shown.returncode == 2
-    assert re.match(rf"error: .*{name} (is )?{value}\b", shown.stderr)
-
-
-def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
+def test_runs_launcher_that_waits_for_a_node_hears_a_signal(out):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    process = spawn("--output_dir", tmp_path / "out", nproc=2, env=env)
+    process = spawn("--output_dir", out, nproc=2, env=env)
     assert "waits for all nodes" in process.stdout.readline()
-    while not pids_of(f"node-rank=0 .*{tmp_path}"):
+    while not pids_of(f"node-rank=0 .*{out}"):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert not pids_of(str(tmp_path))
+    assert not pids_of(out)
 
 
 # As a shell: it hears that its terminal was closed, tells its jobs, and here sees how they end.
@@ -6760,11 +6719,10 @@ with open(sys.argv[1], "w") as f:
 
 @pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, labels_only, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
-    words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
-                     "output_dir": out, "max_steps": 100_000})
+    words = flags(**PLAIN, **labels_only, batch_size=2, output_dir=out, max_steps=100_000)
     terminal, other_end = pty.openpty()
     command = [HERE / program, *words_of(words)]
     if program.endswith(".py"):
@@ -6790,8 +6748,7 @@ def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, clos
     while process.poll() is None:
         read_on()
     assert (tmp_path / "code").read_text() == "0\n"
-    stopped = log(out, "train")[-1]["train/step"]
-    assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert saved(out, column(out, "train/step")[-1]).is_dir()
     assert not pids_of(str(out))
 
 
@@ -6802,103 +6759,80 @@ def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def plant_code(folder, marks):
+EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
+                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
+
+
+def plant_code(folder):
     """Config and tokenizer of a model get code of their own, which leaves a mark."""
     bases = {"configuration": ("EvilConfig", "LlamaConfig"),
              "modeling": ("EvilModel", "LlamaForCausalLM"),
              "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
     for file, (name, base) in bases.items():
-        (folder / f"{file}_evil.py").write_text(
-            f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
+        Path(folder, f"{file}_evil.py").write_text(
+            f"open('marks/{file}', 'w')\nfrom transformers import {base}\n"
             f"class {name}({base}):\n    model_type = 'evil'\n")
-    edit_json(folder / "config.json", model_type="evil", auto_map={
+    edit_json(Path(folder, "config.json"), model_type="evil", auto_map={
         "AutoConfig": "configuration_evil.EvilConfig",
         "AutoModelForCausalLM": "modeling_evil.EvilModel"})
-    edit_json(folder / "tokenizer_config.json", **EVIL_TOKENIZER)
+    edit_json(Path(folder, "tokenizer_config.json"), **EVIL_TOKENIZER)
 
 
-EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
-                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
-
-
-@pytest.fixture
-def marks(tmp_path, monkeypatch):
-    """A folder in which code that ran leaves a file."""
+def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, monkeypatch):
+    """Files of strangers that carry code, in each place where one may stand, under every mode: what
+    runs leaves a file in marks/."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
-    (tmp_path / "marks").mkdir()
-    return tmp_path / "marks"
-
-
-@pytest.fixture
-def evil(tmp_path, student, marks):
-    """A model that brings code of its own."""
-    shutil.copytree(student, tmp_path / "evil")
-    plant_code(tmp_path / "evil", marks)
-    return tmp_path / "evil"
-
-
-def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
-    """Files of strangers that carry code, in each place where one may stand, under every mode."""
-    run = dict(PLAIN, student=student, dataset=text, max_steps=1, alpha=1.0)
-    pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
-    (pickled / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
-    script = tmp_path / "script"
-    script.mkdir()
-    (script / "script.py").write_text(f"open({str(marks / 'script')!r}, 'w')\n")
-    yaml_file = tmp_path / "run.yaml"
-    yaml_file.write_text(
-        f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("marks")
+    for name in ("good", "evil", "pickled"):
+        shutil.copytree(student, name)
+    plant_code("evil")
+    os.unlink("pickled/model.safetensors")
+    torch.save({"model.norm.weight": Payload("marks/bin")}, "pickled/pytorch_model.bin")
+    os.mkdir("script")
+    Path("script/script.py").write_text("open('marks/script', 'w')\n")
+    Path("run.yaml").write_text("student: !!python/object/apply:builtins.open [marks/yaml, w]\n")
     # a run of a stranger, which says of itself that its student's code may run
-    obeyed = tmp_path / "obeyed"
-    cli(*flags(**run, output_dir=obeyed))
-    edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
-              tokenizer=str(evil))
-    judged = dict(   # optional: eval
-        mode="eval", student=student, tokenizer=student, dataset=text)
+    distil("obeyed", student="good", dataset=text, alpha=1.0, max_steps=1)
+    edit_json(Path("obeyed/config.json"), trust_remote_code=True, student="evil", tokenizer="evil")
+    made = f"--mode cache --teacher good --dataset {text} --cache_dir cache"   # optional: cache
+    cli(*made.split(), "--seq_len", 32)   # optional: cache
+    for path in list(Path("cache").rglob("tokenizer_config.json")):   # optional: cache
+        shutil.copy("evil/tokenization_evil.py", path.parent)
+        edit_json(path, **EVIL_TOKENIZER)
+    run = f"--dataset {text} --max_steps 1 --student"
+    judged = f"--mode eval --tokenizer good --dataset {text} --student"   # optional: eval
     commands = [
-        run | dict(student=evil),
-        run | dict(tokenizer=evil),
-        run | dict(teacher=evil, alpha=0.5),
-        run | dict(student=pickled),
-        run | dict(dataset=script),
-        dict(config=yaml_file),
-        dict(student=student, teacher=evil, blockwise=True, dataset=text),   # optional: blockwise
-        dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c",   # optional: cache
-             dataset=text),
-        dict(mode="generate", provider="local", teacher=evil,   # optional: generate
-             num_examples=1),
-        judged | dict(student=evil),   # optional: eval
-        judged | dict(compare=[evil]),   # optional: eval
-        judged | dict(   # optional: eval
-            student=obeyed / "checkpoints" / "step-00000001"),
+        f"{run} evil --alpha 1",
+        f"{run} good --alpha 1 --tokenizer evil",
+        f"{run} good --teacher evil",
+        f"{run} pickled --alpha 1",
+        "--student good --alpha 1 --dataset script",
+        "--config run.yaml",
+        f"{run} good --teacher evil --blockwise true",   # optional: blockwise
+        f"--mode cache --teacher evil --cache_dir c --dataset {text}",   # optional: cache
+        "--student good --cache_dir cache",   # optional: cache
+        "--mode generate --provider local --teacher evil --num_examples 1",   # optional: generate
+        f"{judged} evil",   # optional: eval
+        f"{judged} good --compare evil",   # optional: eval
+        f"{judged} obeyed/checkpoints/step-00000001",   # optional: eval
     ]
     for i, command in enumerate(commands):
-        result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert not os.listdir(marks), (command, result)
-        if str(evil) in str(command):
-            assert "trust_remote_code" in result.err, result.err
-
-
-def test_runs_a_caches_tokenizer_runs_no_code(   # optional: cache
-        tmp_path, student, text, marks, evil):
-    cache = tmp_path / "cache"
-    cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
-    for path in list(cache.rglob("tokenizer_config.json")):
-        shutil.copy(evil / "tokenization_evil.py", path.parent)
-        edit_json(path, **EVIL_TOKENIZER)
-    cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
-    assert not os.listdir(marks)
+        result = cli(*command.split(), "--output_dir", f"out{i}", rc=2)
+        assert not os.listdir("marks"), (command, result)
+        assert "evil" not in command or "trust_remote_code" in result.err, result.err
 
 
 # ---- fuzz: whatever a user brings, there is an answer. Each case draws one thing and breaks it.
 
-ODD = ["", " ", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 5000, "0x10", "1.5", "true", "null",
-       "[]", "{}", "[1", "a\0b", "\x1b[31m", "größe", "\ud800", "/", "/dev/null", "/nowhere/x", "~",
-       "..", "--", "-x", "%s", "a b", "=", "*", "(", "$(id)", "x" * 4000, "layers:", "layers:-1",
-       "layers:99", "demo ", "https://h/", "http://[", "1,2", "a=b=c", "(=1", ".*=x"]
-ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {}, [None], {"a": 1},
-            [[1]], "x" * 4000]
+ODD = ("| |-1|0|nan|inf|-inf|1e400|0x10|1.5|true|null|[]|{}|[1|a\0b|\x1b[31m|größe|\ud800|/|"
+       "/dev/null|/nowhere/x|~|..|--|-x|%s|a b|=|*|(|$(id)|layers:|layers:-1|layers:99|demo |"
+       "https://h/|http://[|1,2|a=b=c|(=1|.*=x").split("|")
+ODD.insert(8, "9" * 5000)
+ODD.insert(33, "x" * 4000)
+ODD_JSON = json.loads('[null, true, -1, 0, 1.5, 1e308, 1000000000000000000000000000000, "", "x", '
+                      '"\\u0000", "nan", [], {}, [null], {"a": 1}, [[1]]]')
+ODD_JSON.append("x" * 4000)
 
 
 def break_json(value, draw):
@@ -6942,116 +6876,111 @@ def break_file(path, draw):
     path.write_bytes(b"\n".join(lines) + b"\n")
 
 
-def files_below(*folders):
-    return {path: path.read_bytes()
-            for folder in folders for path in folder.rglob("*") if path.is_file()}
+# A case is drawn in a folder of its own, in which user/ holds good things, all of them the user's:
+# fuzz_x(draw) breaks one -> the command line of a run into out/.
+MODES = {
+    "train": "--student user/student --dataset user/text.jsonl --alpha 1 --max_steps 1",
+    "cache": (   # optional: cache
+        "--mode cache --teacher user/student --dataset user/text.jsonl --seq_len 32 "
+        "--cache_chunk 16 --cache_dir cache"),
+    "generate": (   # optional: generate
+        "--mode generate --provider local --teacher user/student --num_examples 2 --max_tokens 4"),
+    "eval": (   # optional: eval
+        "--mode eval --student user/student --dataset user/text.jsonl --eval_samples 1"),
+}
+TRAIN = f"{MODES['train']} --seq_len 32"
 
 
-class Fuzz:
-    """Good things in a folder, of which each case breaks a copy: case_x(folder, draw) -> flags of
-    a run into folder/out; what is of the user lies in folder/user."""
+@pytest.fixture
+def good(tmp_path, student, text):
+    """What becomes user/."""
+    good = tmp_path / "good"
+    for name in ("student", "model"):
+        shutil.copytree(student, good / name)
+    shutil.copy(text, good / "text.jsonl")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
+    write_jsonl(good / "chat.jsonl", [{"messages": turns * (1 + i // 6)} for i in range(12)])
+    return good
 
-    def __init__(self, folder, student, text):
-        self.folder = folder
-        self.student = student
-        self.good = folder / "good"
-        self.good.mkdir()
-        self.text = self.good / "text.jsonl"
-        shutil.copy(text, self.text)
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
-        rows = [{"messages": turns * (1 + i // 6)} for i in range(12)]
-        write_jsonl(self.good / "chat.jsonl", rows)
-        self.train = dict(PLAIN, student=student, dataset=self.text, alpha=1.0, max_steps=1)
-        self.cache = dict(mode="cache", teacher=student, dataset=self.text, seq_len=32,
-                          cache_chunk=16)
-        self.generate = dict(mode="generate", provider="local", teacher=student, num_examples=2,
-                             max_tokens=4)
 
-    def copy_broken(self, name, to, draw, **fields):
-        """A copy of what a good run has left, one file of it broken."""
-        if not (self.folder / name).exists():
-            cli(*flags(**fields))
-        shutil.copytree(self.folder / name, to)
-        break_file(draw.choice(sorted(path for path in to.rglob("*") if path.is_file())), draw)
+def leave_broken(folder, words, draw):
+    """What a good run leaves in ../folder: here, with one file of it broken."""
+    if not os.path.exists(f"../{folder}"):
+        cli(*words.split())
+    shutil.copytree(f"../{folder}", folder)
+    break_file(draw.choice(sorted(files_in(Path(folder)))), draw)
 
-    def case_flags(self, case, draw):
-        modes = {
-            "train": dict(student=self.student, dataset=self.text, alpha=1, max_steps=1),
-            "cache": self.cache | dict(cache_dir=case / "cache"),   # optional: cache
-            "generate": self.generate,   # optional: generate
-            "eval": dict(mode="eval", student=self.student,   # optional: eval
-                         dataset=self.text, eval_samples=1),
-        }
-        mode = modes[draw.choice(["train", *modes])]
-        skipped = {"output_dir", "max_steps", "cpu_offload", "mode", "config", *mode}
-        name = draw.choice([name for name in config.FIELDS if name not in skipped])
-        return mode | {name: draw.choice(ODD)}
 
-    def case_file(self, case, draw):
-        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.text),
-                "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
-        path = case / "user" / f"run.{draw.choice(['json', 'yaml'])}"
-        path.write_text(json.dumps(good))   # which is yaml too
-        break_file(path, draw)
-        if draw.random() < 0.2:
-            path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
-        return dict(config=path, student=self.student, dataset=self.text, max_steps=1, alpha=1)
+def fuzz_flags(draw):
+    words = MODES[draw.choice(["train", *MODES])]
+    skipped = f"{words} --output_dir --max_steps --cpu_offload --mode --config".split()
+    name = draw.choice([name for name in config.FIELDS if f"--{name}" not in skipped])
+    return f"{words} --{name} {shlex.quote(draw.choice(ODD))}"
 
-    def case_rows(self, case, draw):
-        path = case / "user" / draw.choice(["text.jsonl", "chat.jsonl"])
-        shutil.copy(self.good / path.name, path)
-        for _ in range(draw.randrange(1, 4)):
-            with contextlib.suppress(ValueError):   # broken beyond that already
-                break_file(path, draw)
-        if draw.random() < 0.15:
-            path = path.rename(
-                path.parent / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
-        more = {}
-        more = draw.choice([{}, {"streaming": True}])   # optional: streaming
-        return self.train | dict(dataset=path) | more
 
-    def case_model(self, case, draw):
-        model = case / "user" / "model"
-        shutil.copytree(self.student, model)
-        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
-                 "num_attention_heads", "num_key_value_heads", "head_dim")
-        path = model / draw.choice([
-            "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
-            "model.safetensors", "generation_config.json"])
-        if path.name == "config.json" and draw.random() < 0.5:
-            size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
-            edit_json(path, **{draw.choice(sizes): size})
-        else:
+def fuzz_file(draw):
+    path = Path(f"user/run.{draw.choice(['json', 'yaml'])}")
+    path.write_text(   # which is yaml too
+        '{"alpha": 1.0, "student": "user/student", "dataset": "user/text.jsonl", "max_steps": 1, '
+        '"lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": false}')
+    break_file(path, draw)
+    if draw.random() < 0.2:
+        path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
+    return f"--config {path} {MODES['train']}"
+
+
+def fuzz_rows(draw):
+    path = Path("user", draw.choice(["text.jsonl", "chat.jsonl"]))
+    for _ in range(draw.randrange(1, 4)):
+        with contextlib.suppress(ValueError):   # broken beyond that already
             break_file(path, draw)
-        if draw.random() < 0.1:
-            path.unlink()
-        return self.train | draw.choice([dict(student=model), dict(teacher=model, alpha=0.5)])
+    if draw.random() < 0.15:
+        path = path.rename(
+            path.with_name(draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"])))
+    words = f"{TRAIN} --dataset {path}"
+    words += draw.choice(["", " --streaming true"])   # optional: streaming
+    return words
 
-    def case_output(self, case, draw):
-        """What an earlier run left; without its mark it is a folder of the user's."""
-        fields = self.train | dict(max_steps=2, save_steps=1)
-        self.copy_broken("finished", case / "out", draw, output_dir=self.folder / "finished",
-                         **fields)
-        if draw.random() < 0.2:
-            (case / "out" / sd.MARK).unlink(missing_ok=True)
-        return self.train | dict(max_steps=3)
 
-    def case_cache(self, case, draw):   # optional: cache
-        self.copy_broken("cache", case / "cache", draw, cache_dir=self.folder / "cache",
-                         **self.cache)
-        if draw.random() < 0.3:
-            return self.cache | dict(cache_dir=case / "cache")
-        return self.train | dict(cache_dir=case / "cache", dataset=None, alpha=0.5, seq_len=None)
+def fuzz_model(draw):
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+             "num_attention_heads", "num_key_value_heads", "head_dim")
+    path = Path("user/model", draw.choice([
+        "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "generation_config.json"]))
+    if path.name == "config.json" and draw.random() < 0.5:
+        size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+        edit_json(path, **{draw.choice(sizes): size})
+    else:
+        break_file(path, draw)
+    if draw.random() < 0.1:
+        path.unlink()
+    return TRAIN + draw.choice([" --student user/model", " --teacher user/model --alpha 0.5"])
 
-    def case_leftovers(self, case, draw):   # optional: generate
-        self.copy_broken("generated", case / "out", draw, output_dir=self.folder / "generated",
-                         **self.generate)
-        if draw.random() < 0.3:
-            prompts = case / "user" / "prompts.jsonl"
-            write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
-            break_file(prompts, draw)
-            return self.generate | dict(prompts_file=prompts)
-        return self.generate
+
+def fuzz_output(draw):
+    """What an earlier run left; without its mark it is a folder of the user's."""
+    leave_broken("out", f"{TRAIN} --max_steps 2 --save_steps 1 --output_dir ../out", draw)
+    if draw.random() < 0.2:
+        Path("out", sd.MARK).unlink(missing_ok=True)
+    return f"{TRAIN} --max_steps 3"
+
+
+def fuzz_cache(draw):   # optional: cache
+    leave_broken("cache", f"{MODES['cache']} --cache_dir ../cache", draw)
+    if draw.random() < 0.3:
+        return MODES["cache"]
+    return "--student user/student --cache_dir cache --alpha 0.5 --max_steps 1"
+
+
+def fuzz_leftovers(draw):   # optional: generate
+    leave_broken("out", f"{MODES['generate']} --output_dir ../out", draw)
+    if draw.random() < 0.3:
+        prompts = Path("user/prompts.jsonl")
+        write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
+        break_file(prompts, draw)
+        return f"{MODES['generate']} --prompts_file {prompts}"
+    return MODES["generate"]
 
 
 @pytest.mark.campaign
@@ -7060,42 +6989,35 @@ class Fuzz:
     ("cache", 50),       # optional: cache
     ("leftovers", 30),   # optional: generate
 ])
-def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
+def test_runs_fuzz(tmp_path, good, monkeypatch, kind, cases):
     """No traceback, no exit code but 0 and 2, nothing changed outside the run's own folders."""
-    fuzz = Fuzz(tmp_path, student, text)
-    monkeypatch.chdir(tmp_path)
     failures = []
     first = int(os.environ.get("FUZZ_FROM", 0))
     for number in range(first, first + cases):
         case = tmp_path / f"{kind}-{number}"
-        (case / "user").mkdir(parents=True)
-        fields = getattr(fuzz, f"case_{kind}")(case, random.Random(f"{kind} {number}"))
-        watched = [fuzz.good, Path(student), case / "user"]
-        if (case / "out").exists() and not (case / "out" / sd.MARK).exists():
-            watched.append(case / "out")
-        before = files_below(*watched)
-        words = words_of(flags(**fields, output_dir=case / "out"))
-        problem = problem_of(words)
-        if files_below(*watched) != before:
+        shutil.copytree(good, case / "user")
+        monkeypatch.chdir(case)
+        words = globals()[f"fuzz_{kind}"](random.Random(f"{kind} {number}"))
+        watched = [Path("user")]
+        if os.path.exists("out") and not os.path.exists(f"out/{sd.MARK}"):
+            watched.append(Path("out"))
+        before = [*map(files_in, watched)]
+        problem = problem_of(words_of(shlex.split(f"{words} --output_dir out")))
+        if [*map(files_in, watched)] != before:
             problem = f"changed what is not its own; {problem}"
         if problem:
-            failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
+            failures.append(f"{kind} {number}: {words[:400]}\n    {problem}")
         shutil.rmtree(case)
     assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
 
 
-def give_up(number, frame):
-    raise TimeoutError("more than a minute")
-
-
 def problem_of(words):
     """What is wrong with the answer to a command line, None where nothing is."""
-    out = io.StringIO()
     err = io.StringIO()
-    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
             code = sd.main(words)
     except SystemExit as e:
         code = e.code
@@ -7114,71 +7036,20 @@ def problem_of(words):
 
 
 @pytest.mark.campaign
-def test_runs_fuzz_of_the_environment(tmp_path, student, text):
+def test_runs_fuzz_of_the_environment(tmp_path, labels_only):
     """In processes of their own, since it is read when the package is imported."""
     names = ("MASTER_ADDR MASTER_PORT HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HOME HF_ENDPOINT "
              "HF_HUB_OFFLINE WANDB_MODE OMP_NUM_THREADS TOKENIZERS_PARALLELISM COLUMNS TMPDIR HOME "
              "TERM").split()   # those of torchrun are numbers
     values = [value for value in ODD if "\0" not in value and "\ud800" not in value]
-    fields = Fuzz(tmp_path, student, text).train
-    failures = []
+    fields = PLAIN | labels_only | dict(max_steps=1)
     for number in range(30):
         draw = random.Random(f"environment {number}")
         env = {draw.choice(names): draw.choice(values)}
-        fields["student"] = draw.choice([student, student, "owner/name"])
+        fields["student"] = draw.choice([*2 * [labels_only["student"]], "owner/name"])
         process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
         shown, _ = process.communicate(timeout=120)
-        if process.returncode not in (0, 2) or "Traceback" in shown:
-            failures.append(f"{env}: exit code {process.returncode}\n{shown[-600:]}")
-    assert not failures, "\n".join(failures)
-
-
-# ---- a week of runs, one after the other, as a user types them
-
-WEEK = [   # (processes, flags)
-    (2, dict(fsdp="shard_grad_op", gradient_checkpointing=True, num_epochs=1, max_steps=None)),
-    (2, dict(fsdp="hybrid_shard", shard_teacher=False, divergence="reverse", temperature=2)),
-    (2, dict(fsdp="no_shard", cpu_offload=True, divergence="jsd")),
-    (2, dict(output_dir="three", eval_steps=1, save_steps=2)),
-    (2, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=6)),
-    (1, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=8)),
-    (1, dict(alpha=1, student="layers:1", lr_multipliers=["mlp=0", "embed=0.1"])),
-    (1, dict(dtype="bf16", compile=True, gradient_accumulation_steps=2)),
-    (1, dict(dtype="fp16", packing="documents", attention="sdpa")),
-    (2, dict(streaming=True)),   # optional: streaming
-    (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
-    (2, dict(   # optional: cache
-        cache_dir="cache", teacher=None, dataset=None, seq_len=None)),
-    (2, dict(blockwise=True)),   # optional: blockwise
-    (1, dict(on_policy=0.5, max_new_tokens=4)),   # optional: on_policy
-    (1, dict(   # optional: generate
-        mode="generate", provider="local", num_examples=3, max_tokens=8)),
-    (2, dict(   # optional: eval
-        mode="eval", student="three/final", compare=["three/final"])),
-]
-
-
-@pytest.mark.campaign
-def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
-    """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    folders = {"cache"}
-    for i, (nproc, fields) in enumerate(WEEK):
-        fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, max_steps=4,
-                      output_dir=f"out{i}") | fields
-        folders.add(fields["output_dir"])
-        words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
-        process = spawn(*words, nproc=nproc, cwd=tmp_path, env={"PYTHONWARNINGS": "default"})
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, (fields, shown)
-        assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
-        assert "Traceback" not in shown, (fields, shown)
-    assert {path.name for path in tmp_path.iterdir()} <= folders
-    assert pids_of(str(tmp_path)) == []
-
-
-def is_read(name, fields):
-    """Whether the mode reads the knob: PLAIN holds those of train."""
-    return fields.get("mode", "train") in config.FIELDS[name].metadata["read_by"].split()
+        assert process.returncode in (0, 2) and "Traceback" not in shown, (env, shown[-600:])
 
 
 # --------------------------------------------------------------------------------------------------
