@@ -6888,7 +6888,7 @@ MODES = {
     "eval": (   # optional: eval
         "--mode eval --student user/student --dataset user/text.jsonl --eval_samples 1"),
 }
-TRAIN = f"{MODES['train']} --seq_len 32"
+TRAIN = f"--seq_len 32 {MODES['train']}"
 
 
 @pytest.fixture
@@ -6937,7 +6937,7 @@ def fuzz_rows(draw):
     if draw.random() < 0.15:
         path = path.rename(
             path.with_name(draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"])))
-    words = f"{TRAIN} --dataset {path}"
+    words = TRAIN.replace("user/text.jsonl", str(path))
     words += draw.choice(["", " --streaming true"])   # optional: streaming
     return words
 
@@ -6955,19 +6955,22 @@ def fuzz_model(draw):
         break_file(path, draw)
     if draw.random() < 0.1:
         path.unlink()
-    return TRAIN + draw.choice([" --student user/model", " --teacher user/model --alpha 0.5"])
+    if draw.choice([True, False]):
+        return TRAIN.replace("user/student", "user/model")
+    return TRAIN.replace("--alpha 1", "--alpha 0.5 --teacher user/model")
 
 
 def fuzz_output(draw):
     """What an earlier run left; without its mark it is a folder of the user's."""
-    leave_broken("out", f"{TRAIN} --max_steps 2 --save_steps 1 --output_dir ../out", draw)
+    words = TRAIN.removesuffix("1")
+    leave_broken("out", f"{words} 2 --save_steps 1 --output_dir ../out", draw)
     if draw.random() < 0.2:
         Path("out", sd.MARK).unlink(missing_ok=True)
-    return f"{TRAIN} --max_steps 3"
+    return f"{words} 3"
 
 
 def fuzz_cache(draw):   # optional: cache
-    leave_broken("cache", f"{MODES['cache']} --cache_dir ../cache", draw)
+    leave_broken("cache", MODES["cache"].replace("--cache_dir ", "--cache_dir ../"), draw)
     if draw.random() < 0.3:
         return MODES["cache"]
     return "--student user/student --cache_dir cache --alpha 0.5 --max_steps 1"
@@ -7084,7 +7087,7 @@ FROZEN = {   # {name: [(ranks, words), ...]}: commands one after the other, into
                    "--weight_decay 0.1 --eval_steps 3 --save_steps 4")],
     "bf16": [(1, f"{TEXT_RUN} --dtype bf16 --gradient_checkpointing true")],
     "fp16": [(1, f"{TEXT_RUN} --dtype fp16")],
-    "layers": [(1, f"{TEXT_RUN} --student layers:1")],
+    "layers": [(1, TEXT_RUN.replace("--student student", "--student layers:1"))],
     "2 ranks": [(2, f"{CHAT_RUN} --batch_size 2")],
     "2 ranks, no_shard": [(2, f"{TEXT_RUN} --fsdp no_shard --shard_teacher false")],
     "3 ranks, then 2": [(3, f"{TEXT} --batch_size 2 --max_steps 2"),
@@ -7093,7 +7096,7 @@ FROZEN = {   # {name: [(ranks, words), ...]}: commands one after the other, into
     "stream": [   # optional: streaming
         (2, f"{TEXT} {STREAMED} --max_steps 9 --eval_steps 3")],
     "cache, sample": [   # optional: cache
-        (1, f"{CACHE} --dataset chat"), (1, CACHED_RUN)],
+        (1, CACHE.replace("text.jsonl", "chat")), (1, CACHED_RUN)],
     "cache, topk": [   # optional: cache
         (2, f"{CACHE} --cache_method topk --cache_top_k 9 --temperature 2"), (1, CACHED_RUN)],
     "cache of a stream": [   # optional: cache
@@ -7145,7 +7148,8 @@ def run_frozen(package, name, folder):
     for i, (ranks, words) in enumerate(FROZEN[name]):
         change = f"os.chdir({str(folder)!r})"
         if "--mode" not in words:
-            words = " ".join([*flags(**PLAIN | dict(seq_len=None)), words])
+            plain = {k: v for k, v in PLAIN.items() if k not in f"{words} seq_len"}
+            words = " ".join([*flags(**plain), words])
             change += RECORD * (name != "killed")
         run = Fork(folder / "log.txt", *words.split(), "--output_dir", "out", ranks=ranks,
                    package=package, change=change)
