@@ -3056,11 +3056,12 @@ def logged_losses(entry, kind="train"):
     return [entry[f"{kind}/loss"], entry[f"{kind}/ce_loss"], entry[f"{kind}/kl_loss"]]
 
 
-TRAIN_KEYS = {"train/loss", "train/ce_loss", "train/kl_loss", "train/learning_rate",
-              "train/grad_norm", "train/epoch", "train/step", "train/tokens_per_second",
-              "train/skipped_steps"}
-EVAL_KEYS = {"eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/perplexity", "eval/min_loss",
-             "eval/epoch", "eval/step"}
+TRAIN_KEYS = set(
+    "train/loss train/ce_loss train/kl_loss train/learning_rate train/grad_norm train/epoch "
+    "train/step train/tokens_per_second train/skipped_steps".split())
+EVAL_KEYS = set(
+    "eval/loss eval/ce_loss eval/kl_loss eval/perplexity eval/min_loss eval/epoch "
+    "eval/step".split())
 
 
 @pytest.mark.parametrize("divergence, batch_size", [("forward", 8), ("reverse", 4), ("jsd", 1)])
