@@ -2740,20 +2740,21 @@ def test_optimiser_a_wrong_schedule_is_named_before_a_model_is_read(out, labels_
     assert "min_lr" in distil(out, rc=2, **fields).err
 
 
-@pytest.mark.parametrize("good, gradient, scale", [
-    (0, 3.0, 2.0 ** 14), (1998, 3.0, 2.0 ** 15), (1999, 3.0, 2.0 ** 14), (7, math.inf, 2.0 ** 13)])
-def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, scale):
+@pytest.mark.parametrize("good, gradient, limit, scale", [
+    (0, 3.0, 1, 2.0 ** 14), (1998, 3.0, 9, 2.0 ** 15), (1999, 3.0, 0, 2.0 ** 14),
+    (7, math.inf, 1, 2.0 ** 13)])
+def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, limit, scale):
     """In fp16: the scale doubles after 2000 good steps or so, and is halved by a bad one."""
     weight = nn.Parameter(torch.ones(3, 1))
     optimizer = sd.make_optimizer([weight], {weight: 0.5}, 0.0)
     state = sd.new_scale_state(True)
     state["good"].fill_(good)
     weight.grad = state["scale"] * torch.tensor([[gradient], [4.0], [0.0]])
-    assert sd.optimizer_step(optimizer, 1.0, state, True) == math.hypot(gradient, 4)
+    assert sd.optimizer_step(optimizer, limit, state, True) == math.hypot(gradient, 4)
     assert state["scale"] == scale
     bad = math.isinf(gradient)
     assert state["streak"] == state["skipped"] == (weight[0] == 1) == bad
-    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0])
+    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0]) * (1 if limit == 1 else 5)
     assert torch.allclose(optimizer.state[weight]["exp_avg"][:, 0], 0.1 * clipped)
 
 
