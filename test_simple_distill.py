@@ -43,6 +43,7 @@ import types
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # models are tiny: a second thread costs more than it brings
@@ -924,17 +925,15 @@ def test_runtime_a_phase_says_what_it_does_and_why_it_failed(capsys, error, show
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student,
-                                                                           debug):
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(
+        tmp_path, out, student, capsys, debug):
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
-    words = flags(student=student, alpha=1.0, dataset=tmp_path / "bad.jsonl", debug=debug,
-                  output_dir=tmp_path / "out")
-    shown = io.StringIO()
-    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
-        assert sd.main(words) == 2
-    assert shown.getvalue().count("error: while reading dataset") == 1
-    assert ("Traceback" in shown.getvalue()) == debug
-    assert (tmp_path / "out" / "error.log").exists() != debug
+    words = f"--student {student} --alpha 1 --dataset {tmp_path}/bad.jsonl --output_dir {out}"
+    assert sd.main([*words.split(), f"--debug={debug}"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: while reading dataset") == 1
+    assert ("Traceback" in shown) == debug
+    assert os.path.exists(f"{out}/error.log") != debug
 
 
 def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch, capsys):
@@ -944,7 +943,7 @@ def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch
     assert capsys.readouterr().out == "rank 0\n"
 
     def gone(words):
-        raise OSError(5, "Input/output error")
+        raise OSError
 
     monkeypatch.setattr(sd.tqdm, "write", gone)
     sd.print0("nobody reads it")
@@ -996,98 +995,82 @@ def test_runtime_a_table_is_aligned():
 @pytest.mark.parametrize("files, refusal", [
     ({"notes.txt": "mine"}, None),
     ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
-    ({"final/notes.txt": "mine"}, "holds 'final'"),
-    ({sd.MARK: "", "final/notes.txt": "mine"}, None),   # touched by its owner, or half written
+    ({"final": "mine"}, "holds 'final'"),
+    ({sd.MARK: "", "final": "mine"}, None),   # touched by its owner, or half written
     ({sd.MARK: "train 12345", "config.json": "{}"}, None),
     ({sd.MARK: "trains 12345"}, "of mode trains"),
 ])
 def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out, files, refusal):
+    os.mkdir(out)
     for name, content in files.items():
-        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
         Path(out, name).write_text(content)
-    expected = contextlib.nullcontext()
-    if refusal:
-        expected = pytest.raises(config.UserError, match=refusal)
+    refused = pytest.raises(config.UserError, match=refusal)
+    expected = refused if refusal else contextlib.nullcontext()
     with expected, sd.process_group(), sd.claim(out, "train"):
         mark = Path(out, sd.MARK).read_text()
         assert re.fullmatch(r"train \d{6,}", mark)
         files = {**files, sd.MARK: mark}
-    left = {str(path.relative_to(out)): path.read_text() for path in files_in(Path(out))}
-    assert left == files
+    assert {name: Path(out, name).read_text() for name in os.listdir(out)} == files
 
 
 HOLD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group(), sd.claim(sys.argv[2], "train"):
-    print("held", flush=True)
-    sys.stdin.readline()
+def main(args):
+    with process_group(), claim(args[0], "train"):
+        print("held", flush=True)
+        time.sleep(99)
 """
 
 
-def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(HERE), out], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    while "held" not in holder.stdout.readline():
+def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, labels_only):
+    holder = Fork(f"{out}.txt", out, change=HOLD)
+    while "held\n" not in Path(holder.log).read_text():
         assert holder.poll() is None
+        time.sleep(0.05)
     mark = Path(out, sd.MARK).read_text()
-    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
-    assert f"no other run is at work in {out}" in err
+    assert f"no other run is at work in {out}" in distil(out, rc=2, **labels_only).err
     assert Path(out, sd.MARK).read_text() == mark
-    threading.Timer(0.5, holder.kill).start()
+    threading.Timer(0.5, holder.signal, [signal.SIGKILL]).start()
     with sd.process_group(), sd.claim(out, "train", wait=True):
-        assert holder.wait(60) < 0
+        holder.wait()
 
 
 # ---- ranks
 
 RANKS = """
-import contextlib, json, os, sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    seen = [sd.all_sum(sd.RANK, 2), sd.from_rank0(sd.RANK + 5)]
-    with contextlib.suppress(ValueError), sd.node_first():
-        if sd.RANK == 0:
-            time.sleep(1)
-            open("done", "w").close()
-            raise ValueError   # which the others then meet themselves
-        seen.append(os.path.exists("done"))
-    with sd.claim("shared", "train"):
-        pass
-    for folder in ("new", "old"):   # on a disk of its own, without a mark or with an older run's
-        os.makedirs(f"node{sd.RANK}/{folder}")
-        if folder == "old":
-            open(f"node{sd.RANK}/old/.simple_distill", "w").write("train 12345")
-        try:
-            with sd.claim(f"node{sd.RANK}/{folder}", "train"):
-                seen.append("went on")
-        except sd.UserError as e:
-            seen.append(str(e).split(" in ")[0])
-    print(json.dumps(seen), flush=True)
-    if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
-        time.sleep(2)
-        print(sd.first_to_fail(), sd.first_to_fail())
+def main(args):
+    os.chdir(args[0])
+    with process_group():
+        seen = [all_sum(RANK, 2), from_rank0(RANK + 5)]
+        with contextlib.suppress(ValueError), node_first():
+            if RANK == 0:
+                time.sleep(1)
+                open("done", "w").close()
+                raise ValueError   # which the others then meet themselves
+            seen.append(os.path.exists("done"))
+        with claim("shared", "train"):
+            pass
+        for folder in ("new", "old"):   # on its own disk, without a mark or with an older run's
+            os.makedirs(f"node{RANK}/{folder}")
+            if folder == "old":
+                open(f"node{RANK}/old/.simple_distill", "w").write("train 12345")
+            try:
+                with claim(f"node{RANK}/{folder}", "train"):
+                    seen.append("went on")
+            except UserError as e:
+                seen.append(str(e).split(" in ")[0])
+        print(RANK, json.dumps(seen), flush=True)
+        if RANK == 1:   # rank 0, with the store, may not be gone yet
+            time.sleep(2)
+            print(first_to_fail(), first_to_fail())
 """
 
 
 def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
-    port = free_port()
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
-        env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE)
-        for rank in range(2)]
-    try:
-        first, second = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on", "went on"], first
-    seen, failed = second.splitlines()[-2:]
-    refusal = "rank 1 does not see what rank 0 writes"
-    assert json.loads(seen) == [[1, 4], 5, True, refusal, refusal], second
-    assert failed == "True False"   # it speaks for all, once
+    shown = Fork(tmp_path / "log.txt", tmp_path, ranks=2, change=RANKS).wait()
+    refusal = '"rank 1 does not see what rank 0 writes"'
+    assert '\n0 [[1.0, 4.0], 5, "went on", "went on"]\n' in shown
+    assert f"\n1 [[1.0, 4.0], 5, true, {refusal}, {refusal}]\n" in shown
+    assert "\nTrue False\n" in shown   # it speaks for all, once
 
 
 def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
@@ -1102,11 +1085,11 @@ def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
 
 def test_runtime_only_the_host_waits_for_a_day():
     """A collective on GPUs, where a rank is gone, ends after minutes."""
+    limits = []
     with sd.process_group():
-        groups = [torch.distributed.group.WORLD, sd.HOST]
-        backends = [group._get_backend(torch.device("cpu")) for group in groups]
-    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
-    assert minutes == [15, 24 * 60]
+        for group in (torch.distributed.group.WORLD, sd.HOST):
+            limits.append(group._get_backend(torch.device("cpu")).options._timeout)
+    assert limits == [datetime.timedelta(minutes=15), datetime.timedelta(days=1)]
 
 
 def test_runtime_any_number_of_signals_only_asks_to_stop():
@@ -2517,16 +2500,15 @@ def factor_of(name):
     return 3 if "layers" in name else 2
 
 
-def test_optimiser_lr_multipliers_freeze_and_scale(out, teacher, student, text):
+def test_optimiser_lr_multipliers_freeze_and_scale(out, online):
     """The first pattern that matches decides; what is frozen has no state."""
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=1,
-           default_lr_multiplier=2,
+    distil(out, **online, max_steps=1, default_lr_multiplier=2,
            lr_multipliers=["embed=0", r"layers\.0\..*proj=0.5", r"layers=3"])
-    before = weights(student)
     after = final_weights(out)
     saved = checkpoint(out, 1)
-    for name in before:   # AdamW's first step is the rate, in the direction of the sign
-        change = (after[name] - before[name]).abs().max().item()
+    # AdamW's first step is the rate, in the direction of the sign
+    for name, before in weights(online["student"]).items():
+        change = (after[name] - before).abs().max().item()
         assert change == pytest.approx(factor_of(name) * 1e-3, rel=0.02), name
         assert (f"exp_avg.model.{name}" in saved) == ("embed" not in name)
 
@@ -2540,13 +2522,14 @@ def test_optimiser_of_tied_parameters_the_first_name_counts():
     rates = sd.learning_rates(named, rules[:1], 1, 0.1)
     sd.make_optimizer(model.parameters(), rates, 0.0)
     assert [name for name, p in named if not p.requires_grad] == ["model.embed_tokens.weight"]
-    assert not model.lm_head.weight.requires_grad
 
 
-def test_optimiser_what_has_one_dimension_does_not_decay(out, teacher, text):
-    """There is no gradient: all that moves is decay."""
-    distil(out, student=teacher, teacher=teacher, dataset=text, alpha=0.0, max_steps=1,
-           weight_decay=0.5, learning_rate=0.1)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_optimiser_what_has_one_dimension_does_not_decay(out, teacher, text, divergence):
+    """The student is the teacher, there is no gradient: all that moves is decay."""
+    distil(out, student=teacher, teacher=teacher, dataset=text, alpha=0.0, temperature=2.0,
+           max_steps=1, divergence=divergence, weight_decay=0.5, learning_rate=0.1)
+    assert abs(column(out, "train/kl_loss")[0]) < 1e-6
     after = final_weights(out)
     for name, want in weights(teacher).items():
         if want.ndim >= 2:
@@ -2571,26 +2554,26 @@ def test_optimiser_a_schedule_is_that_of_transformers(knobs):
         theirs.step()
 
 
-def test_optimiser_a_wrong_schedule_is_named_before_a_model_is_read(out, text):
-    err = distil(out, rc=2, student="/nowhere", alpha=1.0, dataset=text, lr_scheduler="cosine",
-                 lr_scheduler_kwargs='{"num_cycle": 2}').err
-    assert "num_cycle" in err
+def test_optimiser_a_wrong_schedule_is_named_before_a_model_is_read(out, labels_only):
+    fields = labels_only | dict(student="/nowhere", lr_scheduler="cosine_with_min_lr")
+    assert "min_lr" in distil(out, rc=2, **fields).err
 
 
-@pytest.mark.parametrize("good, gradient, scale", [
-    (0, 3.0, 2.0 ** 14), (1998, 3.0, 2.0 ** 15), (1999, 3.0, 2.0 ** 14), (7, math.inf, 2.0 ** 13)])
-def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, scale):
+@pytest.mark.parametrize("good, gradient, limit, scale", [
+    (0, 3.0, 1, 2.0 ** 14), (1998, 3.0, 9, 2.0 ** 15), (1999, 3.0, 0, 2.0 ** 14),
+    (7, math.inf, 1, 2.0 ** 13)])
+def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, limit, scale):
     """In fp16: the scale doubles after 2000 good steps or so, and is halved by a bad one."""
     weight = nn.Parameter(torch.ones(3, 1))
     optimizer = sd.make_optimizer([weight], {weight: 0.5}, 0.0)
     state = sd.new_scale_state(True)
     state["good"].fill_(good)
     weight.grad = state["scale"] * torch.tensor([[gradient], [4.0], [0.0]])
-    assert sd.optimizer_step(optimizer, 1.0, state, True) == math.hypot(gradient, 4)
+    assert sd.optimizer_step(optimizer, limit, state, True) == math.hypot(gradient, 4)
     assert state["scale"] == scale
     bad = math.isinf(gradient)
     assert state["streak"] == state["skipped"] == (weight[0] == 1) == bad
-    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0])
+    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0]) * (1 if limit == 1 else 5)
     assert torch.allclose(optimizer.state[weight]["exp_avg"][:, 0], 0.1 * clipped)
 
 
@@ -2612,65 +2595,75 @@ def labels_only(student, text):
     return dict(student=student, dataset=text, alpha=1.0)
 
 
+@pytest.fixture
+def online(teacher, student, text):
+    """Flags of a run with one."""
+    return dict(teacher=teacher, student=student, dataset=text)
+
+
+def listing(folder):
+    """The names in it, as one string."""
+    return " ".join(sorted(os.listdir(folder)))
+
+
 def digests_below(folder):
     """{path: digest of its content} of all files; what each run writes anew left out."""
     found = {}
-    for path in sorted(Path(folder).rglob("*")):
+    for path in Path(folder).rglob("*"):
         if path.is_file() and path.name not in ("error.log", sd.MARK):
             found[str(path.relative_to(folder))] = sd.checksum(path)
     return found
 
 
-def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
+def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, online):
     """Bit for bit: weights, moments, log, and where the run is."""
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, eval_steps=1,
-                  gradient_accumulation_steps=2, alpha=0.3, learning_rate=0.05, eval_samples=4)
+    fields = online | dict(batch_size=4, eval_steps=1, gradient_accumulation_steps=2, alpha=0.3,
+                           learning_rate=0.05, eval_samples=4)
     distil(whole, **fields, max_steps=12)   # a pass is 9 or so
     distil(parts, **fields, max_steps=5)
-    shown = distil(parts, **fields, max_steps=12).out
-    assert "step-00000005" in shown
-    assert same(final_weights(parts), final_weights(whole))
+    assert "step-00000005" in distil(parts, **fields, max_steps=12).out
+    assert_same_run(parts, whole)
     assert same(checkpoint(parts, 12), checkpoint(whole, 12))
-    assert quiet_log(parts) == quiet_log(whole)
     progress = state_of(whole, 12)["progress"]
     assert state_of(parts, 12)["progress"] == progress
     assert progress["step"] == 12 and progress["best_loss"] == min(column(whole, "eval/loss"))
 
 
-@pytest.mark.parametrize("typed, of_save, world, planned", [
-    ([8, 2], None, 3, (8, 2, 48)),
-    ([8, 1], [8, 1], 3, (3, 1, 8)),    # the last rank gets two
-    ([2, 4], [2, 4], 3, (2, 2, 8)),
-    ([4, 1], [8, 1], 2, (4, 1, 8)),    # the same product in other words
-    ([4, 1], [8, 1], 3, None),
+@pytest.mark.parametrize("typed, of_save, planned", [   # 8 sequences a step, of one rank
+    ("8 x 2 x 3", None, (8, 2, 48)),
+    ("8 x 1 x 3", [8, 1], (3, 1, 8)),    # the last rank gets two
+    ("2 x 4 x 3", [2, 4], (2, 2, 8)),
+    ("4 x 1 x 2", [8, 1], (4, 1, 8)),    # the same product in other words
+    ("4 x 1 x 3", [8, 1], None),
+    ("4 x 1 x 1", [8, 1], None),
 ])
-def test_checkpoints_keep_their_global_batch_at_any_number_of_ranks(typed, of_save, world, planned):
-    """8 sequences a step, of one rank."""
-    cfg = config.Config(batch_size=typed[0], gradient_accumulation_steps=typed[1])
+def test_checkpoints_keep_their_global_batch_at_any_number_of_ranks(typed, of_save, planned):
+    size, steps, ranks = map(int, typed.split(" x "))
+    cfg = config.Config(batch_size=size, gradient_accumulation_steps=steps)
     state = of_save and {"global_batch": 8, "batch": of_save}
-    refused = pytest.raises(config.UserError, match="sequences a step")
+    refused = pytest.raises(config.UserError, match=f"not of {typed} ranks")
     with contextlib.nullcontext() if planned else refused:
-        assert sd.plan_batch(cfg, state, world) == planned
+        assert sd.plan_batch(cfg, state, ranks) == planned
 
 
 def test_checkpoints_are_a_few_safetensors_and_the_newest_stay(out, labels_only):
     """With nothing of what a killed save left."""
     fields = labels_only | dict(save_steps=1, keep_checkpoints=2)
     distil(out, **fields, max_steps=4)
-    files = sorted({*os.listdir(saved(out, 4))} - {"state.json"})
-    left = shutil.copytree(saved(out, 4), Path(out, "checkpoints", "tmp-00000005"))
-    add(left / files[0])
+    files = listing(saved(out, 4))
+    left = shutil.copytree(saved(out, 4), f"{out}/checkpoints/tmp-00000005")
+    add(Path(left, "state.json"))
     distil(out, **fields, max_steps=5)
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000005"]
-    assert {*os.listdir(saved(out, 5))} == {"state.json", *files}
+    assert listing(f"{out}/checkpoints") == "step-00000004 step-00000005"
+    assert listing(saved(out, 5)) == files
     tensors = {}
-    for file in files:   # each is put together in host memory
-        some = load_file(saved(out, 5) / file)
+    for path in saved(out, 5).glob("*.safetensors"):   # each is put together in host memory
+        some = load_file(path)
         assert 0 < len(some) <= 16
         tensors |= some
-    assert len(files) == math.ceil(len(tensors) / 16) > 1
+    assert files.count(" ") == math.ceil(len(tensors) / 16) > 1   # between them and state.json
     for name, tensor in final_weights(out).items():
         assert torch.equal(tensors[f"model.model.{name}"], tensor)
         assert tensors[f"step.model.{name}"] == 5
@@ -2712,16 +2705,14 @@ def add_pickle(path):
 @pytest.mark.parametrize("harm", [
     flip, functools.partial(flip, at=0.01), cut, os.unlink, add, add_pickle])
 def test_checkpoints_any_harm_to_any_file_makes_it_fall_back(two_saves, tmp_path, harm):
-    out = shutil.copytree(two_saves, tmp_path / "out")
     with sd.process_group():
-        for file in sorted(os.listdir(saved(out, 4))):
+        for file in os.listdir(saved(two_saves, 4)):
+            out = shutil.copytree(two_saves, tmp_path / file)
             assert sd.find_checkpoint("auto", out)[0] == saved(out, 4)
             harm(saved(out, 4) / file)
             path, state = sd.find_checkpoint("auto", out)
             assert path == saved(out, 2) and state["progress"]["step"] == 2, file
-            shutil.rmtree(saved(out, 4))
-            shutil.copytree(saved(two_saves, 4), saved(out, 4))
-    assert not (out / "victim").exists()
+            assert not (out / "victim").exists()
 
 
 @pytest.fixture(scope="module")
@@ -2731,59 +2722,47 @@ def two_saves(tmp_path_factory, student, text):
     return out
 
 
-def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, labels_only):
+def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, out, labels_only):
     """With one to keep, the step after a resume must not push out the good one."""
-    out = tmp_path / "out"
     fields = labels_only | dict(save_steps=2)
     distil(out, **fields, max_steps=6)
     flip(next(saved(out, 6).glob("*.safetensors")))
     shown = distil(out, **fields, max_steps=7, keep_checkpoints=1).out
     assert re.search("step-00000006.*passed over", shown)
-    aside, kept = sorted(os.listdir(out / "checkpoints"))
-    assert re.fullmatch(r"aside-\d+-step-00000006", aside) and kept == "step-00000007"
+    assert re.fullmatch(r"aside-\d+-step-00000006 step-00000007", listing(f"{out}/checkpoints"))
     distil(tmp_path / "whole", **fields, max_steps=7)
-    assert same(final_weights(out), final_weights(tmp_path / "whole"))
-    assert column(out, "train/step") == list(range(1, 8))
+    assert_same_run(out, tmp_path / "whole")
     cut(saved(out, 7) / "state.json")
     assert "no readable checkpoint" in distil(out, **fields, max_steps=8, rc=2).err
 
 
-def test_checkpoints_resume_by_path_and_never(tmp_path, labels_only):
+def test_checkpoints_resume_by_path_and_never(tmp_path, two_saves, labels_only):
     fields = labels_only | dict(save_steps=2)
     out = tmp_path / "out"
-    straight = tmp_path / "straight"
     elsewhere = tmp_path / "elsewhere"
-    distil(straight, **fields, max_steps=4)
+    before = digests_below(two_saves)
     distil(out, **fields, max_steps=6)
     distil(elsewhere, **fields, max_steps=4, resume=saved(out, 2))
     assert column(elsewhere, "train/step") == [3, 4]
     distil(out, **fields, max_steps=4, resume=saved(out, 2))
-    *asides, older, newer = sorted(os.listdir(out / "checkpoints"))
-    assert {name[-14:] for name in asides} == {"-step-00000004", "-step-00000006"}
-    assert [older, newer] == ["step-00000002", "step-00000004"]
-    before = digests_below(straight)
-    refused = distil(straight, rc=2, **fields, max_steps=6, resume=saved(out, 2))
+    assert re.fullmatch(r"aside-\d+-step-0{7}6 aside-\d+-step-0{7}4 step-0{7}2 step-0{7}4",
+                        listing(out / "checkpoints"))
+    refused = distil(two_saves, rc=2, **fields, max_steps=6, resume=saved(out, 2))
     assert "another run" in refused.err
-    assert digests_below(straight) == before
+    assert digests_below(two_saves) == before
     for resume in ("auto", "never"):
         distil(out, **fields, max_steps=4, resume=resume)
-        assert column(out, "train/step") == [1, 2, 3, 4]
-        for other in (out, elsewhere):
-            assert same(final_weights(other), final_weights(straight))
-    assert sorted(os.listdir(out / "checkpoints")) == ["step-00000002", "step-00000004"]
-
-
-def double_norm(tensors):
-    tensors["model.norm.weight"] *= 2
+        assert_same_run(out, two_saves)
+    assert same(final_weights(elsewhere), final_weights(out))
+    assert listing(out / "checkpoints") == "step-00000002 step-00000004"
 
 
 def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, student):
     """Knobs, the teacher's weights, rows: refused by name, and nothing is touched."""
-    teacher = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     rows = [{"text": prose(12, i)} for i in range(30)]
-    data = write_splits(tmp_path / "data", rows, rows[:4])
     out = tmp_path / "out"
-    fields = dict(teacher=teacher, student=student, dataset=data, max_steps=3)
+    fields = dict(teacher=shutil.copytree(teacher, tmp_path / "teacher"), student=student,
+                  dataset=write_splits(tmp_path / "data", rows, rows[:4]), max_steps=3)
     distil(out, **fields | dict(max_steps=2))
     before = digests_below(out)
 
@@ -2796,19 +2775,13 @@ def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, s
     assert "learning_rate 0.001 there, 0.0005 here" in err and "temperature" in err
     assert "alpha" not in err
     assert "step 2, this run would end at 1" in refused(max_steps=1)
-    file = teacher / "model.safetensors"
-    content = file.read_bytes()
-    edit_weights(teacher, double_norm)
-    assert "teacher's weights" in refused()
-    file.write_bytes(content)
-    for split, told, changed in [("train", "train", rows[:29] + [{"text": "one"}]),
-                                 ("train", "train", rows + rows[:1]),
-                                 ("validation", "held out", rows[1:5])]:
-        file = Path(data, f"{split}.jsonl")
-        content = file.read_bytes()
-        write_jsonl(file, changed)
-        assert f"{told} '" in refused()
-        file.write_bytes(content)
+    for file, told in [("teacher/model.safetensors", "teacher's weights"),
+                       ("data/train.jsonl", "train '"),
+                       ("data/validation.jsonl", "held out '")]:
+        content = (tmp_path / file).read_bytes()
+        flip(tmp_path / file, 1 - 4 / len(content))   # a number's last bit, a word's last letter
+        assert told in refused()
+        (tmp_path / file).write_bytes(content)
     distil(out, **fields, log_steps=2)   # which has no say in it
 
 
@@ -2816,29 +2789,25 @@ def test_checkpoints_of_before_a_knob_had_it_at_its_default(two_saves, tmp_path)
     out = shutil.copytree(two_saves, tmp_path / "out")
     state = state_of(out, 4)
     del state["digest"], state["config"]["attention"]
-    state["digest"] = sd.digest(state)
-    (saved(out, 4) / "state.json").write_text(json.dumps(state))
-    with sd.process_group():
-        path, state = sd.find_checkpoint("auto", out)
-    assert path == saved(out, 4) and state["config"]["attention"] is None
+    sd.write_json(state | {"digest": sd.digest(state)}, saved(out, 4) / "state.json")
+    assert sd.read_state(saved(out, 4))["config"]["attention"] is None
 
 
-def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
+def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, online):
     """A file-size limit makes every larger write fail as a full disk does: the run goes on, says
     so, and ends with an error."""
     run = tmp_path / "run"
-    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2,
-                  output_dir=run)
+    fields = online | PLAIN | dict(save_steps=2, output_dir=run)
     cli(*flags(**fields, max_steps=2))
-    before = digests_below(saved(run, 2)) | digests_below(run / "final")
+    old = [saved(run, 2), run / "final"]
+    before = [*map(digests_below, old)]
     shown = Fork(tmp_path / "log.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
     assert shown.count("could not be saved") == 3, shown
     assert "error: the run could not be saved" in shown, shown
     assert "Traceback" not in shown, shown
-    assert digests_below(saved(run, 2)) | digests_below(run / "final") == before
+    assert [*map(digests_below, old)] == before
     cli(*flags(**fields, max_steps=6))
-    names = ["step-00000002", "step-00000004", "step-00000006"]
-    assert sorted(os.listdir(run / "checkpoints")) == names
+    assert listing(run / "checkpoints") == "step-00000002 step-00000004 step-00000006"
 
 
 def test_checkpoints_a_finished_run_answers_at_once(tmp_path, labels_only):
@@ -2858,7 +2827,7 @@ def test_checkpoints_a_finished_run_answers_at_once(tmp_path, labels_only):
     assert (out / "final.old" / "thesis.txt").read_text() == "years"
     done = final_weights(out)
     shutil.rmtree(out / "final")
-    shutil.copytree(out / "final.old", out / "final")   # as if killed after the last checkpoint
+    (out / "final.old").rename(out / "final")   # as if killed after the last checkpoint
     distil(out, **fields, max_steps=4)
     assert same(final_weights(out), done)
 
@@ -2879,14 +2848,14 @@ def test_checkpoints_a_final_that_cannot_be_written_leaves_the_one_before(tmp_pa
     assert column(out, "train/step") == [1, 2]
 
 
-@pytest.mark.parametrize("step, kept", [(0, []), (1, [0]), (2, [0, 1]), (9, [0, 1, 2])])
+@pytest.mark.parametrize("step, kept", [(0, 0), (1, 1), (2, 2), (9, 3)])
 def test_checkpoints_a_log_is_cut_where_they_go_on(tmp_path, step, kept):
     """Half a line, which a kill left, goes too."""
     path = tmp_path / "log.jsonl"
     lines = ['{"train/step": 1, "x": 9}\n', '{"eval/step": 2}\n', '{"train/step": 3}\n']
     path.write_text("".join(lines) + '{"train/step": 4, "tr')
     sd.cut_log(path, step)
-    assert path.read_text() == "".join(lines[i] for i in kept)
+    assert path.read_text() == "".join(lines[:kept])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2908,30 +2877,31 @@ def logged_losses(entry, kind="train"):
     return [entry[f"{kind}/loss"], entry[f"{kind}/ce_loss"], entry[f"{kind}/kl_loss"]]
 
 
-TRAIN_KEYS = {"train/loss", "train/ce_loss", "train/kl_loss", "train/learning_rate",
-              "train/grad_norm", "train/epoch", "train/step", "train/tokens_per_second",
-              "train/skipped_steps"}
-EVAL_KEYS = {"eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/perplexity", "eval/min_loss",
-             "eval/epoch", "eval/step"}
+TRAIN_KEYS = set(
+    "train/loss train/ce_loss train/kl_loss train/learning_rate train/grad_norm train/epoch "
+    "train/step train/tokens_per_second train/skipped_steps".split())
+EVAL_KEYS = set(
+    "eval/loss eval/ce_loss eval/kl_loss eval/perplexity eval/min_loss eval/epoch "
+    "eval/step".split())
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
-def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, divergence):
-    """In float64: losses, norms, weights; and at the end the means over held-out tokens."""
-    teacher_copy, student_copy = with_chatml(tmp_path, teacher, student)
+@pytest.mark.parametrize("divergence, batch_size", [("forward", 8), ("reverse", 4), ("jsd", 1)])
+def test_train_five_steps_match_plain_pytorch(
+        tmp_path, teacher, student, out, divergence, batch_size):
+    """In float64, however a batch is divided: losses, norms, weights; and at the end the means over
+    held-out tokens."""
+    pair = with_chatml(tmp_path, teacher, student)
     rows = talk(8)
     held_out = talk(7, seed=50)   # the last micro-batch is ragged
-    distil(out, teacher=teacher_copy, student=student_copy, seq_len=256, num_epochs=5,
-           dataset=write_splits(tmp_path / "data", rows, held_out), batch_size=4,
-           gradient_accumulation_steps=2, alpha=0.3, temperature=2.0, divergence=divergence,
-           max_grad_norm=0.5)
+    distil(out, teacher=pair[0], student=pair[1], seq_len=256, num_epochs=5,
+           dataset=write_splits(tmp_path / "data", rows, held_out), batch_size=batch_size,
+           gradient_accumulation_steps=8 // batch_size, alpha=0.3, temperature=2.0,
+           divergence=divergence, max_grad_norm=0.5)
 
-    model = load(student).double()
     teacher_model = load(teacher).double()
+    model = load(student).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     coded = chatml_rows(rows)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
     for step, entry in enumerate(log(out, "train"), 1):
         losses = model_losses(model, teacher_model, coded, 0.3, 2.0, divergence)
         losses[0].backward()
@@ -2944,11 +2914,9 @@ def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, d
         assert entry["train/step"] == entry["train/epoch"] == step
         assert entry["train/skipped_steps"] == 0
     assert step == 5
-    after = model.state_dict()
-    moved = {name: after[name] - before[name] for name in before}
-    our_move = {name: x - before[name] for name, x in final_weights(out).items()}
-    assert distance(our_move, moved) < 1e-3
-    assert same(weights(teacher_copy), weights(teacher))
+    before = weights(student)
+    assert distance(*[{name: x - before[name] for name, x in tensors.items()}
+                      for tensors in (final_weights(out), model.state_dict())]) < 1e-3
     targets = sum((labels != -100).sum().item() for _, labels in coded)
     assert state_of(out, 5)["progress"]["tokens"] == 5 * targets
     losses = model_losses(model, teacher_model, chatml_rows(held_out), 0.3, 2.0, divergence)
@@ -2957,36 +2925,11 @@ def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, d
     assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/ce_loss"]))
 
 
-def test_train_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
-    """8x1, 2x4 and 1x8 give the same gradient."""
-    results = []
-    for size in (8, 2, 1):
-        out = tmp_path / str(size)
-        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, max_steps=1,
-               batch_size=size, gradient_accumulation_steps=8 // size, max_grad_norm=0,
-               alpha=0.3, temperature=2.0)
-        first = log(out, "train")[0]
-        results.append((gradients(out), [*logged_losses(first), first["train/grad_norm"]]))
-    expected_gradients, expected_values = results[0]
-    for found_gradients, values in results[1:]:
-        assert values == pytest.approx(expected_values, rel=1e-6)
-        assert distance(found_gradients, expected_gradients) < 1e-6
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_train_student_that_is_the_teacher_does_not_move(out, teacher, text, divergence):
-    distil(out, teacher=teacher, student=teacher, dataset=text, alpha=0.0, temperature=2.0,
-           max_steps=3, divergence=divergence)
-    assert all(abs(kl) < 1e-6 for kl in column(out, "train/kl_loss"))
-    assert same(final_weights(out), weights(teacher))
-
-
 def test_train_labels_alone_never_touch_a_teacher(out, labels_only):
     distil(out, teacher="/nowhere", **labels_only, max_steps=2)
     assert column(out, "train/kl_loss") == [0, 0]
     assert column(out, "train/loss") == column(out, "train/ce_loss")
-    left = [".simple_distill", "checkpoints", "config.json", "final", "log.jsonl"]
-    assert sorted(os.listdir(out)) == left
+    assert listing(out) == ".simple_distill checkpoints config.json final log.jsonl"
 
 
 # ---- lengths, schedules, seeds
@@ -2998,38 +2941,35 @@ def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
     data = write_splits(tmp_path / "data", talk(10), talk(2))
     fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine",
                   warmup_ratio=0.34, num_epochs=2, batch_size=4)
-    variants = {
-        "epochs": {},
-        "steps": dict(num_epochs=1, max_steps=6),
-        # has a micro-batch without any row in each ragged step
-        "accumulated": dict(batch_size=2, gradient_accumulation_steps=2),
-        "seed": dict(seed=1),
-    }
-    rates = [1e-3 * x for x in (0, 0.5, *[(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])]
-    for name, variant in variants.items():
-        distil(tmp_path / name, **fields | variant)
-        assert column(tmp_path / name, "train/learning_rate") == pytest.approx(rates)
-        epochs = column(tmp_path / name, "train/epoch")
-        assert epochs == pytest.approx([k / 3 for k in range(1, 7)])
-    for num_epochs, steps in (0.1, 1), (1.5, 5):
-        fields["num_epochs"] = num_epochs
-        distil(tmp_path / str(steps), **fields)
-        assert column(tmp_path / str(steps), "train/step") == list(range(1, steps + 1))
-    final = {name: final_weights(tmp_path / name) for name in variants}
-    assert same(final["epochs"], final["steps"])
-    assert distance(final["accumulated"], final["epochs"]) < 1e-5
-    assert distance(final["seed"], final["epochs"]) > 1e-4
+    final = []
+    for variant in (
+            {}, dict(num_epochs=1, max_steps=6),
+            # has a micro-batch without any row in each ragged step
+            dict(batch_size=2, gradient_accumulation_steps=2), dict(seed=1)):
+        out = tmp_path / str(len(final))
+        distil(out, **fields | variant)
+        assert column(out, "train/learning_rate") == pytest.approx(
+            [0, 5e-4, 1e-3, 0.85355339e-3, 5e-4, 0.14644661e-3])
+        assert column(out, "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
+        final.append(final_weights(out))
+    by_epochs, by_steps, accumulated, seeded = final
+    assert same(by_epochs, by_steps)
+    assert distance(accumulated, by_epochs) < 1e-5
+    assert distance(seeded, by_epochs) > 1e-4
+    for num_epochs, last in (0.1, 1), (1.5, 5):
+        distil(out, **fields | dict(num_epochs=num_epochs, resume="never"))
+        assert column(out, "train/step")[-1] == last
 
 
-def test_train_logs_evaluates_and_saves_when_it_should(out, teacher, student, text):
+def test_train_logs_evaluates_and_saves_when_it_should(out, online):
     """And under exactly the keys of the contract."""
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=7, log_steps=3,
-           eval_steps=2, save_steps=4, alpha=0.3, learning_rate=1)
+    distil(out, **online, max_steps=7, log_steps=3, eval_steps=2, save_steps=4, alpha=0.3,
+           learning_rate=1)
     for entry in log(out):
         assert entry.keys() in (TRAIN_KEYS, EVAL_KEYS)
     assert column(out, "train/step") == [3, 6, 7]
     assert column(out, "eval/step") == [2, 4, 6, 7]
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000007"]
+    assert listing(f"{out}/checkpoints") == "step-00000004 step-00000007"
     assert min(column(out, "train/tokens_per_second")) > 0
     losses = column(out, "eval/loss")
     assert column(out, "eval/min_loss") == list(itertools.accumulate(losses, min))
@@ -3040,25 +2980,20 @@ def test_train_logs_evaluates_and_saves_when_it_should(out, teacher, student, te
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_train_a_row_that_breaks_the_loss_skips_its_step_only(
-        tmp_path, out, teacher, student, role):
+def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, online, role):
     """12 of 24, never ten in a row. A loss that is not finite is null: JSON knows no NaN."""
-    pair = dict(teacher=teacher, student=student)
-    pair[role] = break_letter(pair[role], tmp_path / "broken")
     rows = [{"prompt": "Za"[i % 2], "response": prose(3, i)} for i in range(24)]
     data = write_splits(tmp_path / "data", rows, rows[1:2])
-    distil(out, **pair, dataset=data, seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
-    skipped = 0
-    for line in Path(out, "log.jsonl").read_text().splitlines():
-        entry = json.loads(line, parse_constant=pytest.fail)
-        if "train/loss" in entry:
-            bad = entry["train/loss"] is None
-            skipped += bad
-            assert entry["train/skipped_steps"] == skipped
-            assert (entry["train/grad_norm"] is None) == bad
-    assert skipped == 12
+    fields = online | dict(dataset=data, seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
+    fields[role] = break_letter(fields[role], tmp_path / "broken")
+    distil(out, **fields)
+    assert not re.search("NaN|Infinity", Path(out, "log.jsonl").read_text())
+    bad = [loss is None for loss in column(out, "train/loss")]
+    assert sum(bad) == 12
+    assert [norm is None for norm in column(out, "train/grad_norm")] == bad
+    assert column(out, "train/skipped_steps") == list(itertools.accumulate(bad))
     after = final_weights(out)
-    assert not same(weights(pair["student"]), after)
+    assert not same(weights(fields["student"]), after)
     for name, x in after.items():
         assert "embed" in name or x.isfinite().all(), name
 
@@ -3066,13 +3001,12 @@ def test_train_a_row_that_breaks_the_loss_skips_its_step_only(
 def test_train_ten_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, out, student):
     """Of the weights as they were, with advice that works."""
     broken = break_letter(student, tmp_path / "broken")
-    rows = [{"prompt": "Z", "response": prose(3, i)} for i in range(12)]
-    data = write_splits(tmp_path / "data", rows, rows[:2])
+    data = write_jsonl(tmp_path / "data.jsonl", 40 * [{"prompt": "Z", "response": "one"}])
     fields = dict(dataset=data, alpha=1.0, seq_len=64, batch_size=1, weight_decay=0.1)
     err = distil(out, rc=2, **fields, student=broken, max_steps=40).err
     assert "not finite for 10 steps in a row" in err
     assert column(out, "train/skipped_steps") == list(range(1, 10))
-    assert os.listdir(f"{out}/checkpoints") == ["step-00000010"]
+    assert listing(f"{out}/checkpoints") == "step-00000010"
     assert not os.path.exists(f"{out}/final")
     tensors = checkpoint(out, 10)
     for name, tensor in weights(broken).items():
@@ -3084,11 +3018,9 @@ def test_train_ten_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, ou
 
 
 def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
-        tmp_path, monkeypatch, labels_only):
+        out, monkeypatch, labels_only):
     """The trainer makes no such batch by itself: one is made here by taking the targets of the
     second step away."""
-    fields = labels_only | dict(batch_size=4, weight_decay=0.1)
-    distil(tmp_path / "one", **fields, max_steps=1)
     micro_batches = sd.micro_batches
     steps = itertools.count(1)
 
@@ -3100,10 +3032,10 @@ def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
         return micro
 
     monkeypatch.setattr(sd, "micro_batches", second_is_blank)
-    shown = distil(tmp_path / "two", **fields, max_steps=2).out
-    assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"))
+    shown = distil(out, **labels_only, max_steps=2, save_steps=1, weight_decay=0.1).out
+    assert same(checkpoint(out, 1), checkpoint(out, 2))
     assert "step 2: not one valid target" in shown
-    assert logged_losses(log(tmp_path / "two", "train")[1]) == [0, 0, 0]
+    assert logged_losses(log(out, "train")[1]) == [0, 0, 0]
 
 
 def test_train_a_log_that_cannot_be_written_costs_no_step(out, labels_only, monkeypatch):
@@ -3124,42 +3056,37 @@ def test_train_a_log_that_cannot_be_written_costs_no_step(out, labels_only, monk
 # ---- what a run says and leaves
 
 
-def read_card(out):
-    import huggingface_hub
-    return huggingface_hub.ModelCard.load(os.path.join(out, "final", "README.md"))
-
-
 def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teacher, student):
     """The first evaluation is short: of a few held-out rows, evenly spaced, also after a resume.
     The card says what the run was, and no path of ours."""
+    import huggingface_hub
     rows = talk(11)
     pair = with_chatml(tmp_path, teacher, student)
     fields = dict(teacher=pair[0], student=pair[1], seq_len=256, batch_size=1, learning_rate=STILL,
                   dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=0.25,
                   temperature=2.0, divergence="reverse")
     expected = []
-    for names, chosen in [([teacher], range(11)), ([student, teacher], (0, 2, 5, 8)),
-                          ([student, teacher], range(11))]:
-        models = [*map(load, names), None]
+    for name, model, judge, chosen in [
+            ("teacher", teacher, None, range(11)),
+            ("student before (4 sequences)", student, load(teacher), (0, 2, 5, 8)),
+            ("student after (11)", student, load(teacher), range(11))]:
         coded = chatml_rows([rows[i] for i in chosen])
-        _, ce, kl = model_losses(*models[:2], coded, 0.25, 2.0, "reverse")
-        expected.append([f"{math.exp(ce.item()):.2f}", f"{kl.item():.4f}"])
+        _, ce, kl = model_losses(load(model), judge, coded, 0.25, 2.0, "reverse")
+        expected.append((name, f"{math.exp(ce.item()):.2f}", f"{kl.item():.4f}"))
     for max_steps in (1, 2):
         shown = distil(out, max_steps=max_steps, **fields).out
-        found = re.findall(r"^\| +(\S.*\S) \| +(\S+) \| +(\S+) \|$", shown, re.MULTILINE)[1:]
-        assert [values for _, *values in found] == expected
-        assert [name for name, *_ in found] == [
-            "teacher", "student before (4 sequences)", "student after (11)"]
-    card = read_card(out)
-    assert card.data.to_dict().items() >= dict(
-        library_name="transformers", pipeline_tag="text-generation", base_model=[]).items()
-    assert not card.data.license
+        found = re.findall(r"^\| +(\S.*\S) \| +(\S+) \| +(\S+) \|$", shown, re.MULTILINE)
+        assert found[1:] == expected
+    card = huggingface_hub.ModelCard.load(f"{out}/final/README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert not card.data.base_model and not card.data.license
     parameters = load(f"{out}/final").num_parameters()
-    for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")], "reverse", "T 2",
+    for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")],
                  f"/student, {parameters:,} parameters", "/teacher", "/data, split train",
-                 "0.25 x cross-entropy + 0.75 x T^2 x KL", "2 steps of 1 sequences"):
+                 "0.25 x cross-entropy + 0.75 x T^2 x KL (reverse), T 2", "2 steps of 1 sequences"):
         assert fact in card.text, card.text
-    assert str(tmp_path) not in Path(out, "final", "README.md").read_text()
+    assert str(tmp_path) not in card.content
 
 
 @pytest.mark.parametrize("student, teacher, alpha, bases", [
@@ -3178,75 +3105,51 @@ def test_train_model_card_names_what_is_on_the_hub(monkeypatch, student, teacher
 # ---- Weights & Biases
 
 
-class FakeWandb:
-    """A stand-in for the service, not for our code."""
-
-    def __init__(self, key="key", problem=None):
-        self.api = types.SimpleNamespace(api_key=key)
-        self.problem = problem
-        self.id = "abc"
-        self.asked_ids, self.entries, self.exit_codes = [], [], []
-
-    def Settings(self, **_):
-        return None
-
-    def init(self, config, id, **_):
-        assert self.api.api_key, "it would ask at a prompt"
-        if self.problem:
-            raise self.problem
-        self.config = config
-        self.asked_ids.append(id)
-        return self
-
-    def log(self, entry, step):
-        assert step == entry.get("train/step", entry.get("eval/step"))
-        self.entries.append(entry)
-
-    def finish(self, exit_code):
-        self.exit_codes.append(exit_code)
-
-
 @pytest.fixture
-def use_wandb(monkeypatch):
-    """-> a function that puts what it is given in place of the package."""
+def wandb(monkeypatch):
+    """A stand-in for the service, not for our code."""
+    package = mock.Mock()
+    package.init.return_value.configure_mock(**{"id": "abc", "finish.return_value": None})
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return functools.partial(monkeypatch.setitem, sys.modules, "wandb")
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return package
 
 
-@pytest.mark.parametrize("wandb, reason", [
+@pytest.mark.parametrize("problem, reason", [
+    ({"api.api_key": None}, "not logged in"),
+    ({"init.side_effect": TimeoutError("no answer")}, "no answer"),
     (None, "wandb"),   # importing it fails
-    (FakeWandb(key=None), "not logged in"),
-    (FakeWandb(problem=TimeoutError("no answer")), "no answer"),
 ])
-def test_train_without_wandb_goes_on_and_says_so(out, labels_only, use_wandb, wandb, reason):
-    use_wandb(wandb)
+def test_train_without_wandb_goes_on_and_says_so(
+        out, labels_only, wandb, monkeypatch, problem, reason):
+    wandb.configure_mock(**problem or {})
+    if not problem:
+        monkeypatch.setitem(sys.modules, "wandb", None)
     shown = distil(out, **labels_only, max_steps=1, use_wandb=True).out
     line, = re.findall("^wandb.*", shown, re.MULTILINE)
     assert reason in line
+    assert wandb.init.called == ("answer" in reason)   # without a key it would ask at a prompt
 
 
-def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, use_wandb):
+def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, wandb):
     """A run that goes on is the same there."""
-    wandb = FakeWandb()
-    use_wandb(wandb)
+    run = wandb.init.return_value
     for max_steps in (2, 3):
         distil(out, **labels_only, max_steps=max_steps, use_wandb=True)
-    assert wandb.entries == log(out)
-    assert wandb.asked_ids == [None, "abc"]
-    assert wandb.exit_codes == [0, 0]
-    assert wandb.config.keys() == config.FIELDS.keys()
-    assert "key" not in json.dumps(wandb.config).split()
+    assert run.log.mock_calls == [
+        mock.call(entry, step=entry.get("train/step", entry.get("eval/step")))
+        for entry in log(out)]
+    assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc"]
+    assert wandb.init.call_args.kwargs["config"].keys() == config.FIELDS.keys()
     distil(out, rc=2, **labels_only, max_steps=30, use_wandb=True, resume="never",
            learning_rate=1e38, max_grad_norm=0)
-    assert wandb.exit_codes == [0, 0, 1]
+    assert run.finish.mock_calls == [mock.call(exit_code=code) for code in (0, 0, 1)]
 
 
 @pytest.mark.campaign
-def test_train_wandb_offline(out, labels_only):
-    words = flags(**PLAIN, **labels_only, output_dir=out, max_steps=1, use_wandb=True)
-    process = spawn(*words, env={"WANDB_MODE": "offline"})
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, shown
+def test_train_wandb_offline(out, labels_only, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    distil(out, **labels_only, max_steps=1, use_wandb=True)
     assert list(Path(out, "wandb").glob("offline-run-*"))
 
 
@@ -3259,9 +3162,6 @@ def test_train_dry_run_says_what_a_run_would_and_leaves_nothing(
     """On the longest rows. The targets of a conversation are the assistant's words and its end."""
     tokenized = with_chatml(tmp_path, student)[0]
     rows = talk(8)
-    fields = dict(teacher=teacher, student=tokenized, tokenizer=tokenized, seq_len=128,
-                  dataset=write_splits(tmp_path / "data", rows, talk(4)), batch_size=2,
-                  num_epochs=2, dry_run=True, blockwise=blockwise or None)
     seen = []
     time_step = sd.time_step
 
@@ -3270,13 +3170,15 @@ def test_train_dry_run_says_what_a_run_would_and_leaves_nothing(
         return time_step(run, stage, micro)
 
     monkeypatch.setattr(sd, "time_step", noting)
-    shown = distil(out, **fields).out
+    shown = distil(
+        out, teacher=teacher, student=tokenized, tokenizer=tokenized, seq_len=128, batch_size=2,
+        dataset=write_splits(tmp_path / "data", rows, talk(4)), num_epochs=2, dry_run=True,
+        blockwise=blockwise or None).out
     lengths = sorted(len(ids) for ids, _ in chatml_rows(rows))
     assert seen[-1] == lengths[:-3:-1]
     assert re.search(r"takes \S+ s .* steps at most \S+ hours", shown), shown
-    example, = re.findall(r"its targets in \[\[ \]\]: (.*)", shown)
-    target, = re.findall(r"\[\[(.*?)\]\]", example)
-    assert target in [row["response"] + "<|im_end|>" for row in rows], example
+    target, = re.findall(r"its targets in \[\[ \]\]: [^[\n]*\[\[(.*?)\]\][^[\n]*\n", shown)
+    assert target in [row["response"] + "<|im_end|>" for row in rows]
     assert "perplexity" not in shown
     assert not os.path.exists(out)
 
@@ -3337,28 +3239,29 @@ def pretend_cuda(monkeypatch):
         return torch.arange(len(tensor), device=tensor.device)[:, None]
 
     current = DoneAtOnce()
-    answers = dict(
-        is_available=True, device_count=8, current_device=0, is_bf16_supported=True,
-        get_device_capability=(9, 0), current_stream=current, stream=contextlib.nullcontext(),
-        _lazy_init=None, is_current_stream_capturing=False, Stream=current, Event=current)
+    answers = {
+        "cuda.is_available": True, "cuda.device_count": 8, "cuda.current_device": 0,
+        "cuda.is_bf16_supported": True, "cuda.get_device_capability": (9, 0),
+        "cuda.stream": contextlib.nullcontext(), "cuda._lazy_init": None,
+        "cuda.is_current_stream_capturing": False, "cuda.current_stream": current,
+        "cuda.Stream": current, "cuda.Event": current, "accelerator.current_stream": current,
+        "Tensor.record_stream": None}
     for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    for place, name, stand_in in [
-        (torch.accelerator, "current_stream", lambda *_: current),
-        (torch.Tensor, "record_stream", lambda *_: None),
-        (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
-        (torch.Tensor, "nonzero", all_of_them),
-        (F, "scaled_dot_product_attention", fake_flash),
-        (transformers.masking_utils, "is_tracing", lambda *_: False),
-        (FakeTensorMode, "avoid_device_init", True),
-        (sd, "init_device_mesh", real_mesh),
-        (sd, "all_sum", lambda *values: list(values)),
-        (sd, "from_rank0", lambda value: None),
-        (sd, "identity_of", lambda model: None),
-        (sd, "CUDA", True),
-        (sd, "DEVICE", torch.device("cuda", 0)),
-    ]:
-        monkeypatch.setattr(place, name, stand_in)
+        monkeypatch.setattr(f"torch.{name}", lambda *_, answer=answer, **__: answer)
+    stand_ins = {
+        "torch.Tensor.pin_memory": lambda tensor, *_: tensor,
+        "torch.Tensor.nonzero": all_of_them,
+        "torch.nn.functional.scaled_dot_product_attention": fake_flash,
+        "transformers.masking_utils.is_tracing": lambda *_: False,
+        "torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init": True,
+        "simple_distill.init_device_mesh": real_mesh,
+        "simple_distill.all_sum": lambda *values: list(values),
+        "simple_distill.from_rank0": lambda value: None,
+        "simple_distill.identity_of": lambda model: None,
+        "simple_distill.CUDA": True,
+        "simple_distill.DEVICE": DoneAtOnce.device}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(name, stand_in)
 
 
 class Calls(TorchDispatchMode):
@@ -3394,24 +3297,21 @@ def simulate(folder):
     """In a process of its own: two steps, prints the calls of the second."""
     pretend_cuda(pytest.MonkeyPatch())
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=sd.WORLD)
-    cfg = config.parse_config(flags(
-        student=f"{folder}/student.json", teacher=f"{folder}/teacher.json", dataset=folder,
-        max_steps=2, gradient_accumulation_steps=2, use_wandb=False))
+    cfg = config.Config(student=f"{folder}/student.json", teacher=f"{folder}/teacher.json",
+                        max_steps=2)
     calls = Calls()
     with FakeTensorMode(allow_non_fake_inputs=True), calls:
-        student, _ = sd.load_model(cfg, "student")
-        teacher, _ = sd.load_model(cfg, "teacher")
+        student, teacher = [sd.load_model(cfg, role)[0] for role in ("student", "teacher")]
         run = types.SimpleNamespace(
-            cfg=cfg, student=student, rows=range(99), global_batch=9, progress=sd.Progress(),
+            cfg=cfg, student=student, progress=sd.Progress(),
             loss_fn=functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0),
             get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
         stage = sd.distillation_stage(run)
         sd.start_stage(run, stage)
         row = {"input_ids": list(range(9)), "targets": [False] + 8 * [True], "starts": [0]}
-        micro = [sd.collate([row]), sd.collate([row])]
         for _ in range(2):
             calls.count = collections.Counter(wait=0)
-            _, norm = sd.one_step(run, stage, micro, 1000)
+            _, norm = sd.one_step(run, stage, 2 * [sd.collate([row])], 1000)
         assert norm.device.type == "cuda" and norm.dtype == torch.float32
     print(json.dumps(calls.count))
 
@@ -3426,20 +3326,17 @@ def test_train_a_step_on_eight_gpus_that_exist_in_name_only(tmp_path):
         ["c++", "-std=c++20", "-shared", "-fPIC", "gpu.cpp", "-o", "gpu.so",
          f"-I{torch_folder}/include", f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib",
          "-lc10", "-ltorch_cpu"], cwd=tmp_path, check=True)
-    layers = {"student": 3, "teacher": 5}
-    for name, depth in layers.items():
+    for name, depth in ("student", 3), ("teacher", 5):
         shape = tiny_config(cls="Qwen3Config", layers=depth, head_dim=16)
         shape.to_json_file(tmp_path / f"{name}.json")
-    env = {**os.environ, "WORLD_SIZE": "8"}
     done = subprocess.run(
-        [sys.executable, "-c", SIMULATION, tmp_path], cwd=HERE, env=env, capture_output=True,
-        text=True)
+        [sys.executable, "-c", SIMULATION, tmp_path], cwd=HERE, capture_output=True, text=True,
+        env={**os.environ, "WORLD_SIZE": "8"})
     assert done.returncode == 0, done.stdout + done.stderr
-    # a micro-step: student's root, its layers forward and backward, the teacher's layers
-    gathers = 1 + 2 * layers["student"] + layers["teacher"]
+    # a micro-step gathers the student's root, its layers forward and backward, and the teacher's;
+    # reduces the student's root and layers
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        "wait": 0, "_allgather_base_": 2 * gathers,
-        "_reduce_scatter_base_": 2 * (1 + layers["student"])}
+        "wait": 0, "_allgather_base_": 2 * (1 + 2 * 3 + 5), "_reduce_scatter_base_": 2 * (1 + 3)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6284,35 +6181,23 @@ def test_eval_refusals(eval_folder, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: killed anywhere, on many ranks, a week of every mode: as processes.
+# Runs: killed anywhere, on many ranks, under launch.sh, fed with anything: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {   # what the run is besides plain: (ranks, fields)
-    "map": (1, {}),
-    "stream": (1, dict(streaming=True, shuffle_buffer=7)),   # optional: streaming
-    "accumulation 3": (1, dict(batch_size=2, gradient_accumulation_steps=3)),
-    "dropout": (1, {}),
-    "2 ranks": (2, dict(batch_size=2)),
-    "documents": (1, dict(packing="documents", seq_len=128)),
-    "on policy": (1, dict(on_policy=0.5, max_new_tokens=6)),   # optional: on_policy
+KILLED = {   # what the run is besides plain
+    "map": {},
+    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
+    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
+    "dropout": {},
+    "2 ranks": dict(ranks=2, batch_size=2),
+    "documents": dict(packing="documents", seq_len=128),
+    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
 }
 
 
 def assert_same_run(out, other):
     assert same(final_weights(out), final_weights(other))
     assert quiet_log(out) == quiet_log(other)
-
-
-def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
-    path = draw.choice(sorted(newest.iterdir()))
-    how = draw.choice(["turn", "lose", "add"])
-    if how == "turn":
-        flip(path, draw.random())
-    elif how == "lose":
-        path.unlink()
-    else:
-        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
@@ -6330,31 +6215,30 @@ def saves_since(start, out):
     pytest.param(12, True, marks=pytest.mark.campaign),
 ])
 @pytest.mark.parametrize("kind", KILLED)
-def test_runs_a_killed_run_ends_as_if_it_had_not_been(
-        tmp_path, teacher, student, text, kind, kills, damaged):
-    """Killed again and again, at random. damaged: each time the newest checkpoint of two is."""
-    ranks, more = KILLED[kind]
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, online, kind, kills, damaged):
+    """Told to stop, or killed, again and again, at random. damaged: each time the newest checkpoint
+    of two is."""
+    fields = online | dict(batch_size=4, max_steps=12, save_steps=2, eval_steps=5, eval_samples=8,
+                           alpha=0.4, lr_scheduler="cosine") | KILLED[kind]
     if kind == "dropout":
-        student = tiny_model(tmp_path / "dropout", **DROPOUT)
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, max_steps=12,
-                  save_steps=2, eval_steps=5, eval_samples=8, alpha=0.4, lr_scheduler="cosine")
-    fields = dict(ranks=ranks) | fields | more
+        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     draw = random.Random(kills)
     assert "done in" in distil_apart(whole, **fields).wait()
     unfinished = 0
-    for _ in range(kills):
+    for i in range(kills):
         start = time.time()
         run = distil_apart(broken, **fields)
-        saves = 2 if damaged else draw.randrange(3)
+        saves = 2 if damaged else 1 - i % 2 + draw.randrange(2)
         while run.poll() is None and saves_since(start, broken) < saves:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.05))
-        run.signal(signal.SIGKILL).wait()
+        run.signal(signal.SIGKILL if i % 2 else signal.SIGTERM).wait()
         unfinished += not (broken / "final").is_dir()
         if damaged:
-            damage(max(broken.glob("checkpoints/step-*")), draw)
+            newest = max(broken.glob("checkpoints/step-*"))
+            draw.choice([flip, add, os.unlink])(draw.choice(sorted(newest.iterdir())))
     shown = distil_apart(broken, **fields).wait()
     assert unfinished or damaged, "no kill came before the end"
     assert damaged == ("passed over" in shown), shown
@@ -6391,11 +6275,11 @@ TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
     pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
     pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
 ])
-def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, ranks, files, every):
+def test_runs_killed_at_every_line_of_a_save(tmp_path, online, ranks, files, every):
     """While files are written, between checksums, rename and the deletion of the one before; each
     run finds what the last one left. The other ranks end by themselves."""
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=2, save_steps=1,
-                  keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
+    fields = online | dict(batch_size=2, save_steps=1, keep_checkpoints=1, max_steps=300 // every,
+                           ranks=ranks)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     for line in range(every, 999, every):
@@ -6409,41 +6293,19 @@ def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, r
 
 
 @pytest.mark.parametrize("world_sizes, packing", [
-    ([2, 1, 2], {}),
     ([2, 1, 2], dict(packing="documents", seq_len=128)),
     ([4, 1, 3, 2], {}),
 ])
-def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, packing):
+def test_runs_ranks_come_and_go(tmp_path, online, world_sizes, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=3, save_steps=2)
-    fields |= packing
+    fields = online | dict(batch_size=3, save_steps=2) | packing
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
     for i, ranks in enumerate(world_sizes, 1):
         shown = distil_apart(moved, ranks, **fields, max_steps=2 * i).wait()
-        assert (moved / f"checkpoints/step-{2 * i:08d}").is_dir(), shown
+        assert saved(moved, 2 * i).is_dir(), shown
     distil_apart(straight, world_sizes[0], **fields, max_steps=2 * i).wait()
     assert_close(moved, straight, shown)
-    refused = distil(moved, rc=2, **fields | dict(batch_size=5, max_steps=99))
-    assert f"{3 * world_sizes[0]} sequences a step" in refused.err
-
-
-def test_runs_a_signal_saves_and_a_second_process_is_refused(
-        tmp_path, teacher, student, text):
-    """Once it has stopped the same command goes on, with the next batch."""
-    fields = dict(teacher=teacher, student=student, dataset=text)
-    fields |= dict(streaming=True, shuffle_buffer=7)   # optional: streaming
-    stopped = tmp_path / "stopped"
-    whole = tmp_path / "whole"
-    first = distil_apart(stopped, **fields, max_steps=100_000)
-    wait_for_log(stopped, first)
-    assert "no other run" in distil(stopped, rc=2, **fields, max_steps=1).err
-    assert "stopped at step" in first.signal(signal.SIGTERM).wait()
-    step = log(stopped, "train")[-1]["train/step"]
-    assert (stopped / f"checkpoints/step-{step:08d}").is_dir()
-    for out in (stopped, whole):
-        distil(out, **fields, max_steps=step + 3)
-    assert same(final_weights(stopped), final_weights(whole))
 
 
 FAILS_ALONE = """
@@ -6453,9 +6315,8 @@ if RANK == 1:
 """
 
 
-def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, student, text):
-    run = distil_apart(out, 3, FAILS_ALONE, teacher=teacher, student=student, dataset=text)
-    shown = run.wait(seconds=60)
+def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, online):
+    shown = distil_apart(out, 3, FAILS_ALONE, **online).wait(seconds=60)
     assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     assert "ValueError: on this rank only" in shown
 
@@ -6526,27 +6387,34 @@ def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
     change = LOADING.format(first=tiny_model(tmp_path / "first"), wide=wide)
     shown = Fork(tmp_path / "log.txt", ranks=2, change=change).wait()
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown))
-    assert float(extra["1"]) < 0.2, shown
+    assert float(re.search(r"RANK 1 (\S+)", shown)[1]) < 0.2, shown
 
 
 @pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
-def test_runs_launcher_is_one_process(tmp_path, teacher, student, chat, nodes, processes):
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3)
+def test_runs_launcher_is_one_process(tmp_path, online, chat, nodes, processes):
+    """That warns of nothing and writes nowhere else."""
+    fields = online | dict(dataset=chat, max_steps=4, alpha=0.3)
     distil(tmp_path / "one", **fields, batch_size=8)
-    words = flags(**PLAIN, **fields, output_dir=tmp_path / "two", batch_size=4)
-    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port())}
-    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)})
+    words = flags(**PLAIN, **fields, output_dir="two", batch_size=4)
+    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port()),
+           "PYTHONWARNINGS": "default"}
+    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)}, cwd=tmp_path)
                 for rank in range(nodes)]
-    shown = [process.communicate(timeout=180)[0] for process in launched]
+    shown = "".join([process.communicate(timeout=180)[0] for process in launched])
     assert {process.returncode for process in launched} == {0}, shown
     assert_close(tmp_path / "two", tmp_path / "one", shown)
-    assert "".join(shown).count("done in") == 1   # only rank 0 prints
+    assert shown.count("done in") == 1   # only rank 0 prints
+    assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
+    assert listing(tmp_path) == "one two"
 
 
-def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
-    words = flags(**PLAIN, student=student, dataset=text, alpha=1.0, batch_size=4, output_dir=out,
-                  max_steps=100_000)
+def pids_of(pattern):
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def test_runs_a_rank_that_dies_takes_the_job_down(out, labels_only):
+    words = flags(**PLAIN, **labels_only, batch_size=4, output_dir=out, max_steps=100_000)
     process = spawn(*words, nproc=2)
     wait_for_log(out, process)
     workers = pids_of(f"simple_distill.py.*{out}")
@@ -6556,44 +6424,31 @@ def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
     assert process.returncode != 0
 
 
-def pids_of(pattern):
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
-    return found.stdout.split()
+@pytest.mark.parametrize("env, words, code, told", [
+    ({}, "--help", 0, "NNODES.*--learning_rate"),
+    # two ranks make the mistake, one line says it
+    ({"NPROC": "2"}, "--alpha 1 --dataset /nowhere.jsonl --student /nowhere", 2, "nowhere"),
+    ({"NPROC": "0"}, "", 2, "^error: NPROC is 0,"),
+    ({"NPROC": "abc"}, "", 2, "^error: NPROC is abc,"),
+    ({"NODE_RANK": "1"}, "", 2, "^error: .*NODE_RANK 1 of NNODES 1"),
+])
+def test_runs_launcher_explains_itself_and_passes_mistakes_on(tmp_path, env, words, code, told):
+    ran = subprocess.run([HERE / "launch.sh", *words.split()], capture_output=True, text=True,
+                         cwd=tmp_path, env={**os.environ, "NPROC": "1", **env}, timeout=120)
+    assert ran.returncode == code
+    assert re.search(told, ran.stderr if code else ran.stdout, re.DOTALL), ran
+    assert ran.stderr.count("error: ") == code / 2 and "Traceback" not in ran.stderr, ran
 
 
-def test_runs_launcher_explains_itself():
-    shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
-
-
-def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
-    """Two ranks make it, one line says it, the exit code is that of one process."""
-    words = flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere",
-                  output_dir=tmp_path / "out")
-    process = spawn(*words, nproc=2, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
-    assert err.count("error: ") == 1 and "Traceback" not in err, err
-
-
-@pytest.mark.parametrize("name, value", [("NPROC", "0"), ("NPROC", "abc"), ("NODE_RANK", "1")])
-def test_runs_launcher_names_a_wrong_number(name, value):
-    shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
-                           env={**os.environ, "NPROC": "1", name: value})
-    assert shown.returncode == 2
-    assert re.match(rf"error: .*{name} (is )?{value}\b", shown.stderr)
-
-
-def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
+def test_runs_launcher_that_waits_for_a_node_hears_a_signal(out):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    process = spawn("--output_dir", tmp_path / "out", nproc=2, env=env)
+    process = spawn("--output_dir", out, nproc=2, env=env)
     assert "waits for all nodes" in process.stdout.readline()
-    while not pids_of(f"node-rank=0 .*{tmp_path}"):
+    while not pids_of(f"node-rank=0 .*{out}"):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert not pids_of(str(tmp_path))
+    assert not pids_of(out)
 
 
 # As a shell: it hears that its terminal was closed, tells its jobs, and here sees how they end.
@@ -6614,11 +6469,10 @@ with open(sys.argv[1], "w") as f:
 
 @pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, labels_only, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
-    words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
-                     "output_dir": out, "max_steps": 100_000})
+    words = flags(**PLAIN, **labels_only, batch_size=2, output_dir=out, max_steps=100_000)
     terminal, other_end = pty.openpty()
     command = [HERE / program, *words_of(words)]
     if program.endswith(".py"):
@@ -6644,8 +6498,7 @@ def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, clos
     while process.poll() is None:
         read_on()
     assert (tmp_path / "code").read_text() == "0\n"
-    stopped = log(out, "train")[-1]["train/step"]
-    assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert saved(out, column(out, "train/step")[-1]).is_dir()
     assert not pids_of(str(out))
 
 
@@ -6656,103 +6509,80 @@ def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def plant_code(folder, marks):
+EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
+                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
+
+
+def plant_code(folder):
     """Config and tokenizer of a model get code of their own, which leaves a mark."""
     bases = {"configuration": ("EvilConfig", "LlamaConfig"),
              "modeling": ("EvilModel", "LlamaForCausalLM"),
              "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
     for file, (name, base) in bases.items():
-        (folder / f"{file}_evil.py").write_text(
-            f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
+        Path(folder, f"{file}_evil.py").write_text(
+            f"open('marks/{file}', 'w')\nfrom transformers import {base}\n"
             f"class {name}({base}):\n    model_type = 'evil'\n")
-    edit_json(folder / "config.json", model_type="evil", auto_map={
+    edit_json(Path(folder, "config.json"), model_type="evil", auto_map={
         "AutoConfig": "configuration_evil.EvilConfig",
         "AutoModelForCausalLM": "modeling_evil.EvilModel"})
-    edit_json(folder / "tokenizer_config.json", **EVIL_TOKENIZER)
+    edit_json(Path(folder, "tokenizer_config.json"), **EVIL_TOKENIZER)
 
 
-EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
-                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
-
-
-@pytest.fixture
-def marks(tmp_path, monkeypatch):
-    """A folder in which code that ran leaves a file."""
+def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, monkeypatch):
+    """Files of strangers that carry code, in each place where one may stand, under every mode: what
+    runs leaves a file in marks/."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
-    (tmp_path / "marks").mkdir()
-    return tmp_path / "marks"
-
-
-@pytest.fixture
-def evil(tmp_path, student, marks):
-    """A model that brings code of its own."""
-    shutil.copytree(student, tmp_path / "evil")
-    plant_code(tmp_path / "evil", marks)
-    return tmp_path / "evil"
-
-
-def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
-    """Files of strangers that carry code, in each place where one may stand, under every mode."""
-    run = dict(PLAIN, student=student, dataset=text, max_steps=1, alpha=1.0)
-    pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
-    (pickled / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
-    script = tmp_path / "script"
-    script.mkdir()
-    (script / "script.py").write_text(f"open({str(marks / 'script')!r}, 'w')\n")
-    yaml_file = tmp_path / "run.yaml"
-    yaml_file.write_text(
-        f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("marks")
+    for name in ("good", "evil", "pickled"):
+        shutil.copytree(student, name)
+    plant_code("evil")
+    os.unlink("pickled/model.safetensors")
+    torch.save({"model.norm.weight": Payload("marks/bin")}, "pickled/pytorch_model.bin")
+    os.mkdir("script")
+    Path("script/script.py").write_text("open('marks/script', 'w')\n")
+    Path("run.yaml").write_text("student: !!python/object/apply:builtins.open [marks/yaml, w]\n")
     # a run of a stranger, which says of itself that its student's code may run
-    obeyed = tmp_path / "obeyed"
-    cli(*flags(**run, output_dir=obeyed))
-    edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
-              tokenizer=str(evil))
-    judged = dict(   # optional: eval
-        mode="eval", student=student, tokenizer=student, dataset=text)
+    distil("obeyed", student="good", dataset=text, alpha=1.0, max_steps=1)
+    edit_json(Path("obeyed/config.json"), trust_remote_code=True, student="evil", tokenizer="evil")
+    made = f"--mode cache --teacher good --dataset {text} --cache_dir cache"   # optional: cache
+    cli(*made.split(), "--seq_len", 32)   # optional: cache
+    for path in list(Path("cache").rglob("tokenizer_config.json")):   # optional: cache
+        shutil.copy("evil/tokenization_evil.py", path.parent)
+        edit_json(path, **EVIL_TOKENIZER)
+    run = f"--dataset {text} --max_steps 1 --student"
+    judged = f"--mode eval --tokenizer good --dataset {text} --student"   # optional: eval
     commands = [
-        run | dict(student=evil),
-        run | dict(tokenizer=evil),
-        run | dict(teacher=evil, alpha=0.5),
-        run | dict(student=pickled),
-        run | dict(dataset=script),
-        dict(config=yaml_file),
-        dict(student=student, teacher=evil, blockwise=True, dataset=text),   # optional: blockwise
-        dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c",   # optional: cache
-             dataset=text),
-        dict(mode="generate", provider="local", teacher=evil,   # optional: generate
-             num_examples=1),
-        judged | dict(student=evil),   # optional: eval
-        judged | dict(compare=[evil]),   # optional: eval
-        judged | dict(   # optional: eval
-            student=obeyed / "checkpoints" / "step-00000001"),
+        f"{run} evil --alpha 1",
+        f"{run} good --alpha 1 --tokenizer evil",
+        f"{run} good --teacher evil",
+        f"{run} pickled --alpha 1",
+        "--student good --alpha 1 --dataset script",
+        "--config run.yaml",
+        f"{run} good --teacher evil --blockwise true",   # optional: blockwise
+        f"--mode cache --teacher evil --cache_dir c --dataset {text}",   # optional: cache
+        "--student good --cache_dir cache",   # optional: cache
+        "--mode generate --provider local --teacher evil --num_examples 1",   # optional: generate
+        f"{judged} evil",   # optional: eval
+        f"{judged} good --compare evil",   # optional: eval
+        f"{judged} obeyed/checkpoints/step-00000001",   # optional: eval
     ]
     for i, command in enumerate(commands):
-        result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert not os.listdir(marks), (command, result)
-        if str(evil) in str(command):
-            assert "trust_remote_code" in result.err, result.err
-
-
-def test_runs_a_caches_tokenizer_runs_no_code(   # optional: cache
-        tmp_path, student, text, marks, evil):
-    cache = tmp_path / "cache"
-    cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
-    for path in list(cache.rglob("tokenizer_config.json")):
-        shutil.copy(evil / "tokenization_evil.py", path.parent)
-        edit_json(path, **EVIL_TOKENIZER)
-    cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
-    assert not os.listdir(marks)
+        result = cli(*command.split(), "--output_dir", f"out{i}", rc=2)
+        assert not os.listdir("marks"), (command, result)
+        assert "evil" not in command or "trust_remote_code" in result.err, result.err
 
 
 # ---- fuzz: whatever a user brings, there is an answer. Each case draws one thing and breaks it.
 
-ODD = ["", " ", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 5000, "0x10", "1.5", "true", "null",
-       "[]", "{}", "[1", "a\0b", "\x1b[31m", "größe", "\ud800", "/", "/dev/null", "/nowhere/x", "~",
-       "..", "--", "-x", "%s", "a b", "=", "*", "(", "$(id)", "x" * 4000, "layers:", "layers:-1",
-       "layers:99", "demo ", "https://h/", "http://[", "1,2", "a=b=c", "(=1", ".*=x"]
-ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {}, [None], {"a": 1},
-            [[1]], "x" * 4000]
+ODD = ("| |-1|0|nan|inf|-inf|1e400|0x10|1.5|true|null|[]|{}|[1|a\0b|\x1b[31m|größe|\ud800|/|"
+       "/dev/null|/nowhere/x|~|..|--|-x|%s|a b|=|*|(|$(id)|layers:|layers:-1|layers:99|demo |"
+       "https://h/|http://[|1,2|a=b=c|(=1|.*=x").split("|")
+ODD.insert(8, "9" * 5000)
+ODD.insert(33, "x" * 4000)
+ODD_JSON = json.loads('[null, true, -1, 0, 1.5, 1e308, 1000000000000000000000000000000, "", "x", '
+                      '"\\u0000", "nan", [], {}, [null], {"a": 1}, [[1]]]')
+ODD_JSON.append("x" * 4000)
 
 
 def break_json(value, draw):
@@ -6796,116 +6626,114 @@ def break_file(path, draw):
     path.write_bytes(b"\n".join(lines) + b"\n")
 
 
-def files_below(*folders):
-    return {path: path.read_bytes()
-            for folder in folders for path in folder.rglob("*") if path.is_file()}
+# A case is drawn in a folder of its own, in which user/ holds good things, all of them the user's:
+# fuzz_x(draw) breaks one -> the command line of a run into out/.
+MODES = {
+    "train": "--student user/student --dataset user/text.jsonl --alpha 1 --max_steps 1",
+    "cache": (   # optional: cache
+        "--mode cache --teacher user/student --dataset user/text.jsonl --seq_len 32 "
+        "--cache_chunk 16 --cache_dir cache"),
+    "generate": (   # optional: generate
+        "--mode generate --provider local --teacher user/student --num_examples 2 --max_tokens 4"),
+    "eval": (   # optional: eval
+        "--mode eval --student user/student --dataset user/text.jsonl --eval_samples 1"),
+}
+TRAIN = f"--seq_len 32 {MODES['train']}"
 
 
-class Fuzz:
-    """Good things in a folder, of which each case breaks a copy: case_x(folder, draw) -> flags of
-    a run into folder/out; what is of the user lies in folder/user."""
+@pytest.fixture
+def good(tmp_path, student, text):
+    """What becomes user/."""
+    good = tmp_path / "good"
+    for name in ("student", "model"):
+        shutil.copytree(student, good / name)
+    shutil.copy(text, good / "text.jsonl")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
+    write_jsonl(good / "chat.jsonl", [{"messages": turns * (1 + i // 6)} for i in range(12)])
+    return good
 
-    def __init__(self, folder, student, text):
-        self.folder = folder
-        self.student = student
-        self.good = folder / "good"
-        self.good.mkdir()
-        self.text = self.good / "text.jsonl"
-        shutil.copy(text, self.text)
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
-        rows = [{"messages": turns * (1 + i // 6)} for i in range(12)]
-        write_jsonl(self.good / "chat.jsonl", rows)
-        self.train = dict(PLAIN, student=student, dataset=self.text, alpha=1.0, max_steps=1)
-        self.cache = dict(mode="cache", teacher=student, dataset=self.text, seq_len=32,
-                          cache_chunk=16)
-        self.generate = dict(mode="generate", provider="local", teacher=student, num_examples=2,
-                             max_tokens=4)
 
-    def copy_broken(self, name, to, draw, **fields):
-        """A copy of what a good run has left, one file of it broken."""
-        if not (self.folder / name).exists():
-            cli(*flags(**fields))
-        shutil.copytree(self.folder / name, to)
-        break_file(draw.choice(sorted(path for path in to.rglob("*") if path.is_file())), draw)
+def leave_broken(folder, words, draw):
+    """What a good run leaves in ../folder: here, with one file of it broken."""
+    if not os.path.exists(f"../{folder}"):
+        cli(*words.split())
+    shutil.copytree(f"../{folder}", folder)
+    break_file(draw.choice(sorted(files_in(Path(folder)))), draw)
 
-    def case_flags(self, case, draw):
-        modes = {
-            "train": dict(student=self.student, dataset=self.text, alpha=1, max_steps=1),
-            "cache": self.cache | dict(cache_dir=case / "cache"),   # optional: cache
-            "generate": self.generate,   # optional: generate
-            "eval": dict(mode="eval", student=self.student,   # optional: eval
-                         dataset=self.text, eval_samples=1),
-        }
-        mode = modes[draw.choice(["train", *modes])]
-        skipped = {"output_dir", "max_steps", "cpu_offload", "mode", "config", *mode}
-        name = draw.choice([name for name in config.FIELDS if name not in skipped])
-        return mode | {name: draw.choice(ODD)}
 
-    def case_file(self, case, draw):
-        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.text),
-                "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
-        path = case / "user" / f"run.{draw.choice(['json', 'yaml'])}"
-        path.write_text(json.dumps(good))   # which is yaml too
-        break_file(path, draw)
-        if draw.random() < 0.2:
-            path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
-        return dict(config=path, student=self.student, dataset=self.text, max_steps=1, alpha=1)
+def fuzz_flags(draw):
+    words = MODES[draw.choice(["train", *MODES])]
+    skipped = f"{words} --output_dir --max_steps --cpu_offload --mode --config".split()
+    name = draw.choice([name for name in config.FIELDS if f"--{name}" not in skipped])
+    return f"{words} --{name} {shlex.quote(draw.choice(ODD))}"
 
-    def case_rows(self, case, draw):
-        path = case / "user" / draw.choice(["text.jsonl", "chat.jsonl"])
-        shutil.copy(self.good / path.name, path)
-        for _ in range(draw.randrange(1, 4)):
-            with contextlib.suppress(ValueError):   # broken beyond that already
-                break_file(path, draw)
-        if draw.random() < 0.15:
-            path = path.rename(
-                path.parent / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
-        more = {}
-        more = draw.choice([{}, {"streaming": True}])   # optional: streaming
-        return self.train | dict(dataset=path) | more
 
-    def case_model(self, case, draw):
-        model = case / "user" / "model"
-        shutil.copytree(self.student, model)
-        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
-                 "num_attention_heads", "num_key_value_heads", "head_dim")
-        path = model / draw.choice([
-            "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
-            "model.safetensors", "generation_config.json"])
-        if path.name == "config.json" and draw.random() < 0.5:
-            size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
-            edit_json(path, **{draw.choice(sizes): size})
-        else:
+def fuzz_file(draw):
+    path = Path(f"user/run.{draw.choice(['json', 'yaml'])}")
+    path.write_text(   # which is yaml too
+        '{"alpha": 1.0, "student": "user/student", "dataset": "user/text.jsonl", "max_steps": 1, '
+        '"lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": false}')
+    break_file(path, draw)
+    if draw.random() < 0.2:
+        path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
+    return f"--config {path} {MODES['train']}"
+
+
+def fuzz_rows(draw):
+    path = Path("user", draw.choice(["text.jsonl", "chat.jsonl"]))
+    for _ in range(draw.randrange(1, 4)):
+        with contextlib.suppress(ValueError):   # broken beyond that already
             break_file(path, draw)
-        if draw.random() < 0.1:
-            path.unlink()
-        return self.train | draw.choice([dict(student=model), dict(teacher=model, alpha=0.5)])
+    if draw.random() < 0.15:
+        path = path.rename(
+            path.with_name(draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"])))
+    words = TRAIN.replace("user/text.jsonl", str(path))
+    words += draw.choice(["", " --streaming true"])   # optional: streaming
+    return words
 
-    def case_output(self, case, draw):
-        """What an earlier run left; without its mark it is a folder of the user's."""
-        fields = self.train | dict(max_steps=2, save_steps=1)
-        self.copy_broken("finished", case / "out", draw, output_dir=self.folder / "finished",
-                         **fields)
-        if draw.random() < 0.2:
-            (case / "out" / sd.MARK).unlink(missing_ok=True)
-        return self.train | dict(max_steps=3)
 
-    def case_cache(self, case, draw):   # optional: cache
-        self.copy_broken("cache", case / "cache", draw, cache_dir=self.folder / "cache",
-                         **self.cache)
-        if draw.random() < 0.3:
-            return self.cache | dict(cache_dir=case / "cache")
-        return self.train | dict(cache_dir=case / "cache", dataset=None, alpha=0.5, seq_len=None)
+def fuzz_model(draw):
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+             "num_attention_heads", "num_key_value_heads", "head_dim")
+    path = Path("user/model", draw.choice([
+        "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "generation_config.json"]))
+    if path.name == "config.json" and draw.random() < 0.5:
+        size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+        edit_json(path, **{draw.choice(sizes): size})
+    else:
+        break_file(path, draw)
+    if draw.random() < 0.1:
+        path.unlink()
+    if draw.choice([True, False]):
+        return TRAIN.replace("user/student", "user/model")
+    return TRAIN.replace("--alpha 1", "--alpha 0.5 --teacher user/model")
 
-    def case_leftovers(self, case, draw):   # optional: generate
-        self.copy_broken("generated", case / "out", draw, output_dir=self.folder / "generated",
-                         **self.generate)
-        if draw.random() < 0.3:
-            prompts = case / "user" / "prompts.jsonl"
-            write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
-            break_file(prompts, draw)
-            return self.generate | dict(prompts_file=prompts)
-        return self.generate
+
+def fuzz_output(draw):
+    """What an earlier run left; without its mark it is a folder of the user's."""
+    words = TRAIN.removesuffix("1")
+    leave_broken("out", f"{words} 2 --save_steps 1 --output_dir ../out", draw)
+    if draw.random() < 0.2:
+        Path("out", sd.MARK).unlink(missing_ok=True)
+    return f"{words} 3"
+
+
+def fuzz_cache(draw):   # optional: cache
+    leave_broken("cache", MODES["cache"].replace("--cache_dir ", "--cache_dir ../"), draw)
+    if draw.random() < 0.3:
+        return MODES["cache"]
+    return "--student user/student --cache_dir cache --alpha 0.5 --max_steps 1"
+
+
+def fuzz_leftovers(draw):   # optional: generate
+    leave_broken("out", f"{MODES['generate']} --output_dir ../out", draw)
+    if draw.random() < 0.3:
+        prompts = Path("user/prompts.jsonl")
+        write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
+        break_file(prompts, draw)
+        return f"{MODES['generate']} --prompts_file {prompts}"
+    return MODES["generate"]
 
 
 @pytest.mark.campaign
@@ -6914,42 +6742,35 @@ class Fuzz:
     ("cache", 50),       # optional: cache
     ("leftovers", 30),   # optional: generate
 ])
-def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
+def test_runs_fuzz(tmp_path, good, monkeypatch, kind, cases):
     """No traceback, no exit code but 0 and 2, nothing changed outside the run's own folders."""
-    fuzz = Fuzz(tmp_path, student, text)
-    monkeypatch.chdir(tmp_path)
     failures = []
     first = int(os.environ.get("FUZZ_FROM", 0))
     for number in range(first, first + cases):
         case = tmp_path / f"{kind}-{number}"
-        (case / "user").mkdir(parents=True)
-        fields = getattr(fuzz, f"case_{kind}")(case, random.Random(f"{kind} {number}"))
-        watched = [fuzz.good, Path(student), case / "user"]
-        if (case / "out").exists() and not (case / "out" / sd.MARK).exists():
-            watched.append(case / "out")
-        before = files_below(*watched)
-        words = words_of(flags(**fields, output_dir=case / "out"))
-        problem = problem_of(words)
-        if files_below(*watched) != before:
+        shutil.copytree(good, case / "user")
+        monkeypatch.chdir(case)
+        words = globals()[f"fuzz_{kind}"](random.Random(f"{kind} {number}"))
+        watched = [Path("user")]
+        if os.path.exists("out") and not os.path.exists(f"out/{sd.MARK}"):
+            watched.append(Path("out"))
+        before = [*map(files_in, watched)]
+        problem = problem_of(words_of(shlex.split(f"{words} --output_dir out")))
+        if [*map(files_in, watched)] != before:
             problem = f"changed what is not its own; {problem}"
         if problem:
-            failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
+            failures.append(f"{kind} {number}: {words[:400]}\n    {problem}")
         shutil.rmtree(case)
     assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
 
 
-def give_up(number, frame):
-    raise TimeoutError("more than a minute")
-
-
 def problem_of(words):
     """What is wrong with the answer to a command line, None where nothing is."""
-    out = io.StringIO()
     err = io.StringIO()
-    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
             code = sd.main(words)
     except SystemExit as e:
         code = e.code
@@ -6968,71 +6789,20 @@ def problem_of(words):
 
 
 @pytest.mark.campaign
-def test_runs_fuzz_of_the_environment(tmp_path, student, text):
+def test_runs_fuzz_of_the_environment(tmp_path, labels_only):
     """In processes of their own, since it is read when the package is imported."""
     names = ("MASTER_ADDR MASTER_PORT HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HOME HF_ENDPOINT "
              "HF_HUB_OFFLINE WANDB_MODE OMP_NUM_THREADS TOKENIZERS_PARALLELISM COLUMNS TMPDIR HOME "
              "TERM").split()   # those of torchrun are numbers
     values = [value for value in ODD if "\0" not in value and "\ud800" not in value]
-    fields = Fuzz(tmp_path, student, text).train
-    failures = []
+    fields = PLAIN | labels_only | dict(max_steps=1)
     for number in range(30):
         draw = random.Random(f"environment {number}")
         env = {draw.choice(names): draw.choice(values)}
-        fields["student"] = draw.choice([student, student, "owner/name"])
+        fields["student"] = draw.choice([*2 * [labels_only["student"]], "owner/name"])
         process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
         shown, _ = process.communicate(timeout=120)
-        if process.returncode not in (0, 2) or "Traceback" in shown:
-            failures.append(f"{env}: exit code {process.returncode}\n{shown[-600:]}")
-    assert not failures, "\n".join(failures)
-
-
-# ---- a week of runs, one after the other, as a user types them
-
-WEEK = [   # (processes, flags)
-    (2, dict(fsdp="shard_grad_op", gradient_checkpointing=True, num_epochs=1, max_steps=None)),
-    (2, dict(fsdp="hybrid_shard", shard_teacher=False, divergence="reverse", temperature=2)),
-    (2, dict(fsdp="no_shard", cpu_offload=True, divergence="jsd")),
-    (2, dict(output_dir="three", eval_steps=1, save_steps=2)),
-    (2, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=6)),
-    (1, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=8)),
-    (1, dict(alpha=1, student="layers:1", lr_multipliers=["mlp=0", "embed=0.1"])),
-    (1, dict(dtype="bf16", compile=True, gradient_accumulation_steps=2)),
-    (1, dict(dtype="fp16", packing="documents", attention="sdpa")),
-    (2, dict(streaming=True)),   # optional: streaming
-    (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
-    (2, dict(   # optional: cache
-        cache_dir="cache", teacher=None, dataset=None, seq_len=None)),
-    (2, dict(blockwise=True)),   # optional: blockwise
-    (1, dict(on_policy=0.5, max_new_tokens=4)),   # optional: on_policy
-    (1, dict(   # optional: generate
-        mode="generate", provider="local", num_examples=3, max_tokens=8)),
-    (2, dict(   # optional: eval
-        mode="eval", student="three/final", compare=["three/final"])),
-]
-
-
-@pytest.mark.campaign
-def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
-    """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    folders = {"cache"}
-    for i, (nproc, fields) in enumerate(WEEK):
-        fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, max_steps=4,
-                      output_dir=f"out{i}") | fields
-        folders.add(fields["output_dir"])
-        words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
-        process = spawn(*words, nproc=nproc, cwd=tmp_path, env={"PYTHONWARNINGS": "default"})
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, (fields, shown)
-        assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
-        assert "Traceback" not in shown, (fields, shown)
-    assert {path.name for path in tmp_path.iterdir()} <= folders
-    assert pids_of(str(tmp_path)) == []
-
-
-def is_read(name, fields):
-    """Whether the mode reads the knob: PLAIN holds those of train."""
-    return fields.get("mode", "train") in config.FIELDS[name].metadata["read_by"].split()
+        assert process.returncode in (0, 2) and "Traceback" not in shown, (env, shown[-600:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7046,58 +6816,58 @@ def is_read(name, fields):
 
 REFERENCE = os.environ.get("REFERENCE", "58e7ff4")   # before the house was halved
 
-TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
-CHAT_RUN = TEXT_RUN | dict(dataset="chat", max_steps=3)
-CACHE = dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32)
-CACHED_RUN = TEXT_RUN | dict(teacher=None, dataset=None, seq_len=None, cache_dir="cache")
-BLOCKS = CHAT_RUN | dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2)
-STREAMED = {}
-STREAMED = dict(streaming=True)   # optional: streaming
-FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
+TEXT = "--seq_len 32 --eval_samples 8 --teacher teacher --student student --dataset text.jsonl"
+TEXT_RUN = f"{TEXT} --max_steps 4"
+CHAT = "--seq_len 32 --eval_samples 8 --teacher teacher --student student --dataset chat"
+CHAT_RUN = f"{CHAT} --max_steps 3"
+CACHE = "--mode cache --teacher teacher --dataset text.jsonl --cache_dir cache --seq_len 32"
+CACHED_RUN = "--eval_samples 8 --student student --cache_dir cache --max_steps 4"
+BLOCKS = f"{CHAT} --blockwise true --epochs_per_block 0.4"
+STREAMED = ""
+STREAMED = "--streaming true"   # optional: streaming
+FROZEN = {   # {name: [(ranks, words), ...]}: commands one after the other, into the same folders
     "forward": [(1, TEXT_RUN)],
-    "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
-    "jsd": [(1, TEXT_RUN | dict(divergence="jsd"))],
-    "T 2": [(1, TEXT_RUN | dict(temperature=2.0, alpha=0.3))],
-    "labels only": [(1, TEXT_RUN | dict(alpha=1.0))],
-    "accumulation": [(1, CHAT_RUN | dict(batch_size=3, gradient_accumulation_steps=3))],
-    "multipliers": [(1, TEXT_RUN | dict(lr_multipliers=["embed=0", "mlp=0.5"]))],
-    "cosine": [(1, TEXT_RUN | dict(
-        max_steps=None, num_epochs=1.5, lr_scheduler="cosine", warmup_ratio=0.2, weight_decay=0.1,
-        eval_steps=3, save_steps=4))],
-    "bf16": [(1, TEXT_RUN | dict(dtype="bf16", gradient_checkpointing=True))],
-    "fp16": [(1, TEXT_RUN | dict(dtype="fp16"))],
-    "layers": [(1, TEXT_RUN | dict(student="layers:1"))],
-    "2 ranks": [(2, CHAT_RUN | dict(batch_size=2))],
-    "2 ranks, no_shard": [(2, TEXT_RUN | dict(fsdp="no_shard", shard_teacher=False))],
-    "3 ranks, then 2": [
-        (3, TEXT_RUN | dict(batch_size=2, max_steps=2)), (2, TEXT_RUN | dict(batch_size=2))],
-    "killed": [(1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=True)),
-               (1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=False))],
+    "reverse": [(1, f"{TEXT_RUN} --divergence reverse")],
+    "jsd": [(1, f"{TEXT_RUN} --divergence jsd")],
+    "T 2": [(1, f"{TEXT_RUN} --temperature 2 --alpha 0.3")],
+    "labels only": [(1, f"{TEXT_RUN} --alpha 1")],
+    "accumulation": [(1, f"{CHAT_RUN} --batch_size 3 --gradient_accumulation_steps 3")],
+    "multipliers": [(1, f"{TEXT_RUN} --lr_multipliers embed=0 mlp=0.5")],
+    "cosine": [(1, f"{TEXT} --num_epochs 1.5 --lr_scheduler cosine --warmup_ratio 0.2 "
+                   "--weight_decay 0.1 --eval_steps 3 --save_steps 4")],
+    "bf16": [(1, f"{TEXT_RUN} --dtype bf16 --gradient_checkpointing true")],
+    "fp16": [(1, f"{TEXT_RUN} --dtype fp16")],
+    "layers": [(1, TEXT_RUN.replace("--student student", "--student layers:1"))],
+    "2 ranks": [(2, f"{CHAT_RUN} --batch_size 2")],
+    "2 ranks, no_shard": [(2, f"{TEXT_RUN} --fsdp no_shard --shard_teacher false")],
+    "3 ranks, then 2": [(3, f"{TEXT} --batch_size 2 --max_steps 2"),
+                        (2, f"{TEXT} --batch_size 2 --max_steps 4")],
+    "killed": 2 * [(1, f"{TEXT} --save_steps 1 --max_steps 9")],   # the first one is
     "stream": [   # optional: streaming
-        (2, TEXT_RUN | STREAMED | dict(max_steps=9, eval_steps=3))],
+        (2, f"{TEXT} {STREAMED} --max_steps 9 --eval_steps 3")],
     "cache, sample": [   # optional: cache
-        (1, CACHE | dict(dataset="chat")), (1, CACHED_RUN)],
+        (1, CACHE.replace("text.jsonl", "chat")), (1, CACHED_RUN)],
     "cache, topk": [   # optional: cache
-        (2, CACHE | dict(cache_method="topk", cache_top_k=9, temperature=2.0)), (1, CACHED_RUN)],
+        (2, f"{CACHE} --cache_method topk --cache_top_k 9 --temperature 2"), (1, CACHED_RUN)],
     "cache of a stream": [   # optional: cache
-        (1, CACHE | STREAMED), (2, CACHED_RUN)],
+        (1, f"{CACHE} {STREAMED}"), (2, CACHED_RUN)],
     "blocks, student": [   # optional: blockwise
-        (1, BLOCKS | dict(save_steps=2, eval_steps=2))],
+        (1, f"{BLOCKS} --lm_head_epochs 0.4 --max_steps 2 --save_steps 2 --eval_steps 2")],
     "blocks, teacher": [   # optional: blockwise
-        (1, BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
+        (1, f"{BLOCKS} --lm_head_epochs 0.4 --max_steps 2 --block_input teacher "
+            "--distill_loss_type cosine")],
     "blocks alone": [   # optional: blockwise
-        (1, BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False, lm_head_epochs=None,
-                          distill_loss_type="mse"))],
+        (1, f"{BLOCKS} --num_epochs 0 --train_lm_head false --distill_loss_type mse")],
     "on policy": [   # optional: on_policy
-        (2, CHAT_RUN | dict(on_policy=0.7, max_new_tokens=9, max_steps=6, batch_size=2))],
+        (2, f"{CHAT} --max_steps 6 --batch_size 2 --on_policy 0.7 --max_new_tokens 9")],
     "eval": [   # optional: eval
         (1, TEXT_RUN),
-        (1, dict(mode="eval", teacher="teacher", student="final", compare="student",
-                 dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
+        (1, "--mode eval --teacher teacher --student out/final --compare student "
+            "--dataset text.jsonl --seq_len 32 --batch_size 4 --dtype fp32")],
 }
 
-FIGURES = ("perplexity", "bits", "perplexity_95", "bits_95", "tokens", "accuracy", "agreement",
-           "kl", "ece", "parameters", "disk")
+FIGURES = ("perplexity bits perplexity_95 bits_95 tokens accuracy agreement kl ece parameters "
+           "disk").split()
 # What each rank computes the loss of: ids, labels, and of a cache what was decoded from it.
 RECORD = """
 import hashlib
@@ -7105,7 +6875,7 @@ import hashlib
 def loss_recorded(model, batch, targets, *args, unrecorded=distil_loss, **objective):
     tensors = [batch.input_ids, batch.labels, *(batch.sparse or ())]
     content = b"".join(tensor.double().numpy().tobytes() for tensor in tensors)
-    with open({path!r} + str(RANK), "a") as f:
+    with open(f"batches{RANK}", "a") as f:
         f.write(hashlib.sha256(content).hexdigest() + chr(10))
     return unrecorded(model, batch, targets, *args, **objective)
 
@@ -7123,24 +6893,17 @@ def reference_package(tmp_path_factory):
     return folder
 
 
-def run_frozen(package, commands, inputs, folder):
-    """Run commands of the package one after the other; what they leave is in folder."""
-    for ranks, fields in commands:
-        train = fields.get("mode", "train") == "train"
-        fields = (PLAIN if train else {}) | fields | {"output_dir": folder / "out"}
-        for name in ("teacher", "student", "dataset", "compare"):
-            fields[name] = inputs.get(fields.get(name), fields.get(name))
-        if fields["student"] == "final":
-            fields["student"] = folder / "out" / "final"
-        if "cache_dir" in fields:
-            fields["cache_dir"] = folder / "cache"
-        change = ""
-        if train and "killed" not in fields:
-            change = RECORD.format(path=str(folder / "batches"))
-        killed = fields.pop("killed", False)
-        run = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package,
-                   change=change)
-        if killed:
+def run_frozen(package, name, folder):
+    """Run the package's commands one after the other, in `folder`."""
+    for i, (ranks, words) in enumerate(FROZEN[name]):
+        change = f"os.chdir({str(folder)!r})"
+        if "--mode" not in words:
+            plain = {k: v for k, v in PLAIN.items() if k not in f"{words} seq_len"}
+            words = " ".join([*flags(**plain), words])
+            change += RECORD * (name != "killed")
+        run = Fork(folder / "log.txt", *words.split(), "--output_dir", "out", ranks=ranks,
+                   package=package, change=change)
+        if name == "killed" and i == 0:
             wait_for_log(folder / "out", run)
             run.signal(signal.SIGKILL)
         shown = run.wait()
@@ -7175,12 +6938,13 @@ def digest_of(folder):
 @pytest.mark.parametrize("name", FROZEN)
 def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_package, teacher,
                                                    student, text, chat):
-    inputs = dict(teacher=teacher, student=student, text=text, chat=chat)
     results = []
     for package in (reference_package, HERE):
         folder = tmp_path / f"by{len(results)}"
         folder.mkdir()
-        run_frozen(package, FROZEN[name], inputs, folder)
+        for path in map(Path, (teacher, student, text, chat)):
+            (folder / path.name).symlink_to(path)
+        run_frozen(package, name, folder)
         results.append(digest_of(folder))
     reference, ours = results
     assert len(reference) > 5   # log, batches, weights
