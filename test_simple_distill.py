@@ -3957,33 +3957,31 @@ def cache_rows(n):
 
 
 @pytest.fixture(scope="session")
-def cache_text(tmp_path_factory):
-    """Text of about 180 sequences of 32 tokens: a dozen chunks of 16."""
-    return write_jsonl(tmp_path_factory.mktemp("cache") / "text.jsonl", cache_rows(100))
-
-
-def cache_words(teacher, dataset, cache_dir, **fields):
-    """The command that fills a cache, as words."""
-    command = dict(mode="cache", teacher=teacher, dataset=dataset, cache_dir=cache_dir,
-                   seq_len=32, cache_chunk=16)
-    return flags(**{**command, **fields})
-
-
-def fill_cache(teacher, dataset, cache_dir, rc=0, **fields):
-    return cli(*cache_words(teacher, dataset, cache_dir, **fields), rc=rc)
-
-
-def train_from_cache(student, cache_dir, out, rc=0, **fields):
-    """Six steps; with cache_dir None, a teacher and a dataset: the same run without a cache."""
-    run = dict(student=student, cache_dir=cache_dir, alpha=0.3, max_steps=6, batch_size=8)
-    return distil(out, rc, **{**run, **fields})
+def cache_words(teacher, text):
+    """The command that fills a cache, as words: of some 70 sequences, a dozen chunks."""
+    return functools.partial(
+        flags, mode="cache", teacher=teacher, dataset=text, seq_len=32, cache_chunk=6)
 
 
 @pytest.fixture(scope="session")
-def full_cache(tmp_path_factory, teacher, cache_text):
+def fill(cache_words):
+    def fill(cache_dir, rc=0, **fields):
+        return cli(*cache_words(cache_dir=cache_dir, **fields), rc=rc)
+
+    return fill
+
+
+@pytest.fixture
+def train(student, out):
+    """Nine steps, which read all of the text; with a teacher and a dataset: without a cache."""
+    return functools.partial(distil, out, student=student, alpha=0.3, max_steps=9, batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def full_cache(tmp_path_factory, fill):
     """Not to be changed: see copy_of."""
     cache = tmp_path_factory.mktemp("cache") / "full"
-    fill_cache(teacher, cache_text, cache)
+    fill(cache)
     return cache
 
 
@@ -3994,7 +3992,7 @@ def copy_of(full_cache, tmp_path):
 
 def chunk_files(cache_dir):
     """The bytes of every chunk by its name."""
-    return {path.name: path.read_bytes() for path in sorted(Path(cache_dir).glob("*.safetensors"))}
+    return {path.name: path.read_bytes() for path in sorted(cache_dir.glob("*.safetensors"))}
 
 
 def facts_of_cache(cache_dir):
@@ -4003,92 +4001,94 @@ def facts_of_cache(cache_dir):
 
 
 def rows_of_cache(cache_dir, split="train"):
-    rows = sd.CacheRows(str(cache_dir), split, *facts_of_cache(cache_dir))
+    rows = sd.CacheRows(cache_dir, split, *facts_of_cache(cache_dir))
     return [rows[i] for i in range(len(rows))]
 
 
 # ---- what is kept of a token
 
 
-def made_up_teacher(vocab, tokens, seed=0, sharp=3.0):
+def made_up_teacher(vocab, tokens, sharp=3.0):
     """-> hidden states, head, and the distribution that they make [N, V], in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 24, generator=generator)
     weight = torch.randn(vocab, 24, generator=generator) * sharp / 24 ** 0.5
-    probs = (hidden.double() @ weight.double().T).softmax(-1)
-    return hidden, sd.Head(weight), probs
+    return hidden, sd.Head(weight), (hidden.double() @ weight.double().T).softmax(-1)
 
 
-def cache_manifest(vocab, method, size, seed=0, temperature=1.0):
-    """What of a manifest the content of a row depends on."""
-    return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature,
-                codes=256 if method == "topk" else size)
+class Keeping:
+    """What is kept of a row of plain text, through its bytes and back."""
+
+    def __init__(self, hidden, head, method, size):
+        vocab = len(head.weight)
+        self.manifest = dict(vocabulary=vocab, method=method, size=size, seed=0, temperature=1.0,
+                             codes=256 if method == "topk" else size)
+        ids = np.random.default_rng(0).integers(0, vocab, len(hidden) + 1)
+        self.row = {"input_ids": ids, "targets": np.arange(len(ids)) > 0, "starts": np.array([0])}
+        self.kept = sd.keep(hidden, head, 7, self.manifest)
+        self.data = self.write()
+        there = self.read()
+        self.sparse = sd.SparseTarget(*map(torch.from_numpy, there.pop("sparse")))
+        np.testing.assert_equal(there, self.row)
+
+    def write(self):
+        return sd.compress(sd.pack_row(self.row, self.kept))
+
+    def read(self):
+        return sd.unpack_row(sd.decompress(self.data), self.manifest)
 
 
-def text_row(vocab, tokens):
-    return {"input_ids": np.arange(tokens) % vocab, "targets": np.arange(tokens) > 0,
-            "starts": np.array([0])}
-
-
-def keep_and_read(hidden, head, *what, **more):
-    """A row of plain text, through its bytes and back -> SparseTarget, bytes, what was kept."""
-    manifest = cache_manifest(len(head.weight), *what, **more)
-    row = text_row(len(head.weight), len(hidden) + 1)
-    kept = sd.keep(hidden, head, 7, manifest)
-    data = sd.compress(sd.pack_row(row, kept))
-    there = sd.unpack_row(sd.decompress(data), manifest)
-    for name in row:
-        assert (there[name] == row[name]).all(), name
-    return sd.SparseTarget(*map(torch.from_numpy, there["sparse"])), data, kept
+def gap(a, b):
+    return (a - b).abs().max()
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
 def test_cache_topk_is_what_the_teacher_says(vocab):
     for size in {min(64, vocab), min(300, vocab)}:
         hidden, head, probs = made_up_teacher(vocab, 40)
-        sparse, data, _ = keep_and_read(hidden, head, "topk", size)
+        kept = Keeping(hidden, head, "topk", size)
+        ids, listed, rest, entropy = kept.sparse
         top = probs.topk(size).values
-        assert (probs.gather(-1, sparse.ids) - top).abs().max() < 1e-6
+        assert gap(probs.gather(-1, ids), top) < 1e-6
         # the common rescaling at most doubles the rounding
         bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)
-        listed = sparse.probs.double()
-        assert ((listed.log() - top.log()).abs() < bound)[top > 1e-9].all()
-        assert (listed.sum(-1) + sparse.rest - 1).abs().max() < 1e-5
-        assert (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
-        assert len(data) / 41 <= 4 * (size + 2)
-        entropy = -(listed * listed.log()).nansum(-1)
-        entropy -= torch.special.xlogy(sparse.rest, sparse.rest)
-        assert (sparse.entropy - entropy).abs().max() < 1e-5
+        assert ((listed.double().log() - top.log()).abs() < bound)[top > 1e-9].all()
+        assert gap(listed.sum(-1) + rest, 1) < 1e-5
+        assert gap(rest, 1 - top.sum(-1)) < 0.02
+        assert len(kept.data) / 41 <= 4 * (size + 2)
+        everything = torch.cat([listed, rest[:, None]], -1)
+        assert gap(entropy, -torch.special.xlogy(everything, everything).sum(-1)) < 1e-5
 
 
 @pytest.mark.parametrize("vocab,size", [
     (2, 1), (300, 50), (32000, 50), (151936, 50), (151936, 255)])
 def test_cache_samples_are_counted_and_small(vocab, size):
     hidden, head, probs = made_up_teacher(vocab, 200, sharp=5.0)
-    sparse, data, kept = keep_and_read(hidden, head, "sample", size)
+    kept = Keeping(hidden, head, "sample", size)
+    entries = len(kept.kept.entries)
     # an id stands as often as it was drawn
-    assert sparse.ids.shape == sparse.probs.shape == (200, size)
-    assert (sparse.probs - 1 / size).abs().max() < 1e-7 and not sparse.rest.any()
-    assert sum(len(set(ids)) for ids in sparse.ids.tolist()) == len(kept.entries)
-    entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
-    assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
+    ids, shares, rest, entropy = kept.sparse
+    assert ids.shape == shares.shape == (200, size)
+    assert gap(shares, 1 / size) < 1e-7 and not rest.any()
+    assert sum(len(set(line)) for line in ids.tolist()) == entries
+    entropy_of_draws = -probs.gather(-1, ids).log().mean(-1)
+    assert gap(entropy, entropy_of_draws) < 0.0021   # half of 1/256 nat
     # ... which is the teacher's entropy on average
-    entropy = -(probs * probs.log()).sum(-1)
-    assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
-    bits = len(kept.entries) * (vocab * size).bit_length() + 200 * (12 + vocab.bit_length())
+    assert gap(entropy_of_draws.mean(), -(probs * probs.log()).sum(-1).mean()) < 4 / size ** 0.5
+    bits = entries * (vocab * size).bit_length() + 200 * (14 + vocab.bit_length())
     if vocab >= 32000:   # as if nothing took a whole byte
-        assert len(data) < 1.02 * bits / 8
+        assert len(kept.data) < 1.022 * bits / 8
 
 
 @torch.no_grad()
-def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp_path):
+def test_cache_draws_from_the_plain_models_distribution(fill, teacher, tmp_path):
     """... by the seed and the number of the row: the same whoever fills the cache."""
-    fill_cache(teacher, cache_text, tmp_path, temperature=2, seed=5)
+    fill(tmp_path, temperature=2, seed=5)
     model = load(teacher)
-    for split, first, i in (("eval", 0, 3), ("train", 2**60, 0), ("train", 2**60, 39)):
+    for split, first, i in (("eval", 0, 2), ("train", 2**60, 0), ("train", 2**60, 39)):
         row = rows_of_cache(tmp_path, split)[i]
-        ids_1T = torch.from_numpy(row["input_ids"])[None]
-        cdf = (model(ids_1T).logits[0, :-1].double() / 2).softmax(-1).cumsum(-1)
+        logits = model(torch.from_numpy(row["input_ids"])[None]).logits[0, :-1].double()
+        cdf = (logits / 2).softmax(-1).cumsum(-1)
         generator = torch.Generator().manual_seed(int(sd.digest(5, first + i), 16) >> 1)
         numbers = torch.rand(len(cdf), 50, dtype=torch.float64, generator=generator)
         draws = torch.searchsorted(cdf, numbers).sort(-1).values.numpy()
@@ -4097,259 +4097,213 @@ def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp
 
 def test_cache_same_model_logs_no_kl():
     hidden, head, _ = made_up_teacher(300, 200)
-    labels = torch.zeros(200, dtype=torch.long)
-    loss = functools.partial(sd.distillation_loss, alpha=0.0, temperature=1.0)
+
+    def kl(hidden, student_head, *how):
+        labels = torch.zeros(len(hidden), dtype=torch.long)
+        sparse = Keeping(hidden, head, *how).sparse
+        return sd.distillation_loss(hidden, student_head, labels, sparse,
+                                    alpha=0.0, temperature=1.0)[2]
+
     for how in (("sample", 50), ("topk", 12), ("topk", 300)):
-        sparse, *_ = keep_and_read(hidden, head, *how)
-        assert abs(loss(hidden, head, labels, sparse)[2]) < 1e-3, how
+        assert abs(kl(hidden, head, *how)) < 1e-3, how
     # nor is the KL of what is listed and the rest ever negative, whatever the student says
-    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
-    other_head = sd.Head(head.weight + 0.3 * noise)
-    for size, i in itertools.product((1, 12, 64), range(0, 200, 4)):
-        one = hidden[i:i + 1]
-        sparse, *_ = keep_and_read(one, head, "topk", size)
-        assert loss(one, other_head, labels[:1], sparse)[2] > -1e-5
+    _, noise, _ = made_up_teacher(300, 201)
+    other_head = sd.Head(head.weight + 0.5 * noise.weight)
+    for size, one in itertools.product((1, 12, 64), hidden[::4].split(1)):
+        assert kl(one, other_head, "topk", size) > -1e-5
 
 
 # ---- training from it
 
 
 @pytest.mark.parametrize("packing", ["rows", "documents"])
-def test_cache_topk_of_everything_trains_like_online(teacher, student, tmp_path, packing):
+def test_cache_topk_of_everything_trains_like_online(
+        fill, train, teacher, student, tmp_path, packing):
     """Also where documents share rows: it knows where each begins."""
     data = write_splits(tmp_path / "data", talk(60), talk(8))
-    how = dict(seq_len=128, packing=packing)
+    how = dict(dataset=data, seq_len=128, packing=packing)
     cache, cached, online = tmp_path / "cache", tmp_path / "cached", tmp_path / "online"
-    fill_cache(teacher, data, cache, cache_method="topk", cache_top_k=9999, **how)
-    for split, rows in zip(("train", "eval"), rows_of(data, **how)):
+    fill(cache, cache_method="topk", cache_top_k=9999, **how)
+    for split, rows in zip(("train", "eval"), rows_of(**how)):
         for kept, row in zip(rows_of_cache(cache, split), rows, strict=True):
             for name in ("input_ids", "targets", "starts"):
                 assert kept[name].tolist() == row[name].tolist(), name
-    train_from_cache(student, cache, cached, seq_len=None)
-    train_from_cache(student, None, online, teacher=teacher, dataset=data, **how)
-    for name, off in (("kl_loss", 1e-3), ("ce_loss", 5e-3)):
-        for kind in ("train", "eval"):
-            key = f"{kind}/{name}"
-            assert column(cached, key) == pytest.approx(column(online, key), rel=0, abs=off)
+    train(cache_dir=cache, output_dir=cached, seq_len=None)
+    train(teacher=teacher, output_dir=online, **how)
+    for key, most in {"train/kl_loss": 1e-3, "eval/kl_loss": 1e-3, "train/ce_loss": 5e-3,
+                      "eval/ce_loss": 5e-3}.items():
+        assert column(cached, key) == pytest.approx(column(online, key), rel=0, abs=most)
     moved = distance(weights(student), final_weights(online))
     assert distance(final_weights(cached), final_weights(online)) < 0.05 * moved
 
 
-def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
+def test_cache_is_the_dataset(fill, train, teacher, chat, tmp_path):
     """What is not typed is the cache's own, also the teacher of layers:N. Teacher and data are
     gone, the cache moves: a run goes on all the same."""
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     data = shutil.copytree(chat, tmp_path / "chat")
     cache, out, again = tmp_path / "cache", tmp_path / "out", tmp_path / "again"
-    shown = fill_cache(teacher, data, cache, cache_chunk=4, temperature=2).out
-    _, index = facts_of_cache(cache)
-    every_row = rows_of_cache(cache) + rows_of_cache(cache, "eval")
-    sizes = list(map(len, chunk_files(cache).values()))
-    tokens = sum(len(row["input_ids"]) for row in every_row)
-    first = sizes[1] / sum(len(row["input_ids"]) for row in every_row[:4])
+    shown = fill(cache, teacher=teacher, dataset=data, cache_chunk=4, temperature=2).out
+    ids = [row["input_ids"] for split in ("train", "eval") for row in rows_of_cache(cache, split)]
+    tokens = sum(map(len, ids))
+    sizes = list(map(len, chunk_files(cache).values()))   # the second is the first of train
+    first = sizes[1] / sum(map(len, ids[:4]))
     assert f"cache: {first:.1f} bytes a token; about {sizes[1] * 3e-9:.3f} GB in all, " in shown
-    assert index == dict(
+    assert facts_of_cache(cache)[1] == dict(
         rows=12, tokens=tokens, bytes_per_token=sum(sizes) / tokens,
-        chunks={"train": [4, 4], "eval": [4]},
-        biggest_id=max(row["input_ids"].max() for row in every_row))
-    train_from_cache("layers:1", cache, tmp_path / "cut", seq_len=None, max_steps=1)
+        chunks={"train": [4, 4], "eval": [4]}, biggest_id=max(map(max, ids)))
+    train(student="layers:1", cache_dir=cache, output_dir=tmp_path / "cut", seq_len=None)
     shutil.rmtree(teacher)
     shutil.rmtree(data)
-    shown = train_from_cache(student, cache, out, seq_len=None, save_steps=3, eval_samples=3).out
+    shown = train(cache_dir=cache, seq_len=None, save_steps=3, eval_samples=3).out
     assert "'seq_len': 32, 'temperature': 2.0" in shown and "3 held out" in shown
     saved = json.loads((out / "config.json").read_text())
     assert (saved["seq_len"], saved["temperature"], saved["teacher"]) == (32, 2.0, str(teacher))
     before = quiet_log(out)
     moved = shutil.move(cache, tmp_path / "moved")
     shutil.rmtree(out / "final")
-    shutil.rmtree(out / "checkpoints/step-00000006")
+    shutil.rmtree(out / "checkpoints/step-00000009")
     cli("--config", out / "config.json", "--cache_dir", moved)
-    assert quiet_log(out) == before
-    train_from_cache(student, moved, again, temperature=2, eval_samples=3)
-    assert quiet_log(again) == before
+    train(cache_dir=moved, output_dir=again, temperature=2, eval_samples=3)
+    assert quiet_log(out) == quiet_log(again) == before
 
 
-def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_text, tmp_path):
-    other_tokenizer = tiny_tokenizer(roll=1)
-    other_teacher = tiny_model(tmp_path / "other_teacher", tokenizer=other_tokenizer)
-    other_student = tiny_model(tmp_path / "other_student", hidden=16, tokenizer=other_tokenizer)
+def test_cache_refuses_what_does_not_fit(full_cache, fill, train, teacher, student, text, tmp_path):
+    tokenizer = tiny_tokenizer(roll=1)
+    other = tiny_model(tmp_path / "other_teacher", tokenizer=tokenizer)
     small = tiny_model(tmp_path / "small", vocab=200, hidden=16, tokenizer=False)
-    rows = cache_rows(100)
-    rows[51]["text"] = rows[51]["text"][:-1] + "Q"
-    edited = write_jsonl(tmp_path / "edited.jsonl", rows)
-    train = functools.partial(
-        train_from_cache, out=tmp_path / "out", student=student, cache_dir=full_cache)
-    fill = functools.partial(
-        fill_cache, teacher=teacher, dataset=cache_text, cache_dir=full_cache)
+    edited = tmp_path / "edited.jsonl"
+    edited.write_text(Path(text).read_text().replace("moon", "noom", 1))
     before = chunk_files(full_cache)
-    for run, fields, message in [
-        (train, dict(temperature=3), "temperature 1.0 there, 3.0 here"),
-        (train, dict(seq_len=64), "seq_len 32 there, 64 here"),
-        (train, dict(packing="rows"), "packing 'auto' there, 'rows' here"),
-        (train, dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
-        (train, dict(student=other_student), "different tokenizers: token"),
-        (train, dict(student=small), "token 2.*200"),
-        (train, dict(cache_dir=tmp_path / "none"), "no cache"),
-        (fill, dict(temperature=2), "temperature 1.0 there, 2.0 here"),
-        (fill, dict(cache_samples=9), "size 50 there, 9 here"),
-        (fill, dict(seed=1), "seed 0 there, 1 here"),
-        (fill, dict(teacher=student), "weights .* there"),
-        (fill, dict(dataset=edited), "dataset_fingerprint .* there"),
-        (fill, dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "token 2.*200"),
+    for run, words, message in [
+        (train, "temperature=3", "temperature 1.0 there, 3.0 here"),
+        (train, "seq_len=64", "seq_len 32 there, 64 here"),
+        (train, "packing=rows", "packing 'auto' there, 'rows' here"),
+        (train, f"teacher={other}", "teacher .* there, .*other_teacher"),
+        (train, f"student={other}", "different tokenizers: token"),
+        (train, f"student={small}", "token 2.*200"),
+        (train, f"cache_dir={tmp_path}/none", "no cache"),
+        (fill, "temperature=2", "temperature 1.0 there, 2.0 here"),
+        (fill, "cache_samples=9", "size 50 there, 9 here"),
+        (fill, "seed=1", "seed 0 there, 1 here"),
+        (fill, f"teacher={student}", "weights .* there"),
+        (fill, f"dataset={edited}", "dataset_fingerprint .* there"),
+        (fill, f"teacher={small} tokenizer={teacher} cache_dir={tmp_path}/new", "token 2.*200"),
     ]:
+        fields = dict(cache_dir=full_cache) | dict(word.split("=") for word in words.split())
         refused = run(rc=2, **fields).err
-        assert re.search(message, refused), (fields, message, refused)
+        assert re.search(message, refused), (words, message, refused)
     assert chunk_files(full_cache) == before
 
 
-def test_cache_is_begun_anew_by_force_alone(
-        copy_of, teacher, student, cache_text, tmp_path, out):
+def test_cache_is_begun_anew_by_force_alone(copy_of, fill, train, teacher, tmp_path):
     """One of an older version is refused with the way out; what else lies there stays."""
     manifest, _ = facts_of_cache(copy_of)
     sd.write_json(manifest | {"format": 1}, copy_of / "manifest.json")
     thesis = copy_of / "thesis.txt"
     thesis.write_text("mine")
-    for refused in (train_from_cache(student, copy_of, out, 2),
-                    fill_cache(teacher, cache_text, copy_of, 2)):
-        assert re.search("older version.*--force_regenerate", refused.err)
+    for run in (train, fill):
+        refused = run(cache_dir=copy_of, rc=2).err
+        assert re.search("older version.*--force_regenerate", refused)
     templated = tiny_model(tmp_path / "templated", seed=1, tokenizer=tiny_tokenizer(CHATML))
     for model in (templated, teacher):   # no template is left of the one before
-        fill_cache(model, cache_text, copy_of, cache_chunk=64, force_regenerate=True)
+        fill(copy_of, teacher=model, cache_chunk=32, force_regenerate=True)
         assert len(chunk_files(copy_of)) == 4
-    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [64, 64, 51], "eval": [9]}
-    train_from_cache(student, copy_of, out)
+    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [32, 32, 7], "eval": [3]}
+    train(cache_dir=copy_of)
     assert not json.loads((copy_of / "config.json").read_text())["force_regenerate"]
     assert thesis.exists()
 
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))   # not a folder of ours
-    refused = fill_cache(teacher, cache_text, model, 2, force_regenerate=True)
+    refused = fill(templated, 2, force_regenerate=True)   # not a folder of ours
     assert "'config.json' and no .simple_distill" in refused.err
-    assert (model / "model.safetensors").exists()
+    assert os.path.exists(f"{templated}/model.safetensors")
 
 
 # ---- damage, full disks, many workers
 
 
-def is_refused(path):
-    """Reading all chunks of its split."""
-    try:
-        rows_of_cache(path.parent, path.name.split("-")[0])
-    except sd.UserError as e:
-        return str(path) in str(e)
-    return False
+def test_cache_damage_is_found_and_mended(copy_of, fill, train, tmp_path):
+    """A chunk cut short, with a single bit flipped anywhere, or of another temperature, number or
+    split, is refused by name, by training and where mode cache finishes; the command that is named
+    makes it, and only it, again."""
+    def assert_refused():
+        with pytest.raises(sd.UserError, match=re.escape(f"'{path}' is damaged or of another")):
+            rows_of_cache(copy_of)
 
-
-def test_cache_damage_is_found_and_mended(copy_of, teacher, student, cache_text, out):
-    """A chunk cut short, or with a single bit flipped anywhere, is refused by name, by training and
-    where mode cache finishes; the command that is named makes it, and only it, again."""
+    fill(tmp_path / "warm", temperature=2)
     whole = chunk_files(copy_of)
-    path = copy_of / "train-00000001.safetensors"
-    data = path.read_bytes()
+    name = "train-00000000.safetensors"
+    path = copy_of / name
+    data = whole[name]
     damages = [data[:length] for length in (0, 7, 100, len(data) // 2, len(data) - 1)]
+    damages += [chunk_files(tmp_path / "warm")[name], *list(whole.values())[:3:2]]
     body = 8 + int.from_bytes(data[:8], "little")   # where safetensors' header ends
     draw = np.random.default_rng(0)
     for position in [*draw.integers(0, body, 20), *draw.integers(body, len(data), 40)]:
         damaged = bytearray(data)
         damaged[position] ^= 1 << draw.integers(8)
         damages.append(damaged)
-    for i, content in enumerate(damages):
-        path.write_bytes(content)
-        assert is_refused(path), i
-
-    for refuse in (   # 23 steps read every row
-        functools.partial(train_from_cache, student, copy_of, out, max_steps=23),
-        functools.partial(fill_cache, teacher, cache_text, copy_of),
-    ):
+    for damaged in damages:
         path.write_bytes(damaged)
-        message = refuse(rc=2).err
+        assert_refused()
+
+    for refuse in (train, fill):
+        path.write_bytes(damaged)
+        message = refuse(cache_dir=copy_of, rc=2).err
         assert f"cache chunk '{path}' is damaged" in message
         remove, again = re.search("again: (.*)", message)[1].split("; ")
         os.remove(shlex.split(remove)[1])
         assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
         assert chunk_files(copy_of) == whole
-
-
-def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path):
-    """Of another temperature, one twice, two swapped, train in place of eval."""
-    fill_cache(teacher, cache_text, tmp_path / "warm", temperature=2)
-    names = ("train-00000000", "train-00000001", "eval-00000000")
-    first, second, held_out = (copy_of / f"{name}.safetensors" for name in names)
-    for path, foreign in ((second, tmp_path / "warm" / second.name), (second, first),
-                          (first, second), (held_out, first)):
-        content = path.read_bytes()
-        shutil.copy(foreign, path)
-        assert is_refused(path)
-        refused = fill_cache(teacher, cache_text, copy_of, 2)
-        assert f"{path}' is damaged or of another cache" in refused.err
-        path.write_bytes(content)
     manifest, _ = facts_of_cache(copy_of)   # what is said of all rows cannot be edited
     sd.write_json(manifest | {"temperature": 2.0}, copy_of / "manifest.json")
-    assert is_refused(first)
+    assert_refused()
 
 
-@pytest.mark.parametrize("name,damaged", [
-    ("manifest.json", ""), ("manifest.json", "[]"), ("manifest.json", "{}"),
-    ("manifest.json", '{"format": 2}'), ("index.json", ""), ("index.json", "{}"),
-    ("index.json", "[1]"), ("tokenizer/tokenizer.json", ""), ("tokenizer/tokenizer.json", "{}"),
-    ("tokenizer/chat_template.jinja", "another")])
-def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, out, name, damaged):
-    (copy_of / name).write_text(damaged)
-    refused = train_from_cache(student, copy_of, out, 2)
-    assert refused.err.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
-def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
-    """Files longer than a limit fail as on a full disk; the chunks that were finished go into the
-    cache when there is room."""
-    data = write_jsonl(tmp_path / "text.jsonl", cache_rows(800))
-    cache = tmp_path / "cache"
-    fill_cache(teacher, data, tmp_path / "whole", cache_chunk=64)
-    whole = chunk_files(tmp_path / "whole")
-    # one chunk is larger, and nothing else that is written
-    limit = sorted(map(len, whole.values()))[-2]
-    words = cache_words(teacher, data, cache, cache_chunk=64)
-    shown = Fork(tmp_path / "log.txt", *words, ranks=ranks, limit=limit).wait()
-    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
-    kept = chunk_files(cache)
-    assert 0 < len(kept) < len(whole) and whole == whole | kept
-    Fork(tmp_path / "log2.txt", *words, ranks=ranks).wait()
-    assert chunk_files(cache) == whole
+@pytest.mark.parametrize("damaged", [
+    "manifest.json ", "manifest.json []", "manifest.json {}", 'manifest.json {"format":2}',
+    "index.json ", "index.json {}", "index.json [1]", "tokenizer/tokenizer.json ",
+    "tokenizer/tokenizer.json {}", "tokenizer/chat_template.jinja another"])
+def test_cache_damage_beside_the_chunks_is_one_error(copy_of, train, damaged):
+    name, content = damaged.split(" ")
+    (copy_of / name).write_text(content)
+    assert train(cache_dir=copy_of, rc=2).err.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("fields", [
     {},
     dict(streaming=True),   # optional: streaming
 ])
-def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
-    """Also by several ranks, of a sharded teacher."""
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache, **fields)
-    chunks = chunk_files(cache)
-    facts = facts_of_cache(cache)
-    first, *others = [cache / name for name in list(chunks)[::2]]
-    assert len(others) > 1
-    first.rename(first.with_suffix(".tmp")).write_bytes(b"half")   # what a dead worker left
-    for path in others:
-        path.unlink()
-    words = cache_words(teacher, cache_text, cache, **fields)
-    assert "is full" in Fork(tmp_path / "log.txt", *words, ranks=2).wait()
-    assert (chunk_files(cache), facts_of_cache(cache)) == (chunks, facts)
+def test_cache_is_the_same_in_pieces(fill, cache_words, tmp_path, fields):
+    """By two ranks, of a sharded teacher. Files longer than a limit fail as on a full disk; what
+    was finished stays, the same command does the rest."""
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fill(whole, **fields)
+    chunks = chunk_files(whole)
+    run = functools.partial(
+        Fork, tmp_path / "log.txt", *cache_words(cache_dir=cache, **fields), ranks=2)
+    # one chunk is larger, and nothing else that is written
+    shown = run(limit=sorted(map(len, chunks.values()))[-2]).wait()
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
+    kept = chunk_files(cache)
+    assert 1 < len(kept) < len(chunks) and chunks == chunks | kept
+    (cache / min(kept)).unlink()
+    assert "is full" in run().wait()
+    assert (chunk_files(cache), facts_of_cache(cache)) == (chunks, facts_of_cache(whole))
 
 
-def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache_text, tmp_path):
+def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, cache_words, tmp_path):
     """... until that is gone, and stops on a signal meanwhile."""
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
     log_path = tmp_path / "log.txt"
-    words = cache_words(teacher, cache_text, copy_of)
+    words = cache_words(cache_dir=copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
         run = Fork(log_path, *words)
         while "row/s]" not in log_path.read_text():
             time.sleep(0.1)
-        run.signal(signal.SIGTERM)
-        assert "stopped" in run.wait()
+        assert "stopped" in run.signal(signal.SIGTERM).wait()
         run = Fork(log_path, *words)
         while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
@@ -4358,53 +4312,52 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     assert chunk_files(copy_of) == whole
 
 
-def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # optional: streaming
+def test_cache_of_a_stream_with_an_empty_block(fill, train, tmp_path):   # optional: streaming
     """A chunk whose conversations all lose their targets to seq_len holds no row, and is in
     nobody's way."""
     prompts = 8 * ["fox "] + 16 * ["fox " * 100] + 24 * ["fox "]
     rows = [{"prompt": prompt, "response": "jumps over"} for prompt in prompts]
     data = write_jsonl(tmp_path / "gap.jsonl", rows)
-    cache = tmp_path / "cache"
-    fill = functools.partial(fill_cache, teacher, streaming=True, eval_samples=8)
+    cache, packed = tmp_path / "cache", tmp_path / "packed"
+    how = dict(dataset=data, streaming=True, eval_samples=8, cache_chunk=16)
     for _ in range(2):
-        fill(data, cache)
+        fill(cache, **how)
     assert facts_of_cache(cache)[1]["chunks"] == {"train": [0, 16, 8], "eval": [8]}
     assert [len(row["input_ids"]) < 20 for row in rows_of_cache(cache)] == 24 * [True]
-    train_from_cache(student, cache, tmp_path / "out")
-    packed = tmp_path / "packed"
-    fill(data, packed, packing="documents")
+    train(cache_dir=cache)
+    fill(packed, packing="documents", **how)
     assert [len(row["starts"]) for row in rows_of_cache(packed)] == 12 * [2]
     write_jsonl(data, rows[:-1])   # among the first, by which a stream is known
-    assert "dataset_fingerprint" in fill(data, cache, 2).err
+    assert "dataset_fingerprint" in fill(cache, 2, **how).err
 
 
 @pytest.mark.campaign
-def test_cache_survives_a_killed_worker(teacher, tmp_path):
+def test_cache_survives_a_killed_worker(fill, cache_words, tmp_path):
     """Two workers, one killed with a claim in its hands; three more come. The same files as from
-    one that was left alone, and as from several ranks."""
+    one that was left alone."""
     data = write_jsonl(tmp_path / "text.jsonl", cache_rows(3000))
-    cache = tmp_path / "cache"
-    whole = tmp_path / "whole"
-    fill_cache(teacher, data, whole)
-    words = cache_words(teacher, data, cache)
-    workers = [spawn(*words), spawn(*words)]
-    while len(list(cache.glob("train*.safetensors"))) < 10:
-        assert workers[1].poll() is None, workers[1].stdout.read()
-        time.sleep(0.01)
-    workers[1].send_signal(signal.SIGKILL)
-    workers += [spawn(*words) for _ in range(3)]
-    shown = [worker.communicate(timeout=600)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0, 0, 0], shown
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fill(whole, dataset=data)
+    worker = functools.partial(
+        Fork, tmp_path / "log.txt", *cache_words(dataset=data, cache_dir=cache))
+    workers = [worker(), worker()]
+    while len(chunk_files(cache)) < 10:
+        assert workers[1].poll() is None
+    workers[1].signal(signal.SIGKILL)
+    workers += [worker() for _ in range(3)]
+    for run in workers:
+        shown = run.wait(600)
+    assert shown.count("is full") == 4, shown
     assert chunk_files(cache) == chunk_files(whole)
     assert facts_of_cache(cache) == facts_of_cache(whole)
 
 
-# The peak of a process is not that of the one that started it, as resource's would be.
+# Around main, which then says what it took at most.
 PEAK_MEMORY = """
-import re, sys
-import simple_distill
-assert simple_distill.main(sys.argv[1:]) == 0
-print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def main(args, run=main):
+    code = run(args)
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    return code
 """
 
 
@@ -4413,16 +4366,14 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
     {},
     dict(streaming=True),   # optional: streaming
 ])
-def test_cache_memory_is_constant(teacher, tmp_path, fields):
+def test_cache_memory_is_constant(cache_words, tmp_path, fields):
     """Ten times the rows are filled in the same memory."""
     peaks = []
     for n in (300, 3000):
         data = write_jsonl(tmp_path / f"{n}.jsonl", cache_rows(n))
-        words = cache_words(teacher, data, tmp_path / f"cache{n}", **fields)
-        process = subprocess.run(
-            [sys.executable, "-c", PEAK_MEMORY, *words], cwd=HERE, capture_output=True, text=True,
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        peaks.append(int(process.stdout.split()[-1]))
+        words = cache_words(dataset=data, cache_dir=tmp_path / f"cache{n}", **fields)
+        shown = Fork(tmp_path / f"{n}.txt", *words, change=PEAK_MEMORY).wait(600)
+        peaks.append(int(shown.split()[-1]))
     assert peaks[1] < 1.05 * peaks[0], peaks
 
 
@@ -4430,31 +4381,21 @@ def test_cache_memory_is_constant(teacher, tmp_path, fields):
 
 
 def bench_cache():
-    """A table: bytes a token, and how long a row takes on one core, with the allocator as a run
-    sets it."""
+    """A table: bytes a token, and how long a row of 512 takes on one core, with the allocator as a
+    run sets it."""
     torch.set_num_threads(1)
     sd.keep_freed_memory()
     print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
           f"{'fp16+int32':>11} {'write ms a row':>15} {'read':>6}")
-    for vocab in (32000, 151936):
-        for method, size in (("sample", 50), ("topk", 64)):
-            bench_packing(vocab, method, size)
-
-
-def bench_packing(vocab, method, size):
-    """Of a row of 512 tokens."""
-    hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
-    _, _, kept = keep_and_read(hidden, head, method, size)
-    manifest = cache_manifest(vocab, method, size)
-    ids = np.random.default_rng(0).integers(0, vocab, 512)
-    row = text_row(vocab, 512) | {"input_ids": ids}
-    data = sd.compress(sd.pack_row(row, kept))
-    best = functools.partial(timeit.repeat, repeat=9, number=1)
-    writing = min(best(lambda: sd.compress(sd.pack_row(row, kept))))
-    reading = min(best(lambda: sd.unpack_row(sd.decompress(data), manifest)))
-    print(f"{vocab:8} {method + str(size):>10} {len(kept.entries) / 511:6.1f} "
-          f"{len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
-          f"{writing * 1e3:15.2f} {reading * 1e3:6.2f}")
+    for vocab, (method, size) in itertools.product(
+            (32000, 151936), (("sample", 50), ("topk", 64))):
+        hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
+        row = Keeping(hidden, head, method, size)
+        writing, reading = [
+            min(timeit.repeat(run, repeat=9, number=1)) * 1e3 for run in (row.write, row.read)]
+        print(f"{vocab:8} {method + str(size):>10} {len(row.kept.entries) / 511:6.1f} "
+              f"{len(row.data) / 512:12.1f} {64 * 12:15} {64 * 6:11} {writing:15.2f} "
+              f"{reading:6.2f}")
 
 
 # --------------------------------------------------------------------------------------------------
