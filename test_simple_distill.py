@@ -4374,7 +4374,7 @@ def test_cache_memory_is_constant(cache_words, tmp_path, fields):
         words = cache_words(dataset=data, cache_dir=tmp_path / f"cache{n}", **fields)
         shown = Fork(tmp_path / f"{n}.txt", *words, change=PEAK_MEMORY).wait(600)
         peaks.append(int(shown.split()[-1]))
-    assert peaks[1] < 1.05 * peaks[0], peaks
+    assert peaks[1] < peaks[0] + 25_000, peaks   # kB
 
 
 # ---- what it costs
