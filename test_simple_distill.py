@@ -6124,37 +6124,44 @@ def test_generate_then_train(tmp_path, student):
 
 
 EVAL_VOCAB = 320   # of the teacher's tokenizer
-QUICK = dict(generate_comparisons=False, dtype="fp32")
+# The names are those in eval_folder, where these tests run.
+report_words = functools.partial(
+    flags, mode="eval", teacher="teacher", dataset="data.jsonl", seq_len=48, batch_size=3)
+ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
 
 
 @pytest.fixture(scope="module")
 def eval_folder(tmp_path_factory):
     """data.jsonl with text in many scripts; teacher (with a padded head), student, wide (as wide as
     the teacher, another padded head) and stranger (with another tokenizer), all random; the runs
-    run (a student of the teacher) and labels (a student of labels only)."""
+    run (a student of the teacher) and labels (a student of labels only); in found the report about
+    all of them: seven tokens are scored at once."""
     folder = tmp_path_factory.mktemp("eval")
     words = ("the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup "
              "in green pots and sleep").split()
     pick = np.random.default_rng(0)
     texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
-    write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts])
     tokenizer = trained_tokenizer(texts, EVAL_VOCAB)
-    # So loud that their predictions are far from even and from alike.
-    for seed, (name, shape) in enumerate({
-        "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
-        "student": dict(hidden=16, vocab=EVAL_VOCAB),
-        "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
-        "stranger": dict(hidden=16, vocab=290, tokenizer=trained_tokenizer(texts[::3], 290)),
-    }.items()):
-        tiny_model(folder / name, seed=seed, **dict(tokenizer=tokenizer) | shape,
-                   num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
-                   initializer_range=0.6)
-
-    training = dict(
-        student=folder / "student", dataset=folder / "data.jsonl", seq_len=48, batch_size=3,
-        max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
-    distil(folder / "run", teacher=folder / "teacher", **training)
-    distil(folder / "labels", alpha=1, **training)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_jsonl("data.jsonl", [{"text": text} for text in texts])
+        # So loud that their predictions are far from even and from alike.
+        for seed, (name, shape) in enumerate({
+            "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
+            "student": dict(hidden=16, vocab=EVAL_VOCAB),
+            "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
+            "stranger": dict(hidden=16, vocab=290, tokenizer=trained_tokenizer(texts[::3], 290)),
+        }.items()):
+            tiny_model(name, seed=seed, **dict(tokenizer=tokenizer) | shape,
+                       num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
+                       initializer_range=0.6)
+        train = functools.partial(
+            distil, student="student", dataset="data.jsonl", seq_len=48, batch_size=3,
+            max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
+        train("run", teacher="teacher")
+        train("labels", alpha=1)
+        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
+        cli(*report_words(output_dir="found", **ALL))
     return folder
 
 
@@ -6168,40 +6175,27 @@ def trained_tokenizer(texts, vocab):
         tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def report_fields(folder, out, student, compare=(), **more):
-    return dict(
-        mode="eval", teacher=folder / "teacher", student=folder / student,
-        compare=[folder / name for name in compare] or None, output_dir=folder / out,
-        dataset=folder / "data.jsonl", seq_len=48, batch_size=3) | more
+def models_of(out):
+    return sd.read_json(f"{out}/report.json")["models"]
 
 
-def run_report(folder, out, student, **more):
-    """-> report.json"""
-    cli(*flags(**report_fields(folder, out, student, **more)))
-    return json.loads((folder / out / "report.json").read_text())
-
-
-ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
-
-
-@pytest.fixture(scope="module")
-def full_report(eval_folder):
-    """report.json about all models; seven tokens are scored at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
-        return run_report(eval_folder, "found", **ALL)
+@pytest.fixture
+def reported(eval_folder, monkeypatch):
+    """Of the report about all. The test runs in eval_folder."""
+    monkeypatch.chdir(eval_folder)
+    return models_of("found")
 
 
 # ---- the same figures by hand
 
 
-@pytest.fixture(scope="module")
-def held_out(eval_folder):
+@pytest.fixture
+def held_out(reported):
     """-> tokenizer, rows, cut here once more by hand: every 20th text, joined with EOS, blocks of
     48; the bytes of each"""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("teacher")
     ids = []
-    for row in read_lines(eval_folder / "data.jsonl")[19::20]:
+    for row in read_lines("data.jsonl")[19::20]:
         ids += tokenizer(row["text"])["input_ids"] + [0]
     rows = [ids[i:i + 48] for i in range(0, len(ids) - 1, 48)]
     sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
@@ -6209,24 +6203,22 @@ def held_out(eval_folder):
 
 
 @torch.no_grad()
-def logits_by_hand(model, rows):
-    """[tokens, vocabulary without padding], of all but the first of each row, and their labels"""
-    logits = [model(torch.tensor([row[:-1]])).logits[0, :, :EVAL_VOCAB] for row in rows]
-    return torch.cat(logits), torch.tensor([i for row in rows for i in row[1:]])
-
-
-def bits_of_rows(model, rows):
-    losses = [F.cross_entropy(*logits_by_hand(model, [row]), reduction="sum") for row in rows]
-    return torch.stack(losses).numpy() / math.log(2)
-
-
-@torch.no_grad()
-def states_by_layer(path, rows):
-    """-> [tokens, width] after each layer, of every token but the last of a row"""
+def by_hand(path, rows):
+    """In float64, of all tokens but the last of a row -> logits without padding [N, V], the states
+    after each layer [N, width], the bits of each row"""
     model = load(path).double()
-    by_row = [model(torch.tensor([row[:-1]]), output_hidden_states=True).hidden_states[1:]
-              for row in rows]
-    return [torch.cat(layer, 1)[0] for layer in zip(*by_row)]
+    logits, states, bits = [], [], []
+    for row in rows:
+        outputs = model(torch.tensor([row[:-1]]), output_hidden_states=True)
+        logits.append(outputs.logits[0, :, :EVAL_VOCAB])
+        states.append(outputs.hidden_states[1:])
+        nats = F.cross_entropy(logits[-1], torch.tensor(row[1:]), reduction="sum")
+        bits.append(nats / math.log(2))
+    return torch.cat(logits), [torch.cat(layer, 1)[0] for layer in zip(*states)], np.array(bits)
+
+
+def token_rows(rows):
+    return [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
 
 
 # ---- figures
@@ -6235,19 +6227,19 @@ def states_by_layer(path, rows):
 @pytest.mark.parametrize("label, name", [
     ("student", "run/final"), ("labels", "labels/final"), ("wide", "wide"), ("teacher", "teacher"),
 ])
-def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, held_out, label, name):
+def test_eval_numbers_equal_full_float64_logits(reported, held_out, label, name):
     """KL is at temperature 2, times its square."""
     _, rows, sizes = held_out
-    model, teacher, student = [
-        load(eval_folder / path).double() for path in (name, "teacher", "run/final")]
-    logits, labels = logits_by_hand(model, rows)
-    teacher_logits, _ = logits_by_hand(teacher, rows)
+    logits, _, bits = by_hand(name, rows)
+    teacher_logits, *_ = by_hand("teacher", rows)
+    *_, student_bits = by_hand("run/final", rows)
+    labels = torch.tensor([i for row in rows for i in row[1:]])
     confidence, top = logits.softmax(-1).max(-1)
     right = (top == labels).double()
     bins = (confidence * 15).long().clamp(max=14)
     gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
     kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
-    figures = full_report["models"][label]
+    figures = reported[label]
     for key, value in dict(
         tokens=len(labels), accuracy=right.mean(), kl=4 * kl / len(labels),
         agreement=(top == teacher_logits.argmax(-1)).double().mean(),
@@ -6255,111 +6247,103 @@ def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, held_o
     ).items():
         assert figures[key] == pytest.approx(float(value), rel=1e-5, abs=1e-6), key
     tokens = np.array([len(row) - 1 for row in rows])
-    bits = bits_of_rows(model, rows)
-    lead = bits_of_rows(student, rows) - bits
     against = figures["student_against_it"]
-    for found, expected in (
-        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), (bits, tokens)),
-        ([figures["bits"], *figures["bits_95"]], (bits, sizes)),
-        ([against["difference"], *against["interval"]], (lead, sizes)),
+    for found, *expected in (
+        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), bits, tokens),
+        ([figures["bits"], *figures["bits_95"]], bits, sizes),
+        ([against["difference"], *against["interval"]], student_bits - bits, sizes),
     ):
         assert list(found) == pytest.approx(sd.interval(*expected, 0), rel=1e-4, abs=1e-6)
     assert (against["verdict"] == "better") == (against["interval"][1] < 0)
 
 
-def test_eval_teacher_against_itself_and_a_worse_student(eval_folder):
+def test_eval_teacher_against_itself_and_a_worse_student(reported):
     """Also where a batch is more than there is."""
-    report = run_report(eval_folder, "self", "teacher", compare=["run/final"], batch_size=10**12,
-                        **QUICK)
-    assert report["prompts"] == []
-    models = report["models"]
-    assert models["student"]["kl"] == 0
-    assert models["student"]["agreement"] == 1
-    assert models["student"]["perplexity"] == models["teacher"]["perplexity"]
-    assert models["teacher"]["student_against_it"] == {
+    cli(*report_words(output_dir="self", student="teacher", compare="run/final",
+                      batch_size=10**12, generate_comparisons=False))
+    assert sd.read_json("self/report.json")["prompts"] == []
+    student, teacher, run = map(models_of("self").get, ("student", "teacher", "run"))
+    assert (student["kl"], student["agreement"]) == (0, 1)
+    assert student["perplexity"] == teacher["perplexity"]
+    assert teacher["student_against_it"] == {
         "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
-    assert models["run"]["student_against_it"]["verdict"] == "worse"
-    for i, layer in enumerate(models["student"]["layers"], 1):
+    assert run["student_against_it"]["verdict"] == "worse"
+    for i, layer in enumerate(student["layers"], 1):
         assert layer["teacher"] == layer["student"] == i <= 4
         assert layer["cka"] == pytest.approx(1, abs=1e-9)
         assert layer["share"] < 1e-12
 
 
-def test_eval_layers_equal_a_direct_computation(eval_folder, full_report, held_out):
+def test_eval_layers_equal_a_direct_computation(reported, held_out):
     """CKA; the share that the best affine map leaves, without the tokens that it explains."""
     _, rows, _ = held_out
-    teacher_states = states_by_layer(eval_folder / "teacher", rows)
-    states = states_by_layer(eval_folder / "run/final", rows)
-    layers = full_report["models"]["student"]["layers"]
+    _, teacher_states, _ = by_hand("teacher", rows)
+    _, states, _ = by_hand("run/final", rows)
+    layers = reported["student"]["layers"]
     assert [(layer["student"], layer["teacher"]) for layer in layers] == [(1, 2), (2, 4)]
     for layer, x, y in zip(layers, states, teacher_states[1::2], strict=True):
         x = x - x.mean(0)
         y = y - y.mean(0)
         missed = y - x @ torch.linalg.lstsq(x, y).solution
         share = missed.square().sum() / (len(x) - x.shape[1] - 1) / y.square().sum() * len(x)
-        assert layer["share"] == pytest.approx(share.item(), rel=1e-4)
         cka = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
-        assert layer["cka"] == pytest.approx(cka.item(), rel=1e-4)
+        found = [layer["share"], layer["cka"]]
+        assert found == pytest.approx([share.item(), cka.item()], rel=1e-4)
     few = torch.randn(9, 8)   # a map of 8 rows and a bias explains 9 tokens, whatever they are
     assert sd.compare_states(few, few)[0] is None
     assert sd.compare_states(few[:, :7], few)[0] > 0
 
 
-@pytest.mark.parametrize("own_bos, other_bos", [(True, False), (False, True)])
-def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, own_bos, other_bos):
-    tokenizer = tiny_tokenizer(bos=own_bos)
-    tiny_tokenizer(bos=other_bos).save_pretrained(tmp_path / "other")
-    ids = np.array([1 if own_bos else 5, *tokenizer(prose(20))["input_ids"][own_bos:]])
-    rows = [{"input_ids": ids, "targets": np.arange(len(ids)) > 0}]
-    (row,), _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
-    assert row["input_ids"].tolist() == [1 if other_bos else 0, *ids[1:]]
-    assert row["targets"].tolist() == [False] + [True] * (len(ids) - 1)
+@pytest.mark.parametrize("bos", [True, False])
+def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, bos):
+    tokenizer = tiny_tokenizer(bos=bos)
+    tiny_tokenizer(bos=not bos).save_pretrained(tmp_path / "other")
+    rows = token_rows([tokenizer(prose(20))["input_ids"]])
+    found, _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
+    ids = [0 if bos else 1, *rows[0]["input_ids"][1:]]
+    np.testing.assert_equal(found, [{**rows[0], "input_ids": np.array(ids), "starts": [0]}])
     same_rows, same = sd.rows_for(sd.Config(), str(tmp_path / "none.json"), tokenizer, rows)
     assert same_rows is rows and same is tokenizer
 
 
-def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report, held_out):
+def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(reported, held_out):
     tokenizer, rows, sizes = held_out
-    token_rows = [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
-    path = eval_folder / "stranger"
-    other_rows, other = sd.rows_for(sd.Config(), str(path), tokenizer, token_rows)
-    other_rows = [row["input_ids"].tolist() for row in other_rows]
+    found, other = sd.rows_for(sd.Config(), "stranger", tokenizer, token_rows(rows))
+    other_rows = [row["input_ids"].tolist() for row in found]
     for row, other_row in zip(rows, other_rows, strict=True):
         assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
         assert other_row[1:].count(0) == row[1:].count(0)
-    bits = bits_of_rows(load(path).double(), other_rows).sum() / sizes.sum()
-    assert full_report["setting"]["bytes"] == sizes.sum()
-    figures = full_report["models"]["stranger"]
-    assert figures["bits"] == pytest.approx(bits, rel=1e-5)
+    *_, bits = by_hand("stranger", other_rows)
+    assert sd.read_json("found/report.json")["setting"]["bytes"] == sizes.sum()
+    figures = reported["stranger"]
+    assert figures["bits"] == pytest.approx(bits.sum() / sizes.sum(), rel=1e-5)
     assert figures["kl"] is figures["agreement"] is None
     assert figures["layers"] == []
 
 
 def test_eval_intervals_cover():
     """95 % of the intervals hold the true mean, as far as 200 trials can tell."""
-    n = 12
-    draw = torch.Generator().manual_seed(n)
+    draw = np.random.default_rng(12)
     covered = 0
     for trial in range(200):
         # sequences of many lengths, skewed losses that hang together within one
-        lengths = torch.randint(20, 60, (n,), generator=draw).double()
-        noise = 0.4 * torch.randn(n, generator=draw, dtype=torch.float64)
-        sums = lengths * 2 * (noise - 0.08).exp()   # 0.08: the mean of exp stays 1
-        _, low, high = sd.interval(sums.numpy(), lengths.numpy(), trial)
+        lengths = draw.integers(20, 60, 12)
+        sums = 2 * lengths * draw.lognormal(-0.08, 0.4, 12)   # whose mean is 1
+        _, low, high = sd.interval(sums, lengths, trial)
         covered += low <= 2 <= high
     assert 180 <= covered <= 198
 
 
-def test_eval_continuations(eval_folder, full_report, held_out):
+def test_eval_continuations(reported, held_out):
     """Greedy, then sampled, after the beginnings of three rows; within the length of a row."""
     tokenizer, rows, _ = held_out
-    third = math.ceil(len(rows) / 3)
-    model = load(eval_folder / "run/final")
-    shown = (eval_folder / "found/report.md").read_text()
-    for row, prompt, texts in zip(rows[::third], full_report["prompts"],
-                                  full_report["models"]["student"]["texts"], strict=True):
+    model = load("run/final")
+    shown = Path("found/report.md").read_text()
+    prompts = sd.read_json("found/report.json")["prompts"]
+    for row, prompt, texts in zip(rows[::math.ceil(len(rows) / 3)], prompts,
+                                  reported["student"]["texts"], strict=True):
         assert prompt == tokenizer.decode(row[:32])
-        ids = torch.tensor(row[:32])[None]
+        ids = torch.tensor([row[:32]])
         new = model.generate(ids, do_sample=False, max_new_tokens=17)[0, 32:]
         assert texts[0] == tokenizer.decode(new).split("<|end|>")[0] != texts[1]
         assert f"    {prompt!r}\n" in shown and f"    student: {texts[1]!r}\n" in shown
@@ -6370,100 +6354,93 @@ def test_eval_continuations(eval_folder, full_report, held_out):
 # ---- files
 
 
-def test_eval_report_files(eval_folder, full_report):
+def test_eval_report_files(reported):
     """report.md shows the figures of report.json; report.png has the third model's colour in each
     of its four panels."""
-    models = full_report["models"]
-    text = (eval_folder / "found/report.md").read_text()
+    text = Path("found/report.md").read_text()
     _, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
     cells = {title.strip(): row for title, *row in lines}
     for key, title in sd.METRICS.items():
-        for figures, cell in zip(models.values(), cells[title], strict=True):
+        for figures, cell in zip(reported.values(), cells[title], strict=True):
             shown = cell.replace(", ", " ").split()[0].replace(",", "")
             value = figures[key]
             assert shown == "-" if value is None else float(shown) == pytest.approx(value, rel=6e-4)
-    ratio = models["student"]["bits"] / models["teacher"]["bits"]
+    ratio = reported["student"]["bits"] / reported["teacher"]["bits"]
     assert f"), {ratio:.4g} x" in cells["bits a byte"][1]
-    against = models["wide"]["student_against_it"]
-    low, high = against["interval"]
-    assert (f"wide: {against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): "
-            f"{against['verdict']}\n") in text
-    curves = models["student"]["curves"]
+    against = reported["wide"]["student_against_it"]
+    assert ("wide: {difference:+.4f} bits a byte ({interval[0]:+.4f} to {interval[1]:+.4f}): "
+            "{verdict}\n").format(**against) in text
+    curves = reported["student"]["curves"]
     assert [len(curves[key]) for key in list(sd.CURVES)[:5]] == [12, 12, 3, 2, 2]
 
     from matplotlib import image
-    pixels = image.imread(eval_folder / "found/report.png")[..., :3]
+    pixels = image.imread("found/report.png")[..., :3]
     orange = np.abs(pixels - np.array([0xd5, 0x5e, 0x00]) / 255).max(-1) < 0.05
     for half in np.array_split(orange, 2):
         for panel in np.array_split(half, 2, axis=1):
             assert panel.sum() > 100
 
 
-def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(
-        eval_folder, monkeypatch):
-    out = eval_folder / "unwritable"
-    (out / "report.png").mkdir(parents=True)
-    fields = report_fields(eval_folder, out, "run/final", **QUICK)
-    assert "no .simple_distill" in cli(*flags(**fields), rc=2).err   # nobody's file is replaced
-    (out / ".simple_distill").touch()
-    assert "report.png" in cli(*flags(**fields), rc=2).err
-    assert {"report.md", "report.json"} <= {*os.listdir(out)}
+def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(reported, monkeypatch):
+    os.makedirs("unwritable/report.png")
+    words = report_words(output_dir="unwritable", student="run/final")
+    assert "no .simple_distill" in cli(*words, rc=2).err   # nobody's file is replaced
+    Path("unwritable/.simple_distill").touch()
+    assert "report.png" in cli(*words, rc=2).err
+    assert {"report.md", "report.json"} <= {*os.listdir("unwritable")}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in cli(*flags(**fields)).out
+    assert "pip install matplotlib" in cli(*words).out
 
 
 # ---- what may be reported on
 
 
-def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(eval_folder):
+def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(reported):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    before = (eval_folder / "run/config.json").read_text()
-    perplexities = []
+    before = Path("run/config.json").read_text()
     for step in (6, 12):
-        models = run_report(eval_folder, "run", f"run/checkpoints/step-{step:08d}",
-                            compare=["run/final"], **QUICK)["models"]
-        perplexities.append(models["student"]["perplexity"])
-    final_perplexity = pytest.approx(models["run"]["perplexity"], rel=1e-5)
-    assert [perplexity == final_perplexity for perplexity in perplexities] == [False, True]
-    assert models["student"]["disk"] == 4 * models["run"]["parameters"]   # its files hold more
-    assert models["run"]["disk"] == os.path.getsize(
-        eval_folder / "run/final/model.safetensors")
-    assert len(models["student"]["curves"]["train/loss"]) == 12
-    assert (eval_folder / "run/config.json").read_text() == before
+        path = f"run/checkpoints/step-{step:08d}"
+        cli(*report_words(output_dir="run", student=path, compare="run/final"))
+        student, run = map(models_of("run").get, ("student", "run"))
+        near = pytest.approx(run["perplexity"], rel=1e-5)
+        assert (student["perplexity"] == near) == (step == 12)
+    assert student["disk"] == 4 * run["parameters"]   # its files hold more
+    assert run["disk"] == os.path.getsize("run/final/model.safetensors")
+    assert len(student["curves"]["train/loss"]) == 12
+    assert Path("run/config.json").read_text() == before
 
-    broken = eval_folder / "broken/step-00000099"
-    shutil.copytree(eval_folder / "run/checkpoints/step-00000012", broken)
-    state = json.loads((broken / "state.json").read_text())
-    state["config"]["unheard_of"] = 1
-    del state["digest"]
-    for content in (json.dumps(state | {"digest": sd.digest(state)}), "{"):
-        (broken / "state.json").write_text(content)
-        cli(*flags(**report_fields(eval_folder, "refused", broken)), rc=2)
+    shutil.copytree(path, "broken/step-00000099")
+    state = Path("broken/step-00000099/state.json")
+    content = json.loads(state.read_text())
+    content["config"]["unheard_of"] = 1
+    del content["digest"]
+    for broken in (json.dumps(content | {"digest": sd.digest(content)}), "{"):
+        state.write_text(broken)
+        cli(*report_words(output_dir="refused", student="broken/step-00000099"), rc=2)
 
 
-def test_eval_same_numbers_on_two_ranks(eval_folder, full_report):
-    process = spawn(*flags(**report_fields(eval_folder, "two", **ALL, **QUICK)), nproc=2)
+def test_eval_same_numbers_on_two_ranks(reported):
+    process = spawn(*report_words(output_dir="two", **ALL), nproc=2)
     out, _ = process.communicate()
     assert process.returncode == 0, out[-2000:]
-    models = json.loads((eval_folder / "two/report.json").read_text())["models"]
-    for label, expected in full_report["models"].items():
-        figures = models[label]
-        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece",
-                    "parameters", "disk"):
+    for label, figures in models_of("two").items():
+        expected = reported.pop(label)
+        for key in "tokens perplexity bits accuracy agreement kl ece parameters disk".split():
             near = expected[key] and pytest.approx(expected[key], rel=1e-5)
             assert figures[key] == near, (label, key)
         for layer, expected_layer in zip(figures["layers"], expected["layers"], strict=True):
             assert layer == pytest.approx(expected_layer, rel=1e-4)
         assert figures["texts"] == expected["texts"]
+    assert not reported
 
 
-def test_eval_refusals(eval_folder, tmp_path):
+def test_eval_refusals(reported, tmp_path):
     """Each names what is wrong: a student that is no model, damaged weights, a damaged log, prompts
     that another tokenizer would count, a held-out part of one row."""
-    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    model = shutil.copytree("student", tmp_path / "model")
     (tmp_path / "log.jsonl").write_text('{"train/loss": 1.5}\n')
     talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
-    damaged = Path(shutil.copytree(eval_folder / "student", tmp_path / "of/damaged"))
+    damaged = shutil.copytree("student", tmp_path / "of/damaged")
     os.truncate(damaged / "model.safetensors", 5000)
     for student, more, said in (
         ("nowhere", {}, "while looking for student "),
@@ -6473,8 +6450,8 @@ def test_eval_refusals(eval_folder, tmp_path):
         ("stranger", dict(dataset=talks), "plain text"),
         ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
-        fields = report_fields(eval_folder, tmp_path / "out", student, **more, **QUICK)
-        assert said in cli(*flags(**fields), rc=2).err
+        words = report_words(output_dir=tmp_path / "out", student=student, **more)
+        assert said in cli(*words, rc=2).err
 
 
 # --------------------------------------------------------------------------------------------------
