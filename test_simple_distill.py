@@ -6223,18 +6223,18 @@ def test_eval_numbers_equal_full_float64_logits(reported, held_out, label, name)
     labels = torch.tensor([i for row in rows for i in row[1:]])
     confidence, top = logits.softmax(-1).max(-1)
     right = (top == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
-    kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
+    # of the calibration, weighted by tokens
+    gaps = (confidence * 15).long().bincount(right - confidence)
+    _, _, kl = dense_losses(logits, teacher_logits, labels, alpha=0, temperature=2)
     figures = reported[label]
-    expected = [len(labels), right.mean(), (top == teacher_logits.argmax(-1)).double().mean(),
-                4 * kl / len(labels), gaps.abs().sum() / len(labels)]
+    agreed = (top == teacher_logits.argmax(-1)).double()
+    expected = [len(labels), right.mean(), agreed.mean(), kl, gaps.abs().sum() / len(labels)]
     found = [figures[key] for key in "tokens accuracy agreement kl ece".split()]
     assert found == pytest.approx(list(map(float, expected)), rel=1e-5, abs=1e-6)
-    tokens = np.array([len(row) - 1 for row in rows])
     against = figures["student_against_it"]
     for found, *expected in (
-        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), bits, tokens),
+        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), bits,
+         np.array([len(row) - 1 for row in rows])),
         ([figures["bits"], *figures["bits_95"]], bits, sizes),
         ([against["difference"], *against["interval"]], student_bits - bits, sizes),
     ):
@@ -6247,16 +6247,14 @@ def test_eval_teacher_against_itself_and_a_worse_student(reported):
     cli(*report_words(output_dir="self", student="teacher", compare="run/final",
                       batch_size=10**12, generate_comparisons=False))
     assert sd.read_json("self/report.json")["prompts"] == []
-    student, teacher, run = map(models_of("self").get, ("student", "teacher", "run"))
+    teacher, student, run = models_of("self").values()
     assert (student["kl"], student["agreement"]) == (0, 1)
     assert student["perplexity"] == teacher["perplexity"]
     assert teacher["student_against_it"] == {
         "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
     assert run["student_against_it"]["verdict"] == "worse"
-    for i, layer in enumerate(student["layers"], 1):
-        assert layer["teacher"] == layer["student"] == i <= 4
-        assert layer["cka"] == pytest.approx(1, abs=1e-9)
-        assert layer["share"] < 1e-12
+    for i, layer in zip((1, 2, 3, 4), student["layers"], strict=True):
+        assert layer == pytest.approx(dict(student=i, teacher=i, cka=1, share=0), abs=1e-12)
 
 
 def test_eval_layers_equal_a_direct_computation(reported, held_out):
@@ -6265,15 +6263,14 @@ def test_eval_layers_equal_a_direct_computation(reported, held_out):
     _, teacher_states, _ = by_hand("teacher", rows)
     _, states, _ = by_hand("run/final", rows)
     layers = reported["student"]["layers"]
-    assert [(layer["student"], layer["teacher"]) for layer in layers] == [(1, 2), (2, 4)]
-    for layer, x, y in zip(layers, states, teacher_states[1::2], strict=True):
+    for i, layer, x, y in zip((1, 2), layers, states, teacher_states[1::2], strict=True):
         x = x - x.mean(0)
         y = y - y.mean(0)
         missed = y - x @ torch.linalg.lstsq(x, y).solution
         share = missed.square().sum() / (len(x) - x.shape[1] - 1) / y.square().sum() * len(x)
         cka = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
-        found = [layer["share"], layer["cka"]]
-        assert found == pytest.approx([share.item(), cka.item()], rel=1e-4)
+        expected = dict(student=i, teacher=2 * i, share=share.item(), cka=cka.item())
+        assert layer == pytest.approx(expected, rel=1e-4)
     few = torch.randn(9, 8)   # a map of 8 rows and a bias explains 9 tokens, whatever they are
     assert sd.compare_states(few, few)[0] is None
     assert sd.compare_states(few[:, :7], few)[0] > 0
@@ -6294,7 +6291,7 @@ def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, bos):
 def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(reported, held_out):
     tokenizer, rows, sizes = held_out
     found, other = sd.rows_for(sd.Config(), "stranger", tokenizer, token_rows(rows))
-    other_rows = [row["input_ids"].tolist() for row in found]
+    other_rows = ids_of(found)
     for row, other_row in zip(rows, other_rows, strict=True):
         assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
         assert other_row[1:].count(0) == row[1:].count(0)
@@ -6313,8 +6310,8 @@ def test_eval_intervals_cover():
     for trial in range(200):
         # sequences of many lengths, skewed losses that hang together within one
         lengths = draw.integers(20, 60, 12)
-        sums = 2 * lengths * draw.lognormal(-0.08, 0.4, 12)   # whose mean is 1
-        _, low, high = sd.interval(sums, lengths, trial)
+        noise = draw.lognormal(-0.08, 0.4, 12)   # whose mean is 1
+        _, low, high = sd.interval(2 * lengths * noise, lengths, trial)
         covered += low <= 2 <= high
     assert 180 <= covered <= 198
 
@@ -6328,12 +6325,11 @@ def test_eval_continuations(reported, held_out):
     for row, prompt, texts in zip(rows[::math.ceil(len(rows) / 3)], prompts,
                                   reported["student"]["texts"], strict=True):
         assert prompt == tokenizer.decode(row[:32])
-        ids = torch.tensor([row[:32]])
-        new = model.generate(ids, do_sample=False, max_new_tokens=17)[0, 32:]
+        new = model.generate(torch.tensor([row[:32]]), do_sample=False, max_new_tokens=17)[0, 32:]
         assert texts[0] == tokenizer.decode(new).split("<|endoftext|>")[0] != texts[1]
         assert f"    {prompt!r}\n" in shown and f"    student: {texts[1]!r}\n" in shown
-    chat_row = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
-    assert sd.beginnings([chat_row]) == [list(range(40))]
+    a_chat = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
+    assert sd.beginnings([a_chat]) == [list(range(40))]
 
 
 # ---- files
@@ -6347,7 +6343,7 @@ def test_eval_report_files(reported):
     cells = {title.strip(): row for title, *row in lines}
     for key, title in sd.METRICS.items():
         for figures, cell in zip(reported.values(), cells[title], strict=True):
-            shown = cell.replace(", ", " ").split()[0].replace(",", "")
+            shown, *_ = cell.replace(", ", " ").replace(",", "").split()
             value = figures[key]
             assert shown == "-" if value is None else float(shown) == pytest.approx(value, rel=6e-4)
     ratio = reported["student"]["bits"] / reported["teacher"]["bits"]
@@ -6384,7 +6380,7 @@ def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(reporte
     for step in (6, 12):
         path = f"run/checkpoints/step-{step:08d}"
         cli(*report_words(output_dir="run", student=path, compare="run/final"))
-        student, run = map(models_of("run").get, ("student", "run"))
+        _, student, run = models_of("run").values()
         near = pytest.approx(run["perplexity"], rel=1e-5)
         assert (student["perplexity"] == near) == (step == 12)
     assert student["disk"] == 4 * run["parameters"]   # its files hold more
@@ -6394,7 +6390,7 @@ def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(reporte
 
     shutil.copytree(path, "broken/step-00000099")
     state = Path("broken/step-00000099/state.json")
-    content = json.loads(state.read_text())
+    content = sd.read_json(state)
     content["config"]["unheard_of"] = 1
     del content["digest"]
     for broken in (json.dumps(content | {"digest": sd.digest(content)}), "{"):
@@ -6433,7 +6429,7 @@ def test_eval_refusals(reported, tmp_path):
         ("stranger", dict(dataset=talks), "plain text"),
         ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
-        words = report_words(output_dir=tmp_path / "out", student=student, **more)
+        words = report_words(output_dir="refused", student=student, **more)
         assert said in cli(*words, rc=2).err
 
 
