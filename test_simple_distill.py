@@ -5284,52 +5284,45 @@ PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
 REPLY_COST = 0.022                          # of 100 tokens in and 200 out
 
 
-def answer_of(provider, content, is_whole=True, **more):
+ANSWERS = {
+    "openai": """{"choices": [{
+        "finish_reason": "FINISH", "message": {"role": "assistant", "content": CONTENT}}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 200}}""",
+    "anthropic": """{
+        "content": [{"type": "text", "text": CONTENT}], "stop_reason": "FINISH",
+        "usage": {"input_tokens": 100, "output_tokens": 200}}""",
+}
+
+
+def answer_of(provider, content, finish="stop", **more):
     """The JSON of a reply; more: in place of its keys."""
-    if provider == "anthropic":
-        answer = {
-            "content": [{"type": "text", "text": content}],
-            "stop_reason": "end_turn" if is_whole else "max_tokens",
-            "usage": {"input_tokens": 100, "output_tokens": 200},
-        }
-    else:
-        answer = {
-            "choices": [{
-                "finish_reason": "stop" if is_whole else "length",
-                "message": {"role": "assistant", "content": content},
-            }],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
-        }
-    return json.dumps(answer | more).encode()
+    answer = ANSWERS[provider].replace("CONTENT", json.dumps(content)).replace("FINISH", finish)
+    return json.dumps(json.loads(answer) | more)
 
 
 def no_fault(prompt, attempt):
-    return None
+    return "ok"
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
     """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
     statuses below 500.
 
-    fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
-    is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
-    of at least as much as was billed, and of at most 1 USD, at any moment."""
-    daemon_threads = True
+    fault(prompt, attempt): how this attempt misbehaves, the status of an error, JSON that is the
+    whole answer, or a name: see ApiHandler and FAULTY_TEXTS; any other name: not at all.
+    reply(prompt): what is said otherwise. jitter: seconds before an answer, at most. reply_cost:
+    where it is set out/summary.json must tell of at least as much as was billed, and of at most 1
+    USD, at any moment."""
     request_queue_size = 200
-    summary = None
-    reply_cost = REPLY_COST
-    at_work = 0
+    at_work = jitter = reply_cost = 0
 
-    def __init__(self, fault=no_fault, reply=random_words, jitter=0):
+    def __init__(self, fault=no_fault):
         super().__init__(("127.0.0.1", 0), ApiHandler)
         self.fault = fault
-        self.reply = reply
-        self.jitter = jitter
+        self.reply = random_words
         self.lock = threading.Lock()
         self.tries = collections.Counter()    # prompt -> requests
         self.billed = collections.Counter()   # prompt -> requests that a provider would bill
-        self.seen = []                        # (body, key) of each request
         self.unpaid = []                      # (bill, spent_usd) where they are not as they should
 
     def __enter__(self):
@@ -5344,11 +5337,9 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Silent: clients get killed."""
 
     def check(self):
-        if self.summary and self.billed:
-            bill = self.billed.total() * self.reply_cost
-            spent = json.loads(self.summary.read_text())["spent_usd"]
-            if not bill <= spent + 1e-9 <= 1 + 2e-9:
-                self.unpaid.append((bill, spent))
+        bill = self.billed.total() * self.reply_cost
+        if bill and not bill <= spent() + 1e-9 <= 1 + 2e-9:
+            self.unpaid.append((bill, spent()))
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
@@ -5362,36 +5353,29 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][-1]["content"]
-        key = (self.headers["authorization"] or self.headers["x-api-key"]).split()[-1]
+        key = self.headers["x-api-key"] or self.headers["authorization"].split()[1]
         with server.lock:
             server.at_work += 1
-            server.seen.append((body, key))
+            server.seen = body, key   # the last request
             server.tries[prompt] += 1
-            fault = server.fault(prompt, server.tries[prompt])
-            server.billed[prompt] += not (isinstance(fault, int) and fault < 500)
+            fault = str(server.fault(prompt, server.tries[prompt]))
+            server.billed[prompt] += not fault.startswith("4")
             server.check()
         time.sleep(server.jitter * random.random())
-        try:
-            self.answer(prompt, fault, key)
-        finally:
-            with server.lock:
-                server.at_work -= 1
-
-    def answer(self, prompt, fault, key):
+        text = FAULTY_TEXTS.get(fault, server.reply(prompt))
+        with server.lock:
+            server.at_work -= 1
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        status = 200
+        self.send_response(int(fault) if fault.isdigit() else 200)
         data = fault
-        if isinstance(fault, int):
-            status = fault
-            data = json.dumps({"error": {"message": f"{fault} for {key}"}}).encode()
-        elif not isinstance(fault, bytes):
-            text = FAULTY_TEXTS.get(fault, self.server.reply(prompt))
+        if fault.isdigit():
+            data = json.dumps({"error": {"message": f"{fault} for {key}"}})
+        elif not fault.startswith("{"):
             provider = "anthropic" if self.path == "/v1/messages" else "openai"
-            more = {"usage": None} if fault == "no usage" else {}
-            data = answer_of(provider, text, fault != "length", **more)
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
+            more = {"usage": None} if "usage" in fault else {}
+            data = answer_of(provider, text, fault, **more)
+        data = data.encode()
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         for start in range(0, len(data), 20):
@@ -5413,56 +5397,65 @@ def generate_fields(folder, server, questions, provider="openai", **more):
         prompts_file=folder / "prompts.txt", output_dir=folder / "out") | more
 
 
-def run_generate(fields, rc=0, **more):
-    return cli(*flags(**fields | more), rc=rc)
-
-
-def one_error(named, fields, **more):
-    """The run fails with one line of error, which names this -> Result."""
-    result = run_generate(fields, 2, **more)
-    assert re.search(f"^error: .*{re.escape(named)}", result.err, re.MULTILINE), result.err
+def run_generate(words, named=None):
+    """named: what its one line of error names -> Result"""
+    result = cli(*words, rc=2 if named else 0)
+    assert not named or re.search(f"(?m)^error: .*{re.escape(named)}", result.err), result.err
     return result
 
 
-def rows_of_run(folder, name):
-    return read_lines(folder / f"out/{name}.jsonl")
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The test runs in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    with ApiServer() as server:
+        yield server
 
 
-def replies_of(folder, out="out"):
+@pytest.fixture
+def ask(tmp_path, server):
+    """ask(questions, ...): a run of generate_fields, into out"""
+    def ask(*what, named=None, **more):
+        return run_generate(flags(**generate_fields(tmp_path, server, *what, **more)), named)
+
+    return ask
+
+
+def kept(out="out"):
+    return read_lines(f"{out}/train.jsonl")
+
+
+def replies(out="out"):
     """The rows of replies.jsonl, but for what a kill has left of one."""
     rows = []
-    for line in (folder / out / "replies.jsonl").read_bytes().splitlines():
+    for line in Path(out, "replies.jsonl").read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
 
-def spent_of(folder):
-    return json.loads((folder / "out/summary.json").read_text())["spent_usd"]
+def spent():
+    return sd.read_json("out/summary.json")["spent_usd"]
 
 
-def question_of(row):
-    """"Question 7: what is ...?" -> 7"""
-    return number_of(row["messages"][0]["content"])
+def prompt_of(row):
+    return row["messages"][0]["content"]
 
 
 def number_of(prompt):
+    """"Question 7: what is ...?" -> 7"""
     return int(prompt.split()[1].removesuffix(":"))
 
 
-def reasons_of(folder):
+def reasons():
     """{number of a question: why}, without what "failed: ..." goes on to say"""
-    rejected = rows_of_run(folder, "rejected")
-    return {question_of(row): row["reason"].split(":")[0] for row in rejected}
+    rejected = read_lines("out/rejected.jsonl")
+    return {number_of(prompt_of(row)): row["reason"].split(":")[0] for row in rejected}
 
 
-def count_kept(folder):
-    return len(rows_of_run(folder, "train"))
-
-
-PASSING_FAULTS = (429, 500, 502, 503, 504, 529, "drop", "drop")
-LASTING_FAULTS = (   # the third meets none of the first 16: a run that nobody answered would end
-    "no usage", "length", b'{"choices": [{"mess', "refusal", "duplicate", "code", "empty", "loop")
+FAULTS = (   # the first 8 pass; 11 meets none of the first 16: else nobody would have been answered
+    '429,500,502,503,504,529,drop,drop,'
+    'no usage,length,{"choices": [{"mess,refusal,duplicate,code,empty,loop').split(",")
 
 
 def faults_by_chance(share):
@@ -5471,9 +5464,7 @@ def faults_by_chance(share):
     def fault(prompt, attempt):
         chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
         i = int(chance / share * 16)
-        if i >= 8:
-            return LASTING_FAULTS[i - 8] if i < 16 else None
-        return PASSING_FAULTS[i] if attempt == 1 else None
+        return FAULTS[i] if i < 16 and (i >= 8 or attempt == 1) else "ok"
     return fault
 
 
@@ -5517,38 +5508,36 @@ VERDICTS = {   # a filter, None: none, and replies
         "```print(1)```\nprints it",
         "1. so:\n   ```python3\n   x = 1\n   ```",
         "```python2\nprint 1\n```\nis no Python 3",
-        "Sorry is a word of five letters.",
-        "I can't help but notice that your loop is quadratic: use a set.",
-        "I can't see a bug: it is right.",
-        "Unable to open the file: that is what the exception says.",
-        "Sorry if I repeat what you know: a trie",
-        "Sorry I missed the import; here it is: import os",
-        "As an AI pipeline, the function has three stages.",
-        "Unfortunately, the function is quadratic.",
-        "Sorry, the loop I wrote above is off by one.",
-        "I'm sorting the list first.",
-        "Not able to connect: I would check the port.",
-        "Declining is fine.",
-        "give that",          # what the prompt asks to give back, but not half of it
-        "ab " * 20,           # short: deflate needs some bytes itself
+        "give that",   # what the prompt asks to give back, but not half of it
+        "ab " * 20,    # short: deflate needs some bytes itself
+        *"""Sorry is a word of five letters.
+I can't help but notice that your loop is quadratic: use a set.
+I can't see a bug: it is right.
+Unable to open the file: that is what the exception says.
+Sorry if I repeat what you know: a trie
+Sorry I missed the import; here it is: import os
+As an AI pipeline, the function has three stages.
+Unfortunately, the function is quadratic.
+Sorry, the loop I wrote above is off by one.
+I'm sorting the list first.
+Not able to connect: I would check the port.
+Declining is fine.""".splitlines(),
     ],
-    "refusal": [
-        "I’m sorry, but I cannot help with this.",
-        "As an AI model, I do not.",
-        "I apologize, but I cannot help with that.",
-        "I can't provide that code, it is not mine to give.",
-        "I cannot fulfill this request.",
-        "I won't be able to help with this task.",
-        "I must decline.",
-        "Unfortunately, I can't do that for you today.",
-        "I'm sorry, but I can’t assist with that request.",
-        "I am very sorry, I am not able to write malware.",
-        "I’m afraid I can not comply with this request.",
-        "I apologise for the inconvenience, but I am unable to provide it.",
-        "I have to decline this one.",
-        "As an AI language model, I have no opinion.",
-        "Sorry, as an AI assistant made by X, I will not.",
-    ],
+    "refusal": """I’m sorry, but I cannot help with this.
+As an AI model, I do not.
+I apologize, but I cannot help with that.
+I can't provide that code, it is not mine to give.
+I cannot fulfill this request.
+I won't be able to help with this task.
+I must decline.
+Unfortunately, I can't do that for you today.
+I'm sorry, but I can’t assist with that request.
+I am very sorry, I am not able to write malware.
+I’m afraid I can not comply with this request.
+I apologise for the inconvenience, but I am unable to provide it.
+I have to decline this one.
+As an AI language model, I have no opinion.
+Sorry, as an AI assistant made by X, I will not.""".splitlines(),
     "code does not parse": [
         "Here:\n```python3\ndef f(:\n```",
         "Here:\r\n```py\r\ndef f(:\r\n```",
@@ -5570,107 +5559,100 @@ def test_generate_filters(verdict):
         assert sd.find_flaw("Give this back, all of it.", reply, "stop") == verdict, reply
 
 
-@pytest.mark.parametrize("size, finish_reason, verdict", [
-    (20, "stop", None),
-    (19, "stop", "empty or too short"),
-    (20, "length", "cut off"),
-    (20, "max_tokens", "cut off"),
-    (20, "model_context_window_exceeded", "cut off"),
-    (20, "refusal", "refusal"),
-    (20, "content_filter", "refusal"),
-])
-def test_generate_filters_by_size_and_what_the_server_says(size, finish_reason, verdict):
-    assert sd.find_flaw("Why?", "x" * size, finish_reason, min_chars=20) == verdict
+@pytest.mark.parametrize("finish_reason, verdict", dict(
+    stop=None, length="cut off", max_tokens="cut off", model_context_window_exceeded="cut off",
+    refusal="refusal", content_filter="refusal").items())
+def test_generate_filters_by_what_the_server_says(finish_reason, verdict):
+    assert sd.find_flaw("Why?", "x" * 20, finish_reason, min_chars=20) == verdict
+    assert sd.find_flaw("Why?", "x" * 19, "stop", min_chars=20) == "empty or too short"
 
 
 def test_generate_duplicates():
     """What a sign tells apart is no duplicate, nor is a label that fits many prompts, though they
     begin alike; what says little new is one."""
+    seen = set()
+
+    def is_new(reply, prompt="more"):
+        return not sd.find_duplicate(prompt, reply, seen)
+
+    question = "Here is a long question, and always the same, is {} prime?".format
+    for i in range(9):
+        assert is_new("yes", question(i))
+    assert not is_new("Yes", question(8))
+    assert is_new("return a < b")
+    assert is_new("return a >= b")
     code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; "
     code += random_words("code", 6)
+    assert is_new(code.format("<"))
+    assert not is_new(code.format("<"), "other")
+    assert is_new(code.format(">="))
     words = random_words("near", 400)
-    seen = set()
-    question = "Here is a long question, and always the same, is {} prime?"
-    for prompt, reply, is_new in [
-        *((question.format(i), "yes", True) for i in range(9)),
-        (question.format(8), "Yes", False),
-        ("more", "return a < b", True),
-        ("more", "return a >= b", True),
-        ("more", code.format("<"), True),
-        ("other", code.format("<"), False),
-        ("more", code.format(">="), True),
-        ("more", words, True),
-        ("more", words + " and nothing else", False),
-        ("more", words + random_words("end", 60), True),
-        ("more", " ".join(words.split()[:19]), True),   # as short, a reply is one with its prompt
-        ("more", " ".join(words.split()[:20]), False),
-    ]:
-        verdict = sd.find_duplicate(prompt, reply, seen)
-        assert verdict == (None if is_new else "duplicate"), (prompt, reply)
+    assert is_new(words)
+    assert not is_new(words + " and nothing else")
+    assert is_new(words + random_words("end", 60))
+    words = words.split()
+    assert is_new(" ".join(words[:19]))   # as short, a reply is one with its prompt
+    assert not is_new(" ".join(words[:20]))
 
 
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]},
-    {"role": "user", "content": "What is a trie?"},
-]
-OWN_ROWS = [{"prompt": "What is a heap?"}] * 2 + [
-    {"messages": CONVERSATION, "category": "explain", "more": 1}]
+HEAP = '{"prompt": "What is a heap?"}'
+TRIE = (
+    '{"category": "explain", "more": 1, "messages": [{"role": "system", "content": "Be brief."}, '
+    '{"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]}, '
+    '{"role": "user", "content": "What is a trie?"}]}')
 
 
-@pytest.mark.parametrize("provider, name, text, temperature, system", [
-    ("openai", "own.jsonl", "\n\n".join(map(json.dumps, OWN_ROWS)), 0.3, None),
-    ("anthropic", "own.json", json.dumps(OWN_ROWS), None, "Be brief.\n\nBe kind."),
+@pytest.mark.parametrize("provider, name, text, turns, more", [
+    ("openai", "own.jsonl", f"{HEAP}\n\n{HEAP}\n{TRIE}", 3, {"temperature": 0.3}),
+    ("anthropic", "own.json", f"[{HEAP}, {HEAP}, {TRIE}]", 1, {"system": "Be brief.\n\nBe kind."}),
 ])
-def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
+def test_generate_own_rows(ask, server, provider, name, text, turns, more):
     """Texts or conversations reach each provider in its form, in all kinds of files."""
-    (tmp_path / name).write_text("\ufeff" + text)
-    with ApiServer() as server:
-        run_generate(generate_fields(
-            tmp_path, server, 0, provider, prompts_file=tmp_path / name,
-            api_temperature=temperature, concurrency=1))
-    kept = rows_of_run(tmp_path, "train")
-    turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
-    assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
-    assert [row["category"] for row in kept] == ["own", "explain"]
-    body, _ = server.seen[-1]
-    assert len(body.pop("messages")) == (1 if system else 3)
-    more = {"temperature": temperature, "system": system}
-    more = {name: value for name, value in more.items() if value}
+    Path(name).write_text("\ufeff" + text)
+    ask(0, provider, prompts_file=name, api_temperature=more.get("temperature"), concurrency=1)
+    assert [[turn["content"] for turn in row["messages"][:-1]] for row in kept()] == [
+        ["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
+    assert [row["category"] for row in kept()] == ["own", "explain"]
+    body, _ = server.seen
+    assert len(body.pop("messages")) == turns
     assert body == {"model": "m", "max_tokens": 300} | more
 
 
-def test_generate_own_lines(tmp_path):
+def test_generate_own_lines(ask, server):
     """All of a .txt unless num_examples says less; a short reply may be what it wants, to a task of
     ours it is none."""
-    with ApiServer(reply=lambda prompt: "```yes```") as server:
-        fields = generate_fields(tmp_path, server, 9)
-        (tmp_path / "prompts.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
-        run_generate(fields, num_examples=2)
-        assert len(server.tries) == 2
-        run_generate(fields)
-        asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert server.tries == dict.fromkeys(asked, 1)
-        run_generate(fields, num_examples=1, prompts_file=None, categories="implement=1.0",
-                     output_dir=tmp_path / "ours/out")
-    rejected, = rows_of_run(tmp_path / "ours", "rejected")
+    server.reply = lambda prompt: "```yes```"
+    Path("own.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
+    ask(0, prompts_file="own.txt", num_examples=2)
+    assert len(server.tries) == 2
+    ask(0, prompts_file="own.txt")
+    asked = list(map(prompt_of, kept()))
+    assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+    assert server.tries == dict.fromkeys(asked, 1)
+    ask(0, num_examples=1, prompts_file=None, categories="implement=1.0", output_dir="ours")
+    rejected, = read_lines("ours/rejected.jsonl")
     assert (rejected["reason"], rejected["category"]) == ("empty or too short", "implement")
 
 
-@pytest.mark.parametrize("line", [
-    '{"prompt": 3}', '{"prompt": null}', "[]", "7", "nonsense", '{"question": 1}',
-    '{"messages": "hi"}', '{"messages": [{"role": "user"}]}',
-    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-    '{"messages": [{"role": "assistant", "content": "x"}]}',
-    '{"n": ' + "9" * 5000 + "}", "[" * 99999])
-def test_generate_bad_prompt(tmp_path, line):
+BAD_PROMPTS = """{"prompt": 3}
+{"prompt": null}
+[]
+7
+nonsense
+{"question": 1}
+{"messages": "hi"}
+{"messages": [{"role": "user"}]}
+{"messages": [{"role": "user", "content": [{"type": "image"}]}]}
+{"messages": [{"role": "assistant", "content": "x"}]}"""
+
+
+@pytest.mark.parametrize(
+    "line", [*BAD_PROMPTS.splitlines(), '{"n": ' + "9" * 5000 + "}", "[" * 99999])
+def test_generate_bad_prompt(ask, server, line):
     """Nobody is asked, and the row is named."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 0, prompts_file=tmp_path / "p.jsonl")
-        (tmp_path / "p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
-        one_error("p.jsonl', row 2: ", fields)
-        assert not server.seen
+    Path("p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
+    ask(0, prompts_file="p.jsonl", named="p.jsonl', row 2: ")
+    assert not server.tries
 
 
 # ---- replies
@@ -5680,36 +5662,35 @@ def test_generate_bad_prompt(tmp_path, line):
     "openai",
     pytest.param("anthropic", marks=pytest.mark.campaign),
 ])
-def test_generate_faults(tmp_path, provider):
+def test_generate_faults(ask, server, provider):
     """30 % faults: all prompts answered or accounted for, none twice, and the order of arrival
     changes nothing."""
-    fault = faults_by_chance(0.3)
+    server.fault = faults_by_chance(0.3)
     results = []
-    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
-        folder = tmp_path / str(concurrency)
-        with ApiServer(fault, jitter=jitter) as server:
-            out = run_generate(
-                generate_fields(folder, server, 300, provider, concurrency=concurrency)).out
-        kept = rows_of_run(folder, "train")
-        reasons = reasons_of(folder)
-        assert sorted([*map(question_of, kept), *reasons]) == list(range(300))
-        fates = collections.Counter(reasons.values())
-        assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
-                              "repetition loop", "code does not parse", "failed"}
-        fates["kept"] = len(kept)
+    for concurrency in (16, 40):
+        server.tries.clear()
+        server.jitter = concurrency / 1000
+        out = ask(300, provider, concurrency=concurrency).out
+        why = reasons()
+        assert sorted([*map(number_of, map(prompt_of, kept())), *why]) == list(range(300))
+        fates = collections.Counter(why.values())
+        assert set(fates) == set("cut off,refusal,empty or too short,duplicate,repetition loop,"
+                                 "code does not parse,failed".split(","))
+        fates["kept"] = len(kept())
         for name, count in fates.items():
             assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
         for prompt, tries in server.tries.items():
-            first = fault(prompt, 1)
-            assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
-        results.append((kept, reasons))
+            assert tries == 1 + (server.fault(prompt, 1) in FAULTS[:8]), prompt
+        results.append((kept(), why))
+        shutil.rmtree("out")
     assert results[0] == results[1]
-    assert set(kept[0]) == {
-        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-    assert kept[0]["usage"] == USAGE
+    row = results[0][0][0]
+    assert set(row) == set(
+        "messages category model usage cost finish_reason prompt_id".split())
+    assert row["usage"] == USAGE
 
 
-def test_generate_concurrency(tmp_path):
+def test_generate_concurrency(ask, server):
     """So many are in flight at once, and no more."""
     barrier = threading.Barrier(8, timeout=60)
     at_once = []
@@ -5719,221 +5700,202 @@ def test_generate_concurrency(tmp_path):
         at_once.append(server.at_work)
         return random_words(prompt)
 
-    with ApiServer(reply=reply) as server:
-        run_generate(generate_fields(tmp_path, server, 16))   # --concurrency is 8
-    assert count_kept(tmp_path) == 16
+    server.reply = reply
+    ask(16)   # --concurrency is 8
+    assert len(kept()) == 16
     assert max(at_once) == 8
 
 
-TEXT = {"type": "text", "text": random_words("text")}
 USAGE = {"prompt_tokens": 100, "completion_tokens": 200}
+CONTENTS = json.loads("""{
+    "ab": [{"text": "a"}, {"type": "text", "text": "b"}],
+    "b": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "b"}],
+    "": null}""")   # what is read of it: what the server sends
 
 
-@pytest.mark.parametrize("content, reply, odd_usage", [
-    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"], {}),
-    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"], {}),
-    (None, "", {}),
-    *(("yes", "yes", {"usage": usage}) for usage in (None, {**USAGE, "prompt_tokens": None})),
-    *(("yes", "yes", {"usage": {**USAGE, "prompt_tokens": n}}) for n in (-1, 10**30, "10")),
-])
-def test_generate_odd_answers(tmp_path, content, reply, odd_usage):
+@pytest.mark.parametrize("usage", [
+    USAGE, None, *({**USAGE, "prompt_tokens": n} for n in (None, -1, 10**30, "10"))])
+def test_generate_odd_answers(ask, server, usage):
     """Parts of text are one text; what a model thought is no part of it. Who says nonsense of
     tokens is believed to have sent the longest reply."""
-    with ApiServer(lambda *_: answer_of("openai", content, **odd_usage)) as server:
-        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
-    row, = replies_of(tmp_path)
-    assert row["messages"][1] == {"role": "assistant", "content": reply}
-    assert row["usage"] == (None if odd_usage else USAGE)
-    assert (row["cost"] > 300 * 100 / 1e6) == bool(odd_usage)
+    contents = list(CONTENTS.values())
+    server.fault = lambda prompt, _: answer_of("openai", contents[number_of(prompt)], usage=usage)
+    ask(3, concurrency=1, **PRICES)
+    for row, reply in zip(replies(), CONTENTS, strict=True):
+        assert row["messages"][1] == {"role": "assistant", "content": reply}
+        assert row["usage"] == (USAGE if usage == USAGE else None)
+        assert (row["cost"] > 300 * 100 / 1e6) == (usage != USAGE)
 
 
 # ---- money
 
 
-@pytest.mark.parametrize("faults, max_cost, worst, replies, failed", [
+@pytest.mark.parametrize("faults, worst, answers, failed", [
     # how the attempts at one prompt end; what is spent: so many worst cases, and replies
-    ([None], 1, 0, 1, False),
-    ([429, 429, None], 1, 0, 1, False),
-    (["drop", 429, None], 1, 1, 1, False),       # a refusal gives back one try, not all
-    ([500, 502, "drop", None], 1, 3, 1, False),  # whoever stands before a model may say 502
-    (["slow", None], 1, 1, 1, False),
-    (["no usage"], 1, 1, 0, False),
-    ([429] * 8, 1, 0, 0, True),
-    ([503] * 8, 1, 8, 0, True),
-    ([400], 1, 0, 0, True),
-    ([b"{"], 1, 1, 0, True),
-    (["drop"], 0.05, 1, 0, None),                # no money for another: nothing is known
-    ([], 0.03, 0, 0, None),
+    ("ok", 0, 1, False),
+    ("429 429 ok", 0, 1, False),
+    ("drop 429 ok", 1, 1, False),       # a refusal gives back one try, not all
+    ("500 502 drop ok", 3, 1, False),   # whoever stands before a model may say 502
+    ("slow ok", 1, 1, False),
+    ("no_usage", 1, 0, False),
+    ("429 " * 8, 0, 0, True),
+    ("503 " * 8, 8, 0, True),
+    ("400", 0, 0, True),
+    ("{", 1, 0, True),
+    ("drop", 1, 0, None),               # no money for another: nothing is known
+    ("", 0, 0, None),
 ])
-def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
+def test_generate_spends(ask, server, faults, worst, answers, failed):
     """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
-    with ApiServer(lambda prompt, attempt: faults[attempt - 1]) as server:
-        fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
-                                 request_timeout=0.5)
-        run_generate(fields, rc=2 if failed else 0)
-    size = 64 + len((tmp_path / "prompts.txt").read_text().strip())
+    max_cost = {"drop": 0.05, "": 0.03}.get(faults, 1)   # of one try, and of none
+    faults = faults.split()
+    server.fault = lambda prompt, attempt: faults[attempt - 1]
+    ask(1, **PRICES, max_cost=max_cost, request_timeout=0.5, named="no reply" if failed else None)
+    size = 64 + len(Path("prompts.txt").read_text().strip())
     worst_usd = (size * 20 + 300 * 100) / 1e6
-    expected = pytest.approx(worst * worst_usd + replies * REPLY_COST, abs=1e-9)
-    assert spent_of(tmp_path) == expected
-    rows = [("reason" in row, row["cost"]) for row in replies_of(tmp_path)]
+    expected = pytest.approx(worst * worst_usd + answers * REPLY_COST, abs=1e-9)
+    assert spent() == expected
+    rows = [("reason" in row, row["cost"]) for row in replies()]
     assert rows == ([] if failed is None else [(failed, expected)])
     assert server.tries.total() == len(faults)
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_generate_cap(tmp_path, provider):
+def test_generate_cap(ask, server, provider):
     """At every moment: the server's bill <= spent_usd on disk <= 1.00 USD, whatever goes wrong, and
     most of it is used."""
-    with ApiServer(faults_by_chance(0.5)) as server:
-        server.summary = tmp_path / "out/summary.json"
-        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, max_cost=1,
-                                 **PRICES)
-        out = run_generate(fields).out
-        assert server.unpaid == []
-        bill = server.billed.total() * REPLY_COST
-        assert "max_cost 1" in out
-        assert 0.7 < bill <= spent_of(tmp_path) <= 1
-        answered = {row["messages"][0]["content"] for row in replies_of(tmp_path)}
-        assert 20 < len(answered) < 60
-        tries = server.tries.copy()
-        run_generate(fields)   # what late answers gave back buys some more
-        assert server.unpaid == []
-        assert (server.tries - tries).total() <= 3
-        assert not answered & set(server.tries - tries)
+    server.fault = faults_by_chance(0.5)
+    server.reply_cost = REPLY_COST
+    run = functools.partial(ask, 200, provider, concurrency=16, max_cost=1, **PRICES)
+    assert "max_cost 1" in run().out
+    assert 0.7 < server.billed.total() * REPLY_COST <= spent() <= 1
+    answered = set(map(prompt_of, replies()))
+    assert 20 < len(answered) < 60
+    server.tries.clear()
+    run()   # what late answers gave back buys some more
+    assert server.unpaid == []
+    assert len(server.tries) <= 3
+    assert not answered & set(server.tries)
 
 
-def test_generate_failed(tmp_path):
+def test_generate_failed(ask, server):
     """What failed is asked again by the same command, its cost is not forgotten, and what fails
     always stops no later run."""
     lasting = dict.fromkeys(range(4, 61, 5), 400)   # a dozen, in the second run in a row
-    passing = {5: b"{", 7: b'{"error": "x"}'}
-    faults = lasting | passing
-    with ApiServer(lambda prompt, attempt: faults.get(number_of(prompt))) as server:
-        fields = generate_fields(tmp_path, server, 60, concurrency=1, **PRICES)
-        run_generate(fields)
-        spent = spent_of(tmp_path)
-        tries = server.tries.copy()
-        assert reasons_of(tmp_path) == dict.fromkeys(faults, "failed")
-        faults = lasting
-        run_generate(generate_fields(tmp_path, server, 61, concurrency=1, **PRICES))
-    assert set(map(number_of, server.tries - tries)) == {*lasting, *passing, 60}
-    assert reasons_of(tmp_path) == dict.fromkeys(lasting, "failed")
-    assert spent_of(tmp_path) == pytest.approx(spent + 3 * REPLY_COST)
+    faults = lasting | {5: "{", 7: '{"error": "x"}'}
+    server.fault = lambda prompt, _: faults.get(number_of(prompt))
+    ask(60, concurrency=1, **PRICES)
+    before = spent()
+    assert reasons() == dict.fromkeys(faults, "failed")
+    expected = {*faults, 60}
+    faults = lasting
+    server.tries.clear()
+    ask(61, concurrency=1, **PRICES)
+    assert set(map(number_of, server.tries)) == expected
+    assert reasons() == dict.fromkeys(lasting, "failed")
+    assert spent() == pytest.approx(before + 3 * REPLY_COST)
 
 
 @pytest.mark.parametrize("provider, fault, answers, named", [
     ("openai", 401, 0, "401"),
     ("anthropic", 404, 0, "404"),
-    ("openai", b'{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
-    ("anthropic", b'{"error": {"message": "no credits"}}', 0, "no credits"),
+    ("openai", '{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
+    ("anthropic", '{"error": {"message": "no credits"}}', 0, "no credits"),
     ("openai", 400, 9, "400"),
 ])
-def test_generate_stops(tmp_path, provider, fault, answers, named):
+def test_generate_stops(ask, server, provider, fault, answers, named):
     """Where nobody was ever answered, or ten in a row are not, the run ends; what came is kept; and
     after that another setting may be tried."""
-    with ApiServer(lambda *_: fault if server.tries.total() > answers else None) as server:
-        fields = generate_fields(tmp_path, server, 50, provider, concurrency=3)
-        one_error(named, fields)
-        assert count_kept(tmp_path) == answers
-        tries = server.tries.total() - answers
-        assert 10 <= tries <= 12 if answers else tries <= 3
-        server.fault = no_fault
-        if not answers:
-            fields["api_model"] = "other"
-        run_generate(fields)
-    assert count_kept(tmp_path) == 50
+    server.fault = lambda *_: fault if server.tries.total() > answers else "ok"
+    ask(50, provider, concurrency=3, named=named)
+    assert len(kept()) == answers
+    tries = server.tries.total() - answers
+    assert 10 <= tries <= 12 if answers else tries <= 3
+    server.fault = no_fault
+    ask(50, provider, api_model="m" if answers else "other")
+    assert len(kept()) == 50
 
 
-def test_generate_time_out(tmp_path):
+def test_generate_time_out(ask, server):
     """An answer that trickles is given up like one that does not come, in words."""
-    with ApiServer(lambda prompt, attempt: "slow") as server:
-        one_error("no reply (a try has 0.4 s): TimeoutError",
-                  generate_fields(tmp_path, server, 1, request_timeout=0.2))
+    server.fault = lambda *_: "slow"
+    ask(1, request_timeout=0.2, named="no reply (a try has 0.4 s): TimeoutError")
     assert server.tries.total() == 8
 
 
-@pytest.mark.parametrize("status", [None, 429])
-def test_generate_signal(tmp_path, status):
+@pytest.mark.parametrize("status", ["ok", 429])
+def test_generate_signal(ask, server, status):
     """SIGTERM: what is in flight arrives, nothing new is asked, exit 0, also between two tries; the
     same command goes on."""
-    def stop(prompt, attempt):
+    def stop(*_):
         if server.tries.total() == 6:
             os.kill(os.getpid(), signal.SIGTERM)
             return status
 
-    with ApiServer(stop, jitter=0.05) as server:
-        fields = generate_fields(tmp_path, server, 40, concurrency=3)
-        run_generate(fields)
-        assert 5 <= count_kept(tmp_path) <= 8
-        run_generate(fields)
-        assert count_kept(tmp_path) == 40
-        assert set(server.billed.values()) == {1}
+    server.fault = stop
+    server.jitter = 0.05
+    ask(40, concurrency=3)
+    assert 5 <= len(kept()) <= 8
+    ask(40, concurrency=3)
+    assert len(kept()) == 40
+    assert set(server.billed.values()) == {1}
 
 
 # The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer,
-        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
+LOOP = [function.__code__ for function in (
+    sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer, sd.write_json,
+    sd.append_jsonl, sd.read_replies, sd.write_jsonl)]
 
 
-def kill_at(line, fields, **more):
-    """Fork; the child runs the command and is killed when it first comes to this (code, number of
-    a line) -> whether it came there."""
+def killed_at(number, run, **more):
+    """Fork; the child runs, and is killed when it comes to this many different lines of the loop ->
+    whether it came so far."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    lines = set()
 
     def trace(frame, event, _):
-        if (frame.f_code, frame.f_lineno) == line and event == "line":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return trace if frame.f_code is line[0] else None
+        if frame.f_code in LOOP:
+            lines.add((frame.f_code, frame.f_lineno))
+            if len(lines) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
 
     sys.settrace(trace)
     try:
-        run_generate(fields, **more)
+        run(**more)
     finally:
         os._exit(0)
 
 
 @pytest.mark.campaign
-def test_generate_kill_at_every_line(tmp_path):
+def test_generate_killed_at_every_line(ask, server):
     """kill -9 at each line of the loop of tries, with all kinds of faults: at any moment billed <=
     spent_usd <= max_cost; the same command goes on, and asks nothing twice that was answered."""
-    lines = []
-    for function in LOOP:
-        numbers = {number for *_, number in function.__code__.co_lines() if number}
-        lines += [(function.__code__, number) for number in sorted(numbers)[1:]]
-    kinds = [None, 429, 500, "drop", "no usage", b"{", 400, 502, None, None]
-
-    def fault(prompt, attempt):
-        return kinds[server.tries.total() % len(kinds)]
-
+    kinds = "ok,429,500,drop,no usage,{,400,502,ok,ok".split(",")
     tries_of_answered = {}   # as they were when the answer was there
-    missed = []   # lines to which no run came
     importlib.import_module("openai")   # once, for all children
-    with ApiServer(fault) as server:
-        server.summary = tmp_path / "out/summary.json"
-        server.reply_cost = 1.1e-4
-        fields = generate_fields(tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1,
-                                 price_out=0.5)
-        for line in lines:
-            count = len(tries_of_answered) + 40
-            if not kill_at(line, fields, num_examples=count):
-                missed.append(f"{line[0].co_name} {line[1]}")
-            while server.at_work:
-                time.sleep(0.01)
-            server.check()
-            for row in replies_of(tmp_path):
-                prompt = row["messages"][0]["content"]
-                if "reason" not in row:
-                    tries_of_answered.setdefault(prompt, server.tries[prompt])
-        server.fault = no_fault
-        run_generate(fields)
+    server.fault = lambda *_: kinds[server.tries.total() % len(kinds)]
+    server.reply_cost = 1.1e-4
+    run = functools.partial(ask, 600, concurrency=3, max_cost=1, price_in=0.1, price_out=0.5)
+    for number in itertools.count(1):
+        if not killed_at(number, run, num_examples=len(tries_of_answered) + 40):
+            break
+        while server.at_work:
+            time.sleep(0.01)
+        server.check()
+        for row in replies():
+            if "reason" not in row:
+                prompt = prompt_of(row)
+                tries_of_answered.setdefault(prompt, server.tries[prompt])
+    server.fault = no_fault
+    run()
     assert server.unpaid == []
-    assert count_kept(tmp_path) == 600
+    assert len(kept()) == 600
     assert len(tries_of_answered) > 50
-    assert tries_of_answered == {prompt: server.tries[prompt] for prompt in tries_of_answered}
-    # an outage of all eight tries, and a cap that is met, are other tests'
-    assert len(missed) < 8, missed
+    assert tries_of_answered.items() <= server.tries.items()
+    assert number > 80   # nearly all; an outage of all eight tries is another test's
 
 
 # ---- what stands in the folder
@@ -5942,181 +5904,172 @@ def test_generate_kill_at_every_line(tmp_path):
 def test_generate_half_rows(tmp_path):
     """What a kill leaves of a row is passed over, and spoils none that is written after it."""
     path = tmp_path / "replies.jsonl"
-    for tail, ids in ((b'{"prompt_id": "b"}', ["a", "b"]), (b'{"prompt_id": "\xc3', ["a"]),
-                      (b"", ["a"]), (b'{"prompt_id": "a", "n": 2}\n', ["a"])):
+    for tail, ids in ((b'{"prompt_id": "b"}', "ab"), (b'{"prompt_id": "\xc3', "a"), (b"", "a"),
+                      (b'{"prompt_id": "a", "n": 2}\n', "a")):
         path.write_bytes(b'{"prompt_id": "a", "n": 1}\n' + tail)
-        assert list(sd.read_replies(path)) == ids
+        assert "".join(sd.read_replies(path)) == ids
         sd.append_jsonl(path, {"prompt_id": "c"})
         rows = sd.read_replies(path)
-        assert list(rows) == [*ids, "c"]
+        assert "".join(rows) == ids + "c"
         assert rows["a"]["n"] == 1 + tail.endswith(b"\n")   # the last one counts
 
 
-def test_generate_file_limit(tmp_path):
+def test_generate_file_limit(ask, server, tmp_path):
     """As on a full disk: one line, all that is there is whole, and the same command goes on."""
-    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
-        server.summary = tmp_path / "out/summary.json"
-        fields = generate_fields(tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1,
-                                 price_out=1)
-        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
-        assert "error: OSError: [Errno 27]" in shown, shown
-        assert "Traceback" not in shown, shown
-        answered = {row["messages"][0]["content"]: 1 for row in replies_of(tmp_path)}
-        assert 5 < len(answered) < 30
-        run_generate(fields)
-        assert count_kept(tmp_path) == 30
-        assert answered.items() <= server.tries.items()
+    server.reply = lambda prompt: random_words(prompt, 400)
+    server.reply_cost = 3e-4
+    words = flags(**generate_fields(
+        tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1, price_out=1))
+    shown = Fork(tmp_path / "log", *words, limit=60_000).wait()
+    assert "error: OSError: [Errno 27]" in shown and "Traceback" not in shown, shown
+    answered = dict.fromkeys(map(prompt_of, replies()), 1)
+    assert 5 < len(answered) < 30
+    run_generate(words)
+    assert len(kept()) == 30
+    assert answered.items() <= server.tries.items()
+    assert server.unpaid == []
 
 
-def test_generate_other_settings(tmp_path, monkeypatch):
+def test_generate_other_settings(ask, monkeypatch):
     """What decides the rows is the same for all of a folder; where the server stands, how many are
     asked and how much may be spent is not of that kind; nor are the filters: old replies are judged
     again, and nobody is asked."""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 2))
-    with ApiServer() as server:   # at another port
-        fields = generate_fields(tmp_path, server, 3)
-        for name, there, here in (
-            ("api_model", "m", "other"), ("seed", 0, 7), ("api_temperature", None, 0.5),
-            ("max_tokens", 300, 301),
-        ):
-            one_error(f"{name} {there!r} there, {here!r} here", fields, **{name: here})
-        assert not server.tries
-        run_generate(fields, concurrency=2, price_in=1, price_out=1, max_cost=1)
-        assert count_kept(tmp_path) == 3
+    ask(2)
+    with ApiServer() as other:   # at another port
+        ask = functools.partial(ask, 3, api_base=f"http://127.0.0.1:{other.server_port}")
+        for named in ("api_model 'm' there, 'other' here", "seed 0 there, 7 here",
+                      "api_temperature None there, 0.5 here", "max_tokens 300 there, 301 here"):
+            name, *_, here, _ = named.replace("'", "").split()
+            ask(named=named, **{name: here})
+        assert not other.tries
+        ask(concurrency=2, price_in=1, price_out=1, max_cost=1)
+        assert len(kept()) == 3
         monkeypatch.setattr(sd, "is_loop", lambda reply: True)
-        run_generate(fields)
-        assert server.tries.total() == 1
-    assert count_kept(tmp_path) == 0
-    assert list(reasons_of(tmp_path).values()) == ["repetition loop"] * 3
+        ask()
+        assert other.tries.total() == 1
+    assert kept() == []
+    assert list(reasons().values()) == ["repetition loop"] * 3
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_generate_secrets(tmp_path, monkeypatch, provider):
+def test_generate_secrets(ask, server, monkeypatch, provider):
     """The key, and the password of a proxy, stand in no file and no output, wherever in a reply or
     an error a server repeats it; no escape sequence reaches the terminal."""
     key = "sk-test-0123456789abcdef"
     monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
-    odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
-    words = [None, json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
+    odd = '{"choices": [{"message": {"content": "KEY"}, "finish_reason": "KEY"}]}'
+    words = ["ok", '{"\x1b[31m' + key, 400, odd.replace("KEY", key),
              answer_of(provider, key + random_words("key"))]
-
-    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5]) as server:
-        fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
-        results = [*run_generate(fields)]
-        assert server.seen[0][1] == key
-        server.fault = lambda prompt, attempt: 401
-        results += one_error("401 for ***", fields, output_dir=tmp_path / "refused/out")
-    assert len(replies_of(tmp_path)) == 20
+    server.fault = lambda prompt, _: words[number_of(prompt) % 5]
+    results = [*ask(20, provider, concurrency=1)]
+    assert server.seen[1] == key
+    server.fault = lambda *_: 401
+    results += ask(1, provider, named="401 for ***", output_dir="out-refused")
+    assert len(replies()) == 20
     monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
     left_over = []
     monkeypatch.setattr(sys, "unraisablehook", left_over.append)
-    results += one_error("making a client", fields, output_dir=tmp_path / "proxy/out")
+    results += ask(1, provider, named="making a client", output_dir="out-proxy")
     gc.collect()
     assert left_over == []   # no traceback of a client that was never whole
-    results += [path.read_text() for path in tmp_path.glob("**/out/*")]
+    results += [path.read_text() for path in Path().glob("out*/*")]
     shown = "".join(map(str, results))
     assert "***" in shown
     for secret in (key, "proxy-word", "\x1b[31m"):
         assert secret not in shown
 
 
-@pytest.mark.parametrize("named, more", [
-    *(("categories", dict(categories=item)) for item in ("poetry", "debug=0", "test=nan")),
-    ("could not convert", dict(categories="test=x")),
-    ("none.txt", dict(prompts_file="none.txt")),
-    ("holds no prompt", dict(prompts_file=os.devnull)),
-    ("Connection error", {}),
-    ("--teacher", dict(provider="local", api_model=None, api_base=None)),
+@pytest.mark.parametrize("case", [
+    "categories: --categories poetry",
+    "categories: --categories debug=0",
+    "categories: --categories test=nan",
+    "could not convert: --categories test=x",
+    "none.txt: --prompts_file none.txt",
+    "holds no prompt: --prompts_file /dev/null",
+    "Connection error: ",
+    "--teacher: --provider local",
 ])
-def test_generate_errors(tmp_path, named, more):
+def test_generate_errors(tmp_path, case):
     """What no request would survive is one `error:` line."""
-    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
-                  api_base="http://127.0.0.1:9/v1")
-    one_error(named, fields, **more)
+    named, flags_ = case.split(": ")
+    words = f"--mode generate --output_dir {tmp_path}/out --num_examples 2 {flags_}"
+    if "local" not in case:
+        words += " --api_model m --api_base http://127.0.0.1:9/v1"
+    run_generate(words.split(), named)
 
 
 # ---- a model of one's own
 
 
-def local_run(out, model, questions=11, named=None, **more):
-    """-> {number of a question: (reply, usage, finish_reason)}; named: what its error names"""
-    prompts_file = out.parent / "prompts.txt"
-    prompts_file.write_text("".join(f"Question {i}: what?{'?' * i}\n" for i in range(questions)))
-    fields = dict(mode="generate", provider="local", teacher=model, max_tokens=8,
-                  prompts_file=prompts_file, output_dir=out)
-    if named:
-        return one_error(named, fields, **more)
-    run_generate(fields, **more)
-    return {
-        question_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
-        for row in replies_of(out.parent, out.name)}
+@pytest.fixture
+def ask_local(ask):
+    """ask_local(out, model, ...) -> {prompt: (reply, usage, finish_reason)}"""
+    def ask_local(out, model, questions=11, **more):
+        fields = dict(teacher=model, api_model=None, api_base=None, max_tokens=8, output_dir=out)
+        ask(questions, "local", **fields | more)
+        return {prompt_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
+                for row in replies(out)}
+
+    return ask_local
 
 
-def test_generate_local(tmp_path, teacher):
+def test_generate_local(ask_local, teacher):
     """The same seed gives the same replies, whatever is beside them, after a stop, and with the
     weights on the host; another seed gives others; the end of a reply is told from a cut."""
-    whole = local_run(tmp_path / "whole", teacher, seed=3, concurrency=4)
+    whole = ask_local("whole", teacher, seed=3, concurrency=4)
     assert len(set(reply for reply, *_ in whole.values())) > 5
-    for number, (_, usage, finish_reason) in whole.items():
-        assert usage["prompt_tokens"] == 1 + len(f"Question {number}: what?\n\n") + number
+    for prompt, (_, usage, finish_reason) in whole.items():
+        assert usage["prompt_tokens"] == 1 + len(f"{prompt}\n\n")
         assert finish_reason == "stop" or usage["completion_tokens"] == 8
         assert finish_reason in ("stop", "length")
-    parts = tmp_path / "parts"
-    assert len(local_run(parts, teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
-    assert local_run(parts, teacher, seed=3, concurrency=3) == whole
-    assert local_run(tmp_path / "other", teacher, seed=4) != whole
-    likeliest = [local_run(tmp_path / name, teacher, seed=seed, api_temperature=0)
-                 for seed, name in enumerate("ab")]
+    assert len(ask_local("parts", teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
+    assert ask_local("parts", teacher, seed=3, concurrency=3) == whole
+    assert ask_local("other", teacher, seed=4) != whole
+    likeliest = [ask_local(f"{seed}", teacher, seed=seed, api_temperature=0) for seed in (0, 1)]
     assert likeliest[0] == likeliest[1] != whole
 
 
-def test_generate_local_temperature(tmp_path, teacher):
+def test_generate_local_temperature(ask_local, teacher):
     """Unset, it is that of the model's generation_config.json."""
-    model = tmp_path / "model"
-    shutil.copytree(teacher, model)
+    shutil.copytree(teacher, "model")
     sharp = transformers.GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=0)
-    sharp.save_pretrained(model)
-    unset = local_run(tmp_path / "unset", model)
-    assert unset == local_run(tmp_path / "half", teacher, api_temperature=0.5)
-    assert unset != local_run(tmp_path / "one", teacher)
+    sharp.save_pretrained("model")
+    unset = ask_local("unset", "model")
+    assert unset == ask_local("half", teacher, api_temperature=0.5)
+    assert unset != ask_local("one", teacher)
 
 
-@pytest.mark.parametrize("shape, named", [
-    (dict(cls="GPT2Config", max_position_embeddings=48), "49 positions"),
-    ({}, "nan"),
-    (dict(tokenizer=False), "no tokenizer"),
+@pytest.mark.parametrize("named, shape", [
+    ("79 positions", dict(cls="GPT2Config", max_position_embeddings=78)),
+    ("nan", {}),
+    ("no tokenizer", dict(tokenizer=False)),
 ])
-def test_generate_local_bad_models(tmp_path, shape, named):
+def test_generate_local_bad_models(ask_local, named, shape):
     """One line before anything is written; what fits into the positions is answered."""
-    model = tiny_model(tmp_path / "model", **shape)
+    model = tiny_model("model", **shape)
     if named == "nan":
         edit_weights(model, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
-    local_run(tmp_path / "out", model, 10, named, max_tokens=20)
+    assert ask_local("out", model, 10, named=named, max_tokens=20) == {}
     if "cls" in shape:
-        assert len(local_run(tmp_path / "out", model, 10, max_tokens=19)) == 10
+        assert len(ask_local("out", model, 10, max_tokens=19)) == 10
 
 
-def test_generate_local_without_an_end(tmp_path):
+def test_generate_local_without_an_end(ask_local):
     """No eos, no pad: a reply goes on to its last token."""
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = None
-    model = tiny_model(tmp_path / "endless", tokenizer=tokenizer, eos_token_id=None,
-                       pad_token_id=None)
-    replies = local_run(tmp_path / "out", model, 2)
-    assert [(usage["completion_tokens"], end) for _, usage, end in replies.values()] == [
-        (8, "length")] * 2
+    tiny_model("endless", tokenizer=tokenizer, eos_token_id=None, pad_token_id=None)
+    for _, usage, end in ask_local("out", "endless", 2).values():
+        assert (usage["completion_tokens"], end) == (8, "length")
 
 
-def test_generate_then_train(tmp_path, student):
+def test_generate_then_train(ask, student):
     """generate -> --dataset out/train.jsonl --alpha 1 -> final/"""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 60))
-    cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
-               eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
-    assert (tmp_path / "run/final/model.safetensors").exists()
+    ask(60)
+    distil("run", dataset="out/train.jsonl", alpha=1, student=student, max_steps=4, seq_len=128)
+    assert os.path.exists("run/final/model.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
