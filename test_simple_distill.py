@@ -5400,7 +5400,7 @@ def generate_fields(folder, server, questions, provider="openai", **more):
 def run_generate(words, named=None):
     """named: what its one line of error names -> Result"""
     result = cli(*words, rc=2 if named else 0)
-    assert not named or re.search(f"(?m)^error: .*{re.escape(named)}", result.err), result.err
+    assert not named or re.search(f"(?m)^error: .*{re.escape(named)}", result.err)
     return result
 
 
@@ -5449,8 +5449,8 @@ def number_of(prompt):
 
 def reasons():
     """{number of a question: why}, without what "failed: ..." goes on to say"""
-    rejected = read_lines("out/rejected.jsonl")
-    return {number_of(prompt_of(row)): row["reason"].split(":")[0] for row in rejected}
+    return {number_of(prompt_of(row)): row["reason"].split(":")[0]
+            for row in read_lines("out/rejected.jsonl")}
 
 
 FAULTS = (   # the first 8 pass; 11 meets none of the first 16: else nobody would have been answered
@@ -5462,8 +5462,8 @@ def faults_by_chance(share):
     """-> fault of a server: this share of the prompts misbehaves, half of them at the first
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
-        chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
-        i = int(chance / share * 16)
+        number = int(hashlib.md5(prompt.encode()).hexdigest(), 16)   # even from 0 to 2**128
+        i = int(number / share / 2**124)
         return FAULTS[i] if i < 16 and (i >= 8 or attempt == 1) else "ok"
     return fault
 
@@ -5678,7 +5678,7 @@ def test_generate_faults(ask, server, provider):
                                  "code does not parse,failed".split(","))
         fates["kept"] = len(kept())
         for name, count in fates.items():
-            assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
+            assert re.search(rf"\| *{name} *\| *{count} *\|", out)
         for prompt, tries in server.tries.items():
             assert tries == 1 + (server.fault(prompt, 1) in FAULTS[:8]), prompt
         results.append((kept(), why))
@@ -5752,8 +5752,8 @@ def test_generate_spends(ask, server, faults, worst, answers, failed):
     server.fault = lambda prompt, attempt: faults[attempt - 1]
     ask(1, **PRICES, max_cost=max_cost, request_timeout=0.5, named="no reply" if failed else None)
     size = 64 + len(Path("prompts.txt").read_text().strip())
-    worst_usd = (size * 20 + 300 * 100) / 1e6
-    expected = pytest.approx(worst * worst_usd + answers * REPLY_COST, abs=1e-9)
+    expected = pytest.approx(
+        worst * (size * 20 + 300 * 100) / 1e6 + answers * REPLY_COST, abs=1e-9)
     assert spent() == expected
     rows = [("reason" in row, row["cost"]) for row in replies()]
     assert rows == ([] if failed is None else [(failed, expected)])
@@ -5959,9 +5959,8 @@ def test_generate_secrets(ask, server, monkeypatch, provider):
     monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
-    odd = '{"choices": [{"message": {"content": "KEY"}, "finish_reason": "KEY"}]}'
-    words = ["ok", '{"\x1b[31m' + key, 400, odd.replace("KEY", key),
-             answer_of(provider, key + random_words("key"))]
+    words = ["ok", '{"\x1b[31m' + key, 400, answer_of(provider, key + random_words("key")),
+             f'{{"choices": [{{"message": {{"content": "{key}"}}, "finish_reason": "{key}"}}]}}']
     server.fault = lambda prompt, _: words[number_of(prompt) % 5]
     results = [*ask(20, provider, concurrency=1)]
     assert server.seen[1] == key
@@ -6007,8 +6006,8 @@ def test_generate_errors(tmp_path, case):
 def ask_local(ask):
     """ask_local(out, model, ...) -> {prompt: (reply, usage, finish_reason)}"""
     def ask_local(out, model, questions=11, **more):
-        fields = dict(teacher=model, api_model=None, api_base=None, max_tokens=8, output_dir=out)
-        ask(questions, "local", **fields | more)
+        ask(questions, "local", teacher=model, api_model=None, api_base=None, output_dir=out,
+            **dict(max_tokens=8) | more)
         return {prompt_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
                 for row in replies(out)}
 
@@ -6215,8 +6214,8 @@ def test_eval_layers_equal_a_direct_computation(reported, held_out):
     _, rows, _ = held_out
     _, teacher_states, _ = by_hand("teacher", rows)
     _, states, _ = by_hand("run/final", rows)
-    layers = reported["student"]["layers"]
-    for i, layer, x, y in zip((1, 2), layers, states, teacher_states[1::2], strict=True):
+    for i, layer, x, y in zip(
+            (1, 2), reported["student"]["layers"], states, teacher_states[1::2], strict=True):
         x = x - x.mean(0)
         y = y - y.mean(0)
         missed = y - x @ torch.linalg.lstsq(x, y).solution
@@ -6274,9 +6273,9 @@ def test_eval_continuations(reported, held_out):
     tokenizer, rows, _ = held_out
     model = load("run/final")
     shown = Path("found/report.md").read_text()
-    prompts = sd.read_json("found/report.json")["prompts"]
-    for row, prompt, texts in zip(rows[::math.ceil(len(rows) / 3)], prompts,
-                                  reported["student"]["texts"], strict=True):
+    for row, prompt, texts in zip(
+            rows[::math.ceil(len(rows) / 3)], sd.read_json("found/report.json")["prompts"],
+            reported["student"]["texts"], strict=True):
         assert prompt == tokenizer.decode(row[:32])
         new = model.generate(torch.tensor([row[:32]]), do_sample=False, max_new_tokens=17)[0, 32:]
         assert texts[0] == tokenizer.decode(new).split("<|endoftext|>")[0] != texts[1]
@@ -6334,8 +6333,7 @@ def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(reporte
         path = f"run/checkpoints/step-{step:08d}"
         cli(*report_words(output_dir="run", student=path, compare="run/final"))
         _, student, run = models_of("run").values()
-        near = pytest.approx(run["perplexity"], rel=1e-5)
-        assert (student["perplexity"] == near) == (step == 12)
+        assert math.isclose(student["perplexity"], run["perplexity"], rel_tol=1e-5) == (step == 12)
     assert student["disk"] == 4 * run["parameters"]   # its files hold more
     assert run["disk"] == os.path.getsize("run/final/model.safetensors")
     assert len(student["curves"]["train/loss"]) == 12
@@ -6359,7 +6357,7 @@ def test_eval_same_numbers_on_two_ranks(reported):
         expected = reported.pop(label)
         for key in "tokens perplexity bits accuracy agreement kl ece parameters disk".split():
             near = expected[key] and pytest.approx(expected[key], rel=1e-5)
-            assert figures[key] == near, (label, key)
+            assert figures[key] == near, key
         for layer, expected_layer in zip(figures["layers"], expected["layers"], strict=True):
             assert layer == pytest.approx(expected_layer, rel=1e-4)
         assert figures["texts"] == expected["texts"]
