@@ -18,7 +18,6 @@ import functools
 import gc   # optional: generate
 import hashlib
 import http.server   # optional: generate
-import importlib   # optional: generate
 import io
 import itertools
 import json
@@ -5841,46 +5840,40 @@ def test_generate_signal(ask, server, status):
     assert set(server.billed.values()) == {1}
 
 
-# The loop of tries, and what writes the money and the replies.
-LOOP = [function.__code__ for function in (
-    sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer, sd.write_json,
-    sd.append_jsonl, sd.read_replies, sd.write_jsonl)]
+# Dies when it comes to this many different lines of the loop of tries, and of what writes the money
+# and the replies.
+DIES_ASKING = """
+PAUSE = 1e-4
+lines = set()
+loop = [function.__code__ for function in (
+    ask_api, Asking.change, Asking.record, read_answer, write_json, append_jsonl, read_replies,
+    write_jsonl)]
 
+def watch(frame, event, value):
+    if frame.f_code in loop:
+        lines.add((frame.f_code, frame.f_lineno))
+        if len(lines) == {number}:
+            os.kill(os.getpid(), 9)
+        return watch
 
-def killed_at(number, run, **more):
-    """Fork; the child runs, and is killed when it comes to this many different lines of the loop ->
-    whether it came so far."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    lines = set()
-
-    def trace(frame, event, _):
-        if frame.f_code in LOOP:
-            lines.add((frame.f_code, frame.f_lineno))
-            if len(lines) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-    sys.settrace(trace)
-    try:
-        run(**more)
-    finally:
-        os._exit(0)
+sys.settrace(watch)
+"""
 
 
 @pytest.mark.campaign
-def test_generate_killed_at_every_line(ask, server):
+def test_generate_killed_at_every_line(server, tmp_path):
     """kill -9 at each line of the loop of tries, with all kinds of faults: at any moment billed <=
     spent_usd <= max_cost; the same command goes on, and asks nothing twice that was answered."""
     kinds = "ok,429,500,drop,no usage,{,400,502,ok,ok".split(",")
     tries_of_answered = {}   # as they were when the answer was there
-    importlib.import_module("openai")   # once, for all children
     server.fault = lambda *_: kinds[server.tries.total() % len(kinds)]
     server.reply_cost = 1.1e-4
-    run = functools.partial(ask, 600, concurrency=3, max_cost=1, price_in=0.1, price_out=0.5)
-    for number in itertools.count(1):
-        if not killed_at(number, run, num_examples=len(tries_of_answered) + 40):
+    fields = generate_fields(
+        tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1, price_out=0.5)
+    for number in itertools.count(4):   # replies.jsonl is there
+        words = flags(**fields, num_examples=len(tries_of_answered) + 40)
+        change = DIES_ASKING.format(number=number)
+        if "what became of it" in Fork(tmp_path / f"{number}.txt", *words, change=change).wait():
             break
         while server.at_work:
             time.sleep(0.01)
@@ -5890,12 +5883,12 @@ def test_generate_killed_at_every_line(ask, server):
                 prompt = prompt_of(row)
                 tries_of_answered.setdefault(prompt, server.tries[prompt])
     server.fault = no_fault
-    run()
+    run_generate(flags(**fields))
     assert server.unpaid == []
     assert len(kept()) == 600
     assert len(tries_of_answered) > 50
     assert tries_of_answered.items() <= server.tries.items()
-    assert number > 80   # nearly all; an outage of all eight tries is another test's
+    assert number > 70   # nearly all; an outage of all eight tries is another test's
 
 
 # ---- what stands in the folder
