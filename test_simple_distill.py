@@ -5375,6 +5375,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             more = {"usage": None} if "usage" in fault else {}
             data = answer_of(provider, text, fault, **more)
         data = data.encode()
+        self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         for start in range(0, len(data), 20):
