@@ -17,7 +17,6 @@ import functools
 import gc   # optional: generate
 import hashlib
 import http.server   # optional: generate
-import importlib   # optional: generate
 import io
 import itertools
 import json
@@ -3671,33 +3670,31 @@ def cache_rows(n):
 
 
 @pytest.fixture(scope="session")
-def cache_text(tmp_path_factory):
-    """Text of about 180 sequences of 32 tokens: a dozen chunks of 16."""
-    return write_jsonl(tmp_path_factory.mktemp("cache") / "text.jsonl", cache_rows(100))
-
-
-def cache_words(teacher, dataset, cache_dir, **fields):
-    """The command that fills a cache, as words."""
-    command = dict(mode="cache", teacher=teacher, dataset=dataset, cache_dir=cache_dir,
-                   seq_len=32, cache_chunk=16)
-    return flags(**{**command, **fields})
-
-
-def fill_cache(teacher, dataset, cache_dir, rc=0, **fields):
-    return cli(*cache_words(teacher, dataset, cache_dir, **fields), rc=rc)
-
-
-def train_from_cache(student, cache_dir, out, rc=0, **fields):
-    """Six steps; with cache_dir None, a teacher and a dataset: the same run without a cache."""
-    run = dict(student=student, cache_dir=cache_dir, alpha=0.3, max_steps=6, batch_size=8)
-    return distil(out, rc, **{**run, **fields})
+def cache_words(teacher, text):
+    """The command that fills a cache, as words: of some 70 sequences, a dozen chunks."""
+    return functools.partial(
+        flags, mode="cache", teacher=teacher, dataset=text, seq_len=32, cache_chunk=6)
 
 
 @pytest.fixture(scope="session")
-def full_cache(tmp_path_factory, teacher, cache_text):
+def fill(cache_words):
+    def fill(cache_dir, rc=0, **fields):
+        return cli(*cache_words(cache_dir=cache_dir, **fields), rc=rc)
+
+    return fill
+
+
+@pytest.fixture
+def train(student, out):
+    """Nine steps, which read all of the text; with a teacher and a dataset: without a cache."""
+    return functools.partial(distil, out, student=student, alpha=0.3, max_steps=9, batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def full_cache(tmp_path_factory, fill):
     """Not to be changed: see copy_of."""
     cache = tmp_path_factory.mktemp("cache") / "full"
-    fill_cache(teacher, cache_text, cache)
+    fill(cache)
     return cache
 
 
@@ -3708,7 +3705,7 @@ def copy_of(full_cache, tmp_path):
 
 def chunk_files(cache_dir):
     """The bytes of every chunk by its name."""
-    return {path.name: path.read_bytes() for path in sorted(Path(cache_dir).glob("*.safetensors"))}
+    return {path.name: path.read_bytes() for path in sorted(cache_dir.glob("*.safetensors"))}
 
 
 def facts_of_cache(cache_dir):
@@ -3717,92 +3714,94 @@ def facts_of_cache(cache_dir):
 
 
 def rows_of_cache(cache_dir, split="train"):
-    rows = sd.CacheRows(str(cache_dir), split, *facts_of_cache(cache_dir))
+    rows = sd.CacheRows(cache_dir, split, *facts_of_cache(cache_dir))
     return [rows[i] for i in range(len(rows))]
 
 
 # ---- what is kept of a token
 
 
-def made_up_teacher(vocab, tokens, seed=0, sharp=3.0):
+def made_up_teacher(vocab, tokens, sharp=3.0):
     """-> hidden states, head, and the distribution that they make [N, V], in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 24, generator=generator)
     weight = torch.randn(vocab, 24, generator=generator) * sharp / 24 ** 0.5
-    probs = (hidden.double() @ weight.double().T).softmax(-1)
-    return hidden, sd.Head(weight), probs
+    return hidden, sd.Head(weight), (hidden.double() @ weight.double().T).softmax(-1)
 
 
-def cache_manifest(vocab, method, size, seed=0, temperature=1.0):
-    """What of a manifest the content of a row depends on."""
-    return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature,
-                codes=256 if method == "topk" else size)
+class Keeping:
+    """What is kept of a row of plain text, through its bytes and back."""
+
+    def __init__(self, hidden, head, method, size):
+        vocab = len(head.weight)
+        self.manifest = dict(vocabulary=vocab, method=method, size=size, seed=0, temperature=1.0,
+                             codes=256 if method == "topk" else size)
+        ids = np.random.default_rng(0).integers(0, vocab, len(hidden) + 1)
+        self.row = {"input_ids": ids, "targets": np.arange(len(ids)) > 0, "starts": np.array([0])}
+        self.kept = sd.keep(hidden, head, 7, self.manifest)
+        self.data = self.write()
+        there = self.read()
+        self.sparse = sd.SparseTarget(*map(torch.from_numpy, there.pop("sparse")))
+        np.testing.assert_equal(there, self.row)
+
+    def write(self):
+        return sd.compress(sd.pack_row(self.row, self.kept))
+
+    def read(self):
+        return sd.unpack_row(sd.decompress(self.data), self.manifest)
 
 
-def text_row(vocab, tokens):
-    return {"input_ids": np.arange(tokens) % vocab, "targets": np.arange(tokens) > 0,
-            "starts": np.array([0])}
-
-
-def keep_and_read(hidden, head, *what, **more):
-    """A row of plain text, through its bytes and back -> SparseTarget, bytes, what was kept."""
-    manifest = cache_manifest(len(head.weight), *what, **more)
-    row = text_row(len(head.weight), len(hidden) + 1)
-    kept = sd.keep(hidden, head, 7, manifest)
-    data = sd.compress(sd.pack_row(row, kept))
-    there = sd.unpack_row(sd.decompress(data), manifest)
-    for name in row:
-        assert (there[name] == row[name]).all(), name
-    return sd.SparseTarget(*map(torch.from_numpy, there["sparse"])), data, kept
+def gap(a, b):
+    return (a - b).abs().max()
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
 def test_cache_topk_is_what_the_teacher_says(vocab):
     for size in {min(64, vocab), min(300, vocab)}:
         hidden, head, probs = made_up_teacher(vocab, 40)
-        sparse, data, _ = keep_and_read(hidden, head, "topk", size)
+        kept = Keeping(hidden, head, "topk", size)
+        ids, listed, rest, entropy = kept.sparse
         top = probs.topk(size).values
-        assert (probs.gather(-1, sparse.ids) - top).abs().max() < 1e-6
+        assert gap(probs.gather(-1, ids), top) < 1e-6
         # the common rescaling at most doubles the rounding
         bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)
-        listed = sparse.probs.double()
-        assert ((listed.log() - top.log()).abs() < bound)[top > 1e-9].all()
-        assert (listed.sum(-1) + sparse.rest - 1).abs().max() < 1e-5
-        assert (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
-        assert len(data) / 41 <= 4 * (size + 2)
-        entropy = -(listed * listed.log()).nansum(-1)
-        entropy -= torch.special.xlogy(sparse.rest, sparse.rest)
-        assert (sparse.entropy - entropy).abs().max() < 1e-5
+        assert ((listed.double().log() - top.log()).abs() < bound)[top > 1e-9].all()
+        assert gap(listed.sum(-1) + rest, 1) < 1e-5
+        assert gap(rest, 1 - top.sum(-1)) < 0.02
+        assert len(kept.data) / 41 <= 4 * (size + 2)
+        everything = torch.cat([listed, rest[:, None]], -1)
+        assert gap(entropy, -torch.special.xlogy(everything, everything).sum(-1)) < 1e-5
 
 
 @pytest.mark.parametrize("vocab,size", [
     (2, 1), (300, 50), (32000, 50), (151936, 50), (151936, 255)])
 def test_cache_samples_are_counted_and_small(vocab, size):
     hidden, head, probs = made_up_teacher(vocab, 200, sharp=5.0)
-    sparse, data, kept = keep_and_read(hidden, head, "sample", size)
+    kept = Keeping(hidden, head, "sample", size)
+    entries = len(kept.kept.entries)
     # an id stands as often as it was drawn
-    assert sparse.ids.shape == sparse.probs.shape == (200, size)
-    assert (sparse.probs - 1 / size).abs().max() < 1e-7 and not sparse.rest.any()
-    assert sum(len(set(ids)) for ids in sparse.ids.tolist()) == len(kept.entries)
-    entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
-    assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
+    ids, shares, rest, entropy = kept.sparse
+    assert ids.shape == shares.shape == (200, size)
+    assert gap(shares, 1 / size) < 1e-7 and not rest.any()
+    assert sum(len(set(line)) for line in ids.tolist()) == entries
+    entropy_of_draws = -probs.gather(-1, ids).log().mean(-1)
+    assert gap(entropy, entropy_of_draws) < 0.0021   # half of 1/256 nat
     # ... which is the teacher's entropy on average
-    entropy = -(probs * probs.log()).sum(-1)
-    assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
-    bits = len(kept.entries) * (vocab * size).bit_length() + 200 * (12 + vocab.bit_length())
+    assert gap(entropy_of_draws.mean(), -(probs * probs.log()).sum(-1).mean()) < 4 / size ** 0.5
+    bits = entries * (vocab * size).bit_length() + 200 * (14 + vocab.bit_length())
     if vocab >= 32000:   # as if nothing took a whole byte
-        assert len(data) < 1.02 * bits / 8
+        assert len(kept.data) < 1.022 * bits / 8
 
 
 @torch.no_grad()
-def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp_path):
+def test_cache_draws_from_the_plain_models_distribution(fill, teacher, tmp_path):
     """... by the seed and the number of the row: the same whoever fills the cache."""
-    fill_cache(teacher, cache_text, tmp_path, temperature=2, seed=5)
+    fill(tmp_path, temperature=2, seed=5)
     model = load(teacher)
-    for split, first, i in (("eval", 0, 3), ("train", 2**60, 0), ("train", 2**60, 39)):
+    for split, first, i in (("eval", 0, 2), ("train", 2**60, 0), ("train", 2**60, 39)):
         row = rows_of_cache(tmp_path, split)[i]
-        ids_1T = torch.from_numpy(row["input_ids"])[None]
-        cdf = (model(ids_1T).logits[0, :-1].double() / 2).softmax(-1).cumsum(-1)
+        logits = model(torch.from_numpy(row["input_ids"])[None]).logits[0, :-1].double()
+        cdf = (logits / 2).softmax(-1).cumsum(-1)
         generator = torch.Generator().manual_seed(int(sd.digest(5, first + i), 16) >> 1)
         numbers = torch.rand(len(cdf), 50, dtype=torch.float64, generator=generator)
         draws = torch.searchsorted(cdf, numbers).sort(-1).values.numpy()
@@ -3811,259 +3810,213 @@ def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp
 
 def test_cache_same_model_logs_no_kl():
     hidden, head, _ = made_up_teacher(300, 200)
-    labels = torch.zeros(200, dtype=torch.long)
-    loss = functools.partial(sd.distillation_loss, alpha=0.0, temperature=1.0)
+
+    def kl(hidden, student_head, *how):
+        labels = torch.zeros(len(hidden), dtype=torch.long)
+        sparse = Keeping(hidden, head, *how).sparse
+        return sd.distillation_loss(hidden, student_head, labels, sparse,
+                                    alpha=0.0, temperature=1.0)[2]
+
     for how in (("sample", 50), ("topk", 12), ("topk", 300)):
-        sparse, *_ = keep_and_read(hidden, head, *how)
-        assert abs(loss(hidden, head, labels, sparse)[2]) < 1e-3, how
+        assert abs(kl(hidden, head, *how)) < 1e-3, how
     # nor is the KL of what is listed and the rest ever negative, whatever the student says
-    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
-    other_head = sd.Head(head.weight + 0.3 * noise)
-    for size, i in itertools.product((1, 12, 64), range(0, 200, 4)):
-        one = hidden[i:i + 1]
-        sparse, *_ = keep_and_read(one, head, "topk", size)
-        assert loss(one, other_head, labels[:1], sparse)[2] > -1e-5
+    _, noise, _ = made_up_teacher(300, 201)
+    other_head = sd.Head(head.weight + 0.5 * noise.weight)
+    for size, one in itertools.product((1, 12, 64), hidden[::4].split(1)):
+        assert kl(one, other_head, "topk", size) > -1e-5
 
 
 # ---- training from it
 
 
 @pytest.mark.parametrize("packing", ["rows", "documents"])
-def test_cache_topk_of_everything_trains_like_online(teacher, student, tmp_path, packing):
+def test_cache_topk_of_everything_trains_like_online(
+        fill, train, teacher, student, tmp_path, packing):
     """Also where documents share rows: it knows where each begins."""
     data = write_splits(tmp_path / "data", talk(60), talk(8))
-    how = dict(seq_len=128, packing=packing)
+    how = dict(dataset=data, seq_len=128, packing=packing)
     cache, cached, online = tmp_path / "cache", tmp_path / "cached", tmp_path / "online"
-    fill_cache(teacher, data, cache, cache_method="topk", cache_top_k=9999, **how)
-    for split, rows in zip(("train", "eval"), rows_of(data, **how)):
+    fill(cache, cache_method="topk", cache_top_k=9999, **how)
+    for split, rows in zip(("train", "eval"), rows_of(**how)):
         for kept, row in zip(rows_of_cache(cache, split), rows, strict=True):
             for name in ("input_ids", "targets", "starts"):
                 assert kept[name].tolist() == row[name].tolist(), name
-    train_from_cache(student, cache, cached, seq_len=None)
-    train_from_cache(student, None, online, teacher=teacher, dataset=data, **how)
-    for name, off in (("kl_loss", 1e-3), ("ce_loss", 5e-3)):
-        for kind in ("train", "eval"):
-            key = f"{kind}/{name}"
-            assert column(cached, key) == pytest.approx(column(online, key), rel=0, abs=off)
+    train(cache_dir=cache, output_dir=cached, seq_len=None)
+    train(teacher=teacher, output_dir=online, **how)
+    for key, most in {"train/kl_loss": 1e-3, "eval/kl_loss": 1e-3, "train/ce_loss": 5e-3,
+                      "eval/ce_loss": 5e-3}.items():
+        assert column(cached, key) == pytest.approx(column(online, key), rel=0, abs=most)
     moved = distance(weights(student), final_weights(online))
     assert distance(final_weights(cached), final_weights(online)) < 0.05 * moved
 
 
-def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
+def test_cache_is_the_dataset(fill, train, teacher, chat, tmp_path):
     """What is not typed is the cache's own, also the teacher of layers:N. Teacher and data are
     gone, the cache moves: a run goes on all the same."""
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     data = shutil.copytree(chat, tmp_path / "chat")
     cache, out, again = tmp_path / "cache", tmp_path / "out", tmp_path / "again"
-    shown = fill_cache(teacher, data, cache, cache_chunk=4, temperature=2).out
-    _, index = facts_of_cache(cache)
-    every_row = rows_of_cache(cache) + rows_of_cache(cache, "eval")
-    sizes = list(map(len, chunk_files(cache).values()))
-    tokens = sum(len(row["input_ids"]) for row in every_row)
-    first = sizes[1] / sum(len(row["input_ids"]) for row in every_row[:4])
+    shown = fill(cache, teacher=teacher, dataset=data, cache_chunk=4, temperature=2).out
+    ids = [row["input_ids"] for split in ("train", "eval") for row in rows_of_cache(cache, split)]
+    tokens = sum(map(len, ids))
+    sizes = list(map(len, chunk_files(cache).values()))   # the second is the first of train
+    first = sizes[1] / sum(map(len, ids[:4]))
     assert f"cache: {first:.1f} bytes a token; about {sizes[1] * 3e-9:.3f} GB in all, " in shown
-    assert index == dict(
+    assert facts_of_cache(cache)[1] == dict(
         rows=12, tokens=tokens, bytes_per_token=sum(sizes) / tokens,
-        chunks={"train": [4, 4], "eval": [4]},
-        biggest_id=max(row["input_ids"].max() for row in every_row))
-    train_from_cache("layers:1", cache, tmp_path / "cut", seq_len=None, max_steps=1)
+        chunks={"train": [4, 4], "eval": [4]}, biggest_id=max(map(max, ids)))
+    train(student="layers:1", cache_dir=cache, output_dir=tmp_path / "cut", seq_len=None)
     shutil.rmtree(teacher)
     shutil.rmtree(data)
-    shown = train_from_cache(student, cache, out, seq_len=None, save_steps=3, eval_samples=3).out
+    shown = train(cache_dir=cache, seq_len=None, save_steps=3, eval_samples=3).out
     assert "'seq_len': 32, 'temperature': 2.0" in shown and "3 held out" in shown
     saved = json.loads((out / "config.json").read_text())
     assert (saved["seq_len"], saved["temperature"], saved["teacher"]) == (32, 2.0, str(teacher))
     before = quiet_log(out)
     moved = shutil.move(cache, tmp_path / "moved")
     shutil.rmtree(out / "final")
-    shutil.rmtree(out / "checkpoints/step-00000006")
+    shutil.rmtree(out / "checkpoints/step-00000009")
     cli("--config", out / "config.json", "--cache_dir", moved)
-    assert quiet_log(out) == before
-    train_from_cache(student, moved, again, temperature=2, eval_samples=3)
-    assert quiet_log(again) == before
+    train(cache_dir=moved, output_dir=again, temperature=2, eval_samples=3)
+    assert quiet_log(out) == quiet_log(again) == before
 
 
-def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_text, tmp_path):
-    other_tokenizer = tiny_tokenizer(roll=1)
-    other_teacher = tiny_model(tmp_path / "other_teacher", tokenizer=other_tokenizer)
-    other_student = tiny_model(tmp_path / "other_student", hidden=16, tokenizer=other_tokenizer)
+def test_cache_refuses_what_does_not_fit(full_cache, fill, train, teacher, student, text, tmp_path):
+    tokenizer = tiny_tokenizer(roll=1)
+    other = tiny_model(tmp_path / "other_teacher", tokenizer=tokenizer)
     small = tiny_model(tmp_path / "small", vocab=200, hidden=16, tokenizer=False)
-    rows = cache_rows(100)
-    rows[51]["text"] = rows[51]["text"][:-1] + "Q"
-    edited = write_jsonl(tmp_path / "edited.jsonl", rows)
-    train = functools.partial(
-        train_from_cache, out=tmp_path / "out", student=student, cache_dir=full_cache)
-    fill = functools.partial(
-        fill_cache, teacher=teacher, dataset=cache_text, cache_dir=full_cache)
+    edited = tmp_path / "edited.jsonl"
+    edited.write_text(Path(text).read_text().replace("moon", "noom", 1))
     before = chunk_files(full_cache)
-    for run, fields, message in [
-        (train, dict(temperature=3), "temperature 1.0 there, 3.0 here"),
-        (train, dict(seq_len=64), "seq_len 32 there, 64 here"),
-        (train, dict(packing="rows"), "packing 'auto' there, 'rows' here"),
-        (train, dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
-        (train, dict(student=other_student), "different tokenizers: token"),
-        (train, dict(student=small), "token 2.*200"),
-        (train, dict(cache_dir=tmp_path / "none"), "no cache"),
-        (fill, dict(temperature=2), "temperature 1.0 there, 2.0 here"),
-        (fill, dict(cache_samples=9), "size 50 there, 9 here"),
-        (fill, dict(seed=1), "seed 0 there, 1 here"),
-        (fill, dict(teacher=student), "weights .* there"),
-        (fill, dict(dataset=edited), "dataset_fingerprint .* there"),
-        (fill, dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "token 2.*200"),
+    for run, words, message in [
+        (train, "temperature=3", "temperature 1.0 there, 3.0 here"),
+        (train, "seq_len=64", "seq_len 32 there, 64 here"),
+        (train, "packing=rows", "packing 'auto' there, 'rows' here"),
+        (train, f"teacher={other}", "teacher .* there, .*other_teacher"),
+        (train, f"student={other}", "different tokenizers: token"),
+        (train, f"student={small}", "token 2.*200"),
+        (train, f"cache_dir={tmp_path}/none", "no cache"),
+        (fill, "temperature=2", "temperature 1.0 there, 2.0 here"),
+        (fill, "cache_samples=9", "size 50 there, 9 here"),
+        (fill, "seed=1", "seed 0 there, 1 here"),
+        (fill, f"teacher={student}", "weights .* there"),
+        (fill, f"dataset={edited}", "dataset_fingerprint .* there"),
+        (fill, f"teacher={small} tokenizer={teacher} cache_dir={tmp_path}/new", "token 2.*200"),
     ]:
+        fields = dict(cache_dir=full_cache) | dict(word.split("=") for word in words.split())
         refused = run(rc=2, **fields).err
-        assert re.search(message, refused), (fields, message, refused)
+        assert re.search(message, refused), (words, message, refused)
     assert chunk_files(full_cache) == before
 
 
-def test_cache_is_begun_anew_by_force_alone(
-        copy_of, teacher, student, cache_text, tmp_path, out):
+def test_cache_is_begun_anew_by_force_alone(copy_of, fill, train, teacher, tmp_path):
     """One of an older version is refused with the way out; what else lies there stays."""
     manifest, _ = facts_of_cache(copy_of)
     sd.write_json(manifest | {"format": 1}, copy_of / "manifest.json")
     thesis = copy_of / "thesis.txt"
     thesis.write_text("mine")
-    for refused in (train_from_cache(student, copy_of, out, 2),
-                    fill_cache(teacher, cache_text, copy_of, 2)):
-        assert re.search("older version.*--force_regenerate", refused.err)
+    for run in (train, fill):
+        refused = run(cache_dir=copy_of, rc=2).err
+        assert re.search("older version.*--force_regenerate", refused)
     templated = tiny_model(tmp_path / "templated", seed=1, tokenizer=tiny_tokenizer(CHATML))
     for model in (templated, teacher):   # no template is left of the one before
-        fill_cache(model, cache_text, copy_of, cache_chunk=64, force_regenerate=True)
+        fill(copy_of, teacher=model, cache_chunk=32, force_regenerate=True)
         assert len(chunk_files(copy_of)) == 4
-    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [64, 64, 51], "eval": [9]}
-    train_from_cache(student, copy_of, out)
+    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [32, 32, 7], "eval": [3]}
+    train(cache_dir=copy_of)
     assert not json.loads((copy_of / "config.json").read_text())["force_regenerate"]
     assert thesis.exists()
 
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))   # not a folder of ours
-    refused = fill_cache(teacher, cache_text, model, 2, force_regenerate=True)
+    refused = fill(templated, 2, force_regenerate=True)   # not a folder of ours
     assert "'config.json' and no .simple_distill" in refused.err
-    assert (model / "model.safetensors").exists()
+    assert os.path.exists(f"{templated}/model.safetensors")
 
 
 # ---- damage, full disks, many workers
 
 
-def is_refused(path):
-    """Reading all chunks of its split."""
-    try:
-        rows_of_cache(path.parent, path.name.split("-")[0])
-    except sd.UserError as e:
-        return str(path) in str(e)
-    return False
+def test_cache_damage_is_found_and_mended(copy_of, fill, train, tmp_path):
+    """A chunk cut short, with a single bit flipped anywhere, or of another temperature, number or
+    split, is refused by name, by training and where mode cache finishes; the command that is named
+    makes it, and only it, again."""
+    def assert_refused():
+        with pytest.raises(sd.UserError, match=re.escape(f"'{path}' is damaged or of another")):
+            rows_of_cache(copy_of)
 
-
-def test_cache_damage_is_found_and_mended(copy_of, teacher, student, cache_text, out):
-    """A chunk cut short, or with a single bit flipped anywhere, is refused by name, by training and
-    where mode cache finishes; the command that is named makes it, and only it, again."""
+    fill(tmp_path / "warm", temperature=2)
     whole = chunk_files(copy_of)
-    path = copy_of / "train-00000001.safetensors"
-    data = path.read_bytes()
+    name = "train-00000000.safetensors"
+    path = copy_of / name
+    data = whole[name]
     damages = [data[:length] for length in (0, 7, 100, len(data) // 2, len(data) - 1)]
+    damages += [chunk_files(tmp_path / "warm")[name], *list(whole.values())[:3:2]]
     body = 8 + int.from_bytes(data[:8], "little")   # where safetensors' header ends
     draw = np.random.default_rng(0)
     for position in [*draw.integers(0, body, 20), *draw.integers(body, len(data), 40)]:
         damaged = bytearray(data)
         damaged[position] ^= 1 << draw.integers(8)
         damages.append(damaged)
-    for i, content in enumerate(damages):
-        path.write_bytes(content)
-        assert is_refused(path), i
-
-    for refuse in (   # 23 steps read every row
-        functools.partial(train_from_cache, student, copy_of, out, max_steps=23),
-        functools.partial(fill_cache, teacher, cache_text, copy_of),
-    ):
+    for damaged in damages:
         path.write_bytes(damaged)
-        message = refuse(rc=2).err
+        assert_refused()
+
+    for refuse in (train, fill):
+        path.write_bytes(damaged)
+        message = refuse(cache_dir=copy_of, rc=2).err
         assert f"cache chunk '{path}' is damaged" in message
         remove, again = re.search("again: (.*)", message)[1].split("; ")
         os.remove(shlex.split(remove)[1])
         assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
         assert chunk_files(copy_of) == whole
-
-
-def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path):
-    """Of another temperature, one twice, two swapped, train in place of eval."""
-    fill_cache(teacher, cache_text, tmp_path / "warm", temperature=2)
-    names = ("train-00000000", "train-00000001", "eval-00000000")
-    first, second, held_out = (copy_of / f"{name}.safetensors" for name in names)
-    for path, foreign in ((second, tmp_path / "warm" / second.name), (second, first),
-                          (first, second), (held_out, first)):
-        content = path.read_bytes()
-        shutil.copy(foreign, path)
-        assert is_refused(path)
-        refused = fill_cache(teacher, cache_text, copy_of, 2)
-        assert f"{path}' is damaged or of another cache" in refused.err
-        path.write_bytes(content)
     manifest, _ = facts_of_cache(copy_of)   # what is said of all rows cannot be edited
     sd.write_json(manifest | {"temperature": 2.0}, copy_of / "manifest.json")
-    assert is_refused(first)
+    assert_refused()
 
 
-@pytest.mark.parametrize("name,damaged", [
-    ("manifest.json", ""), ("manifest.json", "[]"), ("manifest.json", "{}"),
-    ("manifest.json", '{"format": 2}'), ("index.json", ""), ("index.json", "{}"),
-    ("index.json", "[1]"), ("tokenizer/tokenizer.json", ""), ("tokenizer/tokenizer.json", "{}"),
-    ("tokenizer/chat_template.jinja", "another")])
-def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, out, name, damaged):
-    (copy_of / name).write_text(damaged)
-    refused = train_from_cache(student, copy_of, out, 2)
-    assert refused.err.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
-def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
-    """Files longer than a limit fail as on a full disk; the chunks that were finished go into the
-    cache when there is room."""
-    data = write_jsonl(tmp_path / "text.jsonl", cache_rows(800))
-    cache = tmp_path / "cache"
-    fill_cache(teacher, data, tmp_path / "whole", cache_chunk=64)
-    whole = chunk_files(tmp_path / "whole")
-    # one chunk is larger, and nothing else that is written
-    limit = sorted(map(len, whole.values()))[-2]
-    words = cache_words(teacher, data, cache, cache_chunk=64)
-    shown = Fork(tmp_path / "log.txt", *words, ranks=ranks, limit=limit).wait()
-    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
-    kept = chunk_files(cache)
-    assert 0 < len(kept) < len(whole) and whole == whole | kept
-    Fork(tmp_path / "log2.txt", *words, ranks=ranks).wait()
-    assert chunk_files(cache) == whole
+@pytest.mark.parametrize("damaged", [
+    "manifest.json ", "manifest.json []", "manifest.json {}", 'manifest.json {"format":2}',
+    "index.json ", "index.json {}", "index.json [1]", "tokenizer/tokenizer.json ",
+    "tokenizer/tokenizer.json {}", "tokenizer/chat_template.jinja another"])
+def test_cache_damage_beside_the_chunks_is_one_error(copy_of, train, damaged):
+    name, content = damaged.split(" ")
+    (copy_of / name).write_text(content)
+    assert train(cache_dir=copy_of, rc=2).err.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("fields", [
     {},
     dict(streaming=True),   # optional: streaming
 ])
-def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
-    """Also by several ranks, of a sharded teacher."""
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache, **fields)
-    chunks = chunk_files(cache)
-    facts = facts_of_cache(cache)
-    first, *others = [cache / name for name in list(chunks)[::2]]
-    assert len(others) > 1
-    first.rename(first.with_suffix(".tmp")).write_bytes(b"half")   # what a dead worker left
-    for path in others:
-        path.unlink()
-    words = cache_words(teacher, cache_text, cache, **fields)
-    assert "is full" in Fork(tmp_path / "log.txt", *words, ranks=2).wait()
-    assert (chunk_files(cache), facts_of_cache(cache)) == (chunks, facts)
+def test_cache_is_the_same_in_pieces(fill, cache_words, tmp_path, fields):
+    """By two ranks, of a sharded teacher. Files longer than a limit fail as on a full disk; what
+    was finished stays, the same command does the rest."""
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fill(whole, **fields)
+    chunks = chunk_files(whole)
+    run = functools.partial(
+        Fork, tmp_path / "log.txt", *cache_words(cache_dir=cache, **fields), ranks=2)
+    # one chunk is larger, and nothing else that is written
+    shown = run(limit=sorted(map(len, chunks.values()))[-2]).wait()
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
+    kept = chunk_files(cache)
+    assert 1 < len(kept) < len(chunks) and chunks == chunks | kept
+    (cache / min(kept)).unlink()
+    assert "is full" in run().wait()
+    assert (chunk_files(cache), facts_of_cache(cache)) == (chunks, facts_of_cache(whole))
 
 
-def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache_text, tmp_path):
+def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, cache_words, tmp_path):
     """... until that is gone, and stops on a signal meanwhile."""
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
     log_path = tmp_path / "log.txt"
-    words = cache_words(teacher, cache_text, copy_of)
+    words = cache_words(cache_dir=copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
         run = Fork(log_path, *words)
         while "row/s]" not in log_path.read_text():
             time.sleep(0.1)
-        run.signal(signal.SIGTERM)
-        assert "stopped" in run.wait()
+        assert "stopped" in run.signal(signal.SIGTERM).wait()
         run = Fork(log_path, *words)
         while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
@@ -4072,53 +4025,52 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     assert chunk_files(copy_of) == whole
 
 
-def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # optional: streaming
+def test_cache_of_a_stream_with_an_empty_block(fill, train, tmp_path):   # optional: streaming
     """A chunk whose conversations all lose their targets to seq_len holds no row, and is in
     nobody's way."""
     prompts = 8 * ["fox "] + 16 * ["fox " * 100] + 24 * ["fox "]
     rows = [{"prompt": prompt, "response": "jumps over"} for prompt in prompts]
     data = write_jsonl(tmp_path / "gap.jsonl", rows)
-    cache = tmp_path / "cache"
-    fill = functools.partial(fill_cache, teacher, streaming=True, eval_samples=8)
+    cache, packed = tmp_path / "cache", tmp_path / "packed"
+    how = dict(dataset=data, streaming=True, eval_samples=8, cache_chunk=16)
     for _ in range(2):
-        fill(data, cache)
+        fill(cache, **how)
     assert facts_of_cache(cache)[1]["chunks"] == {"train": [0, 16, 8], "eval": [8]}
     assert [len(row["input_ids"]) < 20 for row in rows_of_cache(cache)] == 24 * [True]
-    train_from_cache(student, cache, tmp_path / "out")
-    packed = tmp_path / "packed"
-    fill(data, packed, packing="documents")
+    train(cache_dir=cache)
+    fill(packed, packing="documents", **how)
     assert [len(row["starts"]) for row in rows_of_cache(packed)] == 12 * [2]
     write_jsonl(data, rows[:-1])   # among the first, by which a stream is known
-    assert "dataset_fingerprint" in fill(data, cache, 2).err
+    assert "dataset_fingerprint" in fill(cache, 2, **how).err
 
 
 @pytest.mark.campaign
-def test_cache_survives_a_killed_worker(teacher, tmp_path):
+def test_cache_survives_a_killed_worker(fill, cache_words, tmp_path):
     """Two workers, one killed with a claim in its hands; three more come. The same files as from
-    one that was left alone, and as from several ranks."""
+    one that was left alone."""
     data = write_jsonl(tmp_path / "text.jsonl", cache_rows(3000))
-    cache = tmp_path / "cache"
-    whole = tmp_path / "whole"
-    fill_cache(teacher, data, whole)
-    words = cache_words(teacher, data, cache)
-    workers = [spawn(*words), spawn(*words)]
-    while len(list(cache.glob("train*.safetensors"))) < 10:
-        assert workers[1].poll() is None, workers[1].stdout.read()
-        time.sleep(0.01)
-    workers[1].send_signal(signal.SIGKILL)
-    workers += [spawn(*words) for _ in range(3)]
-    shown = [worker.communicate(timeout=600)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0, 0, 0], shown
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fill(whole, dataset=data)
+    worker = functools.partial(
+        Fork, tmp_path / "log.txt", *cache_words(dataset=data, cache_dir=cache))
+    workers = [worker(), worker()]
+    while len(chunk_files(cache)) < 10:
+        assert workers[1].poll() is None
+    workers[1].signal(signal.SIGKILL)
+    workers += [worker() for _ in range(3)]
+    for run in workers:
+        shown = run.wait(600)
+    assert shown.count("is full") == 4, shown
     assert chunk_files(cache) == chunk_files(whole)
     assert facts_of_cache(cache) == facts_of_cache(whole)
 
 
-# The peak of a process is not that of the one that started it, as resource's would be.
+# Around main, which then says what it took at most.
 PEAK_MEMORY = """
-import re, sys
-import simple_distill
-assert simple_distill.main(sys.argv[1:]) == 0
-print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def main(args, run=main):
+    code = run(args)
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    return code
 """
 
 
@@ -4127,48 +4079,36 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
     {},
     dict(streaming=True),   # optional: streaming
 ])
-def test_cache_memory_is_constant(teacher, tmp_path, fields):
+def test_cache_memory_is_constant(cache_words, tmp_path, fields):
     """Ten times the rows are filled in the same memory."""
     peaks = []
     for n in (300, 3000):
         data = write_jsonl(tmp_path / f"{n}.jsonl", cache_rows(n))
-        words = cache_words(teacher, data, tmp_path / f"cache{n}", **fields)
-        process = subprocess.run(
-            [sys.executable, "-c", PEAK_MEMORY, *words], cwd=HERE, capture_output=True, text=True,
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        peaks.append(int(process.stdout.split()[-1]))
-    assert peaks[1] < 1.05 * peaks[0], peaks
+        words = cache_words(dataset=data, cache_dir=tmp_path / f"cache{n}", **fields)
+        shown = Fork(tmp_path / f"{n}.txt", *words, change=PEAK_MEMORY).wait(600)
+        peaks.append(int(shown.split()[-1]))
+    assert peaks[1] < peaks[0] + 25_000, peaks   # kB
 
 
 # ---- what it costs
 
 
 def bench_cache():
-    """A table: bytes a token, and how long a row takes on one core, with the allocator as a run
-    sets it."""
+    """A table: bytes a token, and how long a row of 512 takes on one core, with the allocator as a
+    run sets it."""
     torch.set_num_threads(1)
     sd.keep_freed_memory()
     print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
           f"{'fp16+int32':>11} {'write ms a row':>15} {'read':>6}")
-    for vocab in (32000, 151936):
-        for method, size in (("sample", 50), ("topk", 64)):
-            bench_packing(vocab, method, size)
-
-
-def bench_packing(vocab, method, size):
-    """Of a row of 512 tokens."""
-    hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
-    _, _, kept = keep_and_read(hidden, head, method, size)
-    manifest = cache_manifest(vocab, method, size)
-    ids = np.random.default_rng(0).integers(0, vocab, 512)
-    row = text_row(vocab, 512) | {"input_ids": ids}
-    data = sd.compress(sd.pack_row(row, kept))
-    best = functools.partial(timeit.repeat, repeat=9, number=1)
-    writing = min(best(lambda: sd.compress(sd.pack_row(row, kept))))
-    reading = min(best(lambda: sd.unpack_row(sd.decompress(data), manifest)))
-    print(f"{vocab:8} {method + str(size):>10} {len(kept.entries) / 511:6.1f} "
-          f"{len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
-          f"{writing * 1e3:15.2f} {reading * 1e3:6.2f}")
+    for vocab, (method, size) in itertools.product(
+            (32000, 151936), (("sample", 50), ("topk", 64))):
+        hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
+        row = Keeping(hidden, head, method, size)
+        writing, reading = [
+            min(timeit.repeat(run, repeat=9, number=1)) * 1e3 for run in (row.write, row.read)]
+        print(f"{vocab:8} {method + str(size):>10} {len(row.kept.entries) / 511:6.1f} "
+              f"{len(row.data) / 512:12.1f} {64 * 12:15} {64 * 6:11} {writing:15.2f} "
+              f"{reading:6.2f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4987,52 +4927,45 @@ PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
 REPLY_COST = 0.022                          # of 100 tokens in and 200 out
 
 
-def answer_of(provider, content, is_whole=True, **more):
+ANSWERS = {
+    "openai": """{"choices": [{
+        "finish_reason": "FINISH", "message": {"role": "assistant", "content": CONTENT}}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 200}}""",
+    "anthropic": """{
+        "content": [{"type": "text", "text": CONTENT}], "stop_reason": "FINISH",
+        "usage": {"input_tokens": 100, "output_tokens": 200}}""",
+}
+
+
+def answer_of(provider, content, finish="stop", **more):
     """The JSON of a reply; more: in place of its keys."""
-    if provider == "anthropic":
-        answer = {
-            "content": [{"type": "text", "text": content}],
-            "stop_reason": "end_turn" if is_whole else "max_tokens",
-            "usage": {"input_tokens": 100, "output_tokens": 200},
-        }
-    else:
-        answer = {
-            "choices": [{
-                "finish_reason": "stop" if is_whole else "length",
-                "message": {"role": "assistant", "content": content},
-            }],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
-        }
-    return json.dumps(answer | more).encode()
+    answer = ANSWERS[provider].replace("CONTENT", json.dumps(content)).replace("FINISH", finish)
+    return json.dumps(json.loads(answer) | more)
 
 
 def no_fault(prompt, attempt):
-    return None
+    return "ok"
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
     """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
     statuses below 500.
 
-    fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
-    is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
-    of at least as much as was billed, and of at most 1 USD, at any moment."""
-    daemon_threads = True
+    fault(prompt, attempt): how this attempt misbehaves, the status of an error, JSON that is the
+    whole answer, or a name: see ApiHandler and FAULTY_TEXTS; any other name: not at all.
+    reply(prompt): what is said otherwise. jitter: seconds before an answer, at most. reply_cost:
+    where it is set out/summary.json must tell of at least as much as was billed, and of at most 1
+    USD, at any moment."""
     request_queue_size = 200
-    summary = None
-    reply_cost = REPLY_COST
-    at_work = 0
+    at_work = jitter = reply_cost = 0
 
-    def __init__(self, fault=no_fault, reply=random_words, jitter=0):
+    def __init__(self, fault=no_fault):
         super().__init__(("127.0.0.1", 0), ApiHandler)
         self.fault = fault
-        self.reply = reply
-        self.jitter = jitter
+        self.reply = random_words
         self.lock = threading.Lock()
         self.tries = collections.Counter()    # prompt -> requests
         self.billed = collections.Counter()   # prompt -> requests that a provider would bill
-        self.seen = []                        # (body, key) of each request
         self.unpaid = []                      # (bill, spent_usd) where they are not as they should
 
     def __enter__(self):
@@ -5047,11 +4980,9 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Silent: clients get killed."""
 
     def check(self):
-        if self.summary and self.billed:
-            bill = self.billed.total() * self.reply_cost
-            spent = json.loads(self.summary.read_text())["spent_usd"]
-            if not bill <= spent + 1e-9 <= 1 + 2e-9:
-                self.unpaid.append((bill, spent))
+        bill = self.billed.total() * self.reply_cost
+        if bill and not bill <= spent() + 1e-9 <= 1 + 2e-9:
+            self.unpaid.append((bill, spent()))
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
@@ -5065,35 +4996,29 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][-1]["content"]
-        key = (self.headers["authorization"] or self.headers["x-api-key"]).split()[-1]
+        key = self.headers["x-api-key"] or self.headers["authorization"].split()[1]
         with server.lock:
             server.at_work += 1
-            server.seen.append((body, key))
+            server.seen = body, key   # the last request
             server.tries[prompt] += 1
-            fault = server.fault(prompt, server.tries[prompt])
-            server.billed[prompt] += not (isinstance(fault, int) and fault < 500)
+            fault = str(server.fault(prompt, server.tries[prompt]))
+            server.billed[prompt] += not fault.startswith("4")
             server.check()
         time.sleep(server.jitter * random.random())
-        try:
-            self.answer(prompt, fault, key)
-        finally:
-            with server.lock:
-                server.at_work -= 1
-
-    def answer(self, prompt, fault, key):
+        text = FAULTY_TEXTS.get(fault, server.reply(prompt))
+        with server.lock:
+            server.at_work -= 1
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        status = 200
+        self.send_response(int(fault) if fault.isdigit() else 200)
         data = fault
-        if isinstance(fault, int):
-            status = fault
-            data = json.dumps({"error": {"message": f"{fault} for {key}"}}).encode()
-        elif not isinstance(fault, bytes):
-            text = FAULTY_TEXTS.get(fault, self.server.reply(prompt))
+        if fault.isdigit():
+            data = json.dumps({"error": {"message": f"{fault} for {key}"}})
+        elif not fault.startswith("{"):
             provider = "anthropic" if self.path == "/v1/messages" else "openai"
-            more = {"usage": None} if fault == "no usage" else {}
-            data = answer_of(provider, text, fault != "length", **more)
-        self.send_response(status)
+            more = {"usage": None} if "usage" in fault else {}
+            data = answer_of(provider, text, fault, **more)
+        data = data.encode()
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -5116,67 +5041,74 @@ def generate_fields(folder, server, questions, provider="openai", **more):
         prompts_file=folder / "prompts.txt", output_dir=folder / "out") | more
 
 
-def run_generate(fields, rc=0, **more):
-    return cli(*flags(**fields | more), rc=rc)
-
-
-def one_error(named, fields, **more):
-    """The run fails with one line of error, which names this -> Result."""
-    result = run_generate(fields, 2, **more)
-    assert re.search(f"^error: .*{re.escape(named)}", result.err, re.MULTILINE), result.err
+def run_generate(words, named=None):
+    """named: what its one line of error names -> Result"""
+    result = cli(*words, rc=2 if named else 0)
+    assert not named or re.search(f"(?m)^error: .*{re.escape(named)}", result.err)
     return result
 
 
-def rows_of_run(folder, name):
-    return read_lines(folder / f"out/{name}.jsonl")
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The test runs in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    with ApiServer() as server:
+        yield server
 
 
-def replies_of(folder, out="out"):
+@pytest.fixture
+def ask(tmp_path, server):
+    """ask(questions, ...): a run of generate_fields, into out"""
+    def ask(*what, named=None, **more):
+        return run_generate(flags(**generate_fields(tmp_path, server, *what, **more)), named)
+
+    return ask
+
+
+def kept(out="out"):
+    return read_lines(f"{out}/train.jsonl")
+
+
+def replies(out="out"):
     """The rows of replies.jsonl, but for what a kill has left of one."""
     rows = []
-    for line in (folder / out / "replies.jsonl").read_bytes().splitlines():
+    for line in Path(out, "replies.jsonl").read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
 
-def spent_of(folder):
-    return json.loads((folder / "out/summary.json").read_text())["spent_usd"]
+def spent():
+    return sd.read_json("out/summary.json")["spent_usd"]
 
 
-def question_of(row):
-    """"Question 7: what is ...?" -> 7"""
-    return number_of(row["messages"][0]["content"])
+def prompt_of(row):
+    return row["messages"][0]["content"]
 
 
 def number_of(prompt):
+    """"Question 7: what is ...?" -> 7"""
     return int(prompt.split()[1].removesuffix(":"))
 
 
-def reasons_of(folder):
+def reasons():
     """{number of a question: why}, without what "failed: ..." goes on to say"""
-    rejected = rows_of_run(folder, "rejected")
-    return {question_of(row): row["reason"].split(":")[0] for row in rejected}
+    return {number_of(prompt_of(row)): row["reason"].split(":")[0]
+            for row in read_lines("out/rejected.jsonl")}
 
 
-def count_kept(folder):
-    return len(rows_of_run(folder, "train"))
-
-
-PASSING_FAULTS = (429, 500, 502, 503, 504, 529, "drop", "drop")
-LASTING_FAULTS = (   # the third meets none of the first 16: a run that nobody answered would end
-    "no usage", "length", b'{"choices": [{"mess', "refusal", "duplicate", "code", "empty", "loop")
+FAULTS = (   # the first 8 pass; 11 meets none of the first 16: else nobody would have been answered
+    '429,500,502,503,504,529,drop,drop,'
+    'no usage,length,{"choices": [{"mess,refusal,duplicate,code,empty,loop').split(",")
 
 
 def faults_by_chance(share):
     """-> fault of a server: this share of the prompts misbehaves, half of them at the first
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
-        chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
-        i = int(chance / share * 16)
-        if i >= 8:
-            return LASTING_FAULTS[i - 8] if i < 16 else None
-        return PASSING_FAULTS[i] if attempt == 1 else None
+        number = int(hashlib.md5(prompt.encode()).hexdigest(), 16)   # even from 0 to 2**128
+        i = int(number / share / 2**124)
+        return FAULTS[i] if i < 16 and (i >= 8 or attempt == 1) else "ok"
     return fault
 
 
@@ -5220,38 +5152,36 @@ VERDICTS = {   # a filter, None: none, and replies
         "```print(1)```\nprints it",
         "1. so:\n   ```python3\n   x = 1\n   ```",
         "```python2\nprint 1\n```\nis no Python 3",
-        "Sorry is a word of five letters.",
-        "I can't help but notice that your loop is quadratic: use a set.",
-        "I can't see a bug: it is right.",
-        "Unable to open the file: that is what the exception says.",
-        "Sorry if I repeat what you know: a trie",
-        "Sorry I missed the import; here it is: import os",
-        "As an AI pipeline, the function has three stages.",
-        "Unfortunately, the function is quadratic.",
-        "Sorry, the loop I wrote above is off by one.",
-        "I'm sorting the list first.",
-        "Not able to connect: I would check the port.",
-        "Declining is fine.",
-        "give that",          # what the prompt asks to give back, but not half of it
-        "ab " * 20,           # short: deflate needs some bytes itself
+        "give that",   # what the prompt asks to give back, but not half of it
+        "ab " * 20,    # short: deflate needs some bytes itself
+        *"""Sorry is a word of five letters.
+I can't help but notice that your loop is quadratic: use a set.
+I can't see a bug: it is right.
+Unable to open the file: that is what the exception says.
+Sorry if I repeat what you know: a trie
+Sorry I missed the import; here it is: import os
+As an AI pipeline, the function has three stages.
+Unfortunately, the function is quadratic.
+Sorry, the loop I wrote above is off by one.
+I'm sorting the list first.
+Not able to connect: I would check the port.
+Declining is fine.""".splitlines(),
     ],
-    "refusal": [
-        "I’m sorry, but I cannot help with this.",
-        "As an AI model, I do not.",
-        "I apologize, but I cannot help with that.",
-        "I can't provide that code, it is not mine to give.",
-        "I cannot fulfill this request.",
-        "I won't be able to help with this task.",
-        "I must decline.",
-        "Unfortunately, I can't do that for you today.",
-        "I'm sorry, but I can’t assist with that request.",
-        "I am very sorry, I am not able to write malware.",
-        "I’m afraid I can not comply with this request.",
-        "I apologise for the inconvenience, but I am unable to provide it.",
-        "I have to decline this one.",
-        "As an AI language model, I have no opinion.",
-        "Sorry, as an AI assistant made by X, I will not.",
-    ],
+    "refusal": """I’m sorry, but I cannot help with this.
+As an AI model, I do not.
+I apologize, but I cannot help with that.
+I can't provide that code, it is not mine to give.
+I cannot fulfill this request.
+I won't be able to help with this task.
+I must decline.
+Unfortunately, I can't do that for you today.
+I'm sorry, but I can’t assist with that request.
+I am very sorry, I am not able to write malware.
+I’m afraid I can not comply with this request.
+I apologise for the inconvenience, but I am unable to provide it.
+I have to decline this one.
+As an AI language model, I have no opinion.
+Sorry, as an AI assistant made by X, I will not.""".splitlines(),
     "code does not parse": [
         "Here:\n```python3\ndef f(:\n```",
         "Here:\r\n```py\r\ndef f(:\r\n```",
@@ -5273,107 +5203,100 @@ def test_generate_filters(verdict):
         assert sd.find_flaw("Give this back, all of it.", reply, "stop") == verdict, reply
 
 
-@pytest.mark.parametrize("size, finish_reason, verdict", [
-    (20, "stop", None),
-    (19, "stop", "empty or too short"),
-    (20, "length", "cut off"),
-    (20, "max_tokens", "cut off"),
-    (20, "model_context_window_exceeded", "cut off"),
-    (20, "refusal", "refusal"),
-    (20, "content_filter", "refusal"),
-])
-def test_generate_filters_by_size_and_what_the_server_says(size, finish_reason, verdict):
-    assert sd.find_flaw("Why?", "x" * size, finish_reason, min_chars=20) == verdict
+@pytest.mark.parametrize("finish_reason, verdict", dict(
+    stop=None, length="cut off", max_tokens="cut off", model_context_window_exceeded="cut off",
+    refusal="refusal", content_filter="refusal").items())
+def test_generate_filters_by_what_the_server_says(finish_reason, verdict):
+    assert sd.find_flaw("Why?", "x" * 20, finish_reason, min_chars=20) == verdict
+    assert sd.find_flaw("Why?", "x" * 19, "stop", min_chars=20) == "empty or too short"
 
 
 def test_generate_duplicates():
     """What a sign tells apart is no duplicate, nor is a label that fits many prompts, though they
     begin alike; what says little new is one."""
+    seen = set()
+
+    def is_new(reply, prompt="more"):
+        return not sd.find_duplicate(prompt, reply, seen)
+
+    question = "Here is a long question, and always the same, is {} prime?".format
+    for i in range(9):
+        assert is_new("yes", question(i))
+    assert not is_new("Yes", question(8))
+    assert is_new("return a < b")
+    assert is_new("return a >= b")
     code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; "
     code += random_words("code", 6)
+    assert is_new(code.format("<"))
+    assert not is_new(code.format("<"), "other")
+    assert is_new(code.format(">="))
     words = random_words("near", 400)
-    seen = set()
-    question = "Here is a long question, and always the same, is {} prime?"
-    for prompt, reply, is_new in [
-        *((question.format(i), "yes", True) for i in range(9)),
-        (question.format(8), "Yes", False),
-        ("more", "return a < b", True),
-        ("more", "return a >= b", True),
-        ("more", code.format("<"), True),
-        ("other", code.format("<"), False),
-        ("more", code.format(">="), True),
-        ("more", words, True),
-        ("more", words + " and nothing else", False),
-        ("more", words + random_words("end", 60), True),
-        ("more", " ".join(words.split()[:19]), True),   # as short, a reply is one with its prompt
-        ("more", " ".join(words.split()[:20]), False),
-    ]:
-        verdict = sd.find_duplicate(prompt, reply, seen)
-        assert verdict == (None if is_new else "duplicate"), (prompt, reply)
+    assert is_new(words)
+    assert not is_new(words + " and nothing else")
+    assert is_new(words + random_words("end", 60))
+    words = words.split()
+    assert is_new(" ".join(words[:19]))   # as short, a reply is one with its prompt
+    assert not is_new(" ".join(words[:20]))
 
 
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]},
-    {"role": "user", "content": "What is a trie?"},
-]
-OWN_ROWS = [{"prompt": "What is a heap?"}] * 2 + [
-    {"messages": CONVERSATION, "category": "explain", "more": 1}]
+HEAP = '{"prompt": "What is a heap?"}'
+TRIE = (
+    '{"category": "explain", "more": 1, "messages": [{"role": "system", "content": "Be brief."}, '
+    '{"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]}, '
+    '{"role": "user", "content": "What is a trie?"}]}')
 
 
-@pytest.mark.parametrize("provider, name, text, temperature, system", [
-    ("openai", "own.jsonl", "\n\n".join(map(json.dumps, OWN_ROWS)), 0.3, None),
-    ("anthropic", "own.json", json.dumps(OWN_ROWS), None, "Be brief.\n\nBe kind."),
+@pytest.mark.parametrize("provider, name, text, turns, more", [
+    ("openai", "own.jsonl", f"{HEAP}\n\n{HEAP}\n{TRIE}", 3, {"temperature": 0.3}),
+    ("anthropic", "own.json", f"[{HEAP}, {HEAP}, {TRIE}]", 1, {"system": "Be brief.\n\nBe kind."}),
 ])
-def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
+def test_generate_own_rows(ask, server, provider, name, text, turns, more):
     """Texts or conversations reach each provider in its form, in all kinds of files."""
-    (tmp_path / name).write_text("\ufeff" + text)
-    with ApiServer() as server:
-        run_generate(generate_fields(
-            tmp_path, server, 0, provider, prompts_file=tmp_path / name,
-            api_temperature=temperature, concurrency=1))
-    kept = rows_of_run(tmp_path, "train")
-    turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
-    assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
-    assert [row["category"] for row in kept] == ["own", "explain"]
-    body, _ = server.seen[-1]
-    assert len(body.pop("messages")) == (1 if system else 3)
-    more = {"temperature": temperature, "system": system}
-    more = {name: value for name, value in more.items() if value}
+    Path(name).write_text("\ufeff" + text)
+    ask(0, provider, prompts_file=name, api_temperature=more.get("temperature"), concurrency=1)
+    assert [[turn["content"] for turn in row["messages"][:-1]] for row in kept()] == [
+        ["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
+    assert [row["category"] for row in kept()] == ["own", "explain"]
+    body, _ = server.seen
+    assert len(body.pop("messages")) == turns
     assert body == {"model": "m", "max_tokens": 300} | more
 
 
-def test_generate_own_lines(tmp_path):
+def test_generate_own_lines(ask, server):
     """All of a .txt unless num_examples says less; a short reply may be what it wants, to a task of
     ours it is none."""
-    with ApiServer(reply=lambda prompt: "```yes```") as server:
-        fields = generate_fields(tmp_path, server, 9)
-        (tmp_path / "prompts.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
-        run_generate(fields, num_examples=2)
-        assert len(server.tries) == 2
-        run_generate(fields)
-        asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert server.tries == dict.fromkeys(asked, 1)
-        run_generate(fields, num_examples=1, prompts_file=None, categories="implement=1.0",
-                     output_dir=tmp_path / "ours/out")
-    rejected, = rows_of_run(tmp_path / "ours", "rejected")
+    server.reply = lambda prompt: "```yes```"
+    Path("own.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
+    ask(0, prompts_file="own.txt", num_examples=2)
+    assert len(server.tries) == 2
+    ask(0, prompts_file="own.txt")
+    asked = list(map(prompt_of, kept()))
+    assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+    assert server.tries == dict.fromkeys(asked, 1)
+    ask(0, num_examples=1, prompts_file=None, categories="implement=1.0", output_dir="ours")
+    rejected, = read_lines("ours/rejected.jsonl")
     assert (rejected["reason"], rejected["category"]) == ("empty or too short", "implement")
 
 
-@pytest.mark.parametrize("line", [
-    '{"prompt": 3}', '{"prompt": null}', "[]", "7", "nonsense", '{"question": 1}',
-    '{"messages": "hi"}', '{"messages": [{"role": "user"}]}',
-    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-    '{"messages": [{"role": "assistant", "content": "x"}]}',
-    '{"n": ' + "9" * 5000 + "}", "[" * 99999])
-def test_generate_bad_prompt(tmp_path, line):
+BAD_PROMPTS = """{"prompt": 3}
+{"prompt": null}
+[]
+7
+nonsense
+{"question": 1}
+{"messages": "hi"}
+{"messages": [{"role": "user"}]}
+{"messages": [{"role": "user", "content": [{"type": "image"}]}]}
+{"messages": [{"role": "assistant", "content": "x"}]}"""
+
+
+@pytest.mark.parametrize(
+    "line", [*BAD_PROMPTS.splitlines(), '{"n": ' + "9" * 5000 + "}", "[" * 99999])
+def test_generate_bad_prompt(ask, server, line):
     """Nobody is asked, and the row is named."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 0, prompts_file=tmp_path / "p.jsonl")
-        (tmp_path / "p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
-        one_error("p.jsonl', row 2: ", fields)
-        assert not server.seen
+    Path("p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
+    ask(0, prompts_file="p.jsonl", named="p.jsonl', row 2: ")
+    assert not server.tries
 
 
 # ---- replies
@@ -5383,36 +5306,35 @@ def test_generate_bad_prompt(tmp_path, line):
     "openai",
     pytest.param("anthropic", marks=pytest.mark.campaign),
 ])
-def test_generate_faults(tmp_path, provider):
+def test_generate_faults(ask, server, provider):
     """30 % faults: all prompts answered or accounted for, none twice, and the order of arrival
     changes nothing."""
-    fault = faults_by_chance(0.3)
+    server.fault = faults_by_chance(0.3)
     results = []
-    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
-        folder = tmp_path / str(concurrency)
-        with ApiServer(fault, jitter=jitter) as server:
-            out = run_generate(
-                generate_fields(folder, server, 300, provider, concurrency=concurrency)).out
-        kept = rows_of_run(folder, "train")
-        reasons = reasons_of(folder)
-        assert sorted([*map(question_of, kept), *reasons]) == list(range(300))
-        fates = collections.Counter(reasons.values())
-        assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
-                              "repetition loop", "code does not parse", "failed"}
-        fates["kept"] = len(kept)
+    for concurrency in (16, 40):
+        server.tries.clear()
+        server.jitter = concurrency / 1000
+        out = ask(300, provider, concurrency=concurrency).out
+        why = reasons()
+        assert sorted([*map(number_of, map(prompt_of, kept())), *why]) == list(range(300))
+        fates = collections.Counter(why.values())
+        assert set(fates) == set("cut off,refusal,empty or too short,duplicate,repetition loop,"
+                                 "code does not parse,failed".split(","))
+        fates["kept"] = len(kept())
         for name, count in fates.items():
-            assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
+            assert re.search(rf"\| *{name} *\| *{count} *\|", out)
         for prompt, tries in server.tries.items():
-            first = fault(prompt, 1)
-            assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
-        results.append((kept, reasons))
+            assert tries == 1 + (server.fault(prompt, 1) in FAULTS[:8]), prompt
+        results.append((kept(), why))
+        shutil.rmtree("out")
     assert results[0] == results[1]
-    assert set(kept[0]) == {
-        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-    assert kept[0]["usage"] == USAGE
+    row = results[0][0][0]
+    assert set(row) == set(
+        "messages category model usage cost finish_reason prompt_id".split())
+    assert row["usage"] == USAGE
 
 
-def test_generate_concurrency(tmp_path):
+def test_generate_concurrency(ask, server):
     """So many are in flight at once, and no more."""
     barrier = threading.Barrier(8, timeout=60)
     at_once = []
@@ -5422,221 +5344,196 @@ def test_generate_concurrency(tmp_path):
         at_once.append(server.at_work)
         return random_words(prompt)
 
-    with ApiServer(reply=reply) as server:
-        run_generate(generate_fields(tmp_path, server, 16))   # --concurrency is 8
-    assert count_kept(tmp_path) == 16
+    server.reply = reply
+    ask(16)   # --concurrency is 8
+    assert len(kept()) == 16
     assert max(at_once) == 8
 
 
-TEXT = {"type": "text", "text": random_words("text")}
 USAGE = {"prompt_tokens": 100, "completion_tokens": 200}
+CONTENTS = json.loads("""{
+    "ab": [{"text": "a"}, {"type": "text", "text": "b"}],
+    "b": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "b"}],
+    "": null}""")   # what is read of it: what the server sends
 
 
-@pytest.mark.parametrize("content, reply, odd_usage", [
-    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"], {}),
-    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"], {}),
-    (None, "", {}),
-    *(("yes", "yes", {"usage": usage}) for usage in (None, {**USAGE, "prompt_tokens": None})),
-    *(("yes", "yes", {"usage": {**USAGE, "prompt_tokens": n}}) for n in (-1, 10**30, "10")),
-])
-def test_generate_odd_answers(tmp_path, content, reply, odd_usage):
+@pytest.mark.parametrize("usage", [
+    USAGE, None, *({**USAGE, "prompt_tokens": n} for n in (None, -1, 10**30, "10"))])
+def test_generate_odd_answers(ask, server, usage):
     """Parts of text are one text; what a model thought is no part of it. Who says nonsense of
     tokens is believed to have sent the longest reply."""
-    with ApiServer(lambda *_: answer_of("openai", content, **odd_usage)) as server:
-        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
-    row, = replies_of(tmp_path)
-    assert row["messages"][1] == {"role": "assistant", "content": reply}
-    assert row["usage"] == (None if odd_usage else USAGE)
-    assert (row["cost"] > 300 * 100 / 1e6) == bool(odd_usage)
+    contents = list(CONTENTS.values())
+    server.fault = lambda prompt, _: answer_of("openai", contents[number_of(prompt)], usage=usage)
+    ask(3, concurrency=1, **PRICES)
+    for row, reply in zip(replies(), CONTENTS, strict=True):
+        assert row["messages"][1] == {"role": "assistant", "content": reply}
+        assert row["usage"] == (USAGE if usage == USAGE else None)
+        assert (row["cost"] > 300 * 100 / 1e6) == (usage != USAGE)
 
 
 # ---- money
 
 
-@pytest.mark.parametrize("faults, max_cost, worst, replies, failed", [
+@pytest.mark.parametrize("faults, worst, answers, failed", [
     # how the attempts at one prompt end; what is spent: so many worst cases, and replies
-    ([None], 1, 0, 1, False),
-    ([429, 429, None], 1, 0, 1, False),
-    (["drop", 429, None], 1, 1, 1, False),       # a refusal gives back one try, not all
-    ([500, 502, "drop", None], 1, 3, 1, False),  # whoever stands before a model may say 502
-    (["slow", None], 1, 1, 1, False),
-    (["no usage"], 1, 1, 0, False),
-    ([429] * 8, 1, 0, 0, True),
-    ([503] * 8, 1, 8, 0, True),
-    ([400], 1, 0, 0, True),
-    ([b"{"], 1, 1, 0, True),
-    (["drop"], 0.05, 1, 0, None),                # no money for another: nothing is known
-    ([], 0.03, 0, 0, None),
+    ("ok", 0, 1, False),
+    ("429 429 ok", 0, 1, False),
+    ("drop 429 ok", 1, 1, False),       # a refusal gives back one try, not all
+    ("500 502 drop ok", 3, 1, False),   # whoever stands before a model may say 502
+    ("slow ok", 1, 1, False),
+    ("no_usage", 1, 0, False),
+    ("429 " * 8, 0, 0, True),
+    ("503 " * 8, 8, 0, True),
+    ("400", 0, 0, True),
+    ("{", 1, 0, True),
+    ("drop", 1, 0, None),               # no money for another: nothing is known
+    ("", 0, 0, None),
 ])
-def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
+def test_generate_spends(ask, server, faults, worst, answers, failed):
     """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
-    with ApiServer(lambda prompt, attempt: faults[attempt - 1]) as server:
-        fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
-                                 request_timeout=0.5)
-        run_generate(fields, rc=2 if failed else 0)
-    size = 64 + len((tmp_path / "prompts.txt").read_text().strip())
-    worst_usd = (size * 20 + 300 * 100) / 1e6
-    expected = pytest.approx(worst * worst_usd + replies * REPLY_COST, abs=1e-9)
-    assert spent_of(tmp_path) == expected
-    rows = [("reason" in row, row["cost"]) for row in replies_of(tmp_path)]
+    max_cost = {"drop": 0.05, "": 0.03}.get(faults, 1)   # of one try, and of none
+    faults = faults.split()
+    server.fault = lambda prompt, attempt: faults[attempt - 1]
+    ask(1, **PRICES, max_cost=max_cost, request_timeout=0.5, named="no reply" if failed else None)
+    size = 64 + len(Path("prompts.txt").read_text().strip())
+    expected = pytest.approx(
+        worst * (size * 20 + 300 * 100) / 1e6 + answers * REPLY_COST, abs=1e-9)
+    assert spent() == expected
+    rows = [("reason" in row, row["cost"]) for row in replies()]
     assert rows == ([] if failed is None else [(failed, expected)])
     assert server.tries.total() == len(faults)
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_generate_cap(tmp_path, provider):
+def test_generate_cap(ask, server, provider):
     """At every moment: the server's bill <= spent_usd on disk <= 1.00 USD, whatever goes wrong, and
     most of it is used."""
-    with ApiServer(faults_by_chance(0.5)) as server:
-        server.summary = tmp_path / "out/summary.json"
-        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, max_cost=1,
-                                 **PRICES)
-        out = run_generate(fields).out
-        assert server.unpaid == []
-        bill = server.billed.total() * REPLY_COST
-        assert "max_cost 1" in out
-        assert 0.7 < bill <= spent_of(tmp_path) <= 1
-        answered = {row["messages"][0]["content"] for row in replies_of(tmp_path)}
-        assert 20 < len(answered) < 60
-        tries = server.tries.copy()
-        run_generate(fields)   # what late answers gave back buys some more
-        assert server.unpaid == []
-        assert (server.tries - tries).total() <= 3
-        assert not answered & set(server.tries - tries)
+    server.fault = faults_by_chance(0.5)
+    server.reply_cost = REPLY_COST
+    run = functools.partial(ask, 200, provider, concurrency=16, max_cost=1, **PRICES)
+    assert "max_cost 1" in run().out
+    assert 0.7 < server.billed.total() * REPLY_COST <= spent() <= 1
+    answered = set(map(prompt_of, replies()))
+    assert 20 < len(answered) < 60
+    server.tries.clear()
+    run()   # what late answers gave back buys some more
+    assert server.unpaid == []
+    assert len(server.tries) <= 3
+    assert not answered & set(server.tries)
 
 
-def test_generate_failed(tmp_path):
+def test_generate_failed(ask, server):
     """What failed is asked again by the same command, its cost is not forgotten, and what fails
     always stops no later run."""
     lasting = dict.fromkeys(range(4, 61, 5), 400)   # a dozen, in the second run in a row
-    passing = {5: b"{", 7: b'{"error": "x"}'}
-    faults = lasting | passing
-    with ApiServer(lambda prompt, attempt: faults.get(number_of(prompt))) as server:
-        fields = generate_fields(tmp_path, server, 60, concurrency=1, **PRICES)
-        run_generate(fields)
-        spent = spent_of(tmp_path)
-        tries = server.tries.copy()
-        assert reasons_of(tmp_path) == dict.fromkeys(faults, "failed")
-        faults = lasting
-        run_generate(generate_fields(tmp_path, server, 61, concurrency=1, **PRICES))
-    assert set(map(number_of, server.tries - tries)) == {*lasting, *passing, 60}
-    assert reasons_of(tmp_path) == dict.fromkeys(lasting, "failed")
-    assert spent_of(tmp_path) == pytest.approx(spent + 3 * REPLY_COST)
+    faults = lasting | {5: "{", 7: '{"error": "x"}'}
+    server.fault = lambda prompt, _: faults.get(number_of(prompt))
+    ask(60, concurrency=1, **PRICES)
+    before = spent()
+    assert reasons() == dict.fromkeys(faults, "failed")
+    expected = {*faults, 60}
+    faults = lasting
+    server.tries.clear()
+    ask(61, concurrency=1, **PRICES)
+    assert set(map(number_of, server.tries)) == expected
+    assert reasons() == dict.fromkeys(lasting, "failed")
+    assert spent() == pytest.approx(before + 3 * REPLY_COST)
 
 
 @pytest.mark.parametrize("provider, fault, answers, named", [
     ("openai", 401, 0, "401"),
     ("anthropic", 404, 0, "404"),
-    ("openai", b'{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
-    ("anthropic", b'{"error": {"message": "no credits"}}', 0, "no credits"),
+    ("openai", '{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
+    ("anthropic", '{"error": {"message": "no credits"}}', 0, "no credits"),
     ("openai", 400, 9, "400"),
 ])
-def test_generate_stops(tmp_path, provider, fault, answers, named):
+def test_generate_stops(ask, server, provider, fault, answers, named):
     """Where nobody was ever answered, or ten in a row are not, the run ends; what came is kept; and
     after that another setting may be tried."""
-    with ApiServer(lambda *_: fault if server.tries.total() > answers else None) as server:
-        fields = generate_fields(tmp_path, server, 50, provider, concurrency=3)
-        one_error(named, fields)
-        assert count_kept(tmp_path) == answers
-        tries = server.tries.total() - answers
-        assert 10 <= tries <= 12 if answers else tries <= 3
-        server.fault = no_fault
-        if not answers:
-            fields["api_model"] = "other"
-        run_generate(fields)
-    assert count_kept(tmp_path) == 50
+    server.fault = lambda *_: fault if server.tries.total() > answers else "ok"
+    ask(50, provider, concurrency=3, named=named)
+    assert len(kept()) == answers
+    tries = server.tries.total() - answers
+    assert 10 <= tries <= 12 if answers else tries <= 3
+    server.fault = no_fault
+    ask(50, provider, api_model="m" if answers else "other")
+    assert len(kept()) == 50
 
 
-def test_generate_time_out(tmp_path):
+def test_generate_time_out(ask, server):
     """An answer that trickles is given up like one that does not come, in words."""
-    with ApiServer(lambda prompt, attempt: "slow") as server:
-        one_error("no reply (a try has 0.4 s): TimeoutError",
-                  generate_fields(tmp_path, server, 1, request_timeout=0.2))
+    server.fault = lambda *_: "slow"
+    ask(1, request_timeout=0.2, named="no reply (a try has 0.4 s): TimeoutError")
     assert server.tries.total() == 8
 
 
-@pytest.mark.parametrize("status", [None, 429])
-def test_generate_signal(tmp_path, status):
+@pytest.mark.parametrize("status", ["ok", 429])
+def test_generate_signal(ask, server, status):
     """SIGTERM: what is in flight arrives, nothing new is asked, exit 0, also between two tries; the
     same command goes on."""
-    def stop(prompt, attempt):
+    def stop(*_):
         if server.tries.total() == 6:
             os.kill(os.getpid(), signal.SIGTERM)
             return status
 
-    with ApiServer(stop, jitter=0.05) as server:
-        fields = generate_fields(tmp_path, server, 40, concurrency=3)
-        run_generate(fields)
-        assert 5 <= count_kept(tmp_path) <= 8
-        run_generate(fields)
-        assert count_kept(tmp_path) == 40
-        assert set(server.billed.values()) == {1}
+    server.fault = stop
+    server.jitter = 0.05
+    ask(40, concurrency=3)
+    assert 5 <= len(kept()) <= 8
+    ask(40, concurrency=3)
+    assert len(kept()) == 40
+    assert set(server.billed.values()) == {1}
 
 
-# The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer,
-        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
+# Dies when it comes to this many different lines of the loop of tries, and of what writes the money
+# and the replies.
+DIES_ASKING = """
+PAUSE = 1e-4
+lines = set()
+loop = [function.__code__ for function in (
+    ask_api, Asking.change, Asking.record, read_answer, write_json, append_jsonl, read_replies,
+    write_jsonl)]
 
+def watch(frame, event, value):
+    if frame.f_code in loop:
+        lines.add((frame.f_code, frame.f_lineno))
+        if len(lines) == {number}:
+            os.kill(os.getpid(), 9)
+        return watch
 
-def kill_at(line, fields, **more):
-    """Fork; the child runs the command and is killed when it first comes to this (code, number of
-    a line) -> whether it came there."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-    def trace(frame, event, _):
-        if (frame.f_code, frame.f_lineno) == line and event == "line":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return trace if frame.f_code is line[0] else None
-
-    sys.settrace(trace)
-    try:
-        run_generate(fields, **more)
-    finally:
-        os._exit(0)
+sys.settrace(watch)
+"""
 
 
 @pytest.mark.campaign
-def test_generate_kill_at_every_line(tmp_path):
+def test_generate_killed_at_every_line(server, tmp_path):
     """kill -9 at each line of the loop of tries, with all kinds of faults: at any moment billed <=
     spent_usd <= max_cost; the same command goes on, and asks nothing twice that was answered."""
-    lines = []
-    for function in LOOP:
-        numbers = {number for *_, number in function.__code__.co_lines() if number}
-        lines += [(function.__code__, number) for number in sorted(numbers)[1:]]
-    kinds = [None, 429, 500, "drop", "no usage", b"{", 400, 502, None, None]
-
-    def fault(prompt, attempt):
-        return kinds[server.tries.total() % len(kinds)]
-
+    kinds = "ok,429,500,drop,no usage,{,400,502,ok,ok".split(",")
     tries_of_answered = {}   # as they were when the answer was there
-    missed = []   # lines to which no run came
-    importlib.import_module("openai")   # once, for all children
-    with ApiServer(fault) as server:
-        server.summary = tmp_path / "out/summary.json"
-        server.reply_cost = 1.1e-4
-        fields = generate_fields(tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1,
-                                 price_out=0.5)
-        for line in lines:
-            count = len(tries_of_answered) + 40
-            if not kill_at(line, fields, num_examples=count):
-                missed.append(f"{line[0].co_name} {line[1]}")
-            while server.at_work:
-                time.sleep(0.01)
-            server.check()
-            for row in replies_of(tmp_path):
-                prompt = row["messages"][0]["content"]
-                if "reason" not in row:
-                    tries_of_answered.setdefault(prompt, server.tries[prompt])
-        server.fault = no_fault
-        run_generate(fields)
+    server.fault = lambda *_: kinds[server.tries.total() % len(kinds)]
+    server.reply_cost = 1.1e-4
+    fields = generate_fields(
+        tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1, price_out=0.5)
+    for number in itertools.count(4):   # replies.jsonl is there
+        words = flags(**fields, num_examples=len(tries_of_answered) + 40)
+        change = DIES_ASKING.format(number=number)
+        if "what became of it" in Fork(tmp_path / f"{number}.txt", *words, change=change).wait():
+            break
+        while server.at_work:
+            time.sleep(0.01)
+        server.check()
+        for row in replies():
+            if "reason" not in row:
+                prompt = prompt_of(row)
+                tries_of_answered.setdefault(prompt, server.tries[prompt])
+    server.fault = no_fault
+    run_generate(flags(**fields))
     assert server.unpaid == []
-    assert count_kept(tmp_path) == 600
+    assert len(kept()) == 600
     assert len(tries_of_answered) > 50
-    assert tries_of_answered == {prompt: server.tries[prompt] for prompt in tries_of_answered}
-    # an outage of all eight tries, and a cap that is met, are other tests'
-    assert len(missed) < 8, missed
+    assert tries_of_answered.items() <= server.tries.items()
+    assert number > 70   # nearly all; an outage of all eight tries is another test's
 
 
 # ---- what stands in the folder
@@ -5645,181 +5542,171 @@ def test_generate_kill_at_every_line(tmp_path):
 def test_generate_half_rows(tmp_path):
     """What a kill leaves of a row is passed over, and spoils none that is written after it."""
     path = tmp_path / "replies.jsonl"
-    for tail, ids in ((b'{"prompt_id": "b"}', ["a", "b"]), (b'{"prompt_id": "\xc3', ["a"]),
-                      (b"", ["a"]), (b'{"prompt_id": "a", "n": 2}\n', ["a"])):
+    for tail, ids in ((b'{"prompt_id": "b"}', "ab"), (b'{"prompt_id": "\xc3', "a"), (b"", "a"),
+                      (b'{"prompt_id": "a", "n": 2}\n', "a")):
         path.write_bytes(b'{"prompt_id": "a", "n": 1}\n' + tail)
-        assert list(sd.read_replies(path)) == ids
+        assert "".join(sd.read_replies(path)) == ids
         sd.append_jsonl(path, {"prompt_id": "c"})
         rows = sd.read_replies(path)
-        assert list(rows) == [*ids, "c"]
+        assert "".join(rows) == ids + "c"
         assert rows["a"]["n"] == 1 + tail.endswith(b"\n")   # the last one counts
 
 
-def test_generate_file_limit(tmp_path):
+def test_generate_file_limit(ask, server, tmp_path):
     """As on a full disk: one line, all that is there is whole, and the same command goes on."""
-    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
-        server.summary = tmp_path / "out/summary.json"
-        fields = generate_fields(tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1,
-                                 price_out=1)
-        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
-        assert "error: OSError: [Errno 27]" in shown, shown
-        assert "Traceback" not in shown, shown
-        answered = {row["messages"][0]["content"]: 1 for row in replies_of(tmp_path)}
-        assert 5 < len(answered) < 30
-        run_generate(fields)
-        assert count_kept(tmp_path) == 30
-        assert answered.items() <= server.tries.items()
+    server.reply = lambda prompt: random_words(prompt, 400)
+    server.reply_cost = 3e-4
+    words = flags(**generate_fields(
+        tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1, price_out=1))
+    shown = Fork(tmp_path / "log", *words, limit=60_000).wait()
+    assert "error: OSError: [Errno 27]" in shown and "Traceback" not in shown, shown
+    answered = dict.fromkeys(map(prompt_of, replies()), 1)
+    assert 5 < len(answered) < 30
+    run_generate(words)
+    assert len(kept()) == 30
+    assert answered.items() <= server.tries.items()
+    assert server.unpaid == []
 
 
-def test_generate_other_settings(tmp_path, monkeypatch):
+def test_generate_other_settings(ask, monkeypatch):
     """What decides the rows is the same for all of a folder; where the server stands, how many are
     asked and how much may be spent is not of that kind; nor are the filters: old replies are judged
     again, and nobody is asked."""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 2))
-    with ApiServer() as server:   # at another port
-        fields = generate_fields(tmp_path, server, 3)
-        for name, there, here in (
-            ("api_model", "m", "other"), ("seed", 0, 7), ("api_temperature", None, 0.5),
-            ("max_tokens", 300, 301),
-        ):
-            one_error(f"{name} {there!r} there, {here!r} here", fields, **{name: here})
-        assert not server.tries
-        run_generate(fields, concurrency=2, price_in=1, price_out=1, max_cost=1)
-        assert count_kept(tmp_path) == 3
+    ask(2)
+    with ApiServer() as other:   # at another port
+        ask = functools.partial(ask, 3, api_base=f"http://127.0.0.1:{other.server_port}")
+        for named in ("api_model 'm' there, 'other' here", "seed 0 there, 7 here",
+                      "api_temperature None there, 0.5 here", "max_tokens 300 there, 301 here"):
+            name, *_, here, _ = named.replace("'", "").split()
+            ask(named=named, **{name: here})
+        assert not other.tries
+        ask(concurrency=2, price_in=1, price_out=1, max_cost=1)
+        assert len(kept()) == 3
         monkeypatch.setattr(sd, "is_loop", lambda reply: True)
-        run_generate(fields)
-        assert server.tries.total() == 1
-    assert count_kept(tmp_path) == 0
-    assert list(reasons_of(tmp_path).values()) == ["repetition loop"] * 3
+        ask()
+        assert other.tries.total() == 1
+    assert kept() == []
+    assert list(reasons().values()) == ["repetition loop"] * 3
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_generate_secrets(tmp_path, monkeypatch, provider):
+def test_generate_secrets(ask, server, monkeypatch, provider):
     """The key, and the password of a proxy, stand in no file and no output, wherever in a reply or
     an error a server repeats it; no escape sequence reaches the terminal."""
     key = "sk-test-0123456789abcdef"
     monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
-    odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
-    words = [None, json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
-             answer_of(provider, key + random_words("key"))]
-
-    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5]) as server:
-        fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
-        results = [*run_generate(fields)]
-        assert server.seen[0][1] == key
-        server.fault = lambda prompt, attempt: 401
-        results += one_error("401 for ***", fields, output_dir=tmp_path / "refused/out")
-    assert len(replies_of(tmp_path)) == 20
+    words = ["ok", '{"\x1b[31m' + key, 400, answer_of(provider, key + random_words("key")),
+             f'{{"choices": [{{"message": {{"content": "{key}"}}, "finish_reason": "{key}"}}]}}']
+    server.fault = lambda prompt, _: words[number_of(prompt) % 5]
+    results = [*ask(20, provider, concurrency=1)]
+    assert server.seen[1] == key
+    server.fault = lambda *_: 401
+    results += ask(1, provider, named="401 for ***", output_dir="out-refused")
+    assert len(replies()) == 20
     monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
     left_over = []
     monkeypatch.setattr(sys, "unraisablehook", left_over.append)
-    results += one_error("making a client", fields, output_dir=tmp_path / "proxy/out")
+    results += ask(1, provider, named="making a client", output_dir="out-proxy")
     gc.collect()
     assert left_over == []   # no traceback of a client that was never whole
-    results += [path.read_text() for path in tmp_path.glob("**/out/*")]
+    results += [path.read_text() for path in Path().glob("out*/*")]
     shown = "".join(map(str, results))
     assert "***" in shown
     for secret in (key, "proxy-word", "\x1b[31m"):
         assert secret not in shown
 
 
-@pytest.mark.parametrize("named, more", [
-    *(("categories", dict(categories=item)) for item in ("poetry", "debug=0", "test=nan")),
-    ("could not convert", dict(categories="test=x")),
-    ("none.txt", dict(prompts_file="none.txt")),
-    ("holds no prompt", dict(prompts_file=os.devnull)),
-    ("Connection error", {}),
-    ("--teacher", dict(provider="local", api_model=None, api_base=None)),
+@pytest.mark.parametrize("case", [
+    "categories: --categories poetry",
+    "categories: --categories debug=0",
+    "categories: --categories test=nan",
+    "could not convert: --categories test=x",
+    "none.txt: --prompts_file none.txt",
+    "holds no prompt: --prompts_file /dev/null",
+    "Connection error: ",
+    "--teacher: --provider local",
 ])
-def test_generate_errors(tmp_path, named, more):
+def test_generate_errors(tmp_path, case):
     """What no request would survive is one `error:` line."""
-    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
-                  api_base="http://127.0.0.1:9/v1")
-    one_error(named, fields, **more)
+    named, flags_ = case.split(": ")
+    words = f"--mode generate --output_dir {tmp_path}/out --num_examples 2 {flags_}"
+    if "local" not in case:
+        words += " --api_model m --api_base http://127.0.0.1:9/v1"
+    run_generate(words.split(), named)
 
 
 # ---- a model of one's own
 
 
-def local_run(out, model, questions=11, named=None, **more):
-    """-> {number of a question: (reply, usage, finish_reason)}; named: what its error names"""
-    prompts_file = out.parent / "prompts.txt"
-    prompts_file.write_text("".join(f"Question {i}: what?{'?' * i}\n" for i in range(questions)))
-    fields = dict(mode="generate", provider="local", teacher=model, max_tokens=8,
-                  prompts_file=prompts_file, output_dir=out)
-    if named:
-        return one_error(named, fields, **more)
-    run_generate(fields, **more)
-    return {
-        question_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
-        for row in replies_of(out.parent, out.name)}
+@pytest.fixture
+def ask_local(ask):
+    """ask_local(out, model, ...) -> {prompt: (reply, usage, finish_reason)}"""
+    def ask_local(out, model, questions=11, **more):
+        ask(questions, "local", teacher=model, api_model=None, api_base=None, output_dir=out,
+            **dict(max_tokens=8) | more)
+        return {prompt_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
+                for row in replies(out)}
+
+    return ask_local
 
 
-def test_generate_local(tmp_path, teacher):
+def test_generate_local(ask_local, teacher):
     """The same seed gives the same replies, whatever is beside them, after a stop, and with the
     weights on the host; another seed gives others; the end of a reply is told from a cut."""
-    whole = local_run(tmp_path / "whole", teacher, seed=3, concurrency=4)
+    whole = ask_local("whole", teacher, seed=3, concurrency=4)
     assert len(set(reply for reply, *_ in whole.values())) > 5
-    for number, (_, usage, finish_reason) in whole.items():
-        assert usage["prompt_tokens"] == 1 + len(f"Question {number}: what?\n\n") + number
+    for prompt, (_, usage, finish_reason) in whole.items():
+        assert usage["prompt_tokens"] == 1 + len(f"{prompt}\n\n")
         assert finish_reason == "stop" or usage["completion_tokens"] == 8
         assert finish_reason in ("stop", "length")
-    parts = tmp_path / "parts"
-    assert len(local_run(parts, teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
-    assert local_run(parts, teacher, seed=3, concurrency=3) == whole
-    assert local_run(tmp_path / "other", teacher, seed=4) != whole
-    likeliest = [local_run(tmp_path / name, teacher, seed=seed, api_temperature=0)
-                 for seed, name in enumerate("ab")]
+    assert len(ask_local("parts", teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
+    assert ask_local("parts", teacher, seed=3, concurrency=3) == whole
+    assert ask_local("other", teacher, seed=4) != whole
+    likeliest = [ask_local(f"{seed}", teacher, seed=seed, api_temperature=0) for seed in (0, 1)]
     assert likeliest[0] == likeliest[1] != whole
 
 
-def test_generate_local_temperature(tmp_path, teacher):
+def test_generate_local_temperature(ask_local, teacher):
     """Unset, it is that of the model's generation_config.json."""
-    model = tmp_path / "model"
-    shutil.copytree(teacher, model)
+    shutil.copytree(teacher, "model")
     sharp = transformers.GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=0)
-    sharp.save_pretrained(model)
-    unset = local_run(tmp_path / "unset", model)
-    assert unset == local_run(tmp_path / "half", teacher, api_temperature=0.5)
-    assert unset != local_run(tmp_path / "one", teacher)
+    sharp.save_pretrained("model")
+    unset = ask_local("unset", "model")
+    assert unset == ask_local("half", teacher, api_temperature=0.5)
+    assert unset != ask_local("one", teacher)
 
 
-@pytest.mark.parametrize("shape, named", [
-    (dict(cls="GPT2Config", max_position_embeddings=48), "49 positions"),
-    ({}, "nan"),
-    (dict(tokenizer=False), "no tokenizer"),
+@pytest.mark.parametrize("named, shape", [
+    ("79 positions", dict(cls="GPT2Config", max_position_embeddings=78)),
+    ("nan", {}),
+    ("no tokenizer", dict(tokenizer=False)),
 ])
-def test_generate_local_bad_models(tmp_path, shape, named):
+def test_generate_local_bad_models(ask_local, named, shape):
     """One line before anything is written; what fits into the positions is answered."""
-    model = tiny_model(tmp_path / "model", **shape)
+    model = tiny_model("model", **shape)
     if named == "nan":
         edit_weights(model, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
-    local_run(tmp_path / "out", model, 10, named, max_tokens=20)
+    assert ask_local("out", model, 10, named=named, max_tokens=20) == {}
     if "cls" in shape:
-        assert len(local_run(tmp_path / "out", model, 10, max_tokens=19)) == 10
+        assert len(ask_local("out", model, 10, max_tokens=19)) == 10
 
 
-def test_generate_local_without_an_end(tmp_path):
+def test_generate_local_without_an_end(ask_local):
     """No eos, no pad: a reply goes on to its last token."""
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = None
-    model = tiny_model(tmp_path / "endless", tokenizer=tokenizer, eos_token_id=None,
-                       pad_token_id=None)
-    replies = local_run(tmp_path / "out", model, 2)
-    assert [(usage["completion_tokens"], end) for _, usage, end in replies.values()] == [
-        (8, "length")] * 2
+    tiny_model("endless", tokenizer=tokenizer, eos_token_id=None, pad_token_id=None)
+    for _, usage, end in ask_local("out", "endless", 2).values():
+        assert (usage["completion_tokens"], end) == (8, "length")
 
 
-def test_generate_then_train(tmp_path, student):
+def test_generate_then_train(ask, student):
     """generate -> --dataset out/train.jsonl --alpha 1 -> final/"""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 60))
-    cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
-               eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
-    assert (tmp_path / "run/final/model.safetensors").exists()
+    ask(60)
+    distil("run", dataset="out/train.jsonl", alpha=1, student=student, max_steps=4, seq_len=128)
+    assert os.path.exists("run/final/model.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5827,109 +5714,88 @@ def test_generate_then_train(tmp_path, student):
 
 
 EVAL_VOCAB = 320   # of the teacher's tokenizer
-QUICK = dict(generate_comparisons=False, dtype="fp32")
+# The names are those in eval_folder, where these tests run.
+report_words = functools.partial(
+    flags, mode="eval", teacher="teacher", dataset="data.jsonl", seq_len=48, batch_size=3)
+ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
 
 
 @pytest.fixture(scope="module")
 def eval_folder(tmp_path_factory):
     """data.jsonl with text in many scripts; teacher (with a padded head), student, wide (as wide as
     the teacher, another padded head) and stranger (with another tokenizer), all random; the runs
-    run (a student of the teacher) and labels (a student of labels only)."""
+    run (a student of the teacher) and labels (a student of labels only); in found the report about
+    all of them: seven tokens are scored at once."""
     folder = tmp_path_factory.mktemp("eval")
     words = ("the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup "
              "in green pots and sleep").split()
     pick = np.random.default_rng(0)
     texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
-    write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts])
-    tokenizer = trained_tokenizer(texts, EVAL_VOCAB)
-    # So loud that their predictions are far from even and from alike.
-    for seed, (name, shape) in enumerate({
-        "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
-        "student": dict(hidden=16, vocab=EVAL_VOCAB),
-        "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
-        "stranger": dict(hidden=16, vocab=290, tokenizer=trained_tokenizer(texts[::3], 290)),
-    }.items()):
-        tiny_model(folder / name, seed=seed, **dict(tokenizer=tokenizer) | shape,
-                   num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
-                   initializer_range=0.6)
-
-    training = dict(
-        student=folder / "student", dataset=folder / "data.jsonl", seq_len=48, batch_size=3,
-        max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
-    distil(folder / "run", teacher=folder / "teacher", **training)
-    distil(folder / "labels", alpha=1, **training)
+    trained = tiny_tokenizer().train_new_from_iterator   # a token may end within a character
+    tokenizer = trained(texts, EVAL_VOCAB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_jsonl("data.jsonl", [{"text": text} for text in texts])
+        # So loud that their predictions are far from even and from alike.
+        for seed, (name, shape) in enumerate({
+            "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
+            "student": dict(hidden=16, vocab=EVAL_VOCAB),
+            "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
+            "stranger": dict(hidden=16, vocab=290, tokenizer=trained(texts[::3], 290)),
+        }.items()):
+            tiny_model(name, seed=seed, **dict(tokenizer=tokenizer) | shape,
+                       num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
+                       initializer_range=0.6)
+        train = functools.partial(
+            distil, student="student", dataset="data.jsonl", seq_len=48, batch_size=3,
+            max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
+        train("run", teacher="teacher")
+        train("labels", alpha=1)
+        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
+        cli(*report_words(output_dir="found", **ALL))
     return folder
 
 
-def trained_tokenizer(texts, vocab):
-    """A token may end within a character, as with real ones."""
-    from tokenizers import ByteLevelBPETokenizer
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        texts, vocab_size=vocab, special_tokens=["<|end|>"], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+def models_of(out):
+    return sd.read_json(f"{out}/report.json")["models"]
 
 
-def report_fields(folder, out, student, compare=(), **more):
-    return dict(
-        mode="eval", teacher=folder / "teacher", student=folder / student,
-        compare=[folder / name for name in compare] or None, output_dir=folder / out,
-        dataset=folder / "data.jsonl", seq_len=48, batch_size=3) | more
-
-
-def run_report(folder, out, student, **more):
-    """-> report.json"""
-    cli(*flags(**report_fields(folder, out, student, **more)))
-    return json.loads((folder / out / "report.json").read_text())
-
-
-ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
-
-
-@pytest.fixture(scope="module")
-def full_report(eval_folder):
-    """report.json about all models; seven tokens are scored at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
-        return run_report(eval_folder, "found", **ALL)
+@pytest.fixture
+def reported(eval_folder, monkeypatch):
+    """Of the report about all. The test runs in eval_folder."""
+    monkeypatch.chdir(eval_folder)
+    return models_of("found")
 
 
 # ---- the same figures by hand
 
 
-@pytest.fixture(scope="module")
-def held_out(eval_folder):
-    """-> tokenizer, rows, cut here once more by hand: every 20th text, joined with EOS, blocks of
-    48; the bytes of each"""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    ids = []
-    for row in read_lines(eval_folder / "data.jsonl")[19::20]:
-        ids += tokenizer(row["text"])["input_ids"] + [0]
-    rows = [ids[i:i + 48] for i in range(0, len(ids) - 1, 48)]
-    sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
-    return tokenizer, rows, np.array(sizes)
+@pytest.fixture
+def held_out(reported):
+    """-> tokenizer, ids of the rows, the bytes of each"""
+    tokenizer = transformers.AutoTokenizer.from_pretrained("teacher")
+    rows = ids_of(rows_of("data.jsonl", tokenizer, seq_len=48)[1])
+    texts = tokenizer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
+    return tokenizer, rows, np.array([len(text.encode()) for text in texts])
 
 
 @torch.no_grad()
-def logits_by_hand(model, rows):
-    """[tokens, vocabulary without padding], of all but the first of each row, and their labels"""
-    logits = [model(torch.tensor([row[:-1]])).logits[0, :, :EVAL_VOCAB] for row in rows]
-    return torch.cat(logits), torch.tensor([i for row in rows for i in row[1:]])
-
-
-def bits_of_rows(model, rows):
-    losses = [F.cross_entropy(*logits_by_hand(model, [row]), reduction="sum") for row in rows]
-    return torch.stack(losses).numpy() / math.log(2)
-
-
-@torch.no_grad()
-def states_by_layer(path, rows):
-    """-> [tokens, width] after each layer, of every token but the last of a row"""
+def by_hand(path, rows):
+    """In float64, of all tokens but the last of a row -> logits without padding [N, V], the states
+    after each layer [N, width], the bits of each row"""
     model = load(path).double()
-    by_row = [model(torch.tensor([row[:-1]]), output_hidden_states=True).hidden_states[1:]
-              for row in rows]
-    return [torch.cat(layer, 1)[0] for layer in zip(*by_row)]
+    logits, states, bits = [], [], []
+    for row in rows:
+        outputs = model(torch.tensor([row[:-1]]), output_hidden_states=True)
+        logits.append(outputs.logits[0, :, :EVAL_VOCAB])
+        states.append(outputs.hidden_states[1:])
+        nats = F.cross_entropy(logits[-1], torch.tensor(row[1:]), reduction="sum")
+        bits.append(nats / math.log(2))
+    return torch.cat(logits), [torch.cat(layer, 1)[0] for layer in zip(*states)], np.array(bits)
+
+
+def token_rows(rows):
+    return [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
 
 
 # ---- figures
@@ -5938,235 +5804,211 @@ def states_by_layer(path, rows):
 @pytest.mark.parametrize("label, name", [
     ("student", "run/final"), ("labels", "labels/final"), ("wide", "wide"), ("teacher", "teacher"),
 ])
-def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, held_out, label, name):
+def test_eval_numbers_equal_full_float64_logits(reported, held_out, label, name):
     """KL is at temperature 2, times its square."""
     _, rows, sizes = held_out
-    model, teacher, student = [
-        load(eval_folder / path).double() for path in (name, "teacher", "run/final")]
-    logits, labels = logits_by_hand(model, rows)
-    teacher_logits, _ = logits_by_hand(teacher, rows)
+    logits, _, bits = by_hand(name, rows)
+    teacher_logits, _, _ = by_hand("teacher", rows)
+    _, _, student_bits = by_hand("run/final", rows)
+    labels = torch.tensor([i for row in rows for i in row[1:]])
     confidence, top = logits.softmax(-1).max(-1)
     right = (top == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
-    kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
-    figures = full_report["models"][label]
-    for key, value in dict(
-        tokens=len(labels), accuracy=right.mean(), kl=4 * kl / len(labels),
-        agreement=(top == teacher_logits.argmax(-1)).double().mean(),
-        ece=gaps.abs().sum() / len(labels),
-    ).items():
-        assert figures[key] == pytest.approx(float(value), rel=1e-5, abs=1e-6), key
-    tokens = np.array([len(row) - 1 for row in rows])
-    bits = bits_of_rows(model, rows)
-    lead = bits_of_rows(student, rows) - bits
+    # of the calibration, weighted by tokens
+    gaps = (confidence * 15).long().bincount(right - confidence)
+    _, _, kl = dense_losses(logits, teacher_logits, labels, alpha=0, temperature=2)
+    figures = reported[label]
+    agreed = (top == teacher_logits.argmax(-1)).double()
+    expected = [len(labels), right.mean(), agreed.mean(), kl, gaps.abs().sum() / len(labels)]
+    found = [figures[key] for key in "tokens accuracy agreement kl ece".split()]
+    assert found == pytest.approx(list(map(float, expected)), rel=1e-5, abs=1e-6)
     against = figures["student_against_it"]
-    for found, expected in (
-        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), (bits, tokens)),
-        ([figures["bits"], *figures["bits_95"]], (bits, sizes)),
-        ([against["difference"], *against["interval"]], (lead, sizes)),
+    for found, *expected in (
+        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), bits,
+         np.array([len(row) - 1 for row in rows])),
+        ([figures["bits"], *figures["bits_95"]], bits, sizes),
+        ([against["difference"], *against["interval"]], student_bits - bits, sizes),
     ):
         assert list(found) == pytest.approx(sd.interval(*expected, 0), rel=1e-4, abs=1e-6)
     assert (against["verdict"] == "better") == (against["interval"][1] < 0)
 
 
-def test_eval_teacher_against_itself_and_a_worse_student(eval_folder):
+def test_eval_teacher_against_itself_and_a_worse_student(reported):
     """Also where a batch is more than there is."""
-    report = run_report(eval_folder, "self", "teacher", compare=["run/final"], batch_size=10**12,
-                        **QUICK)
-    assert report["prompts"] == []
-    models = report["models"]
-    assert models["student"]["kl"] == 0
-    assert models["student"]["agreement"] == 1
-    assert models["student"]["perplexity"] == models["teacher"]["perplexity"]
-    assert models["teacher"]["student_against_it"] == {
+    cli(*report_words(output_dir="self", student="teacher", compare="run/final",
+                      batch_size=10**12, generate_comparisons=False))
+    assert sd.read_json("self/report.json")["prompts"] == []
+    teacher, student, run = models_of("self").values()
+    assert (student["kl"], student["agreement"]) == (0, 1)
+    assert student["perplexity"] == teacher["perplexity"]
+    assert teacher["student_against_it"] == {
         "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
-    assert models["run"]["student_against_it"]["verdict"] == "worse"
-    for i, layer in enumerate(models["student"]["layers"], 1):
-        assert layer["teacher"] == layer["student"] == i <= 4
-        assert layer["cka"] == pytest.approx(1, abs=1e-9)
-        assert layer["share"] < 1e-12
+    assert run["student_against_it"]["verdict"] == "worse"
+    for i, layer in zip((1, 2, 3, 4), student["layers"], strict=True):
+        assert layer == pytest.approx(dict(student=i, teacher=i, cka=1, share=0), abs=1e-12)
 
 
-def test_eval_layers_equal_a_direct_computation(eval_folder, full_report, held_out):
+def test_eval_layers_equal_a_direct_computation(reported, held_out):
     """CKA; the share that the best affine map leaves, without the tokens that it explains."""
     _, rows, _ = held_out
-    teacher_states = states_by_layer(eval_folder / "teacher", rows)
-    states = states_by_layer(eval_folder / "run/final", rows)
-    layers = full_report["models"]["student"]["layers"]
-    assert [(layer["student"], layer["teacher"]) for layer in layers] == [(1, 2), (2, 4)]
-    for layer, x, y in zip(layers, states, teacher_states[1::2], strict=True):
+    _, teacher_states, _ = by_hand("teacher", rows)
+    _, states, _ = by_hand("run/final", rows)
+    for i, layer, x, y in zip(
+            (1, 2), reported["student"]["layers"], states, teacher_states[1::2], strict=True):
         x = x - x.mean(0)
         y = y - y.mean(0)
         missed = y - x @ torch.linalg.lstsq(x, y).solution
         share = missed.square().sum() / (len(x) - x.shape[1] - 1) / y.square().sum() * len(x)
-        assert layer["share"] == pytest.approx(share.item(), rel=1e-4)
         cka = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
-        assert layer["cka"] == pytest.approx(cka.item(), rel=1e-4)
+        expected = dict(student=i, teacher=2 * i, share=share.item(), cka=cka.item())
+        assert layer == pytest.approx(expected, rel=1e-4)
     few = torch.randn(9, 8)   # a map of 8 rows and a bias explains 9 tokens, whatever they are
     assert sd.compare_states(few, few)[0] is None
     assert sd.compare_states(few[:, :7], few)[0] > 0
 
 
-@pytest.mark.parametrize("own_bos, other_bos", [(True, False), (False, True)])
-def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, own_bos, other_bos):
-    tokenizer = tiny_tokenizer(bos=own_bos)
-    tiny_tokenizer(bos=other_bos).save_pretrained(tmp_path / "other")
-    ids = np.array([1 if own_bos else 5, *tokenizer(prose(20))["input_ids"][own_bos:]])
-    rows = [{"input_ids": ids, "targets": np.arange(len(ids)) > 0}]
-    (row,), _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
-    assert row["input_ids"].tolist() == [1 if other_bos else 0, *ids[1:]]
-    assert row["targets"].tolist() == [False] + [True] * (len(ids) - 1)
+@pytest.mark.parametrize("bos", [True, False])
+def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, bos):
+    tokenizer = tiny_tokenizer(bos=bos)
+    tiny_tokenizer(bos=not bos).save_pretrained(tmp_path / "other")
+    rows = token_rows([tokenizer(prose(20))["input_ids"]])
+    found, _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
+    ids = [0 if bos else 1, *rows[0]["input_ids"][1:]]
+    np.testing.assert_equal(found, [{**rows[0], "input_ids": np.array(ids), "starts": [0]}])
     same_rows, same = sd.rows_for(sd.Config(), str(tmp_path / "none.json"), tokenizer, rows)
     assert same_rows is rows and same is tokenizer
 
 
-def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report, held_out):
+def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(reported, held_out):
     tokenizer, rows, sizes = held_out
-    token_rows = [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
-    path = eval_folder / "stranger"
-    other_rows, other = sd.rows_for(sd.Config(), str(path), tokenizer, token_rows)
-    other_rows = [row["input_ids"].tolist() for row in other_rows]
+    found, other = sd.rows_for(sd.Config(), "stranger", tokenizer, token_rows(rows))
+    other_rows = ids_of(found)
     for row, other_row in zip(rows, other_rows, strict=True):
         assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
         assert other_row[1:].count(0) == row[1:].count(0)
-    bits = bits_of_rows(load(path).double(), other_rows).sum() / sizes.sum()
-    assert full_report["setting"]["bytes"] == sizes.sum()
-    figures = full_report["models"]["stranger"]
-    assert figures["bits"] == pytest.approx(bits, rel=1e-5)
+    *_, bits = by_hand("stranger", other_rows)
+    assert sd.read_json("found/report.json")["setting"]["bytes"] == sizes.sum()
+    figures = reported["stranger"]
+    assert figures["bits"] == pytest.approx(bits.sum() / sizes.sum(), rel=1e-5)
     assert figures["kl"] is figures["agreement"] is None
     assert figures["layers"] == []
 
 
 def test_eval_intervals_cover():
     """95 % of the intervals hold the true mean, as far as 200 trials can tell."""
-    n = 12
-    draw = torch.Generator().manual_seed(n)
+    draw = np.random.default_rng(12)
     covered = 0
     for trial in range(200):
         # sequences of many lengths, skewed losses that hang together within one
-        lengths = torch.randint(20, 60, (n,), generator=draw).double()
-        noise = 0.4 * torch.randn(n, generator=draw, dtype=torch.float64)
-        sums = lengths * 2 * (noise - 0.08).exp()   # 0.08: the mean of exp stays 1
-        _, low, high = sd.interval(sums.numpy(), lengths.numpy(), trial)
+        lengths = draw.integers(20, 60, 12)
+        noise = draw.lognormal(-0.08, 0.4, 12)   # whose mean is 1
+        _, low, high = sd.interval(2 * lengths * noise, lengths, trial)
         covered += low <= 2 <= high
     assert 180 <= covered <= 198
 
 
-def test_eval_continuations(eval_folder, full_report, held_out):
+def test_eval_continuations(reported, held_out):
     """Greedy, then sampled, after the beginnings of three rows; within the length of a row."""
     tokenizer, rows, _ = held_out
-    third = math.ceil(len(rows) / 3)
-    model = load(eval_folder / "run/final")
-    shown = (eval_folder / "found/report.md").read_text()
-    for row, prompt, texts in zip(rows[::third], full_report["prompts"],
-                                  full_report["models"]["student"]["texts"], strict=True):
+    model = load("run/final")
+    shown = Path("found/report.md").read_text()
+    for row, prompt, texts in zip(
+            rows[::math.ceil(len(rows) / 3)], sd.read_json("found/report.json")["prompts"],
+            reported["student"]["texts"], strict=True):
         assert prompt == tokenizer.decode(row[:32])
-        ids = torch.tensor(row[:32])[None]
-        new = model.generate(ids, do_sample=False, max_new_tokens=17)[0, 32:]
-        assert texts[0] == tokenizer.decode(new).split("<|end|>")[0] != texts[1]
+        new = model.generate(torch.tensor([row[:32]]), do_sample=False, max_new_tokens=17)[0, 32:]
+        assert texts[0] == tokenizer.decode(new).split("<|endoftext|>")[0] != texts[1]
         assert f"    {prompt!r}\n" in shown and f"    student: {texts[1]!r}\n" in shown
-    chat_row = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
-    assert sd.beginnings([chat_row]) == [list(range(40))]
+    a_chat = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
+    assert sd.beginnings([a_chat]) == [list(range(40))]
 
 
 # ---- files
 
 
-def test_eval_report_files(eval_folder, full_report):
+def test_eval_report_files(reported):
     """report.md shows the figures of report.json; report.png has the third model's colour in each
     of its four panels."""
-    models = full_report["models"]
-    text = (eval_folder / "found/report.md").read_text()
+    text = Path("found/report.md").read_text()
     _, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
     cells = {title.strip(): row for title, *row in lines}
     for key, title in sd.METRICS.items():
-        for figures, cell in zip(models.values(), cells[title], strict=True):
-            shown = cell.replace(", ", " ").split()[0].replace(",", "")
+        for figures, cell in zip(reported.values(), cells[title], strict=True):
+            shown, *_ = cell.replace(", ", " ").replace(",", "").split()
             value = figures[key]
             assert shown == "-" if value is None else float(shown) == pytest.approx(value, rel=6e-4)
-    ratio = models["student"]["bits"] / models["teacher"]["bits"]
+    ratio = reported["student"]["bits"] / reported["teacher"]["bits"]
     assert f"), {ratio:.4g} x" in cells["bits a byte"][1]
-    against = models["wide"]["student_against_it"]
-    low, high = against["interval"]
-    assert (f"wide: {against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): "
-            f"{against['verdict']}\n") in text
-    curves = models["student"]["curves"]
+    against = reported["wide"]["student_against_it"]
+    assert ("wide: {difference:+.4f} bits a byte ({interval[0]:+.4f} to {interval[1]:+.4f}): "
+            "{verdict}\n").format(**against) in text
+    curves = reported["student"]["curves"]
     assert [len(curves[key]) for key in list(sd.CURVES)[:5]] == [12, 12, 3, 2, 2]
 
     from matplotlib import image
-    pixels = image.imread(eval_folder / "found/report.png")[..., :3]
+    pixels = image.imread("found/report.png")[..., :3]
     orange = np.abs(pixels - np.array([0xd5, 0x5e, 0x00]) / 255).max(-1) < 0.05
-    for half in np.array_split(orange, 2):
-        for panel in np.array_split(half, 2, axis=1):
-            assert panel.sum() > 100
+    assert (orange[1:].reshape(2, 552, 2, 715).sum((1, 3)) > 100).all()   # of 1105 lines
 
 
-def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(
-        eval_folder, monkeypatch):
-    out = eval_folder / "unwritable"
-    (out / "report.png").mkdir(parents=True)
-    fields = report_fields(eval_folder, out, "run/final", **QUICK)
-    assert "no .simple_distill" in cli(*flags(**fields), rc=2).err   # nobody's file is replaced
-    (out / ".simple_distill").touch()
-    assert "report.png" in cli(*flags(**fields), rc=2).err
-    assert {"report.md", "report.json"} <= {*os.listdir(out)}
+def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(reported, monkeypatch):
+    os.makedirs("unwritable/report.png")
+    words = report_words(output_dir="unwritable", student="run/final")
+    assert "no .simple_distill" in cli(*words, rc=2).err   # nobody's file is replaced
+    Path("unwritable/.simple_distill").touch()
+    assert "report.png" in cli(*words, rc=2).err
+    assert {"report.md", "report.json"} <= {*os.listdir("unwritable")}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in cli(*flags(**fields)).out
+    assert "pip install matplotlib" in cli(*words).out
 
 
 # ---- what may be reported on
 
 
-def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(eval_folder):
+def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(reported):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    before = (eval_folder / "run/config.json").read_text()
-    perplexities = []
+    before = Path("run/config.json").read_text()
     for step in (6, 12):
-        models = run_report(eval_folder, "run", f"run/checkpoints/step-{step:08d}",
-                            compare=["run/final"], **QUICK)["models"]
-        perplexities.append(models["student"]["perplexity"])
-    final_perplexity = pytest.approx(models["run"]["perplexity"], rel=1e-5)
-    assert [perplexity == final_perplexity for perplexity in perplexities] == [False, True]
-    assert models["student"]["disk"] == 4 * models["run"]["parameters"]   # its files hold more
-    assert models["run"]["disk"] == os.path.getsize(
-        eval_folder / "run/final/model.safetensors")
-    assert len(models["student"]["curves"]["train/loss"]) == 12
-    assert (eval_folder / "run/config.json").read_text() == before
+        path = f"run/checkpoints/step-{step:08d}"
+        cli(*report_words(output_dir="run", student=path, compare="run/final"))
+        _, student, run = models_of("run").values()
+        assert math.isclose(student["perplexity"], run["perplexity"], rel_tol=1e-5) == (step == 12)
+    assert student["disk"] == 4 * run["parameters"]   # its files hold more
+    assert run["disk"] == os.path.getsize("run/final/model.safetensors")
+    assert len(student["curves"]["train/loss"]) == 12
+    assert Path("run/config.json").read_text() == before
 
-    broken = eval_folder / "broken/step-00000099"
-    shutil.copytree(eval_folder / "run/checkpoints/step-00000012", broken)
-    state = json.loads((broken / "state.json").read_text())
-    state["config"]["unheard_of"] = 1
-    del state["digest"]
-    for content in (json.dumps(state | {"digest": sd.digest(state)}), "{"):
-        (broken / "state.json").write_text(content)
-        cli(*flags(**report_fields(eval_folder, "refused", broken)), rc=2)
+    shutil.copytree(path, "broken/step-00000099")
+    state = Path("broken/step-00000099/state.json")
+    content = sd.read_json(state)
+    content["config"]["unheard_of"] = 1
+    del content["digest"]
+    for broken in (json.dumps(content | {"digest": sd.digest(content)}), "{"):
+        state.write_text(broken)
+        cli(*report_words(output_dir="refused", student="broken/step-00000099"), rc=2)
 
 
-def test_eval_same_numbers_on_two_ranks(eval_folder, full_report):
-    process = spawn(*flags(**report_fields(eval_folder, "two", **ALL, **QUICK)), nproc=2)
+def test_eval_same_numbers_on_two_ranks(reported):
+    process = spawn(*report_words(output_dir="two", **ALL), nproc=2)
     out, _ = process.communicate()
     assert process.returncode == 0, out[-2000:]
-    models = json.loads((eval_folder / "two/report.json").read_text())["models"]
-    for label, expected in full_report["models"].items():
-        figures = models[label]
-        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece",
-                    "parameters", "disk"):
+    for label, figures in models_of("two").items():
+        expected = reported.pop(label)
+        for key in "tokens perplexity bits accuracy agreement kl ece parameters disk".split():
             near = expected[key] and pytest.approx(expected[key], rel=1e-5)
-            assert figures[key] == near, (label, key)
+            assert figures[key] == near, key
         for layer, expected_layer in zip(figures["layers"], expected["layers"], strict=True):
             assert layer == pytest.approx(expected_layer, rel=1e-4)
         assert figures["texts"] == expected["texts"]
+    assert not reported
 
 
-def test_eval_refusals(eval_folder, tmp_path):
+def test_eval_refusals(reported, tmp_path):
     """Each names what is wrong: a student that is no model, damaged weights, a damaged log, prompts
     that another tokenizer would count, a held-out part of one row."""
-    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    model = shutil.copytree("student", tmp_path / "model")
     (tmp_path / "log.jsonl").write_text('{"train/loss": 1.5}\n')
     talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
-    damaged = Path(shutil.copytree(eval_folder / "student", tmp_path / "of/damaged"))
+    damaged = shutil.copytree("student", tmp_path / "of/damaged")
     os.truncate(damaged / "model.safetensors", 5000)
     for student, more, said in (
         ("nowhere", {}, "while looking for student "),
@@ -6176,8 +6018,8 @@ def test_eval_refusals(eval_folder, tmp_path):
         ("stranger", dict(dataset=talks), "plain text"),
         ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
-        fields = report_fields(eval_folder, tmp_path / "out", student, **more, **QUICK)
-        assert said in cli(*flags(**fields), rc=2).err
+        words = report_words(output_dir="refused", student=student, **more)
+        assert said in cli(*words, rc=2).err
 
 
 # --------------------------------------------------------------------------------------------------
