@@ -4321,7 +4321,7 @@ def test_served_works_where_a_teacher_does(served, teacher, student, text, tmp_p
 # ---- what goes wrong
 
 
-FAULTS = {   # of an answer: what the one line says
+WRONG_ANSWERS = {   # of an answer: what the one line says
     "bos": "for token .* came 13",
     "cut": "argument 2 is shorter",
     "few": "for token .* came 1[01]",
@@ -4348,7 +4348,7 @@ def test_served_faults_are_one_error_and_lose_nothing(
     with TeacherServer(teacher, kind) as server:
         fields = served_fields(server, tokenizer=teacher)
         fill(whole, **fields)
-        for (fault, message), first in itertools.product(FAULTS.items(), (1, 5)):
+        for (fault, message), first in itertools.product(WRONG_ANSWERS.items(), (1, 5)):
             server.numbers = itertools.count(1)
             server.fault = since(first, fault)
             monkeypatch.setattr(sd, "SILENCE", 1 if fault == "silence" else 60)
