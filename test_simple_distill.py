@@ -4175,7 +4175,7 @@ class TeacherServer(Loopback):
             listed = [i, *logp_V.topk(top_k).indices.tolist()]
             places.append([(logp_V[j].item(), j, decode([j])) for j in listed])
         if fault == "beyond":
-            places[5].append((-0.1, 999, "x"))
+            places[5][1] = (places[5][1][0], 999, "x")
         if fault == "null":
             places[5] = None
         if fault == "shifted":
