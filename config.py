@@ -538,6 +538,10 @@ def check_served(cfg):
         return
     if "cache_method" not in cfg.given:
         cfg.cache_method = "topk"
+    if cfg.teacher == "demo" != cfg.dataset and (cfg.mode == "cache" or cfg.student != "demo"):
+        cfg.teacher = "server:model"   # its only one: none is to be made for a demo
+        if cfg.student == "demo":
+            cfg.student = cfg.teacher
     wanted = {"temperature": 1.0, "divergence": "forward", "cache_method": "topk"}
     for name, value in wanted.items():
         if getattr(cfg, name) != value:

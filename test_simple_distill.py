@@ -4196,14 +4196,16 @@ class TeacherHandler(LoopbackHandler):
             threading.Event().wait(2)   # time.sleep may be none
         if isinstance(fault, int):
             return self.send({"error": {"message": f"{fault} of our own"}}, fault)
-        if self.path == "/v1/completions":
+        kind = self.server.cards[0]["owned_by"]
+        assert self.path == {"vllm": "/v1/completions", "sglang": "/generate"}[kind]
+        if kind == "vllm":
             assert body["model"] == "T" and body["max_tokens"] == 1
             places = self.server.places(body["prompt"], body["prompt_logprobs"], fault)
             answer = {"choices": [{"prompt_logprobs": [place and {
                 str(i): {"logprob": logp, "decoded_token": text} for logp, i, text in place}
                 for place in places]}]}
         else:
-            assert self.path == "/generate" and body["logprob_start_len"] == 0
+            assert body["logprob_start_len"] == 0 and body["sampling_params"]["max_new_tokens"] == 1
             places = self.server.places(body["input_ids"], body["top_logprobs_num"], fault)
             answer = {"meta_info": {
                 "input_token_logprobs": [place and place[0] for place in places],
@@ -4433,9 +4435,18 @@ def test_served_a_trainer_that_is_killed(served, student, text, tmp_path, kills)
     ("--blockwise", "blockwise is read only with no --teacher_url"),   # optional: blockwise
     ("--teacher_url http://user:secret@host/v1", "teacher_url is given more than once"),
 ])
-def test_served_knobs(words, message, capsys):
+def test_served_knobs(words, message):
     with pytest.raises(config.UserError, match=message):
         parse("--teacher_url", "http://host:8000/v1", *words.split())
+
+
+def test_served_teacher_needs_no_name(teacher, student, text, out):
+    """... and then none is made for a demo."""
+    assert parse("--teacher_url", "http://host", "--student", "s").teacher == "demo"   # the demo's
+    with TeacherServer(teacher) as server:
+        fields = served_fields(server, student=student, dataset=text, max_steps=1, teacher=None)
+        shown = distil(out, **fields).out
+    assert "demo" not in shown and "teacher: server:model" in shown
 
 
 # ---- the real thing
