@@ -1733,7 +1733,7 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
                          text=True, capture_output=True)
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
     assert found == found[:1] * 4 != [], (found, ran.stderr)
-    assert "raw rows dropped 5: {\"KeyError: 'from' among" in found[0]
+    assert "KeyError" in found[0].split("of 2500 raw rows dropped 5: {")[1]
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
@@ -2776,11 +2776,10 @@ def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, s
     assert "alpha" not in err
     assert "step 2, this run would end at 1" in refused(max_steps=1)
     for file, told in [("teacher/model.safetensors", "teacher's weights"),
-                       ("data/train.jsonl", "train '"),
-                       ("data/validation.jsonl", "held out '")]:
+                       ("data/train.jsonl", "train"), ("data/validation.jsonl", "held out")]:
         content = (tmp_path / file).read_bytes()
         flip(tmp_path / file, 1 - 4 / len(content))   # a number's last bit, a word's last letter
-        assert told in refused()
+        assert f"of a run with {told} " in refused()
         (tmp_path / file).write_bytes(content)
     distil(out, **fields, log_steps=2)   # which has no say in it
 
