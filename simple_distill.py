@@ -54,7 +54,7 @@ import traceback
 import warnings   # optional: generate
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 from unittest.mock import patch
@@ -354,7 +354,7 @@ class DenseTarget(NamedTuple):
     head: Head
 
 
-class SparseTarget(NamedTuple):
+class SparseTarget(NamedTuple):   # optional: cache
     """A teacher from the cache: some tokens with their probabilities, all others as one bucket."""
     ids: torch.Tensor       # [N, K] distinct in a row; repeated where rest is 0: their probs add up
     probs: torch.Tensor     # [N, K]
@@ -364,9 +364,9 @@ class SparseTarget(NamedTuple):
 
 def tokens_of(target, where):
     """The same tokens of a DenseTarget, of a SparseTarget or of None."""
-    if isinstance(target, DenseTarget):
-        return target._replace(hidden=target.hidden[where])
-    return target and SparseTarget(*[tensor[where] for tensor in target])
+    if isinstance(target, SparseTarget):   # optional: cache
+        return SparseTarget(*[tensor[where] for tensor in target])
+    return target and target._replace(hidden=target.hidden[where])
 
 
 def as_head(head):
@@ -444,7 +444,8 @@ def jsd_terms(p, log_q_over_p, q, *weights):
     return student_part + teacher_part, grad
 
 
-def sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight):
+def sparse_kl_terms(   # optional: cache
+        z, p, total, target, p_weight_from_ce, kl_weight):
     """Forward KL to a SparseTarget, the rest of the mass as one bucket on both sides.
 
     KL = -sum of q * log(p) - rest * log(rest_p) - entropy, with sums over the listed entries and
@@ -489,7 +490,7 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
     if target is None:
         kl = torch.zeros_like(ce)
         grad = p.mul_(p_weight_from_ce)
-    elif isinstance(target, SparseTarget):
+    elif isinstance(target, SparseTarget):   # optional: cache
         kl, grad = sparse_kl_terms(z, p, total, target, p_weight_from_ce, kl_weight)
     elif divergence == "mse":   # optional: blockwise
         # in KL's place the mean square of the difference between the logits; T is 1
@@ -635,7 +636,7 @@ def distillation_loss(student_hidden, student_head, labels, teacher, *, alpha, t
     student = as_head(student_head)
     vocab = len(student.weight[:vocabulary])
     teacher_scaling = None
-    if not isinstance(teacher, SparseTarget | None):
+    if teacher and len(teacher) == 2:   # hidden states and head
         teacher = DenseTarget(teacher[0], as_head(teacher[1]))
         teacher_scaling = teacher.head[2:]
         vocab = len(teacher.head.weight[:vocab])
@@ -1118,7 +1119,8 @@ class Batch:
     positions: torch.Tensor   # [N] of the counted tokens in the flattened batch
     labels: torch.Tensor      # [N] their next tokens, on the host
     real: torch.Tensor        # those of all tokens but padding: where block-wise compares states
-    sparse: Any = None        # SparseTarget of the counted tokens, when training from a cache
+    # of the counted tokens, when training from a cache   # optional: cache
+    sparse: Optional[SparseTarget] = None   # optional: cache
     # [B, T] where rows hold several documents: they restart at each, which keeps attention within
     # it (see hidden_states). None: 0, 1, 2, ...
     position_ids: Any = None
@@ -1137,16 +1139,18 @@ def collate(rows):
     # a rank for whom no row is left takes part all the same, with padding: its place is 0
     ids_BT, targets_BT, places_BT = pad_sequence(
         tables or [torch.zeros(2, 3).long()]).permute(2, 1, 0).contiguous()
-    sparse = [to_device(torch.from_numpy(np.concatenate(arrays))) for arrays in
-              zip(*[row["sparse"] for row in rows if "sparse" in row])]
-    return Batch(
+    batch = Batch(
         rows=rows, input_ids=to_device(ids_BT),
         positions=to_device(targets_BT.flatten().nonzero().flatten() - 1),
         labels=pin(ids_BT[targets_BT > 0]),
-        real=to_device(places_BT.flatten().nonzero().flatten()),
-        sparse=SparseTarget(*sparse) if sparse else None,
-        position_ids=to_device((places_BT - 1).clamp(0))
-        if any(len(row["starts"]) > 1 for row in rows) else None)
+        real=to_device(places_BT.flatten().nonzero().flatten()))
+    if any(len(row["starts"]) > 1 for row in rows):
+        batch.position_ids = to_device((places_BT - 1).clamp(0))
+    if rows and "sparse" in rows[0]:   # optional: cache
+        batch.sparse = SparseTarget(*[
+            to_device(torch.from_numpy(np.concatenate(arrays)))
+            for arrays in zip(*[row["sparse"] for row in rows])])
+    return batch
 
 
 def pin(tensor):
@@ -1507,7 +1511,9 @@ def teacher_targets(teacher):
     model, a SparseTarget where rows come from a cache, None at alpha 1."""
     @torch.no_grad()
     def targets_of(batch):
-        return teacher(counted_hidden, batch) if teacher else batch.sparse
+        if teacher:
+            return teacher(counted_hidden, batch)
+        return batch.sparse   # optional: cache
 
     return targets_of
 
@@ -1569,10 +1575,11 @@ def documents_first_and_second(model, vocab):
     return states_2TD[0], states_2TD[1].roll(3, 0)
 
 
-# ---- the writer of texts
+# ---- the writer of texts   # optional: on_policy generate eval
 
 
-def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
+def write_texts(   # optional: on_policy generate eval
+        root, prompts, seeds, rooms, temperature, ends, vocabulary):
     """-> [ids that the model writes after each prompt, with the end mark]: at most rooms[i] of
     them; at temperature 0 the likeliest, else by random numbers of its own (seeds[i]). What a row
     says depends neither on the rows beside it nor on how many ranks there are. Each rank comes with
@@ -1591,13 +1598,14 @@ def write_texts(root, prompts, seeds, rooms, temperature, ends, vocabulary):
     return texts
 
 
-def pad_left(prompts):
+def pad_left(prompts):   # optional: on_policy generate eval
     """-> ids, attention mask, both [B, T]: all texts begin in the same column."""
     ids_BT = pad_sequence([torch.as_tensor(ids) for ids in prompts], True, -1, "left").long()
     return to_device(ids_BT.clamp(0)), to_device((ids_BT >= 0).long())
 
 
-def draw_ids(generators, temperature, vocabulary, _, logits_BV):
+def draw_ids(   # optional: on_policy generate eval
+        generators, temperature, vocabulary, _, logits_BV):
     """A logits processor that leaves one id a row, drawn from softmax(logits / temperature): the
     one at which the sum of probabilities passes a number from (0, 1]."""
     logits_BV = logits_BV[:, :vocabulary]   # from there on it is padding
@@ -1610,7 +1618,8 @@ def draw_ids(generators, temperature, vocabulary, _, logits_BV):
     return torch.zeros_like(sums_BV).scatter_(-1, ids_B1, 1.0)
 
 
-def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
+def generate_ids(   # optional: on_policy generate eval
+        model, ids_BT, mask_BT, new, ends, draw):
     """Runs inside a root: -> new ids [B, N]. Rows that have ended are padded."""
     # no top_k or penalty of its own
     with patch.object(model, "generation_config", transformers.GenerationConfig()):
@@ -1619,14 +1628,14 @@ def generate_ids(model, ids_BT, mask_BT, new, ends, draw):
             pad_token_id=0, synced_gpus=False, logits_processor=[draw])[:, ids_BT.shape[1]:]
 
 
-def end_ids(model, tokenizer):
+def end_ids(model, tokenizer):   # optional: on_policy generate eval
     """Of generation config (one, several, or None) and tokenizer."""
     ends = np.ravel(model.generation_config.eos_token_id)
     return {*ends.tolist(), tokenizer.eos_token_id} - {None}
 
 
-@contextlib.contextmanager
-def gathered(root):
+@contextlib.contextmanager   # optional: on_policy generate eval
+def gathered(root):   # optional: on_policy generate eval
     """All parameters gathered once, for as long as this lasts. Meanwhile FSDP's hooks, which would
     gather and drop each layer at each token, are off: without gradients they do nothing else."""
     with contextlib.ExitStack() as hooks_off:
@@ -1942,7 +1951,7 @@ class Stage:
     # the field of Batch that the loss is a mean over: labels, or, where blocks are matched, real
     mean_over: str = "labels"
     # [(parameters, max norm), ...] before that   # optional: blockwise
-    clipped_alone: list = field(default_factory=list)   # optional: blockwise
+    clipped_alone: list = dataclasses.field(default_factory=list)   # optional: blockwise
 
     @property
     def end(self):
@@ -1959,7 +1968,7 @@ class Progress:
     first_scores: dict = None               # held-out scores before training
     wandb_id: str = None
     # what a mode of its own wants to keep   # optional: blockwise on_policy
-    notes: dict = field(default_factory=dict)   # optional: blockwise on_policy
+    notes: dict = dataclasses.field(default_factory=dict)   # optional: blockwise on_policy
 
 
 @dataclass
@@ -2421,8 +2430,9 @@ def finish(run):
         with saving(run):
             save_model(run.student, run.tokenizer, final, compute_dtype(run.cfg),
                        model_card(run, results), run.saved_digest)
-        print0(f"\n{results}\n{sample_in_words(run)}\n\ndone in {run.steps} steps, "
-               f"{describe_peak()}: {final}")
+        print0(f"\n{results}\n")
+        print0(sample_in_words(run))   # optional: on_policy generate eval
+        print0(f"\ndone in {run.steps} steps, {describe_peak()}: {final}")
     if run.save_problem:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
                         f"{run.save_problem}; mend that, then run it again without --resume")
@@ -2443,12 +2453,12 @@ def closing_table(run):
     return table(["held out", "perplexity", "KL to teacher"], rows)
 
 
-def sample_in_words(run):
+def sample_in_words(run):   # optional: on_policy generate eval
     room = min(48, run.cfg.seq_len // 2)   # a table of positions may end there
     ids = run.eval_rows[0]["input_ids"][:room].tolist()
     text, = write_texts(run.student, [ids], [0], [room], 0,
                         end_ids(run.student.model, run.tokenizer), run.vocabulary)
-    return f"\nsample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
+    return f"sample: {run.tokenizer.decode(ids)!r}\n     -> {run.tokenizer.decode(text)!r}"
 
 
 def model_card(run, results):

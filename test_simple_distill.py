@@ -1292,18 +1292,18 @@ def test_losses_beyond_the_common_vocabulary_heads_are_cut(student, teacher, voc
     assert off(got, exact(inputs, vocabulary=80, **options)) < 2e-6
 
 
-def in_buckets(logits, ids):
+def in_buckets(logits, ids):   # optional: cache
     """Log-probabilities of ids, and of all others as one bucket."""
     logp = logits.log_softmax(-1)
     rest = logp.scatter(-1, ids, -1e300).logsumexp(-1, keepdim=True)
     return torch.cat([logp.gather(-1, ids), rest], -1)
 
 
-@pytest.mark.parametrize("k, repeats, size", [
+@pytest.mark.parametrize("k, repeats, size", [   # optional: cache
     (1, 1, 2), (8, 1, 2), (97, 2, 2),   # what is listed twice adds up
     (40, 1, 20)])   # down to exp(-60) of the student's mass where the teacher has most of its own
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(
+@pytest.mark.parametrize("temperature", [1.0, 3.0])   # optional: cache
+def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(   # optional: cache
         k, repeats, size, temperature):
     """Listed is what the student likes. It is pulled to the rest however little it has there."""
     inputs = case(masked=0, size=size)
@@ -1764,7 +1764,7 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
                          text=True, capture_output=True)
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
     assert found == found[:1] * 4 != [], (found, ran.stderr)
-    assert "raw rows dropped 5: {\"KeyError: 'from' among" in found[0]
+    assert "KeyError" in found[0].split("of 2500 raw rows dropped 5: {")[1]
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
@@ -2495,10 +2495,11 @@ def test_models_that_compute_something_else_are_refused(group, tmp_path, case, r
         assert cfg.attention in (None, root.model.config._attn_implementation)
 
 
-# ---- the writer
+# ---- the writer   # optional: on_policy generate eval
 
 
-def test_models_a_text_fills_its_room_or_ends(group, student):
+def test_models_a_text_fills_its_room_or_ends(   # optional: on_policy generate eval
+        group, student):
     """At temperature 0 as model.generate writes it, with nothing beside it; afterwards FSDP is at
     work again."""
     root = loaded(student)
@@ -2808,11 +2809,10 @@ def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, s
     assert "alpha" not in err
     assert "step 2, this run would end at 1" in refused(max_steps=1)
     for file, told in [("teacher/model.safetensors", "teacher's weights"),
-                       ("data/train.jsonl", "train '"),
-                       ("data/validation.jsonl", "held out '")]:
+                       ("data/train.jsonl", "train"), ("data/validation.jsonl", "held out")]:
         content = (tmp_path / file).read_bytes()
         flip(tmp_path / file, 1 - 4 / len(content))   # a number's last bit, a word's last letter
-        assert told in refused()
+        assert f"of a run with {told} " in refused()
         (tmp_path / file).write_bytes(content)
     distil(out, **fields, log_steps=2)   # which has no say in it
 
@@ -7103,7 +7103,8 @@ RECORD = """
 import hashlib
 
 def loss_recorded(model, batch, targets, *args, unrecorded=distil_loss, **objective):
-    tensors = [batch.input_ids, batch.labels, *(batch.sparse or ())]
+    tensors = [batch.input_ids, batch.labels]
+    tensors += batch.sparse or ()   # optional: cache
     content = b"".join(tensor.double().numpy().tobytes() for tensor in tensors)
     with open(f"batches{RANK}", "a") as f:
         f.write(hashlib.sha256(content).hexdigest() + chr(10))
