@@ -3284,14 +3284,16 @@ def open_server(row, cfg, tokenizer):
     import openai
     client = openai.OpenAI(base_url=cfg.teacher_url, timeout=SILENCE,
                            api_key=os.environ.get("OPENAI_API_KEY", "none"))
-    with phase(f"choosing --teacher {cfg.teacher}, or the only model, at {cfg.teacher_url}"):
-        models = client.models.list().data
-        model, = [model for model in models if cfg.teacher in (model.id, model.root)] or models
-    manifest = {"served": [model.id, model.root], "vocabulary": vocabulary_of(tokenizer),
-                "method": "topk", "size": cfg.cache_top_k, "codes": 256}
-    advice = (f"of each token but the first it has to list {cfg.cache_top_k} and the token itself "
+    advice = (f"at each token but the first it has to list {cfg.cache_top_k} and the token itself "
               f"(vllm serve MODEL --max-logprobs {cfg.cache_top_k} --no-enable-prefix-caching; "
               "sglang's --disable-radix-cache)")
+    with phase(f"trying --teacher {cfg.teacher}, or the only model, at {cfg.teacher_url}; "
+               f"{advice}"):
+        models = client.models.list().data
+        model, = [model for model in models if cfg.teacher in (model.id, model.root)] or models
+        manifest = {"served": [model.id, model.root], "vocabulary": vocabulary_of(tokenizer),
+                    "method": "topk", "size": cfg.cache_top_k, "codes": 256}
+        ask_row(client, model, manifest, row, tokenizer)
 
     def ask(rows, first, manifest):
         deadline = time.time() + PATIENCE
@@ -3306,8 +3308,6 @@ def open_server(row, cfg, tokenizer):
                 print0(f"asking {cfg.teacher_url} again: {one_line(e)}")
                 time.sleep(5)
 
-    with phase(f"trying teacher {model.id}: {advice}"):
-        ask_row(client, model, manifest, row, tokenizer)
     return ask, manifest
 
 

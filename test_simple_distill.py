@@ -4370,7 +4370,7 @@ def test_served_refuses_a_teacher_that_is_not_ours(teacher, out, text, student):
         server.cards.append(dict.fromkeys(server.cards[0], "another"))
         assert "of the ids read as in our tokenizer" in distil(out, 2, **fields).err
         refused = distil(out, 2, **fields | dict(teacher="U")).err
-        assert "choosing --teacher U" in refused and "too many values" in refused
+        assert "trying --teacher U" in refused and "too many values" in refused
     assert "APIConnectionError" in distil(out, 2, **fields).err
 
 
