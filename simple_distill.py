@@ -4321,10 +4321,10 @@ LEGEND = (
 )
 AGAINST = "- student against {}: {difference:+.4f} bits a byte ({:+.4f} to {:+.4f}): {verdict}"
 PANELS = {   # of the picture: title, x
-    "Training, nats a token: CE, KL (dotted), held-out CE (markers)": "step",
-    "Layers against the teacher's: share unexplained, CKA (dotted)": "layer",
-    "Quality against size: bits a byte, held out, and 95 %": "parameters",
-    "Reliability: share right": "confidence",
+    "Training\nnats a token: CE, KL (dotted), held-out CE (markers)": "step",
+    "Layers against the teacher's\nshare unexplained, CKA (dotted)": "layer",
+    "Quality against size\nbits a byte, held out, and 95 %": "parameters",
+    "Reliability\nshare right": "confidence",
 }
 CURVES = {   # panel, line; o is the model's marker
     "train/ce_loss": (0, "-"), "train/kl_loss": (0, ":"), "eval/ce_loss": (0, "o"),
@@ -4401,12 +4401,12 @@ def score(cfg, root, reference, rows, vocabulary, what):
     -> sums a sequence [rows, 6]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
     its T^2), confidence (p of the top-1); and sums a bin of that [BINS, 3]: tokens, hits, it."""
     sums = torch.zeros(len(rows) + BINS, 6, dtype=torch.float64)   # of sequences, then of bins
-    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
     for numbers, batch in held_out(rows, cfg.batch_size, what):
         said = root(counted_hidden, batch)
         reference_said = reference(counted_hidden, batch)
         row_N = numbers.start + WORLD * (batch.positions.cpu() // batch.input_ids.shape[1])
-        for part_C in torch.arange(len(row_N)).split(chunk):
+        # six fp32 [C, V] at a time
+        for part_C in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocabulary))):
             logits_CV = head_logits(*tokens_of(said, part_C), vocabulary)
             reference_CV = head_logits(*tokens_of(reference_said, part_C), vocabulary)
             labels_C = batch.labels[part_C].to(DEVICE)
@@ -4501,9 +4501,9 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
         rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
         limit = max(len(row["input_ids"]) for row in rows)
         check_model(root, f"{label} {name!r}", limit, packed=False)
-    same = own_tokenizer is tokenizer
+    same = own_tokenizer is tokenizer or None   # None: what needs one vocabulary is unknown
     teacher = teacher or root
-    reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
+    reference = teacher if same else root
     layers = []
     with evaluating(teacher), evaluating(root):
         sums, bins = score(
@@ -4514,15 +4514,15 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
-    memory = torch.cuda.max_memory_allocated() - allocated or None
     parameters = root.model.num_parameters()
     # a hub name, or a checkpoint, whose files hold more than the weights: as saved
     disk = sum(file.stat().st_size for file in Path(name).glob("model*.safetensors"))
-    disk = disk or parameters * compute_dtype(cfg).itemsize
-    figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
+    figures = dict(name=name, same_tokenizer=same, parameters=parameters,
+                   disk=disk or parameters * compute_dtype(cfg).itemsize,
+                   memory=torch.cuda.max_memory_allocated() - allocated or None,
                    layers=layers, sums=sums, bins=bins, curves=curves, **trial)
     figures["own"] = score_own_texts(   # optional: on_policy
-        cfg, root, teacher if same else None, tokenizer, rows)
+        cfg, root, same and teacher, tokenizer, rows)
     return root, figures
 
 
@@ -4562,12 +4562,12 @@ def judge_models(models, sizes, seed):
             verdict = "better"
         elif low > 0:
             verdict = "worse"
-        same = figures.pop("same_tokenizer")   # what needs one vocabulary
+        same = figures.pop("same_tokenizer")
         bins = figures["bins"]
         layers = figures["layers"]
         figures.update(
             tokens=int(tokens), accuracy=right / tokens,
-            agreement=agreed / tokens if same else None, kl=kl / tokens if same else None,
+            agreement=same and agreed / tokens, kl=same and kl / tokens,
             ece=sum(abs(hits - p) for _, hits, p in bins) / tokens,
             student_against_it=dict(difference=difference, interval=[low, high], verdict=verdict))
         figures["curves"].update(
@@ -4582,7 +4582,7 @@ def judge_models(models, sizes, seed):
 def draw_report(path, models):
     """Markers tell models apart in grey too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    figure = Figure(figsize=(13, 10), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
     for panel, (title, x) in zip(panels, PANELS.items()):
         panel.set(title=title, xlabel=x)
@@ -4599,7 +4599,7 @@ def draw_report(path, models):
         quality.semilogx([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
                          color=f"C{i}", label=label)
     figure.legend(loc="outside lower center", ncols=len(models))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def show_number(x):
@@ -4615,7 +4615,7 @@ def show_figure(figures, teacher, key):
     if key + "_95" in figures:
         low, high = map(show_number, figures[key + "_95"])
         shown += f" ({low} to {high})"
-    if figures is not teacher and teacher[key] and value is not None:   # the teacher's KL is 0
+    if figures is not teacher and teacher[key] and value:   # the teacher's KL is 0
         shown += f", {show_number(value / teacher[key])} x"
     return shown
 
@@ -4632,13 +4632,12 @@ def write_report(folder, setting, models, prompts):
             for key, title in METRICS.items()]
     lines += ["", table(["", *models], rows), f"\nOf {setting}. {LEGEND}\n"]
     print0("\n".join(lines))
-    lines.append("![report.png: training, layers, quality against size, reliability](report.png)\n")
+    lines.append("![report.png: training, layers, quality against size, reliability](report.png)")
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
-        lines.append(f"## Greedy, then sampled, after\n\n    {prompt!r}\n")
+        lines.append(f"\n## Greedy, then sampled, after\n\n    {prompt!r}\n")
         for label, figures in models.items():
             lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
-        lines.append("")
-    Path(folder, "report.md").write_text("\n".join(lines), encoding="utf-8")
+    Path(folder, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
     write_json(dict(setting=setting, models=models, prompts=prompts), f"{folder}/report.json")
     try:
         draw_report(f"{folder}/report.png", models)
