@@ -3631,9 +3631,10 @@ def initialize_head(run, multipliers):
 
 
 def batches_by_student(run, batches):
-    """The same endless batches, but a share of on_policy of them holds what the student writes
-    after their prompts. It writes when the loop asks for the batch: by the weights that it has
-    then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
+    """The same endless batches, but a share of on_policy of them, drawn by seed and step alone,
+    holds what the student writes after their prompts. It writes when the loop asks for the batch:
+    by the weights that it has then, not ahead, as rows are read. Block-wise phases before the last
+    one keep their rows."""
     for micro, position in batches:
         draw = int(digest("on policy", run.cfg.seed, run.progress.step), 16)   # of 64 bits
         if draw < run.cfg.on_policy * 2**64 and run.stage is run.stages[-1]:
@@ -4397,7 +4398,8 @@ def beginnings(rows):
 
 
 def score(cfg, root, reference, rows, vocabulary, what):
-    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut. As
+    compare_layers, it is called within evaluating().
     -> sums a sequence [rows, 6]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
     its T^2), confidence (p of the top-1); and sums a bin of that [BINS, 3]: tokens, hits, it."""
     sums = torch.zeros(len(rows) + BINS, 6, dtype=torch.float64)   # of sequences, then of bins
