@@ -3631,19 +3631,15 @@ def initialize_head(run, multipliers):
 
 
 def batches_by_student(run, batches):
-    """The same endless batches, but a share of on_policy of them holds what the student writes
-    after their prompts. It writes when the loop asks for the batch: by the weights that it has
-    then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
+    """The same endless batches, but a share of on_policy of them, drawn by seed and step alone,
+    holds what the student writes after their prompts. It writes when the loop asks for the batch:
+    by the weights that it has then, not ahead, as rows are read. Block-wise phases before the last
+    one keep their rows."""
     for micro, position in batches:
-        drawn = is_on_policy(run.cfg.on_policy, run.cfg.seed, run.progress.step)
-        if drawn and run.stage is run.stages[-1]:
+        draw = int(digest("on policy", run.cfg.seed, run.progress.step), 16)   # of 64 bits
+        if draw < run.cfg.on_policy * 2**64 and run.stage is run.stages[-1]:
             micro = write_batches(run, micro)
         yield micro, position
-
-
-def is_on_policy(share, seed, step):
-    """A draw that depends on seed and step alone."""
-    return int(digest("on policy", seed, step), 16) < share * 16**16
 
 
 def write_batches(run, micro):
@@ -3670,11 +3666,9 @@ def rows_by_student(cfg, root, tokenizer, rows, step, numbers):
     seeds = [int(digest("text", cfg.seed, step, number), 16) for number in numbers]
     texts = write_texts(root, prompts, seeds, rooms, cfg.on_policy_temperature,
                         end_ids(root.model, tokenizer), vocabulary_of(tokenizer))
-    written = []
-    for prompt, text in zip(prompts, texts):
-        targets = np.repeat([False, True], [len(prompt), len(text)])
-        written.append({"input_ids": np.array(prompt + text), "targets": targets, "starts": [0]})
-    return written
+    return [{"input_ids": np.array(prompt + text),
+             "targets": np.repeat([False, True], [len(prompt), len(text)]),
+             "starts": [0]} for prompt, text in zip(prompts, texts)]
 
 
 def prompt_of(row, cfg):
@@ -3721,9 +3715,8 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     loss_fn = functools.partial(
         distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
         vocabulary=vocabulary_of(tokenizer))
-    divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size,
-                                    "labels", "evaluating own texts")
-    return divergence
+    return mean_over_rows(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size, "labels",
+                          "evaluating own texts")[0]
 
 
 def check_writer(cfg, student, teacher, tokenizer):
@@ -3736,8 +3729,8 @@ def check_writer(cfg, student, teacher, tokenizer):
         probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
               "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
               writing_error, ids_1T)
-    theirs = load_tokenizer(cfg, cfg.teacher)
-    ends = end_ids(student.model, tokenizer) | end_ids(teacher.model, theirs or tokenizer)
+    theirs = end_ids(teacher.model, load_tokenizer(cfg, cfg.teacher) or tokenizer)
+    ends = end_ids(student.model, tokenizer) | theirs
     student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
 
@@ -3748,7 +3741,7 @@ def writing_error(model, ids_1T):
     drawn_from = []
 
     def record(_, logits_BV):
-        drawn_from.append(logits_BV.clone())
+        drawn_from.append(logits_BV)
         return logits_BV
 
     prompts = pad_left([range(3), range(8)])   # on the host, as texts are
@@ -4328,17 +4321,16 @@ LEGEND = (
     "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
 AGAINST = "- student against {}: {difference:+.4f} bits a byte ({:+.4f} to {:+.4f}): {verdict}"
-PANELS = (   # of the picture: title, x, y
-    ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
-    ("Layers against the teacher's", "layer", "share unexplained, CKA (dotted)"),
-    ("Quality against size", "parameters", "bits a byte, held out, and 95 %"),
-    ("Reliability", "confidence", "share right"),
-)
+PANELS = {   # of the picture: title, x
+    "Training\nnats a token: CE, KL (dotted), held-out CE (markers)": "step",
+    "Layers against the teacher's\nshare unexplained, CKA (dotted)": "layer",
+    "Quality against size\nbits a byte, held out, and 95 %": "parameters",
+    "Reliability\nshare right": "confidence",
+}
 CURVES = {   # panel, line; o is the model's marker
     "train/ce_loss": (0, "-"), "train/kl_loss": (0, ":"), "eval/ce_loss": (0, "o"),
     "unexplained": (1, "o-"), "CKA": (1, "o:"), "reliability": (3, "o-"),
 }
-STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # of models
 
 
 # ---- which models, and the rows of each
@@ -4367,8 +4359,7 @@ def read_losses(name):
     path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
     text = path.read_text("utf-8") if path.is_file() else ""
     losses = collections.defaultdict(list)
-    for line in text.split("\n")[:-1]:   # a run may be writing its last one
-        entry = json.loads(line)
+    for entry in map(json.loads, text.split("\n")[:-1]):   # a run may be writing its last one
         for key, value in entry.items():
             if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
                 losses[key].append((entry[f"{key.split('/')[0]}/step"], value))
@@ -4392,67 +4383,65 @@ def rows_for(cfg, name, tokenizer, rows):
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other.eos_token or "")
-        ids = np.array([*begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        ids = np.array([*begin, *other.encode(text, add_special_tokens=False)])
         retokenized.append(dict(input_ids=ids, targets=np.arange(len(ids)) > 0, starts=[0]))
     return retokenized, other
 
 
 def beginnings(rows):
     """Of three rows (fewer where there are fewer): up to the first target, and at least 32 ids."""
-    places = range(0, len(rows), math.ceil(len(rows) / 3))
-    return [rows[i]["input_ids"][:max(32, rows[i]["targets"].argmax())].tolist() for i in places]
+    return [row["input_ids"][:max(32, row["targets"].argmax())].tolist()
+            for row in rows[::math.ceil(len(rows) / 3)]]
 
 
 # ---- one model: scores, layers, speed
 
 
 def score(cfg, root, reference, rows, vocabulary, what):
-    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut. As
+    compare_layers, it is called within evaluating().
     -> sums a sequence [rows, 6]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
     its T^2), confidence (p of the top-1); and sums a bin of that [BINS, 3]: tokens, hits, it."""
     sums = torch.zeros(len(rows) + BINS, 6, dtype=torch.float64)   # of sequences, then of bins
-    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
-    with evaluating(reference), evaluating(root):
-        for numbers, batch in held_out(rows, cfg.batch_size, what):
-            hidden_ND, head = root(counted_hidden, batch)
-            reference_ND, reference_head = reference(counted_hidden, batch)
-            row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
-            row_N = row_B[batch.positions.cpu() // batch.input_ids.shape[1]]
-            for part_C in torch.arange(len(row_N)).split(chunk):
-                logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
-                reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
-                labels_C = batch.labels[part_C].to(DEVICE)
-                best, top = logits_CV.max(-1)
-                log_total = logits_CV.logsumexp(-1)
-                logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
-                logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
-                terms_C6 = torch.stack([
-                    torch.ones_like(best),
-                    log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
-                    top == labels_C,
-                    top == reference_CV.argmax(-1),
-                    torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
-                    (best - log_total).exp(),
-                ], 1).double().cpu()
-                sums.index_add_(0, row_N[part_C], terms_C6)
-                bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
-                sums.index_add_(0, len(rows) + bin_C, terms_C6)
+    for numbers, batch in held_out(rows, cfg.batch_size, what):
+        said = root(counted_hidden, batch)
+        reference_said = reference(counted_hidden, batch)
+        row_N = numbers.start + WORLD * (batch.positions.cpu() // batch.input_ids.shape[1])
+        # six fp32 [C, V] at a time
+        for part_C in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocabulary))):
+            logits_CV = head_logits(*tokens_of(said, part_C), vocabulary)
+            reference_CV = head_logits(*tokens_of(reference_said, part_C), vocabulary)
+            labels_C = batch.labels[part_C].to(DEVICE)
+            best, top = logits_CV.max(-1)
+            log_total = logits_CV.logsumexp(-1)
+            logp, logq = [torch.log_softmax(z_CV / cfg.temperature, -1)
+                          for z_CV in (logits_CV, reference_CV)]
+            terms_C6 = torch.stack([
+                torch.ones_like(best),
+                log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
+                top == labels_C,
+                top == reference_CV.argmax(-1),
+                torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
+                (best - log_total).exp(),
+            ], 1).double().cpu()
+            sums.index_add_(0, row_N[part_C], terms_C6)
+            bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
+            sums.index_add_(0, len(rows) + bin_C, terms_C6)
     dist.all_reduce(sums, group=HOST)
     return sums[:-BINS].numpy(), sums[-BINS:, [0, 2, 5]].tolist()
 
 
 def layer_outputs(model, batch):
     """Runs inside a root: [N, D] of the counted tokens after each layer."""
-    outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
-    _, *states = outputs.hidden_states   # the first is of the embeddings
+    _, *states = model.base_model(   # the first is of the embeddings
+        batch.input_ids, use_cache=False, output_hidden_states=True).hidden_states
     return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
 def compare_layers(root, teacher, batch):
     """How much each layer of a student tells of the teacher's layer at its depth."""
-    with evaluating(teacher), evaluating(root):
-        states = root(layer_outputs, batch)
-        teacher_states = teacher(layer_outputs, batch)
+    states = root(layer_outputs, batch)
+    teacher_states = teacher(layer_outputs, batch)
     layers = []
     for i, x_ND in enumerate(states):   # a student may be the deeper one here
         j = max(0, teacher_layer(i, len(states), len(teacher_states)))
@@ -4485,23 +4474,24 @@ def try_out(root, tokenizer, rows, batch_size, limit):
     """-> tokens a second, and [greedy, sampled] continuations of each beginning. limit: how long a
     row may become."""
     def write(prompts, new, temperature=0.0):
-        """-> new tokens a second, the texts up to the end mark; but always written in full."""
+        """-> seconds, ids: in full, whatever ends in them."""
         rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
         start = time.time()
-        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(), vocabulary)
-        speed = sum(rooms) / (time.time() - start)
-        eos = tokenizer.eos_token or "\0"
-        return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
+                          vocabulary_of(tokenizer))
+        return time.time() - start, ids
 
-    vocabulary = vocabulary_of(tokenizer)
     prompts = beginnings(rows)
     _, greedy = write(prompts, NEW_TOKENS)
     _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
-    batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
-    rows_a_second, _ = max(write(batch, 1) for _ in range(3))
-    generation, _ = max(write(prompts[:1], NEW_TOKENS) for _ in range(3))
-    return dict(prefill=rows_a_second * sum(map(len, batch)) / len(batch), generation=generation,
-                texts=list(zip(greedy, sampled)))
+    eos = tokenizer.eos_token or "\0"
+    texts = [[text.split(eos)[0] for text in tokenizer.batch_decode(pair)]
+             for pair in zip(greedy, sampled)]
+    batch = [row["input_ids"] for row in rows[:batch_size]]
+    reading, _ = min(write(batch, 1) for _ in range(3))
+    writing, _ = min(write(prompts[:1], NEW_TOKENS) for _ in range(3))
+    return dict(prefill=sum(map(len, batch)) / reading, generation=len(greedy[0]) / writing,
+                texts=texts)
 
 
 def measure_model(cfg, label, name, teacher, tokenizer, rows):
@@ -4513,28 +4503,28 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
         rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
         limit = max(len(row["input_ids"]) for row in rows)
         check_model(root, f"{label} {name!r}", limit, packed=False)
-    same = own_tokenizer is tokenizer
+    same = own_tokenizer is tokenizer or None   # None: what needs one vocabulary is unknown
     teacher = teacher or root
-    reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-    sums, bins = score(
-        cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
-    print0(f"layers of {label}, then what it writes, by the clock ...")
+    reference = teacher if same else root
     layers = []
-    if reference is not root:   # on the same rows on every rank
-        layers = compare_layers(
-            root, teacher, collate(list(itertools.islice(rows, 8192 // cfg.seq_len + 1))))
+    with evaluating(teacher), evaluating(root):
+        sums, bins = score(
+            cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
+        print0(f"layers of {label}, then what it writes, by the clock ...")
+        if reference is not root:   # on the same rows on every rank
+            layers = compare_layers(root, teacher, collate(rows[:8192 // cfg.seq_len + 1]))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
-    memory = torch.cuda.max_memory_allocated() - allocated or None
     parameters = root.model.num_parameters()
     # a hub name, or a checkpoint, whose files hold more than the weights: as saved
     disk = sum(file.stat().st_size for file in Path(name).glob("model*.safetensors"))
-    disk = disk or parameters * compute_dtype(cfg).itemsize
-    figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
+    figures = dict(name=name, same_tokenizer=same, parameters=parameters,
+                   disk=disk or parameters * compute_dtype(cfg).itemsize,
+                   memory=torch.cuda.max_memory_allocated() - allocated or None,
                    layers=layers, sums=sums, bins=bins, curves=curves, **trial)
     figures["own"] = score_own_texts(   # optional: on_policy
-        cfg, root, teacher if same else None, tokenizer, rows)
+        cfg, root, same and teacher, tokenizer, rows)
     return root, figures
 
 
@@ -4549,13 +4539,12 @@ def interval(top, bottom, seed):
     middle = top.sum() / bottom.sum()
     off = []
     for _ in range(2000):
-        picks = rng.integers(0, n, n)
+        picks = rng.choice(n, n)
         off.append(top[picks].sum() / bottom[picks].sum() - middle)
     # The bootstrap's variance is (n - 1) / n of what it estimates; t's 97.5 % point with n - 1
     # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
-    low, high = middle + widen * np.quantile(off, (0.025, 0.975))
-    return middle, low, high
+    return middle, *(middle + widen * np.quantile(off, (0.025, 0.975)))
 
 
 def judge_models(models, sizes, seed):
@@ -4575,12 +4564,12 @@ def judge_models(models, sizes, seed):
             verdict = "better"
         elif low > 0:
             verdict = "worse"
-        same = figures.pop("same_tokenizer")   # what needs one vocabulary
+        same = figures.pop("same_tokenizer")
         bins = figures["bins"]
         layers = figures["layers"]
         figures.update(
             tokens=int(tokens), accuracy=right / tokens,
-            agreement=agreed / tokens if same else None, kl=kl / tokens if same else None,
+            agreement=same and agreed / tokens, kl=same and kl / tokens,
             ece=sum(abs(hits - p) for _, hits, p in bins) / tokens,
             student_against_it=dict(difference=difference, interval=[low, high], verdict=verdict))
         figures["curves"].update(
@@ -4593,27 +4582,26 @@ def judge_models(models, sizes, seed):
 
 
 def draw_report(path, models):
-    """Shades and markers tell models apart in grey too."""
+    """Markers tell models apart in grey too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    figure = Figure(figsize=(13, 10), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
-    for panel, (title, x, y) in zip(panels, PANELS):
-        panel.set(title=title, xlabel=x, ylabel=y)
+    for panel, (title, x) in zip(panels, PANELS.items()):
+        panel.set(title=title, xlabel=x)
     _, layers, quality, reliability = panels
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    quality.set_xscale("log")
-    reliability.plot([0, 1], [0, 1], color="0.85")
+    layers.locator_params("x", integer=True)
+    reliability.plot([0, 1], "0.85")
     for i, (label, figures) in enumerate(models.items()):
-        color, marker = STYLES[i % len(STYLES)]
+        marker = "sD^o"[i % 4]
         for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                panels[panel].plot(*zip(*points), line.replace("o", marker), color=color)
+                panels[panel].plot(*zip(*points), line.replace("o", marker), color=f"C{i}")
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
-        quality.plot([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
-                     color=color, label=label)
+        quality.semilogx([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
+                         color=f"C{i}", label=label)
     figure.legend(loc="outside lower center", ncols=len(models))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def show_number(x):
@@ -4629,7 +4617,7 @@ def show_figure(figures, teacher, key):
     if key + "_95" in figures:
         low, high = map(show_number, figures[key + "_95"])
         shown += f" ({low} to {high})"
-    if figures is not teacher and teacher[key] and value is not None:   # the teacher's KL is 0
+    if figures is not teacher and teacher[key] and value:   # the teacher's KL is 0
         shown += f", {show_number(value / teacher[key])} x"
     return shown
 
@@ -4637,25 +4625,21 @@ def show_figure(figures, teacher, key):
 def write_report(folder, setting, models, prompts):
     """The beginning of report.md, verdicts and the table, is printed too. The picture comes last:
     what it is made from stands by then."""
-    lines = [f"# {models['student']['name']}: the report", ""]
+    lines = [f"# {models['student']['name']}: the report\n"]
     for label, figures in models.items():
         against = figures["student_against_it"]
         if label != "student":
             lines.append(AGAINST.format(label, *against["interval"], **against))
-    rows = []
-    for key, title in METRICS.items():
-        cells = [show_figure(figures, models["teacher"], key) for figures in models.values()]
-        rows.append([title, *cells])
-    settings = ", ".join(f"{key} {value}" for key, value in setting.items())
-    lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
+    rows = [[title, *[show_figure(figures, models["teacher"], key) for figures in models.values()]]
+            for key, title in METRICS.items()]
+    lines += ["", table(["", *models], rows), f"\nOf {setting}. {LEGEND}\n"]
     print0("\n".join(lines))
-    lines += ["![report.png: training, layers, quality against size, reliability](report.png)", ""]
+    lines.append("![report.png: training, layers, quality against size, reliability](report.png)")
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
-        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
+        lines.append(f"\n## Greedy, then sampled, after\n\n    {prompt!r}\n")
         for label, figures in models.items():
             lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
-        lines.append("")
-    Path(folder, "report.md").write_text("\n".join(lines), encoding="utf-8")
+    Path(folder, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
     write_json(dict(setting=setting, models=models, prompts=prompts), f"{folder}/report.json")
     try:
         draw_report(f"{folder}/report.png", models)
@@ -4669,14 +4653,14 @@ def report(cfg):
     if cfg.student == "demo":   # none was named
         names["student"] = f"{cfg.output_dir}/final"
     for path in cfg.compare:   # under the names of their folders
-        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
+        label = Path(path.rstrip("/").removesuffix("/final")).name
         names[path if label in names else label] = path
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
             with phase(f"looking for {label} {name}"):
                 AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.teacher, names["student"])
-    _, rows = load_data(cfg, tokenizer)
+    rows = list(load_data(cfg, tokenizer)[1])
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
                         "or lower --seq_len")
