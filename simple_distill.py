@@ -3797,7 +3797,6 @@ THINGS = (
 TRAITS = (
     "thread-safe memory-bounded streaming resumable strict pluggable lazy minimal configurable"
 ).split()
-# Python is the first: the code shown is Python, so nothing is translated to it
 LANGUAGES = "Python C C++ C# Go Java JavaScript Kotlin PHP Ruby Rust Swift TypeScript".split()
 LEVELS = [
     "I am new to programming.", "I program every day.", "I am an expert, so go deep.",
@@ -3845,7 +3844,7 @@ def compose_prompt(category, function, rng):
     # is extended would not find its own again.
     bugs = [right for right in BUGS if right in function]
     bug = rng.choice(bugs) if bugs else None
-    language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
+    language = rng.choice(LANGUAGES[category == "translate":])   # not to the first, Python
     trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
 
     code = function
@@ -3980,8 +3979,8 @@ def plain_words(text):
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
-    parts = (data, data[-1000:])   # the end shows a reply that only ended in one
-    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in parts)
+    # the end shows a reply that only ended in one
+    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:]))
 
 
 def is_broken_code(reply):
@@ -4040,14 +4039,13 @@ MAX_COUNT = 10_000_000   # tokens: who says that a reply had more says nothing
 
 @dataclass
 class Asking:
-    """What this run has spent, and why to stop."""
+    """What was spent, and what may make the run stop."""
     cfg: Config
     rows: dict            # by prompt_id, of earlier runs; none where nobody was ever answered
     spent_usd: float      # of all runs, with what is set aside for tries in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
     patience: int         # more prompts that may fail in a row
-    error: str = ""       # why no other request would fare better
 
     def change(self, job, change_usd):
         job.cost += change_usd
@@ -4058,19 +4056,18 @@ class Asking:
         """said: {"reply", "finish_reason", "usage"}, or {"reason": why there is none}"""
         if said.get("usage"):   # else nobody knows, and the worst case stays
             self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
-        model = self.cfg.api_model or self.cfg.teacher
-        if "reason" in said:
-            # what failed in an earlier run may always fail: it must not stop each later one
-            self.patience -= job.prompt_id not in self.rows
-            if self.patience < 0:
-                self.error = f"{self.cfg.provider}, model {model}: {said['reason']}"
-        else:
+        if "reply" in said:
             self.patience = 9
             job.messages.append({"role": "assistant", "content": said.pop("reply")})
-        row = vars(job) | {"model": model} | said
+        else:   # what failed in an earlier run may always fail: it must not stop each later one
+            self.patience -= job.prompt_id not in self.rows
+        row = vars(job) | {"model": self.cfg.api_model or self.cfg.teacher} | said
         del row["worst_usd"]
         append_jsonl(f"{self.cfg.output_dir}/replies.jsonl", row)
         self.bar.update()
+        if self.patience < 0:   # no other request would fare better
+            self.stop_requests.append(1)
+            raise UserError(f"{self.cfg.provider}, model {row['model']}: {row['reason']}")
 
 
 def api_key(cfg):
@@ -4121,37 +4118,38 @@ def read_answer(cfg, text):
     }
 
 
-async def ask_api(asking, sdk, client, job):
-    """Try until there is an answer -> what record takes; None: no more may be asked."""
+async def ask_api(asking, sdk, client, to_ask):
+    """A worker. to_ask: what all of them take their jobs from; each is tried until there is an
+    answer."""
     cfg = asking.cfg
     path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
-    said = None
-    for number in range(8):
-        pause = PAUSE * (2**number // 2)   # 0, 1, 2, 4, ..., and not all at once
-        await asyncio.sleep(pause * random.uniform(0.7, 1))
-        too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
-        if asking.error or asking.stop_requests or too_much:
-            return None
-        asking.change(job, job.worst_usd)
-        answer = ""
-        try:
-            # the text: a server may say what the SDK's types would hide. wait_for: the SDK's own
-            # time-out is one of each read, which a trickle never meets
-            request = client.post(path, cast_to=str, body=request_body(cfg, job.messages))
-            answer = hide_key(cfg, await asyncio.wait_for(request, cfg.request_timeout))
-            return read_answer(cfg, answer)
-        except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
-            if isinstance(e, sdk.APIStatusError) and e.status_code < 500:
-                asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
-            words = hide_key(cfg, f"{one_line(e, MAX_COUNT)} {answer}")[:300]
-            words = str(UserError(   # as a terminal may show it
-                f"no reply (a try has {cfg.request_timeout:g} s): {words}"))
-            asking.bar.set_postfix_str(words)
-            said = {"reason": f"failed: {words}"}
-            if not isinstance(e, (TimeoutError, sdk.APIConnectionError, sdk.RateLimitError,
-                                  sdk.InternalServerError)):
-                break   # it would not pass
-    return said
+    for job in to_ask:
+        for number in range(8):
+            # after 0, 1, 2, 4, ..., 64 seconds, and not all at once
+            await asyncio.sleep(PAUSE * (2**number // 2) * random.uniform(0.7, 1))
+            too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
+            if asking.stop_requests or too_much:
+                return
+            asking.change(job, job.worst_usd)
+            answer = ""
+            try:
+                # as text: a server may say what the SDK's types would hide. Its own time-out is
+                # one of each read, which a trickle never meets
+                request = client.post(path, cast_to=str, body=request_body(cfg, job.messages))
+                answer = hide_key(cfg, await asyncio.wait_for(request, cfg.request_timeout))
+                said = read_answer(cfg, answer)
+                break
+            except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
+                if isinstance(e, sdk.APIStatusError) and e.status_code < 500:
+                    asking.change(job, -job.worst_usd)   # free. All else may be on the bill
+                words = hide_key(cfg, f"no reply (a try has {cfg.request_timeout:g} s): "
+                                      f"{one_line(e, MAX_COUNT)} {answer}")[:340]
+                said = {"reason": f"failed: {UserError(words)}"}   # as a terminal may show it
+                asking.bar.set_postfix_str(said["reason"])
+                if not isinstance(e, (TimeoutError, sdk.APIConnectionError, sdk.RateLimitError,
+                                      sdk.InternalServerError)):
+                    break   # it would not pass
+        asking.record(job, said)
 
 
 async def ask_all_api(asking, jobs):
@@ -4164,20 +4162,12 @@ async def ask_all_api(asking, jobs):
             max_retries=0,   # ask_api tries again, because it knows about money
             # of its own making, it has a destructor that fails where its making failed
             http_client=sdk.DefaultAsyncHttpxClient())
-    to_ask = iter(jobs)   # of all workers
-
-    async def work():
-        for job in to_ask:
-            said = await ask_api(asking, sdk, client, job)
-            if said is None:
-                break
-            asking.record(job, said)
-
+    to_ask = iter(jobs)
     async with client:
-        workers = [work() for _ in jobs[:cfg.concurrency]]
-        ends = await asyncio.gather(*workers, return_exceptions=True)   # all that is paid is kept
-    for error in filter(None, ends):   # a full disk
-        raise error
+        workers = [ask_api(asking, sdk, client, to_ask) for _ in jobs[:cfg.concurrency]]
+        # all that is paid is kept, also where one of them fails
+        for error in filter(None, await asyncio.gather(*workers, return_exceptions=True)):
+            raise error
 
 
 def ask_all_local(asking, jobs):
@@ -4196,7 +4186,7 @@ def ask_all_local(asking, jobs):
             for job in jobs]
         teacher, _ = load_model(cfg, "teacher")
         check_model(teacher, f"teacher {cfg.teacher!r}", max(map(len, prompts)) + cfg.max_tokens,
-                    packed=False)
+                    False)
     ends = end_ids(teacher.model, tokenizer)
     temperature = cfg.api_temperature
     if temperature is None:
@@ -4204,15 +4194,16 @@ def ask_all_local(asking, jobs):
         with contextlib.suppress(OSError):   # there is no generation_config.json
             usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
             temperature = usual.temperature or 1.0
-    for start in range(0, len(jobs), cfg.concurrency):
+    to_ask = zip(jobs, prompts)
+    while some := list(itertools.islice(to_ask, cfg.concurrency)):
         if asking.stop_requests:
             break
-        some = slice(start, start + cfg.concurrency)
-        # what it says hangs on seed and prompt alone: a resumed run draws the same
-        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
-        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
-                            temperature, ends, vocabulary_of(tokenizer))
-        for job, prompt, ids in zip(jobs[some], prompts[some], texts):
+        texts = write_texts(
+            teacher, [prompt for _, prompt in some],
+            # what it says hangs on seed and prompt alone: a resumed run draws the same
+            [cfg.seed ^ int(job.prompt_id, 16) for job, _ in some],
+            [cfg.max_tokens] * len(some), temperature, ends, vocabulary_of(tokenizer))
+        for (job, prompt), ids in zip(some, texts):
             asking.record(job, {
                 "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
                 "finish_reason": "stop" if ids[-1] in ends else "length",
@@ -4248,8 +4239,8 @@ def sort_out(asking, jobs):
         if "reason" not in row:
             *_, prompt, reply = [turn["content"] for turn in row["messages"]]
             # own prompts may want a word or a label
-            flaw = find_flaw(prompt, reply, row["finish_reason"], 1 if cfg.prompts_file else 20)
-            flaw = flaw or find_duplicate(prompt, reply, seen)
+            flaw = (find_flaw(prompt, reply, row["finish_reason"], 1 if cfg.prompts_file else 20)
+                    or find_duplicate(prompt, reply, seen))
             if flaw:
                 row["reason"] = flaw
         fates[row.get("reason", "kept").partition(":")[0]] += 1
@@ -4272,7 +4263,7 @@ def generate(cfg):
         jobs = all_prompts(cfg)
         rows = read_replies(f"{cfg.output_dir}/replies.jsonl")
         config_there = read_json(f"{cfg.output_dir}/config.json", {})
-        summary = read_json(f"{cfg.output_dir}/summary.json", {"spent_usd": 0.0})
+        spent_usd = read_json(f"{cfg.output_dir}/summary.json", {"spent_usd": 0.0})["spent_usd"]
         done = {name for name in rows if "reason" not in rows[name]}
         if done:
             refuse_changes(config_there, config_there | result_knobs(cfg), cfg.output_dir,
@@ -4284,15 +4275,15 @@ def generate(cfg):
            f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
            "what is in flight, which may be paid for")
     with tqdm(total=len(to_ask), unit="prompt") as bar, stop_signals() as stop_requests:
-        asking = Asking(cfg, rows if done else {}, summary["spent_usd"], stop_requests, bar,
-                        9 if done else 0)
-        if cfg.provider != "local":
-            asyncio.run(ask_all_api(asking, to_ask))
-        elif to_ask:
-            ask_all_local(asking, to_ask)
-    sort_out(asking, jobs)
-    if asking.error:
-        raise UserError(asking.error)
+        asking = Asking(
+            cfg, rows if done else {}, spent_usd, stop_requests, bar, 9 if done else 0)
+        try:
+            if cfg.provider != "local":
+                asyncio.run(ask_all_api(asking, to_ask))
+            elif to_ask:
+                ask_all_local(asking, to_ask)
+        finally:
+            sort_out(asking, jobs)
 
 
 # --------------------------------------------------------------------------------------------------
