@@ -5395,7 +5395,7 @@ def test_generate_spends(ask, server, faults, worst, answers, failed):
     max_cost = {"drop": 0.05, "": 0.03}.get(faults, 1)   # of one try, and of none
     faults = faults.split()
     server.fault = lambda prompt, attempt: faults[attempt - 1]
-    ask(1, **PRICES, max_cost=max_cost, request_timeout=0.5, named="no reply" if failed else None)
+    ask(1, **PRICES, max_cost=max_cost, request_timeout=1, named="no reply" if failed else None)
     messages = [{"role": "user", "content": Path("prompts.txt").read_text().strip()}]
     size = 64 + len(json.dumps(messages))
     expected = pytest.approx(
