@@ -3790,7 +3790,6 @@ THINGS = (
 TRAITS = (
     "thread-safe memory-bounded streaming resumable strict pluggable lazy minimal configurable"
 ).split()
-# Python is the first: the code shown is Python, so nothing is translated to it
 LANGUAGES = "Python C C++ C# Go Java JavaScript Kotlin PHP Ruby Rust Swift TypeScript".split()
 LEVELS = [
     "I am new to programming.", "I program every day.", "I am an expert, so go deep.",
@@ -3826,11 +3825,10 @@ def stdlib_functions(rng):
     for _, text in rng.sample(sources, len(sources) // 3):   # parsing all takes 5 s
         lines = text.split("\n")
         for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node):
-                continue
-            function = lines[node.lineno - 1:node.end_lineno]
-            if 6 < len(function) <= 30:
-                yield "\n".join(line[node.col_offset:] for line in function)
+            if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node):
+                function = lines[node.lineno - 1:node.end_lineno]
+                if 6 < len(function) <= 30:
+                    yield textwrap.dedent("\n".join(function))
 
 
 def compose_prompt(category, function, rng):
@@ -3839,14 +3837,14 @@ def compose_prompt(category, function, rng):
     # is extended would not find its own again.
     bugs = [right for right in BUGS if right in function]
     bug = rng.choice(bugs) if bugs else None
-    language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
+    language = rng.choice(LANGUAGES[category == "translate":])   # not to the first, Python
     trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
 
     code = function
     if category == "complete":
         code = function[:len(function) // 2].rpartition("\n")[0]
     elif category == "debug":
-        code = function.replace(bug, BUGS[bug], 1) if bug else ""
+        code = bug and function.replace(bug, BUGS[bug], 1)
     if not code:
         return None
     text = form.format(TASKS[category].format(language=language, thing=f"a {trait} {thing}"))
@@ -3867,7 +3865,7 @@ def compose_prompts(categories, seed):
     rng = random.Random(seed)
     functions = itertools.cycle(stdlib_functions(rng))
     asked = collections.Counter()
-    seen = set()
+    seen = {None}   # which is no prompt
     misses = 0
     while misses < 1000:
         misses += 1
@@ -3875,7 +3873,7 @@ def compose_prompts(categories, seed):
         name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
         function = next(itertools.islice(functions, rng.randrange(20), None))
         text = compose_prompt(name, function, rng)
-        if text and text not in seen:
+        if text not in seen:
             misses = 0
             seen.add(text)
             asked[name] += 1
@@ -3889,13 +3887,10 @@ def read_prompts(path):
     a list of rows in a .json; a row: {"prompt": TEXT} or {"messages": [...]}."""
     kind = Path(path).suffix
     with open(path, encoding="utf-8-sig") as f:
-        rows = json.load(f) if kind == ".json" else [line for line in f if line.strip()]
-    for number, row in enumerate(rows, 1):
+        lines = list(map(json.dumps, json.load(f)) if kind == ".json" else filter(str.strip, f))
+    for number, line in enumerate(lines, 1):
         try:
-            if kind == ".jsonl":
-                row = json.loads(row)
-            elif kind != ".json":
-                row = {"prompt": row.strip()}
+            row = json.loads(line) if ".json" in kind else {"prompt": line.strip()}
             turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
             messages = [{"role": turn["role"], "content": text_of(turn["content"])}
                         for turn in turns]
@@ -3920,11 +3915,12 @@ def all_prompts(cfg):
         prompts = read_prompts(cfg.prompts_file)
     jobs = {}
     for category, messages in prompts:
-        # each token is a byte or more, and the chat format takes less than 64 a turn
-        sizes = [64 + len(turn["content"].encode(errors="replace")) for turn in messages]
-        worst_usd = usd(cfg, sum(sizes), cfg.max_tokens)
+        # each token is a byte or more, and as JSON a text has no fewer characters than bytes; the
+        # chat format takes less than 64 a turn
+        most_tokens = 64 * len(messages) + len(json.dumps(messages))
+        worst_usd = usd(cfg, most_tokens, cfg.max_tokens)
         job = Job(messages, category, digest(messages), worst_usd)
-        jobs.setdefault(job.prompt_id, job)
+        jobs[job.prompt_id] = job
         if len(jobs) == count:
             break
     if not jobs:
@@ -3976,8 +3972,8 @@ def plain_words(text):
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
-    parts = (data, data[-1000:])   # the end shows a reply that only ended in one
-    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in parts)
+    # the end shows a reply that only ended in one
+    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:]))
 
 
 def is_broken_code(reply):
@@ -4031,23 +4027,18 @@ def find_duplicate(prompt, reply, seen):
 # stands there <= max_cost. What a kill leaves in flight stays counted at its worst.
 
 PAUSE = 1           # seconds between the first two tries of a request; each next one is doubled
-MAX_COUNT = 10**7   # tokens: who says that a reply had more says nothing
-USAGE = {   # what they call the tokens in and out
-    "openai": ("prompt_tokens", "completion_tokens"),
-    "anthropic": ("input_tokens", "output_tokens"),
-}
+MAX_COUNT = 10_000_000   # tokens: who says that a reply had more says nothing
 
 
 @dataclass
 class Asking:
-    """What is known of all prompts of this folder, what they have cost, and why to stop."""
+    """What was spent, and what may make the run stop."""
     cfg: Config
-    rows: dict            # prompt_id -> its last row in replies.jsonl
+    rows: dict            # by prompt_id, of earlier runs; none where nobody was ever answered
     spent_usd: float      # of all runs, with what is set aside for tries in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
-    failures: int = 0     # in a row
-    error: str = ""       # why no other request would fare better
+    patience: int         # more prompts that may fail in a row
 
     def change(self, job, change_usd):
         job.cost += change_usd
@@ -4059,23 +4050,17 @@ class Asking:
         if said.get("usage"):   # else nobody knows, and the worst case stays
             self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
         if "reply" in said:
+            self.patience = 9
             job.messages.append({"role": "assistant", "content": said.pop("reply")})
+        else:   # what failed in an earlier run may always fail: it must not stop each later one
+            self.patience -= job.prompt_id not in self.rows
         row = vars(job) | {"model": self.cfg.api_model or self.cfg.teacher} | said
         del row["worst_usd"]
         append_jsonl(f"{self.cfg.output_dir}/replies.jsonl", row)
         self.bar.update()
-        if "reason" not in row:
-            self.failures = 0
-        else:
-            # what failed in an earlier run may always fail: it must not stop each later one
-            self.failures += job.prompt_id not in self.rows
-            if self.failures >= 10 or not answered(self.rows):
-                self.error = f"{self.cfg.provider}, model {row['model']}: {row['reason']}"
-        self.rows[job.prompt_id] = row
-
-
-def answered(rows):
-    return {prompt_id for prompt_id, row in rows.items() if "reason" not in row}
+        if self.patience < 0:   # no other request would fare better
+            self.stop_requests.append(1)
+            raise UserError(f"{self.cfg.provider}, model {row['model']}: {row['reason']}")
 
 
 def api_key(cfg):
@@ -4108,12 +4093,14 @@ def read_answer(cfg, text):
     model thought is not what it said. usage None: the server says nothing of it, or nonsense."""
     answer = json.loads(text)
     usage = answer.get("usage") or {}
-    usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
-    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
-        usage = None
+    names = "input_tokens", "output_tokens"
     if cfg.provider == "openai":
+        names = "prompt_tokens", "completion_tokens"
         answer = answer["choices"][0]
         answer |= answer["message"]
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), map(usage.get, names)))
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
+        usage = None
     content = answer["content"] or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if "text" in part)
@@ -4124,35 +4111,38 @@ def read_answer(cfg, text):
     }
 
 
-async def ask_api(asking, sdk, create, job):
-    """Try until there is an answer -> what record takes; None: no more may be asked."""
+async def ask_api(asking, sdk, client, to_ask):
+    """A worker. to_ask: what all of them take their jobs from; each is tried until there is an
+    answer."""
     cfg = asking.cfg
-    # of a try; the SDK's time-out is one of each read, which a trickle never meets
-    seconds = 2 * cfg.request_timeout
-    may_pass = (
-        TimeoutError, sdk.APIConnectionError, sdk.RateLimitError, sdk.InternalServerError)
-    for number in range(8):
-        too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
-        if asking.error or asking.stop_requests or too_much:
-            return None
-        asking.change(job, job.worst_usd)
-        answer = ""
-        try:
-            request = create(**request_body(cfg, job.messages))
-            response = await asyncio.wait_for(request, seconds)
-            answer = hide_key(cfg, response.http_response.text)
-            return read_answer(cfg, answer)
-        except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
-            problem = e
-        if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
-            asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
-        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")[:300]
-        # as a terminal may show it
-        words = str(UserError(f"no reply (a try has {seconds:g} s): {words}"))
-        asking.bar.set_postfix_str(words)
-        if number == 7 or not isinstance(problem, may_pass):
-            return {"reason": f"failed: {words}"}
-        await asyncio.sleep(PAUSE * 2**number * random.uniform(0.7, 1))   # not all at once
+    path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
+    for job in to_ask:
+        for number in range(8):
+            # after 0, 1, 2, 4, ..., 64 seconds, and not all at once
+            await asyncio.sleep(PAUSE * (2**number // 2) * random.uniform(0.7, 1))
+            too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
+            if asking.stop_requests or too_much:
+                return
+            asking.change(job, job.worst_usd)
+            answer = ""
+            try:
+                # as text: a server may say what the SDK's types would hide. Its own time-out is
+                # one of each read, which a trickle never meets
+                request = client.post(path, cast_to=str, body=request_body(cfg, job.messages))
+                answer = hide_key(cfg, await asyncio.wait_for(request, cfg.request_timeout))
+                said = read_answer(cfg, answer)
+                break
+            except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
+                if isinstance(e, sdk.APIStatusError) and e.status_code < 500:
+                    asking.change(job, -job.worst_usd)   # free. All else may be on the bill
+                words = hide_key(cfg, f"no reply (a try has {cfg.request_timeout:g} s): "
+                                      f"{one_line(e, MAX_COUNT)} {answer}")[:340]
+                said = {"reason": f"failed: {UserError(words)}"}   # as a terminal may show it
+                asking.bar.set_postfix_str(said["reason"])
+                if not isinstance(e, (TimeoutError, sdk.APIConnectionError, sdk.RateLimitError,
+                                      sdk.InternalServerError)):
+                    break   # it would not pass
+        asking.record(job, said)
 
 
 async def ask_all_api(asking, jobs):
@@ -4161,26 +4151,16 @@ async def ask_all_api(asking, jobs):
     sdk = importlib.import_module(cfg.provider)
     with phase(f"making a client of {cfg.provider}"):   # by the environment: proxies, certificates
         client = sdk.AsyncClient(
-            api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-            max_retries=0,   # ask tries again, because it knows about money
+            api_key=api_key(cfg), base_url=cfg.api_base, timeout=None,
+            max_retries=0,   # ask_api tries again, because it knows about money
             # of its own making, it has a destructor that fails where its making failed
             http_client=sdk.DefaultAsyncHttpxClient())
-    typed = client.chat.completions if cfg.provider == "openai" else client.messages
-    create = typed.with_raw_response.create   # a server may say what the types would hide
-    to_ask = iter(jobs)   # of all workers
-
-    async def work():
-        for job in to_ask:
-            said = await ask_api(asking, sdk, create, job)
-            if said is None:
-                break
-            asking.record(job, said)
-
+    to_ask = iter(jobs)
     async with client:
-        workers = [work() for _ in jobs[:cfg.concurrency]]
-        ends = await asyncio.gather(*workers, return_exceptions=True)   # all that is paid is kept
-    for error in filter(None, ends):   # a full disk
-        raise error
+        workers = [ask_api(asking, sdk, client, to_ask) for _ in jobs[:cfg.concurrency]]
+        # all that is paid is kept, also where one of them fails
+        for error in filter(None, await asyncio.gather(*workers, return_exceptions=True)):
+            raise error
 
 
 def ask_all_local(asking, jobs):
@@ -4199,7 +4179,7 @@ def ask_all_local(asking, jobs):
             for job in jobs]
         teacher, _ = load_model(cfg, "teacher")
         check_model(teacher, f"teacher {cfg.teacher!r}", max(map(len, prompts)) + cfg.max_tokens,
-                    packed=False)
+                    False)
     ends = end_ids(teacher.model, tokenizer)
     temperature = cfg.api_temperature
     if temperature is None:
@@ -4207,15 +4187,16 @@ def ask_all_local(asking, jobs):
         with contextlib.suppress(OSError):   # there is no generation_config.json
             usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
             temperature = usual.temperature or 1.0
-    for start in range(0, len(jobs), cfg.concurrency):
-        if asking.error or asking.stop_requests:
+    to_ask = zip(jobs, prompts)
+    while some := list(itertools.islice(to_ask, cfg.concurrency)):
+        if asking.stop_requests:
             break
-        some = slice(start, start + cfg.concurrency)
-        # what it says hangs on seed and prompt alone: a resumed run draws the same
-        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
-        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
-                            temperature, ends, vocabulary_of(tokenizer))
-        for job, prompt, ids in zip(jobs[some], prompts[some], texts):
+        texts = write_texts(
+            teacher, [prompt for _, prompt in some],
+            # what it says hangs on seed and prompt alone: a resumed run draws the same
+            [cfg.seed ^ int(job.prompt_id, 16) for job, _ in some],
+            [cfg.max_tokens] * len(some), temperature, ends, vocabulary_of(tokenizer))
+        for (job, prompt), ids in zip(some, texts):
             asking.record(job, {
                 "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
                 "finish_reason": "stop" if ids[-1] in ends else "length",
@@ -4239,36 +4220,34 @@ def read_replies(path):
     return rows
 
 
-def write_jsonl(path, rows):
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    aside = Path(f"{path}.tmp")
-    aside.write_text("".join(lines), encoding="utf-8", errors="replace")
-    aside.replace(path)
-
-
 def sort_out(asking, jobs):
     """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
     say what became of them."""
     cfg = asking.cfg
-    rows = [asking.rows[name] for name in jobs | asking.rows if name in asking.rows]
-    min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
+    rows = dict.fromkeys(jobs) | read_replies(f"{cfg.output_dir}/replies.jsonl")
+    fates = collections.Counter()
+    lines = {"train": [], "rejected": []}
     seen = set()
-    for row in rows:
+    for row in filter(None, rows.values()):
         if "reason" not in row:
             *_, prompt, reply = [turn["content"] for turn in row["messages"]]
-            flaw = find_flaw(prompt, reply, row["finish_reason"], min_chars)
-            flaw = flaw or find_duplicate(prompt, reply, seen)
+            # own prompts may want a word or a label
+            flaw = (find_flaw(prompt, reply, row["finish_reason"], 1 if cfg.prompts_file else 20)
+                    or find_duplicate(prompt, reply, seen))
             if flaw:
                 row["reason"] = flaw
-    write_jsonl(f"{cfg.output_dir}/train.jsonl", [row for row in rows if "reason" not in row])
-    write_jsonl(f"{cfg.output_dir}/rejected.jsonl", [row for row in rows if "reason" in row])
-
-    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
+        fates[row.get("reason", "kept").partition(":")[0]] += 1
+        name = "rejected" if "reason" in row else "train"
+        lines[name].append(json.dumps(row, ensure_ascii=False) + "\n")
+    for name in lines:
+        aside = Path(f"{cfg.output_dir}/{name}.tmp")
+        aside.write_text("".join(lines[name]), encoding="utf-8", errors="replace")
+        aside.replace(f"{cfg.output_dir}/{name}.jsonl")
     write_json({"spent_usd": asking.spent_usd, **fates}, f"{cfg.output_dir}/summary.json")
     print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
-    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
-           f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
-           f"{cfg.output_dir}/train.jsonl trains on what is kept")
+    print0(f"asked {fates.total():,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} "
+           f"USD at the prices given (max_cost {cfg.max_cost}); the same command goes on; "
+           f"--dataset {cfg.output_dir}/train.jsonl trains on what is kept")
 
 
 def generate(cfg):
@@ -4277,8 +4256,8 @@ def generate(cfg):
         jobs = all_prompts(cfg)
         rows = read_replies(f"{cfg.output_dir}/replies.jsonl")
         config_there = read_json(f"{cfg.output_dir}/config.json", {})
-        spent_usd = read_json(f"{cfg.output_dir}/summary.json", {}).get("spent_usd", 0.0)
-        done = answered(rows)
+        spent_usd = read_json(f"{cfg.output_dir}/summary.json", {"spent_usd": 0.0})["spent_usd"]
+        done = {name for name in rows if "reason" not in rows[name]}
         if done:
             refuse_changes(config_there, config_there | result_knobs(cfg), cfg.output_dir,
                            way_out="choose another --output_dir")
@@ -4289,14 +4268,15 @@ def generate(cfg):
            f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
            "what is in flight, which may be paid for")
     with tqdm(total=len(to_ask), unit="prompt") as bar, stop_signals() as stop_requests:
-        asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
-        if cfg.provider != "local":
-            asyncio.run(ask_all_api(asking, to_ask))
-        elif to_ask:
-            ask_all_local(asking, to_ask)
-    sort_out(asking, jobs)
-    if asking.error:
-        raise UserError(asking.error)
+        asking = Asking(
+            cfg, rows if done else {}, spent_usd, stop_requests, bar, 9 if done else 0)
+        try:
+            if cfg.provider != "local":
+                asyncio.run(ask_all_api(asking, to_ask))
+            elif to_ask:
+                ask_all_local(asking, to_ask)
+        finally:
+            sort_out(asking, jobs)
 
 
 # --------------------------------------------------------------------------------------------------

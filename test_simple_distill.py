@@ -5396,8 +5396,9 @@ def test_generate_spends(ask, server, faults, worst, answers, failed):
     max_cost = {"drop": 0.05, "": 0.03}.get(faults, 1)   # of one try, and of none
     faults = faults.split()
     server.fault = lambda prompt, attempt: faults[attempt - 1]
-    ask(1, **PRICES, max_cost=max_cost, request_timeout=0.5, named="no reply" if failed else None)
-    size = 64 + len(Path("prompts.txt").read_text().strip())
+    ask(1, **PRICES, max_cost=max_cost, request_timeout=1, named="no reply" if failed else None)
+    messages = [{"role": "user", "content": Path("prompts.txt").read_text().strip()}]
+    size = 64 + len(json.dumps(messages))
     expected = pytest.approx(
         worst * (size * 20 + 300 * 100) / 1e6 + answers * REPLY_COST, abs=1e-9)
     assert spent() == expected
@@ -5465,7 +5466,7 @@ def test_generate_stops(ask, server, provider, fault, answers, named):
 def test_generate_time_out(ask, server):
     """An answer that trickles is given up like one that does not come, in words."""
     server.fault = lambda *_: "slow"
-    ask(1, request_timeout=0.2, named="no reply (a try has 0.4 s): TimeoutError")
+    ask(1, request_timeout=0.2, named="no reply (a try has 0.2 s): TimeoutError")
     assert server.tries.total() == 8
 
 
@@ -5494,7 +5495,7 @@ PAUSE = 1e-4
 lines = set()
 loop = [function.__code__ for function in (
     ask_api, Asking.change, Asking.record, read_answer, write_json, append_jsonl, read_replies,
-    write_jsonl)]
+    sort_out)]
 
 def watch(frame, event, value):
     if frame.f_code in loop:
