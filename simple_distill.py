@@ -3293,8 +3293,7 @@ def match_blocks(cfg, student_shape, teacher_shape):
     for name in PER_BLOCK:   # one value for all blocks, or one a block
         count = len(getattr(cfg, name))
         if count not in (1, depth):
-            raise UserError(f"{name} has {count} values; give one, or one for each of the "
-                            f"student's {depth} blocks")
+            raise UserError(f"{name} has {count} values; give one, or {depth}: one a block")
     return {i: teacher_layer(i, depth, teacher_depth) for i in range(depth)}
 
 
