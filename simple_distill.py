@@ -847,10 +847,15 @@ def row_encoder(cfg, tokenizer):
     return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, cfg.packing)
 
 
-def token_rows(rows):   # optional: streaming cache
-    """What row_encoder's function hands on, as a dataset, also of no rows."""
-    columns = {name: [row.get(name) for row in rows] for name in FEATURES}
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+def encode_window(cfg, tokenizer, raw_rows):   # optional: streaming cache
+    """Some raw rows of a stream, packed on their own -> token rows, maybe none, and a Counter of
+    why others were dropped."""
+    encoded = row_encoder(cfg, tokenizer)(raw_rows)
+    columns = {name: [row.get(name) for row in encoded] for name in FEATURES}
+    rows, dropped = kept_rows(datasets.Dataset.from_dict(columns, features=FEATURES))
+    if cfg.packing == "documents":
+        rows = PackedRows(rows, cfg.seq_len)
+    return rows, dropped
 
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
@@ -1937,7 +1942,6 @@ class Stage:
     """A stretch of training with a loss, rates, clipping and a length. Plain distillation is one
     stage; block-wise training puts others before it."""
     name: str
-    first_step: int
     steps: int
     loss_fn: Any               # (model, batch, targets, denominator) -> loss, ce, kl; what else it
                                # hands on is for its own chapter: the loop logs these three
@@ -1947,6 +1951,7 @@ class Stage:
     max_grad_norm: float       # of all gradients together; 0: no clipping
     # the field of Batch that the loss is a mean over: labels, or, where blocks are matched, real
     mean_over: str = "labels"
+    first_step: int = 0
     # [(parameters, max norm), ...] before that   # optional: blockwise
     clipped_alone: list = dataclasses.field(default_factory=list)   # optional: blockwise
 
@@ -1964,8 +1969,8 @@ class Progress:
     best_loss: float = math.inf
     first_scores: dict = None               # held-out scores before training
     wandb_id: str = None
-    # what a mode of its own wants to keep   # optional: blockwise on_policy
-    notes: dict = dataclasses.field(default_factory=dict)   # optional: blockwise on_policy
+    # what a mode of its own wants to keep   # optional: on_policy
+    notes: dict = dataclasses.field(default_factory=dict)   # optional: on_policy
 
 
 @dataclass
@@ -2111,7 +2116,7 @@ def is_finished(cfg, state):
             and state["length"] == [cfg.max_steps, cfg.num_epochs])
 
 
-def distillation_stage(run, first_step=0):
+def distillation_stage(run):
     """Plain distillation. After other stages it may be of no steps."""
     cfg = run.cfg
     steps = cfg.max_steps
@@ -2121,7 +2126,7 @@ def distillation_stage(run, first_step=0):
     if cfg.on_policy:   # optional: on_policy
         loss_fn = functools.partial(loss_by_writer, run.loss_fn)
     return Stage(
-        name="distil", first_step=first_step, steps=steps, loss_fn=loss_fn,
+        name="distil", steps=steps, loss_fn=loss_fn,
         get_teacher_targets=run.get_teacher_targets,
         rates=learning_rates(
             run.student.model.named_parameters(), parse_multipliers(cfg.lr_multipliers),
@@ -2585,10 +2590,10 @@ def load_stream(cfg, tokenizer):
     """-> (train stream of raw rows, eval rows)."""
     with phase(f"reading the beginning of dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
-        # not every row of a stream has every column; Dataset.from_list takes those of the first
-        names = dict.fromkeys(itertools.chain(*eval_raw))
-        columns = {name: [row.get(name) for row in eval_raw] for name in names}
-        eval_raw = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+        # not every row of a stream has every column; from_list takes those of the first
+        blank = dict.fromkeys(itertools.chain(*eval_raw))
+        eval_raw = datasets.Dataset.from_list(
+            [blank | row for row in eval_raw], on_mixed_types="use_json")
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     return stream, take_first(eval_rows, cfg.eval_samples)
 
@@ -2631,7 +2636,6 @@ def batches_of_stream(run):
     `datasets` has is refilled at a resume, and then holds other rows.)"""
     cfg = run.cfg
     stream = run.rows
-    encode_here = row_encoder(cfg, run.tokenizer)
     size = cfg.shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
     # used: how many rows of this window; found: how many there were in this epoch before it
@@ -2643,13 +2647,11 @@ def batches_of_stream(run):
     while True:
         with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
             raw = list(itertools.islice(raw_rows, size))
-            rows, dropped = kept_rows(token_rows(encode_here(raw)))
+            rows, dropped = encode_window(cfg, run.tokenizer, raw)
             for root in filter(None, [run.student, run.teacher]):
                 check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
         if dropped and position["window"] == 0:   # not at each window
             print0(f"of the first {len(raw)} rows dropped: {dict(dropped.most_common(5))}")
-        if cfg.packing == "documents" and len(rows):
-            rows = PackedRows(rows, cfg.seq_len)
         order = range(len(rows))
         if cfg.shuffle_buffer:
             order = shuffled(len(rows), cfg.seed, position["window"]).tolist()
@@ -2685,27 +2687,30 @@ DEMO_SHAPES = {   # what else each has, by the name of its folder
 
 
 def run_demo(run_mode, cfg):
-    """A mode with a file for each `demo`. The whole demo ends with the report of what it made."""
-    resolved = resolve_demo(cfg)
-    if resolved is None:   # a signal stopped the training of the teacher
+    """A mode with a file for each `demo`, made where it is missing. The whole demo ends with the
+    report of what it made. -> False when a signal stopped it: the next run goes on where this one
+    was."""
+    folder = demo_folder(cfg)
+    files = demo_files(cfg, folder)
+    if files and not make_demo(cfg, folder, files):
         return False
+    resolved = dataclasses.replace(cfg, **files)
+    if "student" in files:
+        resolved.tokenizer = cfg.tokenizer or f"{folder}/tokenizer"
     done = run_mode(resolved)
-    if done and is_whole_demo(cfg):   # optional: eval
+    if done and is_whole_demo(cfg, files):   # optional: eval
         return answer_demo(resolved)
     return done
 
 
-def is_whole_demo(cfg):   # optional: eval
-    """Whether labels alone would be a control: everything is the demo's, and a teacher helps."""
+def is_whole_demo(cfg, files):   # optional: eval
+    """Whether labels alone would be a control: everything is the demo's, also a teacher."""
     others = [
         cfg.mode != "train",
-        cfg.dry_run,
-        cfg.alpha == 1,
-        cfg.cache_dir,   # optional: cache
         cfg.blockwise,   # optional: blockwise
         cfg.on_policy,   # optional: on_policy
     ]
-    return {cfg.teacher, cfg.student, cfg.dataset} == {"demo"} and not any(others)
+    return {*files} == {"teacher", "student", "dataset"} and not any(others)
 
 
 def answer_demo(cfg):   # optional: eval
@@ -2737,10 +2742,8 @@ def did_teacher_pay(student, control):   # optional: eval
             f"{verdict['difference']:+.4f} bits a byte (95 %: {low:+.4f} to {high:+.4f})")
 
 
-def resolve_demo(cfg):
-    """-> cfg with a file for each `demo`, made where it is missing; None where a signal stopped it.
-    """
-    folder = demo_folder(cfg)
+def demo_files(cfg, folder):
+    """-> {role: file or folder} of what this run takes from the demo."""
     places = {
         "teacher": f"{folder}/teacher/final",
         "student": f"{folder}/student/config.json",
@@ -2752,15 +2755,7 @@ def resolve_demo(cfg):
         del places["teacher"]
     if cfg.mode == "train" and cfg.cache_dir:   # optional: cache
         places = {"student": places["student"]}   # a cache is teacher and dataset
-    files = {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
-    if not files:
-        return cfg
-    print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
-    if not make_demo(cfg, folder, files):
-        return None
-    if "student" in files:
-        files["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
-    return dataclasses.replace(cfg, **files)
+    return {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
 
 
 def demo_folder(cfg):
@@ -2770,20 +2765,21 @@ def demo_folder(cfg):
     return f"{huggingface_hub.constants.HF_HOME}/simple_distill/demo-{depends}"
 
 
-def make_demo(cfg, folder, roles):
+def make_demo(cfg, folder, files):
     """Make what is missing; another run that does so already is waited for. -> False when a signal
-    stopped it: the next run goes on where this one was."""
+    stopped it."""
+    print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
     with claim(folder, "demo", wait=True):
         with phase("preparing the demo's text and tokenizer"):
             if RANK == 0 and not os.path.exists(f"{folder}/student/config.json"):
                 write_demo_files(folder)
             all_sum(0)   # nobody goes on before that is done
-        if "teacher" not in roles or os.path.exists(f"{folder}/teacher/final"):
+        if "teacher" not in files or os.path.exists(f"{folder}/teacher/final"):
             return True
         teacher_cfg = Config(**demo_knobs() | dict(
             dataset=f"{folder}/corpus", tokenizer=f"{folder}/tokenizer",
             student=f"{folder}/teacher-shape/config.json", output_dir=f"{folder}/teacher",
-            dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, alpha=1.0, eval_steps=0))
+            dtype=cfg.dtype, use_wandb=False, alpha=1.0, eval_steps=0))
         print0(f"demo: first the teacher, {teacher_cfg.max_steps} steps, kept in {folder}")
         return train(teacher_cfg)
 
@@ -2796,8 +2792,8 @@ def write_demo_files(folder):
             split = "validation" if int(digest(name), 16) % 20 == 0 else "train"
             texts[split].append(text)
     for split in texts:
-        rows = datasets.Dataset.from_dict({"text": texts[split]})
-        rows.to_json(f"{folder}/corpus/{split}.jsonl")
+        datasets.Dataset.from_dict({"text": texts[split]}).to_json(
+            f"{folder}/corpus/{split}.jsonl")
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts["train"], DEMO_SHAPE["vocab_size"], special_tokens=["<|end|>"],
@@ -3049,10 +3045,7 @@ def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
 
 
 def encode_block(cfg, tokenizer, columns):
-    encoded = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
-    rows, _ = kept_rows(token_rows(encoded))
-    if cfg.packing == "documents" and len(rows):
-        rows = PackedRows(rows, cfg.seq_len)
+    rows, _ = encode_window(cfg, tokenizer, rows_from_columns(columns))
     return [rows[i] for i in range(len(rows))]
 
 
@@ -3263,11 +3256,11 @@ def train_blockwise(cfg):
         return True
     parts = parameters_by_part(run)
     stages = block_stages(run, parts)
-    last_block = [stage for stage in stages if stage.mean_over == "real"][-1]
+    *_, last_block = (stage for stage in stages if stage.mean_over == "real")
     if cfg.dry_run:
         return rehearse(run, stages)
     with begin(run, stages):
-        if "blocks_measured" not in run.progress.notes:
+        if not run.checkpoint:   # a resume needs not to
             measure_blocks(run)
         for stage in stages:
             if run.progress.step >= stage.end:   # done before a resume
@@ -3300,8 +3293,7 @@ def match_blocks(cfg, student_shape, teacher_shape):
     for name in PER_BLOCK:   # one value for all blocks, or one a block
         count = len(getattr(cfg, name))
         if count not in (1, depth):
-            raise UserError(f"{name} has {count} values; give one, or one for each of the "
-                            f"student's {depth} blocks")
+            raise UserError(f"{name} has {count} values; give one, or {depth}: one a block")
     return {i: teacher_layer(i, depth, teacher_depth) for i in range(depth)}
 
 
@@ -3311,10 +3303,10 @@ def parameters_by_part(run):
     model = run.student.model
     multipliers = learning_rates(
         model.named_parameters(), parse_multipliers(run.cfg.lr_multipliers),
-        run.cfg.default_lr_multiplier, learning_rate=1.0)
+        run.cfg.default_lr_multiplier, 1.0)
     path, _ = layers_of(model)
-    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head -= {model.get_input_embeddings().weight}
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()} - {
+        model.get_input_embeddings().weight}
     parts = collections.defaultdict(dict)
     for name, p in run.student.named_parameters():
         block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
@@ -3332,25 +3324,20 @@ def block_stages(run, parts):
     groups = [{i: j} for i, j in pairs.items()]
     if run.cfg.block_input == "teacher":
         groups = [pairs]
-    stages = []
-    first_step = 0
-    for group in groups:
-        stages.append(stage_of_blocks(run, parts, group, first_step))
-        first_step = stages[-1].end
+    stages = [stage_of_blocks(run, parts, group) for group in groups]
     if run.cfg.train_lm_head:
-        stages.append(stage_of_head(run, parts["head"], first_step))
+        stages.append(stage_of_head(run, parts["head"]))
     for stage in stages:
         if not any(stage.rates.values()):
-            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
-                            "would train; leave something of it free, or for the head "
-                            "--train_lm_head false")
-    distillation = distillation_stage(run, first_step=stages[-1].end)
-    if distillation.steps:
-        stages.append(distillation)
+            raise UserError(f"lr_multipliers freeze all that stage {stage.name!r} would train; "
+                            "leave something of it free, or for the head --train_lm_head false")
+    stages.append(distillation_stage(run))
+    for before, stage in itertools.pairwise(stages):
+        stage.first_step = before.end
     return stages
 
 
-def stage_of_blocks(run, parts, pairs, first_step):
+def stage_of_blocks(run, parts, pairs):
     """A block on the student's own stream; the first one also learns the embeddings, and with
     freeze_previous_blocks false each goes on with what stands before it. Or all blocks at once,
     each fed by the teacher: none sees another, each is clipped alone."""
@@ -3368,92 +3355,90 @@ def stage_of_blocks(run, parts, pairs, first_step):
         if fed_by_teacher and max_norm:
             clipped_alone.append((parts[i], max_norm))
     return Stage(
-        name="blocks" if fed_by_teacher else f"block {i}", first_step=first_step,
-        steps=steps_of_epochs(run, epochs), loss_fn=functools.partial(block_loss, run, pairs),
+        name="blocks" if fed_by_teacher else f"block {i}",
+        steps=math.ceil(epochs * run.steps_per_epoch),
+        loss_fn=functools.partial(block_loss, run, pairs),
         get_teacher_targets=functools.partial(run.teacher, around_blocks, pairs.values(), {}),
         rates=rates, weight_decay=decay, max_grad_norm=0 if fed_by_teacher else max_norm,
         clipped_alone=clipped_alone, mean_over="real")
 
 
-def stage_of_head(run, head, first_step):
+def stage_of_head(run, head):
     """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
     cfg = run.cfg
     alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
     return Stage(
-        name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
+        name="head", steps=math.ceil(cfg.lm_head_epochs * run.steps_per_epoch),
         loss_fn=functools.partial(
             distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
             divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
             vocabulary=run.vocabulary),
-        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        get_teacher_targets=teacher_targets(alpha < 1 and run.teacher),
         rates={p: cfg.lm_head_lr * multiplier for p, multiplier in head.items()},
         weight_decay=cfg.lm_head_wd, max_grad_norm=cfg.lm_head_max_grad_norm)
-
-
-def steps_of_epochs(run, epochs):
-    return max(1, math.ceil(epochs * run.steps_per_epoch))
 
 
 def clip_blocks(clipped_alone, scale_state):
     """[(parameters, max norm), ...]: gradients of scale * loss, each group's by itself, without
     asking the GPU."""
     for parameters, max_norm in clipped_alone:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale_state["scale"]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = full_tensor(norm) / scale_state["scale"]
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 # ---- hidden states at both ends of a block
 
 
+@dataclass
 class RecordedLayer:
     """Stands in place of a decoder layer: feeds it another input if there is one, and keeps both
     ends, also when activations are recomputed, as hooks would not."""
-
-    def __init__(self, layer, other_input):
-        self.layer = layer
-        self.other_input = other_input
+    layer: nn.Module
+    other_input: Any
 
     def __getattr__(self, name):   # models ask their layers for attention_type and the like
         return getattr(self.layer, name)
 
     def __call__(self, hidden_states, *args, **kwargs):
-        layer_input = hidden_states if self.other_input is None else self.other_input
-        output = self.layer(layer_input, *args, **kwargs)
-        self.recorded = layer_input, output[0] if isinstance(output, tuple) else output
+        self.before = hidden_states if self.other_input is None else self.other_input
+        output = self.layer(self.before, *args, **kwargs)
+        self.after = output[0] if isinstance(output, tuple) else output
         return output
 
 
 def around_blocks(model, blocks, other_inputs, batch):
-    """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each.
-    other_inputs: {block: hidden states that it is fed}. Layers after the last block do not run."""
+    """Runs inside either root: -> its layers up to the last of these blocks; each block's has kept
+    the hidden states before and after it, [B, T, D]. other_inputs: {block: those that it is fed}.
+    Later layers do not run."""
     path, layers = layers_of(model)
     parent_path, _, name = path.rpartition(".")
-    recorded = [RecordedLayer(layer, other_inputs.get(i))
-                for i, layer in enumerate(layers[:max(blocks) + 1])]
+    recorded = [*layers[:max(blocks) + 1]]
+    for i in blocks:
+        recorded[i] = RecordedLayer(layers[i], other_inputs.get(i))
     # an entry in __dict__ hides the registered layers for the time of one forward
     attributes = vars(model.get_submodule(parent_path))
     attributes[name] = recorded
     hidden_states(model, batch.input_ids, batch.position_ids)
     del attributes[name]
-    return {i: recorded[i].recorded for i in blocks}
+    return recorded
 
 
-def block_errors(run, pairs, model, batch, teacher_states):
+def block_errors(run, pairs, model, batch, teacher_layers):
     """Runs inside the student: yields, for one block after the other, the error [N], the student's
     states, stitched to the teacher's width, and the teacher's, [N, D] each, without padding."""
     cfg = run.cfg
     stitches = run.student.stitches
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = compute_dtype(cfg)
     inputs = {}
     if cfg.block_input == "teacher":
-        inputs = {i: stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+        inputs = {i: stitches[f"down{i}"](teacher_layers[j].before.to(dtype))
                   for i, j in pairs.items()}
-    student_states = around_blocks(model, pairs, inputs, batch)
+    student_layers = around_blocks(model, pairs, inputs, batch)
     for i, j in pairs.items():
-        student_ND = student_states[i][1].flatten(0, 1)[batch.real].to(dtype)
-        student_ND = stitches[f"up{i}"](student_ND).float()
-        teacher_ND = teacher_states[j][1].flatten(0, 1)[batch.real].float()
+        student_ND = stitches[f"up{i}"](
+            student_layers[i].after.flatten(0, 1)[batch.real].to(dtype)).float()
+        teacher_ND = teacher_layers[j].after.flatten(0, 1)[batch.real].float()
         error_N = hidden_error(
             student_ND, teacher_ND, cfg.distill_loss_type, cfg.distill_loss_temperature)
         yield error_N, student_ND, teacher_ND
@@ -3464,8 +3449,8 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
     if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
         logp = torch.log_softmax(student_ND / temperature, -1)
         logq = torch.log_softmax(teacher_ND / temperature, -1)
-        terms = logq.exp() * (logq - logp) - logq.exp() + logp.exp()
-        return temperature ** 2 * terms.sum(-1)
+        return temperature ** 2 * (
+            logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)
     if kind == "cosine":   # 1 - cos, as half the squared distance of unit vectors
         student_ND = nn.functional.normalize(student_ND)
         teacher_ND = nn.functional.normalize(teacher_ND)
@@ -3478,10 +3463,10 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
     return error_N
 
 
-def block_loss(run, pairs, model, batch, teacher_states, denominator):
+def block_loss(run, pairs, model, batch, teacher_layers, denominator):
     """-> the sum of the blocks' mean errors; ce and kl, which are 0."""
-    errors = block_errors(run, pairs, model, batch, teacher_states)
-    loss = sum(error_N.sum() / denominator for error_N, *_ in errors)
+    loss = sum(error_N.sum() / denominator for error_N, *_ in
+               block_errors(run, pairs, model, batch, teacher_layers))
     return loss, *loss.new_zeros(2)
 
 
@@ -3506,24 +3491,22 @@ def measure_blocks(run):
         explained = 1 - missed / max(variance, 1e-30)
         figures |= {f"block/{i}/loss": error, f"block/{i}/explained": explained}
         rows.append([f"{i}", f"{pairs[i]}", f"{error:.4g}", f"{explained:.1%}"])
-    header = ["block", "teacher block", run.cfg.distill_loss_type, "explained"]
-    print0(f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
-           f"|t| is at most {ORDINARY} times its median")
+    shown = table(["block", "teacher block", run.cfg.distill_loss_type, "explained"], rows)
+    print0(f"\n{shown}\nexplained: of the variance of the teacher's states t, where |t| is at most "
+           f"{ORDINARY} times its median")
     log(run, figures)
-    run.progress.notes["blocks_measured"] = True   # a resume needs not to
 
 
-def sums_of_blocks(run, model, batch, teacher_states, _):
+def sums_of_blocks(run, model, batch, teacher_layers, _):
     """Runs inside the student: -> for each block the sum of its errors, and over the ordinary
     positions those of |s - t|^2 and |t - mean|^2 (mean: of this batch). 0 of a batch of nothing."""
     sums = []
     for error_N, student_ND, teacher_ND in block_errors(
-            run, run.student.pairs, model, batch, teacher_states):
+            run, run.student.pairs, model, batch, teacher_layers):
         size_N = teacher_ND.norm(dim=-1)
         ordinary_N = size_N <= ORDINARY * size_N.median()
-        student_ND = student_ND[ordinary_N].double()
         teacher_ND = teacher_ND[ordinary_N].double()
-        sums += [error_N.sum(), (student_ND - teacher_ND).square().sum(),
+        sums += [error_N.sum(), (student_ND[ordinary_N] - teacher_ND).square().sum(),
                  (teacher_ND - teacher_ND.mean(0)).square().sum()]
     return sums
 
@@ -3538,19 +3521,15 @@ def stitching(cfg, config):
     way. A checkpoint keeps them, final/ does not. A head that is to be trained is untied in its
     config from the embeddings, which the blocks build on."""
     shape = config.get_text_config()
-    learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
-    if learns_head and getattr(shape, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        shape.tie_word_embeddings = False
-        print0("blockwise: the student's head is untied from its embeddings, which the blocks "
-               "build on")
+    if getattr(shape, "tie_word_embeddings", False) and (
+            cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        config.tie_word_embeddings = shape.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from the embeddings, on which blocks build")
     teacher_shape = AutoConfig.from_pretrained(
         cfg.teacher, trust_remote_code=cfg.trust_remote_code).get_text_config()
     pairs = match_blocks(cfg, shape, teacher_shape)
     width = shape.hidden_size
     teacher_width = teacher_shape.hidden_size
-    # the last one becomes a part of the head, which mostly has no place for a bias
-    folded = width != teacher_width and cfg.initialize_head_from_teacher
     stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
 
     def make_root(model):
@@ -3559,8 +3538,11 @@ def stitching(cfg, config):
         root.stitches = nn.ModuleDict()
         torch.manual_seed(cfg.seed)
         for i in pairs:
-            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(pairs))
-            root.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
+            # the last one becomes a part of the head, which mostly has no place for a bias
+            folded = (i + 1 == len(pairs) and width != teacher_width
+                      and cfg.initialize_head_from_teacher)
+            root.stitches[f"up{i}"] = stitch(
+                width, teacher_width, cfg.stitching_layer_bias and not folded)
         if cfg.block_input == "teacher":
             for i in pairs:
                 root.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
@@ -3582,8 +3564,7 @@ def final_norm(model):
     path, _ = layers_of(model)
     norm = nn.Identity()
     for module in model.get_submodule(path.rpartition(".")[0]).children():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim == 1:
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1:
             norm = module
     return norm
 
@@ -3593,7 +3574,8 @@ def head_and_gain(model):
     states of size 1, whatever its weight means (Gemma's is off by one)."""
     head = head_of(model)
     norm = final_norm(model)
-    probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
+    probe = torch.ones_like(head.weight[0])
+    probe[1::2] = -1
     return head, (norm(probe).float() - norm(-probe).float()) / 2 * probe
 
 
@@ -3604,8 +3586,7 @@ def initialize_head(run, multipliers):
     student = run.student
     output = student.model.get_output_embeddings()
     if output.weight not in multipliers or not all(multipliers.values()):
-        print0("blockwise: the student's norm or head is frozen or, whatever the config says, tied "
-               "to the embeddings: both stay as they are in place of the teacher's")
+        print0("blockwise: the student's norm or head is frozen or still tied: both stay its own")
         return
     head, gain = run.teacher(head_and_gain)
     student_head, student_gain = student(head_and_gain)
