@@ -2808,8 +2808,8 @@ def write_demo_files(folder):
             split = "validation" if int(digest(name), 16) % 20 == 0 else "train"
             texts[split].append(text)
     for split in texts:
-        datasets.Dataset.from_dict({"text": texts[split]}).to_json(
-            f"{folder}/corpus/{split}.jsonl")
+        rows = datasets.Dataset.from_dict({"text": texts[split]})
+        rows.to_json(f"{folder}/corpus/{split}.jsonl")
     from tokenizers import ByteLevelBPETokenizer
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts["train"], DEMO_SHAPE["vocab_size"], special_tokens=["<|end|>"],

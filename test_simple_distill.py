@@ -3567,7 +3567,7 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, case):
         os.makedirs(path)
     Path(folder, ".simple_distill").write_text("demo 1")
     runs = []
-    answers = []
+    answers = []   # optional: eval
     monkeypatch.setattr(sd, "answer_demo", answers.append)   # optional: eval
     with sd.process_group():
         sd.run_demo(lambda cfg: runs.append(cfg) or not cfg.dry_run, cfg)
