@@ -276,11 +276,10 @@ def wait_for_log(out, process, seconds=120):
 
 class Loopback(http.server.ThreadingHTTPServer):   # optional: generate served
     """On a port of this machine, while it is entered."""
-    daemon_threads = True
     request_queue_size = 200
 
-    def __init__(self, handler, port=0):
-        super().__init__(("127.0.0.1", port), handler)
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -5368,11 +5367,10 @@ class ApiServer(Loopback):
     reply(prompt): what is said otherwise. jitter: seconds before an answer, at most. reply_cost:
     where it is set out/summary.json must tell of at least as much as was billed, and of at most 1
     USD, at any moment."""
-    request_queue_size = 200
     at_work = jitter = reply_cost = 0
 
     def __init__(self, fault=no_fault):
-        super().__init__(("127.0.0.1", 0), ApiHandler)
+        super().__init__(ApiHandler)
         self.fault = fault
         self.reply = random_words
         self.lock = threading.Lock()
