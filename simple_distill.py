@@ -2088,7 +2088,7 @@ def start_run(cfg):
     server = None   # optional: served
     if cfg.teacher_url:   # optional: served
         server = open_server(eval_rows[0], cfg, tokenizer)
-        _, inputs["teacher's weights"] = server
+        inputs["teacher's weights"] = server[1]
         eval_rows = from_rank0(with_answers(*server, eval_rows) if RANK == 0 else None)
     if state:
         refuse_changes(state["inputs"], inputs, path)
@@ -3276,7 +3276,7 @@ def open_server(row, cfg, tokenizer):
     rows depend on. row: to try it on."""
     import openai
     client = openai.OpenAI(base_url=cfg.teacher_url, timeout=SILENCE,
-                           api_key=os.environ.get("OPENAI_API_KEY", "none"))
+                           api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none")
     advice = (f"at each token but the first it has to list {cfg.cache_top_k} and the token itself "
               f"(vllm serve MODEL --max-logprobs {cfg.cache_top_k} --no-enable-prefix-caching; "
               "sglang's --disable-radix-cache)")
