@@ -43,6 +43,7 @@ import resource
 import shlex   # optional: cache
 import shutil
 import signal
+import socket
 import sys
 import sysconfig   # optional: demo generate
 import tempfile
@@ -70,6 +71,7 @@ from config import (
 
 if __name__ == "__main__":   # --help and a typo are answered before the slow imports below
     CONFIG = parse_or_exit(sys.argv[1:])
+    ON_INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)   # in those: a quiet end
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import datasets
@@ -155,13 +157,18 @@ def process_group():
     global HOST, STORE
     patience = dict(timeout=datetime.timedelta(minutes=15))
     STORE = dist.HashStore()   # alone, without opening a port
-    with phase(f"starting rank {RANK} of {WORLD}"):
+    address = os.environ.get("MASTER_ADDR", "localhost")
+    with phase(f"starting rank {RANK} of {WORLD}, which meet at {address}"):
         if CUDA:
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")   # TF32
         else:
             keep_freed_memory()
-        if "RANK" in os.environ:
+        if not RANK < WORLD:   # it would wait for a rank 0
+            raise UserError(f"there is no rank {RANK} of {WORLD}: see RANK and WORLD_SIZE")
+        if os.environ.keys() & {"RANK", "WORLD_SIZE"}:
+            # at once; the rendezvous asks for a quarter of an hour
+            socket.getaddrinfo(address, None)
             STORE = next(rendezvous("env://", **patience))[0]
         dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
                                 world_size=WORLD, **patience)
@@ -4860,6 +4867,7 @@ def explain(cfg, error, words):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, ON_INTERRUPT)
     code = run_config(CONFIG)
     if WORLD > 1:   # an orderly end would wait for ranks that are gone
         sys.stdout.flush()
