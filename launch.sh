@@ -15,7 +15,7 @@ NNODES=${NNODES:-${SLURM_NNODES:-1}} NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 where="--nnodes=$NNODES --node-rank=$NODE_RANK --master-addr=${MASTER_ADDR:-${first:-127.0.0.1}} --master-port=${MASTER_PORT:-29500}"
 if (( NNODES == 1 )) && [[ -z "${MASTER_PORT:-}" ]]; then where=--standalone; else echo "waits for all nodes: $where"; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) > NPROC ? $(nproc) / NPROC : 1 ))}
-export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 # torchrun, but what a worker could say in one `error:` line stays that line, and exit code 2. It would kill the workers 30
 # seconds after a signal, so it hears none but Ctrl-\; they get theirs from here, and take as long as they need to save.

@@ -8,7 +8,6 @@ test_<chapter>_<what is promised>, so that `-k cache` finds all of the cache's.
     python test_simple_distill.py --fork DIR --without cache ...   # the package less some chapters
 """
 import argparse
-import ast
 import atexit
 import collections
 import contextlib
@@ -18,7 +17,6 @@ import functools
 import gc   # optional: generate
 import hashlib
 import http.server   # optional: generate
-import importlib   # optional: generate
 import io
 import itertools
 import json
@@ -33,7 +31,6 @@ import shlex
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
 import tempfile
@@ -45,6 +42,7 @@ import types
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # models are tiny: a second thread costs more than it brings
@@ -121,11 +119,9 @@ def flags(**fields):
     """Fields of Config as command-line words; None leaves a field out."""
     words = []
     for name, value in fields.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            words.append(str(x).lower() if isinstance(x, bool) else str(x))
+        if value is not None:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name}", *map(str, items)]
     return words
 
 
@@ -136,9 +132,11 @@ PLAIN = dict(
 STILL = 1e-30   # a learning rate that moves no weight in fp32
 
 
-def distil(out, rc=0, **fields):
-    """A plain run into `out`, in this process."""
-    return cli(*flags(**{**PLAIN, "output_dir": out, **fields}), rc=rc)
+def distil(out, rc=0, words="", **fields):
+    """A plain run into `out`, in this process. words: of its command line, over the fields."""
+    fields = {**PLAIN, "output_dir": out, **fields}
+    given = {name: value for name, value in fields.items() if f"--{name} " not in words}
+    return cli(*flags(**given), *words.split(), rc=rc)
 
 
 # ---- processes
@@ -216,8 +214,7 @@ class Fork:
             env = rank_environment(rank, ranks, port) if ranks > 1 else {}
             job = {"args": words_of(args), "env": env, "log": self.log, "limit": limit,
                    "package": str(package), "change": change}
-            Fork.mother.stdin.write(json.dumps(job) + "\n")
-            Fork.mother.stdin.flush()
+            print(json.dumps(job), file=Fork.mother.stdin, flush=True)
             self.pids.append(int(Fork.mother.stdout.readline()))
 
     def poll(self):
@@ -285,7 +282,7 @@ def read_lines(path):
 
 def log(out, kind=None):
     """The lines of log.jsonl; kind train, eval or block: only those."""
-    entries = read_lines(os.path.join(out, "log.jsonl"))
+    entries = read_lines(f"{out}/log.jsonl")
     return [entry for entry in entries if kind is None or f"{kind}/step" in entry]
 
 
@@ -299,17 +296,16 @@ def column(out, key):
 
 
 def weights(path):
-    return load_file(os.path.join(path, "model.safetensors"))
+    return load_file(f"{path}/model.safetensors")
 
 
 def final_weights(out):
-    return weights(os.path.join(out, "final"))
+    return weights(f"{out}/final")
 
 
 def checkpoint(out, step):
     """All tensors of a checkpoint by name."""
-    path = os.path.join(out, "checkpoints", f"step-{step:08d}")
-    reader = dcp.HuggingFaceStorageReader(path)
+    reader = dcp.HuggingFaceStorageReader(f"{out}/checkpoints/step-{step:08d}")
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -327,10 +323,9 @@ def gradients(out):
 
 def distance(a, b):
     """Relative to the size of b, over all tensors."""
-    assert a.keys() == b.keys(), a.keys() ^ b.keys()
-    difference = sum((a[k].double() - b[k].double()).square().sum() for k in b)
-    size = sum(b[k].double().square().sum() for k in b)
-    return math.sqrt(difference / size)
+    assert a.keys() == b.keys()
+    flat_a, flat_b = [torch.cat([x[k].double().flatten() for k in b]) for x in (a, b)]
+    return ((flat_a - flat_b).norm() / flat_b.norm()).item()
 
 
 def same(a, b):
@@ -377,11 +372,10 @@ def tiny_tokenizer(chat_template=None, *, roll=0, merges=(), bos=False):
 def tiny_config(vocab=None, hidden=32, layers=2, cls="LlamaConfig", **overrides):
     shape = dict(
         vocab_size=vocab or len(tiny_tokenizer()), hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=2, intermediate_size=2 * hidden, max_position_embeddings=512,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=2 * hidden,
+        max_position_embeddings=512,
         bos_token_id=1, eos_token_id=0, pad_token_id=0,
         initializer_range=0.2)   # logits far from uniform
-    if "GPT2" not in cls and "NeoX" not in cls:
-        shape["num_key_value_heads"] = 2
     return getattr(transformers, cls)(**{**shape, **overrides})
 
 
@@ -405,7 +399,7 @@ def edit_weights(path, change):
     """change(dict of tensors) in place, and save."""
     tensors = weights(path)
     change(tensors)
-    save_file(tensors, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
 
 
 def padded(path, source, rows):
@@ -416,7 +410,7 @@ def padded(path, source, rows):
         torch.manual_seed(0)
         model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.weight.data[-rows:] = 50 * torch.randn(rows, module.weight.shape[1])
+            module.weight.data[-rows:].normal_(0, 50)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
@@ -426,11 +420,7 @@ def break_letter(source, path):
     """A copy of a model in which the letter Z, and only it, makes everything infinite."""
     shutil.copytree(source, path)
     z = tiny_tokenizer().encode("Z")[0]
-
-    def change(tensors):
-        tensors["model.embed_tokens.weight"][z] = math.inf
-
-    edit_weights(path, change)
+    edit_weights(path, lambda tensors: tensors["model.embed_tokens.weight"][z].fill_(math.inf))
     return str(path)
 
 
@@ -443,8 +433,8 @@ def write_splits(folder, train, validation):
     """A directory of two splits, as on the hub: what is trained on does not depend on how a slice
     is held out."""
     os.makedirs(folder)
-    write_jsonl(os.path.join(folder, "train.jsonl"), train)
-    write_jsonl(os.path.join(folder, "validation.jsonl"), validation)
+    write_jsonl(f"{folder}/train.jsonl", train)
+    write_jsonl(f"{folder}/validation.jsonl", validation)
     return str(folder)
 
 
@@ -459,11 +449,8 @@ def prose(n, seed=0):
 
 def talk(n, seed=0):
     """n questions with answers of very different length."""
-    rows = []
-    for i in range(n):
-        question = prose(1 + i % 3, seed + i)
-        rows.append({"prompt": question, "response": prose(1 + (5 * i) % 16, seed + 100 + i)})
-    return rows
+    return [{"prompt": prose(1 + i % 3, seed + i),
+             "response": prose(1 + (5 * i) % 16, seed + 100 + i)} for i in range(n)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -485,8 +472,14 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """40 rows of plain text, some 70 blocks of 32 tokens."""
-    rows = [{"text": prose(8 + i % 9, i)} for i in range(40)]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl", rows)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl",
+                       [{"text": prose(8 + i % 9, i)} for i in range(40)])
+
+
+@pytest.fixture
+def trio(teacher, student, text):
+    """Fields of an online run."""
+    return dict(teacher=teacher, student=student, dataset=text)
 
 
 @pytest.fixture(scope="session")
@@ -541,11 +534,8 @@ def chatml_rows(rows):
     for row in rows:
         before = encode(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answer = encode(f"{row['response']}<|im_end|>")
-        ids = before + answer + encode("\n")
-        labels = [-100] * len(ids)
-        for i in range(len(before), len(before) + len(answer)):
-            labels[i - 1] = ids[i]
-        coded.append((torch.tensor(ids), torch.tensor(labels)))
+        labels = [-100] * (len(before) - 1) + answer + [-100, -100]
+        coded.append((torch.tensor(before + answer + encode("\n")), torch.tensor(labels)))
     return coded
 
 
@@ -554,13 +544,12 @@ def model_losses(student, teacher, coded, alpha, temperature=1.0, divergence="fo
     labels = torch.cat([labels for _, labels in coded])
     with torch.no_grad():
         teacher_logits = None if teacher is None else logits_of_rows(teacher, coded)
-    student_logits = logits_of_rows(student, coded)
-    return dense_losses(student_logits, teacher_logits, labels, alpha, temperature, divergence)
+    return dense_losses(logits_of_rows(student, coded), teacher_logits, labels, alpha, temperature,
+                        divergence)
 
 
 def logits_of_rows(model, coded):
-    rows = [model(input_ids=ids[None], use_cache=False).logits[0] for ids, _ in coded]
-    return torch.cat(rows)
+    return torch.cat([model(ids[None], use_cache=False).logits[0] for ids, _ in coded])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,20 +568,17 @@ def refused(*words):
 
 
 def read_config(out):
-    return json.loads(Path(out, "config.json").read_text())
+    return sd.read_json(f"{out}/config.json")
 
 
-def test_config_json_repeats_the_run(tmp_path, out, teacher, student, text):
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=3, alpha=0.3,
-           lr_multipliers=["embed=0.5", "norm=0"], seed=3, lr_scheduler="cosine", weight_decay=0.1,
-           eval_steps=1)
-    again = str(tmp_path / "again")
+def test_config_json_repeats_the_run(tmp_path, out, trio):
+    distil(out, **trio, max_steps=3, alpha=0.3, lr_multipliers=["embed=0.5", "norm=0"], seed=3,
+           lr_scheduler="cosine", weight_decay=0.1, eval_steps=1)
+    again = f"{tmp_path}/again"
     cli("--config", f"{out}/config.json", "--output_dir", again)
     assert same(final_weights(out), final_weights(again))
-    first = read_config(out)
-    second = read_config(again)
-    assert first.keys() == second.keys() == config.FIELDS.keys()
-    assert {name for name in first if first[name] != second[name]} == {"output_dir"}
+    assert read_config(out) | dict(output_dir=again) == read_config(again)
+    assert read_config(out).keys() == config.FIELDS.keys()
     assert quiet_log(out) == quiet_log(again)
 
 
@@ -616,24 +602,7 @@ def test_config_a_file_is_as_if_typed_and_the_command_line_wins(tmp_path, name):
     cfg = parse("--config", tmp_path / name, "--seq_len", 32)
     assert {field: getattr(cfg, field) for field in fields} == fields
     assert cfg.seq_len == 32
-    assert cfg.given - {"seq_len"} == set(fields)
-
-
-@pytest.mark.parametrize("words, unknown, nearest", [
-    (["--temprature", "2"], "--temprature", "temperature"),
-    (["--learning-rat", "1"], "--learning-rat", "learning_rate"),
-    (["--studnt=x"], "--studnt", "student"),
-    (["--alpha", "0.5", "--lr_multiplier", "a=1"], "--lr_multiplier", "lr_multipliers"),
-    (["--no_gradient_checkpoint"], "--no_gradient_checkpoint", "gradient_checkpointing"),
-    (["--config", "a.yaml"], "'temprature'", "temperature"),
-    (["--config", "a.json"], "'temprature'", "temperature"),
-])
-def test_config_what_is_unknown_names_the_nearest(tmp_path, monkeypatch, words, unknown, nearest):
-    monkeypatch.chdir(tmp_path)
-    Path("a.yaml").write_text("temprature: 2\n")
-    Path("a.json").write_text('{"temprature": 2}')
-    message = refused(*words)
-    assert unknown in message and f"did you mean {nearest}?" in message
+    assert cfg.given == {*fields, "seq_len"}
 
 
 # What a train run on a file of plain text does not read, with values that are no defaults.
@@ -707,15 +676,12 @@ def test_config_a_typo_answers_without_torch():
 
 def test_config_help_is_grouped_by_chapter():
     """The name and purpose of each section are a title, and its knobs stand below it."""
-    lines = run_and_look("--help", code=0).splitlines()
-    starts = []
+    expected = ["  --config"]
     for section in config.SECTIONS:
-        starts.append(lines.index(f"{section.section} ({section.purpose}):"))
-    ends = starts[1:] + [len(lines)]
-    for section, start, end in zip(config.SECTIONS, starts, ends):
-        below = "\n".join(lines[start:end])
-        shown = re.findall(r"^  --(?!no_)(\w+)", below, re.MULTILINE)
-        assert shown == config.knobs_in(section.section)
+        expected.append(f"{section.section} ({section.purpose}):")
+        expected += [f"  --{name}" for name in config.knobs_in(section.section)]
+    shown = run_and_look("--help", code=0)
+    assert re.findall(r"^\w+ \(.*\):$|^  --(?!no_)\w+", shown, re.MULTILINE) == expected
     assert all(field.metadata["help"] for field in config.FIELDS.values())
 
 
@@ -730,111 +696,118 @@ def test_config_a_number_has_a_range(name, value):
         config.check_value(name, [1, value] if "list" in str(config.FIELDS[name].type) else value)
 
 
-@pytest.mark.parametrize("name, inside, outside", [
-    ("alpha", [0, 1], [-0.1, 1.1]),
-    ("temperature", [1e-9], [0]),
-    ("seq_len", [2], [1]),
-    ("batch_size", [1], [0]),
-    ("save_steps", [0], [-1]),
-    ("seed", [0, 2**28], [2**28 + 1]),
-])
-def test_config_a_range_holds_its_ends(name, inside, outside):
-    for value in inside:
-        config.check_value(name, value)
-    for value in outside:
-        with pytest.raises(config.UserError, match=f"^{name} is {value}; it must be"):
-            config.check_value(name, value)
-
-
-# words of a command line -> what the message says
+# a command line -> words of what is said to it
 REFUSED = [
     # no value of that kind
-    ("--temperature warm", "temperature 'warm'"),
-    ("--batch_size 1.5", "batch_size '1.5'"),
-    ("--lr_scheduler step", "lr_scheduler cosine"),
-    ("--mode learn", "mode train"),
-    ("--gradient_checkpointing perhaps", "gradient_checkpointing perhaps"),
-    ("--lr_multipliers (=1", "lr_multipliers '(=1'"),
-    ("--lr_multipliers =1", "lr_multipliers '=1'"),
-    ("--lr_multipliers a=-1", "lr_multipliers 'a=-1'"),
-    ("--student layers:0", "layers:N"),
-    ("--student layers:²", "layers:N"),
+    "--temperature warm -> temperature 'warm'",
+    "--batch_size 1.5 -> batch_size '1.5'",
+    "--lr_scheduler step -> lr_scheduler cosine",
+    "--mode learn -> mode train",
+    "--gradient_checkpointing perhaps -> gradient_checkpointing perhaps",
+    "--lr_multipliers (=1 -> lr_multipliers '(=1'",
+    "--lr_multipliers =1 -> lr_multipliers '=1'",
+    "--lr_multipliers a=-1 -> lr_multipliers 'a=-1'",
+    "--student layers:0 -> layers:N",
+    "--student layers:² -> layers:N",
+
+    # out of range, or nearly a knob
+    "--alpha=-0.1 -> alpha is -0.1; it must be",
+    "--alpha 1.1 -> alpha is 1.1; it must be",
+    "--temperature 0 -> temperature is 0.0; it must be",
+    "--seq_len 1 -> seq_len is 1; it must be",
+    "--batch_size 0 -> batch_size is 0; it must be",
+    "--save_steps=-1 -> save_steps is -1; it must be",
+    "--seed 268435457 -> seed is 268435457; it must be",
+    "--temprature 2 -> --temprature did you mean temperature?",
+    "--learning-rat 1 -> --learning-rat did you mean learning_rate?",
+    "--studnt=x -> --studnt did you mean student?",
+    "--alpha 0.5 --lr_multiplier a=1 -> --lr_multiplier did you mean lr_multipliers?",
+    "--no_gradient_checkpoint -> --no_gradient_checkpoint did you mean gradient_checkpointing?",
 
     # flags
-    ("--alpha 0.1 --alpha 0.2", "alpha once"),
-    ("--batch-size 1 --batch_size=2", "batch_size once"),
-    ("train", "'train' --"),
-    ("--alpha", "alpha"),
-    ("--no_seed 3", "--no_seed"),
+    "--alpha 0.1 --alpha 0.2 -> alpha once",
+    "--batch-size 1 --batch_size=2 -> batch_size once",
+    "train -> 'train' --",
+    "--alpha -> alpha",
+    "--no_seed 3 -> --no_seed",
     # nothing where a name should be, as from "$UNSET"
-    ("--tokenizer=\t", "tokenizer"),
-    ("--output_dir=", "output_dir"),
-    ("--lr_multipliers=", "lr_multipliers"),
+    "--tokenizer=\t -> tokenizer",
+    "--output_dir= -> output_dir",
+    "--lr_multipliers= -> lr_multipliers",
 
     # what does nothing beside the others
-    ("--cache_dir c --alpha 1", "cache_dir --alpha"),   # optional: cache
-    ("--cache_dir c --divergence jsd", "divergence --cache_dir"),   # optional: cache
-    ("--cache_dir c --dataset d", "dataset --cache_dir"),   # optional: cache
+    "--cache_dir c --alpha 1 -> cache_dir --alpha",   # optional: cache
+    "--cache_dir c --divergence jsd -> divergence --cache_dir",   # optional: cache
+    "--cache_dir c --dataset d -> dataset --cache_dir",   # optional: cache
     *[   # optional: cache
-        ("--cache_dir c --streaming", "streaming --cache_dir"),   # optional: streaming
-        ("--cache_dir c --blockwise", "blockwise --cache_dir"),   # optional: blockwise
-        ("--cache_dir c --on_policy 1", "on_policy --cache_dir"),   # optional: on_policy
+        "--cache_dir c --streaming -> streaming --cache_dir",   # optional: streaming
+        "--cache_dir c --blockwise -> blockwise --cache_dir",   # optional: blockwise
+        "--cache_dir c --on_policy 1 -> on_policy --cache_dir",   # optional: on_policy
     ],
-    ("--mode cache --cache_dir c --cache_top_k 3", "--cache_method topk"),   # optional: cache
-    ("--blockwise --alpha 1", "blockwise --alpha"),   # optional: blockwise
-    ("--block_input teacher --lr_per_block 1",   # optional: blockwise
-     "block_input lr_per_block --blockwise true"),
-    ("--blockwise --block_input teacher --no_freeze_previous_blocks",   # optional: blockwise
-     "freeze_previous_blocks --block_input student"),
-    ("--blockwise --logit_loss_type ce --logit_loss_weight 0.3",   # optional: blockwise
-     "logit_loss_weight --logit_loss_type kl_div or mse"),
-    ("--blockwise --no_train_lm_head --logit_loss_type ce",   # optional: blockwise
-     "logit_loss_type --train_lm_head true"),
-    ("--on_policy 1 --alpha 1", "on_policy --alpha"),   # optional: on_policy
-    ("--on_policy 1 --packing documents", "on_policy --packing rows"),   # optional: on_policy
-    ("--max_new_tokens 9", "max_new_tokens --on_policy above 0"),   # optional: on_policy
-    ("--mode generate --teacher t", "teacher --provider local"),   # optional: generate
-    ("--lr_scheduler_kwargs {} --lr_scheduler constant", "lr_scheduler_kwargs constant"),
-    ("--warmup_ratio 0.1 --lr_scheduler constant", "warmup_ratio --lr_scheduler"),
+    "--mode cache --cache_dir c --cache_top_k 3 -> --cache_method topk",   # optional: cache
+    "--blockwise --alpha 1 -> blockwise --alpha",   # optional: blockwise
+    "--block_input teacher --lr_per_block 1"   # optional: blockwise
+        " -> block_input lr_per_block --blockwise true",
+    "--blockwise --block_input teacher --no_freeze_previous_blocks"   # optional: blockwise
+        " -> freeze_previous_blocks --block_input student",
+    "--blockwise --logit_loss_type ce --logit_loss_weight 0.3"   # optional: blockwise
+        " -> logit_loss_weight --logit_loss_type kl_div or mse",
+    "--blockwise --no_train_lm_head --logit_loss_type ce"   # optional: blockwise
+        " -> logit_loss_type --train_lm_head true",
+    "--on_policy 1 --alpha 1 -> on_policy --alpha",   # optional: on_policy
+    "--on_policy 1 --packing documents -> on_policy --packing rows",   # optional: on_policy
+    "--max_new_tokens 9 -> max_new_tokens --on_policy above 0",   # optional: on_policy
+    "--mode generate --teacher t -> teacher --provider local",   # optional: generate
+    "--lr_scheduler_kwargs {} --lr_scheduler constant -> lr_scheduler_kwargs constant",
+    "--warmup_ratio 0.1 --lr_scheduler constant -> warmup_ratio --lr_scheduler",
 
     # what cannot be done
-    ("--teacher t", "student"),
-    ("--max_steps 0", "max_steps"),
-    ("--num_epochs 0", "num_epochs"),
-    ("--streaming --teacher t --student s", "--max_steps"),   # optional: streaming
-    ("--mode cache", "--cache_dir"),   # optional: cache
+    "--teacher t -> student",
+    "--max_steps 0 -> max_steps",
+    "--num_epochs 0 -> num_epochs",
+    "--streaming --teacher t --student s -> --max_steps",   # optional: streaming
+    "--mode cache -> --cache_dir",   # optional: cache
     *[   # optional: blockwise
-        ("--blockwise --streaming --max_steps 2", "blockwise --streaming"),   # optional: streaming
+        "--blockwise --streaming --max_steps 2 -> blockwise --streaming",   # optional: streaming
     ],
-    ("--blockwise --block_input teacher --wd_per_block 1 2",   # optional: blockwise
-     "block_input wd_per_block"),
-    ("--on_policy 1 --on_policy_prompt 128", "128 seq_len"),   # optional: on_policy
+    "--blockwise --block_input teacher --wd_per_block 1 2"   # optional: blockwise
+        " -> block_input wd_per_block",
+    "--on_policy 1 --on_policy_prompt 128 -> 128 seq_len",   # optional: on_policy
 
     # files
-    ("--config /nowhere", "/nowhere FileNotFoundError"),
-    ("--config list.yaml", "list.yaml mapping"),
-    ("--config broken.yaml", "broken.yaml ParserError"),
-    ("--config broken.json", "broken.json JSONDecodeError"),
-    ("--config twice.yaml", "seed once"),
-    ("--config nested.yaml", "nested.yaml line 2"),   # and no bomb of aliases
-    ("--config several.yaml", "'16'"),
-    ("--config itself.yaml", "'config'"),
+    "--config /nowhere -> /nowhere FileNotFoundError",
+    "--config list.yaml -> list.yaml mapping",
+    "--config broken.yaml -> broken.yaml ParserError",
+    "--config broken.json -> broken.json JSONDecodeError",
+    "--config twice.yaml -> seed once",
+    "--config nested.yaml -> nested.yaml line 2",   # and no bomb of aliases
+    "--config several.yaml -> '16'",
+    "--config itself.yaml -> 'config'",
+    "--config unknown.yaml -> 'temprature' did you mean temperature?",
+    "--config unknown.json -> 'temprature' did you mean temperature?",
 ]
 
+BROKEN_FILES = {
+    "list.yaml": "- 1\n- 2\n",
+    "broken.yaml": "a: [1\n",
+    "broken.json": '{"seed": ',
+    "twice.yaml": "seed: 1\nseed: 2\n",
+    "nested.yaml": "lr_multipliers: &a [x=1]\nlr_per_block: [*a, *a]\n",
+    "several.yaml": "batch_size: [8, 16]\n",
+    "itself.yaml": "config: list.yaml\n",
+    "unknown.yaml": "temprature: 2\n",
+    "unknown.json": '{"temprature": 2}',
+}
 
-@pytest.mark.parametrize("words, told", REFUSED)
-def test_config_refuses(tmp_path, monkeypatch, words, told):
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_config_refuses(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    Path("list.yaml").write_text("- 1\n- 2\n")
-    Path("broken.yaml").write_text("a: [1\n")
-    Path("broken.json").write_text('{"seed": ')
-    Path("twice.yaml").write_text("seed: 1\nseed: 2\n")
-    Path("nested.yaml").write_text("lr_multipliers: &a [x=1]\nlr_per_block: [*a, *a]\n")
-    Path("several.yaml").write_text("batch_size: [8, 16]\n")
-    Path("itself.yaml").write_text("config: list.yaml\n")
+    for name, body in BROKEN_FILES.items():
+        Path(name).write_text(body)
+    words, told = case.split(" -> ")
     message = refused(*words.split(" "))
-    missing = [word for word in told.split() if word not in message]
-    assert not missing, (missing, message)
+    assert [word for word in told.split() if word not in message] == [], message
 
 
 # What goes together although one of it may not stand alone.
@@ -844,7 +817,8 @@ def test_config_refuses(tmp_path, monkeypatch, words, told):
     "--cache_dir c --mode cache --dataset d --divergence forward",   # optional: cache
     "--on_policy 1 --max_new_tokens 9 --on_policy_prompt 127",   # optional: on_policy
     "--mode generate --provider local --teacher t --attention eager",   # optional: generate
-    "--teacher t --alpha 1",
+    "--teacher t --alpha 1 --seed 268435456",
+    "--alpha 0 --temperature 1e-9 --seq_len 2 --batch_size 1 --save_steps 0 --seed 0",
     "--lr_scheduler constant --warmup_ratio 0",
 ])
 def test_config_takes(words):
@@ -854,96 +828,82 @@ def test_config_takes(words):
 # ---- bad input as a run meets it
 
 
-GOOD_LINE = '{"text": "one two three four five"}\n'
+BAD_FILES = {
+    "mine": b"mine",
+    "empty.jsonl": b"",
+    "binary.jsonl": bytes(range(256)) * 9,
+    "line.jsonl": b'{"text": "one two three"}\n' * 4 + b'{bad\n{"text": "four five six"}\n',
+    "a.parquet": b"PAR",
+    "column.jsonl": b'{"body": "one two", "id": 3}\n' * 9,
+    "target.jsonl": b'{"prompt": "", "response": ""}\n' * 9,
+}
 
-
-def with_file(name, body):
-    """A dataset file of this text or these bytes."""
-    def make(folder):
-        (folder / name).write_bytes(body if isinstance(body, bytes) else body.encode())
-        return dict(dataset=folder / name)
-    return make
-
-
-def broken_model(role, change):
-    """change(its directory) damages the model of that role."""
-    def make(folder):
-        path = tiny_model(folder / "model")
-        change(Path(path))
-        return {role: path}
-    return make
+# a command line over that of a plain run -> words of the message
+BAD_INPUT = [
+    "--alpha 1.2 -> alpha",
+    "--output_dir mine -> mine",
+    "--resume /nowhere -> /nowhere",
+    "--lr_scheduler cosine_with_min_lr -> min_lr",
+    '--lr_scheduler cosine --lr_scheduler_kwargs {"num_cycle":2} -> num_cycle',
+    "--lr_scheduler cosine --lr_scheduler_kwargs { -> cosine JSON",
+    "--lr_multipliers zzz=1 -> zzz",
+    "--default_lr_multiplier 0 -> frozen",
+    "--teacher /nowhere -> teacher /nowhere",
+    "--student no/where -> no/where",
+    "--attention sideways -> sideways",
+    "--student layers:9 -> layers:9 2",
+    "--teacher no_json -> teacher",
+    "--teacher cut_off -> teacher",
+    "--teacher missing -> layers.2",
+    "--student novel -> student novel",
+    "--dataset /nowhere.jsonl -> /nowhere.jsonl",
+    "--train_split tarin -> tarin",
+    "--dataset empty.jsonl -> empty.jsonl",
+    "--dataset binary.jsonl -> binary.jsonl",
+    "--dataset line.jsonl -> line.jsonl",
+    "--dataset a.parquet -> a.parquet",
+    "--dataset column.jsonl -> text",
+    "--dataset target.jsonl -> target",
+]
 
 
 def edit_config(**fields):
     def change(path):
-        file = path / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+        sd.write_json(sd.read_json(path / "config.json") | fields, path / "config.json")
     return change
-
-
-def truncate(name, size=0):
-    def change(path):
-        os.truncate(path / name, size)
-    return change
-
-
-def output_is_a_file(folder):
-    (folder / "file").write_text("mine")
-    return dict(output_dir=folder / "file")
-
-
-# what is wrong -> (fields, or a function of a folder that makes fields; words of the message)
-BAD_INPUT = {
-    "flag": (dict(alpha=1.2), "alpha"),
-    "output is a file": (output_is_a_file, "file"),
-    "resume nowhere": (dict(resume="/nowhere"), "/nowhere"),
-    "schedule lacks": (dict(lr_scheduler="cosine_with_min_lr"), "min_lr"),
-    "schedule knows not": (
-        dict(lr_scheduler="cosine", lr_scheduler_kwargs='{"num_cycle": 2}'), "num_cycle"),
-    "schedule of no json": (dict(lr_scheduler="cosine", lr_scheduler_kwargs="{"), "cosine JSON"),
-    "matches nothing": (dict(lr_multipliers="zzz=1"), "zzz"),
-    "all frozen": (dict(default_lr_multiplier=0), "frozen"),
-    "teacher nowhere": (dict(teacher="/nowhere"), "teacher /nowhere"),
-    "student nowhere": (dict(student="no/where"), "no/where"),
-    "attention unknown": (dict(attention="sideways"), "sideways"),
-    "too many layers": (dict(student="layers:9"), "layers:9 2"),
-    "config of no json": (broken_model("teacher", truncate("config.json", 9)), "teacher"),
-    "weights cut off": (broken_model("teacher", truncate("model.safetensors", 999)), "teacher"),
-    "weights missing": (broken_model("teacher", edit_config(num_hidden_layers=3)), "layers.2"),
-    "architecture": (broken_model("student", edit_config(model_type="novel")), "student novel"),
-    "dataset nowhere": (dict(dataset="/nowhere.jsonl"), "/nowhere.jsonl"),
-    "split nowhere": (dict(train_split="tarin"), "tarin"),
-    "empty file": (with_file("a.jsonl", ""), "a.jsonl"),
-    "binary file": (with_file("a.jsonl", bytes(range(256)) * 9), "a.jsonl"),
-    "one bad line": (with_file("a.jsonl", GOOD_LINE * 4 + "{bad\n" + GOOD_LINE * 4), "a.jsonl"),
-    "no parquet": (with_file("a.parquet", "PAR"), "a.parquet"),
-    "no known column": (with_file("a.jsonl", '{"body": "one two", "id": 3}\n' * 9), "text"),
-    "no target": (with_file("a.jsonl", '{"prompt": "", "response": ""}\n' * 9), "target"),
-}
 
 
 def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="session")
+def bad_files(tmp_path_factory):
+    """The folder of BAD_FILES, and of models that were damaged."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, body in BAD_FILES.items():
+        (folder / name).write_bytes(body)
+    for name in ("no_json", "cut_off", "missing", "novel"):
+        tiny_model(folder / name)
+    os.truncate(folder / "no_json/config.json", 9)
+    os.truncate(folder / "cut_off/model.safetensors", 999)
+    edit_config(num_hidden_layers=3)(folder / "missing")
+    edit_config(model_type="novel")(folder / "novel")
+    return folder
+
+
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_config_bad_input_is_a_line_or_two(case, tmp_path, teacher, student, text):
+def test_config_bad_input_is_a_line_or_two(case, bad_files, monkeypatch, trio, out):
     """And nothing is changed, or left behind but the traceback."""
-    fields, told = BAD_INPUT[case]
-    folder = tmp_path / "given"
-    folder.mkdir()
-    if callable(fields):
-        fields = fields(folder)
-    usual = dict(teacher=teacher, student=student, dataset=text, output_dir=tmp_path / "out")
-    before = files_in(folder)
-    err = cli(*flags(**{**PLAIN, **usual, **fields}), rc=2).err.strip()
+    words, told = case.split(" -> ")
+    monkeypatch.chdir(bad_files)
+    before = files_in(bad_files)
+    err = distil(out, 2, words, **trio).err.strip()
     line = err[err.index("error: "):]
     assert len(line.splitlines()) <= 2 and len(line) < 1000, err
-    missing = [word for word in told.split() if word not in line]
-    assert not missing, (missing, line)
-    left = {path.name for path in (tmp_path / "out").rglob("*")}
-    assert left <= {".simple_distill", "error.log"}
-    assert files_in(folder) == before
+    assert [word for word in told.split() if word not in line] == [], line
+    assert {path.name for path in Path(out).rglob("*")} <= {".simple_distill", "error.log"}
+    assert files_in(bad_files) == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -964,17 +924,15 @@ def test_runtime_a_phase_says_what_it_does_and_why_it_failed(capsys, error, show
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(tmp_path, student,
-                                                                           debug):
+def test_runtime_a_traceback_goes_to_error_log_or_by_debug_to_the_terminal(
+        tmp_path, out, student, capsys, debug):
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
-    words = flags(student=student, alpha=1.0, dataset=tmp_path / "bad.jsonl", debug=debug,
-                  output_dir=tmp_path / "out")
-    shown = io.StringIO()
-    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
-        assert sd.main(words) == 2
-    assert shown.getvalue().count("error: while reading dataset") == 1
-    assert ("Traceback" in shown.getvalue()) == debug
-    assert (tmp_path / "out" / "error.log").exists() != debug
+    words = f"--student {student} --alpha 1 --dataset {tmp_path}/bad.jsonl --output_dir {out}"
+    assert sd.main([*words.split(), f"--debug={debug}"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: while reading dataset") == 1
+    assert ("Traceback" in shown) == debug
+    assert os.path.exists(f"{out}/error.log") != debug
 
 
 def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch, capsys):
@@ -984,7 +942,7 @@ def test_runtime_rank_0_speaks_and_survives_a_terminal_that_has_gone(monkeypatch
     assert capsys.readouterr().out == "rank 0\n"
 
     def gone(words):
-        raise OSError(5, "Input/output error")
+        raise OSError
 
     monkeypatch.setattr(sd.tqdm, "write", gone)
     sd.print0("nobody reads it")
@@ -1036,98 +994,82 @@ def test_runtime_a_table_is_aligned():
 @pytest.mark.parametrize("files, refusal", [
     ({"notes.txt": "mine"}, None),
     ({"config.json": "{}"}, "holds 'config.json'"),   # as every model's folder
-    ({"final/notes.txt": "mine"}, "holds 'final'"),
-    ({sd.MARK: "", "final/notes.txt": "mine"}, None),   # touched by its owner, or half written
+    ({"final": "mine"}, "holds 'final'"),
+    ({sd.MARK: "", "final": "mine"}, None),   # touched by its owner, or half written
     ({sd.MARK: "train 12345", "config.json": "{}"}, None),
     ({sd.MARK: "trains 12345"}, "of mode trains"),
 ])
 def test_runtime_a_folder_is_ours_by_its_mark_and_another_one_stays_as_it_is(out, files, refusal):
+    os.mkdir(out)
     for name, content in files.items():
-        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
         Path(out, name).write_text(content)
-    expected = contextlib.nullcontext()
-    if refusal:
-        expected = pytest.raises(config.UserError, match=refusal)
+    refused = pytest.raises(config.UserError, match=refusal)
+    expected = refused if refusal else contextlib.nullcontext()
     with expected, sd.process_group(), sd.claim(out, "train"):
         mark = Path(out, sd.MARK).read_text()
         assert re.fullmatch(r"train \d{6,}", mark)
         files = {**files, sd.MARK: mark}
-    left = {str(path.relative_to(out)): path.read_text() for path in files_in(Path(out))}
-    assert left == files
+    assert {name: Path(out, name).read_text() for name in os.listdir(out)} == files
 
 
 HOLD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group(), sd.claim(sys.argv[2], "train"):
-    print("held", flush=True)
-    sys.stdin.readline()
+def main(args):
+    with process_group(), claim(args[0], "train"):
+        print("held", flush=True)
+        time.sleep(99)
 """
 
 
-def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, student, text):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(HERE), out], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    while "held" not in holder.stdout.readline():
+def test_runtime_one_run_a_folder_until_it_ends_or_is_killed(out, labels_only):
+    holder = Fork(f"{out}.txt", out, change=HOLD)
+    while "held\n" not in Path(holder.log).read_text():
         assert holder.poll() is None
+        time.sleep(0.05)
     mark = Path(out, sd.MARK).read_text()
-    err = distil(out, rc=2, student=student, dataset=text, alpha=1.0, max_steps=1).err
-    assert f"no other run is at work in {out}" in err
+    assert f"no other run is at work in {out}" in distil(out, rc=2, **labels_only).err
     assert Path(out, sd.MARK).read_text() == mark
-    threading.Timer(0.5, holder.kill).start()
+    threading.Timer(0.5, holder.signal, [signal.SIGKILL]).start()
     with sd.process_group(), sd.claim(out, "train", wait=True):
-        assert holder.wait(60) < 0
+        holder.wait()
 
 
 # ---- ranks
 
 RANKS = """
-import contextlib, json, os, sys, time
-sys.path.insert(0, sys.argv[1])
-import simple_distill as sd
-with sd.process_group():
-    seen = [sd.all_sum(sd.RANK, 2), sd.from_rank0(sd.RANK + 5)]
-    with contextlib.suppress(ValueError), sd.node_first():
-        if sd.RANK == 0:
-            time.sleep(1)
-            open("done", "w").close()
-            raise ValueError   # which the others then meet themselves
-        seen.append(os.path.exists("done"))
-    with sd.claim("shared", "train"):
-        pass
-    for folder in ("new", "old"):   # on a disk of its own, without a mark or with an older run's
-        os.makedirs(f"node{sd.RANK}/{folder}")
-        if folder == "old":
-            open(f"node{sd.RANK}/old/.simple_distill", "w").write("train 12345")
-        try:
-            with sd.claim(f"node{sd.RANK}/{folder}", "train"):
-                seen.append("went on")
-        except sd.UserError as e:
-            seen.append(str(e).split(" in ")[0])
-    print(json.dumps(seen), flush=True)
-    if sd.RANK == 1:   # rank 0, with the store, may not be gone yet
-        time.sleep(2)
-        print(sd.first_to_fail(), sd.first_to_fail())
+def main(args):
+    os.chdir(args[0])
+    with process_group():
+        seen = [all_sum(RANK, 2), from_rank0(RANK + 5)]
+        with contextlib.suppress(ValueError), node_first():
+            if RANK == 0:
+                time.sleep(1)
+                open("done", "w").close()
+                raise ValueError   # which the others then meet themselves
+            seen.append(os.path.exists("done"))
+        with claim("shared", "train"):
+            pass
+        for folder in ("new", "old"):   # on its own disk, without a mark or with an older run's
+            os.makedirs(f"node{RANK}/{folder}")
+            if folder == "old":
+                open(f"node{RANK}/old/.simple_distill", "w").write("train 12345")
+            try:
+                with claim(f"node{RANK}/{folder}", "train"):
+                    seen.append("went on")
+            except UserError as e:
+                seen.append(str(e).split(" in ")[0])
+        print(RANK, json.dumps(seen), flush=True)
+        if RANK == 1:   # rank 0, with the store, may not be gone yet
+            time.sleep(2)
+            print(first_to_fail(), first_to_fail())
 """
 
 
 def test_runtime_ranks_agree_wait_for_each_other_and_share_a_disk(tmp_path):
-    port = free_port()
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", RANKS, str(HERE)], cwd=tmp_path, text=True,
-        env={**os.environ, **rank_environment(rank, 2, port)}, stdout=subprocess.PIPE)
-        for rank in range(2)]
-    try:
-        first, second = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert json.loads(first.splitlines()[-1]) == [[1, 4], 5, "went on", "went on"], first
-    seen, failed = second.splitlines()[-2:]
-    refusal = "rank 1 does not see what rank 0 writes"
-    assert json.loads(seen) == [[1, 4], 5, True, refusal, refusal], second
-    assert failed == "True False"   # it speaks for all, once
+    shown = Fork(tmp_path / "log.txt", tmp_path, ranks=2, change=RANKS).wait()
+    refusal = '"rank 1 does not see what rank 0 writes"'
+    assert '\n0 [[1.0, 4.0], 5, "went on", "went on"]\n' in shown
+    assert f"\n1 [[1.0, 4.0], 5, true, {refusal}, {refusal}]\n" in shown
+    assert "\nTrue False\n" in shown   # it speaks for all, once
 
 
 def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
@@ -1142,11 +1084,11 @@ def test_runtime_a_gpu_that_is_not_there_is_an_error_in_one_line(monkeypatch):
 
 def test_runtime_only_the_host_waits_for_a_day():
     """A collective on GPUs, where a rank is gone, ends after minutes."""
+    limits = []
     with sd.process_group():
-        groups = [torch.distributed.group.WORLD, sd.HOST]
-        backends = [group._get_backend(torch.device("cpu")) for group in groups]
-    minutes = [backend.options._timeout.total_seconds() / 60 for backend in backends]
-    assert minutes == [15, 24 * 60]
+        for group in (torch.distributed.group.WORLD, sd.HOST):
+            limits.append(group._get_backend(torch.device("cpu")).options._timeout)
+    assert limits == [datetime.timedelta(minutes=15), datetime.timedelta(days=1)]
 
 
 def test_runtime_any_number_of_signals_only_asks_to_stop():
@@ -1176,19 +1118,20 @@ class Case(NamedTuple):
     teacher: sd.DenseTarget
 
 
-def case(n=23, vocab=97, *, seed=0, dtype=torch.float32, bias=False, scale=1.0, softcap=None,
-         masked=0.3, size=2.0):
+def case(n=23, vocab=97, *, teacher_vocab=None, seed=0, dtype=torch.float32, bias=False, scale=1.0,
+         softcap=None, masked=0.3, size=2.0):
     torch.manual_seed(seed)
 
     def normal(*shape, std=1.0):
         return (std * torch.randn(shape)).to(dtype).requires_grad_()
 
-    def head(width):
-        weight = normal(vocab, width, std=size / math.sqrt(width))
-        return sd.Head(weight, normal(vocab) if bias else None, scale, softcap)
+    def head(rows, width):
+        weight = normal(rows, width, std=size / math.sqrt(width))
+        return sd.Head(weight, normal(rows) if bias else None, scale, softcap)
 
     labels = torch.where(torch.rand(n) < masked, -100, torch.randint(vocab, (n,)))
-    return Case(normal(n, 16), head(16), labels, sd.DenseTarget(normal(n, 24).detach(), head(24)))
+    return Case(normal(n, 16), head(vocab, 16), labels,
+                sd.DenseTarget(normal(n, 24).detach(), head(teacher_vocab or vocab, 24)))
 
 
 def apply_head(hidden, head):
@@ -1202,24 +1145,24 @@ def apply_head(hidden, head):
 
 def with_gradients(losses, case):
     """(loss, ce, kl) and the gradients of loss to hidden, weight and bias, in float64."""
-    leaves = [x for x in (case.hidden, *case.head[:2]) if x is not None and x.requires_grad]
-    gradients_ = torch.autograd.grad(losses[0], leaves)
-    return [x.detach().double() for x in (*losses, *gradients_)]
+    leaves = (case.hidden, case.head.weight, case.head.bias)
+    leaves = [x for x in leaves if x is not None and x.requires_grad]
+    return [x.detach().double() for x in (*losses, *torch.autograd.grad(losses[0], leaves))]
 
 
-def exact(case, *, alpha, temperature=1.0, divergence="forward", vocabulary=None):
+def exact(case, alpha=0.3, temperature=1.0, vocabulary=None, **options):
     """Through full logits in float64."""
-    logits = apply_head(case.hidden, case.head)[:, :vocabulary]
-    teacher_logits = None
-    if alpha < 1:
-        teacher_logits = apply_head(*case.teacher)[:, :vocabulary].detach()
-    losses = dense_losses(logits, teacher_logits, case.labels, alpha, temperature, divergence)
+    logits, teacher_logits = [
+        apply_head(*pair)[:, :vocabulary] for pair in (case[:2], case.teacher)]
+    if alpha == 1:
+        teacher_logits = None
+    losses = dense_losses(logits, teacher_logits, case.labels, alpha, temperature, **options)
     return with_gradients(losses, case)
 
 
-def fused(case, *, temperature=1.0, **options):
+def fused(case, alpha=0.3, temperature=1.0, **options):
     """Through distillation_loss."""
-    losses = sd.distillation_loss(*case, temperature=temperature, **options)
+    losses = sd.distillation_loss(*case, alpha=alpha, temperature=temperature, **options)
     return with_gradients(losses, case)
 
 
@@ -1229,30 +1172,31 @@ def off(got, want, floor=1e-300):
                         for a, b in zip(got, want, strict=True)]).max()
 
 
+@pytest.fixture(params=itertools.product([1.0, 3.0], DIVERGENCES), ids=str)
+def options(request):
+    return dict(zip(("temperature", "divergence"), request.param))
+
+
 @pytest.mark.parametrize("given", CASES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_losses_and_gradients_match_float64(given, divergence, temperature, alpha):
+def test_losses_and_gradients_match_float64(given, alpha, options):
     """At alpha 1 the teacher is not asked."""
-    options = dict(alpha=alpha, temperature=temperature, divergence=divergence)
     inputs = case(**given)
-    want = exact(inputs, **options)
+    want = exact(inputs, alpha, **options)
     for chunk in (None, 1, 7):
-        assert off(fused(inputs, chunk=chunk, **options), want, floor=1e-3) < 2e-6
+        assert off(fused(inputs, alpha, chunk=chunk, **options), want, floor=1e-3) < 2e-6
 
 
 def test_losses_take_a_linear_layer_a_plain_pair_and_a_denominator():
-    layer = nn.Linear(16, 97)
-    inputs = case()._replace(head=sd.Head(layer.weight, layer.bias))
-    hidden, head = inputs.teacher
-    pair = (hidden, types.SimpleNamespace(weight=head.weight, bias=None))
-    plain = inputs._replace(head=layer, teacher=pair)
-    whole = sd.distillation_loss(*plain, alpha=0.3, temperature=1.0)
-    assert off(with_gradients(whole, inputs), fused(inputs, alpha=0.3)) == 0
+    inputs = case(bias=True)
+    head, teacher_head = [
+        types.SimpleNamespace(weight=head.weight, bias=head.bias)   # as nn.Linear has them
+        for head in (inputs.head, inputs.teacher.head)]
+    plain = inputs._replace(head=head, teacher=(inputs.teacher.hidden, teacher_head))
+    whole = fused(inputs)
+    assert off(fused(plain), whole) == 0
     counted = (inputs.labels != -100).sum()
-    by_seven = fused(inputs, alpha=0.3, denominator=7.0)
-    assert off(by_seven, [value * counted / 7 for value in fused(inputs, alpha=0.3)]) < 1e-6
+    assert off(fused(inputs, denominator=7.0), [value * counted / 7 for value in whole]) < 1e-6
 
 
 @pytest.mark.parametrize("device, vocab, size, budgets", [
@@ -1265,127 +1209,90 @@ def test_losses_a_large_gpu_takes_larger_chunks(monkeypatch, device, vocab, size
     assert chunk * 2 * 2 * vocab == pytest.approx(budgets * 2**29, rel=1e-2)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_losses_in_bf16_are_within_its_rounding(divergence):
+def test_losses_in_bf16_are_within_its_rounding(options):
     inputs = case(n=64, vocab=500, dtype=torch.bfloat16)
-    options = dict(alpha=0.3, temperature=2.0, divergence=divergence)
-    got = fused(inputs, **options, chunk=30)
+    got = fused(inputs, chunk=30, **options)
     want = exact(inputs, **options)
     assert off(got, want) < 2e-2
     assert off(got[:3], want[:3]) < 4e-3   # reductions are in fp32
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_of_logits_of_ten_thousand_stay_finite(divergence, temperature):
+def test_losses_of_logits_of_ten_thousand_stay_finite(options):
     inputs = case(size=2e4)
-    options = dict(alpha=0.3, temperature=temperature, divergence=divergence)
     got = fused(inputs, **options)
     assert all(value.isfinite().all() for value in got)
-    if divergence == "forward":   # reverse and jsd reach log 0 in the reference
+    if options["divergence"] == "forward":   # reverse and jsd reach log 0 in the reference
         assert off(got, exact(inputs, **options)) < 1e-4
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("nudge", [0.0, 1e-6, 1e-4, 1e-2])
-def test_losses_kl_to_almost_oneself_is_never_negative(divergence, temperature, nudge):
+def test_losses_kl_to_almost_oneself_is_never_negative(nudge, options):
     """To oneself it is nothing, and has no gradient."""
     for seed in range(10):
         inputs = case(seed=seed, bias=True)
         near = inputs.hidden.detach() + nudge * torch.randn_like(inputs.hidden)
-        _, _, kl, *grads = fused(inputs._replace(teacher=(near, inputs.head)), alpha=0.0,
-                                 temperature=temperature, divergence=divergence)
+        _, _, kl, *grads = fused(inputs._replace(teacher=(near, inputs.head)), 0.0, **options)
         assert kl > -1e-6
         if nudge == 0:
             assert kl < 1e-6
-            assert all((grad == 0).all() for grad in grads)
+            assert not any(map(torch.any, grads))
 
 
-def test_losses_frozen_parts_get_no_gradient_and_change_nothing_else():
+def test_losses_what_does_not_learn_gets_no_gradient_and_changes_nothing_else(monkeypatch):
+    """Whether a weight would need one says nothing under no_grad."""
     inputs = case(bias=True)
-    whole = fused(inputs, alpha=0.3)   # loss, ce, kl, gradients of hidden, weight, bias
+    whole = fused(inputs)   # loss, ce, kl, gradients of hidden, weight, bias
     for i, part in enumerate((inputs.hidden, *inputs.head[:2]), 3):
         part.requires_grad_(False)
-        assert off(fused(inputs, alpha=0.3), whole[:i] + whole[i + 1:]) == 0
+        assert off(fused(inputs), whole[:i] + whole[i + 1:]) == 0
         part.requires_grad_(True)
-
-
-def test_losses_an_evaluation_forms_no_gradient(monkeypatch):
-    """Whether a weight would need one says nothing under no_grad."""
-    inputs = case()
-    want = fused(inputs, alpha=0.3)[:3]
     monkeypatch.delattr(sd, "add_product")
     with torch.no_grad():
         losses = sd.distillation_loss(*inputs, alpha=0.3, temperature=1.0)
-    assert off(losses, want) == 0
+    assert off(losses, whole[:3]) == 0
 
 
 @pytest.mark.parametrize("student, teacher, vocabulary", [(97, 97, 80), (80, 97, None),
                                                           (97, 80, None), (90, 85, 80)])
-def test_losses_beyond_the_common_vocabulary_heads_are_cut(student, teacher, vocabulary):
-    options = dict(alpha=0.3, temperature=2.0)
-    inputs = case(bias=True)
+def test_losses_beyond_the_common_vocabulary_heads_are_cut(student, teacher, vocabulary, options):
+    inputs = case(vocab=student, teacher_vocab=teacher, bias=True)
     inputs.labels.clamp_(max=79)
-
-    def cut(head, rows):
-        return head._replace(weight=head.weight[:rows], bias=head.bias[:rows])
-
-    shorter = inputs._replace(
-        head=cut(inputs.head, student),
-        teacher=(inputs.teacher.hidden, cut(inputs.teacher.head, teacher)))
-    losses = sd.distillation_loss(*shorter, vocabulary=vocabulary, **options)
-    assert off(with_gradients(losses, inputs), exact(inputs, vocabulary=80, **options)) < 1e-6
+    got = fused(inputs, vocabulary=vocabulary, **options)
+    assert off(got, exact(inputs, vocabulary=80, **options)) < 2e-6
 
 
-def with_rest(listed):
-    """Probabilities of what is listed, and of the rest as one bucket."""
-    rest = 1 - listed.sum(-1, keepdim=True)
-    return torch.cat([listed, rest.clamp_min(1e-300)], -1)
+def in_buckets(logits, ids):   # optional: cache
+    """Log-probabilities of ids, and of all others as one bucket."""
+    logp = logits.log_softmax(-1)
+    rest = logp.scatter(-1, ids, -1e300).logsumexp(-1, keepdim=True)
+    return torch.cat([logp.gather(-1, ids), rest], -1)
 
 
-@pytest.mark.parametrize("k, repeats", [(1, 1), (8, 1), (97, 2)])   # what is listed twice adds up
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(
-        k, repeats, temperature):
-    inputs = case(masked=0)
-    listed_q, ids = (apply_head(*inputs.teacher) / temperature).softmax(-1).detach().topk(k)
-    logits = apply_head(inputs.hidden, inputs.head)
-    p = with_rest((logits / temperature).softmax(-1).gather(-1, ids))
-    q = with_rest(listed_q)
-    kl = (q * (q / p).log()).sum(-1).mean() * temperature ** 2
+@pytest.mark.parametrize("k, repeats, size", [   # optional: cache
+    (1, 1, 2), (8, 1, 2), (97, 2, 2),   # what is listed twice adds up
+    (40, 1, 20)])   # down to exp(-60) of the student's mass where the teacher has most of its own
+@pytest.mark.parametrize("temperature", [1.0, 3.0])   # optional: cache
+def test_losses_sparse_teacher_is_the_dense_one_with_the_rest_as_one_bucket(   # optional: cache
+        k, repeats, size, temperature):
+    """Listed is what the student likes. It is pulled to the rest however little it has there."""
+    inputs = case(masked=0, size=size)
+    logits = apply_head(*inputs[:2])
+    ids = logits.topk(k).indices
+    logp = in_buckets(logits / temperature, ids)
+    logq = in_buckets(apply_head(*inputs.teacher) / temperature, ids).detach()
+    q = logq.exp()
+    kl = kl_sum(logq, logp) / len(q) * temperature ** 2
     ce = F.cross_entropy(logits, inputs.labels)
     want = with_gradients((0.3 * ce + 0.7 * kl, ce, kl), inputs)
-    rest = q[:, k] if k < 97 else torch.zeros(len(q))
     target = sd.SparseTarget(
-        ids.repeat(1, repeats), (listed_q / repeats).repeat(1, repeats).float(), rest.float(),
-        -(q * q.log()).sum(-1).float())
-    got = fused(inputs._replace(teacher=target), alpha=0.3, temperature=temperature, chunk=9)
+        ids.repeat(1, repeats), (q[:, :k] / repeats).repeat(1, repeats).float(), q[:, k].float(),
+        torch.special.entr(q).sum(-1).float())
+    got = fused(inputs._replace(teacher=target), temperature=temperature, chunk=9)
     assert off(got, want) < 2e-6
 
 
-@pytest.mark.parametrize("gap", [20.0, 40.0, 60.0])
-def test_losses_a_student_without_unlisted_mass_is_still_pulled_to_it(gap):
-    """The teacher leaves 5 % to what it does not list, where the student has exp(-gap) of its
-    mass: its gradient there is -0.05, however little that mass is."""
-    logits = torch.tensor([gap, gap + 0.1, 0.2, 0.3, 0.4]).double().requires_grad_()
-    q = torch.tensor([[0.6, 0.35]])
-    logp = logits.log_softmax(-1)
-    kl = -(q * logp[:2]).sum() - 0.05 * logp[2:].logsumexp(-1)
-    want, = torch.autograd.grad(kl, logits)
-    weight = logits.detach().float()[:, None].requires_grad_()
-    target = sd.SparseTarget(torch.tensor([[0, 1]]), q, torch.tensor([0.05]), torch.zeros(1))
-    inputs = Case(torch.ones(1, 1), sd.Head(weight), torch.tensor([0]), target)
-    loss, _, _, grad = fused(inputs, alpha=0.0)
-    assert loss.item() == pytest.approx(kl.item(), rel=1e-5)
-    torch.testing.assert_close(grad[:, 0], want, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.campaign
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_compiled_loss_matches_float64(divergence, temperature):
-    options = dict(alpha=0.3, temperature=temperature, divergence=divergence)
+def test_losses_compiled_loss_matches_float64(options):
     for n in (50, 7):   # of a vocabulary that is large enough for the compiler to be called
         inputs = case(n=n, vocab=20000)
         assert off(fused(inputs, **options), exact(inputs, **options)) < 2e-6
@@ -1395,15 +1302,16 @@ WITHOUT_COMPILER = """
 import test_simple_distill as t
 for n in (5, 9):
     inputs = t.case(n=n, vocab=20000)
-    assert t.off(t.fused(inputs, alpha=0.3), t.exact(inputs, alpha=0.3)) < 2e-6
+    assert t.off(t.fused(inputs), t.exact(inputs)) < 2e-6
 """
 
 
 @pytest.mark.campaign
 def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
-    env = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], cwd=HERE, env=env,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], cwd=HERE, capture_output=True, text=True,
+        env={**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        timeout=300)
     shown = done.stdout + done.stderr
     assert done.returncode == 0, shown
     assert shown.count("no working compiler") == 1, shown
@@ -1422,25 +1330,19 @@ def test_losses_without_a_compiler_the_loss_says_so_once_and_is_right(tmp_path):
 ])
 def test_data_another_tokenizer_of_equal_size_is_refused(tmp_path, out, text, ours, theirs,
                                                          problem):
-    names = []
-    for name, options in (("student", ours), ("teacher", theirs)):
-        tokenizer = tiny_tokenizer(**options)
-        names.append(tiny_model(tmp_path / name, len(tokenizer), tokenizer=tokenizer))
-    err = distil(out, rc=2, student=names[0], teacher=names[1], dataset=text, max_steps=1).err
-    assert problem in err
+    pair = {role: tiny_model(tmp_path / role, 300, tokenizer=tiny_tokenizer(**options))
+            for role, options in (("student", ours), ("teacher", theirs))}
+    assert problem in distil(out, rc=2, **pair, dataset=text, max_steps=1).err
 
 
 @pytest.mark.parametrize("named, candidates, found", [
-    (None, ["demo", "layers:2", "shape.json", "bare", "a", "b"], "a"),
-    ("b", ["a"], "b"),
-    (None, ["bare", "demo"], None),
-])
+    (None, "demo layers:2 shape.json bare a b", "a"), ("b", "a", "b"), (None, "bare demo", None)])
 def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "broken"):
         tiny_tokenizer().save_pretrained(name)
     os.mkdir("bare")
-    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), *candidates)
+    tokenizer = sd.load_tokenizer(config.Config(tokenizer=named), named, *candidates.split())
     assert (tokenizer and tokenizer.name_or_path) == found
     Path("broken", "tokenizer.json").write_text("{")
     with pytest.raises(config.UserError, match="tokenizer of broken"):   # and no other is taken
@@ -1454,31 +1356,24 @@ def test_data_whose_tokenizer(tmp_path, monkeypatch, named, candidates, found):
 
 def target_runs(row, tokenizer):
     """Each contiguous run of targets as text."""
-    runs = []
     pairs = zip(row["targets"], row["input_ids"], strict=True)
-    for is_target, run in itertools.groupby(pairs, key=lambda pair: bool(pair[0])):
-        if is_target:
-            runs.append(tokenizer.decode([int(token) for _, token in run]))
-    return runs
+    return [tokenizer.decode([token for _, token in run])
+            for is_target, run in itertools.groupby(pairs, lambda pair: pair[0]) if is_target]
 
 
 def encode(rows, tokenizer, seq_len=512, packing="auto"):
-    return sd.row_encoder(config.Config(seq_len=seq_len, packing=packing), tokenizer)(rows)
+    cfg = config.Config(seq_len=seq_len, packing=packing)
+    encoded = sd.row_encoder(cfg, tokenizer)(rows)
+    columns = {name: [row.get(name) for row in encoded] for name in sd.FEATURES}
+    return datasets.Dataset.from_dict(columns, features=sd.FEATURES)
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def turns(*contents):
+    """Of user and assistant, one after the other."""
+    roles = itertools.cycle(["user", "assistant"])
+    return [dict(role=role, content=content) for role, content in zip(roles, contents)]
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-TWO_TURNS = [
-    {"role": "system", "content": "be brief"},
-    user("hello there"), assistant("hello there"),
-    user("2+2?"), assistant("It is 4.\nTruly."),
-]
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     " {{ m['content'] }}{{ eos_token }}{% else %}[INST] {{ m['content'] }} [/INST]"
@@ -1493,35 +1388,7 @@ NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('who am 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
 
-
-@pytest.mark.parametrize("template, end_mark", [
-    pytest.param(CHATML, "<|im_end|>", id="chatml"),
-    pytest.param(NEEDS_SYSTEM + CHATML, "<|im_end|>", id="needs_system"),
-    pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
-    pytest.param(MISTRAL, "<|endoftext|>", id="mistral"),
-    pytest.param(NO_END, "", id="no_end"),
-    pytest.param(None, "<|endoftext|>", id="none"),
-])
-@pytest.mark.parametrize("bos", [False, True])
-def test_data_only_the_assistants_tokens_and_their_end_mark_are_targets(template, end_mark, bos):
-    tokenizer = tiny_tokenizer(template, bos=bos)
-    row, = encode([{"messages": TWO_TURNS}], tokenizer)
-    assert target_runs(row, tokenizer) == ["hello there" + end_mark, "It is 4.\nTruly." + end_mark]
-    if template:   # and the ids are those that the template makes, with no second <|begin|>
-        ids = tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
-        assert row["input_ids"] == ids
-
-
-@pytest.mark.parametrize("said", [
-    "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant"])
-def test_data_odd_answers_are_found_exactly(said):
-    tokenizer = tiny_tokenizer(LLAMA3)
-    row, = encode([{"messages": [user(said), assistant(said)] * 2}], tokenizer)
-    assert target_runs(row, tokenizer) == [said.strip() + "<|eot_id|>"] * 2
-
-
-# ---- thoughts and calls of tools, by the templates of those models, shortened
-
+# thoughts and calls of tools, by the templates of those models, shortened
 QWEN3 = """
 {%- set ns = namespace(searching=true, last_query=messages|length - 1) %}
 {%- for m in messages[::-1] %}
@@ -1632,200 +1499,187 @@ MISTRAL_TOOLS = """
 {{- '[TOOL_RESULTS] {"content": ' + m.content + '}[/TOOL_RESULTS]' }}
 {%- endif %}
 {%- endfor %}"""
-CALL = {"type": "function", "id": "abcdefghi",
-        "function": {"name": "look", "arguments": {"at": "sky"}}}
-TOOL_TURNS = [
-    user("how is it?"),
-    {**assistant(None), "tool_calls": [CALL]},
+WITH_TOOLS = """[
+    {"role": "user", "content": "how is it?"},
+    {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "id": "abcdefghi",
+        "function": {"name": "look", "arguments": %s}}]},
     {"role": "tool", "content": "grey", "tool_call_id": "abcdefghi"},
-    {**assistant("Dull."), "reasoning_content": "grey is dull"},
-]
+    {"role": "assistant", "content": "Dull.", "reasoning_content": "grey is dull"}]"""
+THOUGHTS = json.loads(r"""[
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [
+        {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]},
+    {"role": "tool", "content": "blue"},
+    {"role": "assistant", "content": "<think>\nso\n</think>\n\nd"}]""")
 SHOWN_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
 
 
+@pytest.mark.parametrize("template, messages, targets", [
+    *[(template, [dict(role="system", content="be brief"),
+                  *turns("hello there", "hello there", "2+2?", "It is 4.\nTruly.")],
+       ["hello there" + end, "It is 4.\nTruly." + end]) for template, end in (
+           (CHATML, "<|im_end|>"), (NEEDS_SYSTEM + CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"),
+           (MISTRAL, "<|endoftext|>"), (NO_END, ""), (None, "<|endoftext|>"))],
+    *[(LLAMA3, turns(said, said, said, said), [said.strip() + "<|eot_id|>"] * 2) for said in (
+        "  spaced out \n", "x", "<|im", "user", "é日本🙂", "assistant")],
+    # templates that change earlier turns
+    (THINKING, turns("a", "<think>hm</think>b", "c", "<think>d"),
+     ["b<|im_end|>", "<think>d<|im_end|>"]),
+    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
+                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
+    (QWEN3, [*THOUGHTS, *turns("e", "f")],
+     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
+    (QWEN3, turns("a", ""), []),   # says nothing
+], ids=itertools.count())
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_what_the_assistant_says_and_its_end_mark_are_targets(
+        template, messages, targets, bos):
+    tokenizer = tiny_tokenizer(template, bos=bos)
+    row, = encode([{"messages": messages}], tokenizer)
+    assert target_runs(row, tokenizer) == targets
+    if template:   # and the ids are those that the template makes, with no second <|begin|>
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert row["input_ids"] == ids
+
+
 @pytest.mark.parametrize("template, targets", [
-    pytest.param(
-        QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"], id="qwen3"),
-    pytest.param(LLAMA31, [
-        '{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"],
-        id="llama3.1"),
-    pytest.param(GLM, [
-        "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>sky</arg_value>\n"
-        "</tool_call><|observation|>",
-        "\n<think>grey is dull</think>\nDull."], id="glm"),
-    pytest.param(MISTRAL_TOOLS, [
-        '[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, "id": "abcdefghi"}]'
-        "<|endoftext|>", "Dull.<|endoftext|>"], id="mistral"),
-])
-@pytest.mark.parametrize("arguments", [{"at": "sky"}, '{"at": "sky"}'])
+    (QWEN3, [SHOWN_CALL, "<think>\ngrey is dull\n</think>\n\nDull.<|im_end|>"]),
+    (LLAMA31, ['{"name": "look", "parameters": {"at": "sky"}}<|eot_id|>', "Dull.<|eot_id|>"]),
+    (GLM, ["\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n"
+           "<arg_value>sky</arg_value>\n</tool_call><|observation|>",
+           "\n<think>grey is dull</think>\nDull."]),
+    (MISTRAL_TOOLS, ['[TOOL_CALLS] [{"name": "look", "arguments": {"at": "sky"}, '
+                     '"id": "abcdefghi"}]<|endoftext|>', "Dull.<|endoftext|>"]),
+], ids="qwen3 llama3.1 glm mistral".split())
+@pytest.mark.parametrize("arguments", ['{"at": "sky"}', r'"{\"at\": \"sky\"}"'])
 def test_data_calls_of_tools_and_thoughts_are_targets(tmp_path, template, targets, arguments):
     """Read from a file, so that each message has the fields of all others, as nulls; arguments come
     as an object or, as APIs give them, as JSON in a string."""
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"extra_special_tokens": [
         "<|user|>", "<|assistant|>", "<|observation|>"]})
-    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
-    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [call]}, *TOOL_TURNS[2:]]
-    rows = [{"messages": turns}, {"messages": turns[:2]}]   # the second is only a call
-    train, _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, seq_len=512)
-    assert target_runs(train[0], tokenizer) == targets
-    mark = targets[0].replace("<|observation|>", "")   # which is the next turn's
-    assert target_runs(train[1], tokenizer) in (
-        [targets[0]], [mark],
-        ["<think>\n\n</think>\n\n" + targets[0]])   # Qwen's last turn always thinks
-
-
-THOUGHTS = [
-    user("a"), assistant("<think>\nhm\n</think>\n\nb"),
-    user("c"),
-    {**assistant(""), "reasoning_content": "look", "tool_calls": [CALL]},
-    {"role": "tool", "content": "blue"}, assistant("<think>\nso\n</think>\n\nd"),
-]
-
-
-@pytest.mark.parametrize("template, turns, targets", [
-    (THINKING, [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>d")],
-     ["b<|im_end|>", "<think>d<|im_end|>"]),
-    (QWEN3, THOUGHTS, ["b<|im_end|>", "<think>\nlook\n</think>\n\n" + SHOWN_CALL,
-                       "<think>\nso\n</think>\n\nd<|im_end|>"]),
-    (QWEN3, [*THOUGHTS, user("e"), assistant("f")],
-     ["b<|im_end|>", SHOWN_CALL, "d<|im_end|>", "<think>\n\n</think>\n\nf<|im_end|>"]),
-    (QWEN3, [user("a"), assistant("")], []),   # says nothing
-    (None, [assistant("abc")], ["bc<|endoftext|>"]),   # its first token follows nothing
-])
-def test_data_templates_that_change_earlier_turns(template, turns, targets):
-    tokenizer = tiny_tokenizer(template)
-    row, = encode([{"messages": turns}], tokenizer)
-    assert target_runs(row, tokenizer) == targets
+    messages = json.loads(WITH_TOOLS % arguments)
+    rows = [{"messages": messages}, {"messages": messages[:2]}]   # the second is only a call
+    (whole, call), _ = rows_of(write_splits(tmp_path / "d", rows, rows), tokenizer, 512)
+    assert target_runs(whole, tokenizer) == targets
+    shown, = target_runs(call, tokenizer)
+    assert shown in (
+        targets[0], targets[0].replace("<|observation|>", ""),   # which is the next turn's
+        "<think>\n\n</think>\n\n" + targets[0])   # Qwen's last turn always thinks
 
 
 # ---- from raw rows to token rows
 
 
-def rows_of(dataset, tokenizer=None, **fields):
+def rows_of(dataset, tokenizer=None, seq_len=64, **fields):
     """What load_data hands on, as lists: (train rows, held-out rows)."""
-    cfg = config.Config(**{"dataset": str(dataset), "seq_len": 64, **fields})
+    cfg = config.Config(dataset=str(dataset), seq_len=seq_len, **fields)
     with sd.process_group():
         train, held_out = sd.load_data(cfg, tokenizer or tiny_tokenizer())
-    train = train or []
-    return [train[i] for i in range(len(train))], list(held_out)
+    return list(train or []), list(held_out)
+
+
+def in_parts(items, size):
+    """Cut, the last part maybe shorter."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def ids_of(rows):
     return [list(map(int, row["input_ids"])) for row in rows]
 
 
-def decoded(rows):
-    return [tiny_tokenizer().decode(ids) for ids in ids_of(rows)]
-
-
-WHY_SO = [user("why?"), assistant("so")]
-PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
-NULLS = {"name": None, "tool_calls": None}
-
-
-@pytest.mark.parametrize("row", [
-    {"messages": WHY_SO},
-    {"messages": [{**user(PARTS), **NULLS}, {**assistant("so"), "tool_calls": []}]},
+@pytest.mark.parametrize("row", json.loads("""[
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    {"messages": [{"role": "user", "name": null, "tool_calls": null,
+                   "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]},
+                  {"role": "assistant", "content": "so", "tool_calls": []}]},
     {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]},
     {"prompt": "why?", "response": "so", "text": "unread"},
     {"prompt": "why?", "completion": "so"},
-    {"prompt": [user("why?")], "completion": [assistant("so")]},
-    {"messages": None, "prompt": None, "question": "why?", "answer": "so"},
-    {"instruction": "why?", "input": "", "output": "so"},
-])
+    {"prompt": [{"role": "user", "content": "why?"}],
+     "completion": [{"role": "assistant", "content": "so"}]},
+    {"messages": null, "prompt": null, "question": "why?", "answer": "so"},
+    {"instruction": "why?", "input": "", "output": "so"}]"""))
 def test_data_conversations_of_every_format(row):
-    assert sd.conversation_of(row) == WHY_SO
-    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == [
-        user("add\n\n1, 2"), assistant("3")]
+    assert sd.conversation_of(row) == turns("why?", "so")
+    assert sd.conversation_of({"instruction": "add", "input": "1, 2", "output": "3"}) == turns(
+        "add\n\n1, 2", "3")
     for other in ({"messages": [], "prompt": "why?", "response": None}, {"messages": "why?"}):
         assert sd.conversation_of({**other, "text": "one"}) is None
     when = datetime.datetime(2026, 1, 2)   # as parquet has them
-    assert sd.conversation_of({"messages": [{**user("a"), "when": when, "calls": [None]}]}) == [
-        {**user("a"), "when": str(when), "calls": [None]}]
+    message = {"role": "user", "content": "a", "calls": [None]}
+    assert sd.conversation_of({"messages": [{**message, "when": when}]}) == [
+        {**message, "when": str(when)}]
 
 
-PICTURE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
-MIXED = [
+MIXED = json.loads("""[
     {"text": "plain one"},
-    {"messages": WHY_SO},
-    {"text": "", "id": 1},   # neither said nor wrong
-    {"text": None},
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
+    {"text": "", "id": 1},
+    {"text": null},
     {"text": "plain two"},
-    {"messages": [user("q"), {"content": "nobody said this"}]},
-    {"messages": [user(PICTURE), assistant("a picture")]},
+    {"messages": [{"role": "user", "content": "q"}, {"content": "nobody said this"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"},
+                                               {"type": "image_url", "image_url": {"url": "x"}}]},
+                  {"role": "assistant", "content": "a picture"}]},
     {"id": 7},
-    {"messages": [user("only asked")]},
-    {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a")]},
-]
-REASONS = ["KeyError: 'role' among messages", "KeyError: 'text' among messages",
-           "KeyError: 'text' among id", "no target in 64 tokens", "no system role"]
+    {"messages": [{"role": "user", "content": "only asked"}]},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                  {"role": "assistant", "content": "a"}]}]""")
 
 
 def test_data_each_row_is_read_by_its_own_kind_or_dropped_with_a_reason():
+    """Empty text is neither said nor wrong."""
     tokenizer = tiny_tokenizer(NO_SYSTEM + CHATML)
     rows, dropped = sd.kept_rows(encode(MIXED, tokenizer, 64))
     assert [target_runs(row, tokenizer) for row in rows] == [
         ["so<|im_end|>"], ["lain one<|endoftext|>plain two<|endoftext|>"]]
-    assert dropped.total() == len(REASONS)
-    for reason in REASONS:
+    assert dropped.total() == 5
+    for reason in ("KeyError: 'from' among messages", "KeyError: 'text' among messages",
+                   "KeyError: 'text' among id", "no target in 64 tokens", "no system role"):
         assert sum(reason in why for why in dropped) == 1, (reason, dropped)
 
 
+@pytest.mark.parametrize("template, packing, why", [
+    (None, "blocks", "KeyError: 'text' among messages"),
+    ("{% for m in messages[2:] %}{{ m.content }}{% endfor %}", "auto",   # writes nothing of it
+     "no target in 16 tokens")], ids=["blocks", "template"])
+def test_data_dropped_as_it_has_to_be(template, packing, why):
+    rows = [{"messages": turns("why?", "so")}, {"text": "abc"}]
+    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
+    assert len(kept) == 1
+    reason, = dropped.elements()
+    assert why in reason
+
+
 def test_data_one_conversation_a_row_cut_to_seq_len(tmp_path, capsys):
-    sizes = [(2, 10), (3, 10), (4, 100), (16, 10), (500, 10)]   # of prompt and response
-    rows = [{"prompt": "p" * n, "response": "r" * m} for n, m in sizes]
+    rows = [{"prompt": "p" * n, "response": "r" * 10} for n in (2, 3, 9, 16, 500)]
     train, _ = rows_of(write_splits(tmp_path / "d", rows, rows[:1]), seq_len=16)
     assert [len(row["input_ids"]) for row in train] == [14, 15, 16]
-    assert [sum(row["targets"]) for row in train] == [11, 11, 11]
+    assert [sum(row["targets"]) for row in train] == [11, 11, 6]
     shown = capsys.readouterr().out
-    assert "train: of 5 raw rows dropped 2: 2 x no target in 16 tokens" in shown
+    assert "train: of 5 raw rows dropped 2: {'no target in 16 tokens': 2}" in shown
     assert "eval: dropped" not in shown
 
 
-def llama_tokenizer(**fields):
-    """One letter a token, a "▁" for each blank and before the text."""
-    tokens = ["<unk>", "<s>", "</s>", *string.ascii_letters, ".", ",", "▁"]
-    return transformers.LlamaTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[], **fields)
-
-
 @pytest.mark.parametrize("packing", ["blocks", "rows"])
-@pytest.mark.parametrize("tokenizer, begin", [
-    pytest.param(tiny_tokenizer(), [], id="gpt"),   # it has a BOS, and puts it nowhere
-    pytest.param(tiny_tokenizer(bos=True), [1], id="gemma"),
-    pytest.param(llama_tokenizer(add_bos_token=True), [1], id="llama"),
-])
-def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(tokenizer, begin, packing):
+@pytest.mark.parametrize("bos", [False, True])
+def test_data_a_text_ends_with_eos_and_a_block_begins_with_bos(bos, packing):
+    """If that is where the tokenizer puts it."""
     docs = [prose(5 + i, i) for i in range(6)]
-    streams = tokenizer(docs, add_special_tokens=False)["input_ids"]
-    for ids in streams:
-        ids.append(tokenizer.eos_token_id)
-    docs[-1] += tokenizer.eos_token   # it ends so already
+    streams = [tiny_tokenizer().encode(doc + "<|endoftext|>") for doc in docs]
+    docs[-1] += "<|endoftext|>"   # it ends so already
     if packing == "blocks":
         streams = [list(itertools.chain(*streams))]
-    room = 16 - len(begin)
-    expected = [begin + ids[i:i + room] for ids in streams for i in range(0, len(ids), room)]
-    rows = encode([{"text": doc} for doc in docs], tokenizer, 16, packing)
-    assert [row["input_ids"] for row in rows] == expected
-    for row in rows:
+    expected = [[1] * bos + part for ids in streams for part in in_parts(ids, 16 - bos)]
+    rows = encode([{"text": doc} for doc in docs], tiny_tokenizer(bos=bos), 16, packing)
+    for row, ids in zip(rows, expected, strict=True):
+        assert row["input_ids"] == ids
         assert row["starts"] == [0]
-        assert row["targets"] == [False] + [True] * (len(row["input_ids"]) - 1)
-        assert bool(row["dropped"]) == (len(row["input_ids"]) == 1)
-
-
-@pytest.mark.parametrize("template, packing, why", [
-    pytest.param(None, "blocks", "use --packing rows", id="blocks"),
-    # which writes nothing of a single message
-    pytest.param("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "auto",
-                 "no target in 16 tokens", id="template"),
-])
-def test_data_dropped_as_it_has_to_be(template, packing, why):
-    rows = [{"messages": WHY_SO[1:]}, {"text": "abc"}]
-    kept, dropped = sd.kept_rows(encode(rows, tiny_tokenizer(template), 16, packing))
-    assert len(kept) == 1
-    [reason] = dropped.elements()
-    assert why in reason
+        assert row["targets"] == [i > 0 for i in range(len(ids))]
+        assert bool(row["dropped"]) == (len(ids) == 1)
 
 
 def test_data_every_local_format_gives_the_same_rows(tmp_path):
@@ -1834,15 +1688,15 @@ def test_data_every_local_format_gives_the_same_rows(tmp_path):
     table = datasets.Dataset.from_list(rows)
     write_jsonl(tmp_path / "d.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    table.to_csv(str(tmp_path / "d.csv"))
-    table.to_parquet(str(tmp_path / "d.parquet"))
+    table.to_csv(tmp_path / "d.csv")
+    table.to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.txt").write_text("\n\n".join(docs))
-    table.save_to_disk(str(tmp_path / "saved"))
-    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
-    want = [ids_of(rows) for rows in rows_of(tmp_path / "d.jsonl")]
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved_dict")
+    want = list(map(ids_of, rows_of(tmp_path / "d.jsonl")))
     assert len(want[0]) > 20
-    for name in ("d.json", "d.csv", "d.parquet", "d.txt", "saved", "saved_dict"):
-        assert [ids_of(rows) for rows in rows_of(tmp_path / name)] == want, name
+    for name in "d.json d.csv d.parquet d.txt saved saved_dict".split():
+        assert list(map(ids_of, rows_of(tmp_path / name))) == want, name
 
 
 # ---- what is kept of them
@@ -1875,40 +1729,39 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
     rows = [{"text": prose(1 + i % 5, i)} for i in range(2500)]
     rows[::500] = [{"messages": [{"content": "nobody said this"}]}] * 5
     path = write_splits(tmp_path / "d", rows, rows[1:2])
-    ran = subprocess.run([sys.executable, "-c", SEVERAL, str(HERE), path, str(tmp_path)],
+    ran = subprocess.run([sys.executable, "-c", SEVERAL, HERE, path, tmp_path],
                          text=True, capture_output=True)
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
-    assert len(found) == 4, ran.stderr
-    assert len(set(found)) == 1, found
-    assert "train: of 2500 raw rows dropped 5: 5 x KeyError: 'role' among" in found[0]
+    assert found == found[:1] * 4 != [], (found, ran.stderr)
+    assert "KeyError" in found[0].split("of 2500 raw rows dropped 5: {")[1]
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
+    code = Path(sd.__file__).read_text()
     raw = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
-
-    def fingerprint(tokenizer=None, raw=raw, **fields):
-        cfg = config.Config(**{"packing": "rows", **fields})
-        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer or tiny_tokenizer()))
-
-    other_end = tiny_tokenizer()
+    plain, other_end = tiny_tokenizer(), tiny_tokenizer()
     other_end.eos_token = "<|im_end|>"
-    same = {fingerprint(), fingerprint(packing="documents")}
-    other = [
+
+    def fingerprint(tokenizer=plain, raw=raw, packing="rows", **fields):
+        cfg = config.Config(packing=packing, **fields)
+        return sd.fingerprint_rows(raw, sd.row_encoder(cfg, tokenizer))
+
+    def edited(line):
+        Path(sd.__file__).write_text(code.replace(f"\n{line}", f"\n# an edit\n{line}"))
+        return fingerprint()
+
+    same = {fingerprint()}
+    other = {
+        fingerprint(packing="documents"),
         fingerprint(other_end), fingerprint(tiny_tokenizer(CHATML)),
         fingerprint(raw=raw.rename_column("prompt", "question")), fingerprint(packing="auto"),
-        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")]
-    marker = "\n# ---- between raw rows and token rows"
-    parts = Path(sd.__file__).read_text().split(marker)
-    for word in ("ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of"):
-        assert word in parts[1]
-    monkeypatch.setattr(sd, "__file__", str(tmp_path / "edited.py"))
-    for i, found in enumerate((same.add, other.append, same.add)):
-        edited = [*parts]
-        edited[i] += "# an edit"
-        Path(sd.__file__).write_text(marker.join(edited))
-        found(fingerprint())
+        fingerprint(packing="blocks"), fingerprint(seq_len=64), fingerprint(text_column="body")}
+    monkeypatch.setattr(sd, "__file__", tmp_path / "edited.py")
+    other.update(map(edited, (
+        "ROWS_AT_ONCE =", "FEATURES =", "def encode_rows", "def bos_of", "def text_of")))
+    same.update(map(edited, ("def tokenize", "class PackedRows")))
     assert len(same) == 1
-    assert len({*same, *other}) == 9
+    assert len(same | other) == 14
 
 
 # ---- packing
@@ -1925,32 +1778,34 @@ def documents_of(rows):
 
 
 def test_data_packed_documents_are_whole_and_each_is_there_once(tmp_path):
+    """Held-out ones stand alone: what is measured on them does not depend on the packing."""
     rows = talk(150)
     path = write_splits(tmp_path / "d", rows, rows[:9])
-    tokenizer = tiny_tokenizer(CHATML)
-    apart, held_out = rows_of(path, tokenizer, seq_len=128, packing="rows")
-    packed, packed_held_out = rows_of(path, tokenizer, seq_len=128, packing="documents")
+    (apart, held_out), (packed, packed_held_out) = [
+        rows_of(path, tiny_tokenizer(CHATML), 128, packing=packing)
+        for packing in ("rows", "documents")]
     assert documents_of(packed) == documents_of(apart)
     assert len(apart) == 150
     assert len(packed) < len(apart) / 1.3
     assert max(len(row["input_ids"]) for row in packed) <= 128
-    # held-out documents stand alone: what is measured on them does not depend on the packing
     assert ids_of(packed_held_out) == ids_of(held_out)
+
+
+def marked_row(ids, targets, *starts):
+    """targets: a # for each that is one. starts: of all documents but the first."""
+    return dict(input_ids=ids, targets=[mark == "#" for mark in targets], starts=[0, *starts])
 
 
 def token_dataset(documents):
     """Of [(ids, targets)], as it lies on disk."""
-    rows = [dict(input_ids=ids, targets=targets, starts=[0], dropped="")
-            for ids, targets in documents]
+    rows = [dict(**marked_row(*document), dropped="") for document in documents]
     return sd.kept_rows(datasets.Dataset.from_list(rows, features=sd.FEATURES))[0]
 
 
 def test_data_packed_rows_are_a_view_of_any_number_of_documents():
     """They are put together ten thousand at a time."""
-    documents = token_dataset(([i] * (1 + i % 4), [False] + [True] * (i % 4))
-                              for i in range(10_050))
-    packed = sd.PackedRows(documents, 64)
-    rows = [packed[i] for i in range(len(packed))]
+    documents = token_dataset(([i] * (1 + i % 4), "." + "#" * (i % 4)) for i in range(10_050))
+    rows = list(sd.PackedRows(documents, 64))
     assert documents_of(rows) == documents_of(documents.with_format(None))
     assert max(len(row["input_ids"]) for row in rows) == 64
     assert len(rows) <= math.ceil(10_050 * 2.5 / 64) + 1
@@ -1959,41 +1814,39 @@ def test_data_packed_rows_are_a_view_of_any_number_of_documents():
 def test_data_as_few_rows_as_the_documents_need():
     pick = random.Random(0)
     for _ in range(50):
-        lengths = [pick.randint(2, 64) for _ in range(pick.randint(1, 200))]
+        lengths = np.array([pick.randint(2, 64) for _ in range(pick.randint(1, 200))])
         rows = sd.fit_into_rows(lengths, 64)
         assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
         # what is proven of it: 11/9 of the best, and a little
         assert len(rows) <= 11 / 9 * math.ceil(sum(lengths) / 64) + 1 + len(lengths) / 12
-    assert sd.fit_into_rows([3, 5, 2, 6], 8) == [[0, 1], [2, 3]]
+    assert sd.fit_into_rows(np.array([3, 5, 2, 6]), 8) == [[0, 1], [2, 3]]
 
 
 def test_data_rows_are_counted_and_known_by_their_content():
     """By all of it, and by nothing else: a resume compares it."""
-    documents = [([i % 50, 7, 8], [False, True, True]) for i in range(1500)]
+    documents = [([i % 50, 7, 8], ".##") for i in range(1500)]
     rows = token_dataset(documents)
     found = sd.count_rows(rows)
-    digest = found.pop("digest")
-    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49)
+    digest = found["digest"]
+    assert found == dict(rows=1500, tokens=4500, targets=3000, biggest=49, digest=digest)
+    assert sd.count_rows(sd.PackedRows(rows, 30)) == {**found, "rows": 150}
+    assert sd.count_rows(rows.to_iterable_dataset()) is None
     for edit in (
-        [([48, 9, 8], [False, True, True]), documents[-1]],    # another id
-        [documents[-2], ([49, 7, 8], [False, True, False])],   # another target
-        [([48, 7], [False, True]), ([8, 49, 7, 8], [True, False, True, True])],   # cut elsewhere
+        [([48, 9, 8], ".##"), ([49, 7, 8], ".##")],   # another id
+        [([48, 7, 8], ".##"), ([49, 7, 8], ".#.")],   # another target
+        [([48, 7], ".#"), ([8, 49, 7, 8], "#.##")],   # cut elsewhere
     ):
         assert sd.count_rows(token_dataset(documents[:-2] + edit))["digest"] != digest, edit
-    packed = sd.count_rows(sd.PackedRows(rows, 30))
-    assert packed == dict(rows=150, tokens=4500, targets=3000, biggest=49, digest=digest)
-    assert sd.count_rows(rows.to_iterable_dataset()) is None
 
 
 # ---- splits
 
 
 @pytest.mark.parametrize("length, wanted, expected", [
-    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98]),
-])
+    (2, 256, [1]), (39, 256, [38]), (40, 256, [19, 39]), (100, 3, [32, 65, 98])])
 def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wanted, expected):
-    raw = datasets.Dataset.from_dict({"n": list(range(length))})
+    raw = datasets.Dataset.from_dict({"n": range(length)})
     train, held_out = sd.hold_out_rows(raw, wanted)
     assert held_out["n"][:] == expected
     assert train["n"][:] == [i for i in range(length) if i not in expected]
@@ -2011,36 +1864,32 @@ def test_data_held_out_rows_are_evenly_spaced_and_never_trained_on(length, wante
 def test_data_splits_by_their_role(tmp_path, fields, expected):
     write_jsonl(tmp_path / "train.jsonl", talk(40))
     write_jsonl(tmp_path / "test.jsonl", talk(6))
-    train, held_out = rows_of(tmp_path, seq_len=256, **fields)
-    assert (len(train), len(held_out)) == expected
+    assert tuple(map(len, rows_of(tmp_path, seq_len=256, **fields))) == expected
 
 
 @pytest.mark.parametrize("role", ["train_split", "eval_split"])
-@pytest.mark.parametrize("kind", ["folder", "file", "saved"])
-def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, kind):
-    path = tmp_path
-    write_jsonl(tmp_path / "train.jsonl", talk(2))
-    if kind == "file":
-        path = tmp_path / "train.jsonl"
-    if kind == "saved":
-        path = tmp_path / "saved"
-        datasets.DatasetDict(train=datasets.Dataset.from_list(talk(2))).save_to_disk(path)
-    with pytest.raises(config.UserError, match="no split 'test'"):
-        rows_of(path, **{role: "test"})
+@pytest.mark.parametrize("name", ["d", "d/train.jsonl", "saved"])
+def test_data_a_split_that_is_not_there_is_refused_by_its_name(tmp_path, role, name):
+    write_splits(tmp_path / "d", talk(2), talk(2))
+    raw = datasets.Dataset.from_list(talk(2))
+    datasets.DatasetDict(train=raw).save_to_disk(tmp_path / "saved")
+    with pytest.raises(config.UserError, match="[\"']test[\"']"):
+        rows_of(tmp_path / name, **{role: "test"})
 
 
-def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
-    (tmp_path / "d.txt").write_text(prose(2000))
-    train, held_out = rows_of(tmp_path / "d.txt")
-    ids = tiny_tokenizer().encode(prose(2000) + "<|endoftext|>")
-    blocks = [ids[i:i + 64] for i in range(0, len(ids), 64)]
-    assert ids_of(train + held_out) == blocks
-    assert len(held_out) == len(blocks) // 20
-    (tmp_path / "d.txt").write_text("a" * 70)
-    assert [len(rows) for rows in rows_of(tmp_path / "d.txt")] == [1, 1]
-    (tmp_path / "d.txt").write_text("a" * 60)
+def test_data_of_one_long_document_blocks_are_held_out(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_text(prose(2000))
+    train, held_out = rows_of(path)
+    blocks = in_parts(tiny_tokenizer().encode(prose(2000) + "<|endoftext|>"), 64)
+    gap = len(blocks) // (len(blocks) // 20)
+    assert ids_of(held_out) == blocks[gap - 1::gap]
+    assert ids_of(train) == [ids for i, ids in enumerate(blocks, 1) if i % gap]
+    path.write_text("a" * 70)
+    assert [len(rows) for rows in rows_of(path)] == [1, 1]
+    path.write_text("a" * 60)
     with pytest.raises(config.UserError, match="nothing is left to evaluate on"):
-        rows_of(tmp_path / "d.txt")
+        rows_of(path)
 
 
 # ---- what can be wrong with a dataset
@@ -2050,7 +1899,7 @@ def test_data_one_long_document_keeps_its_end_for_evaluation(tmp_path):
     {"messages": [{"content": "x"}]}, {"text": 3}, {"text": None, "id": 3}, {"body": "no text"}])
 def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
     path = write_jsonl(tmp_path / "useless.jsonl", [row] * 9)
-    with pytest.raises(config.UserError, match="none of the 8 rows of .*useless.jsonl"):
+    with pytest.raises(config.UserError, match="none of the 8 rows of .*useless.jsonl|no data"):
         rows_of(path)
     if "body" in row:
         assert rows_of(path, text_column="body")[0]
@@ -2058,14 +1907,12 @@ def test_data_a_file_with_nothing_usable_is_refused_by_its_name(tmp_path, row):
 
 @pytest.mark.parametrize("name, content", [
     ("broken.jsonl", '{"text": \n'), ("empty.jsonl", ""), ("half.parquet", "PAR1"),
-    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None),
-])
+    ("saved/state.json", "[]"), ("absent.jsonl", None), ("absent", None)])
 def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
-    path = tmp_path / name
+    dataset = tmp_path / Path(name).parts[0]
     if content is not None:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-    dataset = tmp_path / Path(name).parts[0] if "/" in name else path
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
     with pytest.raises(config.UserError, match=f"reading dataset {dataset}: ") as caught:
         rows_of(dataset)
     assert len(str(caught.value).splitlines()) == 1
@@ -2075,7 +1922,7 @@ def test_data_whatever_cannot_be_read_is_one_error(tmp_path, name, content):
 def test_data_names_are_names_and_no_patterns(tmp_path, name):
     write_jsonl(tmp_path / "data1.jsonl", [{"text": "another file"}] * 3)
     train, _ = rows_of(write_jsonl(tmp_path / name, [{"text": "this file"}] * 3))
-    assert "this file" in decoded(train)[0]
+    assert "this file" in tiny_tokenizer().decode(train[0]["input_ids"])
 
 
 # ---- batches
@@ -2083,20 +1930,15 @@ def test_data_names_are_names_and_no_patterns(tmp_path, name):
 
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_data_collate_shifts_before_it_masks_and_positions_restart(kind):
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9], "targets": [False, True, False, True, True],
-         "starts": [0, 2]},
-        {"input_ids": [1, 2, 3], "targets": [False, False, True], "starts": [0]},
-    ]
-    rows = [{name: kind(values) for name, values in row.items()} for row in rows]
+    rows = [{name: kind(values) for name, values in row.items()} for row in (
+        marked_row([5, 6, 7, 8, 9], ".#.##", 2), marked_row([1, 2, 3], "..#"))]
     batch = sd.collate(rows)
     assert batch.rows is rows
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
     assert batch.positions.tolist() == [0, 2, 3, 6]
     assert batch.labels.tolist() == [6, 8, 9, 3]
     assert batch.real.tolist() == list(range(8))
-    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2]
-    assert batch.position_ids[1, :3].tolist() == [0, 1, 2]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
     assert sd.collate(rows[1:]).position_ids is None
 
 
@@ -2112,24 +1954,22 @@ def test_data_a_step_knows_its_rows(count, size):
     """An epoch has every row once, in an order of its own."""
     steps = math.ceil(count / size)
     for epoch in (0, 1, 2):
-        plain = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=plain).tolist()
+        torch.manual_seed(7 * 1_000_003 + epoch)
+        order = torch.randperm(count).tolist()
         found = [sd.batch_of_step(count, 7, size, epoch * steps + i) for i in range(steps)]
-        assert found == [order[i:i + size] for i in range(0, count, size)]
+        assert found == in_parts(order, size)
 
 
 def test_data_ranks_share_the_rows_of_a_step(monkeypatch):
-    rows = [{"input_ids": [i, 50], "targets": [False, True], "starts": [0]} for i in range(13)]
+    """After a resume, and where only five rows are left."""
     run = types.SimpleNamespace(
-        cfg=config.Config(), rows=rows, global_batch=8, micro_steps=2, batch_size=2)
+        cfg=config.Config(), rows=[marked_row([i, 50], ".#") for i in range(13)],
+        global_batch=8, micro_steps=2, batch_size=2, progress=types.SimpleNamespace(step=1))
     monkeypatch.setattr(sd, "WORLD", 2)
     for rank in (0, 1):
         monkeypatch.setattr(sd, "RANK", rank)
-        run.progress = types.SimpleNamespace(step=1)   # of a resume: five rows are left there
-        batches = sd.my_batches(run)
-        for step in (1, 2):
+        for step, (micro, _) in zip((1, 2), sd.my_batches(run)):
             mine = sd.batch_of_step(13, 0, 8, step)[rank::2]
-            micro, _ = next(batches)
             found = [[row["input_ids"][0] for row in batch.rows] for batch in micro]
             assert found == [mine[:2], mine[2:]]
 
@@ -2155,26 +1995,29 @@ def test_data_prefetch_is_two_ahead_and_in_order():
 # --------------------------------------------------------------------------------------------------
 # Models and FSDP: families, heads, layers:N, precision, shards, probes, the writer.
 
-MODELS = {
-    "llama": {},
-    "llama_tied": dict(tie_word_embeddings=True),
-    "qwen2": dict(cls="Qwen2Config"),
-    "qwen3_moe": dict(cls="Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2,
-                      moe_intermediate_size=16),
-    "deepseek_v3": dict(   # it has a buffer that is saved
-        cls="DeepseekV3Config", n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+MODELS = {   # the first word is that of the config's class
+    "Llama": {},
+    "Llama tied": dict(tie_word_embeddings=True),
+    "Qwen2": {},
+    "Qwen3Moe": dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "DeepseekV3": dict(   # it has a buffer that is saved
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         moe_intermediate_size=16, first_k_dense_replace=0, q_lora_rank=None, kv_lora_rank=8,
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8),
-    "gpt2": dict(cls="GPT2Config", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt_neox": dict(cls="GPTNeoXConfig"),
-    "gemma2": dict(cls="Gemma2Config", head_dim=16, final_logit_softcapping=2.0,
-                   query_pre_attn_scalar=16),
-    "gemma3": dict(cls="Gemma3TextConfig", head_dim=16, sliding_window=8, layer_types=[
+    "GPT2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "GPTNeoX": {},
+    "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "Gemma3Text": dict(head_dim=16, sliding_window=8, layer_types=[
         "sliding_attention", "sliding_attention", "full_attention"]),
-    "cohere": dict(cls="CohereConfig", logit_scale=0.3),
-    "granite": dict(cls="GraniteConfig", logits_scaling=3.0),
-    "phi": dict(cls="PhiConfig", tie_word_embeddings=False),   # a head with a bias
+    "Cohere": dict(logit_scale=0.3),
+    "Granite": dict(logits_scaling=3.0),
+    "Phi": dict(tie_word_embeddings=False),   # a head with a bias
 }
+
+
+def three_layers(path, name, **fields):
+    return tiny_model(
+        path, layers=3, cls=f"{name.split()[0]}Config", **MODELS[name], **fields)
 
 
 @pytest.fixture
@@ -2195,22 +2038,16 @@ def final_distance(outs):
 
 
 def fill_biases(tensors):
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for name, x in tensors.items():
         if name.endswith("bias"):
-            x.normal_(generator=generator)
+            x.normal_()
 
 
 def layers_0_and_2(tensors):
     """Those layers, under the numbers 0 and 1, and what is of no layer."""
-    kept = {}
-    for name, x in tensors.items():
-        before, number, after = re.fullmatch(r"(.*\.(?:layers|h)\.)(\d)(\..*)|.*", name).groups()
-        if number is None:
-            kept[name] = x
-        elif number != "1":
-            kept[f"{before}{int(number) // 2}{after}"] = x
-    return kept
+    return {re.sub(r"\b(layers|h)\.2\.", r"\1.1.", name): x for name, x in tensors.items()
+            if not re.search(r"\b(layers|h)\.1\.", name)}
 
 
 @pytest.mark.parametrize("packing, recompute", [("rows", False), ("documents", True)])
@@ -2219,90 +2056,75 @@ def test_models_a_step_is_that_of_transformers(tmp_path, out, chat, name, packin
     """layers:2 of 3 keeps the first and the last with their weights. Loss, KL and gradients are
     those of the model's own logits, a conversation at a time, though conversations share rows and
     are longer than a sliding window."""
-    path = tiny_model(tmp_path / "teacher", layers=3, seed=3, tokenizer=tiny_tokenizer(CHATML),
-                      **MODELS[name])
+    path = three_layers(tmp_path / "teacher", name, seed=3, tokenizer=tiny_tokenizer(CHATML))
     edit_weights(path, fill_biases)
     distil(out, teacher=path, student="layers:2", dataset=chat, seq_len=256, batch_size=8,
            max_steps=1, save_steps=1, alpha=0.3, temperature=2.0, learning_rate=STILL,
            max_grad_norm=0, packing=packing, gradient_checkpointing=recompute)
-    want = layers_0_and_2(weights(path))
-    assert distance(final_weights(out), want) < 1e-20
+    assert distance(final_weights(out), layers_0_and_2(weights(path))) < 1e-20
     student = load(f"{out}/final")
-    teacher = load(path)
-    assert student.config.num_hidden_layers == 2
-    head = student.get_output_embeddings().weight
-    assert (head is student.get_input_embeddings().weight) == student.config.tie_word_embeddings
-    losses = model_losses(student, teacher, chatml_rows(talk(8)), 0.3, 2.0)
-    first = log(out, "train")[0]
-    logged = [first[f"train/{key}"] for key in ("loss", "ce_loss", "kl_loss")]
-    assert logged == pytest.approx([loss.item() for loss in losses], rel=1e-5)
-    assert losses[2] > 1e-3
+    for kind, rows in (("eval", talk(4, seed=50)), ("train", talk(8))):
+        losses = model_losses(student, load(path), chatml_rows(rows), 0.3, 2.0)
+        assert logged_losses(log(out, kind)[-1], kind) == pytest.approx(
+            [loss.item() for loss in losses], rel=1e-5)
+        assert losses[2] > 1e-3
     losses[0].backward()
     expected = {f"exp_avg.model.{key}": p.grad for key, p in student.named_parameters()}
     assert distance(gradients(out), expected) < 1e-5
-    held_out = model_losses(student, teacher, chatml_rows(talk(4, seed=50)), 0.3, 2.0)
-    assert column(out, "eval/loss")[-1] == pytest.approx(held_out[0].item(), rel=1e-5)
 
 
 # ---- vocabularies
 
 
-@pytest.mark.parametrize("who", ["teacher", "student", "teacher student"])
+@pytest.mark.parametrize("who", [
+    "teacher", "student", "teacher student",
+    "teacher student cached",   # optional: cache
+])
 def test_models_a_padded_vocabulary_trains_as_one_that_is_not(tmp_path, usual, who):
     odd = {role: padded(tmp_path / role, usual[role], 96 + 32 * i)   # of different lengths
-           for i, role in enumerate(who.split())}
+           for i, role in enumerate(who.split()[:2])}
+    if "cached" in who:   # optional: cache
+        cache = tmp_path / "cache"
+        cli(*flags(mode="cache", teacher=odd.pop("teacher"), dataset=usual["dataset"], seq_len=32,
+                   dtype="fp32", eval_samples=8, temperature=2.0, cache_dir=cache))
+        usual = dict(student=usual["student"], max_steps=3, cache_dir=cache)
     outs = two_runs(tmp_path, odd, {}, alpha=0.3, temperature=2.0, **usual)
-    for key in ("train/loss", "train/ce_loss", "train/kl_loss", "eval/loss"):
-        assert column(outs[0], key) == pytest.approx(column(outs[1], key), rel=1e-6)
+    for got, expected in zip(*map(quiet_log, outs), strict=True):
+        assert got == pytest.approx(expected, rel=1e-6)
     got, expected = map(final_weights, outs)
     cut = {name: x[:len(expected[name])] for name, x in got.items()}
     assert distance(cut, expected) < 1e-6
 
 
-def test_models_padding_is_cut_with_a_cache_too(   # optional: cache
-        tmp_path, teacher, student, text):
-    cache = str(tmp_path / "cache")
-    odd = padded(tmp_path / "student", student, 128)
-    cli(*flags(mode="cache", teacher=padded(tmp_path / "teacher", teacher, 96), dataset=text,
-               seq_len=32, cache_dir=cache, dtype="fp32", eval_samples=8))
-    outs = two_runs(tmp_path, dict(student=student), dict(student=odd), cache_dir=cache, alpha=0.3,
-                    max_steps=2)
-    losses = [column(out, "train/loss") for out in outs]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
 def test_models_labels_alone_are_transformers_own_loss_over_the_whole_head(
         tmp_path, out, student):
-    line = prose(40)
-    data = write_splits(tmp_path / "data", [{"text": line}] * 2, [{"text": line}])
+    rows = [{"text": prose(40)}]
     odd = padded(tmp_path / "student", student, 128)
-    distil(out, student=odd, dataset=data, alpha=1.0, max_steps=1, packing="rows", seq_len=256,
-           learning_rate=STILL)
-    ids = torch.tensor([tiny_tokenizer().encode(line + "<|endoftext|>")])
-    expected = load(odd)(input_ids=ids, labels=ids).loss.item()
-    assert column(out, "eval/ce_loss")[-1] == pytest.approx(expected, rel=1e-5)
+    distil(out, student=odd, dataset=write_splits(tmp_path / "data", rows, rows), alpha=1.0,
+           max_steps=1, packing="rows", seq_len=256, learning_rate=STILL)
+    ids = torch.tensor([tiny_tokenizer().encode(prose(40) + "<|endoftext|>")])
+    assert column(out, "eval/ce_loss")[-1] == pytest.approx(
+        load(odd)(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("missing", [0, 1])
-def test_models_ids_beyond_a_head_matter_where_rows_hold_one(
-        tmp_path, out, teacher, student, role, missing):
+def test_models_ids_beyond_a_head_matter_where_rows_hold_one(tmp_path, out, usual, role, missing):
     """The tokenizer has more ids than either head here."""
-    data = write_jsonl(tmp_path / "t.jsonl", [{"text": prose(20, i)} for i in range(9)])
     biggest = max(tiny_tokenizer().encode(prose(99)))
     small = tiny_model(tmp_path / "small", vocab=biggest + 1 - missing)
-    pair = {**dict(teacher=teacher, student=student), role: small}
-    shown = distil(out, rc=2 * missing, **pair, dataset=data, max_steps=1)
+    shown = distil(out, rc=2 * missing, **{**usual, role: small})
     assert (f"token {biggest}" in shown.err) == bool(missing)
 
 
 # ---- loading
 
 
-PER_LAYER = [   # lists of one item a layer, of models of four
-    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size",
-    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers",
-    "num_attention_heads_per_layer", "num_key_value_heads_per_layer"]
+# lists of one item a layer
+PER_LAYER = """
+    activation_sparsity_pattern attention_layers indexer_types intermediate_size layer_rope_theta
+    layer_types layers_block_type mlp_layer_types no_rope_layers num_attention_heads_per_layer
+    num_key_value_heads_per_layer""".split()
 
 
 class AnyConfig(transformers.PretrainedConfig):
@@ -2313,53 +2135,44 @@ class AnyConfig(transformers.PretrainedConfig):
 
 def test_models_layers_n_cuts_lists_of_one_item_a_layer():
     """And no others."""
-    items = ["full_attention", "sliding_attention", "chunked_attention", "linear_attention"]
-    lists = dict.fromkeys(PER_LAYER, items)
-    shape = AnyConfig(depth=4, eos_token_id=items, **lists)
-    for count, kept in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])):
-        cut, numbers = sd.cut_layers(shape, count)
-        assert numbers == kept and cut.depth == count and cut.eos_token_id == items
-        assert [vars(cut)[name] for name in PER_LAYER] == len(lists) * [[items[i] for i in kept]]
+    items = "full_attention sliding_attention chunked_attention linear_attention".split()
+    shape = AnyConfig(depth=4, eos_token_id=items, **dict.fromkeys(PER_LAYER, items))
+    for kept in ([0], [0, 3], [0, 2, 3], [0, 1, 2, 3]):
+        cut, numbers = sd.cut_layers(shape, len(kept))
+        assert numbers == kept and cut.depth == len(kept) and cut.eos_token_id == items
+        lists = dict.fromkeys(PER_LAYER, [items[i] for i in kept])
+        assert vars(cut).items() >= lists.items()
     short = dict.fromkeys(PER_LAYER, items[:2])
-    other, _ = sd.cut_layers(AnyConfig(depth=4, **short), 3)
+    other, _ = sd.cut_layers(AnyConfig(depth=4, **short), 2)
     assert vars(other).items() >= short.items()
     with pytest.raises(config.UserError, match="layers:5: .* has 4"):
         sd.cut_layers(shape, 5)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(mlp_only_layers=[1]), dict(decoder_sparse_step=2)], ids=str)
-def test_models_layers_n_of_layers_that_differ_by_number_is_refused(tmp_path, out, text, fields):
-    path = tiny_model(tmp_path / "teacher", layers=3, **MODELS["qwen3_moe"], **fields)
-    err = distil(out, rc=2, teacher=path, student="layers:2", dataset=text, max_steps=1).err
-    assert "differ by number" in err
+def test_models_layers_n_of_layers_that_differ_by_number_is_refused(tmp_path, out, usual):
+    usual["teacher"] = three_layers(tmp_path / "teacher", "Qwen3Moe", mlp_only_layers=[1])
+    err = distil(out, rc=2, **{**usual, "student": "layers:2"}).err
+    assert "while reading student layers:2: " in err and "Qwen3Moe" in err
 
 
-def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, teacher, text):
+def test_models_student_from_a_config_file_starts_random_by_seed(tmp_path, out, usual):
     """And brings no tokenizer: it takes the teacher's."""
-    shape = str(tmp_path / "shape.json")
-    tiny_config(hidden=16, layers=1).to_json_file(shape)
-    results = []
-    for i, seed in enumerate((1, 1, 2)):
-        distil(tmp_path / str(i), teacher=teacher, student=shape, dataset=text, max_steps=1,
-               seed=seed, learning_rate=STILL, eval_samples=2)
-        results.append(final_weights(tmp_path / str(i)))
-    assert same(results[0], results[1])
-    assert not same(results[0], results[2])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "0" / "final")
+    usual["student"] = f"{tmp_path}/shape.json"
+    tiny_config(hidden=16, layers=1).to_json_file(usual["student"])
+    distil(out, **usual, seed=1, learning_rate=STILL)
+    expected = weights(tiny_model(tmp_path / "expected", hidden=16, layers=1, seed=1))
+    assert same(final_weights(out), expected)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{out}/final")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("student", ["layers:1", None])
-def test_models_final_ends_texts_where_generation_config_says(
-        tmp_path, out, teacher, text, student):
+def test_models_final_ends_texts_where_generation_config_says(tmp_path, out, usual, student):
     """Of the teacher, where the student is made of it. The auto classes load it."""
-    path = Path(shutil.copytree(teacher, tmp_path / "model"))
-    file = path / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 70]}))
-    distil(out, teacher=path, student=student or path, dataset=text, max_steps=1, eval_samples=2)
-    assert AutoModelForCausalLM.from_pretrained(
-        f"{out}/final").generation_config.eos_token_id == [0, 70]
+    path = shutil.copytree(usual["teacher"], tmp_path / "model")
+    transformers.GenerationConfig(eos_token_id=[0, 70]).save_pretrained(path)
+    distil(out, **{**usual, "teacher": path, "student": student or path})
+    assert load(f"{out}/final").generation_config.eos_token_id == [0, 70]
 
 
 @pytest.fixture
@@ -2380,68 +2193,61 @@ def states(root):
 
 def test_models_weights_are_known_by_their_numbers(group, tmp_path, teacher):
     """In whatever folder, in whatever kind of file."""
-    moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
-    changed = shutil.copytree(teacher, tmp_path / "changed")
-
-    def change(tensors):
-        tensors["model.norm.weight"][-1] += 1e-3
-
-    def identity(path):
-        return sd.load_model(config.Config(student="unused", teacher=str(path)), "teacher")[1]
-
-    edit_weights(changed, change)
-    assert identity(moved) == identity(teacher) != identity(changed)
-    torch.save(weights(moved), moved / "pytorch_model.bin")
-    (moved / "model.safetensors").unlink()
-    assert identity(moved) == identity(teacher)
+    shutil.copy(f"{teacher}/config.json", tmp_path)
+    tensors = weights(teacher)
+    identities = []
+    for path, change in ((teacher, 0), (tmp_path, 0), (tmp_path, 1e-3)):
+        tensors["model.norm.weight"][-1] += change
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        cfg = config.Config(student="unused", teacher=str(path))
+        identities.append(sd.load_model(cfg, "teacher")[1])
+    assert identities[0] == identities[1] != identities[2]
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_models_tied_embeddings_are_one_tensor(group, tmp_path, role):
-    root = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), role)
+def test_models_tied_embeddings_are_one_tensor(group, tmp_path):
+    """Of a teacher. A student of two could not have the checkpoint that it has."""
+    root = loaded(tiny_model(tmp_path / "model", cls="GPT2Config"), "teacher")
     assert root.model.lm_head.weight is root.model.transformer.wte.weight
 
 
 # ---- precision
 
 
-@pytest.mark.parametrize("dtype, saved_in, student_in, teacher_in", [
-    ("fp32", "float32", "float32", "float32"),
-    ("bf16", "float32", "bfloat16", "bfloat16"),
-    ("fp16", "bfloat16", "float16", "float32"),   # it might overflow
-    ("fp16", "float16", "float16", "float16"),
+@pytest.mark.parametrize("dtype, types", [   # what is saved; what student and teacher compute in
+    ("fp32", "float32 float32 float32"),
+    ("bf16", "float32 bfloat16 bfloat16"),
+    ("fp16", "bfloat16 float16 float32"),   # it might overflow
+    ("fp16", "float16 float16 float16"),
 ])
-def test_models_types_of_numbers(group, tmp_path, student, dtype, saved_in, student_in, teacher_in):
-    """What they compute in; a student's weights are kept in fp32."""
-    path = tmp_path / "model"
-    load(student).to(getattr(torch, saved_in)).save_pretrained(path)
-    for role, computes_in in (("student", student_in), ("teacher", teacher_in)):
-        root = loaded(path, role, dtype=dtype)
-        kept_in = "float32" if role == "student" else computes_in
-        assert {p.dtype for p in root.parameters()} == {getattr(torch, kept_in)}
-        assert states(root).dtype == getattr(torch, computes_in)
-        assert {p.requires_grad for p in root.parameters()} == {role == "student"}
-        assert root.training == root.model.training == (role == "student")
+def test_models_types_of_numbers(group, tmp_path, student, dtype, types):
+    """A student's weights are kept in fp32."""
+    saved_in, *computes_in = [getattr(torch, name) for name in types.split()]
+    load(student).to(saved_in).save_pretrained(tmp_path)
+    for learns, works_in in zip((True, False), computes_in):
+        kept_in = torch.float32 if learns else works_in
+        root = loaded(tmp_path, "student" if learns else "teacher", dtype=dtype)
+        assert {(p.dtype, p.requires_grad) for p in root.parameters()} == {(kept_in, learns)}
+        assert states(root).dtype == works_in
+        assert root.training == root.model.training == learns
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_models_mixed_precision_stays_close_to_fp32(tmp_path, usual, dtype):
     full, mixed = two_runs(tmp_path, {}, dict(dtype=dtype), **usual)
-    for key, tolerance in (("train/loss", 2e-2), ("train/grad_norm", 5e-2)):
-        assert column(mixed, key) == pytest.approx(column(full, key), rel=tolerance)
+    for key in ("train/loss", "train/grad_norm"):
+        assert column(mixed, key) == pytest.approx(column(full, key), rel=2e-2)
     assert column(mixed, "train/skipped_steps") == [0, 0, 0]
-    kept = {x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name}
-    assert kept == {torch.float32}
-    final = final_weights(mixed)
-    assert {x.dtype for x in final.values()} == {sd.compute_dtype(config.Config(dtype=dtype))}
+    assert {x.dtype for name, x in checkpoint(mixed, 3).items() if "weight" in name} == {
+        torch.float32}
+    assert {x.dtype for x in final_weights(mixed).values()} == {
+        sd.compute_dtype(config.Config(dtype=dtype))}
     assert final_distance([full, mixed]) < 2e-2
 
 
 def test_models_logits_of_a_head_are_formed_in_fp32():
-    torch.manual_seed(0)
-    hidden, weight, bias = [torch.randn(n, 16).bfloat16() for n in (3, 7, 7)]
-    raw = F.linear(hidden, weight, bias[:, 0])[:, :5].float()
-    got = sd.head_logits(hidden, sd.Head(weight, bias[:, 0], 0.3, 2.0), vocabulary=5)
+    hidden, head, *_ = case(dtype=torch.bfloat16, bias=True, scale=0.3, softcap=2.0)
+    raw = F.linear(hidden, *head[:2])[:, :5].float()
+    got = sd.head_logits(hidden, head, vocabulary=5)
     torch.testing.assert_close(got, 2 * torch.tanh(0.3 * raw / 2))
 
 
@@ -2451,8 +2257,9 @@ def test_models_logits_of_a_head_are_formed_in_fp32():
 @pytest.fixture
 def eight_ranks(monkeypatch):
     """Rank 0 of four nodes with two ranks each; the others send nothing."""
-    for name, value in dict(WORLD=8, LOCAL_WORLD=2, HOST=None).items():
-        monkeypatch.setattr(sd, name, value)
+    monkeypatch.setattr(sd, "WORLD", 8)
+    monkeypatch.setattr(sd, "LOCAL_WORLD", 2)
+    monkeypatch.setattr(sd, "HOST", None)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     torch.distributed.destroy_process_group()
@@ -2517,57 +2324,50 @@ def test_models_checkpointing_does_not_recompute_what_is_frozen(group, student):
     layer is kept or run again."""
     calls = []
     root = loaded(student, gradient_checkpointing=True)
-    _, layers = sd.layers_of(root.model)
-    layers[0].requires_grad_(False)
     root.model.model.embed_tokens.requires_grad_(False)
-    for i in (0, 1):
-        layers[i].self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    layers = root.model.model.layers
+    layers[0].requires_grad_(False)
+    for i, layer in enumerate(layers):
+        layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
     states(root).sum().backward()
     assert calls == [0, 1, 1]
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: a number of a tensor that Python asks for."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("starts", [[0], [0, 4]])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("starts", [[], [4]])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
 def test_models_a_micro_step_does_not_wait_for_the_gpu(group, tmp_path, name, starts):
-    """transformers looks into position_ids for packed documents, in Python, once a model."""
-    shape = MODELS[name] | dict(pad_token_id=None)   # GPT-2 looks for padding, to warn of it
-    path = tiny_model(tmp_path / "model", layers=3, **shape)
+    """For a number of a tensor. transformers looks into position_ids for packed documents, in
+    Python, once a model."""
+    path = three_layers(   # GPT-2 looks for padding, to warn of it
+        tmp_path / "model", name, pad_token_id=None)
     student = loaded(path, gradient_checkpointing=True)
     get_teacher_targets = sd.teacher_targets(loaded(path, "teacher"))
-    own = transformers.masking_utils.find_packed_sequence_indices
-    batch = sd.collate([
-        {"input_ids": np.arange(n), "targets": np.arange(n) > 0, "starts": starts} for n in (9, 6)])
-    with Waits() as waits:
+    masking = transformers.masking_utils
+    own = masking.find_packed_sequence_indices
+    batch = sd.collate([marked_row(range(n), "." + "#" * (n - 1), *starts) for n in (9, 6)])
+    with torch.profiler.profile() as profile:
         loss, *_ = student(functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0), batch,
                            get_teacher_targets(batch), 13)
         loss.backward()
-    assert waits.count == 0
-    assert all(p.grad is not None for p in student.parameters())
-    assert transformers.masking_utils.find_packed_sequence_indices is own
-    with sd.known_documents(batch.position_ids):
-        documents = transformers.masking_utils.find_packed_sequence_indices(torch.arange(9)[None])
-    assert (documents is None) == (starts == [0])   # then attention needs no mask
+    calls = [event.name for event in profile.events()]
+    assert "aten::mm" in calls and "aten::_local_scalar_dense" not in calls
+    assert masking.find_packed_sequence_indices is own
+    looking = types.SimpleNamespace(
+        base_model=lambda **_: [masking.find_packed_sequence_indices(None)])
+    documents = sd.hidden_states(looking, batch.input_ids, batch.position_ids)
+    assert (documents is None) == (starts == [])   # then attention needs no mask
 
 
 @pytest.mark.campaign
 def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
     """Sliding and full attention, student and teacher, training and not, are more than 8 kinds of
     layer; below some of them nothing is trained. None falls back to eager code."""
-    path = tiny_model(tmp_path / "model", layers=3, **MODELS["gemma3"])
+    path = three_layers(tmp_path / "model", "Gemma3Text")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        on, off = [dict(compile=x, gradient_checkpointing=x) for x in (True, False)]
-        outs = two_runs(tmp_path, on, off, teacher=path, student=path, dataset=text, alpha=0.5,
-                        max_steps=2, lr_multipliers=["embed=0", r"layers\.0\.=0"])
+        outs = two_runs(
+            tmp_path, dict(compile=True, gradient_checkpointing=True), {}, teacher=path,
+            student=path, dataset=text, max_steps=2, lr_multipliers=["embed=0", r"layers\.0\.=0"])
     assert final_distance(outs) < 1e-4
 
 
@@ -2577,13 +2377,18 @@ def test_models_compile_changes_nothing_but_rounding(tmp_path, text):
 def test_models_a_probe_refuses_what_is_off_or_not_finite(group, student):
     root = loaded(student)
 
-    def probe(*error_and_allowed):
-        sd.probe(root, "it bends", lambda model, *numbers: numbers, *error_and_allowed)
+    def probe(error, dtype, **allowed):
+        expected = torch.tensor([[-8.0, 8.0], [-1.0, 1.0]], dtype=dtype)
+        got = expected.clone()
+        got[1] *= 1 + error
+        sd.probe(root, "it bends", lambda model, *tensors: tensors, got, expected, **allowed)
 
-    probe(0.1, 0.1)
-    for error in (0.11, math.nan):
-        with pytest.raises(config.UserError, match="^it bends "):
-            probe(error, 0.1)
+    for dtype, allowed, options in ((torch.float32, 1e-3, {}), (torch.bfloat16, 0.1, {}),
+                                    (torch.bfloat16, 0.05, {"allowed": 0.05})):
+        probe(0.9 * allowed, dtype, **options)
+        for error in (1.1 * allowed, math.nan):
+            with pytest.raises(config.UserError, match="^it bends "):
+                probe(error, dtype, **options)
     assert root.training
 
 
@@ -2608,61 +2413,60 @@ def odd_model(path):
 def one_row(module, query, key, value, attention_mask, **kwargs):
     """Attention that keeps documents apart only where a batch is one row, as flash attention."""
     mask = attention_mask if len(query) == 1 else None
-    attend = transformers.AttentionInterface()["sdpa"]
-    return attend(module, query, key, value, mask, **kwargs)
+    return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
 
 
 transformers.AttentionInterface.register("one_row", one_row)
 transformers.AttentionMaskInterface.register(
     "one_row", transformers.AttentionMaskInterface()["sdpa"])
 
-PACKED = dict(packing="documents")
 SEES = "later tokens"
 MIXES = "see each other"
-# (model, knobs) -> words of the error; the class of the model is always among them
+# model, words of the error or None, knobs; the class of the model is always among the words
 WRONG = {
-    "beyond its positions": (dict(max_position_embeddings=16), PACKED, None),
-    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), {},
-                 SEES),
-    "BERT": (dict(cls="BertConfig"), {}, SEES),
-    "encoder": (dict(cls="T5Config", d_kv=16), {}, "T5Config"),
-    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), {}, "32 positions"),
-    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), PACKED, None),
-    "another head": (odd_model, dict(trust_remote_code=True), "Odd head_of()"),
-    "attention of one row": ({}, dict(attention="one_row", packing="documents"), MIXES),
-    "attention of one row, not packed": ({}, dict(attention="one_row"), None),
-    "state": (dict(cls="MambaConfig", state_size=4), PACKED, MIXES),
-    "state, not packed": (dict(cls="MambaConfig", state_size=4), {}, None),
-    "distances": (dict(cls="BloomConfig"), PACKED, MIXES),
-    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), PACKED, MIXES),
+    "beyond its positions": (dict(max_position_embeddings=16), None),
+    "two ways": (dict(cls="Gemma3TextConfig", head_dim=16, use_bidirectional_attention=True), SEES),
+    "BERT": (dict(cls="BertConfig"), SEES),
+    "encoder": (dict(cls="T5Config", d_kv=16), "T5Config"),
+    "short table": (dict(cls="GPT2Config", max_position_embeddings=31), "32 positions"),
+    "just enough": (dict(cls="GPT2Config", max_position_embeddings=32), None),
+    "another head": (odd_model, "Odd head_of()", dict(trust_remote_code=True)),
+    "attention of one row": ({}, MIXES, dict(attention="one_row")),
+    "state": (dict(cls="MambaConfig", state_size=4), MIXES),
+    "distances": (dict(cls="BloomConfig"), MIXES),
+    "positions of its own": (dict(cls="OPTConfig", ffn_dim=32), MIXES),
 }
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("case", WRONG)
 def test_models_that_compute_something_else_are_refused(group, tmp_path, case, role):
-    shape, fields, told = WRONG[case]
+    """Those that mix documents are taken where none share a row."""
+    shape, told, *knobs = WRONG[case]
     path = tmp_path / "shape.json"
     if callable(shape):
         path = tmp_path / "model"
         shape(path)
     else:
         tiny_config(**shape).to_json_file(path)
-    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, **fields)
-    if told is None:
+    cfg = config.Config(student=str(path), teacher=str(path), seq_len=32, packing="documents",
+                        **dict(*knobs))
+    if told:
+        with pytest.raises(config.UserError) as caught:
+            sd.load_checked(cfg, role, tiny_tokenizer())
+        for word in (role, str(path), *told.split()):
+            assert word in str(caught.value)
+        cfg.packing = "rows"
+    if told in (None, MIXES):
         root, _ = sd.load_checked(cfg, role, tiny_tokenizer())
         assert cfg.attention in (None, root.model.config._attn_implementation)
-        return
-    with pytest.raises(config.UserError) as caught:
-        sd.load_checked(cfg, role, tiny_tokenizer())
-    missing = [word for word in [role, str(path), *told.split()] if word not in str(caught.value)]
-    assert not missing, (missing, caught.value)
 
 
-# ---- the writer
+# ---- the writer   # optional: on_policy generate eval
 
 
-def test_models_a_text_fills_its_room_or_ends(group, student):
+def test_models_a_text_fills_its_room_or_ends(   # optional: on_policy generate eval
+        group, student):
     """At temperature 0 as model.generate writes it, with nothing beside it; afterwards FSDP is at
     work again."""
     root = loaded(student)
@@ -2670,19 +2474,17 @@ def test_models_a_text_fills_its_room_or_ends(group, student):
     rooms = [2, 9, 5, 1]
     model = load(student)
 
-    def write(prompt, room, end=None):
-        how = transformers.GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end)
-        ids = model.generate(torch.tensor([prompt]), generation_config=how)
+    def write(prompt, room, end):
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=room, do_sample=False, eos_token_id=end)
         return ids[0, len(prompt):].tolist()
 
-    end = write(prompts[1], 5)[4]
+    end = write(prompts[1], 5, end=999)[4]   # at first an id that nobody writes
     expected = [write(prompt, room, end) for prompt, room in zip(prompts, rooms)]
-    vocabulary = len(tiny_tokenizer())
-    assert sd.write_texts(root, prompts, range(4), rooms, 0, {end}, vocabulary) == expected
-    assert sd.write_texts(root, [], [], [], 0, {end}, vocabulary) == []
+    assert sd.write_texts(root, prompts, range(4), rooms, 0, {end}, 263) == expected
+    assert sd.write_texts(root, [], [], [], 0, {end}, 263) == []
     states(root).sum().backward()
-    grads = [p.grad for p in root.model.model.parameters()]
-    assert all(map(is_shard, grads)) and all(map(is_shard, root.parameters()))
+    assert all(is_shard(x) for p in root.model.model.parameters() for x in (p, p.grad))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2698,16 +2500,15 @@ def factor_of(name):
     return 3 if "layers" in name else 2
 
 
-def test_optimiser_lr_multipliers_freeze_and_scale(out, teacher, student, text):
+def test_optimiser_lr_multipliers_freeze_and_scale(out, online):
     """The first pattern that matches decides; what is frozen has no state."""
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=1,
-           default_lr_multiplier=2,
+    distil(out, **online, max_steps=1, default_lr_multiplier=2,
            lr_multipliers=["embed=0", r"layers\.0\..*proj=0.5", r"layers=3"])
-    before = weights(student)
     after = final_weights(out)
     saved = checkpoint(out, 1)
-    for name in before:   # AdamW's first step is the rate, in the direction of the sign
-        change = (after[name] - before[name]).abs().max().item()
+    # AdamW's first step is the rate, in the direction of the sign
+    for name, before in weights(online["student"]).items():
+        change = (after[name] - before).abs().max().item()
         assert change == pytest.approx(factor_of(name) * 1e-3, rel=0.02), name
         assert (f"exp_avg.model.{name}" in saved) == ("embed" not in name)
 
@@ -2721,13 +2522,14 @@ def test_optimiser_of_tied_parameters_the_first_name_counts():
     rates = sd.learning_rates(named, rules[:1], 1, 0.1)
     sd.make_optimizer(model.parameters(), rates, 0.0)
     assert [name for name, p in named if not p.requires_grad] == ["model.embed_tokens.weight"]
-    assert not model.lm_head.weight.requires_grad
 
 
-def test_optimiser_what_has_one_dimension_does_not_decay(out, teacher, text):
-    """There is no gradient: all that moves is decay."""
-    distil(out, student=teacher, teacher=teacher, dataset=text, alpha=0.0, max_steps=1,
-           weight_decay=0.5, learning_rate=0.1)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_optimiser_what_has_one_dimension_does_not_decay(out, teacher, text, divergence):
+    """The student is the teacher, there is no gradient: all that moves is decay."""
+    distil(out, student=teacher, teacher=teacher, dataset=text, alpha=0.0, temperature=2.0,
+           max_steps=1, divergence=divergence, weight_decay=0.5, learning_rate=0.1)
+    assert abs(column(out, "train/kl_loss")[0]) < 1e-6
     after = final_weights(out)
     for name, want in weights(teacher).items():
         if want.ndim >= 2:
@@ -2752,26 +2554,26 @@ def test_optimiser_a_schedule_is_that_of_transformers(knobs):
         theirs.step()
 
 
-def test_optimiser_a_wrong_schedule_is_named_before_a_model_is_read(out, text):
-    err = distil(out, rc=2, student="/nowhere", alpha=1.0, dataset=text, lr_scheduler="cosine",
-                 lr_scheduler_kwargs='{"num_cycle": 2}').err
-    assert "num_cycle" in err
+def test_optimiser_a_wrong_schedule_is_named_before_a_model_is_read(out, labels_only):
+    fields = labels_only | dict(student="/nowhere", lr_scheduler="cosine_with_min_lr")
+    assert "min_lr" in distil(out, rc=2, **fields).err
 
 
-@pytest.mark.parametrize("good, gradient, scale", [
-    (0, 3.0, 2.0 ** 14), (1998, 3.0, 2.0 ** 15), (1999, 3.0, 2.0 ** 14), (7, math.inf, 2.0 ** 13)])
-def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, scale):
+@pytest.mark.parametrize("good, gradient, limit, scale", [
+    (0, 3.0, 1, 2.0 ** 14), (1998, 3.0, 9, 2.0 ** 15), (1999, 3.0, 0, 2.0 ** 14),
+    (7, math.inf, 1, 2.0 ** 13)])
+def test_optimiser_a_step_unscales_clips_and_skips(good, gradient, limit, scale):
     """In fp16: the scale doubles after 2000 good steps or so, and is halved by a bad one."""
     weight = nn.Parameter(torch.ones(3, 1))
     optimizer = sd.make_optimizer([weight], {weight: 0.5}, 0.0)
     state = sd.new_scale_state(True)
     state["good"].fill_(good)
     weight.grad = state["scale"] * torch.tensor([[gradient], [4.0], [0.0]])
-    assert sd.optimizer_step(optimizer, 1.0, state, True) == math.hypot(gradient, 4)
+    assert sd.optimizer_step(optimizer, limit, state, True) == math.hypot(gradient, 4)
     assert state["scale"] == scale
     bad = math.isinf(gradient)
     assert state["streak"] == state["skipped"] == (weight[0] == 1) == bad
-    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0])
+    clipped = (1 - bad) * torch.tensor([0.6, 0.8, 0.0]) * (1 if limit == 1 else 5)
     assert torch.allclose(optimizer.state[weight]["exp_avg"][:, 0], 0.1 * clipped)
 
 
@@ -2793,65 +2595,75 @@ def labels_only(student, text):
     return dict(student=student, dataset=text, alpha=1.0)
 
 
+@pytest.fixture
+def online(teacher, student, text):
+    """Flags of a run with one."""
+    return dict(teacher=teacher, student=student, dataset=text)
+
+
+def listing(folder):
+    """The names in it, as one string."""
+    return " ".join(sorted(os.listdir(folder)))
+
+
 def digests_below(folder):
     """{path: digest of its content} of all files; what each run writes anew left out."""
     found = {}
-    for path in sorted(Path(folder).rglob("*")):
+    for path in Path(folder).rglob("*"):
         if path.is_file() and path.name not in ("error.log", sd.MARK):
             found[str(path.relative_to(folder))] = sd.checksum(path)
     return found
 
 
-def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, teacher, student, text):
+def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, online):
     """Bit for bit: weights, moments, log, and where the run is."""
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, eval_steps=1,
-                  gradient_accumulation_steps=2, alpha=0.3, learning_rate=0.05, eval_samples=4)
+    fields = online | dict(batch_size=4, eval_steps=1, gradient_accumulation_steps=2, alpha=0.3,
+                           learning_rate=0.05, eval_samples=4)
     distil(whole, **fields, max_steps=12)   # a pass is 9 or so
     distil(parts, **fields, max_steps=5)
-    shown = distil(parts, **fields, max_steps=12).out
-    assert "step-00000005" in shown
-    assert same(final_weights(parts), final_weights(whole))
+    assert "step-00000005" in distil(parts, **fields, max_steps=12).out
+    assert_same_run(parts, whole)
     assert same(checkpoint(parts, 12), checkpoint(whole, 12))
-    assert quiet_log(parts) == quiet_log(whole)
     progress = state_of(whole, 12)["progress"]
     assert state_of(parts, 12)["progress"] == progress
     assert progress["step"] == 12 and progress["best_loss"] == min(column(whole, "eval/loss"))
 
 
-@pytest.mark.parametrize("typed, of_save, world, planned", [
-    ([8, 2], None, 3, (8, 2, 48)),
-    ([8, 1], [8, 1], 3, (3, 1, 8)),    # the last rank gets two
-    ([2, 4], [2, 4], 3, (2, 2, 8)),
-    ([4, 1], [8, 1], 2, (4, 1, 8)),    # the same product in other words
-    ([4, 1], [8, 1], 3, None),
+@pytest.mark.parametrize("typed, of_save, planned", [   # 8 sequences a step, of one rank
+    ("8 x 2 x 3", None, (8, 2, 48)),
+    ("8 x 1 x 3", [8, 1], (3, 1, 8)),    # the last rank gets two
+    ("2 x 4 x 3", [2, 4], (2, 2, 8)),
+    ("4 x 1 x 2", [8, 1], (4, 1, 8)),    # the same product in other words
+    ("4 x 1 x 3", [8, 1], None),
+    ("4 x 1 x 1", [8, 1], None),
 ])
-def test_checkpoints_keep_their_global_batch_at_any_number_of_ranks(typed, of_save, world, planned):
-    """8 sequences a step, of one rank."""
-    cfg = config.Config(batch_size=typed[0], gradient_accumulation_steps=typed[1])
+def test_checkpoints_keep_their_global_batch_at_any_number_of_ranks(typed, of_save, planned):
+    size, steps, ranks = map(int, typed.split(" x "))
+    cfg = config.Config(batch_size=size, gradient_accumulation_steps=steps)
     state = of_save and {"global_batch": 8, "batch": of_save}
-    refused = pytest.raises(config.UserError, match="sequences a step")
+    refused = pytest.raises(config.UserError, match=f"not of {typed} ranks")
     with contextlib.nullcontext() if planned else refused:
-        assert sd.plan_batch(cfg, state, world) == planned
+        assert sd.plan_batch(cfg, state, ranks) == planned
 
 
 def test_checkpoints_are_a_few_safetensors_and_the_newest_stay(out, labels_only):
     """With nothing of what a killed save left."""
     fields = labels_only | dict(save_steps=1, keep_checkpoints=2)
     distil(out, **fields, max_steps=4)
-    files = sorted({*os.listdir(saved(out, 4))} - {"state.json"})
-    left = shutil.copytree(saved(out, 4), Path(out, "checkpoints", "tmp-00000005"))
-    add(left / files[0])
+    files = listing(saved(out, 4))
+    left = shutil.copytree(saved(out, 4), f"{out}/checkpoints/tmp-00000005")
+    add(Path(left, "state.json"))
     distil(out, **fields, max_steps=5)
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000005"]
-    assert {*os.listdir(saved(out, 5))} == {"state.json", *files}
+    assert listing(f"{out}/checkpoints") == "step-00000004 step-00000005"
+    assert listing(saved(out, 5)) == files
     tensors = {}
-    for file in files:   # each is put together in host memory
-        some = load_file(saved(out, 5) / file)
+    for path in saved(out, 5).glob("*.safetensors"):   # each is put together in host memory
+        some = load_file(path)
         assert 0 < len(some) <= 16
         tensors |= some
-    assert len(files) == math.ceil(len(tensors) / 16) > 1
+    assert files.count(" ") == math.ceil(len(tensors) / 16) > 1   # between them and state.json
     for name, tensor in final_weights(out).items():
         assert torch.equal(tensors[f"model.model.{name}"], tensor)
         assert tensors[f"step.model.{name}"] == 5
@@ -2893,16 +2705,14 @@ def add_pickle(path):
 @pytest.mark.parametrize("harm", [
     flip, functools.partial(flip, at=0.01), cut, os.unlink, add, add_pickle])
 def test_checkpoints_any_harm_to_any_file_makes_it_fall_back(two_saves, tmp_path, harm):
-    out = shutil.copytree(two_saves, tmp_path / "out")
     with sd.process_group():
-        for file in sorted(os.listdir(saved(out, 4))):
+        for file in os.listdir(saved(two_saves, 4)):
+            out = shutil.copytree(two_saves, tmp_path / file)
             assert sd.find_checkpoint("auto", out)[0] == saved(out, 4)
             harm(saved(out, 4) / file)
             path, state = sd.find_checkpoint("auto", out)
             assert path == saved(out, 2) and state["progress"]["step"] == 2, file
-            shutil.rmtree(saved(out, 4))
-            shutil.copytree(saved(two_saves, 4), saved(out, 4))
-    assert not (out / "victim").exists()
+            assert not (out / "victim").exists()
 
 
 @pytest.fixture(scope="module")
@@ -2912,59 +2722,47 @@ def two_saves(tmp_path_factory, student, text):
     return out
 
 
-def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, labels_only):
+def test_checkpoints_what_is_damaged_is_set_aside_and_counts_as_none(tmp_path, out, labels_only):
     """With one to keep, the step after a resume must not push out the good one."""
-    out = tmp_path / "out"
     fields = labels_only | dict(save_steps=2)
     distil(out, **fields, max_steps=6)
     flip(next(saved(out, 6).glob("*.safetensors")))
     shown = distil(out, **fields, max_steps=7, keep_checkpoints=1).out
     assert re.search("step-00000006.*passed over", shown)
-    aside, kept = sorted(os.listdir(out / "checkpoints"))
-    assert re.fullmatch(r"aside-\d+-step-00000006", aside) and kept == "step-00000007"
+    assert re.fullmatch(r"aside-\d+-step-00000006 step-00000007", listing(f"{out}/checkpoints"))
     distil(tmp_path / "whole", **fields, max_steps=7)
-    assert same(final_weights(out), final_weights(tmp_path / "whole"))
-    assert column(out, "train/step") == list(range(1, 8))
+    assert_same_run(out, tmp_path / "whole")
     cut(saved(out, 7) / "state.json")
     assert "no readable checkpoint" in distil(out, **fields, max_steps=8, rc=2).err
 
 
-def test_checkpoints_resume_by_path_and_never(tmp_path, labels_only):
+def test_checkpoints_resume_by_path_and_never(tmp_path, two_saves, labels_only):
     fields = labels_only | dict(save_steps=2)
     out = tmp_path / "out"
-    straight = tmp_path / "straight"
     elsewhere = tmp_path / "elsewhere"
-    distil(straight, **fields, max_steps=4)
+    before = digests_below(two_saves)
     distil(out, **fields, max_steps=6)
     distil(elsewhere, **fields, max_steps=4, resume=saved(out, 2))
     assert column(elsewhere, "train/step") == [3, 4]
     distil(out, **fields, max_steps=4, resume=saved(out, 2))
-    *asides, older, newer = sorted(os.listdir(out / "checkpoints"))
-    assert {name[-14:] for name in asides} == {"-step-00000004", "-step-00000006"}
-    assert [older, newer] == ["step-00000002", "step-00000004"]
-    before = digests_below(straight)
-    refused = distil(straight, rc=2, **fields, max_steps=6, resume=saved(out, 2))
+    assert re.fullmatch(r"aside-\d+-step-0{7}6 aside-\d+-step-0{7}4 step-0{7}2 step-0{7}4",
+                        listing(out / "checkpoints"))
+    refused = distil(two_saves, rc=2, **fields, max_steps=6, resume=saved(out, 2))
     assert "another run" in refused.err
-    assert digests_below(straight) == before
+    assert digests_below(two_saves) == before
     for resume in ("auto", "never"):
         distil(out, **fields, max_steps=4, resume=resume)
-        assert column(out, "train/step") == [1, 2, 3, 4]
-        for other in (out, elsewhere):
-            assert same(final_weights(other), final_weights(straight))
-    assert sorted(os.listdir(out / "checkpoints")) == ["step-00000002", "step-00000004"]
-
-
-def double_norm(tensors):
-    tensors["model.norm.weight"] *= 2
+        assert_same_run(out, two_saves)
+    assert same(final_weights(elsewhere), final_weights(out))
+    assert listing(out / "checkpoints") == "step-00000002 step-00000004"
 
 
 def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, student):
     """Knobs, the teacher's weights, rows: refused by name, and nothing is touched."""
-    teacher = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     rows = [{"text": prose(12, i)} for i in range(30)]
-    data = write_splits(tmp_path / "data", rows, rows[:4])
     out = tmp_path / "out"
-    fields = dict(teacher=teacher, student=student, dataset=data, max_steps=3)
+    fields = dict(teacher=shutil.copytree(teacher, tmp_path / "teacher"), student=student,
+                  dataset=write_splits(tmp_path / "data", rows, rows[:4]), max_steps=3)
     distil(out, **fields | dict(max_steps=2))
     before = digests_below(out)
 
@@ -2977,19 +2775,12 @@ def test_checkpoints_what_decides_the_result_may_not_change(tmp_path, teacher, s
     assert "learning_rate 0.001 there, 0.0005 here" in err and "temperature" in err
     assert "alpha" not in err
     assert "step 2, this run would end at 1" in refused(max_steps=1)
-    file = teacher / "model.safetensors"
-    content = file.read_bytes()
-    edit_weights(teacher, double_norm)
-    assert "teacher's weights" in refused()
-    file.write_bytes(content)
-    for split, told, changed in [("train", "train", rows[:29] + [{"text": "one"}]),
-                                 ("train", "train", rows + rows[:1]),
-                                 ("validation", "held out", rows[1:5])]:
-        file = Path(data, f"{split}.jsonl")
-        content = file.read_bytes()
-        write_jsonl(file, changed)
-        assert f"{told} '" in refused()
-        file.write_bytes(content)
+    for file, told in [("teacher/model.safetensors", "teacher's weights"),
+                       ("data/train.jsonl", "train"), ("data/validation.jsonl", "held out")]:
+        content = (tmp_path / file).read_bytes()
+        flip(tmp_path / file, 1 - 4 / len(content))   # a number's last bit, a word's last letter
+        assert f"of a run with {told} " in refused()
+        (tmp_path / file).write_bytes(content)
     distil(out, **fields, log_steps=2)   # which has no say in it
 
 
@@ -2997,29 +2788,25 @@ def test_checkpoints_of_before_a_knob_had_it_at_its_default(two_saves, tmp_path)
     out = shutil.copytree(two_saves, tmp_path / "out")
     state = state_of(out, 4)
     del state["digest"], state["config"]["attention"]
-    state["digest"] = sd.digest(state)
-    (saved(out, 4) / "state.json").write_text(json.dumps(state))
-    with sd.process_group():
-        path, state = sd.find_checkpoint("auto", out)
-    assert path == saved(out, 4) and state["config"]["attention"] is None
+    sd.write_json(state | {"digest": sd.digest(state)}, saved(out, 4) / "state.json")
+    assert sd.read_state(saved(out, 4))["config"]["attention"] is None
 
 
-def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, teacher, student, text):
+def test_checkpoints_a_full_disk_loses_nothing_old(tmp_path, online):
     """A file-size limit makes every larger write fail as a full disk does: the run goes on, says
     so, and ends with an error."""
     run = tmp_path / "run"
-    fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, save_steps=2,
-                  output_dir=run)
+    fields = online | PLAIN | dict(save_steps=2, output_dir=run)
     cli(*flags(**fields, max_steps=2))
-    before = digests_below(saved(run, 2)) | digests_below(run / "final")
+    old = [saved(run, 2), run / "final"]
+    before = [*map(digests_below, old)]
     shown = Fork(tmp_path / "log.txt", *flags(**fields, max_steps=6), limit=20_000).wait()
     assert shown.count("could not be saved") == 3, shown
     assert "error: the run could not be saved" in shown, shown
     assert "Traceback" not in shown, shown
-    assert digests_below(saved(run, 2)) | digests_below(run / "final") == before
+    assert [*map(digests_below, old)] == before
     cli(*flags(**fields, max_steps=6))
-    names = ["step-00000002", "step-00000004", "step-00000006"]
-    assert sorted(os.listdir(run / "checkpoints")) == names
+    assert listing(run / "checkpoints") == "step-00000002 step-00000004 step-00000006"
 
 
 def test_checkpoints_a_finished_run_answers_at_once(tmp_path, labels_only):
@@ -3039,7 +2826,7 @@ def test_checkpoints_a_finished_run_answers_at_once(tmp_path, labels_only):
     assert (out / "final.old" / "thesis.txt").read_text() == "years"
     done = final_weights(out)
     shutil.rmtree(out / "final")
-    shutil.copytree(out / "final.old", out / "final")   # as if killed after the last checkpoint
+    (out / "final.old").rename(out / "final")   # as if killed after the last checkpoint
     distil(out, **fields, max_steps=4)
     assert same(final_weights(out), done)
 
@@ -3060,14 +2847,14 @@ def test_checkpoints_a_final_that_cannot_be_written_leaves_the_one_before(tmp_pa
     assert column(out, "train/step") == [1, 2]
 
 
-@pytest.mark.parametrize("step, kept", [(0, []), (1, [0]), (2, [0, 1]), (9, [0, 1, 2])])
+@pytest.mark.parametrize("step, kept", [(0, 0), (1, 1), (2, 2), (9, 3)])
 def test_checkpoints_a_log_is_cut_where_they_go_on(tmp_path, step, kept):
     """Half a line, which a kill left, goes too."""
     path = tmp_path / "log.jsonl"
     lines = ['{"train/step": 1, "x": 9}\n', '{"eval/step": 2}\n', '{"train/step": 3}\n']
     path.write_text("".join(lines) + '{"train/step": 4, "tr')
     sd.cut_log(path, step)
-    assert path.read_text() == "".join(lines[i] for i in kept)
+    assert path.read_text() == "".join(lines[:kept])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3089,30 +2876,31 @@ def logged_losses(entry, kind="train"):
     return [entry[f"{kind}/loss"], entry[f"{kind}/ce_loss"], entry[f"{kind}/kl_loss"]]
 
 
-TRAIN_KEYS = {"train/loss", "train/ce_loss", "train/kl_loss", "train/learning_rate",
-              "train/grad_norm", "train/epoch", "train/step", "train/tokens_per_second",
-              "train/skipped_steps"}
-EVAL_KEYS = {"eval/loss", "eval/ce_loss", "eval/kl_loss", "eval/perplexity", "eval/min_loss",
-             "eval/epoch", "eval/step"}
+TRAIN_KEYS = set(
+    "train/loss train/ce_loss train/kl_loss train/learning_rate train/grad_norm train/epoch "
+    "train/step train/tokens_per_second train/skipped_steps".split())
+EVAL_KEYS = set(
+    "eval/loss eval/ce_loss eval/kl_loss eval/perplexity eval/min_loss eval/epoch "
+    "eval/step".split())
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
-def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, divergence):
-    """In float64: losses, norms, weights; and at the end the means over held-out tokens."""
-    teacher_copy, student_copy = with_chatml(tmp_path, teacher, student)
+@pytest.mark.parametrize("divergence, batch_size", [("forward", 8), ("reverse", 4), ("jsd", 1)])
+def test_train_five_steps_match_plain_pytorch(
+        tmp_path, teacher, student, out, divergence, batch_size):
+    """In float64, however a batch is divided: losses, norms, weights; and at the end the means over
+    held-out tokens."""
+    pair = with_chatml(tmp_path, teacher, student)
     rows = talk(8)
     held_out = talk(7, seed=50)   # the last micro-batch is ragged
-    distil(out, teacher=teacher_copy, student=student_copy, seq_len=256, num_epochs=5,
-           dataset=write_splits(tmp_path / "data", rows, held_out), batch_size=4,
-           gradient_accumulation_steps=2, alpha=0.3, temperature=2.0, divergence=divergence,
-           max_grad_norm=0.5)
+    distil(out, teacher=pair[0], student=pair[1], seq_len=256, num_epochs=5,
+           dataset=write_splits(tmp_path / "data", rows, held_out), batch_size=batch_size,
+           gradient_accumulation_steps=8 // batch_size, alpha=0.3, temperature=2.0,
+           divergence=divergence, max_grad_norm=0.5)
 
-    model = load(student).double()
     teacher_model = load(teacher).double()
+    model = load(student).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     coded = chatml_rows(rows)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
     for step, entry in enumerate(log(out, "train"), 1):
         losses = model_losses(model, teacher_model, coded, 0.3, 2.0, divergence)
         losses[0].backward()
@@ -3125,11 +2913,9 @@ def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, d
         assert entry["train/step"] == entry["train/epoch"] == step
         assert entry["train/skipped_steps"] == 0
     assert step == 5
-    after = model.state_dict()
-    moved = {name: after[name] - before[name] for name in before}
-    our_move = {name: x - before[name] for name, x in final_weights(out).items()}
-    assert distance(our_move, moved) < 1e-3
-    assert same(weights(teacher_copy), weights(teacher))
+    before = weights(student)
+    assert distance(*[{name: x - before[name] for name, x in tensors.items()}
+                      for tensors in (final_weights(out), model.state_dict())]) < 1e-3
     targets = sum((labels != -100).sum().item() for _, labels in coded)
     assert state_of(out, 5)["progress"]["tokens"] == 5 * targets
     losses = model_losses(model, teacher_model, chatml_rows(held_out), 0.3, 2.0, divergence)
@@ -3138,36 +2924,11 @@ def test_train_five_steps_match_plain_pytorch(tmp_path, teacher, student, out, d
     assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/ce_loss"]))
 
 
-def test_train_batch_and_accumulation_are_interchangeable(tmp_path, teacher, student, chat):
-    """8x1, 2x4 and 1x8 give the same gradient."""
-    results = []
-    for size in (8, 2, 1):
-        out = tmp_path / str(size)
-        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, max_steps=1,
-               batch_size=size, gradient_accumulation_steps=8 // size, max_grad_norm=0,
-               alpha=0.3, temperature=2.0)
-        first = log(out, "train")[0]
-        results.append((gradients(out), [*logged_losses(first), first["train/grad_norm"]]))
-    expected_gradients, expected_values = results[0]
-    for found_gradients, values in results[1:]:
-        assert values == pytest.approx(expected_values, rel=1e-6)
-        assert distance(found_gradients, expected_gradients) < 1e-6
-
-
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-def test_train_student_that_is_the_teacher_does_not_move(out, teacher, text, divergence):
-    distil(out, teacher=teacher, student=teacher, dataset=text, alpha=0.0, temperature=2.0,
-           max_steps=3, divergence=divergence)
-    assert all(abs(kl) < 1e-6 for kl in column(out, "train/kl_loss"))
-    assert same(final_weights(out), weights(teacher))
-
-
 def test_train_labels_alone_never_touch_a_teacher(out, labels_only):
     distil(out, teacher="/nowhere", **labels_only, max_steps=2)
     assert column(out, "train/kl_loss") == [0, 0]
     assert column(out, "train/loss") == column(out, "train/ce_loss")
-    left = [".simple_distill", "checkpoints", "config.json", "final", "log.jsonl"]
-    assert sorted(os.listdir(out)) == left
+    assert listing(out) == ".simple_distill checkpoints config.json final log.jsonl"
 
 
 # ---- lengths, schedules, seeds
@@ -3179,38 +2940,35 @@ def test_train_epochs_steps_and_schedule_agree(tmp_path, student):
     data = write_splits(tmp_path / "data", talk(10), talk(2))
     fields = dict(student=student, dataset=data, seq_len=256, alpha=1.0, lr_scheduler="cosine",
                   warmup_ratio=0.34, num_epochs=2, batch_size=4)
-    variants = {
-        "epochs": {},
-        "steps": dict(num_epochs=1, max_steps=6),
-        # has a micro-batch without any row in each ragged step
-        "accumulated": dict(batch_size=2, gradient_accumulation_steps=2),
-        "seed": dict(seed=1),
-    }
-    rates = [1e-3 * x for x in (0, 0.5, *[(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])]
-    for name, variant in variants.items():
-        distil(tmp_path / name, **fields | variant)
-        assert column(tmp_path / name, "train/learning_rate") == pytest.approx(rates)
-        epochs = column(tmp_path / name, "train/epoch")
-        assert epochs == pytest.approx([k / 3 for k in range(1, 7)])
-    for num_epochs, steps in (0.1, 1), (1.5, 5):
-        fields["num_epochs"] = num_epochs
-        distil(tmp_path / str(steps), **fields)
-        assert column(tmp_path / str(steps), "train/step") == list(range(1, steps + 1))
-    final = {name: final_weights(tmp_path / name) for name in variants}
-    assert same(final["epochs"], final["steps"])
-    assert distance(final["accumulated"], final["epochs"]) < 1e-5
-    assert distance(final["seed"], final["epochs"]) > 1e-4
+    final = []
+    for variant in (
+            {}, dict(num_epochs=1, max_steps=6),
+            # has a micro-batch without any row in each ragged step
+            dict(batch_size=2, gradient_accumulation_steps=2), dict(seed=1)):
+        out = tmp_path / str(len(final))
+        distil(out, **fields | variant)
+        assert column(out, "train/learning_rate") == pytest.approx(
+            [0, 5e-4, 1e-3, 0.85355339e-3, 5e-4, 0.14644661e-3])
+        assert column(out, "train/epoch") == pytest.approx([k / 3 for k in range(1, 7)])
+        final.append(final_weights(out))
+    by_epochs, by_steps, accumulated, seeded = final
+    assert same(by_epochs, by_steps)
+    assert distance(accumulated, by_epochs) < 1e-5
+    assert distance(seeded, by_epochs) > 1e-4
+    for num_epochs, last in (0.1, 1), (1.5, 5):
+        distil(out, **fields | dict(num_epochs=num_epochs, resume="never"))
+        assert column(out, "train/step")[-1] == last
 
 
-def test_train_logs_evaluates_and_saves_when_it_should(out, teacher, student, text):
+def test_train_logs_evaluates_and_saves_when_it_should(out, online):
     """And under exactly the keys of the contract."""
-    distil(out, teacher=teacher, student=student, dataset=text, max_steps=7, log_steps=3,
-           eval_steps=2, save_steps=4, alpha=0.3, learning_rate=1)
+    distil(out, **online, max_steps=7, log_steps=3, eval_steps=2, save_steps=4, alpha=0.3,
+           learning_rate=1)
     for entry in log(out):
         assert entry.keys() in (TRAIN_KEYS, EVAL_KEYS)
     assert column(out, "train/step") == [3, 6, 7]
     assert column(out, "eval/step") == [2, 4, 6, 7]
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step-00000004", "step-00000007"]
+    assert listing(f"{out}/checkpoints") == "step-00000004 step-00000007"
     assert min(column(out, "train/tokens_per_second")) > 0
     losses = column(out, "eval/loss")
     assert column(out, "eval/min_loss") == list(itertools.accumulate(losses, min))
@@ -3221,25 +2979,20 @@ def test_train_logs_evaluates_and_saves_when_it_should(out, teacher, student, te
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_train_a_row_that_breaks_the_loss_skips_its_step_only(
-        tmp_path, out, teacher, student, role):
+def test_train_a_row_that_breaks_the_loss_skips_its_step_only(tmp_path, out, online, role):
     """12 of 24, never ten in a row. A loss that is not finite is null: JSON knows no NaN."""
-    pair = dict(teacher=teacher, student=student)
-    pair[role] = break_letter(pair[role], tmp_path / "broken")
     rows = [{"prompt": "Za"[i % 2], "response": prose(3, i)} for i in range(24)]
     data = write_splits(tmp_path / "data", rows, rows[1:2])
-    distil(out, **pair, dataset=data, seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
-    skipped = 0
-    for line in Path(out, "log.jsonl").read_text().splitlines():
-        entry = json.loads(line, parse_constant=pytest.fail)
-        if "train/loss" in entry:
-            bad = entry["train/loss"] is None
-            skipped += bad
-            assert entry["train/skipped_steps"] == skipped
-            assert (entry["train/grad_norm"] is None) == bad
-    assert skipped == 12
+    fields = online | dict(dataset=data, seq_len=64, batch_size=1, num_epochs=1, weight_decay=0.1)
+    fields[role] = break_letter(fields[role], tmp_path / "broken")
+    distil(out, **fields)
+    assert not re.search("NaN|Infinity", Path(out, "log.jsonl").read_text())
+    bad = [loss is None for loss in column(out, "train/loss")]
+    assert sum(bad) == 12
+    assert [norm is None for norm in column(out, "train/grad_norm")] == bad
+    assert column(out, "train/skipped_steps") == list(itertools.accumulate(bad))
     after = final_weights(out)
-    assert not same(weights(pair["student"]), after)
+    assert not same(weights(fields["student"]), after)
     for name, x in after.items():
         assert "embed" in name or x.isfinite().all(), name
 
@@ -3247,13 +3000,12 @@ def test_train_a_row_that_breaks_the_loss_skips_its_step_only(
 def test_train_ten_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, out, student):
     """Of the weights as they were, with advice that works."""
     broken = break_letter(student, tmp_path / "broken")
-    rows = [{"prompt": "Z", "response": prose(3, i)} for i in range(12)]
-    data = write_splits(tmp_path / "data", rows, rows[:2])
+    data = write_jsonl(tmp_path / "data.jsonl", 40 * [{"prompt": "Z", "response": "one"}])
     fields = dict(dataset=data, alpha=1.0, seq_len=64, batch_size=1, weight_decay=0.1)
     err = distil(out, rc=2, **fields, student=broken, max_steps=40).err
     assert "not finite for 10 steps in a row" in err
     assert column(out, "train/skipped_steps") == list(range(1, 10))
-    assert os.listdir(f"{out}/checkpoints") == ["step-00000010"]
+    assert listing(f"{out}/checkpoints") == "step-00000010"
     assert not os.path.exists(f"{out}/final")
     tensors = checkpoint(out, 10)
     for name, tensor in weights(broken).items():
@@ -3265,11 +3017,9 @@ def test_train_ten_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, ou
 
 
 def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
-        tmp_path, monkeypatch, labels_only):
+        out, monkeypatch, labels_only):
     """The trainer makes no such batch by itself: one is made here by taking the targets of the
     second step away."""
-    fields = labels_only | dict(batch_size=4, weight_decay=0.1)
-    distil(tmp_path / "one", **fields, max_steps=1)
     micro_batches = sd.micro_batches
     steps = itertools.count(1)
 
@@ -3281,10 +3031,10 @@ def test_train_a_batch_without_any_target_changes_nothing_and_is_reported(
         return micro
 
     monkeypatch.setattr(sd, "micro_batches", second_is_blank)
-    shown = distil(tmp_path / "two", **fields, max_steps=2).out
-    assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"))
+    shown = distil(out, **labels_only, max_steps=2, save_steps=1, weight_decay=0.1).out
+    assert same(checkpoint(out, 1), checkpoint(out, 2))
     assert "step 2: not one valid target" in shown
-    assert logged_losses(log(tmp_path / "two", "train")[1]) == [0, 0, 0]
+    assert logged_losses(log(out, "train")[1]) == [0, 0, 0]
 
 
 def test_train_a_log_that_cannot_be_written_costs_no_step(out, labels_only, monkeypatch):
@@ -3305,42 +3055,37 @@ def test_train_a_log_that_cannot_be_written_costs_no_step(out, labels_only, monk
 # ---- what a run says and leaves
 
 
-def read_card(out):
-    import huggingface_hub
-    return huggingface_hub.ModelCard.load(os.path.join(out, "final", "README.md"))
-
-
 def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teacher, student):
     """The first evaluation is short: of a few held-out rows, evenly spaced, also after a resume.
     The card says what the run was, and no path of ours."""
+    import huggingface_hub
     rows = talk(11)
     pair = with_chatml(tmp_path, teacher, student)
     fields = dict(teacher=pair[0], student=pair[1], seq_len=256, batch_size=1, learning_rate=STILL,
                   dataset=write_splits(tmp_path / "data", talk(3), rows), alpha=0.25,
                   temperature=2.0, divergence="reverse")
     expected = []
-    for names, chosen in [([teacher], range(11)), ([student, teacher], (0, 2, 5, 8)),
-                          ([student, teacher], range(11))]:
-        models = [*map(load, names), None]
+    for name, model, judge, chosen in [
+            ("teacher", teacher, None, range(11)),
+            ("student before (4 sequences)", student, load(teacher), (0, 2, 5, 8)),
+            ("student after (11)", student, load(teacher), range(11))]:
         coded = chatml_rows([rows[i] for i in chosen])
-        _, ce, kl = model_losses(*models[:2], coded, 0.25, 2.0, "reverse")
-        expected.append([f"{math.exp(ce.item()):.2f}", f"{kl.item():.4f}"])
+        _, ce, kl = model_losses(load(model), judge, coded, 0.25, 2.0, "reverse")
+        expected.append((name, f"{math.exp(ce.item()):.2f}", f"{kl.item():.4f}"))
     for max_steps in (1, 2):
         shown = distil(out, max_steps=max_steps, **fields).out
-        found = re.findall(r"^\| +(\S.*\S) \| +(\S+) \| +(\S+) \|$", shown, re.MULTILINE)[1:]
-        assert [values for _, *values in found] == expected
-        assert [name for name, *_ in found] == [
-            "teacher", "student before (4 sequences)", "student after (11)"]
-    card = read_card(out)
-    assert card.data.to_dict().items() >= dict(
-        library_name="transformers", pipeline_tag="text-generation", base_model=[]).items()
-    assert not card.data.license
+        found = re.findall(r"^\| +(\S.*\S) \| +(\S+) \| +(\S+) \|$", shown, re.MULTILINE)
+        assert found[1:] == expected
+    card = huggingface_hub.ModelCard.load(f"{out}/final/README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert not card.data.base_model and not card.data.license
     parameters = load(f"{out}/final").num_parameters()
-    for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")], "reverse", "T 2",
+    for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")],
                  f"/student, {parameters:,} parameters", "/teacher", "/data, split train",
-                 "0.25 x cross-entropy + 0.75 x T^2 x KL", "2 steps of 1 sequences"):
+                 "0.25 x cross-entropy + 0.75 x T^2 x KL (reverse), T 2", "2 steps of 1 sequences"):
         assert fact in card.text, card.text
-    assert str(tmp_path) not in Path(out, "final", "README.md").read_text()
+    assert str(tmp_path) not in card.content
 
 
 @pytest.mark.parametrize("student, teacher, alpha, bases", [
@@ -3359,75 +3104,51 @@ def test_train_model_card_names_what_is_on_the_hub(monkeypatch, student, teacher
 # ---- Weights & Biases
 
 
-class FakeWandb:
-    """A stand-in for the service, not for our code."""
-
-    def __init__(self, key="key", problem=None):
-        self.api = types.SimpleNamespace(api_key=key)
-        self.problem = problem
-        self.id = "abc"
-        self.asked_ids, self.entries, self.exit_codes = [], [], []
-
-    def Settings(self, **_):
-        return None
-
-    def init(self, config, id, **_):
-        assert self.api.api_key, "it would ask at a prompt"
-        if self.problem:
-            raise self.problem
-        self.config = config
-        self.asked_ids.append(id)
-        return self
-
-    def log(self, entry, step):
-        assert step == entry.get("train/step", entry.get("eval/step"))
-        self.entries.append(entry)
-
-    def finish(self, exit_code):
-        self.exit_codes.append(exit_code)
-
-
 @pytest.fixture
-def use_wandb(monkeypatch):
-    """-> a function that puts what it is given in place of the package."""
+def wandb(monkeypatch):
+    """A stand-in for the service, not for our code."""
+    package = mock.Mock()
+    package.init.return_value.configure_mock(**{"id": "abc", "finish.return_value": None})
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return functools.partial(monkeypatch.setitem, sys.modules, "wandb")
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return package
 
 
-@pytest.mark.parametrize("wandb, reason", [
+@pytest.mark.parametrize("problem, reason", [
+    ({"api.api_key": None}, "not logged in"),
+    ({"init.side_effect": TimeoutError("no answer")}, "no answer"),
     (None, "wandb"),   # importing it fails
-    (FakeWandb(key=None), "not logged in"),
-    (FakeWandb(problem=TimeoutError("no answer")), "no answer"),
 ])
-def test_train_without_wandb_goes_on_and_says_so(out, labels_only, use_wandb, wandb, reason):
-    use_wandb(wandb)
+def test_train_without_wandb_goes_on_and_says_so(
+        out, labels_only, wandb, monkeypatch, problem, reason):
+    wandb.configure_mock(**problem or {})
+    if not problem:
+        monkeypatch.setitem(sys.modules, "wandb", None)
     shown = distil(out, **labels_only, max_steps=1, use_wandb=True).out
     line, = re.findall("^wandb.*", shown, re.MULTILINE)
     assert reason in line
+    assert wandb.init.called == ("answer" in reason)   # without a key it would ask at a prompt
 
 
-def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, use_wandb):
+def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, wandb):
     """A run that goes on is the same there."""
-    wandb = FakeWandb()
-    use_wandb(wandb)
+    run = wandb.init.return_value
     for max_steps in (2, 3):
         distil(out, **labels_only, max_steps=max_steps, use_wandb=True)
-    assert wandb.entries == log(out)
-    assert wandb.asked_ids == [None, "abc"]
-    assert wandb.exit_codes == [0, 0]
-    assert wandb.config.keys() == config.FIELDS.keys()
-    assert "key" not in json.dumps(wandb.config).split()
+    assert run.log.mock_calls == [
+        mock.call(entry, step=entry.get("train/step", entry.get("eval/step")))
+        for entry in log(out)]
+    assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc"]
+    assert wandb.init.call_args.kwargs["config"].keys() == config.FIELDS.keys()
     distil(out, rc=2, **labels_only, max_steps=30, use_wandb=True, resume="never",
            learning_rate=1e38, max_grad_norm=0)
-    assert wandb.exit_codes == [0, 0, 1]
+    assert run.finish.mock_calls == [mock.call(exit_code=code) for code in (0, 0, 1)]
 
 
 @pytest.mark.campaign
-def test_train_wandb_offline(out, labels_only):
-    words = flags(**PLAIN, **labels_only, output_dir=out, max_steps=1, use_wandb=True)
-    process = spawn(*words, env={"WANDB_MODE": "offline"})
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, shown
+def test_train_wandb_offline(out, labels_only, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    distil(out, **labels_only, max_steps=1, use_wandb=True)
     assert list(Path(out, "wandb").glob("offline-run-*"))
 
 
@@ -3440,9 +3161,6 @@ def test_train_dry_run_says_what_a_run_would_and_leaves_nothing(
     """On the longest rows. The targets of a conversation are the assistant's words and its end."""
     tokenized = with_chatml(tmp_path, student)[0]
     rows = talk(8)
-    fields = dict(teacher=teacher, student=tokenized, tokenizer=tokenized, seq_len=128,
-                  dataset=write_splits(tmp_path / "data", rows, talk(4)), batch_size=2,
-                  num_epochs=2, dry_run=True, blockwise=blockwise or None)
     seen = []
     time_step = sd.time_step
 
@@ -3451,13 +3169,15 @@ def test_train_dry_run_says_what_a_run_would_and_leaves_nothing(
         return time_step(run, stage, micro)
 
     monkeypatch.setattr(sd, "time_step", noting)
-    shown = distil(out, **fields).out
+    shown = distil(
+        out, teacher=teacher, student=tokenized, tokenizer=tokenized, seq_len=128, batch_size=2,
+        dataset=write_splits(tmp_path / "data", rows, talk(4)), num_epochs=2, dry_run=True,
+        blockwise=blockwise or None).out
     lengths = sorted(len(ids) for ids, _ in chatml_rows(rows))
     assert seen[-1] == lengths[:-3:-1]
     assert re.search(r"takes \S+ s .* steps at most \S+ hours", shown), shown
-    example, = re.findall(r"its targets in \[\[ \]\]: (.*)", shown)
-    target, = re.findall(r"\[\[(.*?)\]\]", example)
-    assert target in [row["response"] + "<|im_end|>" for row in rows], example
+    target, = re.findall(r"its targets in \[\[ \]\]: [^[\n]*\[\[(.*?)\]\][^[\n]*\n", shown)
+    assert target in [row["response"] + "<|im_end|>" for row in rows]
     assert "perplexity" not in shown
     assert not os.path.exists(out)
 
@@ -3518,28 +3238,29 @@ def pretend_cuda(monkeypatch):
         return torch.arange(len(tensor), device=tensor.device)[:, None]
 
     current = DoneAtOnce()
-    answers = dict(
-        is_available=True, device_count=8, current_device=0, is_bf16_supported=True,
-        get_device_capability=(9, 0), current_stream=current, stream=contextlib.nullcontext(),
-        _lazy_init=None, is_current_stream_capturing=False, Stream=current, Event=current)
+    answers = {
+        "cuda.is_available": True, "cuda.device_count": 8, "cuda.current_device": 0,
+        "cuda.is_bf16_supported": True, "cuda.get_device_capability": (9, 0),
+        "cuda.stream": contextlib.nullcontext(), "cuda._lazy_init": None,
+        "cuda.is_current_stream_capturing": False, "cuda.current_stream": current,
+        "cuda.Stream": current, "cuda.Event": current, "accelerator.current_stream": current,
+        "Tensor.record_stream": None}
     for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    for place, name, stand_in in [
-        (torch.accelerator, "current_stream", lambda *_: current),
-        (torch.Tensor, "record_stream", lambda *_: None),
-        (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
-        (torch.Tensor, "nonzero", all_of_them),
-        (F, "scaled_dot_product_attention", fake_flash),
-        (transformers.masking_utils, "is_tracing", lambda *_: False),
-        (FakeTensorMode, "avoid_device_init", True),
-        (sd, "init_device_mesh", real_mesh),
-        (sd, "all_sum", lambda *values: list(values)),
-        (sd, "from_rank0", lambda value: None),
-        (sd, "identity_of", lambda model: None),
-        (sd, "CUDA", True),
-        (sd, "DEVICE", torch.device("cuda", 0)),
-    ]:
-        monkeypatch.setattr(place, name, stand_in)
+        monkeypatch.setattr(f"torch.{name}", lambda *_, answer=answer, **__: answer)
+    stand_ins = {
+        "torch.Tensor.pin_memory": lambda tensor, *_: tensor,
+        "torch.Tensor.nonzero": all_of_them,
+        "torch.nn.functional.scaled_dot_product_attention": fake_flash,
+        "transformers.masking_utils.is_tracing": lambda *_: False,
+        "torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init": True,
+        "simple_distill.init_device_mesh": real_mesh,
+        "simple_distill.all_sum": lambda *values: list(values),
+        "simple_distill.from_rank0": lambda value: None,
+        "simple_distill.identity_of": lambda model: None,
+        "simple_distill.CUDA": True,
+        "simple_distill.DEVICE": DoneAtOnce.device}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(name, stand_in)
 
 
 class Calls(TorchDispatchMode):
@@ -3575,24 +3296,21 @@ def simulate(folder):
     """In a process of its own: two steps, prints the calls of the second."""
     pretend_cuda(pytest.MonkeyPatch())
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=sd.WORLD)
-    cfg = config.parse_config(flags(
-        student=f"{folder}/student.json", teacher=f"{folder}/teacher.json", dataset=folder,
-        max_steps=2, gradient_accumulation_steps=2, use_wandb=False))
+    cfg = config.Config(student=f"{folder}/student.json", teacher=f"{folder}/teacher.json",
+                        max_steps=2)
     calls = Calls()
     with FakeTensorMode(allow_non_fake_inputs=True), calls:
-        student, _ = sd.load_model(cfg, "student")
-        teacher, _ = sd.load_model(cfg, "teacher")
+        student, teacher = [sd.load_model(cfg, role)[0] for role in ("student", "teacher")]
         run = types.SimpleNamespace(
-            cfg=cfg, student=student, rows=range(99), global_batch=9, progress=sd.Progress(),
+            cfg=cfg, student=student, progress=sd.Progress(),
             loss_fn=functools.partial(sd.distil_loss, alpha=0.5, temperature=1.0),
             get_teacher_targets=sd.teacher_targets(teacher), scale_state=sd.new_scale_state(False))
         stage = sd.distillation_stage(run)
         sd.start_stage(run, stage)
         row = {"input_ids": list(range(9)), "targets": [False] + 8 * [True], "starts": [0]}
-        micro = [sd.collate([row]), sd.collate([row])]
         for _ in range(2):
             calls.count = collections.Counter(wait=0)
-            _, norm = sd.one_step(run, stage, micro, 1000)
+            _, norm = sd.one_step(run, stage, 2 * [sd.collate([row])], 1000)
         assert norm.device.type == "cuda" and norm.dtype == torch.float32
     print(json.dumps(calls.count))
 
@@ -3607,20 +3325,17 @@ def test_train_a_step_on_eight_gpus_that_exist_in_name_only(tmp_path):
         ["c++", "-std=c++20", "-shared", "-fPIC", "gpu.cpp", "-o", "gpu.so",
          f"-I{torch_folder}/include", f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib",
          "-lc10", "-ltorch_cpu"], cwd=tmp_path, check=True)
-    layers = {"student": 3, "teacher": 5}
-    for name, depth in layers.items():
+    for name, depth in ("student", 3), ("teacher", 5):
         shape = tiny_config(cls="Qwen3Config", layers=depth, head_dim=16)
         shape.to_json_file(tmp_path / f"{name}.json")
-    env = {**os.environ, "WORLD_SIZE": "8"}
     done = subprocess.run(
-        [sys.executable, "-c", SIMULATION, tmp_path], cwd=HERE, env=env, capture_output=True,
-        text=True)
+        [sys.executable, "-c", SIMULATION, tmp_path], cwd=HERE, capture_output=True, text=True,
+        env={**os.environ, "WORLD_SIZE": "8"})
     assert done.returncode == 0, done.stdout + done.stderr
-    # a micro-step: student's root, its layers forward and backward, the teacher's layers
-    gathers = 1 + 2 * layers["student"] + layers["teacher"]
+    # a micro-step gathers the student's root, its layers forward and backward, and the teacher's;
+    # reduces the student's root and layers
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        "wait": 0, "_allgather_base_": 2 * gathers,
-        "_reduce_scatter_base_": 2 * (1 + layers["student"])}
+        "wait": 0, "_allgather_base_": 2 * (1 + 2 * 3 + 5), "_reduce_scatter_base_": 2 * (1 + 3)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3660,9 +3375,9 @@ def test_streaming_reads_the_head_of_its_eval_split(tmp_path, words):
     """Nothing is prepared whole, and no more is read than eval_samples sequences need: so many
     rows, with 8 characters a token."""
     rows = [{"text": prose(words, i)} for i in range(100)]
-    folder = write_splits(f"{tmp_path}/data", rows[:50], rows)
     enough = next(n for n in range(5, 100) if len("".join(map(str, rows[:n]))) > 8 * 5 * 32)
-    found = split_of_stream(folder, eval_samples=5, seq_len=32)
+    found = split_of_stream(
+        write_splits(f"{tmp_path}/data", rows[:50], rows), eval_samples=5, seq_len=32)
     assert found == (rows[:50], rows[:enough])
 
 
@@ -3676,17 +3391,16 @@ def test_streaming_holds_the_first_rows_out(tmp_path, count, max_samples, held_o
     assert found == (rows[held_out:max_samples], rows[:held_out])
 
 
-def test_streaming_trains_on_the_same_rows(tmp_path, teacher, student, chat):
+def test_streaming_trains_on_the_same_rows(out, trio, chat):
     """Three passes over eight rows, eight a step: in whatever order they come, each step is all of
     them."""
-    table = f"{tmp_path}/table"
-    stream = f"{tmp_path}/stream"
-    for out, fields in ((table, {}), (stream, dict(streaming=True, shuffle_buffer=3))):
-        distil(out, teacher=teacher, student=student, dataset=chat, seq_len=256, batch_size=8,
-               max_steps=3, alpha=0.3, **fields)
+    fields = trio | dict(dataset=chat, seq_len=256, batch_size=8, max_steps=3, alpha=0.3)
+    table = f"{out}-table"
+    distil(table, **fields)
+    distil(out, **fields, streaming=True, shuffle_buffer=3)
     for key in ("train/loss", "eval/loss"):
-        assert column(stream, key) == pytest.approx(column(table, key), rel=1e-6)
-    assert distance(final_weights(stream), final_weights(table)) < 1e-5
+        assert column(out, key) == pytest.approx(column(table, key), rel=1e-6)
+    assert distance(final_weights(out), final_weights(table)) < 1e-5
 
 
 def test_streaming_of_text_unshuffled_is_the_same_blocks(tmp_path):
@@ -3711,14 +3425,12 @@ def test_streaming_shuffles_within_windows_each_in_an_order_of_its_own(tmp_path)
 def test_streaming_a_resume_finds_the_same_rows(tmp_path):
     """Within a window, at its end, in the second epoch."""
     path = write_jsonl(f"{tmp_path}/d.jsonl", talk(30))
-    batches = batches_of(path, shuffle_buffer=7)
-    whole = [next(batches) for _ in range(20)]
+    whole = list(itertools.islice(batches_of(path, shuffle_buffer=7), 20))
     for first in (3, 7, 11):
         again = batches_of(path, whole[first - 1][1], shuffle_buffer=7)
-        for rows, position in whole[first:first + 5]:
-            same_rows, same_position = next(again)
-            assert ids_of(same_rows) == ids_of(rows)
-            assert same_position == position
+        for (rows, position), found in zip(whole[first:first + 5], again):
+            assert ids_of(found[0]) == ids_of(rows)
+            assert found[1] == position
 
 
 def test_streaming_a_reader_that_fails_is_an_error(tmp_path):
@@ -3728,7 +3440,7 @@ def test_streaming_a_reader_that_fails_is_an_error(tmp_path):
 
     stream = datasets.IterableDataset.from_generator(rows_that_break)
     batches = batches_of("d", stream=stream, shuffle_buffer=20)
-    assert len([next(batches) for _ in range(10)]) == 10
+    assert len(list(itertools.islice(batches, 10))) == 10
     with pytest.raises(config.UserError, match="while reading window 2 .* error in row 50"):
         next(batches)
 
@@ -3737,25 +3449,23 @@ def test_streaming_bad_rows_are_dropped_until_an_epoch_has_no_other(tmp_path, ca
     good = talk(9)
     bad = [{"id": 1}] * 20
     path = write_jsonl(f"{tmp_path}/d.jsonl", [*good, *bad])
-    batches = batches_of(path, shuffle_buffer=10)
-    first, second, third = [next(batches) for _ in range(3)]
+    _, second, third = itertools.islice(batches_of(path, shuffle_buffer=10), 3)
     assert third[1]["epoch"] == 1
-    told = capsys.readouterr().out
-    assert re.search("of the first 10 rows dropped: {.*text.*: 2}", told), told
+    assert re.search("first 10 rows dropped: {.*text.*: 2}", capsys.readouterr().out)
     again = batches_of(path, second[1], shuffle_buffer=10)   # nothing good is left of that epoch
     assert ids_of(next(again)[0]) == ids_of(third[0])
-    useless = write_jsonl(f"{tmp_path}/useless.jsonl", [good[0], *bad])
+    write_jsonl(path, [good[0], *bad])   # which is held out
     with pytest.raises(config.UserError, match="no row of the stream .* holds a target"):
-        next(batches_of(useless, shuffle_buffer=10))
+        next(batches_of(path, shuffle_buffer=10))
 
 
 def test_streaming_refuses_an_id_that_the_head_has_not(tmp_path, out):
     """Where a row holds one: the last byte of an eszett is number 260."""
-    student = tiny_model(f"{tmp_path}/student", vocab=250)
     rows = [{"text": prose(9, i)} for i in range(20)]
-    path = write_splits(f"{tmp_path}/d", [*rows, {"text": "ß"}], rows[:2])
-    err = distil(out, rc=2, student=student, dataset=path, alpha=1, streaming=True, max_steps=2).err
-    assert "token 260" in err
+    shown = distil(
+        out, rc=2, student=tiny_model(f"{tmp_path}/student", vocab=250), alpha=1, streaming=True,
+        dataset=write_splits(f"{tmp_path}/d", [*rows, {"text": "ß"}], rows[:2]), max_steps=2)
+    assert "token 260" in shown.err
 
 
 def test_streaming_documents_are_packed_within_a_window(tmp_path):
@@ -3771,49 +3481,53 @@ def test_streaming_documents_are_packed_within_a_window(tmp_path):
 # Optional: demo: from nothing to a better student.
 
 
-@pytest.mark.parametrize("words, max_steps, seq_len", [
-    ("", 500, 128),
-    ("--max_steps 7 --num_epochs 2", 7, 128),
-    ("--num_epochs 2", None, 128),
-    ("--blockwise --num_epochs 0", None, 128),   # optional: blockwise
-    ("--lr_scheduler constant", 500, 128),
-    ("--teacher t --student s --dataset d", None, 512),
-    ("--mode eval", None, 128),   # optional: eval
-    ("--mode eval --student s", None, 128),   # optional: eval
-    ("--mode eval --teacher t --dataset d", None, 512),   # optional: eval
-    ("--mode cache --cache_dir c", None, 128),   # optional: cache
+# a command line -> max_steps, seq_len
+@pytest.mark.parametrize("case", [
+    " -> 500 128",
+    "--max_steps 7 --num_epochs 2 -> 7 128",
+    "--num_epochs 2 -> None 128",
+    "--blockwise --num_epochs 0 -> None 128",   # optional: blockwise
+    "--lr_scheduler constant -> 500 128",
+    "--teacher t --student s --dataset d -> None 512",
+    "--mode eval -> None 128",   # optional: eval
+    "--mode eval --student s -> None 128",   # optional: eval
+    "--mode eval --teacher t --dataset d -> None 512",   # optional: eval
+    "--mode cache --cache_dir c -> None 128",   # optional: cache
 ])
-def test_demo_decides_only_what_is_left_open(tmp_path, words, max_steps, seq_len):
+def test_demo_decides_only_what_is_left_open(tmp_path, case):
     """Its defaults fill in for the demo alone, never beside a flag that rules them out; and what
     config.json says of such a run is that run."""
+    words, decided = case.split(" -> ")
     cfg = config.parse_config(words.split())
-    assert (cfg.max_steps, cfg.seq_len) == (max_steps, seq_len)
+    assert f"{cfg.max_steps} {cfg.seq_len}" == decided
     path = f"{tmp_path}/config.json"
     sd.write_json(config.knobs_of(cfg), path)
     assert config.knobs_of(config.parse_config(["--config", path])) == config.knobs_of(cfg)
 
 
-@pytest.mark.parametrize("words, made, whole", [
-    ("", "teacher student dataset", True),
-    ("--alpha 0.1 --max_steps 2", "teacher student dataset", True),
-    ("--tokenizer mine", "teacher student dataset", True),
-    ("--dry_run", "teacher student dataset", False),
-    ("--alpha 1", "student dataset", False),
-    ("--dataset d", "teacher student", False),
-    ("--student s --dataset d", "teacher", False),
-    ("--student s --dataset d --alpha 1", "", False),
-    ("--student layers:1 --alpha 1", "teacher dataset", False),
-    ("--mode eval", "teacher dataset", False),   # optional: eval
-    ("--cache_dir c", "student", False),   # optional: cache
-    ("--mode cache --cache_dir c", "teacher student dataset", False),   # optional: cache
-    ("--blockwise", "teacher student dataset", False),   # optional: blockwise
-    ("--on_policy 0.5", "teacher student dataset", False),   # optional: on_policy
+# a command line -> what of the demo it takes
+@pytest.mark.parametrize("case", [
+    " -> teacher student dataset, answered",
+    "--alpha 0.1 --max_steps 2 -> teacher student dataset, answered",
+    "--tokenizer mine -> teacher student dataset, answered",
+    "--dry_run -> teacher student dataset",
+    "--alpha 1 -> student dataset",
+    "--dataset d -> teacher student",
+    "--student s --dataset d -> teacher",
+    "--student s --dataset d --alpha 1 -> ",
+    "--student layers:1 --alpha 1 -> teacher dataset",
+    "--mode eval -> teacher dataset",   # optional: eval
+    "--cache_dir c -> student",   # optional: cache
+    "--mode cache --cache_dir c -> teacher student dataset",   # optional: cache
+    "--blockwise -> teacher student dataset",   # optional: blockwise
+    "--on_policy 0.5 -> teacher student dataset",   # optional: on_policy
 ])
-def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words, made, whole):
+def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, case):
     """Here all is there already. The whole demo is answered."""
     monkeypatch.setattr(sd.huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    words, made = case.split(" -> ")
     cfg = config.parse_config(words.split())
-    assert sd.is_whole_demo(cfg) == whole   # optional: eval
+    assert sd.is_whole_demo(cfg) == ("answered" in made)   # optional: eval
     folder = sd.demo_folder(cfg)
     paths = {"teacher": f"{folder}/teacher/final", "dataset": f"{folder}/corpus",
              "student": f"{folder}/student/config.json"}
@@ -3822,7 +3536,7 @@ def test_demo_stands_in_for_what_is_needed(tmp_path, monkeypatch, capsys, words,
     Path(folder, ".simple_distill").write_text("demo 1")
     with sd.process_group():
         resolved = sd.resolve_demo(cfg)
-    expected = {role: paths[role] for role in made.split()}
+    expected = {role: paths[role] for role in paths if role in made}
     assert dict(re.findall(r"--(\w+) (\S+)", capsys.readouterr().out)) == expected
     if "student" in made:
         expected["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
@@ -3836,9 +3550,10 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
     library.mkdir()
     splits = {"train": [], "validation": []}
     for name in sorted([f"m{i}.py" for i in range(60)], key=sd.digest):
-        split = "validation" if int(sd.digest(name), 16) % 20 == 0 else "train"
-        splits[split].append({"text": f"x = {name!r}\n"})
-        (library / name).write_text(splits[split][-1]["text"])
+        row = {"text": f"x = {name!r}\n"}
+        (library / name).write_text(row["text"])
+        held_out = int(sd.digest(name), 16) % 20 == 0
+        splits["validation" if held_out else "train"].append(row)
     (library / "empty.py").write_text("\n")
     monkeypatch.setattr(sd.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     folder = f"{tmp_path}/demo"
@@ -3854,12 +3569,12 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
 
 
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
-        tmp_path, out, teacher, student, text, capsys):
+        out, trio, capsys):
     """The control is the run with --alpha 1, and what is done is not trained again."""
-    fields = {**PLAIN, "teacher": teacher, "student": student, "dataset": text, "max_steps": 4,
-              "save_steps": 4}
+    fields = {**PLAIN, **trio, "max_steps": 4, "save_steps": 4}
+    alone = f"{out}-alone"
     distil(out, **fields)
-    distil(f"{tmp_path}/alone", **fields, alpha=1)
+    distil(alone, **fields, alpha=1)
     control = f"{out}/labels-only"
     lines = set()
     for resume in ("auto", f"{out}/checkpoints/step-00000004"):   # that of the other student
@@ -3869,13 +3584,13 @@ def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(
         shown = capsys.readouterr().out
         assert ("done in" in shown) == (resume == "auto")
         lines.add(shown.strip().splitlines()[-1])
-        assert same(final_weights(control), final_weights(f"{tmp_path}/alone"))
-        assert quiet_log(control) == quiet_log(f"{tmp_path}/alone")
+        assert same(final_weights(control), final_weights(alone))
+        assert quiet_log(control) == quiet_log(alone)
     line, = lines
-    models = json.loads(Path(out, "report.json").read_text())["models"]
+    models = sd.read_json(f"{out}/report.json")["models"]
     assert list(models) == ["teacher", "student", "labels-only"]
-    with_teacher, alone = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
-    assert f"perplexity {with_teacher:.2f}, on labels alone {alone:.2f} " in line
+    ours, theirs = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
+    assert f"perplexity {ours:.2f}, on labels alone {theirs:.2f} " in line
 
 
 @pytest.mark.parametrize("verdict, says", [
@@ -3910,7 +3625,7 @@ def test_demo_from_nothing_to_a_better_student(out, tmp_path):
     shown = run_the_demo(out, home)
     assert "first the teacher" in shown
     assert shown.splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
-    knobs = json.loads(Path(out, "config.json").read_text())
+    knobs = read_config(out)
     assert all(knobs[name].startswith(home) for name in ("teacher", "student", "dataset"))
     assert not os.path.exists(f"{out}/demo")
     again = run_the_demo(out, home)
@@ -3929,21 +3644,19 @@ def angles_of_draws(name, knobs):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     rows, _ = rows_of(f"{knobs['dataset']}/validation.jsonl", tokenizer, seq_len=128)
     ids = torch.tensor(ids_of(rows)[:64])
-    teacher = load(knobs["teacher"])
     student = load(name)
     with torch.no_grad():
-        probs = teacher(ids).logits[:, :-1].flatten(0, 1).softmax(-1)
-    draws = probs.multinomial(50, replacement=True, generator=torch.Generator().manual_seed(0))
-    largest, top = probs.topk(12)
+        probs = load(knobs["teacher"])(ids).logits[:, :-1].flatten(0, 1).softmax(-1)
+    torch.manual_seed(0)
     found = []
     for target in (
         probs,
-        torch.zeros_like(probs).scatter_add_(-1, draws, torch.full(draws.shape, 1 / 50)),
-        torch.zeros_like(probs).scatter_(-1, top, largest / largest.sum(-1, keepdim=True)),
+        torch.distributions.Multinomial(50, probs).sample() / 50,
+        F.normalize(torch.where(probs < probs.topk(12).values[:, -1:], 0, probs), p=1),
     ):
         loss = F.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), target)
-        gradients_ = torch.autograd.grad(loss, list(student.parameters()))
-        found.append(torch.cat([gradient.flatten() for gradient in gradients_]))
+        gradients_ = torch.autograd.grad(loss, student.parameters())
+        found.append(nn.utils.parameters_to_vector(gradients_))
     whole, *others = found
     return [math.degrees(math.acos(F.cosine_similarity(whole, other, dim=0))) for other in others]
 
@@ -3957,33 +3670,31 @@ def cache_rows(n):
 
 
 @pytest.fixture(scope="session")
-def cache_text(tmp_path_factory):
-    """Text of about 180 sequences of 32 tokens: a dozen chunks of 16."""
-    return write_jsonl(tmp_path_factory.mktemp("cache") / "text.jsonl", cache_rows(100))
-
-
-def cache_words(teacher, dataset, cache_dir, **fields):
-    """The command that fills a cache, as words."""
-    command = dict(mode="cache", teacher=teacher, dataset=dataset, cache_dir=cache_dir,
-                   seq_len=32, cache_chunk=16)
-    return flags(**{**command, **fields})
-
-
-def fill_cache(teacher, dataset, cache_dir, rc=0, **fields):
-    return cli(*cache_words(teacher, dataset, cache_dir, **fields), rc=rc)
-
-
-def train_from_cache(student, cache_dir, out, rc=0, **fields):
-    """Six steps; with cache_dir None, a teacher and a dataset: the same run without a cache."""
-    run = dict(student=student, cache_dir=cache_dir, alpha=0.3, max_steps=6, batch_size=8)
-    return distil(out, rc, **{**run, **fields})
+def cache_words(teacher, text):
+    """The command that fills a cache, as words: of some 70 sequences, a dozen chunks."""
+    return functools.partial(
+        flags, mode="cache", teacher=teacher, dataset=text, seq_len=32, cache_chunk=6)
 
 
 @pytest.fixture(scope="session")
-def full_cache(tmp_path_factory, teacher, cache_text):
+def fill(cache_words):
+    def fill(cache_dir, rc=0, **fields):
+        return cli(*cache_words(cache_dir=cache_dir, **fields), rc=rc)
+
+    return fill
+
+
+@pytest.fixture
+def train(student, out):
+    """Nine steps, which read all of the text; with a teacher and a dataset: without a cache."""
+    return functools.partial(distil, out, student=student, alpha=0.3, max_steps=9, batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def full_cache(tmp_path_factory, fill):
     """Not to be changed: see copy_of."""
     cache = tmp_path_factory.mktemp("cache") / "full"
-    fill_cache(teacher, cache_text, cache)
+    fill(cache)
     return cache
 
 
@@ -3994,7 +3705,7 @@ def copy_of(full_cache, tmp_path):
 
 def chunk_files(cache_dir):
     """The bytes of every chunk by its name."""
-    return {path.name: path.read_bytes() for path in sorted(Path(cache_dir).glob("*.safetensors"))}
+    return {path.name: path.read_bytes() for path in sorted(cache_dir.glob("*.safetensors"))}
 
 
 def facts_of_cache(cache_dir):
@@ -4003,92 +3714,94 @@ def facts_of_cache(cache_dir):
 
 
 def rows_of_cache(cache_dir, split="train"):
-    rows = sd.CacheRows(str(cache_dir), split, *facts_of_cache(cache_dir))
+    rows = sd.CacheRows(cache_dir, split, *facts_of_cache(cache_dir))
     return [rows[i] for i in range(len(rows))]
 
 
 # ---- what is kept of a token
 
 
-def made_up_teacher(vocab, tokens, seed=0, sharp=3.0):
+def made_up_teacher(vocab, tokens, sharp=3.0):
     """-> hidden states, head, and the distribution that they make [N, V], in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 24, generator=generator)
     weight = torch.randn(vocab, 24, generator=generator) * sharp / 24 ** 0.5
-    probs = (hidden.double() @ weight.double().T).softmax(-1)
-    return hidden, sd.Head(weight), probs
+    return hidden, sd.Head(weight), (hidden.double() @ weight.double().T).softmax(-1)
 
 
-def cache_manifest(vocab, method, size, seed=0, temperature=1.0):
-    """What of a manifest the content of a row depends on."""
-    return dict(vocabulary=vocab, method=method, size=size, seed=seed, temperature=temperature,
-                codes=256 if method == "topk" else size)
+class Keeping:
+    """What is kept of a row of plain text, through its bytes and back."""
+
+    def __init__(self, hidden, head, method, size):
+        vocab = len(head.weight)
+        self.manifest = dict(vocabulary=vocab, method=method, size=size, seed=0, temperature=1.0,
+                             codes=256 if method == "topk" else size)
+        ids = np.random.default_rng(0).integers(0, vocab, len(hidden) + 1)
+        self.row = {"input_ids": ids, "targets": np.arange(len(ids)) > 0, "starts": np.array([0])}
+        self.kept = sd.keep(hidden, head, 7, self.manifest)
+        self.data = self.write()
+        there = self.read()
+        self.sparse = sd.SparseTarget(*map(torch.from_numpy, there.pop("sparse")))
+        np.testing.assert_equal(there, self.row)
+
+    def write(self):
+        return sd.compress(sd.pack_row(self.row, self.kept))
+
+    def read(self):
+        return sd.unpack_row(sd.decompress(self.data), self.manifest)
 
 
-def text_row(vocab, tokens):
-    return {"input_ids": np.arange(tokens) % vocab, "targets": np.arange(tokens) > 0,
-            "starts": np.array([0])}
-
-
-def keep_and_read(hidden, head, *what, **more):
-    """A row of plain text, through its bytes and back -> SparseTarget, bytes, what was kept."""
-    manifest = cache_manifest(len(head.weight), *what, **more)
-    row = text_row(len(head.weight), len(hidden) + 1)
-    kept = sd.keep(hidden, head, 7, manifest)
-    data = sd.compress(sd.pack_row(row, kept))
-    there = sd.unpack_row(sd.decompress(data), manifest)
-    for name in row:
-        assert (there[name] == row[name]).all(), name
-    return sd.SparseTarget(*map(torch.from_numpy, there["sparse"])), data, kept
+def gap(a, b):
+    return (a - b).abs().max()
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 32000, 151936])
 def test_cache_topk_is_what_the_teacher_says(vocab):
     for size in {min(64, vocab), min(300, vocab)}:
         hidden, head, probs = made_up_teacher(vocab, 40)
-        sparse, data, _ = keep_and_read(hidden, head, "topk", size)
+        kept = Keeping(hidden, head, "topk", size)
+        ids, listed, rest, entropy = kept.sparse
         top = probs.topk(size).values
-        assert (probs.gather(-1, sparse.ids) - top).abs().max() < 1e-6
+        assert gap(probs.gather(-1, ids), top) < 1e-6
         # the common rescaling at most doubles the rounding
         bound = 2 * (0.0193 * (-top.log()).sqrt() + 1e-4)
-        listed = sparse.probs.double()
-        assert ((listed.log() - top.log()).abs() < bound)[top > 1e-9].all()
-        assert (listed.sum(-1) + sparse.rest - 1).abs().max() < 1e-5
-        assert (sparse.rest - (1 - top.sum(-1))).abs().max() < 0.02
-        assert len(data) / 41 <= 4 * (size + 2)
-        entropy = -(listed * listed.log()).nansum(-1)
-        entropy -= torch.special.xlogy(sparse.rest, sparse.rest)
-        assert (sparse.entropy - entropy).abs().max() < 1e-5
+        assert ((listed.double().log() - top.log()).abs() < bound)[top > 1e-9].all()
+        assert gap(listed.sum(-1) + rest, 1) < 1e-5
+        assert gap(rest, 1 - top.sum(-1)) < 0.02
+        assert len(kept.data) / 41 <= 4 * (size + 2)
+        everything = torch.cat([listed, rest[:, None]], -1)
+        assert gap(entropy, -torch.special.xlogy(everything, everything).sum(-1)) < 1e-5
 
 
 @pytest.mark.parametrize("vocab,size", [
     (2, 1), (300, 50), (32000, 50), (151936, 50), (151936, 255)])
 def test_cache_samples_are_counted_and_small(vocab, size):
     hidden, head, probs = made_up_teacher(vocab, 200, sharp=5.0)
-    sparse, data, kept = keep_and_read(hidden, head, "sample", size)
+    kept = Keeping(hidden, head, "sample", size)
+    entries = len(kept.kept.entries)
     # an id stands as often as it was drawn
-    assert sparse.ids.shape == sparse.probs.shape == (200, size)
-    assert (sparse.probs - 1 / size).abs().max() < 1e-7 and not sparse.rest.any()
-    assert sum(len(set(ids)) for ids in sparse.ids.tolist()) == len(kept.entries)
-    entropy_of_draws = -(sparse.probs * probs.gather(-1, sparse.ids).log()).sum(-1)
-    assert (sparse.entropy - entropy_of_draws).abs().max() < 0.0021   # half of 1/256 nat
+    ids, shares, rest, entropy = kept.sparse
+    assert ids.shape == shares.shape == (200, size)
+    assert gap(shares, 1 / size) < 1e-7 and not rest.any()
+    assert sum(len(set(line)) for line in ids.tolist()) == entries
+    entropy_of_draws = -probs.gather(-1, ids).log().mean(-1)
+    assert gap(entropy, entropy_of_draws) < 0.0021   # half of 1/256 nat
     # ... which is the teacher's entropy on average
-    entropy = -(probs * probs.log()).sum(-1)
-    assert abs(entropy_of_draws.mean() - entropy.mean()) < 4 / size ** 0.5
-    bits = len(kept.entries) * (vocab * size).bit_length() + 200 * (12 + vocab.bit_length())
+    assert gap(entropy_of_draws.mean(), -(probs * probs.log()).sum(-1).mean()) < 4 / size ** 0.5
+    bits = entries * (vocab * size).bit_length() + 200 * (14 + vocab.bit_length())
     if vocab >= 32000:   # as if nothing took a whole byte
-        assert len(data) < 1.02 * bits / 8
+        assert len(kept.data) < 1.022 * bits / 8
 
 
 @torch.no_grad()
-def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp_path):
+def test_cache_draws_from_the_plain_models_distribution(fill, teacher, tmp_path):
     """... by the seed and the number of the row: the same whoever fills the cache."""
-    fill_cache(teacher, cache_text, tmp_path, temperature=2, seed=5)
+    fill(tmp_path, temperature=2, seed=5)
     model = load(teacher)
-    for split, first, i in (("eval", 0, 3), ("train", 2**60, 0), ("train", 2**60, 39)):
+    for split, first, i in (("eval", 0, 2), ("train", 2**60, 0), ("train", 2**60, 39)):
         row = rows_of_cache(tmp_path, split)[i]
-        ids_1T = torch.from_numpy(row["input_ids"])[None]
-        cdf = (model(ids_1T).logits[0, :-1].double() / 2).softmax(-1).cumsum(-1)
+        logits = model(torch.from_numpy(row["input_ids"])[None]).logits[0, :-1].double()
+        cdf = (logits / 2).softmax(-1).cumsum(-1)
         generator = torch.Generator().manual_seed(int(sd.digest(5, first + i), 16) >> 1)
         numbers = torch.rand(len(cdf), 50, dtype=torch.float64, generator=generator)
         draws = torch.searchsorted(cdf, numbers).sort(-1).values.numpy()
@@ -4097,259 +3810,213 @@ def test_cache_draws_from_the_plain_models_distribution(teacher, cache_text, tmp
 
 def test_cache_same_model_logs_no_kl():
     hidden, head, _ = made_up_teacher(300, 200)
-    labels = torch.zeros(200, dtype=torch.long)
-    loss = functools.partial(sd.distillation_loss, alpha=0.0, temperature=1.0)
+
+    def kl(hidden, student_head, *how):
+        labels = torch.zeros(len(hidden), dtype=torch.long)
+        sparse = Keeping(hidden, head, *how).sparse
+        return sd.distillation_loss(hidden, student_head, labels, sparse,
+                                    alpha=0.0, temperature=1.0)[2]
+
     for how in (("sample", 50), ("topk", 12), ("topk", 300)):
-        sparse, *_ = keep_and_read(hidden, head, *how)
-        assert abs(loss(hidden, head, labels, sparse)[2]) < 1e-3, how
+        assert abs(kl(hidden, head, *how)) < 1e-3, how
     # nor is the KL of what is listed and the rest ever negative, whatever the student says
-    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
-    other_head = sd.Head(head.weight + 0.3 * noise)
-    for size, i in itertools.product((1, 12, 64), range(0, 200, 4)):
-        one = hidden[i:i + 1]
-        sparse, *_ = keep_and_read(one, head, "topk", size)
-        assert loss(one, other_head, labels[:1], sparse)[2] > -1e-5
+    _, noise, _ = made_up_teacher(300, 201)
+    other_head = sd.Head(head.weight + 0.5 * noise.weight)
+    for size, one in itertools.product((1, 12, 64), hidden[::4].split(1)):
+        assert kl(one, other_head, "topk", size) > -1e-5
 
 
 # ---- training from it
 
 
 @pytest.mark.parametrize("packing", ["rows", "documents"])
-def test_cache_topk_of_everything_trains_like_online(teacher, student, tmp_path, packing):
+def test_cache_topk_of_everything_trains_like_online(
+        fill, train, teacher, student, tmp_path, packing):
     """Also where documents share rows: it knows where each begins."""
     data = write_splits(tmp_path / "data", talk(60), talk(8))
-    how = dict(seq_len=128, packing=packing)
+    how = dict(dataset=data, seq_len=128, packing=packing)
     cache, cached, online = tmp_path / "cache", tmp_path / "cached", tmp_path / "online"
-    fill_cache(teacher, data, cache, cache_method="topk", cache_top_k=9999, **how)
-    for split, rows in zip(("train", "eval"), rows_of(data, **how)):
+    fill(cache, cache_method="topk", cache_top_k=9999, **how)
+    for split, rows in zip(("train", "eval"), rows_of(**how)):
         for kept, row in zip(rows_of_cache(cache, split), rows, strict=True):
             for name in ("input_ids", "targets", "starts"):
                 assert kept[name].tolist() == row[name].tolist(), name
-    train_from_cache(student, cache, cached, seq_len=None)
-    train_from_cache(student, None, online, teacher=teacher, dataset=data, **how)
-    for name, off in (("kl_loss", 1e-3), ("ce_loss", 5e-3)):
-        for kind in ("train", "eval"):
-            key = f"{kind}/{name}"
-            assert column(cached, key) == pytest.approx(column(online, key), rel=0, abs=off)
+    train(cache_dir=cache, output_dir=cached, seq_len=None)
+    train(teacher=teacher, output_dir=online, **how)
+    for key, most in {"train/kl_loss": 1e-3, "eval/kl_loss": 1e-3, "train/ce_loss": 5e-3,
+                      "eval/ce_loss": 5e-3}.items():
+        assert column(cached, key) == pytest.approx(column(online, key), rel=0, abs=most)
     moved = distance(weights(student), final_weights(online))
     assert distance(final_weights(cached), final_weights(online)) < 0.05 * moved
 
 
-def test_cache_is_the_dataset(teacher, student, chat, tmp_path):
+def test_cache_is_the_dataset(fill, train, teacher, chat, tmp_path):
     """What is not typed is the cache's own, also the teacher of layers:N. Teacher and data are
     gone, the cache moves: a run goes on all the same."""
     teacher = shutil.copytree(teacher, tmp_path / "teacher")
     data = shutil.copytree(chat, tmp_path / "chat")
     cache, out, again = tmp_path / "cache", tmp_path / "out", tmp_path / "again"
-    shown = fill_cache(teacher, data, cache, cache_chunk=4, temperature=2).out
-    _, index = facts_of_cache(cache)
-    every_row = rows_of_cache(cache) + rows_of_cache(cache, "eval")
-    sizes = list(map(len, chunk_files(cache).values()))
-    tokens = sum(len(row["input_ids"]) for row in every_row)
-    first = sizes[1] / sum(len(row["input_ids"]) for row in every_row[:4])
+    shown = fill(cache, teacher=teacher, dataset=data, cache_chunk=4, temperature=2).out
+    ids = [row["input_ids"] for split in ("train", "eval") for row in rows_of_cache(cache, split)]
+    tokens = sum(map(len, ids))
+    sizes = list(map(len, chunk_files(cache).values()))   # the second is the first of train
+    first = sizes[1] / sum(map(len, ids[:4]))
     assert f"cache: {first:.1f} bytes a token; about {sizes[1] * 3e-9:.3f} GB in all, " in shown
-    assert index == dict(
+    assert facts_of_cache(cache)[1] == dict(
         rows=12, tokens=tokens, bytes_per_token=sum(sizes) / tokens,
-        chunks={"train": [4, 4], "eval": [4]},
-        biggest_id=max(row["input_ids"].max() for row in every_row))
-    train_from_cache("layers:1", cache, tmp_path / "cut", seq_len=None, max_steps=1)
+        chunks={"train": [4, 4], "eval": [4]}, biggest_id=max(map(max, ids)))
+    train(student="layers:1", cache_dir=cache, output_dir=tmp_path / "cut", seq_len=None)
     shutil.rmtree(teacher)
     shutil.rmtree(data)
-    shown = train_from_cache(student, cache, out, seq_len=None, save_steps=3, eval_samples=3).out
+    shown = train(cache_dir=cache, seq_len=None, save_steps=3, eval_samples=3).out
     assert "'seq_len': 32, 'temperature': 2.0" in shown and "3 held out" in shown
     saved = json.loads((out / "config.json").read_text())
     assert (saved["seq_len"], saved["temperature"], saved["teacher"]) == (32, 2.0, str(teacher))
     before = quiet_log(out)
     moved = shutil.move(cache, tmp_path / "moved")
     shutil.rmtree(out / "final")
-    shutil.rmtree(out / "checkpoints/step-00000006")
+    shutil.rmtree(out / "checkpoints/step-00000009")
     cli("--config", out / "config.json", "--cache_dir", moved)
-    assert quiet_log(out) == before
-    train_from_cache(student, moved, again, temperature=2, eval_samples=3)
-    assert quiet_log(again) == before
+    train(cache_dir=moved, output_dir=again, temperature=2, eval_samples=3)
+    assert quiet_log(out) == quiet_log(again) == before
 
 
-def test_cache_refuses_what_does_not_fit(full_cache, teacher, student, cache_text, tmp_path):
-    other_tokenizer = tiny_tokenizer(roll=1)
-    other_teacher = tiny_model(tmp_path / "other_teacher", tokenizer=other_tokenizer)
-    other_student = tiny_model(tmp_path / "other_student", hidden=16, tokenizer=other_tokenizer)
+def test_cache_refuses_what_does_not_fit(full_cache, fill, train, teacher, student, text, tmp_path):
+    tokenizer = tiny_tokenizer(roll=1)
+    other = tiny_model(tmp_path / "other_teacher", tokenizer=tokenizer)
     small = tiny_model(tmp_path / "small", vocab=200, hidden=16, tokenizer=False)
-    rows = cache_rows(100)
-    rows[51]["text"] = rows[51]["text"][:-1] + "Q"
-    edited = write_jsonl(tmp_path / "edited.jsonl", rows)
-    train = functools.partial(
-        train_from_cache, out=tmp_path / "out", student=student, cache_dir=full_cache)
-    fill = functools.partial(
-        fill_cache, teacher=teacher, dataset=cache_text, cache_dir=full_cache)
+    edited = tmp_path / "edited.jsonl"
+    edited.write_text(Path(text).read_text().replace("moon", "noom", 1))
     before = chunk_files(full_cache)
-    for run, fields, message in [
-        (train, dict(temperature=3), "temperature 1.0 there, 3.0 here"),
-        (train, dict(seq_len=64), "seq_len 32 there, 64 here"),
-        (train, dict(packing="rows"), "packing 'auto' there, 'rows' here"),
-        (train, dict(teacher=other_teacher), "teacher .* there, .*other_teacher"),
-        (train, dict(student=other_student), "different tokenizers: token"),
-        (train, dict(student=small), "token 2.*200"),
-        (train, dict(cache_dir=tmp_path / "none"), "no cache"),
-        (fill, dict(temperature=2), "temperature 1.0 there, 2.0 here"),
-        (fill, dict(cache_samples=9), "size 50 there, 9 here"),
-        (fill, dict(seed=1), "seed 0 there, 1 here"),
-        (fill, dict(teacher=student), "weights .* there"),
-        (fill, dict(dataset=edited), "dataset_fingerprint .* there"),
-        (fill, dict(teacher=small, tokenizer=teacher, cache_dir=tmp_path / "new"), "token 2.*200"),
+    for run, words, message in [
+        (train, "temperature=3", "temperature 1.0 there, 3.0 here"),
+        (train, "seq_len=64", "seq_len 32 there, 64 here"),
+        (train, "packing=rows", "packing 'auto' there, 'rows' here"),
+        (train, f"teacher={other}", "teacher .* there, .*other_teacher"),
+        (train, f"student={other}", "different tokenizers: token"),
+        (train, f"student={small}", "token 2.*200"),
+        (train, f"cache_dir={tmp_path}/none", "no cache"),
+        (fill, "temperature=2", "temperature 1.0 there, 2.0 here"),
+        (fill, "cache_samples=9", "size 50 there, 9 here"),
+        (fill, "seed=1", "seed 0 there, 1 here"),
+        (fill, f"teacher={student}", "weights .* there"),
+        (fill, f"dataset={edited}", "dataset_fingerprint .* there"),
+        (fill, f"teacher={small} tokenizer={teacher} cache_dir={tmp_path}/new", "token 2.*200"),
     ]:
+        fields = dict(cache_dir=full_cache) | dict(word.split("=") for word in words.split())
         refused = run(rc=2, **fields).err
-        assert re.search(message, refused), (fields, message, refused)
+        assert re.search(message, refused), (words, message, refused)
     assert chunk_files(full_cache) == before
 
 
-def test_cache_is_begun_anew_by_force_alone(
-        copy_of, teacher, student, cache_text, tmp_path, out):
+def test_cache_is_begun_anew_by_force_alone(copy_of, fill, train, teacher, tmp_path):
     """One of an older version is refused with the way out; what else lies there stays."""
     manifest, _ = facts_of_cache(copy_of)
     sd.write_json(manifest | {"format": 1}, copy_of / "manifest.json")
     thesis = copy_of / "thesis.txt"
     thesis.write_text("mine")
-    for refused in (train_from_cache(student, copy_of, out, 2),
-                    fill_cache(teacher, cache_text, copy_of, 2)):
-        assert re.search("older version.*--force_regenerate", refused.err)
+    for run in (train, fill):
+        refused = run(cache_dir=copy_of, rc=2).err
+        assert re.search("older version.*--force_regenerate", refused)
     templated = tiny_model(tmp_path / "templated", seed=1, tokenizer=tiny_tokenizer(CHATML))
     for model in (templated, teacher):   # no template is left of the one before
-        fill_cache(model, cache_text, copy_of, cache_chunk=64, force_regenerate=True)
+        fill(copy_of, teacher=model, cache_chunk=32, force_regenerate=True)
         assert len(chunk_files(copy_of)) == 4
-    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [64, 64, 51], "eval": [9]}
-    train_from_cache(student, copy_of, out)
+    assert facts_of_cache(copy_of)[1]["chunks"] == {"train": [32, 32, 7], "eval": [3]}
+    train(cache_dir=copy_of)
     assert not json.loads((copy_of / "config.json").read_text())["force_regenerate"]
     assert thesis.exists()
 
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))   # not a folder of ours
-    refused = fill_cache(teacher, cache_text, model, 2, force_regenerate=True)
+    refused = fill(templated, 2, force_regenerate=True)   # not a folder of ours
     assert "'config.json' and no .simple_distill" in refused.err
-    assert (model / "model.safetensors").exists()
+    assert os.path.exists(f"{templated}/model.safetensors")
 
 
 # ---- damage, full disks, many workers
 
 
-def is_refused(path):
-    """Reading all chunks of its split."""
-    try:
-        rows_of_cache(path.parent, path.name.split("-")[0])
-    except sd.UserError as e:
-        return str(path) in str(e)
-    return False
+def test_cache_damage_is_found_and_mended(copy_of, fill, train, tmp_path):
+    """A chunk cut short, with a single bit flipped anywhere, or of another temperature, number or
+    split, is refused by name, by training and where mode cache finishes; the command that is named
+    makes it, and only it, again."""
+    def assert_refused():
+        with pytest.raises(sd.UserError, match=re.escape(f"'{path}' is damaged or of another")):
+            rows_of_cache(copy_of)
 
-
-def test_cache_damage_is_found_and_mended(copy_of, teacher, student, cache_text, out):
-    """A chunk cut short, or with a single bit flipped anywhere, is refused by name, by training and
-    where mode cache finishes; the command that is named makes it, and only it, again."""
+    fill(tmp_path / "warm", temperature=2)
     whole = chunk_files(copy_of)
-    path = copy_of / "train-00000001.safetensors"
-    data = path.read_bytes()
+    name = "train-00000000.safetensors"
+    path = copy_of / name
+    data = whole[name]
     damages = [data[:length] for length in (0, 7, 100, len(data) // 2, len(data) - 1)]
+    damages += [chunk_files(tmp_path / "warm")[name], *list(whole.values())[:3:2]]
     body = 8 + int.from_bytes(data[:8], "little")   # where safetensors' header ends
     draw = np.random.default_rng(0)
     for position in [*draw.integers(0, body, 20), *draw.integers(body, len(data), 40)]:
         damaged = bytearray(data)
         damaged[position] ^= 1 << draw.integers(8)
         damages.append(damaged)
-    for i, content in enumerate(damages):
-        path.write_bytes(content)
-        assert is_refused(path), i
-
-    for refuse in (   # 23 steps read every row
-        functools.partial(train_from_cache, student, copy_of, out, max_steps=23),
-        functools.partial(fill_cache, teacher, cache_text, copy_of),
-    ):
+    for damaged in damages:
         path.write_bytes(damaged)
-        message = refuse(rc=2).err
+        assert_refused()
+
+    for refuse in (train, fill):
+        path.write_bytes(damaged)
+        message = refuse(cache_dir=copy_of, rc=2).err
         assert f"cache chunk '{path}' is damaged" in message
         remove, again = re.search("again: (.*)", message)[1].split("; ")
         os.remove(shlex.split(remove)[1])
         assert sd.main(shlex.split(again)[2:]) == 0   # less `python simple_distill.py`
         assert chunk_files(copy_of) == whole
-
-
-def test_cache_a_foreign_chunk_is_refused(copy_of, teacher, cache_text, tmp_path):
-    """Of another temperature, one twice, two swapped, train in place of eval."""
-    fill_cache(teacher, cache_text, tmp_path / "warm", temperature=2)
-    names = ("train-00000000", "train-00000001", "eval-00000000")
-    first, second, held_out = (copy_of / f"{name}.safetensors" for name in names)
-    for path, foreign in ((second, tmp_path / "warm" / second.name), (second, first),
-                          (first, second), (held_out, first)):
-        content = path.read_bytes()
-        shutil.copy(foreign, path)
-        assert is_refused(path)
-        refused = fill_cache(teacher, cache_text, copy_of, 2)
-        assert f"{path}' is damaged or of another cache" in refused.err
-        path.write_bytes(content)
     manifest, _ = facts_of_cache(copy_of)   # what is said of all rows cannot be edited
     sd.write_json(manifest | {"temperature": 2.0}, copy_of / "manifest.json")
-    assert is_refused(first)
+    assert_refused()
 
 
-@pytest.mark.parametrize("name,damaged", [
-    ("manifest.json", ""), ("manifest.json", "[]"), ("manifest.json", "{}"),
-    ("manifest.json", '{"format": 2}'), ("index.json", ""), ("index.json", "{}"),
-    ("index.json", "[1]"), ("tokenizer/tokenizer.json", ""), ("tokenizer/tokenizer.json", "{}"),
-    ("tokenizer/chat_template.jinja", "another")])
-def test_cache_damage_beside_the_chunks_is_one_error(copy_of, student, out, name, damaged):
-    (copy_of / name).write_text(damaged)
-    refused = train_from_cache(student, copy_of, out, 2)
-    assert refused.err.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.campaign)])
-def test_cache_on_a_full_disk(teacher, tmp_path, ranks):
-    """Files longer than a limit fail as on a full disk; the chunks that were finished go into the
-    cache when there is room."""
-    data = write_jsonl(tmp_path / "text.jsonl", cache_rows(800))
-    cache = tmp_path / "cache"
-    fill_cache(teacher, data, tmp_path / "whole", cache_chunk=64)
-    whole = chunk_files(tmp_path / "whole")
-    # one chunk is larger, and nothing else that is written
-    limit = sorted(map(len, whole.values()))[-2]
-    words = cache_words(teacher, data, cache, cache_chunk=64)
-    shown = Fork(tmp_path / "log.txt", *words, ranks=ranks, limit=limit).wait()
-    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
-    kept = chunk_files(cache)
-    assert 0 < len(kept) < len(whole) and whole == whole | kept
-    Fork(tmp_path / "log2.txt", *words, ranks=ranks).wait()
-    assert chunk_files(cache) == whole
+@pytest.mark.parametrize("damaged", [
+    "manifest.json ", "manifest.json []", "manifest.json {}", 'manifest.json {"format":2}',
+    "index.json ", "index.json {}", "index.json [1]", "tokenizer/tokenizer.json ",
+    "tokenizer/tokenizer.json {}", "tokenizer/chat_template.jinja another"])
+def test_cache_damage_beside_the_chunks_is_one_error(copy_of, train, damaged):
+    name, content = damaged.split(" ")
+    (copy_of / name).write_text(content)
+    assert train(cache_dir=copy_of, rc=2).err.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("fields", [
     {},
     dict(streaming=True),   # optional: streaming
 ])
-def test_cache_is_the_same_in_pieces(teacher, cache_text, tmp_path, fields):
-    """Also by several ranks, of a sharded teacher."""
-    cache = tmp_path / "cache"
-    fill_cache(teacher, cache_text, cache, **fields)
-    chunks = chunk_files(cache)
-    facts = facts_of_cache(cache)
-    first, *others = [cache / name for name in list(chunks)[::2]]
-    assert len(others) > 1
-    first.rename(first.with_suffix(".tmp")).write_bytes(b"half")   # what a dead worker left
-    for path in others:
-        path.unlink()
-    words = cache_words(teacher, cache_text, cache, **fields)
-    assert "is full" in Fork(tmp_path / "log.txt", *words, ranks=2).wait()
-    assert (chunk_files(cache), facts_of_cache(cache)) == (chunks, facts)
+def test_cache_is_the_same_in_pieces(fill, cache_words, tmp_path, fields):
+    """By two ranks, of a sharded teacher. Files longer than a limit fail as on a full disk; what
+    was finished stays, the same command does the rest."""
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fill(whole, **fields)
+    chunks = chunk_files(whole)
+    run = functools.partial(
+        Fork, tmp_path / "log.txt", *cache_words(cache_dir=cache, **fields), ranks=2)
+    # one chunk is larger, and nothing else that is written
+    shown = run(limit=sorted(map(len, chunks.values()))[-2]).wait()
+    assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
+    kept = chunk_files(cache)
+    assert 1 < len(kept) < len(chunks) and chunks == chunks | kept
+    (cache / min(kept)).unlink()
+    assert "is full" in run().wait()
+    assert (chunk_files(cache), facts_of_cache(cache)) == (chunks, facts_of_cache(whole))
 
 
-def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache_text, tmp_path):
+def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, cache_words, tmp_path):
     """... until that is gone, and stops on a signal meanwhile."""
     whole = chunk_files(copy_of)
     os.remove(copy_of / "train-00000002.safetensors")
     log_path = tmp_path / "log.txt"
-    words = cache_words(teacher, cache_text, copy_of)
+    words = cache_words(cache_dir=copy_of)
     with open(copy_of / "claims", "a") as claims:
         fcntl.lockf(claims, fcntl.LOCK_EX, 1, 2**60 + 2)
         run = Fork(log_path, *words)
         while "row/s]" not in log_path.read_text():
             time.sleep(0.1)
-        run.signal(signal.SIGTERM)
-        assert "stopped" in run.wait()
+        assert "stopped" in run.signal(signal.SIGTERM).wait()
         run = Fork(log_path, *words)
         while log_path.read_text().count("opening cache") < 2:
             time.sleep(0.1)
@@ -4358,53 +4025,52 @@ def test_cache_waits_for_a_chunk_that_another_worker_has(copy_of, teacher, cache
     assert chunk_files(copy_of) == whole
 
 
-def test_cache_of_a_stream_with_an_empty_block(teacher, student, tmp_path):   # optional: streaming
+def test_cache_of_a_stream_with_an_empty_block(fill, train, tmp_path):   # optional: streaming
     """A chunk whose conversations all lose their targets to seq_len holds no row, and is in
     nobody's way."""
     prompts = 8 * ["fox "] + 16 * ["fox " * 100] + 24 * ["fox "]
     rows = [{"prompt": prompt, "response": "jumps over"} for prompt in prompts]
     data = write_jsonl(tmp_path / "gap.jsonl", rows)
-    cache = tmp_path / "cache"
-    fill = functools.partial(fill_cache, teacher, streaming=True, eval_samples=8)
+    cache, packed = tmp_path / "cache", tmp_path / "packed"
+    how = dict(dataset=data, streaming=True, eval_samples=8, cache_chunk=16)
     for _ in range(2):
-        fill(data, cache)
+        fill(cache, **how)
     assert facts_of_cache(cache)[1]["chunks"] == {"train": [0, 16, 8], "eval": [8]}
     assert [len(row["input_ids"]) < 20 for row in rows_of_cache(cache)] == 24 * [True]
-    train_from_cache(student, cache, tmp_path / "out")
-    packed = tmp_path / "packed"
-    fill(data, packed, packing="documents")
+    train(cache_dir=cache)
+    fill(packed, packing="documents", **how)
     assert [len(row["starts"]) for row in rows_of_cache(packed)] == 12 * [2]
     write_jsonl(data, rows[:-1])   # among the first, by which a stream is known
-    assert "dataset_fingerprint" in fill(data, cache, 2).err
+    assert "dataset_fingerprint" in fill(cache, 2, **how).err
 
 
 @pytest.mark.campaign
-def test_cache_survives_a_killed_worker(teacher, tmp_path):
+def test_cache_survives_a_killed_worker(fill, cache_words, tmp_path):
     """Two workers, one killed with a claim in its hands; three more come. The same files as from
-    one that was left alone, and as from several ranks."""
+    one that was left alone."""
     data = write_jsonl(tmp_path / "text.jsonl", cache_rows(3000))
-    cache = tmp_path / "cache"
-    whole = tmp_path / "whole"
-    fill_cache(teacher, data, whole)
-    words = cache_words(teacher, data, cache)
-    workers = [spawn(*words), spawn(*words)]
-    while len(list(cache.glob("train*.safetensors"))) < 10:
-        assert workers[1].poll() is None, workers[1].stdout.read()
-        time.sleep(0.01)
-    workers[1].send_signal(signal.SIGKILL)
-    workers += [spawn(*words) for _ in range(3)]
-    shown = [worker.communicate(timeout=600)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL, 0, 0, 0], shown
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fill(whole, dataset=data)
+    worker = functools.partial(
+        Fork, tmp_path / "log.txt", *cache_words(dataset=data, cache_dir=cache))
+    workers = [worker(), worker()]
+    while len(chunk_files(cache)) < 10:
+        assert workers[1].poll() is None
+    workers[1].signal(signal.SIGKILL)
+    workers += [worker() for _ in range(3)]
+    for run in workers:
+        shown = run.wait(600)
+    assert shown.count("is full") == 4, shown
     assert chunk_files(cache) == chunk_files(whole)
     assert facts_of_cache(cache) == facts_of_cache(whole)
 
 
-# The peak of a process is not that of the one that started it, as resource's would be.
+# Around main, which then says what it took at most.
 PEAK_MEMORY = """
-import re, sys
-import simple_distill
-assert simple_distill.main(sys.argv[1:]) == 0
-print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def main(args, run=main):
+    code = run(args)
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    return code
 """
 
 
@@ -4413,48 +4079,36 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
     {},
     dict(streaming=True),   # optional: streaming
 ])
-def test_cache_memory_is_constant(teacher, tmp_path, fields):
+def test_cache_memory_is_constant(cache_words, tmp_path, fields):
     """Ten times the rows are filled in the same memory."""
     peaks = []
     for n in (300, 3000):
         data = write_jsonl(tmp_path / f"{n}.jsonl", cache_rows(n))
-        words = cache_words(teacher, data, tmp_path / f"cache{n}", **fields)
-        process = subprocess.run(
-            [sys.executable, "-c", PEAK_MEMORY, *words], cwd=HERE, capture_output=True, text=True,
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        peaks.append(int(process.stdout.split()[-1]))
-    assert peaks[1] < 1.05 * peaks[0], peaks
+        words = cache_words(dataset=data, cache_dir=tmp_path / f"cache{n}", **fields)
+        shown = Fork(tmp_path / f"{n}.txt", *words, change=PEAK_MEMORY).wait(600)
+        peaks.append(int(shown.split()[-1]))
+    assert peaks[1] < peaks[0] + 25_000, peaks   # kB
 
 
 # ---- what it costs
 
 
 def bench_cache():
-    """A table: bytes a token, and how long a row takes on one core, with the allocator as a run
-    sets it."""
+    """A table: bytes a token, and how long a row of 512 takes on one core, with the allocator as a
+    run sets it."""
     torch.set_num_threads(1)
     sd.keep_freed_memory()
     print(f"{'V':>8} {'method':>10} {'ids':>6} {'bytes/token':>12} {'raw fp32+int64':>15} "
           f"{'fp16+int32':>11} {'write ms a row':>15} {'read':>6}")
-    for vocab in (32000, 151936):
-        for method, size in (("sample", 50), ("topk", 64)):
-            bench_packing(vocab, method, size)
-
-
-def bench_packing(vocab, method, size):
-    """Of a row of 512 tokens."""
-    hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
-    _, _, kept = keep_and_read(hidden, head, method, size)
-    manifest = cache_manifest(vocab, method, size)
-    ids = np.random.default_rng(0).integers(0, vocab, 512)
-    row = text_row(vocab, 512) | {"input_ids": ids}
-    data = sd.compress(sd.pack_row(row, kept))
-    best = functools.partial(timeit.repeat, repeat=9, number=1)
-    writing = min(best(lambda: sd.compress(sd.pack_row(row, kept))))
-    reading = min(best(lambda: sd.unpack_row(sd.decompress(data), manifest)))
-    print(f"{vocab:8} {method + str(size):>10} {len(kept.entries) / 511:6.1f} "
-          f"{len(data) / 512:12.1f} {64 * 12:15} {64 * 6:11} "
-          f"{writing * 1e3:15.2f} {reading * 1e3:6.2f}")
+    for vocab, (method, size) in itertools.product(
+            (32000, 151936), (("sample", 50), ("topk", 64))):
+        hidden, head, _ = made_up_teacher(vocab, 511, sharp=5.0)
+        row = Keeping(hidden, head, method, size)
+        writing, reading = [
+            min(timeit.repeat(run, repeat=9, number=1)) * 1e3 for run in (row.write, row.read)]
+        print(f"{vocab:8} {method + str(size):>10} {len(row.kept.entries) / 511:6.1f} "
+              f"{len(row.data) / 512:12.1f} {64 * 12:15} {64 * 6:11} {writing:15.2f} "
+              f"{reading:6.2f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4471,69 +4125,65 @@ def block(tmp_path_factory):
     """Teacher 32 x 5, student 16 x 3, talks of unequal length (so that there is padding) in 5 steps
     of 4 an epoch."""
     folder = tmp_path_factory.mktemp("block")
-    return types.SimpleNamespace(
-        teacher=tiny_model(f"{folder}/teacher", hidden=32, layers=5, seed=1),
+    return dict(
+        teacher=tiny_model(f"{folder}/teacher", layers=5, seed=1),
         student=tiny_model(f"{folder}/student", hidden=16, layers=3, seed=2,
                            tie_word_embeddings=True),
-        data=write_splits(f"{folder}/data", talk(20), talk(6, seed=50)))
+        dataset=write_splits(f"{folder}/data", talk(20), talk(6, seed=50)))
 
 
 TEACHER_BLOCK = (1, 2, 4)   # which the student's block i learns from
 
 
-def distil_blocks(block, out, rc=0, **fields):
-    run = dict(teacher=block.teacher, student=block.student, dataset=block.data)
-    return distil(out, rc, **{**BLOCKWISE, **run, **fields})
+def distil_blocks(block, out, rc=0, words="", **fields):
+    return distil(out, rc, words, **{**BLOCKWISE, **block, **fields})
 
 
-def plain_run(student, teacher, **fields):
+def plain_run(**fields):
     """-> what a run works with at its start, of plain models: stitches beside the student."""
-    cfg = config.Config(student=str(student), teacher=str(teacher), blockwise=True, **fields)
-    model = load(student)
+    cfg = config.Config(**{**fields, "blockwise": True})
+    model = load(cfg.student)
     make_root = sd.stitching(cfg, model.config)
     if not model.config.tie_word_embeddings:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     return types.SimpleNamespace(cfg=cfg, student=make_root(model), steps_per_epoch=1,
-                                 teacher=sd.ShardedRoot(load(teacher).requires_grad_(False)))
+                                 teacher=sd.ShardedRoot(load(cfg.teacher).requires_grad_(False)))
 
 
 def layer_states(model, ids, fed):
-    """A plain Llama -> what goes into each layer and what comes out, [B, T, D] each. fed: {layer:
-    what it is given in place of the output of the one before}."""
+    """A plain Llama -> what comes out of each layer, [B, T, D]. fed: {layer: what it is given in
+    place of the output of the one before}."""
     hidden = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
-    inputs = []
-    outputs = []
+    states = []
     for i, layer in enumerate(model.model.layers):
-        inputs.append(fed.get(i, hidden))
-        hidden = layer(inputs[i], position_embeddings=rotary)
-        outputs.append(hidden)
-    return inputs, outputs
+        hidden = layer(fed.get(i, hidden), position_embeddings=rotary)
+        states.append(hidden)
+    return states
 
 
 def states_of_blocks(run, batch):
     """-> (the student's states at the end of its block, stitched, the teacher's), a block each."""
-    def real(hidden_BTD):
-        return hidden_BTD.flatten(0, 1)[batch.real]
-
     stitches = run.student.stitches
-    teacher_inputs, teacher_outputs = layer_states(run.teacher.model, batch.input_ids, {})
+    taught = layer_states(run.teacher.model, batch.input_ids, {})
     fed = {}
     if run.cfg.block_input == "teacher":
-        fed = {i: stitches[f"down{i}"](teacher_inputs[j]) for i, j in enumerate(TEACHER_BLOCK)}
-    _, outputs = layer_states(run.student.model, batch.input_ids, fed)
-    return [(stitches[f"up{i}"](real(outputs[i])), real(teacher_outputs[j]))
-            for i, j in enumerate(TEACHER_BLOCK)]
+        fed = {i: stitches[f"down{i}"](taught[j - 1]) for i, j in enumerate(TEACHER_BLOCK)}
+    learnt = layer_states(run.student.model, batch.input_ids, fed)
+    pairs = []
+    for i, j in enumerate(TEACHER_BLOCK):
+        x, y = [hidden.flatten(0, 1)[batch.real] for hidden in (learnt[i], taught[j])]
+        pairs.append((stitches[f"up{i}"](x), y))
+    return pairs
 
 
 def reference_loss(kind, student_ND, teacher_ND, temperature):
     if kind == "mse":
         return F.mse_loss(student_ND, teacher_ND)
     if kind == "relative":
-        missed_N = (student_ND - teacher_ND).square().sum(-1)
-        return (missed_N / teacher_ND.square().sum(-1)).mean()
+        return ((student_ND - teacher_ND).norm(dim=-1) / teacher_ND.norm(dim=-1)).square().mean()
     if kind == "cosine":
-        return (1 - F.cosine_similarity(student_ND, teacher_ND, dim=-1)).mean()
+        return (1 - F.cosine_similarity(student_ND, teacher_ND)).mean()
     logp = F.log_softmax(student_ND / temperature, -1)
     q = F.softmax(teacher_ND / temperature, -1)
     return temperature ** 2 * F.kl_div(logp, q, reduction="batchmean")
@@ -4548,7 +4198,7 @@ def loss_of_blocks(run, blocks, batch):
 def loss_of_head(run, batch):
     weight = run.cfg.logit_loss_weight
     logits, teacher_logits = [
-        root.model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        root.model(batch.input_ids).logits.flatten(0, 1)[batch.positions]
         for root in (run.student, run.teacher)]
     ce = F.cross_entropy(logits, batch.labels)
     if run.cfg.logit_loss_type == "ce":
@@ -4557,13 +4207,12 @@ def loss_of_head(run, batch):
     return weight * kl + (1 - weight) * ce
 
 
-def learner(modules, lr, decay, max_norm):
-    """-> a function: a step of AdamW on their parameters, which are clipped together. Norms and
-    biases do not decay."""
-    parameters = [p for module in modules for p in module.parameters()]
+def learner(run, pattern, lr, decay, max_norm):
+    """-> a function: a step of AdamW on the parameters of such a name, which are clipped together.
+    Norms and biases do not decay."""
+    parameters = [p for name, p in run.student.named_parameters() if re.search(pattern, name)]
     optimizer = torch.optim.AdamW([
-        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=decay),
-        dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0)], lr=lr)
+        dict(params=[p], weight_decay=decay if p.ndim > 1 else 0) for p in parameters], lr=lr)
 
     def step():
         nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
@@ -4574,142 +4223,129 @@ def learner(modules, lr, decay, max_norm):
 
 def learner_of_block(run, i):
     cfg = run.cfg
-    body = run.student.model.model
-    stitches = run.student.stitches
-    modules = [body.layers[i], stitches[f"up{i}"]]
-    if cfg.block_input == "teacher":
-        modules.append(stitches[f"down{i}"])
-    elif i == 0 or not cfg.freeze_previous_blocks:
-        modules += [body.embed_tokens, *body.layers[:i]]
-    return learner(modules, cfg.lr_per_block[i], cfg.wd_per_block[i % len(cfg.wd_per_block)],
+    pattern = rf"\D{i}\."   # the layer of that number, and its stitches
+    if cfg.block_input == "student" and (i == 0 or not cfg.freeze_previous_blocks):
+        pattern = rf"embed|layers\.[0-{i}]\.|up{i}\."
+    return learner(run, pattern, cfg.lr_per_block[i], cfg.wd_per_block[i % len(cfg.wd_per_block)],
                    cfg.max_grad_norm_per_block[i])
 
 
 # a value a block
-ONE_BY_ONE = dict(epochs_per_block=[0.4, 0.5, 0.8], wd_per_block=[0.3, 0.0, 0.1])
-AT_ONCE = dict(block_input="teacher", epochs_per_block=[0.8], wd_per_block=[0.3])
+ONE_BY_ONE = "--epochs_per_block 0.4 0.5 0.8 --wd_per_block 0.3 0 0.1"
+AT_ONCE = "--block_input teacher --epochs_per_block 0.8 --wd_per_block 0.3"
+THEN_HEAD = "--lm_head_epochs 0.4 --lm_head_lr 3e-3 --lm_head_wd 0.1 --lm_head_max_grad_norm 0.2"
 
 
-@pytest.mark.parametrize("fields", [
-    dict(**ONE_BY_ONE, logit_loss_weight=0.3),
-    dict(**AT_ONCE),
-    dict(**ONE_BY_ONE, distill_loss_type="mse", freeze_previous_blocks=False,
-         logit_loss_type="mse", logit_loss_weight=0.5),
-    dict(**AT_ONCE, distill_loss_type="mse", **NO_HEAD),
-    dict(**ONE_BY_ONE, distill_loss_type="cosine", logit_loss_type="ce"),
-    dict(**ONE_BY_ONE, distill_loss_type="kl_div", distill_loss_temperature=1.5, **NO_HEAD),
-    dict(**AT_ONCE, distill_loss_type="kl_div", logit_loss_type="mse"),
-], ids=str)
-def test_blockwise_trains_as_plain_models_do(block, out, fields):
+@pytest.mark.parametrize("words", [
+    f"{ONE_BY_ONE} {THEN_HEAD} --logit_loss_weight 0.3",
+    f"{AT_ONCE} {THEN_HEAD}",
+    f"{ONE_BY_ONE} {THEN_HEAD} --distill_loss_type mse --freeze_previous_blocks false"
+    " --logit_loss_type mse --logit_loss_weight 0.5",
+    f"{AT_ONCE} --train_lm_head false --distill_loss_type mse",
+    f"{ONE_BY_ONE} {THEN_HEAD} --distill_loss_type cosine --logit_loss_type ce",
+    f"{ONE_BY_ONE} --train_lm_head false --distill_loss_type kl_div --distill_loss_temperature 1.5",
+    f"{AT_ONCE} {THEN_HEAD} --distill_loss_type kl_div --logit_loss_type mse",
+])
+def test_blockwise_trains_as_plain_models_do(block, out, words):
     """Every step of every phase: what is trained, how far, on which loss; the rest stands still."""
-    fields = dict(lr_per_block=[1e-3, 3e-3, 2e-3], max_grad_norm_per_block=[0.0, 0.5, 0.1],
-                  initialize_head_from_teacher=False) | fields
-    head_fields = dict(lm_head_epochs=0.4, lm_head_wd=0.1, lm_head_max_grad_norm=0.2)
-    run = plain_run(block.student, block.teacher, **fields)
-    cfg = run.cfg
-    distil_blocks(block, out, gradient_checkpointing=True, **fields,
-                  **(head_fields if cfg.train_lm_head else {}))
-    rows, _ = rows_of(block.data, seq_len=32)
-    phases = {(0,): 2, (1,): 3, (2,): 4}   # blocks: steps
-    if cfg.block_input == "teacher":
-        phases = {(0, 1, 2): 4}
-    plan = []   # of each step: who learns, on which loss
-    for blocks, steps in phases.items():
+    distil_blocks(block, out, words=words, lr_per_block=[1e-3, 3e-3, 2e-3], lm_head_lr=None,
+                  max_grad_norm_per_block=[0, 0.5, 0.1], initialize_head_from_teacher=False,
+                  gradient_checkpointing=True)
+    run = plain_run(**read_config(out))
+    rows, _ = rows_of(block["dataset"], seq_len=32)
+    phases = [(2, [0]), (3, [1]), (4, [2])]   # so many steps, of which blocks
+    if run.cfg.block_input == "teacher":
+        phases = [(4, [0, 1, 2])]
+    plan = []
+    for steps, blocks in phases:
         plan += steps * [([learner_of_block(run, i) for i in blocks],
                           functools.partial(loss_of_blocks, run, blocks))]
-    model = run.student.model
-    if cfg.train_lm_head:
-        plan += 2 * [([learner([model.lm_head, model.model.norm], 3e-3, 0.1, 0.2)],
+    if run.cfg.train_lm_head:
+        plan += 2 * [([learner(run, r"lm_head|model\.norm", 3e-3, 0.1, 0.2)],
                       functools.partial(loss_of_head, run))]
     losses = []
-    for step, (learners, loss_of) in enumerate(plan):
-        loss = loss_of(sd.collate([rows[i] for i in sd.batch_of_step(len(rows), 0, 4, step)]))
+    for learners, loss_of in plan:
+        numbers = sd.batch_of_step(len(rows), 0, 4, len(losses))
+        loss = loss_of(sd.collate([rows[i] for i in numbers]))
         losses.append(loss.item())
         run.student.zero_grad()
         loss.backward()
         for learn in learners:
             learn()
-    expected = dict(model.state_dict())
-    if not cfg.train_lm_head:   # it stays tied
-        del expected["lm_head.weight"]
     assert column(out, "train/loss") == pytest.approx(losses, rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(final_weights(out), expected, rtol=0, atol=1e-4)
+    run.student.model.save_pretrained(f"{out}/plain")   # a head that is not trained stays tied
+    torch.testing.assert_close(final_weights(out), weights(f"{out}/plain"), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, source", [
     ("relative", "teacher"), ("mse", "teacher"), ("cosine", "student"), ("kl_div", "student")])
 def test_blockwise_student_equal_to_teacher_stays_equal(block, out, kind, source):
-    distil_blocks(block, out, student=block.teacher, distill_loss_type=kind, block_input=source,
+    distil_blocks(block, out, student=block["teacher"], distill_loss_type=kind, block_input=source,
                   use_stitching_layers=kind != "mse", epochs_per_block=0.4, lm_head_epochs=0.4)
     assert set(column(out, "train/loss")) == {0.0}
     for i in range(5):
         assert column(out, f"block/{i}/loss") == [0, 0]
-        assert column(out, f"block/{i}/explained") == [1, 1]
-    assert same(final_weights(out), weights(block.teacher))
+    assert same(final_weights(out), weights(block["teacher"]))
 
 
 def test_blockwise_a_state_of_zeros_counts_nothing():
     """Of the teacher, which has no size to be relative to."""
     student = torch.randn(2, 8, requires_grad=True)
-    error = sd.hidden_error(student, torch.tensor([[0.1] * 8, [0.0] * 8]), "relative", 1.0)
+    error = sd.hidden_error(student, torch.tensor([[0.1], [0]]).expand(2, 8), "relative", 1.0)
     error.sum().backward()
     assert error[0] > 0 == error[1]
-    assert student.grad.isfinite().all() and student.grad.any(-1).tolist() == [True, False]
+    assert student.grad.any(-1).tolist() == [True, False]   # nan is any
 
 
 def test_blockwise_clips_what_the_loss_scale_magnified():
     p = nn.Parameter(torch.zeros(4))
-    p.grad = torch.full((4,), 2.0 ** 14)
-    sd.clip_blocks([([p], 0.5)], {"scale": torch.tensor(2.0 ** 14)})   # the norm is 2
-    torch.testing.assert_close(p.grad, torch.full((4,), 2.0 ** 12))
+    before = torch.full((4,), 2.0 ** 14)
+    p.grad = before.clone()
+    sd.clip_blocks([([p], 0.5)], {"scale": before[0]})   # the norm is 2
+    torch.testing.assert_close(p.grad, before / 4)
 
 
 def test_blockwise_figures_leave_sinks_out(block, out, tmp_path):
     """Every row begins with a token whose state is 300 times as large in the teacher: what is
     explained is of the others. All rows in one batch, as the mean is a batch's."""
-    _, rows = rows_of(block.data, seq_len=32)
+    _, rows = rows_of(block["dataset"], seq_len=32)
     batch = sd.collate(rows)
     sink = rows[0]["input_ids"][0]
     ordinary = batch.input_ids.flatten()[batch.real] != sink
-    loud = shutil.copytree(block.teacher, f"{tmp_path}/teacher")
-
-    def make_sink(tensors):
-        tensors["model.embed_tokens.weight"][sink] *= 300
-
-    edit_weights(loud, make_sink)
-    shown = distil_blocks(block, out, teacher=loud, batch_size=8, lr_per_block=STILL, **NO_HEAD).out
-    shown = re.sub(" +", " ", shown)
+    loud = block | dict(teacher=shutil.copytree(block["teacher"], f"{tmp_path}/teacher"))
+    edit_weights(loud["teacher"],
+                 lambda tensors: tensors["model.embed_tokens.weight"][sink].mul_(300))
+    shown = distil_blocks(loud, out, batch_size=8, lr_per_block=STILL, **NO_HEAD).out
     with torch.no_grad():
-        states = states_of_blocks(plain_run(block.student, loud, **NO_HEAD), batch)
+        states = states_of_blocks(plain_run(**read_config(out)), batch)
     for i, (x, y) in enumerate(states):
         error = reference_loss("relative", x, y, 1.0).item()
-        x, y = x[ordinary], y[ordinary]
-        explained = 1 - ((x - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        variance = y[ordinary].var(0, correction=0).mean()
+        explained = 1 - (F.mse_loss(x[ordinary], y[ordinary]) / variance).item()
         assert column(out, f"block/{i}/loss") == pytest.approx([error] * 2, rel=1e-4)
         assert column(out, f"block/{i}/explained") == pytest.approx([explained] * 2, rel=1e-3)
         line = f"| {i} | {TEACHER_BLOCK[i]} | {error:.4g} | {explained:.1%} |"
-        assert shown.count(line) == 2   # before and after
+        assert re.sub(" +", " ", shown).count(line) == 2   # before and after
 
 
 @pytest.mark.parametrize("width", [16, 32])
-@pytest.mark.parametrize("cls, of_teacher, offset", [
-    ("LlamaConfig", {}, 0),
-    ("PhiConfig", {}, 0),   # a LayerNorm, a bias in the head
-    ("Gemma2Config", dict(head_dim=16), 1),   # its norm multiplies by 1 + weight
-    ("GraniteConfig", dict(logits_scaling=4.0), 0),
+@pytest.mark.parametrize("family, offset, scaling", [
+    ("Llama", 0, 1.0),
+    ("Phi", 0, 1.0),   # a LayerNorm, a bias in the head
+    ("Gemma2", 1, 1.0),   # its norm multiplies by 1 + weight
+    ("Granite", 0, 4.0),
 ])
 def test_blockwise_head_begins_as_the_teachers_on_stitched_states(
-        tmp_path, width, cls, of_teacher, offset):
+        tmp_path, width, family, offset, scaling):
     """And as it was where any of it is frozen. The student's vocabulary has 7 ids more."""
+    cls = f"{family}Config"
     run = plain_run(
-        tiny_model(f"{tmp_path}/student", vocab=270, hidden=width, seed=2, cls=cls),
-        tiny_model(f"{tmp_path}/teacher", hidden=32, seed=1, cls=cls, **of_teacher))
+        student=tiny_model(f"{tmp_path}/student", vocab=270, hidden=width, seed=2, cls=cls),
+        teacher=tiny_model(f"{tmp_path}/teacher", seed=1, cls=cls, logits_scaling=scaling))
     head = run.student.model.lm_head
-    teacher_head = run.teacher.model.lm_head
     gain, student_gain = [sd.final_norm(root.model).weight for root in (run.teacher, run.student)]
-    with torch.no_grad():   # trained norms are not all ones
-        gain += torch.rand(32)
-        student_gain += torch.rand(width)
+    for weight in (gain, student_gain):   # trained ones are not all the same
+        weight.data.uniform_(1, 2)
     before = head.weight.clone()
     # what the last one added would be lost
     no_bias = [stitch.bias is None for stitch in run.student.stitches.values()]
@@ -4718,78 +4354,68 @@ def test_blockwise_head_begins_as_the_teachers_on_stitched_states(
         sd.initialize_head(run, {head.weight: 1.0, student_gain: 0.0})
         assert torch.equal(head.weight, before)
         sd.initialize_head(run, {head.weight: 1.0, student_gain: 1.0})
-    hidden = torch.randn(50, width)
-    if width == 32:
-        expected = teacher_head(hidden)
-        expected_gain = gain
-    else:
+    stitched = hidden = torch.randn(50, width)
+    if width == 16:
         stitch = run.student.stitches["up1"]
-        expected = teacher_head(stitch(hidden) * (gain + offset))
-        expected_gain = (32 ** 0.5 / stitch.weight.norm()).expand(16) - offset
-    expected = expected / of_teacher.get("logits_scaling", 1.0)
+        stitched = stitch(hidden) * (gain + offset)
+        gain = (32 ** 0.5 / stitch.weight.norm()).expand(16) - offset
+    expected = run.teacher.model.lm_head(stitched) / scaling
     assert (head(hidden)[:, :263] - expected).abs().max() < 1e-5 * expected.abs().max()
     assert torch.equal(head.weight[263:], before[263:])
-    torch.testing.assert_close(student_gain, expected_gain)
+    torch.testing.assert_close(student_gain, gain)
 
 
 def test_blockwise_a_head_that_is_tied_in_spite_of_its_config_stays(block):
-    run = plain_run(block.student, block.teacher, **NO_HEAD)   # that is not looked at here
-    model = run.student.model
+    run = plain_run(**block, train_lm_head=False, initialize_head_from_teacher=False)
+    model = run.student.model   # its head looks tied because those knobs are off
     parts = sd.parameters_by_part(run)
     assert list(parts["head"]) == [model.model.norm.weight]
     assert list(parts["embeddings"]) == [model.lm_head.weight]
     sd.initialize_head(run, parts["head"])
-    assert same(model.state_dict(), load(block.student).state_dict())
-
-
-def errors_fell(out, blocks, below=1.0):
-    """Each block's on held-out rows, to less than that part of what it was."""
-    errors = [column(out, f"block/{i}/loss") for i in range(blocks)]
-    return all(after < below * before for before, after in errors)
+    assert same(model.state_dict(), load(block["student"]).state_dict())
 
 
 def test_blockwise_packed_documents_are_as_each_alone(block, tmp_path):
     """The first step of each phase, of the same tokens."""
-    losses = {}
+    losses = []
     for packing in ("rows", "documents"):
         out = tmp_path / packing
         distil_blocks(block, out, packing=packing, seq_len=128, batch_size=20, lr_per_block=STILL,
                       lm_head_lr=STILL, learning_rate=STILL, max_steps=1, num_epochs=None)
-        losses[packing] = column(out, "train/loss") + column(out, "block/2/loss")
-    assert losses["documents"] == pytest.approx(losses["rows"], rel=1e-5)
-    assert len(losses["rows"]) == 3 + 1 + 1 + 2
+        losses.append(column(out, "train/loss") + column(out, "block/2/loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[0]) == 3 + 1 + 1 + 2
 
 
 @pytest.mark.parametrize("source, steps", [("student", 19), ("teacher", 11)])
-def test_blockwise_resume_is_exact_in_every_phase(block, tmp_path, source, steps):
+def test_blockwise_resume_is_exact_in_every_phase(block, out, source, steps):
     """From checkpoints where a phase begins, ends, and in the middle. A phase is 4 steps: three
     blocks or all at once, then the head; then 3 steps of distillation."""
     fields = dict(epochs_per_block=0.8, lm_head_epochs=0.8, max_steps=3, save_steps=2,
                   keep_checkpoints=30, block_input=source)
-    whole = f"{tmp_path}/whole"
-    distil_blocks(block, whole, **fields)
-    assert len(log(whole, "train")) == steps
+    distil_blocks(block, out, **fields)
+    whole = quiet_log(out)
+    final = final_weights(out)
+    assert len(log(out, "train")) == steps
     for step in {2, 4, steps - 7, steps - 5, steps - 3}:
-        out = f"{tmp_path}/from{step}"   # as it was just after that checkpoint
-        shutil.copytree(whole, out)
         shutil.rmtree(f"{out}/final")
-        for folder in Path(out, "checkpoints").iterdir():
-            if folder.name > f"step-{step:08d}":
-                shutil.rmtree(folder)
-        assert "passed over" not in distil_blocks(block, out, **fields).out
-        assert quiet_log(out) == quiet_log(whole), step
-        assert same(final_weights(out), final_weights(whole)), step
+        distil_blocks(block, out, **fields, resume=f"{out}/checkpoints/step-{step:08d}")
+        assert quiet_log(out) == whole, step
+        assert same(final_weights(out), final), step
 
 
-def test_blockwise_refusals_name_numbers(block, out):
-    for fields, message in [
-        (dict(use_stitching_layers=False), "student width 16 and teacher width 32"),
-        (dict(student=block.teacher, teacher=block.student), "has 5 layers, the teacher only 3"),
-        (dict(lr_per_block=[1e-3, 1e-4]), "lr_per_block has 2 values"),
-        (dict(block_input="teacher", epochs_per_block=[1, 1, 2]), "one value"),
-        (dict(lr_multipliers=["lm_head=0", "model.norm=0"]), "--train_lm_head false"),
-    ]:
-        assert message in distil_blocks(block, out, 2, **fields).err
+def test_blockwise_refusals_name_numbers(block, out, mix):
+    for case in (
+        "--use_stitching_layers false -> student width 16 and teacher width 32",
+        f"--teacher {mix} -> has 3 layers, the teacher only 2",
+        "--lr_per_block 1e-3 1e-4 -> lr_per_block has 2 values",
+        "--block_input teacher --epochs_per_block 1 1 2 -> one value",
+        "--lr_multipliers lm_head=0 model.norm=0 -> --train_lm_head false",
+        f"--student {mix} --gradient_checkpointing true -> MixForCausalLM",
+        f"--student {mix} --packing documents -> position_ids",
+    ):
+        words, message = case.split(" -> ")
+        assert message in distil_blocks(block, out, 2, words, trust_remote_code=True).err
 
 
 # ---- other architectures
@@ -4878,44 +4504,33 @@ def mix(tmp_path, monkeypatch):
     return path
 
 
-def test_blockwise_student_class_of_ones_own(block, out, mix):
-    """Without attention, another family than the teacher's."""
-    fields = dict(student=mix, trust_remote_code=True, epochs_per_block=4, lm_head_epochs=2)
-    for refused, named in ((dict(gradient_checkpointing=True), "MixForCausalLM"),
-                           (dict(packing="documents"), "position_ids")):
-        assert named in distil_blocks(block, out, 2, **fields, **refused).err
-    distil_blocks(block, out, **fields)
-    assert errors_fell(out, 2)
+@pytest.mark.parametrize("family", ["Mix", "GPT2", "Gemma2", "GPTNeoX"])
+def test_blockwise_student_of_another_family(block, out, tmp_path, mix, family):
+    """A class of one's own without attention; other norms, learned positions, a capped head: each
+    block's error on held-out rows falls."""
+    student = mix
+    if family != "Mix":
+        student = tiny_model(f"{tmp_path}/student", hidden=16, seed=3, cls=f"{family}Config")
+    distil_blocks(block, out, student=student, trust_remote_code=True, epochs_per_block=6,
+                  lm_head_epochs=4)
+    for i in range(2):
+        before, after = column(out, f"block/{i}/loss")
+        assert after < 0.9 * before
     final = AutoModelForCausalLM.from_pretrained(f"{out}/final", trust_remote_code=True)
-    assert type(final).__name__ == "MixForCausalLM"
-    assert not same(final.state_dict(), weights(mix))
-
-
-@pytest.mark.parametrize("cls, model_type, fields", [
-    ("GPT2Config", "gpt2", {}),
-    ("Gemma2Config", "gemma2", dict(head_dim=8)),
-    ("GPTNeoXConfig", "gpt_neox", {}),
-])
-def test_blockwise_student_of_another_family(block, out, tmp_path, cls, model_type, fields):
-    """Other norms, learned positions, a capped head."""
-    student = tiny_model(f"{tmp_path}/student", hidden=16, layers=2, seed=3, cls=cls, **fields)
-    distil_blocks(block, out, student=student, epochs_per_block=6, lm_head_epochs=4)
-    assert errors_fell(out, 2, below=0.9)
-    assert load(f"{out}/final").config.model_type == model_type
+    assert type(final).__name__.startswith(family)
+    assert not same(final.state_dict(), weights(student))
 
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_path, source):
     """One row in five has the letter that the teacher cannot bear."""
-    rows = [{"prompt": "a" if i % 5 else "Z", "response": "one two three"} for i in range(10)]
-    data = write_splits(f"{tmp_path}/data", rows, rows[1:3])
-    broken = break_letter(block.teacher, f"{tmp_path}/broken")
-    distil_blocks(block, out, teacher=broken, dataset=data, batch_size=1, block_input=source,
-                  lm_head_epochs=0.1, initialize_head_from_teacher=False)
+    rows = [{"prompt": "Zaaaa"[i % 5], "response": "one two three"} for i in range(10)]
+    distil_blocks(block, out, teacher=break_letter(block["teacher"], f"{tmp_path}/broken"),
+                  dataset=write_splits(f"{tmp_path}/data", rows, rows[1:3]), batch_size=1,
+                  block_input=source, lm_head_epochs=0.1, initialize_head_from_teacher=False)
     losses = column(out, "train/loss")
-    skipped = column(out, "train/skipped_steps")[-1]
-    assert len(losses) // 6 <= skipped < len(losses)
-    assert skipped == losses.count(None)
+    skipped = losses.count(None)
+    assert len(losses) // 6 <= skipped == column(out, "train/skipped_steps")[-1] < len(losses)
     assert all(tensor.isfinite().all() for tensor in final_weights(out).values())
 
 
@@ -4924,21 +4539,18 @@ def test_blockwise_a_row_that_is_not_finite_skips_its_step_only(block, out, tmp_
     (dict(block_input="teacher"), 2e-5),
     (dict(dtype="bf16"), 0.02),
 ])
-def test_blockwise_an_empty_share_counts_nothing(block, tmp_path, fields, tolerance):
+def test_blockwise_an_empty_share_counts_nothing(block, out, fields, tolerance):
     """5 sequences as 8 x 1 and on two ranks as 4 of 1 each: micro-batches have none, and a rank of
     the held-out rows."""
-    fields = {
-        **BLOCKWISE, "teacher": block.teacher, "student": block.student, "epochs_per_block": 2,
-        "lm_head_epochs": 1, "dataset": write_splits(f"{tmp_path}/data", talk(5), talk(1)),
-        **fields, "batch_size": 8}
-    whole = f"{tmp_path}/whole"
-    ranks = f"{tmp_path}/ranks"
-    distil(whole, **fields)
+    fields = {**BLOCKWISE, **block, "epochs_per_block": 2, "lm_head_epochs": 1, **fields,
+              "dataset": write_splits(f"{out}-data", talk(5), talk(1))}
+    distil(out, **fields | dict(batch_size=8))
     fields |= dict(batch_size=1, gradient_accumulation_steps=4)
-    shown = distil_apart(ranks, ranks=2, **fields).wait()
+    apart = f"{out}-apart"
+    shown = distil_apart(apart, ranks=2, **fields).wait()
     for key in ("train/loss", "block/0/loss", "block/2/explained", "eval/loss"):
-        expected = pytest.approx(column(whole, key), rel=tolerance)
-        assert column(ranks, key) == expected, (key, shown)
+        expected = pytest.approx(column(out, key), rel=tolerance)
+        assert column(apart, key) == expected, (key, shown)
 
 
 def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
@@ -4947,11 +4559,10 @@ def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
     shown = distil_blocks(
         block, out, epochs_per_block=0.1, lm_head_epochs=0.1, max_grad_norm_per_block=0,
         lr_multipliers=["embed=0", r"layers\.0\.=2", r"layers\.1\.=0", "model.norm=0"]).out
-    before = weights(block.student)
+    before = weights(block["student"])
     before["lm_head.weight"] = before["model.embed_tokens.weight"]   # untied from here on
-    after = final_weights(out)
     rates = {}
-    for name, x in after.items():   # AdamW's first step is the rate, in the direction of the sign
+    for name, x in final_weights(out).items():   # AdamW's first step is the rate, times the sign
         change = (x - before[name]).abs().max().item() / 3e-3
         rates[re.sub(r"\.(self_attn|mlp|input|post).*", "", name)] = round(change, 1)
     assert rates == {
@@ -4963,31 +4574,28 @@ def test_blockwise_lr_multipliers_hold_in_every_phase(block, out):
 # ---- what it costs
 
 
-def bench_block(layers=8, width=256):
+def bench_block(layers=8):
     """Cost of the block phase of S equal layers, over running both models whole for each block:
     about a half."""
     with tempfile.TemporaryDirectory() as folder:
-        run = plain_run(*[tiny_model(f"{folder}/{seed}", hidden=width, layers=layers, seed=seed)
-                          for seed in (0, 1)])
-    row = {"input_ids": np.arange(128), "targets": np.arange(128) > 0, "starts": np.array([0])}
-    batch = sd.collate([row] * 8)
+        model = tiny_model(folder, hidden=256, layers=layers)
+        run = plain_run(student=model, teacher=model)
+    batch = sd.collate([token_row(np.arange(128), np.arange(128) > 0)] * 8)
     parts = sd.parameters_by_part(run)
     costs = []
     for i, j in run.student.pairs.items():
         stage = sd.stage_of_blocks(run, parts, {i: j}, 0)
         with contextlib.redirect_stdout(io.StringIO()):
             sd.make_optimizer(run.student.parameters(), stage.rates, 0.0)   # freezes the others
-        times = []
-        for _ in range(5):
-            start = time.process_time()
-            targets = stage.get_teacher_targets(batch)
-            run.student(stage.loss_fn, batch, targets, 1.0)[0].backward()
-            times.append(time.process_time() - start)
-        costs.append(min(times))
-    milliseconds = ", ".join(f"{1e3 * cost:.0f}" for cost in costs)
-    print(f"\nCPU ms a step of each block: {milliseconds}; all of them: "
+        step = functools.partial(step_of_block, run, stage, batch)
+        costs.append(interleaved({"step": step}, rounds=5)["step"])
+    print(f"\nms a step of each block: {[round(1e3 * cost) for cost in costs]}; all of them: "
           f"{sum(costs) / (layers * costs[-1]):.2f} of running both models whole for each, as the "
           "last one does")
+
+
+def step_of_block(run, stage, batch):
+    run.student(stage.loss_fn, batch, stage.get_teacher_targets(batch), 1.0)[0].backward()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4997,15 +4605,12 @@ WRITING = dict(on_policy=1, max_new_tokens=6, on_policy_prompt=5)
 GREEDY = 1e-4   # a temperature at which nothing is left to chance
 
 
-def greedy_text(model, prompt, new, ends=(0,)):
-    """What a model writes, from whole forwards of one row: no padding, no cache."""
-    ids = list(prompt)
-    for _ in range(new):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor(ids)[None], use_cache=False).logits[0, -1].argmax()))
-        if ids[-1] in ends:
-            break
-    return ids[len(prompt):]
+def greedy_text(model, prompt, new, ends=0):
+    """What a model writes, by transformers' own loop: one row, no padding, no cache."""
+    ids = torch.tensor([prompt])
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                          do_sample=False, use_cache=False, eos_token_id=ends, pad_token_id=0)
+    return text[0, len(prompt):].tolist()
 
 
 def coded_texts(model, prompts):
@@ -5014,40 +4619,33 @@ def coded_texts(model, prompts):
     coded = []
     for prompt in prompts:
         ids = torch.tensor(prompt + greedy_text(model, prompt, 6))
-        labels = torch.cat([ids[1:], torch.tensor([-100])])
-        labels[:len(prompt) - 1] = -100
+        labels = ids.roll(-1)
+        labels[[*range(len(prompt) - 1), -1]] = -100
         coded.append((ids, labels))
     return coded
 
 
-def biased(path, bias, **fields):
-    """A tiny model whose head has a bias: {token: value}, 0 for all others."""
+def biased(path, token, bias, **fields):
+    """A tiny model whose head has a bias, which is 0 for all other tokens."""
     tiny_model(path, cls="PhiConfig", resid_pdrop=0.0, embd_pdrop=0.0, **fields)
-
-    def set_bias(tensors):
-        for token, value in bias.items():
-            tensors["lm_head.bias"][token] = value
-
-    edit_weights(path, set_bias)
-    return str(path)
+    edit_weights(path, lambda tensors: tensors["lm_head.bias"][token].fill_(bias))
+    return path
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_on_policy_a_step_is_the_divergence_on_the_students_texts(
-        tmp_path, out, teacher, student, text, divergence):
+def test_on_policy_a_step_is_the_divergence_on_the_students_texts(out, trio, divergence):
     """Loss and gradients against float64 on full logits, the texts written by hand; whatever alpha
     is, labels count for nothing."""
-    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, max_steps=1,
-           on_policy_temperature=GREEDY, divergence=divergence, temperature=2.0, alpha=0.3,
-           max_grad_norm=0, learning_rate=STILL, batch_size=4, gradient_accumulation_steps=2)
-    rows, _ = rows_of(text, seq_len=32)
+    distil(out, **trio, **WRITING, max_steps=1, on_policy_temperature=GREEDY, temperature=2.0,
+           divergence=divergence, alpha=0.3, max_grad_norm=0, learning_rate=STILL, batch_size=4,
+           gradient_accumulation_steps=2)
+    rows, _ = rows_of(trio["dataset"], seq_len=32)
     prompts = [ids_of(rows)[i][:5] for i in sd.batch_of_step(len(rows), 0, 8, 0)]
-    model = load(student)
-    coded = coded_texts(model, prompts)
-    _, ce, kl = model_losses(model.double(), load(teacher).double(), coded, 0.0, 2.0, divergence)
+    model, teacher = [load(trio[role]).double() for role in ("student", "teacher")]
+    _, ce, kl = model_losses(model, teacher, coded_texts(model, prompts), 0.0, 2.0, divergence)
     kl.backward()
-    logged = logged_losses(log(out, "train")[0])
-    assert logged == pytest.approx([kl.item(), ce.item(), kl.item()], rel=1e-6)
+    assert logged_losses(log(out, "train")[0]) == pytest.approx(
+        [kl.item(), ce.item(), kl.item()], rel=1e-6)
     expected = {f"exp_avg.model.{name}": p.grad for name, p in model.named_parameters()}
     assert distance(gradients(out), expected) < 1e-6
 
@@ -5056,10 +4654,10 @@ def test_on_policy_the_student_writes_as_it_is_at_that_step(tmp_path, out, text)
     """A first step makes it sure of one letter: the texts of the second consist of it. Written any
     earlier, they would be the most unlikely."""
     q = tiny_tokenizer().encode("q")[0]
-    teacher = biased(f"{tmp_path}/teacher", {q: 100}, seed=1)
-    student = biased(f"{tmp_path}/student", {}, seed=2)
-    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, max_steps=2,
-           learning_rate=30, default_lr_multiplier=0, lr_multipliers=["lm_head.bias=1"])
+    distil(out, teacher=biased(f"{tmp_path}/teacher", q, 100, seed=1),
+           student=biased(f"{tmp_path}/student", q, 0, seed=2), dataset=text, **WRITING,
+           max_steps=2, learning_rate=30, default_lr_multiplier=0,
+           lr_multipliers=["lm_head.bias=1"])
     first, second = column(out, "train/ce_loss")
     assert first > 2
     assert second < 1e-3
@@ -5085,19 +4683,17 @@ def test_on_policy_what_is_written_is_drawn_from_the_softmax(tmp_path, student, 
     prompts = [[40, 50, 60], [70, 80, 90, 100, 110]] * 2000
     texts = written(wide, prompts, range(4000), 1, temperature)
     for i in range(2):
-        logits = load(student)(torch.tensor(prompts[i])[None]).logits[0, -1].double()
-        expected = 2000 * (logits / temperature).softmax(-1).detach()
+        logits = load(student)(torch.tensor([prompts[i]])).logits[0, -1].detach()
+        expected = 2000 * (logits.double() / temperature).softmax(-1)
         counts = torch.bincount(torch.tensor(texts[i::2])[:, 0], minlength=len(expected))
         assert len(counts) == len(tiny_tokenizer())
-        # the rare ones as one
-        expected, order = expected.sort(descending=True)
-        freedom = int((expected > 5).sum())
+        missed = counts - expected
+        rare = expected < 5
+        freedom = int((~rare).sum())
         assert freedom > 20
-        counts, expected = [
-            torch.cat([x[:freedom], x[freedom:].sum()[None]]) for x in (counts[order], expected)]
-        squares = (counts - expected).square() / expected
-        assert squares.sum() < freedom + 4 * math.sqrt(2 * freedom)
-        assert squares[-1] < 16
+        squares = (missed.square() / expected)[~rare].sum()
+        assert squares < freedom + 4 * math.sqrt(2 * freedom)
+        assert missed[rare].sum().abs() < 4 * expected[rare].sum().sqrt()
 
 
 def test_on_policy_a_text_does_not_depend_on_the_rows_beside_it(student):
@@ -5116,25 +4712,25 @@ def test_on_policy_dropout_and_recomputing_are_off_while_it_writes(
     student = tiny_model(f"{tmp_path}/dropout", **DROPOUT, seed=3)
     model = load(student).eval()
     prompts = [list(range(40, 50)), [33, 200]]
-    texts = [greedy_text(model, prompt, 9, ends=()) for prompt in prompts]
-    ends = {texts[0][4]}
-    texts = [greedy_text(model, prompt, 9, ends) for prompt in prompts]
+    end = greedy_text(model, prompts[0], 9, ends=-1)[4]
+    texts = [greedy_text(model, prompt, 9, end) for prompt in prompts]
     assert len(texts[0]) < len(texts[1]) == 9
-    assert written(student, prompts, [0, 1], 9, temperature, ends,
+    assert written(student, prompts, [0, 1], 9, temperature, {end},
                    gradient_checkpointing=recompute) == texts
 
 
-@pytest.mark.parametrize("targets, length", [
-    ("..##.###.", 5),   # a conversation: all before the last turn of the assistant
-    ("..##", 2),
-    (".########", 4),   # plain text
-    (".##", 2),         # which is shorter than a prompt
-    (".##.#", 4),
+@pytest.mark.parametrize("row", [
+    "..##.|###.",   # a conversation: all before the last turn of the assistant
+    "..|##",
+    ".###|#####",   # plain text
+    ".#|#",         # which is shorter than a prompt
+    ".##.|#",
 ])
-def test_on_policy_the_prompt_of_a_row(targets, length):
-    row = {"input_ids": np.arange(len(targets)), "targets": np.array([c == "#" for c in targets])}
+def test_on_policy_the_prompt_of_a_row(row):
+    targets = np.array([c == "#" for c in row if c != "|"])
+    row_of_run = {"input_ids": np.arange(len(targets)), "targets": targets}
     cfg = config.Config(on_policy=0.5, on_policy_prompt=4)
-    assert sd.prompt_of(row, cfg) == list(range(length))
+    assert sd.prompt_of(row_of_run, cfg) == list(range(row.index("|")))
 
 
 def test_on_policy_what_is_written_counts_alone(student):
@@ -5146,17 +4742,16 @@ def test_on_policy_what_is_written_counts_alone(student):
         texts, other = [sd.rows_by_student(cfg, root, tiny_tokenizer(), rows, step, range(3))
                         for step in (3, 4)]
     assert ids_of(texts) != ids_of(other)
-    for row, prompt in zip(texts, (5, 7, 9)):
-        ids = row["input_ids"].tolist()
+    for row, ids, prompt in zip(texts, ids_of(texts), (5, 7, 9)):
         assert ids[:prompt] == list(range(prompt))
         assert len(ids) == min(prompt + 6, 12) or ids[-1] == 0
         assert row["targets"].tolist() == [i >= prompt for i in range(len(ids))]
 
 
-def test_on_policy_the_log_says_how_long_texts_are(out, teacher, student, text):
+def test_on_policy_the_log_says_how_long_texts_are(out, trio):
     """Also where a resume comes between two lines of it."""
-    fields = dict(teacher=teacher, student=student, dataset=text, on_policy=1, max_steps=4,
-                  log_steps=4, save_steps=2, on_policy_prompt=30, max_new_tokens=6)
+    fields = dict(**trio, on_policy=1, max_steps=4, log_steps=4, save_steps=2, on_policy_prompt=30,
+                  max_new_tokens=6)
     distil(out, **fields)
     whole = quiet_log(out)
     entry, = log(out, "train")
@@ -5167,17 +4762,17 @@ def test_on_policy_the_log_says_how_long_texts_are(out, teacher, student, text):
     assert quiet_log(out) == whole
 
 
-def test_on_policy_steps_alternate_by_a_seeded_draw(tmp_path, teacher, student, chat):
+def test_on_policy_steps_alternate_by_a_seeded_draw(out, trio, chat):
     """The others are as ever; the end marks that the student writes end its texts."""
     drawn = [sd.is_on_policy(0.5, 3, step) for step in range(400)]
     assert 160 < sum(drawn) < 240
     assert drawn != [sd.is_on_policy(0.5, 4, step) for step in range(400)]
-    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=128, seed=3, max_steps=8,
-                  learning_rate=STILL)
-    distil(f"{tmp_path}/mixed", **fields, on_policy=0.5, max_new_tokens=4)
-    distil(f"{tmp_path}/plain", **fields)
-    both = zip(log(f"{tmp_path}/mixed", "train"), log(f"{tmp_path}/plain", "train"), strict=True)
-    for (entry, usual), by_student in zip(both, drawn):
+    fields = trio | dict(dataset=chat, seq_len=128, seed=3, max_steps=8, learning_rate=STILL)
+    plain = f"{out}-plain"
+    distil(out, **fields, on_policy=0.5, max_new_tokens=4)
+    distil(plain, **fields)
+    entries = [log(folder, "train") for folder in (out, plain)]
+    for entry, usual, by_student in zip(*entries, drawn[:8], strict=True):
         assert ("train/rollout_cut" in entry) == by_student
         if by_student:
             assert entry["train/loss"] == entry["train/kl_loss"]
@@ -5185,58 +4780,54 @@ def test_on_policy_steps_alternate_by_a_seeded_draw(tmp_path, teacher, student, 
             assert logged_losses(entry) == logged_losses(usual)
 
 
-def test_on_policy_texts_end_where_those_of_student_or_teacher_end(
-        tmp_path, out, teacher, student, text):
+def test_on_policy_texts_end_where_those_of_student_or_teacher_end(tmp_path, out, trio):
     """By generation_config.json and by the tokenizer; final/ says so too."""
     tokenizer = tiny_tokenizer()
-    for role, source, ends in (("teacher", teacher, [3, 70]), ("student", student, 80)):
-        model = load(source)
+    for role, ends in (("teacher", [3, 70]), ("student", 80)):
+        model = load(trio[role])
         model.generation_config.eos_token_id = ends
-        model.save_pretrained(tmp_path / role)
-        tokenizer.save_pretrained(tmp_path / role)
+        trio[role] = f"{tmp_path}/{role}"
+        model.save_pretrained(trio[role])
+        tokenizer.save_pretrained(trio[role])
         tokenizer.eos_token = "<|im_start|>"   # 2: the student's
-    distil(out, teacher=f"{tmp_path}/teacher", student=f"{tmp_path}/student", dataset=text,
-           max_steps=1, **WRITING)
-    kept = json.loads(Path(out, "final", "generation_config.json").read_text())["eos_token_id"]
-    assert kept == [0, 2, 3, 70, 80]
+    distil(out, **trio, max_steps=1, **WRITING)
+    assert load(f"{out}/final").generation_config.eos_token_id == [0, 2, 3, 70, 80]
 
 
 def test_on_policy_a_student_that_takes_padding_for_text_is_refused(   # optional: blockwise
-        out, teacher, text, mix):
-    err = distil(out, teacher=teacher, student=mix, dataset=text, trust_remote_code=True,
-                 **WRITING, max_steps=1, rc=2).err
+        out, trio, mix):
+    err = distil(out, 2, **trio | dict(student=mix), **WRITING, trust_remote_code=True).err
     assert "MixForCausalLM" in err and "on_policy needs another" in err
 
 
 @pytest.mark.parametrize("positions, rc", [(131, 0), (130, 2)])
 def test_on_policy_a_table_of_positions_has_to_hold_a_long_prompt_and_new_tokens(
-        tmp_path, out, teacher, text, positions, rc):
+        tmp_path, out, trio, positions, rc):
     """seq_len 32 and 100 more: a long row goes on beside a short one; the last is not looked up."""
-    student = tiny_model(f"{tmp_path}/student", cls="GPT2Config", max_position_embeddings=positions)
-    shown = distil(out, rc, teacher=teacher, student=student, dataset=text, on_policy=1,
-                   max_new_tokens=100, max_steps=1)
+    trio["student"] = tiny_model(
+        f"{tmp_path}/student", cls="GPT2Config", max_position_embeddings=positions)
+    shown = distil(out, rc, **trio, on_policy=1, max_new_tokens=100, max_steps=1)
     assert ("as a writer, at up to 131 positions" in shown.err) == (rc == 2)
 
 
 @pytest.mark.parametrize("fsdp", ["full_shard", "shard_grad_op"])
-def test_on_policy_two_ranks_write_what_one_writes(tmp_path, teacher, student, chat, fsdp):
+def test_on_policy_two_ranks_write_what_one_writes(out, trio, chat, fsdp):
     """And end with the same weights; a rank without a row of its own takes part."""
-    fields = dict(teacher=teacher, student=student, dataset=chat, seq_len=128, on_policy=0.7,
-                  max_new_tokens=20, max_steps=6, max_samples=7, gradient_checkpointing=True)
-    one = f"{tmp_path}/one"
-    two = f"{tmp_path}/two"
-    distil(one, **fields, batch_size=6)
+    fields = trio | dict(dataset=chat, seq_len=128, on_policy=0.7, max_new_tokens=20, max_steps=6,
+                         max_samples=7, gradient_checkpointing=True)
+    two = f"{out}-two"
+    distil(out, **fields, batch_size=6)
     shown = distil_apart(two, ranks=2, **fields, fsdp=fsdp, batch_size=3).wait()
-    assert_close(two, one, shown)
+    assert_close(two, out, shown)
     for key in ("train/rollout_length", "train/rollout_cut"):
-        assert column(two, key) == column(one, key)
+        assert column(two, key) == column(out, key)
 
 
 def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, out, text):
     """Half of the first tokens are the end: of one text a rank, each often ends long before the
     other's."""
     teacher, student = [
-        biased(f"{tmp_path}/{seed}", {0: math.log(263)}, seed=seed, initializer_range=0.02)
+        biased(f"{tmp_path}/{seed}", 0, math.log(263), seed=seed, initializer_range=0.02)
         for seed in (1, 2)]
     shown = distil_apart(
         out, ranks=2, teacher=teacher, student=student, dataset=text, on_policy=1,
@@ -5248,43 +4839,39 @@ def test_on_policy_a_rank_whose_texts_end_at_once_waits_for_the_other(tmp_path, 
     assert len({length % 1 for length in lengths}) == 2   # an odd sum: they were not as long
 
 
-def test_on_policy_comes_after_the_blocks(out, teacher, text):   # optional: blockwise
-    student = tiny_model(f"{out}-student", hidden=16, seed=2, tie_word_embeddings=False)
-    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, blockwise=True,
-           epochs_per_block=0.2, lm_head_epochs=0.2, max_steps=2)
+def test_on_policy_comes_after_the_blocks(out, trio):   # optional: blockwise
+    distil(out, **trio, **WRITING, blockwise=True, epochs_per_block=0.2, lm_head_epochs=0.2,
+           max_steps=2)
     by_student = ["train/rollout_cut" in entry for entry in log(out, "train")]
     assert by_student == [False] * (len(by_student) - 2) + [True, True] and len(by_student) > 4
 
 
-@pytest.mark.parametrize("fields", [
-    dict(packing="rows"),   # some documents are shorter than the prompt
-    dict(streaming=True),   # optional: streaming
+@pytest.mark.parametrize("words", [
+    "--packing rows",   # some documents are shorter than the prompt
+    "--streaming",   # optional: streaming
 ])
-def test_on_policy_of_rows_of_any_kind(out, teacher, student, text, fields):
-    distil(out, teacher=teacher, student=student, dataset=text, **WRITING, **fields, max_steps=1)
+def test_on_policy_of_rows_of_any_kind(out, trio, words):
+    distil(out, 0, words, **trio, **WRITING, max_steps=1)
     assert 1 <= column(out, "train/rollout_length")[0] <= 6
 
 
-def test_on_policy_dry_run_shows_what_the_student_writes(out, teacher, student, text):
-    shown = distil(out, teacher=teacher, student=student, dataset=text, on_policy=0.5,
-                   max_new_tokens=6, on_policy_prompt=5, max_steps=2, dry_run=True).out
+def test_on_policy_dry_run_shows_what_the_student_writes(out, trio):
+    shown = distil(out, **trio, **WRITING, max_steps=2, dry_run=True).out
     assert re.search(r"the student wrote: .*\[\[.+\]\]", shown)
     assert re.search(r"a step on policy takes \S+ s, \S+ of them to write", shown)
     assert not os.path.exists(out)
 
 
-def test_on_policy_eval_scores_the_students_own_texts(   # optional: eval
-        out, teacher, student, text):
+def test_on_policy_eval_scores_the_students_own_texts(out, trio):   # optional: eval
     """Against whole forwards of what it writes by hand."""
-    fields = {**WRITING, "on_policy": None, "on_policy_temperature": GREEDY}
-    cli(*flags(**fields, mode="eval", teacher=teacher, student=student, dataset=text, seq_len=32,
-               dtype="fp32", temperature=2.0, divergence="reverse", output_dir=out))
-    found = json.loads(Path(out, "report.json").read_text())["models"]
-    _, held_out = rows_of(text, seq_len=32)
-    model = load(student)
+    cli(*flags(mode="eval", **trio, max_new_tokens=6, on_policy_prompt=5, seq_len=32, dtype="fp32",
+               on_policy_temperature=GREEDY, temperature=2.0, divergence="reverse", output_dir=out))
+    found = sd.read_json(f"{out}/report.json")["models"]
+    _, held_out = rows_of(trio["dataset"], seq_len=32)
+    model = load(trio["student"])
     coded = coded_texts(model, [ids[:5] for ids in ids_of(held_out)])
-    _, _, kl = model_losses(model, load(teacher), coded, 0.0, 2.0, "reverse")
-    assert found["student"]["own"] == pytest.approx(kl.item(), rel=1e-5)
+    kl = model_losses(model, load(trio["teacher"]), coded, 0.0, 2.0, "reverse")[2].item()
+    assert found["student"]["own"] == pytest.approx(kl, rel=1e-5)
     assert found["teacher"]["own"] == 0
 
 
@@ -5293,31 +4880,28 @@ def test_on_policy_eval_scores_the_students_own_texts(   # optional: eval
 
 def bench_on_policy():
     """Writing against transformers' own generate, same model and prompts."""
-    shape, _, sequences, tokens = step_shapes()
-    vocab = shape["vocab_size"]
+    shape, _, sequences, tokens = step_sizes()
+    vocab = shape.vocab_size
     new = tokens // 2
-    prompts = torch.randint(0, vocab, (sequences, tokens // 4)).tolist()
+    ids_BT = torch.randint(0, vocab, (sequences, tokens // 4), device=DEVICE)
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        transformers.Qwen3Config(**shape).save_pretrained(folder)
-        cfg = sd.Config(student=f"{folder}/config.json", alpha=1.0, use_wandb=False)
+        shape.save_pretrained(folder)
+        cfg = sd.Config(student=f"{folder}/config.json", alpha=1.0)
         root, _ = sd.load_model(cfg, "student")
         model = AutoModelForCausalLM.from_config(
-            root.model.config, dtype=sd.compute_dtype(cfg)).to(sd.DEVICE).eval()
-        ids_BT = torch.tensor(prompts, device=sd.DEVICE)
+            root.model.config, dtype=sd.compute_dtype(cfg)).to(DEVICE).eval()
 
         def plain():
             model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new,
                            do_sample=True, top_k=0, pad_token_id=0)
 
         def ours():
-            sd.write_texts(root, prompts, range(sequences), [new] * sequences, 1.0, set(), vocab)
+            sd.write_texts(root, ids_BT.tolist(), range(sequences), [new] * sequences, 1.0, set(),
+                           vocab)
 
         found = interleaved({"plain generate": plain, "ours": ours}, rounds=5)
     print(f"\nwriting {sequences} x {new} tokens after {tokens // 4}, V {vocab:,}")
-    for name in ("plain generate", "ours"):
-        speed = sequences * new / found[name]
-        print(f"  {name:<20}{speed:>12,.0f} tokens/s"
-              f"{found['plain generate'] / found[name]:>8.2f} x plain")
+    print_speeds(found, sequences * new, "tokens/s", "plain generate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5343,52 +4927,45 @@ PRICES = dict(price_in=20, price_out=100)   # USD a million tokens
 REPLY_COST = 0.022                          # of 100 tokens in and 200 out
 
 
-def answer_of(provider, content, is_whole=True, **more):
+ANSWERS = {
+    "openai": """{"choices": [{
+        "finish_reason": "FINISH", "message": {"role": "assistant", "content": CONTENT}}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 200}}""",
+    "anthropic": """{
+        "content": [{"type": "text", "text": CONTENT}], "stop_reason": "FINISH",
+        "usage": {"input_tokens": 100, "output_tokens": 200}}""",
+}
+
+
+def answer_of(provider, content, finish="stop", **more):
     """The JSON of a reply; more: in place of its keys."""
-    if provider == "anthropic":
-        answer = {
-            "content": [{"type": "text", "text": content}],
-            "stop_reason": "end_turn" if is_whole else "max_tokens",
-            "usage": {"input_tokens": 100, "output_tokens": 200},
-        }
-    else:
-        answer = {
-            "choices": [{
-                "finish_reason": "stop" if is_whole else "length",
-                "message": {"role": "assistant", "content": content},
-            }],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 200},
-        }
-    return json.dumps(answer | more).encode()
+    answer = ANSWERS[provider].replace("CONTENT", json.dumps(content)).replace("FINISH", finish)
+    return json.dumps(json.loads(answer) | more)
 
 
 def no_fault(prompt, attempt):
-    return None
+    return "ok"
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
     """OpenAI and Anthropic on loopback, while it is entered. It would send a bill for all but
     statuses below 500.
 
-    fault(prompt, attempt): how this attempt misbehaves. None: not at all; a number: the status of
-    an error; bytes: the whole answer; a name: see ApiHandler and FAULTY_TEXTS. reply(prompt): what
-    is said otherwise. jitter: seconds before an answer, at most. summary: the file that must tell
-    of at least as much as was billed, and of at most 1 USD, at any moment."""
-    daemon_threads = True
+    fault(prompt, attempt): how this attempt misbehaves, the status of an error, JSON that is the
+    whole answer, or a name: see ApiHandler and FAULTY_TEXTS; any other name: not at all.
+    reply(prompt): what is said otherwise. jitter: seconds before an answer, at most. reply_cost:
+    where it is set out/summary.json must tell of at least as much as was billed, and of at most 1
+    USD, at any moment."""
     request_queue_size = 200
-    summary = None
-    reply_cost = REPLY_COST
-    at_work = 0
+    at_work = jitter = reply_cost = 0
 
-    def __init__(self, fault=no_fault, reply=random_words, jitter=0):
+    def __init__(self, fault=no_fault):
         super().__init__(("127.0.0.1", 0), ApiHandler)
         self.fault = fault
-        self.reply = reply
-        self.jitter = jitter
+        self.reply = random_words
         self.lock = threading.Lock()
         self.tries = collections.Counter()    # prompt -> requests
         self.billed = collections.Counter()   # prompt -> requests that a provider would bill
-        self.seen = []                        # (body, key) of each request
         self.unpaid = []                      # (bill, spent_usd) where they are not as they should
 
     def __enter__(self):
@@ -5403,11 +4980,9 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Silent: clients get killed."""
 
     def check(self):
-        if self.summary and self.billed:
-            bill = self.billed.total() * self.reply_cost
-            spent = json.loads(self.summary.read_text())["spent_usd"]
-            if not bill <= spent + 1e-9 <= 1 + 2e-9:
-                self.unpaid.append((bill, spent))
+        bill = self.billed.total() * self.reply_cost
+        if bill and not bill <= spent() + 1e-9 <= 1 + 2e-9:
+            self.unpaid.append((bill, spent()))
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
@@ -5421,35 +4996,29 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt = body["messages"][-1]["content"]
-        key = (self.headers["authorization"] or self.headers["x-api-key"]).split()[-1]
+        key = self.headers["x-api-key"] or self.headers["authorization"].split()[1]
         with server.lock:
             server.at_work += 1
-            server.seen.append((body, key))
+            server.seen = body, key   # the last request
             server.tries[prompt] += 1
-            fault = server.fault(prompt, server.tries[prompt])
-            server.billed[prompt] += not (isinstance(fault, int) and fault < 500)
+            fault = str(server.fault(prompt, server.tries[prompt]))
+            server.billed[prompt] += not fault.startswith("4")
             server.check()
         time.sleep(server.jitter * random.random())
-        try:
-            self.answer(prompt, fault, key)
-        finally:
-            with server.lock:
-                server.at_work -= 1
-
-    def answer(self, prompt, fault, key):
+        text = FAULTY_TEXTS.get(fault, server.reply(prompt))
+        with server.lock:
+            server.at_work -= 1
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        status = 200
+        self.send_response(int(fault) if fault.isdigit() else 200)
         data = fault
-        if isinstance(fault, int):
-            status = fault
-            data = json.dumps({"error": {"message": f"{fault} for {key}"}}).encode()
-        elif not isinstance(fault, bytes):
-            text = FAULTY_TEXTS.get(fault, self.server.reply(prompt))
+        if fault.isdigit():
+            data = json.dumps({"error": {"message": f"{fault} for {key}"}})
+        elif not fault.startswith("{"):
             provider = "anthropic" if self.path == "/v1/messages" else "openai"
-            more = {"usage": None} if fault == "no usage" else {}
-            data = answer_of(provider, text, fault != "length", **more)
-        self.send_response(status)
+            more = {"usage": None} if "usage" in fault else {}
+            data = answer_of(provider, text, fault, **more)
+        data = data.encode()
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -5472,67 +5041,74 @@ def generate_fields(folder, server, questions, provider="openai", **more):
         prompts_file=folder / "prompts.txt", output_dir=folder / "out") | more
 
 
-def run_generate(fields, rc=0, **more):
-    return cli(*flags(**fields | more), rc=rc)
-
-
-def one_error(named, fields, **more):
-    """The run fails with one line of error, which names this -> Result."""
-    result = run_generate(fields, 2, **more)
-    assert re.search(f"^error: .*{re.escape(named)}", result.err, re.MULTILINE), result.err
+def run_generate(words, named=None):
+    """named: what its one line of error names -> Result"""
+    result = cli(*words, rc=2 if named else 0)
+    assert not named or re.search(f"(?m)^error: .*{re.escape(named)}", result.err)
     return result
 
 
-def rows_of_run(folder, name):
-    return read_lines(folder / f"out/{name}.jsonl")
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The test runs in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    with ApiServer() as server:
+        yield server
 
 
-def replies_of(folder, out="out"):
+@pytest.fixture
+def ask(tmp_path, server):
+    """ask(questions, ...): a run of generate_fields, into out"""
+    def ask(*what, named=None, **more):
+        return run_generate(flags(**generate_fields(tmp_path, server, *what, **more)), named)
+
+    return ask
+
+
+def kept(out="out"):
+    return read_lines(f"{out}/train.jsonl")
+
+
+def replies(out="out"):
     """The rows of replies.jsonl, but for what a kill has left of one."""
     rows = []
-    for line in (folder / out / "replies.jsonl").read_bytes().splitlines():
+    for line in Path(out, "replies.jsonl").read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
 
-def spent_of(folder):
-    return json.loads((folder / "out/summary.json").read_text())["spent_usd"]
+def spent():
+    return sd.read_json("out/summary.json")["spent_usd"]
 
 
-def question_of(row):
-    """"Question 7: what is ...?" -> 7"""
-    return number_of(row["messages"][0]["content"])
+def prompt_of(row):
+    return row["messages"][0]["content"]
 
 
 def number_of(prompt):
+    """"Question 7: what is ...?" -> 7"""
     return int(prompt.split()[1].removesuffix(":"))
 
 
-def reasons_of(folder):
+def reasons():
     """{number of a question: why}, without what "failed: ..." goes on to say"""
-    rejected = rows_of_run(folder, "rejected")
-    return {question_of(row): row["reason"].split(":")[0] for row in rejected}
+    return {number_of(prompt_of(row)): row["reason"].split(":")[0]
+            for row in read_lines("out/rejected.jsonl")}
 
 
-def count_kept(folder):
-    return len(rows_of_run(folder, "train"))
-
-
-PASSING_FAULTS = (429, 500, 502, 503, 504, 529, "drop", "drop")
-LASTING_FAULTS = (   # the third meets none of the first 16: a run that nobody answered would end
-    "no usage", "length", b'{"choices": [{"mess', "refusal", "duplicate", "code", "empty", "loop")
+FAULTS = (   # the first 8 pass; 11 meets none of the first 16: else nobody would have been answered
+    '429,500,502,503,504,529,drop,drop,'
+    'no usage,length,{"choices": [{"mess,refusal,duplicate,code,empty,loop').split(",")
 
 
 def faults_by_chance(share):
     """-> fault of a server: this share of the prompts misbehaves, half of them at the first
     attempt, half of them at every attempt; which one it is hangs on the prompt alone."""
     def fault(prompt, attempt):
-        chance = int(hashlib.md5(prompt.encode()).hexdigest(), 16) / 2**128   # even from 0 to 1
-        i = int(chance / share * 16)
-        if i >= 8:
-            return LASTING_FAULTS[i - 8] if i < 16 else None
-        return PASSING_FAULTS[i] if attempt == 1 else None
+        number = int(hashlib.md5(prompt.encode()).hexdigest(), 16)   # even from 0 to 2**128
+        i = int(number / share / 2**124)
+        return FAULTS[i] if i < 16 and (i >= 8 or attempt == 1) else "ok"
     return fault
 
 
@@ -5576,38 +5152,36 @@ VERDICTS = {   # a filter, None: none, and replies
         "```print(1)```\nprints it",
         "1. so:\n   ```python3\n   x = 1\n   ```",
         "```python2\nprint 1\n```\nis no Python 3",
-        "Sorry is a word of five letters.",
-        "I can't help but notice that your loop is quadratic: use a set.",
-        "I can't see a bug: it is right.",
-        "Unable to open the file: that is what the exception says.",
-        "Sorry if I repeat what you know: a trie",
-        "Sorry I missed the import; here it is: import os",
-        "As an AI pipeline, the function has three stages.",
-        "Unfortunately, the function is quadratic.",
-        "Sorry, the loop I wrote above is off by one.",
-        "I'm sorting the list first.",
-        "Not able to connect: I would check the port.",
-        "Declining is fine.",
-        "give that",          # what the prompt asks to give back, but not half of it
-        "ab " * 20,           # short: deflate needs some bytes itself
+        "give that",   # what the prompt asks to give back, but not half of it
+        "ab " * 20,    # short: deflate needs some bytes itself
+        *"""Sorry is a word of five letters.
+I can't help but notice that your loop is quadratic: use a set.
+I can't see a bug: it is right.
+Unable to open the file: that is what the exception says.
+Sorry if I repeat what you know: a trie
+Sorry I missed the import; here it is: import os
+As an AI pipeline, the function has three stages.
+Unfortunately, the function is quadratic.
+Sorry, the loop I wrote above is off by one.
+I'm sorting the list first.
+Not able to connect: I would check the port.
+Declining is fine.""".splitlines(),
     ],
-    "refusal": [
-        "I’m sorry, but I cannot help with this.",
-        "As an AI model, I do not.",
-        "I apologize, but I cannot help with that.",
-        "I can't provide that code, it is not mine to give.",
-        "I cannot fulfill this request.",
-        "I won't be able to help with this task.",
-        "I must decline.",
-        "Unfortunately, I can't do that for you today.",
-        "I'm sorry, but I can’t assist with that request.",
-        "I am very sorry, I am not able to write malware.",
-        "I’m afraid I can not comply with this request.",
-        "I apologise for the inconvenience, but I am unable to provide it.",
-        "I have to decline this one.",
-        "As an AI language model, I have no opinion.",
-        "Sorry, as an AI assistant made by X, I will not.",
-    ],
+    "refusal": """I’m sorry, but I cannot help with this.
+As an AI model, I do not.
+I apologize, but I cannot help with that.
+I can't provide that code, it is not mine to give.
+I cannot fulfill this request.
+I won't be able to help with this task.
+I must decline.
+Unfortunately, I can't do that for you today.
+I'm sorry, but I can’t assist with that request.
+I am very sorry, I am not able to write malware.
+I’m afraid I can not comply with this request.
+I apologise for the inconvenience, but I am unable to provide it.
+I have to decline this one.
+As an AI language model, I have no opinion.
+Sorry, as an AI assistant made by X, I will not.""".splitlines(),
     "code does not parse": [
         "Here:\n```python3\ndef f(:\n```",
         "Here:\r\n```py\r\ndef f(:\r\n```",
@@ -5629,107 +5203,100 @@ def test_generate_filters(verdict):
         assert sd.find_flaw("Give this back, all of it.", reply, "stop") == verdict, reply
 
 
-@pytest.mark.parametrize("size, finish_reason, verdict", [
-    (20, "stop", None),
-    (19, "stop", "empty or too short"),
-    (20, "length", "cut off"),
-    (20, "max_tokens", "cut off"),
-    (20, "model_context_window_exceeded", "cut off"),
-    (20, "refusal", "refusal"),
-    (20, "content_filter", "refusal"),
-])
-def test_generate_filters_by_size_and_what_the_server_says(size, finish_reason, verdict):
-    assert sd.find_flaw("Why?", "x" * size, finish_reason, min_chars=20) == verdict
+@pytest.mark.parametrize("finish_reason, verdict", dict(
+    stop=None, length="cut off", max_tokens="cut off", model_context_window_exceeded="cut off",
+    refusal="refusal", content_filter="refusal").items())
+def test_generate_filters_by_what_the_server_says(finish_reason, verdict):
+    assert sd.find_flaw("Why?", "x" * 20, finish_reason, min_chars=20) == verdict
+    assert sd.find_flaw("Why?", "x" * 19, "stop", min_chars=20) == "empty or too short"
 
 
 def test_generate_duplicates():
     """What a sign tells apart is no duplicate, nor is a label that fits many prompts, though they
     begin alike; what says little new is one."""
+    seen = set()
+
+    def is_new(reply, prompt="more"):
+        return not sd.find_duplicate(prompt, reply, seen)
+
+    question = "Here is a long question, and always the same, is {} prime?".format
+    for i in range(9):
+        assert is_new("yes", question(i))
+    assert not is_new("Yes", question(8))
+    assert is_new("return a < b")
+    assert is_new("return a >= b")
     code = "for (i = 0; i {} n; i++) {{ total += table[i]; }} return total; "
     code += random_words("code", 6)
+    assert is_new(code.format("<"))
+    assert not is_new(code.format("<"), "other")
+    assert is_new(code.format(">="))
     words = random_words("near", 400)
-    seen = set()
-    question = "Here is a long question, and always the same, is {} prime?"
-    for prompt, reply, is_new in [
-        *((question.format(i), "yes", True) for i in range(9)),
-        (question.format(8), "Yes", False),
-        ("more", "return a < b", True),
-        ("more", "return a >= b", True),
-        ("more", code.format("<"), True),
-        ("other", code.format("<"), False),
-        ("more", code.format(">="), True),
-        ("more", words, True),
-        ("more", words + " and nothing else", False),
-        ("more", words + random_words("end", 60), True),
-        ("more", " ".join(words.split()[:19]), True),   # as short, a reply is one with its prompt
-        ("more", " ".join(words.split()[:20]), False),
-    ]:
-        verdict = sd.find_duplicate(prompt, reply, seen)
-        assert verdict == (None if is_new else "duplicate"), (prompt, reply)
+    assert is_new(words)
+    assert not is_new(words + " and nothing else")
+    assert is_new(words + random_words("end", 60))
+    words = words.split()
+    assert is_new(" ".join(words[:19]))   # as short, a reply is one with its prompt
+    assert not is_new(" ".join(words[:20]))
 
 
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]},
-    {"role": "user", "content": "What is a trie?"},
-]
-OWN_ROWS = [{"prompt": "What is a heap?"}] * 2 + [
-    {"messages": CONVERSATION, "category": "explain", "more": 1}]
+HEAP = '{"prompt": "What is a heap?"}'
+TRIE = (
+    '{"category": "explain", "more": 1, "messages": [{"role": "system", "content": "Be brief."}, '
+    '{"role": "system", "content": [{"type": "text", "text": "Be "}, {"text": "kind."}]}, '
+    '{"role": "user", "content": "What is a trie?"}]}')
 
 
-@pytest.mark.parametrize("provider, name, text, temperature, system", [
-    ("openai", "own.jsonl", "\n\n".join(map(json.dumps, OWN_ROWS)), 0.3, None),
-    ("anthropic", "own.json", json.dumps(OWN_ROWS), None, "Be brief.\n\nBe kind."),
+@pytest.mark.parametrize("provider, name, text, turns, more", [
+    ("openai", "own.jsonl", f"{HEAP}\n\n{HEAP}\n{TRIE}", 3, {"temperature": 0.3}),
+    ("anthropic", "own.json", f"[{HEAP}, {HEAP}, {TRIE}]", 1, {"system": "Be brief.\n\nBe kind."}),
 ])
-def test_generate_own_rows(tmp_path, provider, name, text, temperature, system):
+def test_generate_own_rows(ask, server, provider, name, text, turns, more):
     """Texts or conversations reach each provider in its form, in all kinds of files."""
-    (tmp_path / name).write_text("\ufeff" + text)
-    with ApiServer() as server:
-        run_generate(generate_fields(
-            tmp_path, server, 0, provider, prompts_file=tmp_path / name,
-            api_temperature=temperature, concurrency=1))
-    kept = rows_of_run(tmp_path, "train")
-    turns = [[turn["content"] for turn in row["messages"][:-1]] for row in kept]
-    assert turns == [["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
-    assert [row["category"] for row in kept] == ["own", "explain"]
-    body, _ = server.seen[-1]
-    assert len(body.pop("messages")) == (1 if system else 3)
-    more = {"temperature": temperature, "system": system}
-    more = {name: value for name, value in more.items() if value}
+    Path(name).write_text("\ufeff" + text)
+    ask(0, provider, prompts_file=name, api_temperature=more.get("temperature"), concurrency=1)
+    assert [[turn["content"] for turn in row["messages"][:-1]] for row in kept()] == [
+        ["What is a heap?"], ["Be brief.", "Be kind.", "What is a trie?"]]
+    assert [row["category"] for row in kept()] == ["own", "explain"]
+    body, _ = server.seen
+    assert len(body.pop("messages")) == turns
     assert body == {"model": "m", "max_tokens": 300} | more
 
 
-def test_generate_own_lines(tmp_path):
+def test_generate_own_lines(ask, server):
     """All of a .txt unless num_examples says less; a short reply may be what it wants, to a task of
     ours it is none."""
-    with ApiServer(reply=lambda prompt: "```yes```") as server:
-        fields = generate_fields(tmp_path, server, 9)
-        (tmp_path / "prompts.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
-        run_generate(fields, num_examples=2)
-        assert len(server.tries) == 2
-        run_generate(fields)
-        asked = [row["messages"][0]["content"] for row in rows_of_run(tmp_path, "train")]
-        assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
-        assert server.tries == dict.fromkeys(asked, 1)
-        run_generate(fields, num_examples=1, prompts_file=None, categories="implement=1.0",
-                     output_dir=tmp_path / "ours/out")
-    rejected, = rows_of_run(tmp_path / "ours", "rejected")
+    server.reply = lambda prompt: "```yes```"
+    Path("own.txt").write_text("\ufeffIs 1 odd?\n\nIs 2?\r\nIs 3?\nIs 1 odd?\n")
+    ask(0, prompts_file="own.txt", num_examples=2)
+    assert len(server.tries) == 2
+    ask(0, prompts_file="own.txt")
+    asked = list(map(prompt_of, kept()))
+    assert asked == ["Is 1 odd?", "Is 2?", "Is 3?"]
+    assert server.tries == dict.fromkeys(asked, 1)
+    ask(0, num_examples=1, prompts_file=None, categories="implement=1.0", output_dir="ours")
+    rejected, = read_lines("ours/rejected.jsonl")
     assert (rejected["reason"], rejected["category"]) == ("empty or too short", "implement")
 
 
-@pytest.mark.parametrize("line", [
-    '{"prompt": 3}', '{"prompt": null}', "[]", "7", "nonsense", '{"question": 1}',
-    '{"messages": "hi"}', '{"messages": [{"role": "user"}]}',
-    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-    '{"messages": [{"role": "assistant", "content": "x"}]}',
-    '{"n": ' + "9" * 5000 + "}", "[" * 99999])
-def test_generate_bad_prompt(tmp_path, line):
+BAD_PROMPTS = """{"prompt": 3}
+{"prompt": null}
+[]
+7
+nonsense
+{"question": 1}
+{"messages": "hi"}
+{"messages": [{"role": "user"}]}
+{"messages": [{"role": "user", "content": [{"type": "image"}]}]}
+{"messages": [{"role": "assistant", "content": "x"}]}"""
+
+
+@pytest.mark.parametrize(
+    "line", [*BAD_PROMPTS.splitlines(), '{"n": ' + "9" * 5000 + "}", "[" * 99999])
+def test_generate_bad_prompt(ask, server, line):
     """Nobody is asked, and the row is named."""
-    with ApiServer() as server:
-        fields = generate_fields(tmp_path, server, 0, prompts_file=tmp_path / "p.jsonl")
-        (tmp_path / "p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
-        one_error("p.jsonl', row 2: ", fields)
-        assert not server.seen
+    Path("p.jsonl").write_text('{"prompt": "ok"}\n' + line + "\n")
+    ask(0, prompts_file="p.jsonl", named="p.jsonl', row 2: ")
+    assert not server.tries
 
 
 # ---- replies
@@ -5739,36 +5306,35 @@ def test_generate_bad_prompt(tmp_path, line):
     "openai",
     pytest.param("anthropic", marks=pytest.mark.campaign),
 ])
-def test_generate_faults(tmp_path, provider):
+def test_generate_faults(ask, server, provider):
     """30 % faults: all prompts answered or accounted for, none twice, and the order of arrival
     changes nothing."""
-    fault = faults_by_chance(0.3)
+    server.fault = faults_by_chance(0.3)
     results = []
-    for concurrency, jitter in ((16, 0.0), (40, 0.03)):
-        folder = tmp_path / str(concurrency)
-        with ApiServer(fault, jitter=jitter) as server:
-            out = run_generate(
-                generate_fields(folder, server, 300, provider, concurrency=concurrency)).out
-        kept = rows_of_run(folder, "train")
-        reasons = reasons_of(folder)
-        assert sorted([*map(question_of, kept), *reasons]) == list(range(300))
-        fates = collections.Counter(reasons.values())
-        assert set(fates) == {"cut off", "refusal", "empty or too short", "duplicate",
-                              "repetition loop", "code does not parse", "failed"}
-        fates["kept"] = len(kept)
+    for concurrency in (16, 40):
+        server.tries.clear()
+        server.jitter = concurrency / 1000
+        out = ask(300, provider, concurrency=concurrency).out
+        why = reasons()
+        assert sorted([*map(number_of, map(prompt_of, kept())), *why]) == list(range(300))
+        fates = collections.Counter(why.values())
+        assert set(fates) == set("cut off,refusal,empty or too short,duplicate,repetition loop,"
+                                 "code does not parse,failed".split(","))
+        fates["kept"] = len(kept())
         for name, count in fates.items():
-            assert re.search(rf"\| *{name} *\| *{count} *\|", out), out
+            assert re.search(rf"\| *{name} *\| *{count} *\|", out)
         for prompt, tries in server.tries.items():
-            first = fault(prompt, 1)
-            assert tries == 1 + (first in PASSING_FAULTS), (prompt, first)
-        results.append((kept, reasons))
+            assert tries == 1 + (server.fault(prompt, 1) in FAULTS[:8]), prompt
+        results.append((kept(), why))
+        shutil.rmtree("out")
     assert results[0] == results[1]
-    assert set(kept[0]) == {
-        "messages", "category", "model", "usage", "cost", "finish_reason", "prompt_id"}
-    assert kept[0]["usage"] == USAGE
+    row = results[0][0][0]
+    assert set(row) == set(
+        "messages category model usage cost finish_reason prompt_id".split())
+    assert row["usage"] == USAGE
 
 
-def test_generate_concurrency(tmp_path):
+def test_generate_concurrency(ask, server):
     """So many are in flight at once, and no more."""
     barrier = threading.Barrier(8, timeout=60)
     at_once = []
@@ -5778,221 +5344,196 @@ def test_generate_concurrency(tmp_path):
         at_once.append(server.at_work)
         return random_words(prompt)
 
-    with ApiServer(reply=reply) as server:
-        run_generate(generate_fields(tmp_path, server, 16))   # --concurrency is 8
-    assert count_kept(tmp_path) == 16
+    server.reply = reply
+    ask(16)   # --concurrency is 8
+    assert len(kept()) == 16
     assert max(at_once) == 8
 
 
-TEXT = {"type": "text", "text": random_words("text")}
 USAGE = {"prompt_tokens": 100, "completion_tokens": 200}
+CONTENTS = json.loads("""{
+    "ab": [{"text": "a"}, {"type": "text", "text": "b"}],
+    "b": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "b"}],
+    "": null}""")   # what is read of it: what the server sends
 
 
-@pytest.mark.parametrize("content, reply, odd_usage", [
-    ([{"text": "a" + TEXT["text"]}, TEXT], "a" + 2 * TEXT["text"], {}),
-    ([{"type": "thinking", "thinking": "Hm."}, TEXT], TEXT["text"], {}),
-    (None, "", {}),
-    *(("yes", "yes", {"usage": usage}) for usage in (None, {**USAGE, "prompt_tokens": None})),
-    *(("yes", "yes", {"usage": {**USAGE, "prompt_tokens": n}}) for n in (-1, 10**30, "10")),
-])
-def test_generate_odd_answers(tmp_path, content, reply, odd_usage):
+@pytest.mark.parametrize("usage", [
+    USAGE, None, *({**USAGE, "prompt_tokens": n} for n in (None, -1, 10**30, "10"))])
+def test_generate_odd_answers(ask, server, usage):
     """Parts of text are one text; what a model thought is no part of it. Who says nonsense of
     tokens is believed to have sent the longest reply."""
-    with ApiServer(lambda *_: answer_of("openai", content, **odd_usage)) as server:
-        run_generate(generate_fields(tmp_path, server, 1, **PRICES))
-    row, = replies_of(tmp_path)
-    assert row["messages"][1] == {"role": "assistant", "content": reply}
-    assert row["usage"] == (None if odd_usage else USAGE)
-    assert (row["cost"] > 300 * 100 / 1e6) == bool(odd_usage)
+    contents = list(CONTENTS.values())
+    server.fault = lambda prompt, _: answer_of("openai", contents[number_of(prompt)], usage=usage)
+    ask(3, concurrency=1, **PRICES)
+    for row, reply in zip(replies(), CONTENTS, strict=True):
+        assert row["messages"][1] == {"role": "assistant", "content": reply}
+        assert row["usage"] == (USAGE if usage == USAGE else None)
+        assert (row["cost"] > 300 * 100 / 1e6) == (usage != USAGE)
 
 
 # ---- money
 
 
-@pytest.mark.parametrize("faults, max_cost, worst, replies, failed", [
+@pytest.mark.parametrize("faults, worst, answers, failed", [
     # how the attempts at one prompt end; what is spent: so many worst cases, and replies
-    ([None], 1, 0, 1, False),
-    ([429, 429, None], 1, 0, 1, False),
-    (["drop", 429, None], 1, 1, 1, False),       # a refusal gives back one try, not all
-    ([500, 502, "drop", None], 1, 3, 1, False),  # whoever stands before a model may say 502
-    (["slow", None], 1, 1, 1, False),
-    (["no usage"], 1, 1, 0, False),
-    ([429] * 8, 1, 0, 0, True),
-    ([503] * 8, 1, 8, 0, True),
-    ([400], 1, 0, 0, True),
-    ([b"{"], 1, 1, 0, True),
-    (["drop"], 0.05, 1, 0, None),                # no money for another: nothing is known
-    ([], 0.03, 0, 0, None),
+    ("ok", 0, 1, False),
+    ("429 429 ok", 0, 1, False),
+    ("drop 429 ok", 1, 1, False),       # a refusal gives back one try, not all
+    ("500 502 drop ok", 3, 1, False),   # whoever stands before a model may say 502
+    ("slow ok", 1, 1, False),
+    ("no_usage", 1, 0, False),
+    ("429 " * 8, 0, 0, True),
+    ("503 " * 8, 8, 0, True),
+    ("400", 0, 0, True),
+    ("{", 1, 0, True),
+    ("drop", 1, 0, None),               # no money for another: nothing is known
+    ("", 0, 0, None),
 ])
-def test_generate_spends(tmp_path, faults, max_cost, worst, replies, failed):
+def test_generate_spends(ask, server, faults, worst, answers, failed):
     """What is on the bill, or may be, is in spent_usd and in the row; what was refused is not."""
-    with ApiServer(lambda prompt, attempt: faults[attempt - 1]) as server:
-        fields = generate_fields(tmp_path, server, 1, **PRICES, max_cost=max_cost,
-                                 request_timeout=0.5)
-        run_generate(fields, rc=2 if failed else 0)
-    size = 64 + len((tmp_path / "prompts.txt").read_text().strip())
-    worst_usd = (size * 20 + 300 * 100) / 1e6
-    expected = pytest.approx(worst * worst_usd + replies * REPLY_COST, abs=1e-9)
-    assert spent_of(tmp_path) == expected
-    rows = [("reason" in row, row["cost"]) for row in replies_of(tmp_path)]
+    max_cost = {"drop": 0.05, "": 0.03}.get(faults, 1)   # of one try, and of none
+    faults = faults.split()
+    server.fault = lambda prompt, attempt: faults[attempt - 1]
+    ask(1, **PRICES, max_cost=max_cost, request_timeout=0.5, named="no reply" if failed else None)
+    size = 64 + len(Path("prompts.txt").read_text().strip())
+    expected = pytest.approx(
+        worst * (size * 20 + 300 * 100) / 1e6 + answers * REPLY_COST, abs=1e-9)
+    assert spent() == expected
+    rows = [("reason" in row, row["cost"]) for row in replies()]
     assert rows == ([] if failed is None else [(failed, expected)])
     assert server.tries.total() == len(faults)
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_generate_cap(tmp_path, provider):
+def test_generate_cap(ask, server, provider):
     """At every moment: the server's bill <= spent_usd on disk <= 1.00 USD, whatever goes wrong, and
     most of it is used."""
-    with ApiServer(faults_by_chance(0.5)) as server:
-        server.summary = tmp_path / "out/summary.json"
-        fields = generate_fields(tmp_path, server, 200, provider, concurrency=16, max_cost=1,
-                                 **PRICES)
-        out = run_generate(fields).out
-        assert server.unpaid == []
-        bill = server.billed.total() * REPLY_COST
-        assert "max_cost 1" in out
-        assert 0.7 < bill <= spent_of(tmp_path) <= 1
-        answered = {row["messages"][0]["content"] for row in replies_of(tmp_path)}
-        assert 20 < len(answered) < 60
-        tries = server.tries.copy()
-        run_generate(fields)   # what late answers gave back buys some more
-        assert server.unpaid == []
-        assert (server.tries - tries).total() <= 3
-        assert not answered & set(server.tries - tries)
+    server.fault = faults_by_chance(0.5)
+    server.reply_cost = REPLY_COST
+    run = functools.partial(ask, 200, provider, concurrency=16, max_cost=1, **PRICES)
+    assert "max_cost 1" in run().out
+    assert 0.7 < server.billed.total() * REPLY_COST <= spent() <= 1
+    answered = set(map(prompt_of, replies()))
+    assert 20 < len(answered) < 60
+    server.tries.clear()
+    run()   # what late answers gave back buys some more
+    assert server.unpaid == []
+    assert len(server.tries) <= 3
+    assert not answered & set(server.tries)
 
 
-def test_generate_failed(tmp_path):
+def test_generate_failed(ask, server):
     """What failed is asked again by the same command, its cost is not forgotten, and what fails
     always stops no later run."""
     lasting = dict.fromkeys(range(4, 61, 5), 400)   # a dozen, in the second run in a row
-    passing = {5: b"{", 7: b'{"error": "x"}'}
-    faults = lasting | passing
-    with ApiServer(lambda prompt, attempt: faults.get(number_of(prompt))) as server:
-        fields = generate_fields(tmp_path, server, 60, concurrency=1, **PRICES)
-        run_generate(fields)
-        spent = spent_of(tmp_path)
-        tries = server.tries.copy()
-        assert reasons_of(tmp_path) == dict.fromkeys(faults, "failed")
-        faults = lasting
-        run_generate(generate_fields(tmp_path, server, 61, concurrency=1, **PRICES))
-    assert set(map(number_of, server.tries - tries)) == {*lasting, *passing, 60}
-    assert reasons_of(tmp_path) == dict.fromkeys(lasting, "failed")
-    assert spent_of(tmp_path) == pytest.approx(spent + 3 * REPLY_COST)
+    faults = lasting | {5: "{", 7: '{"error": "x"}'}
+    server.fault = lambda prompt, _: faults.get(number_of(prompt))
+    ask(60, concurrency=1, **PRICES)
+    before = spent()
+    assert reasons() == dict.fromkeys(faults, "failed")
+    expected = {*faults, 60}
+    faults = lasting
+    server.tries.clear()
+    ask(61, concurrency=1, **PRICES)
+    assert set(map(number_of, server.tries)) == expected
+    assert reasons() == dict.fromkeys(lasting, "failed")
+    assert spent() == pytest.approx(before + 3 * REPLY_COST)
 
 
 @pytest.mark.parametrize("provider, fault, answers, named", [
     ("openai", 401, 0, "401"),
     ("anthropic", 404, 0, "404"),
-    ("openai", b'{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
-    ("anthropic", b'{"error": {"message": "no credits"}}', 0, "no credits"),
+    ("openai", '{"error": {"message": "your credits are used up"}}', 0, "credits are used up"),
+    ("anthropic", '{"error": {"message": "no credits"}}', 0, "no credits"),
     ("openai", 400, 9, "400"),
 ])
-def test_generate_stops(tmp_path, provider, fault, answers, named):
+def test_generate_stops(ask, server, provider, fault, answers, named):
     """Where nobody was ever answered, or ten in a row are not, the run ends; what came is kept; and
     after that another setting may be tried."""
-    with ApiServer(lambda *_: fault if server.tries.total() > answers else None) as server:
-        fields = generate_fields(tmp_path, server, 50, provider, concurrency=3)
-        one_error(named, fields)
-        assert count_kept(tmp_path) == answers
-        tries = server.tries.total() - answers
-        assert 10 <= tries <= 12 if answers else tries <= 3
-        server.fault = no_fault
-        if not answers:
-            fields["api_model"] = "other"
-        run_generate(fields)
-    assert count_kept(tmp_path) == 50
+    server.fault = lambda *_: fault if server.tries.total() > answers else "ok"
+    ask(50, provider, concurrency=3, named=named)
+    assert len(kept()) == answers
+    tries = server.tries.total() - answers
+    assert 10 <= tries <= 12 if answers else tries <= 3
+    server.fault = no_fault
+    ask(50, provider, api_model="m" if answers else "other")
+    assert len(kept()) == 50
 
 
-def test_generate_time_out(tmp_path):
+def test_generate_time_out(ask, server):
     """An answer that trickles is given up like one that does not come, in words."""
-    with ApiServer(lambda prompt, attempt: "slow") as server:
-        one_error("no reply (a try has 0.4 s): TimeoutError",
-                  generate_fields(tmp_path, server, 1, request_timeout=0.2))
+    server.fault = lambda *_: "slow"
+    ask(1, request_timeout=0.2, named="no reply (a try has 0.4 s): TimeoutError")
     assert server.tries.total() == 8
 
 
-@pytest.mark.parametrize("status", [None, 429])
-def test_generate_signal(tmp_path, status):
+@pytest.mark.parametrize("status", ["ok", 429])
+def test_generate_signal(ask, server, status):
     """SIGTERM: what is in flight arrives, nothing new is asked, exit 0, also between two tries; the
     same command goes on."""
-    def stop(prompt, attempt):
+    def stop(*_):
         if server.tries.total() == 6:
             os.kill(os.getpid(), signal.SIGTERM)
             return status
 
-    with ApiServer(stop, jitter=0.05) as server:
-        fields = generate_fields(tmp_path, server, 40, concurrency=3)
-        run_generate(fields)
-        assert 5 <= count_kept(tmp_path) <= 8
-        run_generate(fields)
-        assert count_kept(tmp_path) == 40
-        assert set(server.billed.values()) == {1}
+    server.fault = stop
+    server.jitter = 0.05
+    ask(40, concurrency=3)
+    assert 5 <= len(kept()) <= 8
+    ask(40, concurrency=3)
+    assert len(kept()) == 40
+    assert set(server.billed.values()) == {1}
 
 
-# The loop of tries, and what writes the money and the replies.
-LOOP = (sd.ask_api, sd.Asking.change, sd.Asking.record, sd.read_answer,
-        sd.write_json, sd.append_jsonl, sd.read_replies, sd.write_jsonl)
+# Dies when it comes to this many different lines of the loop of tries, and of what writes the money
+# and the replies.
+DIES_ASKING = """
+PAUSE = 1e-4
+lines = set()
+loop = [function.__code__ for function in (
+    ask_api, Asking.change, Asking.record, read_answer, write_json, append_jsonl, read_replies,
+    write_jsonl)]
 
+def watch(frame, event, value):
+    if frame.f_code in loop:
+        lines.add((frame.f_code, frame.f_lineno))
+        if len(lines) == {number}:
+            os.kill(os.getpid(), 9)
+        return watch
 
-def kill_at(line, fields, **more):
-    """Fork; the child runs the command and is killed when it first comes to this (code, number of
-    a line) -> whether it came there."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-    def trace(frame, event, _):
-        if (frame.f_code, frame.f_lineno) == line and event == "line":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return trace if frame.f_code is line[0] else None
-
-    sys.settrace(trace)
-    try:
-        run_generate(fields, **more)
-    finally:
-        os._exit(0)
+sys.settrace(watch)
+"""
 
 
 @pytest.mark.campaign
-def test_generate_kill_at_every_line(tmp_path):
+def test_generate_killed_at_every_line(server, tmp_path):
     """kill -9 at each line of the loop of tries, with all kinds of faults: at any moment billed <=
     spent_usd <= max_cost; the same command goes on, and asks nothing twice that was answered."""
-    lines = []
-    for function in LOOP:
-        numbers = {number for *_, number in function.__code__.co_lines() if number}
-        lines += [(function.__code__, number) for number in sorted(numbers)[1:]]
-    kinds = [None, 429, 500, "drop", "no usage", b"{", 400, 502, None, None]
-
-    def fault(prompt, attempt):
-        return kinds[server.tries.total() % len(kinds)]
-
+    kinds = "ok,429,500,drop,no usage,{,400,502,ok,ok".split(",")
     tries_of_answered = {}   # as they were when the answer was there
-    missed = []   # lines to which no run came
-    importlib.import_module("openai")   # once, for all children
-    with ApiServer(fault) as server:
-        server.summary = tmp_path / "out/summary.json"
-        server.reply_cost = 1.1e-4
-        fields = generate_fields(tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1,
-                                 price_out=0.5)
-        for line in lines:
-            count = len(tries_of_answered) + 40
-            if not kill_at(line, fields, num_examples=count):
-                missed.append(f"{line[0].co_name} {line[1]}")
-            while server.at_work:
-                time.sleep(0.01)
-            server.check()
-            for row in replies_of(tmp_path):
-                prompt = row["messages"][0]["content"]
-                if "reason" not in row:
-                    tries_of_answered.setdefault(prompt, server.tries[prompt])
-        server.fault = no_fault
-        run_generate(fields)
+    server.fault = lambda *_: kinds[server.tries.total() % len(kinds)]
+    server.reply_cost = 1.1e-4
+    fields = generate_fields(
+        tmp_path, server, 600, concurrency=3, max_cost=1, price_in=0.1, price_out=0.5)
+    for number in itertools.count(4):   # replies.jsonl is there
+        words = flags(**fields, num_examples=len(tries_of_answered) + 40)
+        change = DIES_ASKING.format(number=number)
+        if "what became of it" in Fork(tmp_path / f"{number}.txt", *words, change=change).wait():
+            break
+        while server.at_work:
+            time.sleep(0.01)
+        server.check()
+        for row in replies():
+            if "reason" not in row:
+                prompt = prompt_of(row)
+                tries_of_answered.setdefault(prompt, server.tries[prompt])
+    server.fault = no_fault
+    run_generate(flags(**fields))
     assert server.unpaid == []
-    assert count_kept(tmp_path) == 600
+    assert len(kept()) == 600
     assert len(tries_of_answered) > 50
-    assert tries_of_answered == {prompt: server.tries[prompt] for prompt in tries_of_answered}
-    # an outage of all eight tries, and a cap that is met, are other tests'
-    assert len(missed) < 8, missed
+    assert tries_of_answered.items() <= server.tries.items()
+    assert number > 70   # nearly all; an outage of all eight tries is another test's
 
 
 # ---- what stands in the folder
@@ -6001,181 +5542,171 @@ def test_generate_kill_at_every_line(tmp_path):
 def test_generate_half_rows(tmp_path):
     """What a kill leaves of a row is passed over, and spoils none that is written after it."""
     path = tmp_path / "replies.jsonl"
-    for tail, ids in ((b'{"prompt_id": "b"}', ["a", "b"]), (b'{"prompt_id": "\xc3', ["a"]),
-                      (b"", ["a"]), (b'{"prompt_id": "a", "n": 2}\n', ["a"])):
+    for tail, ids in ((b'{"prompt_id": "b"}', "ab"), (b'{"prompt_id": "\xc3', "a"), (b"", "a"),
+                      (b'{"prompt_id": "a", "n": 2}\n', "a")):
         path.write_bytes(b'{"prompt_id": "a", "n": 1}\n' + tail)
-        assert list(sd.read_replies(path)) == ids
+        assert "".join(sd.read_replies(path)) == ids
         sd.append_jsonl(path, {"prompt_id": "c"})
         rows = sd.read_replies(path)
-        assert list(rows) == [*ids, "c"]
+        assert "".join(rows) == ids + "c"
         assert rows["a"]["n"] == 1 + tail.endswith(b"\n")   # the last one counts
 
 
-def test_generate_file_limit(tmp_path):
+def test_generate_file_limit(ask, server, tmp_path):
     """As on a full disk: one line, all that is there is whole, and the same command goes on."""
-    with ApiServer(reply=lambda prompt: random_words(prompt, 400)) as server:
-        server.summary = tmp_path / "out/summary.json"
-        fields = generate_fields(tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1,
-                                 price_out=1)
-        shown = Fork(tmp_path / "log", *flags(**fields), limit=60_000).wait()
-        assert "error: OSError: [Errno 27]" in shown, shown
-        assert "Traceback" not in shown, shown
-        answered = {row["messages"][0]["content"]: 1 for row in replies_of(tmp_path)}
-        assert 5 < len(answered) < 30
-        run_generate(fields)
-        assert count_kept(tmp_path) == 30
-        assert answered.items() <= server.tries.items()
+    server.reply = lambda prompt: random_words(prompt, 400)
+    server.reply_cost = 3e-4
+    words = flags(**generate_fields(
+        tmp_path, server, 30, concurrency=4, max_cost=1, price_in=1, price_out=1))
+    shown = Fork(tmp_path / "log", *words, limit=60_000).wait()
+    assert "error: OSError: [Errno 27]" in shown and "Traceback" not in shown, shown
+    answered = dict.fromkeys(map(prompt_of, replies()), 1)
+    assert 5 < len(answered) < 30
+    run_generate(words)
+    assert len(kept()) == 30
+    assert answered.items() <= server.tries.items()
+    assert server.unpaid == []
 
 
-def test_generate_other_settings(tmp_path, monkeypatch):
+def test_generate_other_settings(ask, monkeypatch):
     """What decides the rows is the same for all of a folder; where the server stands, how many are
     asked and how much may be spent is not of that kind; nor are the filters: old replies are judged
     again, and nobody is asked."""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 2))
-    with ApiServer() as server:   # at another port
-        fields = generate_fields(tmp_path, server, 3)
-        for name, there, here in (
-            ("api_model", "m", "other"), ("seed", 0, 7), ("api_temperature", None, 0.5),
-            ("max_tokens", 300, 301),
-        ):
-            one_error(f"{name} {there!r} there, {here!r} here", fields, **{name: here})
-        assert not server.tries
-        run_generate(fields, concurrency=2, price_in=1, price_out=1, max_cost=1)
-        assert count_kept(tmp_path) == 3
+    ask(2)
+    with ApiServer() as other:   # at another port
+        ask = functools.partial(ask, 3, api_base=f"http://127.0.0.1:{other.server_port}")
+        for named in ("api_model 'm' there, 'other' here", "seed 0 there, 7 here",
+                      "api_temperature None there, 0.5 here", "max_tokens 300 there, 301 here"):
+            name, *_, here, _ = named.replace("'", "").split()
+            ask(named=named, **{name: here})
+        assert not other.tries
+        ask(concurrency=2, price_in=1, price_out=1, max_cost=1)
+        assert len(kept()) == 3
         monkeypatch.setattr(sd, "is_loop", lambda reply: True)
-        run_generate(fields)
-        assert server.tries.total() == 1
-    assert count_kept(tmp_path) == 0
-    assert list(reasons_of(tmp_path).values()) == ["repetition loop"] * 3
+        ask()
+        assert other.tries.total() == 1
+    assert kept() == []
+    assert list(reasons().values()) == ["repetition loop"] * 3
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_generate_secrets(tmp_path, monkeypatch, provider):
+def test_generate_secrets(ask, server, monkeypatch, provider):
     """The key, and the password of a proxy, stand in no file and no output, wherever in a reply or
     an error a server repeats it; no escape sequence reaches the terminal."""
     key = "sk-test-0123456789abcdef"
     monkeypatch.setenv(f"{provider.upper()}_API_KEY", key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HTTPS_PROXY", "http://someone:proxy-word@127.0.0.1:1")
-    odd = {"choices": [{"message": {"content": key + TEXT["text"]}, "finish_reason": key}]}
-    words = [None, json.dumps(f"\x1b[31m{key}").encode(), 400, json.dumps(odd).encode(),
-             answer_of(provider, key + random_words("key"))]
-
-    with ApiServer(lambda prompt, attempt: words[number_of(prompt) % 5]) as server:
-        fields = generate_fields(tmp_path, server, 20, provider, concurrency=1)
-        results = [*run_generate(fields)]
-        assert server.seen[0][1] == key
-        server.fault = lambda prompt, attempt: 401
-        results += one_error("401 for ***", fields, output_dir=tmp_path / "refused/out")
-    assert len(replies_of(tmp_path)) == 20
+    words = ["ok", '{"\x1b[31m' + key, 400, answer_of(provider, key + random_words("key")),
+             f'{{"choices": [{{"message": {{"content": "{key}"}}, "finish_reason": "{key}"}}]}}']
+    server.fault = lambda prompt, _: words[number_of(prompt) % 5]
+    results = [*ask(20, provider, concurrency=1)]
+    assert server.seen[1] == key
+    server.fault = lambda *_: 401
+    results += ask(1, provider, named="401 for ***", output_dir="out-refused")
+    assert len(replies()) == 20
     monkeypatch.setenv("ALL_PROXY", "socks9://someone:proxy-word@127.0.0.1:1")
     left_over = []
     monkeypatch.setattr(sys, "unraisablehook", left_over.append)
-    results += one_error("making a client", fields, output_dir=tmp_path / "proxy/out")
+    results += ask(1, provider, named="making a client", output_dir="out-proxy")
     gc.collect()
     assert left_over == []   # no traceback of a client that was never whole
-    results += [path.read_text() for path in tmp_path.glob("**/out/*")]
+    results += [path.read_text() for path in Path().glob("out*/*")]
     shown = "".join(map(str, results))
     assert "***" in shown
     for secret in (key, "proxy-word", "\x1b[31m"):
         assert secret not in shown
 
 
-@pytest.mark.parametrize("named, more", [
-    *(("categories", dict(categories=item)) for item in ("poetry", "debug=0", "test=nan")),
-    ("could not convert", dict(categories="test=x")),
-    ("none.txt", dict(prompts_file="none.txt")),
-    ("holds no prompt", dict(prompts_file=os.devnull)),
-    ("Connection error", {}),
-    ("--teacher", dict(provider="local", api_model=None, api_base=None)),
+@pytest.mark.parametrize("case", [
+    "categories: --categories poetry",
+    "categories: --categories debug=0",
+    "categories: --categories test=nan",
+    "could not convert: --categories test=x",
+    "none.txt: --prompts_file none.txt",
+    "holds no prompt: --prompts_file /dev/null",
+    "Connection error: ",
+    "--teacher: --provider local",
 ])
-def test_generate_errors(tmp_path, named, more):
+def test_generate_errors(tmp_path, case):
     """What no request would survive is one `error:` line."""
-    fields = dict(mode="generate", api_model="m", output_dir=tmp_path / "out", num_examples=2,
-                  api_base="http://127.0.0.1:9/v1")
-    one_error(named, fields, **more)
+    named, flags_ = case.split(": ")
+    words = f"--mode generate --output_dir {tmp_path}/out --num_examples 2 {flags_}"
+    if "local" not in case:
+        words += " --api_model m --api_base http://127.0.0.1:9/v1"
+    run_generate(words.split(), named)
 
 
 # ---- a model of one's own
 
 
-def local_run(out, model, questions=11, named=None, **more):
-    """-> {number of a question: (reply, usage, finish_reason)}; named: what its error names"""
-    prompts_file = out.parent / "prompts.txt"
-    prompts_file.write_text("".join(f"Question {i}: what?{'?' * i}\n" for i in range(questions)))
-    fields = dict(mode="generate", provider="local", teacher=model, max_tokens=8,
-                  prompts_file=prompts_file, output_dir=out)
-    if named:
-        return one_error(named, fields, **more)
-    run_generate(fields, **more)
-    return {
-        question_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
-        for row in replies_of(out.parent, out.name)}
+@pytest.fixture
+def ask_local(ask):
+    """ask_local(out, model, ...) -> {prompt: (reply, usage, finish_reason)}"""
+    def ask_local(out, model, questions=11, **more):
+        ask(questions, "local", teacher=model, api_model=None, api_base=None, output_dir=out,
+            **dict(max_tokens=8) | more)
+        return {prompt_of(row): (row["messages"][1]["content"], row["usage"], row["finish_reason"])
+                for row in replies(out)}
+
+    return ask_local
 
 
-def test_generate_local(tmp_path, teacher):
+def test_generate_local(ask_local, teacher):
     """The same seed gives the same replies, whatever is beside them, after a stop, and with the
     weights on the host; another seed gives others; the end of a reply is told from a cut."""
-    whole = local_run(tmp_path / "whole", teacher, seed=3, concurrency=4)
+    whole = ask_local("whole", teacher, seed=3, concurrency=4)
     assert len(set(reply for reply, *_ in whole.values())) > 5
-    for number, (_, usage, finish_reason) in whole.items():
-        assert usage["prompt_tokens"] == 1 + len(f"Question {number}: what?\n\n") + number
+    for prompt, (_, usage, finish_reason) in whole.items():
+        assert usage["prompt_tokens"] == 1 + len(f"{prompt}\n\n")
         assert finish_reason == "stop" or usage["completion_tokens"] == 8
         assert finish_reason in ("stop", "length")
-    parts = tmp_path / "parts"
-    assert len(local_run(parts, teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
-    assert local_run(parts, teacher, seed=3, concurrency=3) == whole
-    assert local_run(tmp_path / "other", teacher, seed=4) != whole
-    likeliest = [local_run(tmp_path / name, teacher, seed=seed, api_temperature=0)
-                 for seed, name in enumerate("ab")]
+    assert len(ask_local("parts", teacher, 6, seed=3, concurrency=5, cpu_offload=True)) == 6
+    assert ask_local("parts", teacher, seed=3, concurrency=3) == whole
+    assert ask_local("other", teacher, seed=4) != whole
+    likeliest = [ask_local(f"{seed}", teacher, seed=seed, api_temperature=0) for seed in (0, 1)]
     assert likeliest[0] == likeliest[1] != whole
 
 
-def test_generate_local_temperature(tmp_path, teacher):
+def test_generate_local_temperature(ask_local, teacher):
     """Unset, it is that of the model's generation_config.json."""
-    model = tmp_path / "model"
-    shutil.copytree(teacher, model)
+    shutil.copytree(teacher, "model")
     sharp = transformers.GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=0)
-    sharp.save_pretrained(model)
-    unset = local_run(tmp_path / "unset", model)
-    assert unset == local_run(tmp_path / "half", teacher, api_temperature=0.5)
-    assert unset != local_run(tmp_path / "one", teacher)
+    sharp.save_pretrained("model")
+    unset = ask_local("unset", "model")
+    assert unset == ask_local("half", teacher, api_temperature=0.5)
+    assert unset != ask_local("one", teacher)
 
 
-@pytest.mark.parametrize("shape, named", [
-    (dict(cls="GPT2Config", max_position_embeddings=48), "49 positions"),
-    ({}, "nan"),
-    (dict(tokenizer=False), "no tokenizer"),
+@pytest.mark.parametrize("named, shape", [
+    ("79 positions", dict(cls="GPT2Config", max_position_embeddings=78)),
+    ("nan", {}),
+    ("no tokenizer", dict(tokenizer=False)),
 ])
-def test_generate_local_bad_models(tmp_path, shape, named):
+def test_generate_local_bad_models(ask_local, named, shape):
     """One line before anything is written; what fits into the positions is answered."""
-    model = tiny_model(tmp_path / "model", **shape)
+    model = tiny_model("model", **shape)
     if named == "nan":
         edit_weights(model, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))
-    local_run(tmp_path / "out", model, 10, named, max_tokens=20)
+    assert ask_local("out", model, 10, named=named, max_tokens=20) == {}
     if "cls" in shape:
-        assert len(local_run(tmp_path / "out", model, 10, max_tokens=19)) == 10
+        assert len(ask_local("out", model, 10, max_tokens=19)) == 10
 
 
-def test_generate_local_without_an_end(tmp_path):
+def test_generate_local_without_an_end(ask_local):
     """No eos, no pad: a reply goes on to its last token."""
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = None
-    model = tiny_model(tmp_path / "endless", tokenizer=tokenizer, eos_token_id=None,
-                       pad_token_id=None)
-    replies = local_run(tmp_path / "out", model, 2)
-    assert [(usage["completion_tokens"], end) for _, usage, end in replies.values()] == [
-        (8, "length")] * 2
+    tiny_model("endless", tokenizer=tokenizer, eos_token_id=None, pad_token_id=None)
+    for _, usage, end in ask_local("out", "endless", 2).values():
+        assert (usage["completion_tokens"], end) == (8, "length")
 
 
-def test_generate_then_train(tmp_path, student):
+def test_generate_then_train(ask, student):
     """generate -> --dataset out/train.jsonl --alpha 1 -> final/"""
-    with ApiServer() as server:
-        run_generate(generate_fields(tmp_path, server, 60))
-    cli(*flags(dataset=tmp_path / "out/train.jsonl", alpha=1, student=student, max_steps=4,
-               eval_samples=4, seq_len=128, output_dir=tmp_path / "run"))
-    assert (tmp_path / "run/final/model.safetensors").exists()
+    ask(60)
+    distil("run", dataset="out/train.jsonl", alpha=1, student=student, max_steps=4, seq_len=128)
+    assert os.path.exists("run/final/model.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6183,109 +5714,88 @@ def test_generate_then_train(tmp_path, student):
 
 
 EVAL_VOCAB = 320   # of the teacher's tokenizer
-QUICK = dict(generate_comparisons=False, dtype="fp32")
+# The names are those in eval_folder, where these tests run.
+report_words = functools.partial(
+    flags, mode="eval", teacher="teacher", dataset="data.jsonl", seq_len=48, batch_size=3)
+ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
 
 
 @pytest.fixture(scope="module")
 def eval_folder(tmp_path_factory):
     """data.jsonl with text in many scripts; teacher (with a padded head), student, wide (as wide as
     the teacher, another padded head) and stranger (with another tokenizer), all random; the runs
-    run (a student of the teacher) and labels (a student of labels only)."""
+    run (a student of the teacher) and labels (a student of labels only); in found the report about
+    all of them: seven tokens are scored at once."""
     folder = tmp_path_factory.mktemp("eval")
     words = ("the quick brown fox jumps größer über 日本語 naïve 🙂 wizards boil strange soup "
              "in green pots and sleep").split()
     pick = np.random.default_rng(0)
     texts = [" ".join(pick.choice(words, pick.integers(5, 60))) + "." for _ in range(300)]
-    write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts])
-    tokenizer = trained_tokenizer(texts, EVAL_VOCAB)
-    # So loud that their predictions are far from even and from alike.
-    for seed, (name, shape) in enumerate({
-        "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
-        "student": dict(hidden=16, vocab=EVAL_VOCAB),
-        "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
-        "stranger": dict(hidden=16, vocab=290, tokenizer=trained_tokenizer(texts[::3], 290)),
-    }.items()):
-        tiny_model(folder / name, seed=seed, **dict(tokenizer=tokenizer) | shape,
-                   num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
-                   initializer_range=0.6)
-
-    training = dict(
-        student=folder / "student", dataset=folder / "data.jsonl", seq_len=48, batch_size=3,
-        max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
-    distil(folder / "run", teacher=folder / "teacher", **training)
-    distil(folder / "labels", alpha=1, **training)
+    trained = tiny_tokenizer().train_new_from_iterator   # a token may end within a character
+    tokenizer = trained(texts, EVAL_VOCAB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_jsonl("data.jsonl", [{"text": text} for text in texts])
+        # So loud that their predictions are far from even and from alike.
+        for seed, (name, shape) in enumerate({
+            "teacher": dict(hidden=32, layers=4, vocab=EVAL_VOCAB + 7),
+            "student": dict(hidden=16, vocab=EVAL_VOCAB),
+            "wide": dict(hidden=32, vocab=EVAL_VOCAB + 3),
+            "stranger": dict(hidden=16, vocab=290, tokenizer=trained(texts[::3], 290)),
+        }.items()):
+            tiny_model(name, seed=seed, **dict(tokenizer=tokenizer) | shape,
+                       num_attention_heads=4, bos_token_id=None, tie_word_embeddings=True,
+                       initializer_range=0.6)
+        train = functools.partial(
+            distil, student="student", dataset="data.jsonl", seq_len=48, batch_size=3,
+            max_steps=12, save_steps=6, eval_steps=4, learning_rate=3e-3)
+        train("run", teacher="teacher")
+        train("labels", alpha=1)
+        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
+        cli(*report_words(output_dir="found", **ALL))
     return folder
 
 
-def trained_tokenizer(texts, vocab):
-    """A token may end within a character, as with real ones."""
-    from tokenizers import ByteLevelBPETokenizer
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        texts, vocab_size=vocab, special_tokens=["<|end|>"], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+def models_of(out):
+    return sd.read_json(f"{out}/report.json")["models"]
 
 
-def report_fields(folder, out, student, compare=(), **more):
-    return dict(
-        mode="eval", teacher=folder / "teacher", student=folder / student,
-        compare=[folder / name for name in compare] or None, output_dir=folder / out,
-        dataset=folder / "data.jsonl", seq_len=48, batch_size=3) | more
-
-
-def run_report(folder, out, student, **more):
-    """-> report.json"""
-    cli(*flags(**report_fields(folder, out, student, **more)))
-    return json.loads((folder / out / "report.json").read_text())
-
-
-ALL = dict(student="run/final", compare=["labels/final", "wide", "stranger"], temperature=2)
-
-
-@pytest.fixture(scope="module")
-def full_report(eval_folder):
-    """report.json about all models; seven tokens are scored at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd, "LOGITS_BUDGET", 7 * 24 * EVAL_VOCAB)
-        return run_report(eval_folder, "found", **ALL)
+@pytest.fixture
+def reported(eval_folder, monkeypatch):
+    """Of the report about all. The test runs in eval_folder."""
+    monkeypatch.chdir(eval_folder)
+    return models_of("found")
 
 
 # ---- the same figures by hand
 
 
-@pytest.fixture(scope="module")
-def held_out(eval_folder):
-    """-> tokenizer, rows, cut here once more by hand: every 20th text, joined with EOS, blocks of
-    48; the bytes of each"""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_folder / "teacher")
-    ids = []
-    for row in read_lines(eval_folder / "data.jsonl")[19::20]:
-        ids += tokenizer(row["text"])["input_ids"] + [0]
-    rows = [ids[i:i + 48] for i in range(0, len(ids) - 1, 48)]
-    sizes = [len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows]
-    return tokenizer, rows, np.array(sizes)
+@pytest.fixture
+def held_out(reported):
+    """-> tokenizer, ids of the rows, the bytes of each"""
+    tokenizer = transformers.AutoTokenizer.from_pretrained("teacher")
+    rows = ids_of(rows_of("data.jsonl", tokenizer, seq_len=48)[1])
+    texts = tokenizer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
+    return tokenizer, rows, np.array([len(text.encode()) for text in texts])
 
 
 @torch.no_grad()
-def logits_by_hand(model, rows):
-    """[tokens, vocabulary without padding], of all but the first of each row, and their labels"""
-    logits = [model(torch.tensor([row[:-1]])).logits[0, :, :EVAL_VOCAB] for row in rows]
-    return torch.cat(logits), torch.tensor([i for row in rows for i in row[1:]])
-
-
-def bits_of_rows(model, rows):
-    losses = [F.cross_entropy(*logits_by_hand(model, [row]), reduction="sum") for row in rows]
-    return torch.stack(losses).numpy() / math.log(2)
-
-
-@torch.no_grad()
-def states_by_layer(path, rows):
-    """-> [tokens, width] after each layer, of every token but the last of a row"""
+def by_hand(path, rows):
+    """In float64, of all tokens but the last of a row -> logits without padding [N, V], the states
+    after each layer [N, width], the bits of each row"""
     model = load(path).double()
-    by_row = [model(torch.tensor([row[:-1]]), output_hidden_states=True).hidden_states[1:]
-              for row in rows]
-    return [torch.cat(layer, 1)[0] for layer in zip(*by_row)]
+    logits, states, bits = [], [], []
+    for row in rows:
+        outputs = model(torch.tensor([row[:-1]]), output_hidden_states=True)
+        logits.append(outputs.logits[0, :, :EVAL_VOCAB])
+        states.append(outputs.hidden_states[1:])
+        nats = F.cross_entropy(logits[-1], torch.tensor(row[1:]), reduction="sum")
+        bits.append(nats / math.log(2))
+    return torch.cat(logits), [torch.cat(layer, 1)[0] for layer in zip(*states)], np.array(bits)
+
+
+def token_rows(rows):
+    return [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
 
 
 # ---- figures
@@ -6294,235 +5804,211 @@ def states_by_layer(path, rows):
 @pytest.mark.parametrize("label, name", [
     ("student", "run/final"), ("labels", "labels/final"), ("wide", "wide"), ("teacher", "teacher"),
 ])
-def test_eval_numbers_equal_full_float64_logits(eval_folder, full_report, held_out, label, name):
+def test_eval_numbers_equal_full_float64_logits(reported, held_out, label, name):
     """KL is at temperature 2, times its square."""
     _, rows, sizes = held_out
-    model, teacher, student = [
-        load(eval_folder / path).double() for path in (name, "teacher", "run/final")]
-    logits, labels = logits_by_hand(model, rows)
-    teacher_logits, _ = logits_by_hand(teacher, rows)
+    logits, _, bits = by_hand(name, rows)
+    teacher_logits, _, _ = by_hand("teacher", rows)
+    _, _, student_bits = by_hand("run/final", rows)
+    labels = torch.tensor([i for row in rows for i in row[1:]])
     confidence, top = logits.softmax(-1).max(-1)
     right = (top == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = bins.bincount(right - confidence)   # of the calibration, weighted by tokens
-    kl = kl_sum((teacher_logits / 2).log_softmax(-1), (logits / 2).log_softmax(-1))
-    figures = full_report["models"][label]
-    for key, value in dict(
-        tokens=len(labels), accuracy=right.mean(), kl=4 * kl / len(labels),
-        agreement=(top == teacher_logits.argmax(-1)).double().mean(),
-        ece=gaps.abs().sum() / len(labels),
-    ).items():
-        assert figures[key] == pytest.approx(float(value), rel=1e-5, abs=1e-6), key
-    tokens = np.array([len(row) - 1 for row in rows])
-    bits = bits_of_rows(model, rows)
-    lead = bits_of_rows(student, rows) - bits
+    # of the calibration, weighted by tokens
+    gaps = (confidence * 15).long().bincount(right - confidence)
+    _, _, kl = dense_losses(logits, teacher_logits, labels, alpha=0, temperature=2)
+    figures = reported[label]
+    agreed = (top == teacher_logits.argmax(-1)).double()
+    expected = [len(labels), right.mean(), agreed.mean(), kl, gaps.abs().sum() / len(labels)]
+    found = [figures[key] for key in "tokens accuracy agreement kl ece".split()]
+    assert found == pytest.approx(list(map(float, expected)), rel=1e-5, abs=1e-6)
     against = figures["student_against_it"]
-    for found, expected in (
-        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), (bits, tokens)),
-        ([figures["bits"], *figures["bits_95"]], (bits, sizes)),
-        ([against["difference"], *against["interval"]], (lead, sizes)),
+    for found, *expected in (
+        (np.log2([figures["perplexity"], *figures["perplexity_95"]]), bits,
+         np.array([len(row) - 1 for row in rows])),
+        ([figures["bits"], *figures["bits_95"]], bits, sizes),
+        ([against["difference"], *against["interval"]], student_bits - bits, sizes),
     ):
         assert list(found) == pytest.approx(sd.interval(*expected, 0), rel=1e-4, abs=1e-6)
     assert (against["verdict"] == "better") == (against["interval"][1] < 0)
 
 
-def test_eval_teacher_against_itself_and_a_worse_student(eval_folder):
+def test_eval_teacher_against_itself_and_a_worse_student(reported):
     """Also where a batch is more than there is."""
-    report = run_report(eval_folder, "self", "teacher", compare=["run/final"], batch_size=10**12,
-                        **QUICK)
-    assert report["prompts"] == []
-    models = report["models"]
-    assert models["student"]["kl"] == 0
-    assert models["student"]["agreement"] == 1
-    assert models["student"]["perplexity"] == models["teacher"]["perplexity"]
-    assert models["teacher"]["student_against_it"] == {
+    cli(*report_words(output_dir="self", student="teacher", compare="run/final",
+                      batch_size=10**12, generate_comparisons=False))
+    assert sd.read_json("self/report.json")["prompts"] == []
+    teacher, student, run = models_of("self").values()
+    assert (student["kl"], student["agreement"]) == (0, 1)
+    assert student["perplexity"] == teacher["perplexity"]
+    assert teacher["student_against_it"] == {
         "difference": 0, "interval": [0, 0], "verdict": "no significant difference"}
-    assert models["run"]["student_against_it"]["verdict"] == "worse"
-    for i, layer in enumerate(models["student"]["layers"], 1):
-        assert layer["teacher"] == layer["student"] == i <= 4
-        assert layer["cka"] == pytest.approx(1, abs=1e-9)
-        assert layer["share"] < 1e-12
+    assert run["student_against_it"]["verdict"] == "worse"
+    for i, layer in zip((1, 2, 3, 4), student["layers"], strict=True):
+        assert layer == pytest.approx(dict(student=i, teacher=i, cka=1, share=0), abs=1e-12)
 
 
-def test_eval_layers_equal_a_direct_computation(eval_folder, full_report, held_out):
+def test_eval_layers_equal_a_direct_computation(reported, held_out):
     """CKA; the share that the best affine map leaves, without the tokens that it explains."""
     _, rows, _ = held_out
-    teacher_states = states_by_layer(eval_folder / "teacher", rows)
-    states = states_by_layer(eval_folder / "run/final", rows)
-    layers = full_report["models"]["student"]["layers"]
-    assert [(layer["student"], layer["teacher"]) for layer in layers] == [(1, 2), (2, 4)]
-    for layer, x, y in zip(layers, states, teacher_states[1::2], strict=True):
+    _, teacher_states, _ = by_hand("teacher", rows)
+    _, states, _ = by_hand("run/final", rows)
+    for i, layer, x, y in zip(
+            (1, 2), reported["student"]["layers"], states, teacher_states[1::2], strict=True):
         x = x - x.mean(0)
         y = y - y.mean(0)
         missed = y - x @ torch.linalg.lstsq(x, y).solution
         share = missed.square().sum() / (len(x) - x.shape[1] - 1) / y.square().sum() * len(x)
-        assert layer["share"] == pytest.approx(share.item(), rel=1e-4)
         cka = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
-        assert layer["cka"] == pytest.approx(cka.item(), rel=1e-4)
+        expected = dict(student=i, teacher=2 * i, share=share.item(), cka=cka.item())
+        assert layer == pytest.approx(expected, rel=1e-4)
     few = torch.randn(9, 8)   # a map of 8 rows and a bias explains 9 tokens, whatever they are
     assert sd.compare_states(few, few)[0] is None
     assert sd.compare_states(few[:, :7], few)[0] > 0
 
 
-@pytest.mark.parametrize("own_bos, other_bos", [(True, False), (False, True)])
-def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, own_bos, other_bos):
-    tokenizer = tiny_tokenizer(bos=own_bos)
-    tiny_tokenizer(bos=other_bos).save_pretrained(tmp_path / "other")
-    ids = np.array([1 if own_bos else 5, *tokenizer(prose(20))["input_ids"][own_bos:]])
-    rows = [{"input_ids": ids, "targets": np.arange(len(ids)) > 0}]
-    (row,), _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
-    assert row["input_ids"].tolist() == [1 if other_bos else 0, *ids[1:]]
-    assert row["targets"].tolist() == [False] + [True] * (len(ids) - 1)
+@pytest.mark.parametrize("bos", [True, False])
+def test_eval_each_model_has_the_bos_of_its_own_tokenizer(tmp_path, bos):
+    tokenizer = tiny_tokenizer(bos=bos)
+    tiny_tokenizer(bos=not bos).save_pretrained(tmp_path / "other")
+    rows = token_rows([tokenizer(prose(20))["input_ids"]])
+    found, _ = sd.rows_for(sd.Config(), str(tmp_path / "other"), tokenizer, rows)
+    ids = [0 if bos else 1, *rows[0]["input_ids"][1:]]
+    np.testing.assert_equal(found, [{**rows[0], "input_ids": np.array(ids), "starts": [0]}])
     same_rows, same = sd.rows_for(sd.Config(), str(tmp_path / "none.json"), tokenizer, rows)
     assert same_rows is rows and same is tokenizer
 
 
-def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(eval_folder, full_report, held_out):
+def test_eval_bits_of_two_tokenizers_are_of_the_same_bytes(reported, held_out):
     tokenizer, rows, sizes = held_out
-    token_rows = [{"input_ids": np.array(row), "targets": np.arange(len(row)) > 0} for row in rows]
-    path = eval_folder / "stranger"
-    other_rows, other = sd.rows_for(sd.Config(), str(path), tokenizer, token_rows)
-    other_rows = [row["input_ids"].tolist() for row in other_rows]
+    found, other = sd.rows_for(sd.Config(), "stranger", tokenizer, token_rows(rows))
+    other_rows = ids_of(found)
     for row, other_row in zip(rows, other_rows, strict=True):
         assert other.decode(other_row[1:]) == tokenizer.decode(row[1:])
         assert other_row[1:].count(0) == row[1:].count(0)
-    bits = bits_of_rows(load(path).double(), other_rows).sum() / sizes.sum()
-    assert full_report["setting"]["bytes"] == sizes.sum()
-    figures = full_report["models"]["stranger"]
-    assert figures["bits"] == pytest.approx(bits, rel=1e-5)
+    *_, bits = by_hand("stranger", other_rows)
+    assert sd.read_json("found/report.json")["setting"]["bytes"] == sizes.sum()
+    figures = reported["stranger"]
+    assert figures["bits"] == pytest.approx(bits.sum() / sizes.sum(), rel=1e-5)
     assert figures["kl"] is figures["agreement"] is None
     assert figures["layers"] == []
 
 
 def test_eval_intervals_cover():
     """95 % of the intervals hold the true mean, as far as 200 trials can tell."""
-    n = 12
-    draw = torch.Generator().manual_seed(n)
+    draw = np.random.default_rng(12)
     covered = 0
     for trial in range(200):
         # sequences of many lengths, skewed losses that hang together within one
-        lengths = torch.randint(20, 60, (n,), generator=draw).double()
-        noise = 0.4 * torch.randn(n, generator=draw, dtype=torch.float64)
-        sums = lengths * 2 * (noise - 0.08).exp()   # 0.08: the mean of exp stays 1
-        _, low, high = sd.interval(sums.numpy(), lengths.numpy(), trial)
+        lengths = draw.integers(20, 60, 12)
+        noise = draw.lognormal(-0.08, 0.4, 12)   # whose mean is 1
+        _, low, high = sd.interval(2 * lengths * noise, lengths, trial)
         covered += low <= 2 <= high
     assert 180 <= covered <= 198
 
 
-def test_eval_continuations(eval_folder, full_report, held_out):
+def test_eval_continuations(reported, held_out):
     """Greedy, then sampled, after the beginnings of three rows; within the length of a row."""
     tokenizer, rows, _ = held_out
-    third = math.ceil(len(rows) / 3)
-    model = load(eval_folder / "run/final")
-    shown = (eval_folder / "found/report.md").read_text()
-    for row, prompt, texts in zip(rows[::third], full_report["prompts"],
-                                  full_report["models"]["student"]["texts"], strict=True):
+    model = load("run/final")
+    shown = Path("found/report.md").read_text()
+    for row, prompt, texts in zip(
+            rows[::math.ceil(len(rows) / 3)], sd.read_json("found/report.json")["prompts"],
+            reported["student"]["texts"], strict=True):
         assert prompt == tokenizer.decode(row[:32])
-        ids = torch.tensor(row[:32])[None]
-        new = model.generate(ids, do_sample=False, max_new_tokens=17)[0, 32:]
-        assert texts[0] == tokenizer.decode(new).split("<|end|>")[0] != texts[1]
+        new = model.generate(torch.tensor([row[:32]]), do_sample=False, max_new_tokens=17)[0, 32:]
+        assert texts[0] == tokenizer.decode(new).split("<|endoftext|>")[0] != texts[1]
         assert f"    {prompt!r}\n" in shown and f"    student: {texts[1]!r}\n" in shown
-    chat_row = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
-    assert sd.beginnings([chat_row]) == [list(range(40))]
+    a_chat = {"input_ids": np.arange(60), "targets": np.arange(60) > 39}
+    assert sd.beginnings([a_chat]) == [list(range(40))]
 
 
 # ---- files
 
 
-def test_eval_report_files(eval_folder, full_report):
+def test_eval_report_files(reported):
     """report.md shows the figures of report.json; report.png has the third model's colour in each
     of its four panels."""
-    models = full_report["models"]
-    text = (eval_folder / "found/report.md").read_text()
+    text = Path("found/report.md").read_text()
     _, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
     cells = {title.strip(): row for title, *row in lines}
     for key, title in sd.METRICS.items():
-        for figures, cell in zip(models.values(), cells[title], strict=True):
-            shown = cell.replace(", ", " ").split()[0].replace(",", "")
+        for figures, cell in zip(reported.values(), cells[title], strict=True):
+            shown, *_ = cell.replace(", ", " ").replace(",", "").split()
             value = figures[key]
             assert shown == "-" if value is None else float(shown) == pytest.approx(value, rel=6e-4)
-    ratio = models["student"]["bits"] / models["teacher"]["bits"]
+    ratio = reported["student"]["bits"] / reported["teacher"]["bits"]
     assert f"), {ratio:.4g} x" in cells["bits a byte"][1]
-    against = models["wide"]["student_against_it"]
-    low, high = against["interval"]
-    assert (f"wide: {against['difference']:+.4f} bits a byte ({low:+.4f} to {high:+.4f}): "
-            f"{against['verdict']}\n") in text
-    curves = models["student"]["curves"]
+    against = reported["wide"]["student_against_it"]
+    assert ("wide: {difference:+.4f} bits a byte ({interval[0]:+.4f} to {interval[1]:+.4f}): "
+            "{verdict}\n").format(**against) in text
+    curves = reported["student"]["curves"]
     assert [len(curves[key]) for key in list(sd.CURVES)[:5]] == [12, 12, 3, 2, 2]
 
     from matplotlib import image
-    pixels = image.imread(eval_folder / "found/report.png")[..., :3]
+    pixels = image.imread("found/report.png")[..., :3]
     orange = np.abs(pixels - np.array([0xd5, 0x5e, 0x00]) / 255).max(-1) < 0.05
-    for half in np.array_split(orange, 2):
-        for panel in np.array_split(half, 2, axis=1):
-            assert panel.sum() > 100
+    assert (orange[1:].reshape(2, 552, 2, 715).sum((1, 3)) > 100).all()   # of 1105 lines
 
 
-def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(
-        eval_folder, monkeypatch):
-    out = eval_folder / "unwritable"
-    (out / "report.png").mkdir(parents=True)
-    fields = report_fields(eval_folder, out, "run/final", **QUICK)
-    assert "no .simple_distill" in cli(*flags(**fields), rc=2).err   # nobody's file is replaced
-    (out / ".simple_distill").touch()
-    assert "report.png" in cli(*flags(**fields), rc=2).err
-    assert {"report.md", "report.json"} <= {*os.listdir(out)}
+def test_eval_what_cannot_be_written_is_one_error_and_the_picture_comes_last(reported, monkeypatch):
+    os.makedirs("unwritable/report.png")
+    words = report_words(output_dir="unwritable", student="run/final")
+    assert "no .simple_distill" in cli(*words, rc=2).err   # nobody's file is replaced
+    Path("unwritable/.simple_distill").touch()
+    assert "report.png" in cli(*words, rc=2).err
+    assert {"report.md", "report.json"} <= {*os.listdir("unwritable")}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in cli(*flags(**fields)).out
+    assert "pip install matplotlib" in cli(*words).out
 
 
 # ---- what may be reported on
 
 
-def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(eval_folder):
+def test_eval_takes_a_checkpoint_of_a_run_and_leaves_its_folder_as_it_is(reported):
     """The last checkpoint is final/; an earlier one is another model; a broken one is refused."""
-    before = (eval_folder / "run/config.json").read_text()
-    perplexities = []
+    before = Path("run/config.json").read_text()
     for step in (6, 12):
-        models = run_report(eval_folder, "run", f"run/checkpoints/step-{step:08d}",
-                            compare=["run/final"], **QUICK)["models"]
-        perplexities.append(models["student"]["perplexity"])
-    final_perplexity = pytest.approx(models["run"]["perplexity"], rel=1e-5)
-    assert [perplexity == final_perplexity for perplexity in perplexities] == [False, True]
-    assert models["student"]["disk"] == 4 * models["run"]["parameters"]   # its files hold more
-    assert models["run"]["disk"] == os.path.getsize(
-        eval_folder / "run/final/model.safetensors")
-    assert len(models["student"]["curves"]["train/loss"]) == 12
-    assert (eval_folder / "run/config.json").read_text() == before
+        path = f"run/checkpoints/step-{step:08d}"
+        cli(*report_words(output_dir="run", student=path, compare="run/final"))
+        _, student, run = models_of("run").values()
+        assert math.isclose(student["perplexity"], run["perplexity"], rel_tol=1e-5) == (step == 12)
+    assert student["disk"] == 4 * run["parameters"]   # its files hold more
+    assert run["disk"] == os.path.getsize("run/final/model.safetensors")
+    assert len(student["curves"]["train/loss"]) == 12
+    assert Path("run/config.json").read_text() == before
 
-    broken = eval_folder / "broken/step-00000099"
-    shutil.copytree(eval_folder / "run/checkpoints/step-00000012", broken)
-    state = json.loads((broken / "state.json").read_text())
-    state["config"]["unheard_of"] = 1
-    del state["digest"]
-    for content in (json.dumps(state | {"digest": sd.digest(state)}), "{"):
-        (broken / "state.json").write_text(content)
-        cli(*flags(**report_fields(eval_folder, "refused", broken)), rc=2)
+    shutil.copytree(path, "broken/step-00000099")
+    state = Path("broken/step-00000099/state.json")
+    content = sd.read_json(state)
+    content["config"]["unheard_of"] = 1
+    del content["digest"]
+    for broken in (json.dumps(content | {"digest": sd.digest(content)}), "{"):
+        state.write_text(broken)
+        cli(*report_words(output_dir="refused", student="broken/step-00000099"), rc=2)
 
 
-def test_eval_same_numbers_on_two_ranks(eval_folder, full_report):
-    process = spawn(*flags(**report_fields(eval_folder, "two", **ALL, **QUICK)), nproc=2)
+def test_eval_same_numbers_on_two_ranks(reported):
+    process = spawn(*report_words(output_dir="two", **ALL), nproc=2)
     out, _ = process.communicate()
     assert process.returncode == 0, out[-2000:]
-    models = json.loads((eval_folder / "two/report.json").read_text())["models"]
-    for label, expected in full_report["models"].items():
-        figures = models[label]
-        for key in ("tokens", "perplexity", "bits", "accuracy", "agreement", "kl", "ece",
-                    "parameters", "disk"):
+    for label, figures in models_of("two").items():
+        expected = reported.pop(label)
+        for key in "tokens perplexity bits accuracy agreement kl ece parameters disk".split():
             near = expected[key] and pytest.approx(expected[key], rel=1e-5)
-            assert figures[key] == near, (label, key)
+            assert figures[key] == near, key
         for layer, expected_layer in zip(figures["layers"], expected["layers"], strict=True):
             assert layer == pytest.approx(expected_layer, rel=1e-4)
         assert figures["texts"] == expected["texts"]
+    assert not reported
 
 
-def test_eval_refusals(eval_folder, tmp_path):
+def test_eval_refusals(reported, tmp_path):
     """Each names what is wrong: a student that is no model, damaged weights, a damaged log, prompts
     that another tokenizer would count, a held-out part of one row."""
-    model = Path(shutil.copytree(eval_folder / "student", tmp_path / "model"))
+    model = shutil.copytree("student", tmp_path / "model")
     (tmp_path / "log.jsonl").write_text('{"train/loss": 1.5}\n')
     talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
-    damaged = Path(shutil.copytree(eval_folder / "student", tmp_path / "of/damaged"))
+    damaged = shutil.copytree("student", tmp_path / "of/damaged")
     os.truncate(damaged / "model.safetensors", 5000)
     for student, more, said in (
         ("nowhere", {}, "while looking for student "),
@@ -6532,40 +6018,28 @@ def test_eval_refusals(eval_folder, tmp_path):
         ("stranger", dict(dataset=talks), "plain text"),
         ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
-        fields = report_fields(eval_folder, tmp_path / "out", student, **more, **QUICK)
-        assert said in cli(*flags(**fields), rc=2).err
+        words = report_words(output_dir="refused", student=student, **more)
+        assert said in cli(*words, rc=2).err
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: killed anywhere, on many ranks, a week of every mode: as processes.
+# Runs: killed anywhere, on many ranks, under launch.sh, fed with anything: as processes.
 
 DROPOUT = dict(cls="GPT2Config", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2)
-KILLED = {   # what the run is besides plain: (ranks, fields)
-    "map": (1, {}),
-    "stream": (1, dict(streaming=True, shuffle_buffer=7)),   # optional: streaming
-    "accumulation 3": (1, dict(batch_size=2, gradient_accumulation_steps=3)),
-    "dropout": (1, {}),
-    "2 ranks": (2, dict(batch_size=2)),
-    "documents": (1, dict(packing="documents", seq_len=128)),
-    "on policy": (1, dict(on_policy=0.5, max_new_tokens=6)),   # optional: on_policy
+KILLED = {   # what the run is besides plain
+    "map": {},
+    "stream": dict(streaming=True, shuffle_buffer=7),   # optional: streaming
+    "accumulation 3": dict(batch_size=2, gradient_accumulation_steps=3),
+    "dropout": {},
+    "2 ranks": dict(ranks=2, batch_size=2),
+    "documents": dict(packing="documents", seq_len=128),
+    "on policy": dict(on_policy=0.5, max_new_tokens=6),   # optional: on_policy
 }
 
 
 def assert_same_run(out, other):
     assert same(final_weights(out), final_weights(other))
     assert quiet_log(out) == quiet_log(other)
-
-
-def damage(newest, draw):
-    """What a disk does to a checkpoint: a bit turned, a file lost, a file too many."""
-    path = draw.choice(sorted(newest.iterdir()))
-    how = draw.choice(["turn", "lose", "add"])
-    if how == "turn":
-        flip(path, draw.random())
-    elif how == "lose":
-        path.unlink()
-    else:
-        shutil.copy(path, newest / "stale.safetensors")
 
 
 def saves_since(start, out):
@@ -6583,31 +6057,30 @@ def saves_since(start, out):
     pytest.param(12, True, marks=pytest.mark.campaign),
 ])
 @pytest.mark.parametrize("kind", KILLED)
-def test_runs_a_killed_run_ends_as_if_it_had_not_been(
-        tmp_path, teacher, student, text, kind, kills, damaged):
-    """Killed again and again, at random. damaged: each time the newest checkpoint of two is."""
-    ranks, more = KILLED[kind]
+def test_runs_a_killed_run_ends_as_if_it_had_not_been(tmp_path, online, kind, kills, damaged):
+    """Told to stop, or killed, again and again, at random. damaged: each time the newest checkpoint
+    of two is."""
+    fields = online | dict(batch_size=4, max_steps=12, save_steps=2, eval_steps=5, eval_samples=8,
+                           alpha=0.4, lr_scheduler="cosine") | KILLED[kind]
     if kind == "dropout":
-        student = tiny_model(tmp_path / "dropout", **DROPOUT)
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=4, max_steps=12,
-                  save_steps=2, eval_steps=5, eval_samples=8, alpha=0.4, lr_scheduler="cosine")
-    fields = dict(ranks=ranks) | fields | more
+        fields["student"] = tiny_model(tmp_path / "dropout", **DROPOUT)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     draw = random.Random(kills)
     assert "done in" in distil_apart(whole, **fields).wait()
     unfinished = 0
-    for _ in range(kills):
+    for i in range(kills):
         start = time.time()
         run = distil_apart(broken, **fields)
-        saves = 2 if damaged else draw.randrange(3)
+        saves = 2 if damaged else 1 - i % 2 + draw.randrange(2)
         while run.poll() is None and saves_since(start, broken) < saves:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.05))
-        run.signal(signal.SIGKILL).wait()
+        run.signal(signal.SIGKILL if i % 2 else signal.SIGTERM).wait()
         unfinished += not (broken / "final").is_dir()
         if damaged:
-            damage(max(broken.glob("checkpoints/step-*")), draw)
+            newest = max(broken.glob("checkpoints/step-*"))
+            draw.choice([flip, add, os.unlink])(draw.choice(sorted(newest.iterdir())))
     shown = distil_apart(broken, **fields).wait()
     assert unfinished or damaged, "no kill came before the end"
     assert damaged == ("passed over" in shown), shown
@@ -6644,11 +6117,11 @@ TORCHS = ("checkpoint/hf_storage.py", "checkpoint/filesystem.py", *OURS)
     pytest.param(1, TORCHS, 1, marks=pytest.mark.campaign),
     pytest.param(2, TORCHS, 5, marks=pytest.mark.campaign),
 ])
-def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, ranks, files, every):
+def test_runs_killed_at_every_line_of_a_save(tmp_path, online, ranks, files, every):
     """While files are written, between checksums, rename and the deletion of the one before; each
     run finds what the last one left. The other ranks end by themselves."""
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=2, save_steps=1,
-                  keep_checkpoints=1, max_steps=300 // every, ranks=ranks)
+    fields = online | dict(batch_size=2, save_steps=1, keep_checkpoints=1, max_steps=300 // every,
+                           ranks=ranks)
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     for line in range(every, 999, every):
@@ -6662,41 +6135,19 @@ def test_runs_killed_at_every_line_of_a_save(tmp_path, teacher, student, text, r
 
 
 @pytest.mark.parametrize("world_sizes, packing", [
-    ([2, 1, 2], {}),
     ([2, 1, 2], dict(packing="documents", seq_len=128)),
     ([4, 1, 3, 2], {}),
 ])
-def test_runs_ranks_come_and_go(tmp_path, teacher, student, text, world_sizes, packing):
+def test_runs_ranks_come_and_go(tmp_path, online, world_sizes, packing):
     """Another number of ranks goes on with the same global batches, optimiser state included."""
-    fields = dict(teacher=teacher, student=student, dataset=text, batch_size=3, save_steps=2)
-    fields |= packing
+    fields = online | dict(batch_size=3, save_steps=2) | packing
     straight = tmp_path / "straight"
     moved = tmp_path / "moved"
     for i, ranks in enumerate(world_sizes, 1):
         shown = distil_apart(moved, ranks, **fields, max_steps=2 * i).wait()
-        assert (moved / f"checkpoints/step-{2 * i:08d}").is_dir(), shown
+        assert saved(moved, 2 * i).is_dir(), shown
     distil_apart(straight, world_sizes[0], **fields, max_steps=2 * i).wait()
     assert_close(moved, straight, shown)
-    refused = distil(moved, rc=2, **fields | dict(batch_size=5, max_steps=99))
-    assert f"{3 * world_sizes[0]} sequences a step" in refused.err
-
-
-def test_runs_a_signal_saves_and_a_second_process_is_refused(
-        tmp_path, teacher, student, text):
-    """Once it has stopped the same command goes on, with the next batch."""
-    fields = dict(teacher=teacher, student=student, dataset=text)
-    fields |= dict(streaming=True, shuffle_buffer=7)   # optional: streaming
-    stopped = tmp_path / "stopped"
-    whole = tmp_path / "whole"
-    first = distil_apart(stopped, **fields, max_steps=100_000)
-    wait_for_log(stopped, first)
-    assert "no other run" in distil(stopped, rc=2, **fields, max_steps=1).err
-    assert "stopped at step" in first.signal(signal.SIGTERM).wait()
-    step = log(stopped, "train")[-1]["train/step"]
-    assert (stopped / f"checkpoints/step-{step:08d}").is_dir()
-    for out in (stopped, whole):
-        distil(out, **fields, max_steps=step + 3)
-    assert same(final_weights(stopped), final_weights(whole))
 
 
 FAILS_ALONE = """
@@ -6706,9 +6157,8 @@ if RANK == 1:
 """
 
 
-def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, teacher, student, text):
-    run = distil_apart(out, 3, FAILS_ALONE, teacher=teacher, student=student, dataset=text)
-    shown = run.wait(seconds=60)
+def test_runs_a_rank_that_fails_alone_is_the_one_that_speaks(out, online):
+    shown = distil_apart(out, 3, FAILS_ALONE, **online).wait(seconds=60)
     assert shown.count("error: ") == 1 and "Traceback" not in shown, shown
     assert "ValueError: on this rank only" in shown
 
@@ -6779,27 +6229,34 @@ def test_runs_loading_costs_other_ranks_their_shard_only(tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden=512, layers=16, intermediate_size=1536)
     change = LOADING.format(first=tiny_model(tmp_path / "first"), wide=wide)
     shown = Fork(tmp_path / "log.txt", ranks=2, change=change).wait()
-    extra = dict(re.findall(r"RANK (\d) (\S+)", shown))
-    assert float(extra["1"]) < 0.2, shown
+    assert float(re.search(r"RANK 1 (\S+)", shown)[1]) < 0.2, shown
 
 
 @pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
-def test_runs_launcher_is_one_process(tmp_path, teacher, student, chat, nodes, processes):
-    fields = dict(teacher=teacher, student=student, dataset=chat, max_steps=4, alpha=0.3)
+def test_runs_launcher_is_one_process(tmp_path, online, chat, nodes, processes):
+    """That warns of nothing and writes nowhere else."""
+    fields = online | dict(dataset=chat, max_steps=4, alpha=0.3)
     distil(tmp_path / "one", **fields, batch_size=8)
-    words = flags(**PLAIN, **fields, output_dir=tmp_path / "two", batch_size=4)
-    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port())}
-    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)})
+    words = flags(**PLAIN, **fields, output_dir="two", batch_size=4)
+    env = {"NNODES": str(nodes), "NPROC": str(processes), "MASTER_PORT": str(free_port()),
+           "PYTHONWARNINGS": "default"}
+    launched = [spawn(*words, nproc=2, env={**env, "NODE_RANK": str(rank)}, cwd=tmp_path)
                 for rank in range(nodes)]
-    shown = [process.communicate(timeout=180)[0] for process in launched]
+    shown = "".join([process.communicate(timeout=180)[0] for process in launched])
     assert {process.returncode for process in launched} == {0}, shown
     assert_close(tmp_path / "two", tmp_path / "one", shown)
-    assert "".join(shown).count("done in") == 1   # only rank 0 prints
+    assert shown.count("done in") == 1   # only rank 0 prints
+    assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
+    assert listing(tmp_path) == "one two"
 
 
-def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
-    words = flags(**PLAIN, student=student, dataset=text, alpha=1.0, batch_size=4, output_dir=out,
-                  max_steps=100_000)
+def pids_of(pattern):
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def test_runs_a_rank_that_dies_takes_the_job_down(out, labels_only):
+    words = flags(**PLAIN, **labels_only, batch_size=4, output_dir=out, max_steps=100_000)
     process = spawn(*words, nproc=2)
     wait_for_log(out, process)
     workers = pids_of(f"simple_distill.py.*{out}")
@@ -6809,44 +6266,31 @@ def test_runs_a_rank_that_dies_takes_the_job_down(out, student, text):
     assert process.returncode != 0
 
 
-def pids_of(pattern):
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
-    return found.stdout.split()
+@pytest.mark.parametrize("env, words, code, told", [
+    ({}, "--help", 0, "NNODES.*--learning_rate"),
+    # two ranks make the mistake, one line says it
+    ({"NPROC": "2"}, "--alpha 1 --dataset /nowhere.jsonl --student /nowhere", 2, "nowhere"),
+    ({"NPROC": "0"}, "", 2, "^error: NPROC is 0,"),
+    ({"NPROC": "abc"}, "", 2, "^error: NPROC is abc,"),
+    ({"NODE_RANK": "1"}, "", 2, "^error: .*NODE_RANK 1 of NNODES 1"),
+])
+def test_runs_launcher_explains_itself_and_passes_mistakes_on(tmp_path, env, words, code, told):
+    ran = subprocess.run([HERE / "launch.sh", *words.split()], capture_output=True, text=True,
+                         cwd=tmp_path, env={**os.environ, "NPROC": "1", **env}, timeout=120)
+    assert ran.returncode == code
+    assert re.search(told, ran.stderr if code else ran.stdout, re.DOTALL), ran
+    assert ran.stderr.count("error: ") == code / 2 and "Traceback" not in ran.stderr, ran
 
 
-def test_runs_launcher_explains_itself():
-    shown = subprocess.run([HERE / "launch.sh", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert "NNODES" in shown.stdout and "--learning_rate" in shown.stdout
-
-
-def test_runs_launcher_passes_a_users_mistake_on(tmp_path):
-    """Two ranks make it, one line says it, the exit code is that of one process."""
-    words = flags(alpha=1, dataset="/nowhere.jsonl", student="/nowhere",
-                  output_dir=tmp_path / "out")
-    process = spawn(*words, nproc=2, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
-    assert err.count("error: ") == 1 and "Traceback" not in err, err
-
-
-@pytest.mark.parametrize("name, value", [("NPROC", "0"), ("NPROC", "abc"), ("NODE_RANK", "1")])
-def test_runs_launcher_names_a_wrong_number(name, value):
-    shown = subprocess.run([HERE / "launch.sh"], capture_output=True, text=True,
-                           env={**os.environ, "NPROC": "1", name: value})
-    assert shown.returncode == 2
-    assert re.match(rf"error: .*{name} (is )?{value}\b", shown.stderr)
-
-
-def test_runs_launcher_that_waits_for_a_node_hears_a_signal(tmp_path):
+def test_runs_launcher_that_waits_for_a_node_hears_a_signal(out):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(free_port())}
-    process = spawn("--output_dir", tmp_path / "out", nproc=2, env=env)
+    process = spawn("--output_dir", out, nproc=2, env=env)
     assert "waits for all nodes" in process.stdout.readline()
-    while not pids_of(f"node-rank=0 .*{tmp_path}"):
+    while not pids_of(f"node-rank=0 .*{out}"):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert not pids_of(str(tmp_path))
+    assert not pids_of(out)
 
 
 # As a shell: it hears that its terminal was closed, tells its jobs, and here sees how they end.
@@ -6867,11 +6311,10 @@ with open(sys.argv[1], "w") as f:
 
 @pytest.mark.parametrize("program", ["simple_distill.py", "launch.sh"])
 @pytest.mark.parametrize("closes", [False, True], ids=["ctrl-c", "closed"])
-def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, closes):
+def test_runs_a_terminal_that_stops_a_run(tmp_path, labels_only, program, closes):
     """Ctrl-C reaches all of its processes at once; a closed one takes its readers along."""
     out = tmp_path / "run"
-    words = flags(**{**PLAIN, "student": student, "dataset": text, "alpha": 1.0, "batch_size": 2,
-                     "output_dir": out, "max_steps": 100_000})
+    words = flags(**PLAIN, **labels_only, batch_size=2, output_dir=out, max_steps=100_000)
     terminal, other_end = pty.openpty()
     command = [HERE / program, *words_of(words)]
     if program.endswith(".py"):
@@ -6897,8 +6340,7 @@ def test_runs_a_terminal_that_stops_a_run(tmp_path, student, text, program, clos
     while process.poll() is None:
         read_on()
     assert (tmp_path / "code").read_text() == "0\n"
-    stopped = log(out, "train")[-1]["train/step"]
-    assert Path(out, "checkpoints", f"step-{stopped:08d}").is_dir()
+    assert saved(out, column(out, "train/step")[-1]).is_dir()
     assert not pids_of(str(out))
 
 
@@ -6909,103 +6351,80 @@ def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def plant_code(folder, marks):
+EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
+                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
+
+
+def plant_code(folder):
     """Config and tokenizer of a model get code of their own, which leaves a mark."""
     bases = {"configuration": ("EvilConfig", "LlamaConfig"),
              "modeling": ("EvilModel", "LlamaForCausalLM"),
              "tokenization": ("EvilTokenizer", "PreTrainedTokenizerFast")}
     for file, (name, base) in bases.items():
-        (folder / f"{file}_evil.py").write_text(
-            f"open({str(marks / file)!r}, 'w')\nfrom transformers import {base}\n"
+        Path(folder, f"{file}_evil.py").write_text(
+            f"open('marks/{file}', 'w')\nfrom transformers import {base}\n"
             f"class {name}({base}):\n    model_type = 'evil'\n")
-    edit_json(folder / "config.json", model_type="evil", auto_map={
+    edit_json(Path(folder, "config.json"), model_type="evil", auto_map={
         "AutoConfig": "configuration_evil.EvilConfig",
         "AutoModelForCausalLM": "modeling_evil.EvilModel"})
-    edit_json(folder / "tokenizer_config.json", **EVIL_TOKENIZER)
+    edit_json(Path(folder, "tokenizer_config.json"), **EVIL_TOKENIZER)
 
 
-EVIL_TOKENIZER = dict(tokenizer_class="EvilTokenizer",
-                      auto_map={"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]})
-
-
-@pytest.fixture
-def marks(tmp_path, monkeypatch):
-    """A folder in which code that ran leaves a file."""
+def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, monkeypatch):
+    """Files of strangers that carry code, in each place where one may stand, under every mode: what
+    runs leaves a file in marks/."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))   # nobody asks, nobody is answered
-    (tmp_path / "marks").mkdir()
-    return tmp_path / "marks"
-
-
-@pytest.fixture
-def evil(tmp_path, student, marks):
-    """A model that brings code of its own."""
-    shutil.copytree(student, tmp_path / "evil")
-    plant_code(tmp_path / "evil", marks)
-    return tmp_path / "evil"
-
-
-def test_runs_no_code_that_nobody_allowed(tmp_path, student, text, marks, evil):
-    """Files of strangers that carry code, in each place where one may stand, under every mode."""
-    run = dict(PLAIN, student=student, dataset=text, max_steps=1, alpha=1.0)
-    pickled = Path(shutil.copytree(student, tmp_path / "pickled"))
-    (pickled / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Payload(marks / "bin")}, pickled / "pytorch_model.bin")
-    script = tmp_path / "script"
-    script.mkdir()
-    (script / "script.py").write_text(f"open({str(marks / 'script')!r}, 'w')\n")
-    yaml_file = tmp_path / "run.yaml"
-    yaml_file.write_text(
-        f"student: !!python/object/apply:builtins.open [{str(marks / 'yaml')!r}, w]\n")
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("marks")
+    for name in ("good", "evil", "pickled"):
+        shutil.copytree(student, name)
+    plant_code("evil")
+    os.unlink("pickled/model.safetensors")
+    torch.save({"model.norm.weight": Payload("marks/bin")}, "pickled/pytorch_model.bin")
+    os.mkdir("script")
+    Path("script/script.py").write_text("open('marks/script', 'w')\n")
+    Path("run.yaml").write_text("student: !!python/object/apply:builtins.open [marks/yaml, w]\n")
     # a run of a stranger, which says of itself that its student's code may run
-    obeyed = tmp_path / "obeyed"
-    cli(*flags(**run, output_dir=obeyed))
-    edit_json(obeyed / "config.json", trust_remote_code=True, student=str(evil),
-              tokenizer=str(evil))
-    judged = dict(   # optional: eval
-        mode="eval", student=student, tokenizer=student, dataset=text)
+    distil("obeyed", student="good", dataset=text, alpha=1.0, max_steps=1)
+    edit_json(Path("obeyed/config.json"), trust_remote_code=True, student="evil", tokenizer="evil")
+    made = f"--mode cache --teacher good --dataset {text} --cache_dir cache"   # optional: cache
+    cli(*made.split(), "--seq_len", 32)   # optional: cache
+    for path in list(Path("cache").rglob("tokenizer_config.json")):   # optional: cache
+        shutil.copy("evil/tokenization_evil.py", path.parent)
+        edit_json(path, **EVIL_TOKENIZER)
+    run = f"--dataset {text} --max_steps 1 --student"
+    judged = f"--mode eval --tokenizer good --dataset {text} --student"   # optional: eval
     commands = [
-        run | dict(student=evil),
-        run | dict(tokenizer=evil),
-        run | dict(teacher=evil, alpha=0.5),
-        run | dict(student=pickled),
-        run | dict(dataset=script),
-        dict(config=yaml_file),
-        dict(student=student, teacher=evil, blockwise=True, dataset=text),   # optional: blockwise
-        dict(mode="cache", teacher=evil, cache_dir=tmp_path / "c",   # optional: cache
-             dataset=text),
-        dict(mode="generate", provider="local", teacher=evil,   # optional: generate
-             num_examples=1),
-        judged | dict(student=evil),   # optional: eval
-        judged | dict(compare=[evil]),   # optional: eval
-        judged | dict(   # optional: eval
-            student=obeyed / "checkpoints" / "step-00000001"),
+        f"{run} evil --alpha 1",
+        f"{run} good --alpha 1 --tokenizer evil",
+        f"{run} good --teacher evil",
+        f"{run} pickled --alpha 1",
+        "--student good --alpha 1 --dataset script",
+        "--config run.yaml",
+        f"{run} good --teacher evil --blockwise true",   # optional: blockwise
+        f"--mode cache --teacher evil --cache_dir c --dataset {text}",   # optional: cache
+        "--student good --cache_dir cache",   # optional: cache
+        "--mode generate --provider local --teacher evil --num_examples 1",   # optional: generate
+        f"{judged} evil",   # optional: eval
+        f"{judged} good --compare evil",   # optional: eval
+        f"{judged} obeyed/checkpoints/step-00000001",   # optional: eval
     ]
     for i, command in enumerate(commands):
-        result = cli(*flags(**command, output_dir=tmp_path / f"out{i}"), rc=2)
-        assert not os.listdir(marks), (command, result)
-        if str(evil) in str(command):
-            assert "trust_remote_code" in result.err, result.err
-
-
-def test_runs_a_caches_tokenizer_runs_no_code(   # optional: cache
-        tmp_path, student, text, marks, evil):
-    cache = tmp_path / "cache"
-    cli(*flags(mode="cache", teacher=student, dataset=text, cache_dir=cache, seq_len=32))
-    for path in list(cache.rglob("tokenizer_config.json")):
-        shutil.copy(evil / "tokenization_evil.py", path.parent)
-        edit_json(path, **EVIL_TOKENIZER)
-    cli(*flags(student=student, cache_dir=cache, max_steps=1, output_dir=tmp_path / "out"), rc=2)
-    assert not os.listdir(marks)
+        result = cli(*command.split(), "--output_dir", f"out{i}", rc=2)
+        assert not os.listdir("marks"), (command, result)
+        assert "evil" not in command or "trust_remote_code" in result.err, result.err
 
 
 # ---- fuzz: whatever a user brings, there is an answer. Each case draws one thing and breaks it.
 
-ODD = ["", " ", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 5000, "0x10", "1.5", "true", "null",
-       "[]", "{}", "[1", "a\0b", "\x1b[31m", "größe", "\ud800", "/", "/dev/null", "/nowhere/x", "~",
-       "..", "--", "-x", "%s", "a b", "=", "*", "(", "$(id)", "x" * 4000, "layers:", "layers:-1",
-       "layers:99", "demo ", "https://h/", "http://[", "1,2", "a=b=c", "(=1", ".*=x"]
-ODD_JSON = [None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "\0", "nan", [], {}, [None], {"a": 1},
-            [[1]], "x" * 4000]
+ODD = ("| |-1|0|nan|inf|-inf|1e400|0x10|1.5|true|null|[]|{}|[1|a\0b|\x1b[31m|größe|\ud800|/|"
+       "/dev/null|/nowhere/x|~|..|--|-x|%s|a b|=|*|(|$(id)|layers:|layers:-1|layers:99|demo |"
+       "https://h/|http://[|1,2|a=b=c|(=1|.*=x").split("|")
+ODD.insert(8, "9" * 5000)
+ODD.insert(33, "x" * 4000)
+ODD_JSON = json.loads('[null, true, -1, 0, 1.5, 1e308, 1000000000000000000000000000000, "", "x", '
+                      '"\\u0000", "nan", [], {}, [null], {"a": 1}, [[1]]]')
+ODD_JSON.append("x" * 4000)
 
 
 def break_json(value, draw):
@@ -7049,116 +6468,114 @@ def break_file(path, draw):
     path.write_bytes(b"\n".join(lines) + b"\n")
 
 
-def files_below(*folders):
-    return {path: path.read_bytes()
-            for folder in folders for path in folder.rglob("*") if path.is_file()}
+# A case is drawn in a folder of its own, in which user/ holds good things, all of them the user's:
+# fuzz_x(draw) breaks one -> the command line of a run into out/.
+MODES = {
+    "train": "--student user/student --dataset user/text.jsonl --alpha 1 --max_steps 1",
+    "cache": (   # optional: cache
+        "--mode cache --teacher user/student --dataset user/text.jsonl --seq_len 32 "
+        "--cache_chunk 16 --cache_dir cache"),
+    "generate": (   # optional: generate
+        "--mode generate --provider local --teacher user/student --num_examples 2 --max_tokens 4"),
+    "eval": (   # optional: eval
+        "--mode eval --student user/student --dataset user/text.jsonl --eval_samples 1"),
+}
+TRAIN = f"--seq_len 32 {MODES['train']}"
 
 
-class Fuzz:
-    """Good things in a folder, of which each case breaks a copy: case_x(folder, draw) -> flags of
-    a run into folder/out; what is of the user lies in folder/user."""
+@pytest.fixture
+def good(tmp_path, student, text):
+    """What becomes user/."""
+    good = tmp_path / "good"
+    for name in ("student", "model"):
+        shutil.copytree(student, good / name)
+    shutil.copy(text, good / "text.jsonl")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
+    write_jsonl(good / "chat.jsonl", [{"messages": turns * (1 + i // 6)} for i in range(12)])
+    return good
 
-    def __init__(self, folder, student, text):
-        self.folder = folder
-        self.student = student
-        self.good = folder / "good"
-        self.good.mkdir()
-        self.text = self.good / "text.jsonl"
-        shutil.copy(text, self.text)
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "river one"}]
-        rows = [{"messages": turns * (1 + i // 6)} for i in range(12)]
-        write_jsonl(self.good / "chat.jsonl", rows)
-        self.train = dict(PLAIN, student=student, dataset=self.text, alpha=1.0, max_steps=1)
-        self.cache = dict(mode="cache", teacher=student, dataset=self.text, seq_len=32,
-                          cache_chunk=16)
-        self.generate = dict(mode="generate", provider="local", teacher=student, num_examples=2,
-                             max_tokens=4)
 
-    def copy_broken(self, name, to, draw, **fields):
-        """A copy of what a good run has left, one file of it broken."""
-        if not (self.folder / name).exists():
-            cli(*flags(**fields))
-        shutil.copytree(self.folder / name, to)
-        break_file(draw.choice(sorted(path for path in to.rglob("*") if path.is_file())), draw)
+def leave_broken(folder, words, draw):
+    """What a good run leaves in ../folder: here, with one file of it broken."""
+    if not os.path.exists(f"../{folder}"):
+        cli(*words.split())
+    shutil.copytree(f"../{folder}", folder)
+    break_file(draw.choice(sorted(files_in(Path(folder)))), draw)
 
-    def case_flags(self, case, draw):
-        modes = {
-            "train": dict(student=self.student, dataset=self.text, alpha=1, max_steps=1),
-            "cache": self.cache | dict(cache_dir=case / "cache"),   # optional: cache
-            "generate": self.generate,   # optional: generate
-            "eval": dict(mode="eval", student=self.student,   # optional: eval
-                         dataset=self.text, eval_samples=1),
-        }
-        mode = modes[draw.choice(["train", *modes])]
-        skipped = {"output_dir", "max_steps", "cpu_offload", "mode", "config", *mode}
-        name = draw.choice([name for name in config.FIELDS if name not in skipped])
-        return mode | {name: draw.choice(ODD)}
 
-    def case_file(self, case, draw):
-        good = {"alpha": 1.0, "student": self.student, "dataset": str(self.text),
-                "max_steps": 1, "lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": False}
-        path = case / "user" / f"run.{draw.choice(['json', 'yaml'])}"
-        path.write_text(json.dumps(good))   # which is yaml too
-        break_file(path, draw)
-        if draw.random() < 0.2:
-            path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
-        return dict(config=path, student=self.student, dataset=self.text, max_steps=1, alpha=1)
+def fuzz_flags(draw):
+    words = MODES[draw.choice(["train", *MODES])]
+    skipped = f"{words} --output_dir --max_steps --cpu_offload --mode --config".split()
+    name = draw.choice([name for name in config.FIELDS if f"--{name}" not in skipped])
+    return f"{words} --{name} {shlex.quote(draw.choice(ODD))}"
 
-    def case_rows(self, case, draw):
-        path = case / "user" / draw.choice(["text.jsonl", "chat.jsonl"])
-        shutil.copy(self.good / path.name, path)
-        for _ in range(draw.randrange(1, 4)):
-            with contextlib.suppress(ValueError):   # broken beyond that already
-                break_file(path, draw)
-        if draw.random() < 0.15:
-            path = path.rename(
-                path.parent / draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"]))
-        more = {}
-        more = draw.choice([{}, {"streaming": True}])   # optional: streaming
-        return self.train | dict(dataset=path) | more
 
-    def case_model(self, case, draw):
-        model = case / "user" / "model"
-        shutil.copytree(self.student, model)
-        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
-                 "num_attention_heads", "num_key_value_heads", "head_dim")
-        path = model / draw.choice([
-            "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
-            "model.safetensors", "generation_config.json"])
-        if path.name == "config.json" and draw.random() < 0.5:
-            size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
-            edit_json(path, **{draw.choice(sizes): size})
-        else:
+def fuzz_file(draw):
+    path = Path(f"user/run.{draw.choice(['json', 'yaml'])}")
+    path.write_text(   # which is yaml too
+        '{"alpha": 1.0, "student": "user/student", "dataset": "user/text.jsonl", "max_steps": 1, '
+        '"lr_multipliers": ["norm=0.5"], "seq_len": 32, "use_wandb": false}')
+    break_file(path, draw)
+    if draw.random() < 0.2:
+        path.write_bytes(b"student: " + draw.choice(ODD).encode(errors="ignore"))
+    return f"--config {path} {MODES['train']}"
+
+
+def fuzz_rows(draw):
+    path = Path("user", draw.choice(["text.jsonl", "chat.jsonl"]))
+    for _ in range(draw.randrange(1, 4)):
+        with contextlib.suppress(ValueError):   # broken beyond that already
             break_file(path, draw)
-        if draw.random() < 0.1:
-            path.unlink()
-        return self.train | draw.choice([dict(student=model), dict(teacher=model, alpha=0.5)])
+    if draw.random() < 0.15:
+        path = path.rename(
+            path.with_name(draw.choice(["a.csv", "a.parquet", "a.json", "a.txt"])))
+    words = TRAIN.replace("user/text.jsonl", str(path))
+    words += draw.choice(["", " --streaming true"])   # optional: streaming
+    return words
 
-    def case_output(self, case, draw):
-        """What an earlier run left; without its mark it is a folder of the user's."""
-        fields = self.train | dict(max_steps=2, save_steps=1)
-        self.copy_broken("finished", case / "out", draw, output_dir=self.folder / "finished",
-                         **fields)
-        if draw.random() < 0.2:
-            (case / "out" / sd.MARK).unlink(missing_ok=True)
-        return self.train | dict(max_steps=3)
 
-    def case_cache(self, case, draw):   # optional: cache
-        self.copy_broken("cache", case / "cache", draw, cache_dir=self.folder / "cache",
-                         **self.cache)
-        if draw.random() < 0.3:
-            return self.cache | dict(cache_dir=case / "cache")
-        return self.train | dict(cache_dir=case / "cache", dataset=None, alpha=0.5, seq_len=None)
+def fuzz_model(draw):
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+             "num_attention_heads", "num_key_value_heads", "head_dim")
+    path = Path("user/model", draw.choice([
+        "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "generation_config.json"]))
+    if path.name == "config.json" and draw.random() < 0.5:
+        size = draw.choice([0, -1, 3, None, "8", 1.5, [], {}, True])
+        edit_json(path, **{draw.choice(sizes): size})
+    else:
+        break_file(path, draw)
+    if draw.random() < 0.1:
+        path.unlink()
+    if draw.choice([True, False]):
+        return TRAIN.replace("user/student", "user/model")
+    return TRAIN.replace("--alpha 1", "--alpha 0.5 --teacher user/model")
 
-    def case_leftovers(self, case, draw):   # optional: generate
-        self.copy_broken("generated", case / "out", draw, output_dir=self.folder / "generated",
-                         **self.generate)
-        if draw.random() < 0.3:
-            prompts = case / "user" / "prompts.jsonl"
-            write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
-            break_file(prompts, draw)
-            return self.generate | dict(prompts_file=prompts)
-        return self.generate
+
+def fuzz_output(draw):
+    """What an earlier run left; without its mark it is a folder of the user's."""
+    words = TRAIN.removesuffix("1")
+    leave_broken("out", f"{words} 2 --save_steps 1 --output_dir ../out", draw)
+    if draw.random() < 0.2:
+        Path("out", sd.MARK).unlink(missing_ok=True)
+    return f"{words} 3"
+
+
+def fuzz_cache(draw):   # optional: cache
+    leave_broken("cache", MODES["cache"].replace("--cache_dir ", "--cache_dir ../"), draw)
+    if draw.random() < 0.3:
+        return MODES["cache"]
+    return "--student user/student --cache_dir cache --alpha 0.5 --max_steps 1"
+
+
+def fuzz_leftovers(draw):   # optional: generate
+    leave_broken("out", f"{MODES['generate']} --output_dir ../out", draw)
+    if draw.random() < 0.3:
+        prompts = Path("user/prompts.jsonl")
+        write_jsonl(prompts, [{"prompt": "a"}, {"prompt": "b"}])
+        break_file(prompts, draw)
+        return f"{MODES['generate']} --prompts_file {prompts}"
+    return MODES["generate"]
 
 
 @pytest.mark.campaign
@@ -7167,42 +6584,35 @@ class Fuzz:
     ("cache", 50),       # optional: cache
     ("leftovers", 30),   # optional: generate
 ])
-def test_runs_fuzz(tmp_path, student, text, monkeypatch, kind, cases):
+def test_runs_fuzz(tmp_path, good, monkeypatch, kind, cases):
     """No traceback, no exit code but 0 and 2, nothing changed outside the run's own folders."""
-    fuzz = Fuzz(tmp_path, student, text)
-    monkeypatch.chdir(tmp_path)
     failures = []
     first = int(os.environ.get("FUZZ_FROM", 0))
     for number in range(first, first + cases):
         case = tmp_path / f"{kind}-{number}"
-        (case / "user").mkdir(parents=True)
-        fields = getattr(fuzz, f"case_{kind}")(case, random.Random(f"{kind} {number}"))
-        watched = [fuzz.good, Path(student), case / "user"]
-        if (case / "out").exists() and not (case / "out" / sd.MARK).exists():
-            watched.append(case / "out")
-        before = files_below(*watched)
-        words = words_of(flags(**fields, output_dir=case / "out"))
-        problem = problem_of(words)
-        if files_below(*watched) != before:
+        shutil.copytree(good, case / "user")
+        monkeypatch.chdir(case)
+        words = globals()[f"fuzz_{kind}"](random.Random(f"{kind} {number}"))
+        watched = [Path("user")]
+        if os.path.exists("out") and not os.path.exists(f"out/{sd.MARK}"):
+            watched.append(Path("out"))
+        before = [*map(files_in, watched)]
+        problem = problem_of(words_of(shlex.split(f"{words} --output_dir out")))
+        if [*map(files_in, watched)] != before:
             problem = f"changed what is not its own; {problem}"
         if problem:
-            failures.append(f"{kind} {number}: {shlex.join(words)[:400]}\n    {problem}")
+            failures.append(f"{kind} {number}: {words[:400]}\n    {problem}")
         shutil.rmtree(case)
     assert not failures, f"{len(failures)} of {cases}:\n" + "\n".join(failures)
 
 
-def give_up(number, frame):
-    raise TimeoutError("more than a minute")
-
-
 def problem_of(words):
     """What is wrong with the answer to a command line, None where nothing is."""
-    out = io.StringIO()
     err = io.StringIO()
-    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(60)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
             code = sd.main(words)
     except SystemExit as e:
         code = e.code
@@ -7221,71 +6631,20 @@ def problem_of(words):
 
 
 @pytest.mark.campaign
-def test_runs_fuzz_of_the_environment(tmp_path, student, text):
+def test_runs_fuzz_of_the_environment(tmp_path, labels_only):
     """In processes of their own, since it is read when the package is imported."""
     names = ("MASTER_ADDR MASTER_PORT HTTP_PROXY HTTPS_PROXY ALL_PROXY HF_HOME HF_ENDPOINT "
              "HF_HUB_OFFLINE WANDB_MODE OMP_NUM_THREADS TOKENIZERS_PARALLELISM COLUMNS TMPDIR HOME "
              "TERM").split()   # those of torchrun are numbers
     values = [value for value in ODD if "\0" not in value and "\ud800" not in value]
-    fields = Fuzz(tmp_path, student, text).train
-    failures = []
+    fields = PLAIN | labels_only | dict(max_steps=1)
     for number in range(30):
         draw = random.Random(f"environment {number}")
         env = {draw.choice(names): draw.choice(values)}
-        fields["student"] = draw.choice([student, student, "owner/name"])
+        fields["student"] = draw.choice([*2 * [labels_only["student"]], "owner/name"])
         process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
         shown, _ = process.communicate(timeout=120)
-        if process.returncode not in (0, 2) or "Traceback" in shown:
-            failures.append(f"{env}: exit code {process.returncode}\n{shown[-600:]}")
-    assert not failures, "\n".join(failures)
-
-
-# ---- a week of runs, one after the other, as a user types them
-
-WEEK = [   # (processes, flags)
-    (2, dict(fsdp="shard_grad_op", gradient_checkpointing=True, num_epochs=1, max_steps=None)),
-    (2, dict(fsdp="hybrid_shard", shard_teacher=False, divergence="reverse", temperature=2)),
-    (2, dict(fsdp="no_shard", cpu_offload=True, divergence="jsd")),
-    (2, dict(output_dir="three", eval_steps=1, save_steps=2)),
-    (2, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=6)),
-    (1, dict(output_dir="three", eval_steps=1, save_steps=2, max_steps=8)),
-    (1, dict(alpha=1, student="layers:1", lr_multipliers=["mlp=0", "embed=0.1"])),
-    (1, dict(dtype="bf16", compile=True, gradient_accumulation_steps=2)),
-    (1, dict(dtype="fp16", packing="documents", attention="sdpa")),
-    (2, dict(streaming=True)),   # optional: streaming
-    (2, dict(mode="cache", cache_dir="cache")),   # optional: cache
-    (2, dict(   # optional: cache
-        cache_dir="cache", teacher=None, dataset=None, seq_len=None)),
-    (2, dict(blockwise=True)),   # optional: blockwise
-    (1, dict(on_policy=0.5, max_new_tokens=4)),   # optional: on_policy
-    (1, dict(   # optional: generate
-        mode="generate", provider="local", num_examples=3, max_tokens=8)),
-    (2, dict(   # optional: eval
-        mode="eval", student="three/final", compare=["three/final"])),
-]
-
-
-@pytest.mark.campaign
-def test_runs_a_week_of_runs(tmp_path, teacher, student, text):
-    """No warning, no leftover process, no file but in output_dir and cache_dir."""
-    folders = {"cache"}
-    for i, (nproc, fields) in enumerate(WEEK):
-        fields = dict(PLAIN, teacher=teacher, student=student, dataset=text, max_steps=4,
-                      output_dir=f"out{i}") | fields
-        folders.add(fields["output_dir"])
-        words = flags(**{name: value for name, value in fields.items() if is_read(name, fields)})
-        process = spawn(*words, nproc=nproc, cwd=tmp_path, env={"PYTHONWARNINGS": "default"})
-        shown, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, (fields, shown)
-        assert not re.search(r"(simple_distill|config)\.py:\d+: \w*Warning", shown), shown
-        assert "Traceback" not in shown, (fields, shown)
-    assert {path.name for path in tmp_path.iterdir()} <= folders
-    assert pids_of(str(tmp_path)) == []
-
-
-def is_read(name, fields):
-    """Whether the mode reads the knob: PLAIN holds those of train."""
-    return fields.get("mode", "train") in config.FIELDS[name].metadata["read_by"].split()
+        assert process.returncode in (0, 2) and "Traceback" not in shown, (env, shown[-600:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7299,66 +6658,67 @@ def is_read(name, fields):
 
 REFERENCE = os.environ.get("REFERENCE", "58e7ff4")   # before the house was halved
 
-TEXT_RUN = dict(teacher="teacher", student="student", dataset="text", max_steps=4, eval_samples=8)
-CHAT_RUN = TEXT_RUN | dict(dataset="chat", max_steps=3)
-CACHE = dict(mode="cache", teacher="teacher", dataset="text", cache_dir="cache", seq_len=32)
-CACHED_RUN = TEXT_RUN | dict(teacher=None, dataset=None, seq_len=None, cache_dir="cache")
-BLOCKS = CHAT_RUN | dict(blockwise=True, epochs_per_block=0.4, lm_head_epochs=0.4, max_steps=2)
-STREAMED = {}
-STREAMED = dict(streaming=True)   # optional: streaming
-FROZEN = {   # {name: [(ranks, fields), ...]}: commands one after the other, into the same folders
+TEXT = "--seq_len 32 --eval_samples 8 --teacher teacher --student student --dataset text.jsonl"
+TEXT_RUN = f"{TEXT} --max_steps 4"
+CHAT = "--seq_len 32 --eval_samples 8 --teacher teacher --student student --dataset chat"
+CHAT_RUN = f"{CHAT} --max_steps 3"
+CACHE = "--mode cache --teacher teacher --dataset text.jsonl --cache_dir cache --seq_len 32"
+CACHED_RUN = "--eval_samples 8 --student student --cache_dir cache --max_steps 4"
+BLOCKS = f"{CHAT} --blockwise true --epochs_per_block 0.4"
+STREAMED = ""
+STREAMED = "--streaming true"   # optional: streaming
+FROZEN = {   # {name: [(ranks, words), ...]}: commands one after the other, into the same folders
     "forward": [(1, TEXT_RUN)],
-    "reverse": [(1, TEXT_RUN | dict(divergence="reverse"))],
-    "jsd": [(1, TEXT_RUN | dict(divergence="jsd"))],
-    "T 2": [(1, TEXT_RUN | dict(temperature=2.0, alpha=0.3))],
-    "labels only": [(1, TEXT_RUN | dict(alpha=1.0))],
-    "accumulation": [(1, CHAT_RUN | dict(batch_size=3, gradient_accumulation_steps=3))],
-    "multipliers": [(1, TEXT_RUN | dict(lr_multipliers=["embed=0", "mlp=0.5"]))],
-    "cosine": [(1, TEXT_RUN | dict(
-        max_steps=None, num_epochs=1.5, lr_scheduler="cosine", warmup_ratio=0.2, weight_decay=0.1,
-        eval_steps=3, save_steps=4))],
-    "bf16": [(1, TEXT_RUN | dict(dtype="bf16", gradient_checkpointing=True))],
-    "fp16": [(1, TEXT_RUN | dict(dtype="fp16"))],
-    "layers": [(1, TEXT_RUN | dict(student="layers:1"))],
-    "2 ranks": [(2, CHAT_RUN | dict(batch_size=2))],
-    "2 ranks, no_shard": [(2, TEXT_RUN | dict(fsdp="no_shard", shard_teacher=False))],
-    "3 ranks, then 2": [
-        (3, TEXT_RUN | dict(batch_size=2, max_steps=2)), (2, TEXT_RUN | dict(batch_size=2))],
-    "killed": [(1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=True)),
-               (1, TEXT_RUN | dict(save_steps=1, max_steps=9, killed=False))],
+    "reverse": [(1, f"{TEXT_RUN} --divergence reverse")],
+    "jsd": [(1, f"{TEXT_RUN} --divergence jsd")],
+    "T 2": [(1, f"{TEXT_RUN} --temperature 2 --alpha 0.3")],
+    "labels only": [(1, f"{TEXT_RUN} --alpha 1")],
+    "accumulation": [(1, f"{CHAT_RUN} --batch_size 3 --gradient_accumulation_steps 3")],
+    "multipliers": [(1, f"{TEXT_RUN} --lr_multipliers embed=0 mlp=0.5")],
+    "cosine": [(1, f"{TEXT} --num_epochs 1.5 --lr_scheduler cosine --warmup_ratio 0.2 "
+                   "--weight_decay 0.1 --eval_steps 3 --save_steps 4")],
+    "bf16": [(1, f"{TEXT_RUN} --dtype bf16 --gradient_checkpointing true")],
+    "fp16": [(1, f"{TEXT_RUN} --dtype fp16")],
+    "layers": [(1, TEXT_RUN.replace("--student student", "--student layers:1"))],
+    "2 ranks": [(2, f"{CHAT_RUN} --batch_size 2")],
+    "2 ranks, no_shard": [(2, f"{TEXT_RUN} --fsdp no_shard --shard_teacher false")],
+    "3 ranks, then 2": [(3, f"{TEXT} --batch_size 2 --max_steps 2"),
+                        (2, f"{TEXT} --batch_size 2 --max_steps 4")],
+    "killed": 2 * [(1, f"{TEXT} --save_steps 1 --max_steps 9")],   # the first one is
     "stream": [   # optional: streaming
-        (2, TEXT_RUN | STREAMED | dict(max_steps=9, eval_steps=3))],
+        (2, f"{TEXT} {STREAMED} --max_steps 9 --eval_steps 3")],
     "cache, sample": [   # optional: cache
-        (1, CACHE | dict(dataset="chat")), (1, CACHED_RUN)],
+        (1, CACHE.replace("text.jsonl", "chat")), (1, CACHED_RUN)],
     "cache, topk": [   # optional: cache
-        (2, CACHE | dict(cache_method="topk", cache_top_k=9, temperature=2.0)), (1, CACHED_RUN)],
+        (2, f"{CACHE} --cache_method topk --cache_top_k 9 --temperature 2"), (1, CACHED_RUN)],
     "cache of a stream": [   # optional: cache
-        (1, CACHE | STREAMED), (2, CACHED_RUN)],
+        (1, f"{CACHE} {STREAMED}"), (2, CACHED_RUN)],
     "blocks, student": [   # optional: blockwise
-        (1, BLOCKS | dict(save_steps=2, eval_steps=2))],
+        (1, f"{BLOCKS} --lm_head_epochs 0.4 --max_steps 2 --save_steps 2 --eval_steps 2")],
     "blocks, teacher": [   # optional: blockwise
-        (1, BLOCKS | dict(block_input="teacher", distill_loss_type="cosine"))],
+        (1, f"{BLOCKS} --lm_head_epochs 0.4 --max_steps 2 --block_input teacher "
+            "--distill_loss_type cosine")],
     "blocks alone": [   # optional: blockwise
-        (1, BLOCKS | dict(max_steps=None, num_epochs=0, train_lm_head=False, lm_head_epochs=None,
-                          distill_loss_type="mse"))],
+        (1, f"{BLOCKS} --num_epochs 0 --train_lm_head false --distill_loss_type mse")],
     "on policy": [   # optional: on_policy
-        (2, CHAT_RUN | dict(on_policy=0.7, max_new_tokens=9, max_steps=6, batch_size=2))],
+        (2, f"{CHAT} --max_steps 6 --batch_size 2 --on_policy 0.7 --max_new_tokens 9")],
     "eval": [   # optional: eval
         (1, TEXT_RUN),
-        (1, dict(mode="eval", teacher="teacher", student="final", compare="student",
-                 dataset="text", seq_len=32, batch_size=4, dtype="fp32"))],
+        (1, "--mode eval --teacher teacher --student out/final --compare student "
+            "--dataset text.jsonl --seq_len 32 --batch_size 4 --dtype fp32")],
 }
 
-FIGURES = ("perplexity", "bits", "perplexity_95", "bits_95", "tokens", "accuracy", "agreement",
-           "kl", "ece", "parameters", "disk")
+FIGURES = ("perplexity bits perplexity_95 bits_95 tokens accuracy agreement kl ece parameters "
+           "disk").split()
 # What each rank computes the loss of: ids, labels, and of a cache what was decoded from it.
 RECORD = """
 import hashlib
 
 def loss_recorded(model, batch, targets, *args, unrecorded=distil_loss, **objective):
-    tensors = [batch.input_ids, batch.labels, *(batch.sparse or ())]
+    tensors = [batch.input_ids, batch.labels]
+    tensors += batch.sparse or ()   # optional: cache
     content = b"".join(tensor.double().numpy().tobytes() for tensor in tensors)
-    with open({path!r} + str(RANK), "a") as f:
+    with open(f"batches{RANK}", "a") as f:
         f.write(hashlib.sha256(content).hexdigest() + chr(10))
     return unrecorded(model, batch, targets, *args, **objective)
 
@@ -7376,24 +6736,17 @@ def reference_package(tmp_path_factory):
     return folder
 
 
-def run_frozen(package, commands, inputs, folder):
-    """Run commands of the package one after the other; what they leave is in folder."""
-    for ranks, fields in commands:
-        train = fields.get("mode", "train") == "train"
-        fields = (PLAIN if train else {}) | fields | {"output_dir": folder / "out"}
-        for name in ("teacher", "student", "dataset", "compare"):
-            fields[name] = inputs.get(fields.get(name), fields.get(name))
-        if fields["student"] == "final":
-            fields["student"] = folder / "out" / "final"
-        if "cache_dir" in fields:
-            fields["cache_dir"] = folder / "cache"
-        change = ""
-        if train and "killed" not in fields:
-            change = RECORD.format(path=str(folder / "batches"))
-        killed = fields.pop("killed", False)
-        run = Fork(folder / "log.txt", *flags(**fields), ranks=ranks, package=package,
-                   change=change)
-        if killed:
+def run_frozen(package, name, folder):
+    """Run the package's commands one after the other, in `folder`."""
+    for i, (ranks, words) in enumerate(FROZEN[name]):
+        change = f"os.chdir({str(folder)!r})"
+        if "--mode" not in words:
+            plain = {k: v for k, v in PLAIN.items() if k not in f"{words} seq_len"}
+            words = " ".join([*flags(**plain), words])
+            change += RECORD * (name != "killed")
+        run = Fork(folder / "log.txt", *words.split(), "--output_dir", "out", ranks=ranks,
+                   package=package, change=change)
+        if name == "killed" and i == 0:
             wait_for_log(folder / "out", run)
             run.signal(signal.SIGKILL)
         shown = run.wait()
@@ -7428,12 +6781,13 @@ def digest_of(folder):
 @pytest.mark.parametrize("name", FROZEN)
 def test_freeze_results_are_those_of_the_reference(name, tmp_path, reference_package, teacher,
                                                    student, text, chat):
-    inputs = dict(teacher=teacher, student=student, text=text, chat=chat)
     results = []
     for package in (reference_package, HERE):
         folder = tmp_path / f"by{len(results)}"
         folder.mkdir()
-        run_frozen(package, FROZEN[name], inputs, folder)
+        for path in map(Path, (teacher, student, text, chat)):
+            (folder / path.name).symlink_to(path)
+        run_frozen(package, name, folder)
         results.append(digest_of(folder))
     reference, ours = results
     assert len(reference) > 5   # log, batches, weights
@@ -7578,7 +6932,7 @@ FORKS = [[name] for name in OPTIONAL] + [list(OPTIONAL)]
 
 
 @pytest.mark.parametrize("without", FORKS, ids=" ".join)
-def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, student, text):
+def test_forks_run_with_nothing_dangling(without, tmp_path, out, trio):
     """No name undefined or imported in vain, no knob that nothing reads, and two steps train."""
     folder = tmp_path / "my_trainer"
     fork(folder, without)
@@ -7592,9 +6946,8 @@ def test_forks_run_with_nothing_dangling(without, tmp_path, out, teacher, studen
     assert [name for name in names if not re.search(READ.format(name), source)] == []
     for name in without:
         assert f"# Optional: {name}:" not in source
-    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, max_steps=2,
-                  output_dir=out)
-    shown = Fork(tmp_path / "log.txt", *words, package=folder).wait()
+    words = flags(**PLAIN, **trio, max_steps=2, output_dir=out)
+    shown = Fork(f"{out}.txt", *words, package=folder).wait()
     assert "done in" in shown, shown
     assert len(log(out, "train")) == 2
 
@@ -7652,22 +7005,14 @@ def test_package_the_top_level_is_six_files_and_five_requirements():
     visible = {name for name in names if not name.startswith(".")}
     assert visible <= {"simple_distill.py", "config.py", "launch.sh", "test_simple_distill.py",
                        "requirements.txt", "README.md", "__pycache__"}
-    required = []
-    for line in (HERE / "requirements.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            required.append(re.match(r"[\w-]+", line)[0])
+    required = re.findall(r"^[\w-]+", (HERE / "requirements.txt").read_text(), re.MULTILINE)
     assert sorted(required) == ["datasets", "torch", "tqdm", "transformers", "wandb"]
 
 
 def test_package_config_is_the_configuration_and_nothing_else():
-    tree = ast.parse((HERE / "config.py").read_text())
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    names = {name.split(".")[0] for name in imported}
+    source = (HERE / "config.py").read_text()
+    names = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
+    assert {"re", "yaml", "transformers"} < names
     assert names.isdisjoint({"asyncio", "matplotlib", "safetensors", "zlib", "torch", "datasets"})
 
 
@@ -7679,14 +7024,11 @@ def test_package_an_optional_chapter_borrows_from_none():
         title = re.match(r"# Optional: (\w+):", chapter)
         if title:
             optional[title[1]] = chapter
-    for name, chapter in optional.items():
+    for (name, chapter), (other, text) in itertools.permutations(optional.items(), 2):
         defined = re.findall(r"^(?:async )?(?:def|class) (\w+)", chapter, re.MULTILINE)
-        for other, text in optional.items():
-            if other == name:
-                continue
-            text = without_chapters(text, {name})
-            borrowed = [word for word in defined if re.search(rf"(?<![.\w]){word}\(", text)]
-            assert borrowed == [], f"{other} uses {borrowed} of {name}"
+        text = without_chapters(text, {name})
+        borrowed = [word for word in defined if re.search(rf"(?<![.\w]){word}\(", text)]
+        assert borrowed == [], f"{other} uses {borrowed} of {name}"
 
 
 def readme_commands():
@@ -7766,35 +7108,34 @@ for T in (1.0, 2.0):
 """
 
 
-def test_package_the_readmes_own_loss(tmp_path, teacher, student, text):
+def test_package_the_readmes_own_loss(tmp_path, out, trio):
     """A fork that adds it as the README says: its gradient is that of autograd, and the command
     line trains with it."""
     readme = (HERE / "README.md").read_text()
     lines = re.search(r"( +elif divergence == \"skew\":\n(?: {12}.*\n)+)", readme)[1]
     assert len(lines.splitlines()) <= 10
-    source = (HERE / "simple_distill.py").read_text()
-    anchor = '        elif divergence == "reverse":\n'
-    assert source.count(anchor) == 1
-    (tmp_path / "simple_distill.py").write_text(source.replace(anchor, lines + anchor))
+    branch = '        elif divergence == "reverse":\n'
     choices = 'Literal["forward", "reverse", "jsd"'
-    knobs = (HERE / "config.py").read_text()
-    assert choices in knobs
-    (tmp_path / "config.py").write_text(knobs.replace(choices, choices + ', "skew"'))
+    for name, old, new in (("simple_distill.py", branch, lines + branch),
+                           ("config.py", choices, choices + ', "skew"')):
+        source = (HERE / name).read_text()
+        assert source.count(old) == 1
+        (tmp_path / name).write_text(source.replace(old, new))
     checked = subprocess.run([sys.executable, "-c", SKEWED], cwd=tmp_path, capture_output=True,
                              text=True)
     assert checked.returncode == 0, checked.stderr
-    words = flags(**PLAIN, teacher=teacher, student=student, dataset=text, divergence="skew",
-                  max_steps=2, use_wandb=False, output_dir="out")
-    trained = subprocess.run([sys.executable, "simple_distill.py", *words], cwd=tmp_path,
-                             capture_output=True, text=True)
-    assert trained.returncode == 0, trained.stderr
-    assert all(0 < kl < 99 for kl in column(tmp_path / "out", "train/kl_loss"))
+    words = flags(**PLAIN, **trio, divergence="skew", max_steps=2, output_dir=out)
+    shown = Fork(f"{out}.txt", *words, package=tmp_path).wait()
+    assert "done in" in shown, shown
+    assert all(0 < kl < 99 for kl in column(out, "train/kl_loss"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Bench: python test_simple_distill.py --bench
 
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 def interleaved(cases, rounds=7):
@@ -7812,28 +7153,22 @@ def interleaved(cases, rounds=7):
     return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
 
 
-class LossCase(NamedTuple):
-    hidden: torch.Tensor           # [N, D]
-    weight: torch.Tensor           # [V, D]
-    teacher_hidden: torch.Tensor   # [N, Dt]
-    teacher_weight: torch.Tensor   # [V, Dt]
-    labels: torch.Tensor           # [N]
+def print_speeds(found, count, unit, base):
+    for name, seconds in found.items():
+        print(f"  {name:<20}{count / seconds:>12,.0f} {unit}{found[base] / seconds:>8.2f} x {base}")
 
 
 def loss_case(V, N, D, Dt, counted=1.0):
-    device, dtype = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
     torch.manual_seed(0)
 
     def make(rows, columns):
-        return torch.randn(rows, columns, device=device, dtype=torch.float32).to(dtype)
+        return torch.randn(rows, columns, device=DEVICE).to(DTYPE)
 
-    hidden = make(N, D)
-    teacher_hidden = make(N, Dt)
-    weight = make(V, D) / D ** 0.5
-    teacher_weight = make(V, Dt) / Dt ** 0.5
-    labels = torch.randint(0, V, (N,), device=device)
-    labels[torch.arange(N, device=device) >= counted * N] = -100
-    return LossCase(hidden, weight, teacher_hidden, teacher_weight, labels)
+    labels = torch.randint(0, V, (N,), device=DEVICE)
+    labels[math.ceil(counted * N):] = -100
+    return types.SimpleNamespace(
+        hidden=make(N, D), weight=make(V, D) / D ** 0.5,
+        teacher_hidden=make(N, Dt), teacher_weight=make(V, Dt) / Dt ** 0.5, labels=labels)
 
 
 def plain_loss(case):
@@ -7856,9 +7191,8 @@ def our_loss(case):
     hidden = case.hidden.detach().requires_grad_()
     head = sd.Head(case.weight.detach().requires_grad_())
     teacher = (case.teacher_hidden, sd.Head(case.teacher_weight))
-    loss, _, _ = sd.distillation_loss(hidden, head, case.labels, teacher, alpha=0.5,
-                                      temperature=1.0)
-    loss.backward()
+    sd.distillation_loss(
+        hidden, head, case.labels, teacher, alpha=0.5, temperature=1.0)[0].backward()
 
 
 def our_eager_loss(case):
@@ -7887,9 +7221,9 @@ def bench_loss(vocab=32000):
         tokens, width, teacher_width = 8192, 2048, 4096
     else:
         tokens, width, teacher_width = 1024 if vocab == 32000 else 512, 256, 512
-    case = loss_case(vocab, tokens, width, teacher_width, counted=7 / 8)
-    half = loss_case(vocab, tokens, width, teacher_width, counted=0.5)
-    small = loss_case(vocab, 64, width, teacher_width)
+    case, half, small = [
+        loss_case(vocab, count, width, teacher_width, counted=counted)
+        for count, counted in ((tokens, 7 / 8), (tokens, 0.5), (64, 1.0))]
     found = interleaved({
         "its matmuls": functools.partial(its_matmuls, case),
         "ours": functools.partial(our_loss, case),
@@ -7915,19 +7249,19 @@ def print_peak_memory(name):
     case = loss_case(151936, 4096, 256, 512)
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work(case)
-        print(torch.cuda.max_memory_allocated() - before)
     else:
         Path("/proc/self/clear_refs").write_text("5")   # the peak starts again
-        before = resident_bytes("VmRSS")
-        work(case)
-        print(resident_bytes("VmHWM") - before)
+    before = memory_now()[0]
+    work(case)
+    print(memory_now()[1] - before)
 
 
-def resident_bytes(field):
+def memory_now():
+    """-> bytes in use, and at their peak."""
+    if ON_GPU:
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+    return [1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1]) for field in ("VmRSS", "VmHWM")]
 
 
 def bench_memory():
@@ -7935,9 +7269,8 @@ def bench_memory():
     for name in LOSSES:
         shown = subprocess.run([sys.executable, __file__, "--peak-memory", name],
                                capture_output=True, text=True)
-        found[name] = math.nan   # killed: it did not fit
-        if shown.returncode == 0:
-            found[name] = int(shown.stdout.split()[-1])
+        # killed: it did not fit
+        found[name] = math.nan if shown.returncode else int(shown.stdout.split()[-1])
     print("\npeak memory of the loss above its inputs, V 151,936, 4,096 tokens")
     for name, size in found.items():
         print(f"  {name:<20}{size / 2**30:>9.2f} GiB{size / found['plain']:>8.1%} of plain")
@@ -7946,32 +7279,29 @@ def bench_memory():
 # ---- a whole optimiser step, random weights
 
 
-def step_shapes():
-    """-> shapes of student and teacher, sequences, tokens: 0.6B and 4B on a GPU, tiny ones here."""
-    student = dict(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-        max_position_embeddings=2048)
-    teacher = student | dict(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)
+def step_sizes():
+    """-> student, teacher, sequences, tokens: 0.6B and 4B on a GPU, tiny ones here."""
     if ON_GPU:
-        return student, teacher, 8, 1024
-    small = dict(vocab_size=32000, head_dim=32, num_key_value_heads=4, num_hidden_layers=4,
-                 max_position_embeddings=512)
-    student |= small | dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)
-    teacher |= small | dict(hidden_size=256, intermediate_size=768, num_attention_heads=8)
-    return student, teacher, 4, 256
+        shapes = (1024, 3072, 28, 16), (2560, 9728, 36, 32)
+        shared = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128)
+    else:
+        shapes = (128, 384, 4, 4), (256, 768, 4, 8)
+        shared = dict(vocab_size=32000, num_key_value_heads=4, head_dim=32)
+    student, teacher = [
+        transformers.Qwen3Config(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, tie_word_embeddings=True, max_position_embeddings=2048,
+            **shared) for hidden, inner, layers, heads in shapes]
+    return (student, teacher, 8, 1024) if ON_GPU else (student, teacher, 4, 256)
 
 
 def our_step(folder, batches, alpha, **fields):
     """-> a function that makes one step of ours on each of the batches."""
     cfg = sd.Config(
         student=f"{folder}/student/config.json", teacher=f"{folder}/teacher/config.json",
-        alpha=alpha, use_wandb=False, **{"gradient_checkpointing": False} | fields)
+        alpha=alpha, **{"gradient_checkpointing": False} | fields)
     student, _ = sd.load_model(cfg, "student")
-    teacher = None
-    if alpha < 1:
-        teacher, _ = sd.load_model(cfg, "teacher")
+    teacher = sd.load_model(cfg, "teacher")[0] if alpha < 1 else None
     rates = dict.fromkeys(student.parameters(), 1e-4)
     optimizer = sd.make_optimizer(student.parameters(), rates, 0.0)
     scale_state = sd.new_scale_state(False)
@@ -7980,8 +7310,7 @@ def our_step(folder, batches, alpha, **fields):
 
     def step():
         for batch in batches:
-            loss, _, _ = student(loss_fn, batch, get_teacher_targets(batch), len(batch.labels))
-            loss.backward()
+            student(loss_fn, batch, get_teacher_targets(batch), len(batch.labels))[0].backward()
             sd.optimizer_step(optimizer, 1.0, scale_state, False)
             optimizer.zero_grad()
 
@@ -7992,17 +7321,14 @@ def token_row(ids, targets):
     return {"input_ids": ids, "targets": targets, "starts": np.array([0])}
 
 
-def plain_step(student_shape, teacher_shape, ids_BT, loss_of):
+def plain_step(student_config, teacher_config, ids_BT, loss_of):
     """-> a function that makes one step as a plain script would; loss_of(student, teacher)."""
-    dtype, device = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
-    student_config = transformers.Qwen3Config(**student_shape)
-    teacher_config = transformers.Qwen3Config(**teacher_shape)
-    student = AutoModelForCausalLM.from_config(student_config).to(device)
-    teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=dtype).to(device)
+    student = AutoModelForCausalLM.from_config(student_config).to(DEVICE)
+    teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=DTYPE).to(DEVICE)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
 
     def step():
-        with torch.autocast(device, dtype, enabled=ON_GPU):
+        with torch.autocast(DEVICE, DTYPE, enabled=ON_GPU):
             loss = loss_of(student, teacher, ids_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -8030,38 +7356,27 @@ def trl_step_loss(student, teacher, ids_BT):
 
 
 def bench_step():
-    student_shape, teacher_shape, sequences, tokens = step_shapes()
-    vocab = student_shape["vocab_size"]
+    student, teacher, sequences, tokens = step_sizes()
+    vocab = student.vocab_size
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        transformers.Qwen3Config(**student_shape).save_pretrained(f"{folder}/student")
-        transformers.Qwen3Config(**teacher_shape).save_pretrained(f"{folder}/teacher")
+        student.save_pretrained(f"{folder}/student")
+        teacher.save_pretrained(f"{folder}/teacher")
         ids = np.random.default_rng(0).integers(0, vocab, (sequences, tokens))
         batch = sd.collate([token_row(row, np.arange(tokens) > 0) for row in ids])
+        plain = functools.partial(plain_step, student, teacher, batch.input_ids)
         cases = {
             "labels only": our_step(folder, [batch], alpha=1.0),
             "online": our_step(folder, [batch], alpha=0.5),
             "online, compile": our_step(folder, [batch], alpha=0.5, compile=True),
-            "plain PyTorch": plain_step(student_shape, teacher_shape, batch.input_ids,
-                                        plain_step_loss),
+            "plain PyTorch": plain(plain_step_loss),
         }
         with contextlib.suppress(ImportError):
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
             import trl   # noqa: F401
-            cases["TRL's GKDTrainer"] = plain_step(student_shape, teacher_shape, batch.input_ids,
-                                                   trl_step_loss)
+            cases["TRL's GKDTrainer"] = plain(trl_step_loss)
         found = interleaved(cases, rounds=5)
     print(f"\nwhole step, {sequences} x {tokens} tokens, V {vocab:,}")
-    for name, seconds in found.items():
-        speed = sequences * tokens / seconds
-        ratio = found["plain PyTorch"] / seconds
-        print(f"  {name:<20}{speed:>12,.0f} tokens/s{ratio:>8.2f} x plain")
-
-
-def smollm2_135m():
-    return transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        tie_word_embeddings=True)
+    print_speeds(found, sequences * tokens, "tokens/s", "plain PyTorch")
 
 
 def bench_documents(batch_size=8, seq_len=512, count=3):
@@ -8073,23 +7388,22 @@ def bench_documents(batch_size=8, seq_len=512, count=3):
         length = min(seq_len, round(pick.lognormvariate(5.32, 0.33)))
         documents.append(token_row(np.full(length, 7), np.arange(length) > 0.42 * length))
     rows = datasets.Dataset.from_list(documents).with_format("numpy")
-    kinds = {"one a row": rows, "packed": sd.PackedRows(rows, seq_len)}
     cases = {}
     targets = {}
     with tempfile.TemporaryDirectory() as folder, sd.process_group():
-        smollm2_135m().save_pretrained(f"{folder}/student")
-        for kind, rows in kinds.items():
-            batches = []
-            for i in range(count):
-                numbers = range(i * batch_size, (i + 1) * batch_size)
-                batches.append(sd.collate([rows[k] for k in numbers]))
+        transformers.LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+            tie_word_embeddings=True).save_pretrained(f"{folder}/student")
+        for kind, table in (("one a row", rows), ("packed", sd.PackedRows(rows, seq_len))):
+            batches = sd.micro_batches(
+                [table[i] for i in range(count * batch_size)], count, batch_size)
             targets[kind] = sum(len(batch.labels) for batch in batches)
             cases[kind] = our_step(folder, batches, alpha=1.0, gradient_checkpointing=True)
         found = interleaved(cases, rounds=3)
     print(f"\nSmolLM2-135M's shape on labels, conversations in {batch_size} rows of {seq_len}")
-    speeds = {kind: targets[kind] / seconds for kind, seconds in found.items()}
-    for kind, speed in speeds.items():
-        print(f"  {kind:<20}{speed:>12,.0f} targets/s{speed / speeds['one a row']:>8.2f} x")
+    seconds = {kind: found[kind] / targets[kind] for kind in found}   # a target
+    print_speeds(seconds, 1, "targets/s", "one a row")
 
 
 BENCHES = {
@@ -8115,10 +7429,8 @@ def bench(names):
         return 0
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {device}", flush=True)
-    codes = []
-    for name in BENCHES:
-        codes.append(subprocess.run([sys.executable, __file__, "--bench", name]).returncode)
-    return max(codes)
+    return max(subprocess.run([sys.executable, __file__, "--bench", name]).returncode
+               for name in BENCHES)
 
 
 # --------------------------------------------------------------------------------------------------
