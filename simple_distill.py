@@ -818,10 +818,20 @@ def tokenize(cfg, raw, tokenizer, split):
         for start in starts:
             yield from encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
 
+    fingerprint = fingerprint_rows(raw, encode)
+    folder = f"{datasets.config.HF_DATASETS_CACHE}/simple_distill/{fingerprint}"
+    make_rows = functools.partial(
+        datasets.Dataset.from_generator, encode_from, FEATURES, cache_dir=folder,
+        num_proc=cfg.num_proc, fingerprint=fingerprint,
+        gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))})
     with phase(f"tokenising {split}"), node_first():
-        rows, dropped = kept_rows(datasets.Dataset.from_generator(
-            encode_from, FEATURES, num_proc=cfg.num_proc, fingerprint=fingerprint_rows(raw, encode),
-            gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))}))
+        try:
+            rows = make_rows()
+        except (OSError, ValueError) as e:   # half a file, as a full disk leaves it
+            print0(f"{folder} is made anew ({one_line(e)})")
+            shutil.rmtree(folder, ignore_errors=True)
+            rows = make_rows()
+        rows, dropped = kept_rows(rows)
     reasons = dict(dropped.most_common(5))
     if not rows:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
@@ -1268,6 +1278,8 @@ def load_model(cfg, role):
     cut = re.fullmatch(r"layers:(\d+)", getattr(cfg, role))
     name = cfg.teacher if cut else getattr(cfg, role)
     config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    if learns:   # loaded in full it would still say so
+        refuse_quantised(config)
     kept_layers = None
     if cut:
         config, kept_layers = cut_layers(config, int(cut[1]))
@@ -1285,7 +1297,7 @@ def load_model(cfg, role):
     if learns and cfg.gradient_checkpointing:
         # its newer name, and its older one
         getattr(root.model, "activation_checkpointing_enable",
-                root.model.gradient_checkpointing_enable)()
+                root.model.gradient_checkpointing_enable)({"use_reentrant": False})
         # transformers makes the embeddings ask for gradients; frozen layers would be recomputed
         root.model.disable_input_require_grads()
     if cfg.compile:
@@ -1306,14 +1318,24 @@ def read_model(name, config, kept_layers, seed, options):
     if name.endswith(".json"):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **options)
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    if info["missing_keys"]:   # transformers would fill them with random numbers
-        raise UserError(f"{name!r} lacks weights, {min(info['missing_keys'])} among them; is "
-                        "it whole?")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    refuse_quantised(model.config)
+    # transformers would fill them with random numbers
+    wrong = sorted(map(str, info["missing_keys"] | info["mismatched_keys"]))
+    if wrong:
+        raise UserError(f"{name!r} lacks weights, or has them in other shapes than its config: "
+                        f"{wrong[0]} among {len(wrong)}; is it whole?")
     if kept_layers:
         path, layers = layers_of(model)
         model.set_submodule(path, nn.ModuleList(layers[i] for i in kept_layers))
     return model
+
+
+def refuse_quantised(config):
+    """Codes are no weights, and would be taken for them."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError("it is quantised; take a dequantised copy (or, of a teacher, serve it)")
 
 
 def identity_of(model):
@@ -1707,11 +1729,16 @@ def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
-        return get_scheduler(
+        multiplier_at = get_scheduler(
             cfg.lr_scheduler,
             torch.optim.SGD([torch.zeros(1)], cfg.learning_rate),   # unused, but min_lr is of it
             round(cfg.warmup_ratio * steps), steps,
             json.loads(cfg.lr_scheduler_kwargs or "{}")).lr_lambdas[0]
+        values = [multiplier_at(int(step)) for step in np.linspace(0, steps - 1, 10_000)]
+        low, high = np.min(values), np.max(values)
+        if not (low >= 0 and 0 < high < math.inf):   # also nan
+            raise ValueError(f"of {steps} steps the rate is {low:g} to {high:g} times its peak")
+        return multiplier_at
 
 
 def set_rates(optimizer, multiplier):
@@ -2054,7 +2081,7 @@ def load_everything(cfg):
 
 def start_run(cfg):
     """Load everything and check that it belongs together -> Run; None where it is finished."""
-    make_schedule(cfg, steps=1)   # would it? Before any model is loaded
+    make_schedule(cfg, cfg.max_steps or 1000)   # would it? Before any model is loaded
     load = load_everything
     if cfg.cache_dir:   # optional: cache
         cfg = take_from_cache(cfg)
