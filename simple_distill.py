@@ -818,20 +818,23 @@ def tokenize(cfg, raw, tokenizer, split):
         for start in starts:
             yield from encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
 
+    def sums():
+        return {str(path): checksum(path) for path in folder.rglob("*.arrow")}
+
     fingerprint = fingerprint_rows(raw, encode)
-    folder = f"{datasets.config.HF_DATASETS_CACHE}/simple_distill/{fingerprint}"
-    make_rows = functools.partial(
-        datasets.Dataset.from_generator, encode_from, FEATURES, cache_dir=folder,
-        num_proc=cfg.num_proc, fingerprint=fingerprint,
-        gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))})
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "simple_distill", fingerprint)
     with phase(f"tokenising {split}"), node_first():
-        try:
-            rows = make_rows()
-        except (OSError, ValueError) as e:   # half a file, as a full disk leaves it
-            print0(f"{folder} is made anew ({one_line(e)})")
-            shutil.rmtree(folder, ignore_errors=True)
-            rows = make_rows()
-        rows, dropped = kept_rows(rows)
+        written = read_json(folder / "sums.json")
+        if written and written != sums():   # half a file, as a full disk leaves it
+            print0(f"{folder} is damaged, and made anew")
+            shutil.rmtree(folder)
+            written = None
+        rows, dropped = kept_rows(datasets.Dataset.from_generator(
+            encode_from, FEATURES, cache_dir=str(folder), num_proc=cfg.num_proc,
+            fingerprint=fingerprint,
+            gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))}))
+        if not written:
+            write_json(sums(), folder / "sums.json")
     reasons = dict(dropped.most_common(5))
     if not rows:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "

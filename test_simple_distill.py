@@ -6611,6 +6611,34 @@ def fuzz_model(draw):
     return TRAIN.replace("--alpha 1", "--alpha 0.5 --teacher user/model")
 
 
+def fuzz_quantised(draw):
+    method = draw.choice(["fp8", "gptq", "bitsandbytes", "mxfp4", "awq", *ODD])
+    said = draw.choice([{"quant_method": method}, {"bits": 4}, *ODD_JSON])
+    edit_json(Path("user/model/config.json"), quantization_config=said)
+    return TRAIN + draw.choice([
+        " --student user/model", " --alpha 0.5 --teacher user/model",
+        " --teacher user/model --student layers:1"])
+
+
+def fuzz_schedules(draw):
+    name = draw.choice(list(transformers.SchedulerType)).value
+    knob = draw.choice("num_cycles min_lr min_lr_rate power lr_end timescale num_decay_steps "
+                       "min_lr_ratio num_stable_steps decay_type patience".split())
+    kwargs = json.dumps({knob: draw.choice([*ODD_JSON[:-1], math.nan, -math.inf])})
+    return f"{TRAIN} --lr_scheduler {name} --lr_scheduler_kwargs {shlex.quote(kwargs)}"
+
+
+def fuzz_kept(draw):
+    """Token rows that are half there."""
+    cli(*TRAIN.split(), "--dry_run", "true")
+    for path in Path("kept").rglob("*.arrow"):
+        content = path.read_bytes()
+        path.unlink()
+        left = content[:draw.randrange(len(content))]
+        path.write_bytes(draw.choice([left, left.ljust(len(content), b"\0")]))
+    return TRAIN
+
+
 def fuzz_output(draw):
     """What an earlier run left; without its mark it is a folder of the user's."""
     words = TRAIN.removesuffix("1")
@@ -6640,6 +6668,7 @@ def fuzz_leftovers(draw):   # optional: generate
 @pytest.mark.campaign
 @pytest.mark.parametrize("kind, cases", [
     ("flags", 110), ("file", 60), ("rows", 60), ("model", 60), ("output", 40),
+    ("quantised", 30), ("schedules", 40), ("kept", 10),
     ("cache", 50),       # optional: cache
     ("leftovers", 30),   # optional: generate
 ])
@@ -6651,6 +6680,8 @@ def test_runs_fuzz(tmp_path, good, monkeypatch, kind, cases):
         case = tmp_path / f"{kind}-{number}"
         shutil.copytree(good, case / "user")
         monkeypatch.chdir(case)
+        if kind == "kept":
+            monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", case / "kept")
         words = globals()[f"fuzz_{kind}"](random.Random(f"{kind} {number}"))
         watched = [Path("user")]
         if os.path.exists("out") and not os.path.exists(f"out/{sd.MARK}"):
