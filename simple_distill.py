@@ -867,10 +867,15 @@ def row_encoder(cfg, tokenizer):
     return functools.partial(encode_rows, tokenizer, cfg.text_column, cfg.seq_len, cfg.packing)
 
 
-def token_rows(rows):   # optional: streaming cache
-    """What row_encoder's function hands on, as a dataset, also of no rows."""
-    columns = {name: [row.get(name) for row in rows] for name in FEATURES}
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+def encode_window(cfg, tokenizer, raw_rows):   # optional: streaming cache
+    """Some raw rows of a stream, packed on their own -> token rows, maybe none, and a Counter of
+    why others were dropped."""
+    encoded = row_encoder(cfg, tokenizer)(raw_rows)
+    columns = {name: [row.get(name) for row in encoded] for name in FEATURES}
+    rows, dropped = kept_rows(datasets.Dataset.from_dict(columns, features=FEATURES))
+    if cfg.packing == "documents":
+        rows = PackedRows(rows, cfg.seq_len)
+    return rows, dropped
 
 
 # ---- between raw rows and token rows: this text is part of the fingerprint of the latter
@@ -1974,7 +1979,6 @@ class Stage:
     """A stretch of training with a loss, rates, clipping and a length. Plain distillation is one
     stage; block-wise training puts others before it."""
     name: str
-    first_step: int
     steps: int
     loss_fn: Any               # (model, batch, targets, denominator) -> loss, ce, kl; what else it
                                # hands on is for its own chapter: the loop logs these three
@@ -1984,6 +1988,7 @@ class Stage:
     max_grad_norm: float       # of all gradients together; 0: no clipping
     # the field of Batch that the loss is a mean over: labels, or, where blocks are matched, real
     mean_over: str = "labels"
+    first_step: int = 0
     # [(parameters, max norm), ...] before that   # optional: blockwise
     clipped_alone: list = dataclasses.field(default_factory=list)   # optional: blockwise
 
@@ -2001,8 +2006,8 @@ class Progress:
     best_loss: float = math.inf
     first_scores: dict = None               # held-out scores before training
     wandb_id: str = None
-    # what a mode of its own wants to keep   # optional: blockwise on_policy
-    notes: dict = dataclasses.field(default_factory=dict)   # optional: blockwise on_policy
+    # what a mode of its own wants to keep   # optional: on_policy
+    notes: dict = dataclasses.field(default_factory=dict)   # optional: on_policy
 
 
 @dataclass
@@ -2148,7 +2153,7 @@ def is_finished(cfg, state):
             and state["length"] == [cfg.max_steps, cfg.num_epochs])
 
 
-def distillation_stage(run, first_step=0):
+def distillation_stage(run):
     """Plain distillation. After other stages it may be of no steps."""
     cfg = run.cfg
     steps = cfg.max_steps
@@ -2158,7 +2163,7 @@ def distillation_stage(run, first_step=0):
     if cfg.on_policy:   # optional: on_policy
         loss_fn = functools.partial(loss_by_writer, run.loss_fn)
     return Stage(
-        name="distil", first_step=first_step, steps=steps, loss_fn=loss_fn,
+        name="distil", steps=steps, loss_fn=loss_fn,
         get_teacher_targets=run.get_teacher_targets,
         rates=learning_rates(
             run.student.model.named_parameters(), parse_multipliers(cfg.lr_multipliers),
@@ -2622,10 +2627,10 @@ def load_stream(cfg, tokenizer):
     """-> (train stream of raw rows, eval rows)."""
     with phase(f"reading the beginning of dataset {cfg.dataset}"), node_first():
         stream, eval_raw = split_stream(cfg)
-        # not every row of a stream has every column; Dataset.from_list takes those of the first
-        names = dict.fromkeys(itertools.chain(*eval_raw))
-        columns = {name: [row.get(name) for row in eval_raw] for name in names}
-        eval_raw = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+        # not every row of a stream has every column; from_list takes those of the first
+        blank = dict.fromkeys(itertools.chain(*eval_raw))
+        eval_raw = datasets.Dataset.from_list(
+            [blank | row for row in eval_raw], on_mixed_types="use_json")
     eval_rows = tokenize(cfg, eval_raw, tokenizer, "eval")
     return stream, take_first(eval_rows, cfg.eval_samples)
 
@@ -2668,7 +2673,6 @@ def batches_of_stream(run):
     `datasets` has is refilled at a resume, and then holds other rows.)"""
     cfg = run.cfg
     stream = run.rows
-    encode_here = row_encoder(cfg, run.tokenizer)
     size = cfg.shuffle_buffer or 1000   # unshuffled, a window is just what is encoded at once
     beginning = stream.state_dict()
     # used: how many rows of this window; found: how many there were in this epoch before it
@@ -2680,13 +2684,11 @@ def batches_of_stream(run):
     while True:
         with phase(f"reading window {position['window']} of dataset {cfg.dataset}"):
             raw = list(itertools.islice(raw_rows, size))
-            rows, dropped = kept_rows(token_rows(encode_here(raw)))
+            rows, dropped = encode_window(cfg, run.tokenizer, raw)
             for root in filter(None, [run.student, run.teacher]):
                 check_ids(root, run.tokenizer, count_rows(rows)["biggest"])
         if dropped and position["window"] == 0:   # not at each window
             print0(f"of the first {len(raw)} rows dropped: {dict(dropped.most_common(5))}")
-        if cfg.packing == "documents" and len(rows):
-            rows = PackedRows(rows, cfg.seq_len)
         order = range(len(rows))
         if cfg.shuffle_buffer:
             order = shuffled(len(rows), cfg.seed, position["window"]).tolist()
@@ -2722,27 +2724,30 @@ DEMO_SHAPES = {   # what else each has, by the name of its folder
 
 
 def run_demo(run_mode, cfg):
-    """A mode with a file for each `demo`. The whole demo ends with the report of what it made."""
-    resolved = resolve_demo(cfg)
-    if resolved is None:   # a signal stopped the training of the teacher
+    """A mode with a file for each `demo`, made where it is missing. The whole demo ends with the
+    report of what it made. -> False when a signal stopped it: the next run goes on where this one
+    was."""
+    folder = demo_folder(cfg)
+    files = demo_files(cfg, folder)
+    if files and not make_demo(cfg, folder, files):
         return False
+    resolved = dataclasses.replace(cfg, **files)
+    if "student" in files:
+        resolved.tokenizer = cfg.tokenizer or f"{folder}/tokenizer"
     done = run_mode(resolved)
-    if done and is_whole_demo(cfg):   # optional: eval
+    if done and is_whole_demo(cfg, files):   # optional: eval
         return answer_demo(resolved)
     return done
 
 
-def is_whole_demo(cfg):   # optional: eval
-    """Whether labels alone would be a control: everything is the demo's, and a teacher helps."""
+def is_whole_demo(cfg, files):   # optional: eval
+    """Whether labels alone would be a control: everything is the demo's, also a teacher."""
     others = [
         cfg.mode != "train",
-        cfg.dry_run,
-        cfg.alpha == 1,
-        cfg.cache_dir,   # optional: cache
         cfg.blockwise,   # optional: blockwise
         cfg.on_policy,   # optional: on_policy
     ]
-    return {cfg.teacher, cfg.student, cfg.dataset} == {"demo"} and not any(others)
+    return {*files} == {"teacher", "student", "dataset"} and not any(others)
 
 
 def answer_demo(cfg):   # optional: eval
@@ -2774,10 +2779,8 @@ def did_teacher_pay(student, control):   # optional: eval
             f"{verdict['difference']:+.4f} bits a byte (95 %: {low:+.4f} to {high:+.4f})")
 
 
-def resolve_demo(cfg):
-    """-> cfg with a file for each `demo`, made where it is missing; None where a signal stopped it.
-    """
-    folder = demo_folder(cfg)
+def demo_files(cfg, folder):
+    """-> {role: file or folder} of what this run takes from the demo."""
     places = {
         "teacher": f"{folder}/teacher/final",
         "student": f"{folder}/student/config.json",
@@ -2789,15 +2792,7 @@ def resolve_demo(cfg):
         del places["teacher"]
     if cfg.mode == "train" and cfg.cache_dir:   # optional: cache
         places = {"student": places["student"]}   # a cache is teacher and dataset
-    files = {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
-    if not files:
-        return cfg
-    print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
-    if not make_demo(cfg, folder, files):
-        return None
-    if "student" in files:
-        files["tokenizer"] = cfg.tokenizer or f"{folder}/tokenizer"
-    return dataclasses.replace(cfg, **files)
+    return {role: path for role, path in places.items() if getattr(cfg, role) == "demo"}
 
 
 def demo_folder(cfg):
@@ -2807,20 +2802,21 @@ def demo_folder(cfg):
     return f"{huggingface_hub.constants.HF_HOME}/simple_distill/demo-{depends}"
 
 
-def make_demo(cfg, folder, roles):
+def make_demo(cfg, folder, files):
     """Make what is missing; another run that does so already is waited for. -> False when a signal
-    stopped it: the next run goes on where this one was."""
+    stopped it."""
+    print0("the demo's: " + " ".join(f"--{role} {path}" for role, path in files.items()))
     with claim(folder, "demo", wait=True):
         with phase("preparing the demo's text and tokenizer"):
             if RANK == 0 and not os.path.exists(f"{folder}/student/config.json"):
                 write_demo_files(folder)
             all_sum(0)   # nobody goes on before that is done
-        if "teacher" not in roles or os.path.exists(f"{folder}/teacher/final"):
+        if "teacher" not in files or os.path.exists(f"{folder}/teacher/final"):
             return True
         teacher_cfg = Config(**demo_knobs() | dict(
             dataset=f"{folder}/corpus", tokenizer=f"{folder}/tokenizer",
             student=f"{folder}/teacher-shape/config.json", output_dir=f"{folder}/teacher",
-            dtype=cfg.dtype, log_steps=cfg.log_steps, use_wandb=False, alpha=1.0, eval_steps=0))
+            dtype=cfg.dtype, use_wandb=False, alpha=1.0, eval_steps=0))
         print0(f"demo: first the teacher, {teacher_cfg.max_steps} steps, kept in {folder}")
         return train(teacher_cfg)
 
@@ -3086,10 +3082,7 @@ def write_chunks(cfg, tokenizer, splits, manifest, ask, total, paths):
 
 
 def encode_block(cfg, tokenizer, columns):
-    encoded = row_encoder(cfg, tokenizer)(rows_from_columns(columns))
-    rows, _ = kept_rows(token_rows(encoded))
-    if cfg.packing == "documents" and len(rows):
-        rows = PackedRows(rows, cfg.seq_len)
+    rows, _ = encode_window(cfg, tokenizer, rows_from_columns(columns))
     return [rows[i] for i in range(len(rows))]
 
 
@@ -3300,11 +3293,11 @@ def train_blockwise(cfg):
         return True
     parts = parameters_by_part(run)
     stages = block_stages(run, parts)
-    last_block = [stage for stage in stages if stage.mean_over == "real"][-1]
+    *_, last_block = (stage for stage in stages if stage.mean_over == "real")
     if cfg.dry_run:
         return rehearse(run, stages)
     with begin(run, stages):
-        if "blocks_measured" not in run.progress.notes:
+        if not run.checkpoint:   # a resume needs not to
             measure_blocks(run)
         for stage in stages:
             if run.progress.step >= stage.end:   # done before a resume
@@ -3337,8 +3330,7 @@ def match_blocks(cfg, student_shape, teacher_shape):
     for name in PER_BLOCK:   # one value for all blocks, or one a block
         count = len(getattr(cfg, name))
         if count not in (1, depth):
-            raise UserError(f"{name} has {count} values; give one, or one for each of the "
-                            f"student's {depth} blocks")
+            raise UserError(f"{name} has {count} values; give one, or {depth}: one a block")
     return {i: teacher_layer(i, depth, teacher_depth) for i in range(depth)}
 
 
@@ -3348,10 +3340,10 @@ def parameters_by_part(run):
     model = run.student.model
     multipliers = learning_rates(
         model.named_parameters(), parse_multipliers(run.cfg.lr_multipliers),
-        run.cfg.default_lr_multiplier, learning_rate=1.0)
+        run.cfg.default_lr_multiplier, 1.0)
     path, _ = layers_of(model)
-    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()}
-    head -= {model.get_input_embeddings().weight}
+    head = {*model.get_output_embeddings().parameters(), *final_norm(model).parameters()} - {
+        model.get_input_embeddings().weight}
     parts = collections.defaultdict(dict)
     for name, p in run.student.named_parameters():
         block = re.match(rf"(?:model\.{path}\.|stitches\.\D+)(\d+)\.", name)
@@ -3369,25 +3361,20 @@ def block_stages(run, parts):
     groups = [{i: j} for i, j in pairs.items()]
     if run.cfg.block_input == "teacher":
         groups = [pairs]
-    stages = []
-    first_step = 0
-    for group in groups:
-        stages.append(stage_of_blocks(run, parts, group, first_step))
-        first_step = stages[-1].end
+    stages = [stage_of_blocks(run, parts, group) for group in groups]
     if run.cfg.train_lm_head:
-        stages.append(stage_of_head(run, parts["head"], first_step))
+        stages.append(stage_of_head(run, parts["head"]))
     for stage in stages:
         if not any(stage.rates.values()):
-            raise UserError(f"lr_multipliers freeze all that the stage {stage.name!r} of blockwise "
-                            "would train; leave something of it free, or for the head "
-                            "--train_lm_head false")
-    distillation = distillation_stage(run, first_step=stages[-1].end)
-    if distillation.steps:
-        stages.append(distillation)
+            raise UserError(f"lr_multipliers freeze all that stage {stage.name!r} would train; "
+                            "leave something of it free, or for the head --train_lm_head false")
+    stages.append(distillation_stage(run))
+    for before, stage in itertools.pairwise(stages):
+        stage.first_step = before.end
     return stages
 
 
-def stage_of_blocks(run, parts, pairs, first_step):
+def stage_of_blocks(run, parts, pairs):
     """A block on the student's own stream; the first one also learns the embeddings, and with
     freeze_previous_blocks false each goes on with what stands before it. Or all blocks at once,
     each fed by the teacher: none sees another, each is clipped alone."""
@@ -3405,92 +3392,90 @@ def stage_of_blocks(run, parts, pairs, first_step):
         if fed_by_teacher and max_norm:
             clipped_alone.append((parts[i], max_norm))
     return Stage(
-        name="blocks" if fed_by_teacher else f"block {i}", first_step=first_step,
-        steps=steps_of_epochs(run, epochs), loss_fn=functools.partial(block_loss, run, pairs),
+        name="blocks" if fed_by_teacher else f"block {i}",
+        steps=math.ceil(epochs * run.steps_per_epoch),
+        loss_fn=functools.partial(block_loss, run, pairs),
         get_teacher_targets=functools.partial(run.teacher, around_blocks, pairs.values(), {}),
         rates=rates, weight_decay=decay, max_grad_norm=0 if fed_by_teacher else max_norm,
         clipped_alone=clipped_alone, mean_over="real")
 
 
-def stage_of_head(run, head, first_step):
+def stage_of_head(run, head):
     """Norm and head learn the teacher's logits, or the labels, on top of finished blocks."""
     cfg = run.cfg
     alpha = 1.0 if cfg.logit_loss_type == "ce" else 1 - cfg.logit_loss_weight
     return Stage(
-        name="head", first_step=first_step, steps=steps_of_epochs(run, cfg.lm_head_epochs),
+        name="head", steps=math.ceil(cfg.lm_head_epochs * run.steps_per_epoch),
         loss_fn=functools.partial(
             distil_loss, alpha=alpha, temperature=cfg.logit_loss_temperature,
             divergence="mse" if cfg.logit_loss_type == "mse" else "forward",
             vocabulary=run.vocabulary),
-        get_teacher_targets=teacher_targets(run.teacher if alpha < 1 else None),
+        get_teacher_targets=teacher_targets(alpha < 1 and run.teacher),
         rates={p: cfg.lm_head_lr * multiplier for p, multiplier in head.items()},
         weight_decay=cfg.lm_head_wd, max_grad_norm=cfg.lm_head_max_grad_norm)
-
-
-def steps_of_epochs(run, epochs):
-    return max(1, math.ceil(epochs * run.steps_per_epoch))
 
 
 def clip_blocks(clipped_alone, scale_state):
     """[(parameters, max norm), ...]: gradients of scale * loss, each group's by itself, without
     asking the GPU."""
     for parameters, max_norm in clipped_alone:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = full_tensor(nn.utils.get_total_norm(gradients)) / scale_state["scale"]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = full_tensor(norm) / scale_state["scale"]
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 # ---- hidden states at both ends of a block
 
 
+@dataclass
 class RecordedLayer:
     """Stands in place of a decoder layer: feeds it another input if there is one, and keeps both
     ends, also when activations are recomputed, as hooks would not."""
-
-    def __init__(self, layer, other_input):
-        self.layer = layer
-        self.other_input = other_input
+    layer: nn.Module
+    other_input: Any
 
     def __getattr__(self, name):   # models ask their layers for attention_type and the like
         return getattr(self.layer, name)
 
     def __call__(self, hidden_states, *args, **kwargs):
-        layer_input = hidden_states if self.other_input is None else self.other_input
-        output = self.layer(layer_input, *args, **kwargs)
-        self.recorded = layer_input, output[0] if isinstance(output, tuple) else output
+        self.before = hidden_states if self.other_input is None else self.other_input
+        output = self.layer(self.before, *args, **kwargs)
+        self.after = output[0] if isinstance(output, tuple) else output
         return output
 
 
 def around_blocks(model, blocks, other_inputs, batch):
-    """Runs inside either root: -> {block: (hidden before it, hidden after it)}, [B, T, D] each.
-    other_inputs: {block: hidden states that it is fed}. Layers after the last block do not run."""
+    """Runs inside either root: -> its layers up to the last of these blocks; each block's has kept
+    the hidden states before and after it, [B, T, D]. other_inputs: {block: those that it is fed}.
+    Later layers do not run."""
     path, layers = layers_of(model)
     parent_path, _, name = path.rpartition(".")
-    recorded = [RecordedLayer(layer, other_inputs.get(i))
-                for i, layer in enumerate(layers[:max(blocks) + 1])]
+    recorded = [*layers[:max(blocks) + 1]]
+    for i in blocks:
+        recorded[i] = RecordedLayer(layers[i], other_inputs.get(i))
     # an entry in __dict__ hides the registered layers for the time of one forward
     attributes = vars(model.get_submodule(parent_path))
     attributes[name] = recorded
     hidden_states(model, batch.input_ids, batch.position_ids)
     del attributes[name]
-    return {i: recorded[i].recorded for i in blocks}
+    return recorded
 
 
-def block_errors(run, pairs, model, batch, teacher_states):
+def block_errors(run, pairs, model, batch, teacher_layers):
     """Runs inside the student: yields, for one block after the other, the error [N], the student's
     states, stitched to the teacher's width, and the teacher's, [N, D] each, without padding."""
     cfg = run.cfg
     stitches = run.student.stitches
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = compute_dtype(cfg)
     inputs = {}
     if cfg.block_input == "teacher":
-        inputs = {i: stitches[f"down{i}"](teacher_states[j][0].to(dtype))
+        inputs = {i: stitches[f"down{i}"](teacher_layers[j].before.to(dtype))
                   for i, j in pairs.items()}
-    student_states = around_blocks(model, pairs, inputs, batch)
+    student_layers = around_blocks(model, pairs, inputs, batch)
     for i, j in pairs.items():
-        student_ND = student_states[i][1].flatten(0, 1)[batch.real].to(dtype)
-        student_ND = stitches[f"up{i}"](student_ND).float()
-        teacher_ND = teacher_states[j][1].flatten(0, 1)[batch.real].float()
+        student_ND = stitches[f"up{i}"](
+            student_layers[i].after.flatten(0, 1)[batch.real].to(dtype)).float()
+        teacher_ND = teacher_layers[j].after.flatten(0, 1)[batch.real].float()
         error_N = hidden_error(
             student_ND, teacher_ND, cfg.distill_loss_type, cfg.distill_loss_temperature)
         yield error_N, student_ND, teacher_ND
@@ -3501,8 +3486,8 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
     if kind == "kl_div":   # over the width; the last two terms cancel, but for rounding
         logp = torch.log_softmax(student_ND / temperature, -1)
         logq = torch.log_softmax(teacher_ND / temperature, -1)
-        terms = logq.exp() * (logq - logp) - logq.exp() + logp.exp()
-        return temperature ** 2 * terms.sum(-1)
+        return temperature ** 2 * (
+            logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(-1)
     if kind == "cosine":   # 1 - cos, as half the squared distance of unit vectors
         student_ND = nn.functional.normalize(student_ND)
         teacher_ND = nn.functional.normalize(teacher_ND)
@@ -3515,10 +3500,10 @@ def hidden_error(student_ND, teacher_ND, kind, temperature):
     return error_N
 
 
-def block_loss(run, pairs, model, batch, teacher_states, denominator):
+def block_loss(run, pairs, model, batch, teacher_layers, denominator):
     """-> the sum of the blocks' mean errors; ce and kl, which are 0."""
-    errors = block_errors(run, pairs, model, batch, teacher_states)
-    loss = sum(error_N.sum() / denominator for error_N, *_ in errors)
+    loss = sum(error_N.sum() / denominator for error_N, *_ in
+               block_errors(run, pairs, model, batch, teacher_layers))
     return loss, *loss.new_zeros(2)
 
 
@@ -3543,24 +3528,22 @@ def measure_blocks(run):
         explained = 1 - missed / max(variance, 1e-30)
         figures |= {f"block/{i}/loss": error, f"block/{i}/explained": explained}
         rows.append([f"{i}", f"{pairs[i]}", f"{error:.4g}", f"{explained:.1%}"])
-    header = ["block", "teacher block", run.cfg.distill_loss_type, "explained"]
-    print0(f"\n{table(header, rows)}\nexplained: of the variance of the teacher's states t, where "
-           f"|t| is at most {ORDINARY} times its median")
+    shown = table(["block", "teacher block", run.cfg.distill_loss_type, "explained"], rows)
+    print0(f"\n{shown}\nexplained: of the variance of the teacher's states t, where |t| is at most "
+           f"{ORDINARY} times its median")
     log(run, figures)
-    run.progress.notes["blocks_measured"] = True   # a resume needs not to
 
 
-def sums_of_blocks(run, model, batch, teacher_states, _):
+def sums_of_blocks(run, model, batch, teacher_layers, _):
     """Runs inside the student: -> for each block the sum of its errors, and over the ordinary
     positions those of |s - t|^2 and |t - mean|^2 (mean: of this batch). 0 of a batch of nothing."""
     sums = []
     for error_N, student_ND, teacher_ND in block_errors(
-            run, run.student.pairs, model, batch, teacher_states):
+            run, run.student.pairs, model, batch, teacher_layers):
         size_N = teacher_ND.norm(dim=-1)
         ordinary_N = size_N <= ORDINARY * size_N.median()
-        student_ND = student_ND[ordinary_N].double()
         teacher_ND = teacher_ND[ordinary_N].double()
-        sums += [error_N.sum(), (student_ND - teacher_ND).square().sum(),
+        sums += [error_N.sum(), (student_ND[ordinary_N] - teacher_ND).square().sum(),
                  (teacher_ND - teacher_ND.mean(0)).square().sum()]
     return sums
 
@@ -3575,19 +3558,15 @@ def stitching(cfg, config):
     way. A checkpoint keeps them, final/ does not. A head that is to be trained is untied in its
     config from the embeddings, which the blocks build on."""
     shape = config.get_text_config()
-    learns_head = cfg.train_lm_head or cfg.initialize_head_from_teacher
-    if learns_head and getattr(shape, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        shape.tie_word_embeddings = False
-        print0("blockwise: the student's head is untied from its embeddings, which the blocks "
-               "build on")
+    if getattr(shape, "tie_word_embeddings", False) and (
+            cfg.train_lm_head or cfg.initialize_head_from_teacher):
+        config.tie_word_embeddings = shape.tie_word_embeddings = False
+        print0("blockwise: the student's head is untied from the embeddings, on which blocks build")
     teacher_shape = AutoConfig.from_pretrained(
         cfg.teacher, trust_remote_code=cfg.trust_remote_code).get_text_config()
     pairs = match_blocks(cfg, shape, teacher_shape)
     width = shape.hidden_size
     teacher_width = teacher_shape.hidden_size
-    # the last one becomes a part of the head, which mostly has no place for a bias
-    folded = width != teacher_width and cfg.initialize_head_from_teacher
     stitch = nn.Linear if cfg.use_stitching_layers else nn.Identity
 
     def make_root(model):
@@ -3596,8 +3575,11 @@ def stitching(cfg, config):
         root.stitches = nn.ModuleDict()
         torch.manual_seed(cfg.seed)
         for i in pairs:
-            bias = cfg.stitching_layer_bias and not (folded and i + 1 == len(pairs))
-            root.stitches[f"up{i}"] = stitch(width, teacher_width, bias)
+            # the last one becomes a part of the head, which mostly has no place for a bias
+            folded = (i + 1 == len(pairs) and width != teacher_width
+                      and cfg.initialize_head_from_teacher)
+            root.stitches[f"up{i}"] = stitch(
+                width, teacher_width, cfg.stitching_layer_bias and not folded)
         if cfg.block_input == "teacher":
             for i in pairs:
                 root.stitches[f"down{i}"] = stitch(teacher_width, width, cfg.stitching_layer_bias)
@@ -3619,8 +3601,7 @@ def final_norm(model):
     path, _ = layers_of(model)
     norm = nn.Identity()
     for module in model.get_submodule(path.rpartition(".")[0]).children():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim == 1:
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1:
             norm = module
     return norm
 
@@ -3630,7 +3611,8 @@ def head_and_gain(model):
     states of size 1, whatever its weight means (Gemma's is off by one)."""
     head = head_of(model)
     norm = final_norm(model)
-    probe = 1 - 2 * (torch.arange(head.weight.shape[1], device=DEVICE) % 2).to(head.weight)
+    probe = torch.ones_like(head.weight[0])
+    probe[1::2] = -1
     return head, (norm(probe).float() - norm(-probe).float()) / 2 * probe
 
 
@@ -3641,8 +3623,7 @@ def initialize_head(run, multipliers):
     student = run.student
     output = student.model.get_output_embeddings()
     if output.weight not in multipliers or not all(multipliers.values()):
-        print0("blockwise: the student's norm or head is frozen or, whatever the config says, tied "
-               "to the embeddings: both stay as they are in place of the teacher's")
+        print0("blockwise: the student's norm or head is frozen or still tied: both stay its own")
         return
     head, gain = run.teacher(head_and_gain)
     student_head, student_gain = student(head_and_gain)
@@ -3668,19 +3649,15 @@ def initialize_head(run, multipliers):
 
 
 def batches_by_student(run, batches):
-    """The same endless batches, but a share of on_policy of them holds what the student writes
-    after their prompts. It writes when the loop asks for the batch: by the weights that it has
-    then, not ahead, as rows are read. Block-wise phases before the last one keep their rows."""
+    """The same endless batches, but a share of on_policy of them, drawn by seed and step alone,
+    holds what the student writes after their prompts. It writes when the loop asks for the batch:
+    by the weights that it has then, not ahead, as rows are read. Block-wise phases before the last
+    one keep their rows."""
     for micro, position in batches:
-        drawn = is_on_policy(run.cfg.on_policy, run.cfg.seed, run.progress.step)
-        if drawn and run.stage is run.stages[-1]:
+        draw = int(digest("on policy", run.cfg.seed, run.progress.step), 16)   # of 64 bits
+        if draw < run.cfg.on_policy * 2**64 and run.stage is run.stages[-1]:
             micro = write_batches(run, micro)
         yield micro, position
-
-
-def is_on_policy(share, seed, step):
-    """A draw that depends on seed and step alone."""
-    return int(digest("on policy", seed, step), 16) < share * 16**16
 
 
 def write_batches(run, micro):
@@ -3707,11 +3684,9 @@ def rows_by_student(cfg, root, tokenizer, rows, step, numbers):
     seeds = [int(digest("text", cfg.seed, step, number), 16) for number in numbers]
     texts = write_texts(root, prompts, seeds, rooms, cfg.on_policy_temperature,
                         end_ids(root.model, tokenizer), vocabulary_of(tokenizer))
-    written = []
-    for prompt, text in zip(prompts, texts):
-        targets = np.repeat([False, True], [len(prompt), len(text)])
-        written.append({"input_ids": np.array(prompt + text), "targets": targets, "starts": [0]})
-    return written
+    return [{"input_ids": np.array(prompt + text),
+             "targets": np.repeat([False, True], [len(prompt), len(text)]),
+             "starts": [0]} for prompt, text in zip(prompts, texts)]
 
 
 def prompt_of(row, cfg):
@@ -3758,9 +3733,8 @@ def score_own_texts(cfg, root, teacher, tokenizer, rows):   # optional: eval
     loss_fn = functools.partial(
         distil_loss, alpha=0.0, temperature=cfg.temperature, divergence=cfg.divergence,
         vocabulary=vocabulary_of(tokenizer))
-    divergence, *_ = mean_over_rows(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size,
-                                    "labels", "evaluating own texts")
-    return divergence
+    return mean_over_rows(root, loss_fn, teacher_targets(teacher), rows, cfg.batch_size, "labels",
+                          "evaluating own texts")[0]
 
 
 def check_writer(cfg, student, teacher, tokenizer):
@@ -3773,8 +3747,8 @@ def check_writer(cfg, student, teacher, tokenizer):
         probe(student, f"student {cfg.student!r} ({type(student.model).__name__}) writes something "
               "else beside a longer prompt, with a KV cache, than alone; on_policy needs another",
               writing_error, ids_1T)
-    theirs = load_tokenizer(cfg, cfg.teacher)
-    ends = end_ids(student.model, tokenizer) | end_ids(teacher.model, theirs or tokenizer)
+    theirs = end_ids(teacher.model, load_tokenizer(cfg, cfg.teacher) or tokenizer)
+    ends = end_ids(student.model, tokenizer) | theirs
     student.model.generation_config.eos_token_id = sorted(ends) or None   # final/ says so too
 
 
@@ -3785,7 +3759,7 @@ def writing_error(model, ids_1T):
     drawn_from = []
 
     def record(_, logits_BV):
-        drawn_from.append(logits_BV.clone())
+        drawn_from.append(logits_BV)
         return logits_BV
 
     prompts = pad_left([range(3), range(8)])   # on the host, as texts are
@@ -3834,7 +3808,6 @@ THINGS = (
 TRAITS = (
     "thread-safe memory-bounded streaming resumable strict pluggable lazy minimal configurable"
 ).split()
-# Python is the first: the code shown is Python, so nothing is translated to it
 LANGUAGES = "Python C C++ C# Go Java JavaScript Kotlin PHP Ruby Rust Swift TypeScript".split()
 LEVELS = [
     "I am new to programming.", "I program every day.", "I am an expert, so go deep.",
@@ -3870,11 +3843,10 @@ def stdlib_functions(rng):
     for _, text in rng.sample(sources, len(sources) // 3):   # parsing all takes 5 s
         lines = text.split("\n")
         for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node):
-                continue
-            function = lines[node.lineno - 1:node.end_lineno]
-            if 6 < len(function) <= 30:
-                yield "\n".join(line[node.col_offset:] for line in function)
+            if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node):
+                function = lines[node.lineno - 1:node.end_lineno]
+                if 6 < len(function) <= 30:
+                    yield textwrap.dedent("\n".join(function))
 
 
 def compose_prompt(category, function, rng):
@@ -3883,14 +3855,14 @@ def compose_prompt(category, function, rng):
     # is extended would not find its own again.
     bugs = [right for right in BUGS if right in function]
     bug = rng.choice(bugs) if bugs else None
-    language = rng.choice(LANGUAGES[1:] if category == "translate" else LANGUAGES)
+    language = rng.choice(LANGUAGES[category == "translate":])   # not to the first, Python
     trait, thing, form, level, limit = map(rng.choice, (TRAITS, THINGS, FORMS, LEVELS, LIMITS))
 
     code = function
     if category == "complete":
         code = function[:len(function) // 2].rpartition("\n")[0]
     elif category == "debug":
-        code = function.replace(bug, BUGS[bug], 1) if bug else ""
+        code = bug and function.replace(bug, BUGS[bug], 1)
     if not code:
         return None
     text = form.format(TASKS[category].format(language=language, thing=f"a {trait} {thing}"))
@@ -3911,7 +3883,7 @@ def compose_prompts(categories, seed):
     rng = random.Random(seed)
     functions = itertools.cycle(stdlib_functions(rng))
     asked = collections.Counter()
-    seen = set()
+    seen = {None}   # which is no prompt
     misses = 0
     while misses < 1000:
         misses += 1
@@ -3919,7 +3891,7 @@ def compose_prompts(categories, seed):
         name = min(weights, key=lambda category: (asked[category] + 1) / weights[category])
         function = next(itertools.islice(functions, rng.randrange(20), None))
         text = compose_prompt(name, function, rng)
-        if text and text not in seen:
+        if text not in seen:
             misses = 0
             seen.add(text)
             asked[name] += 1
@@ -3933,13 +3905,10 @@ def read_prompts(path):
     a list of rows in a .json; a row: {"prompt": TEXT} or {"messages": [...]}."""
     kind = Path(path).suffix
     with open(path, encoding="utf-8-sig") as f:
-        rows = json.load(f) if kind == ".json" else [line for line in f if line.strip()]
-    for number, row in enumerate(rows, 1):
+        lines = list(map(json.dumps, json.load(f)) if kind == ".json" else filter(str.strip, f))
+    for number, line in enumerate(lines, 1):
         try:
-            if kind == ".jsonl":
-                row = json.loads(row)
-            elif kind != ".json":
-                row = {"prompt": row.strip()}
+            row = json.loads(line) if ".json" in kind else {"prompt": line.strip()}
             turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
             messages = [{"role": turn["role"], "content": text_of(turn["content"])}
                         for turn in turns]
@@ -3964,11 +3933,12 @@ def all_prompts(cfg):
         prompts = read_prompts(cfg.prompts_file)
     jobs = {}
     for category, messages in prompts:
-        # each token is a byte or more, and the chat format takes less than 64 a turn
-        sizes = [64 + len(turn["content"].encode(errors="replace")) for turn in messages]
-        worst_usd = usd(cfg, sum(sizes), cfg.max_tokens)
+        # each token is a byte or more, and as JSON a text has no fewer characters than bytes; the
+        # chat format takes less than 64 a turn
+        most_tokens = 64 * len(messages) + len(json.dumps(messages))
+        worst_usd = usd(cfg, most_tokens, cfg.max_tokens)
         job = Job(messages, category, digest(messages), worst_usd)
-        jobs.setdefault(job.prompt_id, job)
+        jobs[job.prompt_id] = job
         if len(jobs) == count:
             break
     if not jobs:
@@ -4020,8 +3990,8 @@ def plain_words(text):
 def is_loop(reply):
     """A loop deflates to an eighth, code to a third."""
     data = reply.encode(errors="replace")
-    parts = (data, data[-1000:])   # the end shows a reply that only ended in one
-    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in parts)
+    # the end shows a reply that only ended in one
+    return any(len(zlib.compress(part)) < len(part) / 8 - 40 for part in (data, data[-1000:]))
 
 
 def is_broken_code(reply):
@@ -4075,23 +4045,18 @@ def find_duplicate(prompt, reply, seen):
 # stands there <= max_cost. What a kill leaves in flight stays counted at its worst.
 
 PAUSE = 1           # seconds between the first two tries of a request; each next one is doubled
-MAX_COUNT = 10**7   # tokens: who says that a reply had more says nothing
-USAGE = {   # what they call the tokens in and out
-    "openai": ("prompt_tokens", "completion_tokens"),
-    "anthropic": ("input_tokens", "output_tokens"),
-}
+MAX_COUNT = 10_000_000   # tokens: who says that a reply had more says nothing
 
 
 @dataclass
 class Asking:
-    """What is known of all prompts of this folder, what they have cost, and why to stop."""
+    """What was spent, and what may make the run stop."""
     cfg: Config
-    rows: dict            # prompt_id -> its last row in replies.jsonl
+    rows: dict            # by prompt_id, of earlier runs; none where nobody was ever answered
     spent_usd: float      # of all runs, with what is set aside for tries in flight
     stop_requests: list   # of stop_signals
     bar: tqdm
-    failures: int = 0     # in a row
-    error: str = ""       # why no other request would fare better
+    patience: int         # more prompts that may fail in a row
 
     def change(self, job, change_usd):
         job.cost += change_usd
@@ -4103,23 +4068,17 @@ class Asking:
         if said.get("usage"):   # else nobody knows, and the worst case stays
             self.change(job, usd(self.cfg, *said["usage"].values()) - job.worst_usd)
         if "reply" in said:
+            self.patience = 9
             job.messages.append({"role": "assistant", "content": said.pop("reply")})
+        else:   # what failed in an earlier run may always fail: it must not stop each later one
+            self.patience -= job.prompt_id not in self.rows
         row = vars(job) | {"model": self.cfg.api_model or self.cfg.teacher} | said
         del row["worst_usd"]
         append_jsonl(f"{self.cfg.output_dir}/replies.jsonl", row)
         self.bar.update()
-        if "reason" not in row:
-            self.failures = 0
-        else:
-            # what failed in an earlier run may always fail: it must not stop each later one
-            self.failures += job.prompt_id not in self.rows
-            if self.failures >= 10 or not answered(self.rows):
-                self.error = f"{self.cfg.provider}, model {row['model']}: {row['reason']}"
-        self.rows[job.prompt_id] = row
-
-
-def answered(rows):
-    return {prompt_id for prompt_id, row in rows.items() if "reason" not in row}
+        if self.patience < 0:   # no other request would fare better
+            self.stop_requests.append(1)
+            raise UserError(f"{self.cfg.provider}, model {row['model']}: {row['reason']}")
 
 
 def api_key(cfg):
@@ -4152,12 +4111,14 @@ def read_answer(cfg, text):
     model thought is not what it said. usage None: the server says nothing of it, or nonsense."""
     answer = json.loads(text)
     usage = answer.get("usage") or {}
-    usage = dict(zip(USAGE["openai"], map(usage.get, USAGE[cfg.provider])))
-    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
-        usage = None
+    names = "input_tokens", "output_tokens"
     if cfg.provider == "openai":
+        names = "prompt_tokens", "completion_tokens"
         answer = answer["choices"][0]
         answer |= answer["message"]
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), map(usage.get, names)))
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in usage.values()):
+        usage = None
     content = answer["content"] or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if "text" in part)
@@ -4168,35 +4129,38 @@ def read_answer(cfg, text):
     }
 
 
-async def ask_api(asking, sdk, create, job):
-    """Try until there is an answer -> what record takes; None: no more may be asked."""
+async def ask_api(asking, sdk, client, to_ask):
+    """A worker. to_ask: what all of them take their jobs from; each is tried until there is an
+    answer."""
     cfg = asking.cfg
-    # of a try; the SDK's time-out is one of each read, which a trickle never meets
-    seconds = 2 * cfg.request_timeout
-    may_pass = (
-        TimeoutError, sdk.APIConnectionError, sdk.RateLimitError, sdk.InternalServerError)
-    for number in range(8):
-        too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
-        if asking.error or asking.stop_requests or too_much:
-            return None
-        asking.change(job, job.worst_usd)
-        answer = ""
-        try:
-            request = create(**request_body(cfg, job.messages))
-            response = await asyncio.wait_for(request, seconds)
-            answer = hide_key(cfg, response.http_response.text)
-            return read_answer(cfg, answer)
-        except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
-            problem = e
-        if isinstance(problem, sdk.APIStatusError) and problem.status_code < 500:
-            asking.change(job, -job.worst_usd)   # refused: free. All else may be on the bill
-        words = hide_key(cfg, f"{one_line(problem, MAX_COUNT)} {answer}")[:300]
-        # as a terminal may show it
-        words = str(UserError(f"no reply (a try has {seconds:g} s): {words}"))
-        asking.bar.set_postfix_str(words)
-        if number == 7 or not isinstance(problem, may_pass):
-            return {"reason": f"failed: {words}"}
-        await asyncio.sleep(PAUSE * 2**number * random.uniform(0.7, 1))   # not all at once
+    path = "/chat/completions" if cfg.provider == "openai" else "/v1/messages"
+    for job in to_ask:
+        for number in range(8):
+            # after 0, 1, 2, 4, ..., 64 seconds, and not all at once
+            await asyncio.sleep(PAUSE * (2**number // 2) * random.uniform(0.7, 1))
+            too_much = asking.spent_usd + job.worst_usd > (cfg.max_cost or math.inf)
+            if asking.stop_requests or too_much:
+                return
+            asking.change(job, job.worst_usd)
+            answer = ""
+            try:
+                # as text: a server may say what the SDK's types would hide. Its own time-out is
+                # one of each read, which a trickle never meets
+                request = client.post(path, cast_to=str, body=request_body(cfg, job.messages))
+                answer = hide_key(cfg, await asyncio.wait_for(request, cfg.request_timeout))
+                said = read_answer(cfg, answer)
+                break
+            except Exception as e:   # read_answer's: paid for, as where "your credits are used up"
+                if isinstance(e, sdk.APIStatusError) and e.status_code < 500:
+                    asking.change(job, -job.worst_usd)   # free. All else may be on the bill
+                words = hide_key(cfg, f"no reply (a try has {cfg.request_timeout:g} s): "
+                                      f"{one_line(e, MAX_COUNT)} {answer}")[:340]
+                said = {"reason": f"failed: {UserError(words)}"}   # as a terminal may show it
+                asking.bar.set_postfix_str(said["reason"])
+                if not isinstance(e, (TimeoutError, sdk.APIConnectionError, sdk.RateLimitError,
+                                      sdk.InternalServerError)):
+                    break   # it would not pass
+        asking.record(job, said)
 
 
 async def ask_all_api(asking, jobs):
@@ -4205,26 +4169,16 @@ async def ask_all_api(asking, jobs):
     sdk = importlib.import_module(cfg.provider)
     with phase(f"making a client of {cfg.provider}"):   # by the environment: proxies, certificates
         client = sdk.AsyncClient(
-            api_key=api_key(cfg), base_url=cfg.api_base, timeout=cfg.request_timeout,
-            max_retries=0,   # ask tries again, because it knows about money
+            api_key=api_key(cfg), base_url=cfg.api_base, timeout=None,
+            max_retries=0,   # ask_api tries again, because it knows about money
             # of its own making, it has a destructor that fails where its making failed
             http_client=sdk.DefaultAsyncHttpxClient())
-    typed = client.chat.completions if cfg.provider == "openai" else client.messages
-    create = typed.with_raw_response.create   # a server may say what the types would hide
-    to_ask = iter(jobs)   # of all workers
-
-    async def work():
-        for job in to_ask:
-            said = await ask_api(asking, sdk, create, job)
-            if said is None:
-                break
-            asking.record(job, said)
-
+    to_ask = iter(jobs)
     async with client:
-        workers = [work() for _ in jobs[:cfg.concurrency]]
-        ends = await asyncio.gather(*workers, return_exceptions=True)   # all that is paid is kept
-    for error in filter(None, ends):   # a full disk
-        raise error
+        workers = [ask_api(asking, sdk, client, to_ask) for _ in jobs[:cfg.concurrency]]
+        # all that is paid is kept, also where one of them fails
+        for error in filter(None, await asyncio.gather(*workers, return_exceptions=True)):
+            raise error
 
 
 def ask_all_local(asking, jobs):
@@ -4243,7 +4197,7 @@ def ask_all_local(asking, jobs):
             for job in jobs]
         teacher, _ = load_model(cfg, "teacher")
         check_model(teacher, f"teacher {cfg.teacher!r}", max(map(len, prompts)) + cfg.max_tokens,
-                    packed=False)
+                    False)
     ends = end_ids(teacher.model, tokenizer)
     temperature = cfg.api_temperature
     if temperature is None:
@@ -4251,15 +4205,16 @@ def ask_all_local(asking, jobs):
         with contextlib.suppress(OSError):   # there is no generation_config.json
             usual = transformers.GenerationConfig.from_pretrained(cfg.teacher)
             temperature = usual.temperature or 1.0
-    for start in range(0, len(jobs), cfg.concurrency):
-        if asking.error or asking.stop_requests:
+    to_ask = zip(jobs, prompts)
+    while some := list(itertools.islice(to_ask, cfg.concurrency)):
+        if asking.stop_requests:
             break
-        some = slice(start, start + cfg.concurrency)
-        # what it says hangs on seed and prompt alone: a resumed run draws the same
-        seeds = [cfg.seed ^ int(job.prompt_id, 16) for job in jobs[some]]
-        texts = write_texts(teacher, prompts[some], seeds, [cfg.max_tokens] * len(seeds),
-                            temperature, ends, vocabulary_of(tokenizer))
-        for job, prompt, ids in zip(jobs[some], prompts[some], texts):
+        texts = write_texts(
+            teacher, [prompt for _, prompt in some],
+            # what it says hangs on seed and prompt alone: a resumed run draws the same
+            [cfg.seed ^ int(job.prompt_id, 16) for job, _ in some],
+            [cfg.max_tokens] * len(some), temperature, ends, vocabulary_of(tokenizer))
+        for (job, prompt), ids in zip(some, texts):
             asking.record(job, {
                 "reply": tokenizer.decode(ids, skip_special_tokens=True).strip(),
                 "finish_reason": "stop" if ids[-1] in ends else "length",
@@ -4283,36 +4238,34 @@ def read_replies(path):
     return rows
 
 
-def write_jsonl(path, rows):
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    aside = Path(f"{path}.tmp")
-    aside.write_text("".join(lines), encoding="utf-8", errors="replace")
-    aside.replace(path)
-
-
 def sort_out(asking, jobs):
     """Judge all replies anew -> train.jsonl and rejected.jsonl, in the order of the prompts, and
     say what became of them."""
     cfg = asking.cfg
-    rows = [asking.rows[name] for name in jobs | asking.rows if name in asking.rows]
-    min_chars = 1 if cfg.prompts_file else 20   # own prompts may want a word or a label
+    rows = dict.fromkeys(jobs) | read_replies(f"{cfg.output_dir}/replies.jsonl")
+    fates = collections.Counter()
+    lines = {"train": [], "rejected": []}
     seen = set()
-    for row in rows:
+    for row in filter(None, rows.values()):
         if "reason" not in row:
             *_, prompt, reply = [turn["content"] for turn in row["messages"]]
-            flaw = find_flaw(prompt, reply, row["finish_reason"], min_chars)
-            flaw = flaw or find_duplicate(prompt, reply, seen)
+            # own prompts may want a word or a label
+            flaw = (find_flaw(prompt, reply, row["finish_reason"], 1 if cfg.prompts_file else 20)
+                    or find_duplicate(prompt, reply, seen))
             if flaw:
                 row["reason"] = flaw
-    write_jsonl(f"{cfg.output_dir}/train.jsonl", [row for row in rows if "reason" not in row])
-    write_jsonl(f"{cfg.output_dir}/rejected.jsonl", [row for row in rows if "reason" in row])
-
-    fates = collections.Counter(row.get("reason", "kept").partition(":")[0] for row in rows)
+        fates[row.get("reason", "kept").partition(":")[0]] += 1
+        name = "rejected" if "reason" in row else "train"
+        lines[name].append(json.dumps(row, ensure_ascii=False) + "\n")
+    for name in lines:
+        aside = Path(f"{cfg.output_dir}/{name}.tmp")
+        aside.write_text("".join(lines[name]), encoding="utf-8", errors="replace")
+        aside.replace(f"{cfg.output_dir}/{name}.jsonl")
     write_json({"spent_usd": asking.spent_usd, **fates}, f"{cfg.output_dir}/summary.json")
     print0(table(["what became of it", "prompts"], [[name, f"{fates[name]:,}"] for name in fates]))
-    print0(f"asked {len(rows):,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} USD "
-           f"at the prices given (max_cost {cfg.max_cost}); the same command goes on; --dataset "
-           f"{cfg.output_dir}/train.jsonl trains on what is kept")
+    print0(f"asked {fates.total():,} of {len(jobs):,} prompts, in all for {asking.spent_usd:.4f} "
+           f"USD at the prices given (max_cost {cfg.max_cost}); the same command goes on; "
+           f"--dataset {cfg.output_dir}/train.jsonl trains on what is kept")
 
 
 def generate(cfg):
@@ -4321,8 +4274,8 @@ def generate(cfg):
         jobs = all_prompts(cfg)
         rows = read_replies(f"{cfg.output_dir}/replies.jsonl")
         config_there = read_json(f"{cfg.output_dir}/config.json", {})
-        spent_usd = read_json(f"{cfg.output_dir}/summary.json", {}).get("spent_usd", 0.0)
-        done = answered(rows)
+        spent_usd = read_json(f"{cfg.output_dir}/summary.json", {"spent_usd": 0.0})["spent_usd"]
+        done = {name for name in rows if "reason" not in rows[name]}
         if done:
             refuse_changes(config_there, config_there | result_knobs(cfg), cfg.output_dir,
                            way_out="choose another --output_dir")
@@ -4333,14 +4286,15 @@ def generate(cfg):
            f"{sum(job.worst_usd for job in to_ask):.2f} USD at the prices given; a stop waits for "
            "what is in flight, which may be paid for")
     with tqdm(total=len(to_ask), unit="prompt") as bar, stop_signals() as stop_requests:
-        asking = Asking(cfg, rows, spent_usd, stop_requests, bar)
-        if cfg.provider != "local":
-            asyncio.run(ask_all_api(asking, to_ask))
-        elif to_ask:
-            ask_all_local(asking, to_ask)
-    sort_out(asking, jobs)
-    if asking.error:
-        raise UserError(asking.error)
+        asking = Asking(
+            cfg, rows if done else {}, spent_usd, stop_requests, bar, 9 if done else 0)
+        try:
+            if cfg.provider != "local":
+                asyncio.run(ask_all_api(asking, to_ask))
+            elif to_ask:
+                ask_all_local(asking, to_ask)
+        finally:
+            sort_out(asking, jobs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4365,17 +4319,16 @@ LEGEND = (
     "tokenizer continues a beginning that ends a few bytes elsewhere."
 )
 AGAINST = "- student against {}: {difference:+.4f} bits a byte ({:+.4f} to {:+.4f}): {verdict}"
-PANELS = (   # of the picture: title, x, y
-    ("Training", "step", "nats a token: CE, KL (dotted), held-out CE (markers)"),
-    ("Layers against the teacher's", "layer", "share unexplained, CKA (dotted)"),
-    ("Quality against size", "parameters", "bits a byte, held out, and 95 %"),
-    ("Reliability", "confidence", "share right"),
-)
+PANELS = {   # of the picture: title, x
+    "Training\nnats a token: CE, KL (dotted), held-out CE (markers)": "step",
+    "Layers against the teacher's\nshare unexplained, CKA (dotted)": "layer",
+    "Quality against size\nbits a byte, held out, and 95 %": "parameters",
+    "Reliability\nshare right": "confidence",
+}
 CURVES = {   # panel, line; o is the model's marker
     "train/ce_loss": (0, "-"), "train/kl_loss": (0, ":"), "eval/ce_loss": (0, "o"),
     "unexplained": (1, "o-"), "CKA": (1, "o:"), "reliability": (3, "o-"),
 }
-STYLES = (("0.6", "s"), ("black", "D"), ("#d55e00", "^"), ("#56b4e9", "o"))   # of models
 
 
 # ---- which models, and the rows of each
@@ -4404,8 +4357,7 @@ def read_losses(name):
     path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
     text = path.read_text("utf-8") if path.is_file() else ""
     losses = collections.defaultdict(list)
-    for line in text.split("\n")[:-1]:   # a run may be writing its last one
-        entry = json.loads(line)
+    for entry in map(json.loads, text.split("\n")[:-1]):   # a run may be writing its last one
         for key, value in entry.items():
             if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
                 losses[key].append((entry[f"{key.split('/')[0]}/step"], value))
@@ -4429,67 +4381,65 @@ def rows_for(cfg, name, tokenizer, rows):
     retokenized = []
     for row in rows:
         text = tokenizer.decode(row["input_ids"][1:]).replace(eos, other.eos_token or "")
-        ids = np.array([*begin, *other(text, add_special_tokens=False, verbose=False)["input_ids"]])
+        ids = np.array([*begin, *other.encode(text, add_special_tokens=False)])
         retokenized.append(dict(input_ids=ids, targets=np.arange(len(ids)) > 0, starts=[0]))
     return retokenized, other
 
 
 def beginnings(rows):
     """Of three rows (fewer where there are fewer): up to the first target, and at least 32 ids."""
-    places = range(0, len(rows), math.ceil(len(rows) / 3))
-    return [rows[i]["input_ids"][:max(32, rows[i]["targets"].argmax())].tolist() for i in places]
+    return [row["input_ids"][:max(32, row["targets"].argmax())].tolist()
+            for row in rows[::math.ceil(len(rows) / 3)]]
 
 
 # ---- one model: scores, layers, speed
 
 
 def score(cfg, root, reference, rows, vocabulary, what):
-    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut.
+    """One pass over the rows of all ranks, over the ids below vocabulary: padded tails are cut. As
+    compare_layers, it is called within evaluating().
     -> sums a sequence [rows, 6]: tokens, -log p, top-1 right, top-1 the reference's, KL to it (with
     its T^2), confidence (p of the top-1); and sums a bin of that [BINS, 3]: tokens, hits, it."""
     sums = torch.zeros(len(rows) + BINS, 6, dtype=torch.float64)   # of sequences, then of bins
-    chunk = max(1, LOGITS_BUDGET // (24 * vocabulary))   # six fp32 [C, V] at a time
-    with evaluating(reference), evaluating(root):
-        for numbers, batch in held_out(rows, cfg.batch_size, what):
-            hidden_ND, head = root(counted_hidden, batch)
-            reference_ND, reference_head = reference(counted_hidden, batch)
-            row_B = torch.tensor(numbers, dtype=torch.long)   # empty where rows end
-            row_N = row_B[batch.positions.cpu() // batch.input_ids.shape[1]]
-            for part_C in torch.arange(len(row_N)).split(chunk):
-                logits_CV = head_logits(hidden_ND[part_C], head, vocabulary)
-                reference_CV = head_logits(reference_ND[part_C], reference_head, vocabulary)
-                labels_C = batch.labels[part_C].to(DEVICE)
-                best, top = logits_CV.max(-1)
-                log_total = logits_CV.logsumexp(-1)
-                logp = torch.log_softmax(logits_CV / cfg.temperature, -1)
-                logq = torch.log_softmax(reference_CV / cfg.temperature, -1)
-                terms_C6 = torch.stack([
-                    torch.ones_like(best),
-                    log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
-                    top == labels_C,
-                    top == reference_CV.argmax(-1),
-                    torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
-                    (best - log_total).exp(),
-                ], 1).double().cpu()
-                sums.index_add_(0, row_N[part_C], terms_C6)
-                bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
-                sums.index_add_(0, len(rows) + bin_C, terms_C6)
+    for numbers, batch in held_out(rows, cfg.batch_size, what):
+        said = root(counted_hidden, batch)
+        reference_said = reference(counted_hidden, batch)
+        row_N = numbers.start + WORLD * (batch.positions.cpu() // batch.input_ids.shape[1])
+        # six fp32 [C, V] at a time
+        for part_C in torch.arange(len(row_N)).split(max(1, LOGITS_BUDGET // (24 * vocabulary))):
+            logits_CV = head_logits(*tokens_of(said, part_C), vocabulary)
+            reference_CV = head_logits(*tokens_of(reference_said, part_C), vocabulary)
+            labels_C = batch.labels[part_C].to(DEVICE)
+            best, top = logits_CV.max(-1)
+            log_total = logits_CV.logsumexp(-1)
+            logp, logq = [torch.log_softmax(z_CV / cfg.temperature, -1)
+                          for z_CV in (logits_CV, reference_CV)]
+            terms_C6 = torch.stack([
+                torch.ones_like(best),
+                log_total - logits_CV.gather(1, labels_C[:, None])[:, 0],
+                top == labels_C,
+                top == reference_CV.argmax(-1),
+                torch.linalg.vecdot(logq.exp(), logq.sub_(logp)) * cfg.temperature**2,
+                (best - log_total).exp(),
+            ], 1).double().cpu()
+            sums.index_add_(0, row_N[part_C], terms_C6)
+            bin_C = (terms_C6[:, 5] * BINS).long().clamp(max=BINS - 1)
+            sums.index_add_(0, len(rows) + bin_C, terms_C6)
     dist.all_reduce(sums, group=HOST)
     return sums[:-BINS].numpy(), sums[-BINS:, [0, 2, 5]].tolist()
 
 
 def layer_outputs(model, batch):
     """Runs inside a root: [N, D] of the counted tokens after each layer."""
-    outputs = model.base_model(batch.input_ids, use_cache=False, output_hidden_states=True)
-    _, *states = outputs.hidden_states   # the first is of the embeddings
+    _, *states = model.base_model(   # the first is of the embeddings
+        batch.input_ids, use_cache=False, output_hidden_states=True).hidden_states
     return [state_BTD.flatten(0, 1)[batch.positions] for state_BTD in states]
 
 
 def compare_layers(root, teacher, batch):
     """How much each layer of a student tells of the teacher's layer at its depth."""
-    with evaluating(teacher), evaluating(root):
-        states = root(layer_outputs, batch)
-        teacher_states = teacher(layer_outputs, batch)
+    states = root(layer_outputs, batch)
+    teacher_states = teacher(layer_outputs, batch)
     layers = []
     for i, x_ND in enumerate(states):   # a student may be the deeper one here
         j = max(0, teacher_layer(i, len(states), len(teacher_states)))
@@ -4522,23 +4472,24 @@ def try_out(root, tokenizer, rows, batch_size, limit):
     """-> tokens a second, and [greedy, sampled] continuations of each beginning. limit: how long a
     row may become."""
     def write(prompts, new, temperature=0.0):
-        """-> new tokens a second, the texts up to the end mark; but always written in full."""
+        """-> seconds, ids: in full, whatever ends in them."""
         rooms = [min(new, limit + 1 - len(prompt)) for prompt in prompts]   # the last is not read
         start = time.time()
-        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(), vocabulary)
-        speed = sum(rooms) / (time.time() - start)
-        eos = tokenizer.eos_token or "\0"
-        return speed, [text.split(eos)[0] for text in tokenizer.batch_decode(ids)]
+        ids = write_texts(root, prompts, range(len(prompts)), rooms, temperature, set(),
+                          vocabulary_of(tokenizer))
+        return time.time() - start, ids
 
-    vocabulary = vocabulary_of(tokenizer)
     prompts = beginnings(rows)
     _, greedy = write(prompts, NEW_TOKENS)
     _, sampled = write(prompts, NEW_TOKENS, temperature=1.0)
-    batch = [row["input_ids"] for row in itertools.islice(rows, batch_size)]
-    rows_a_second, _ = max(write(batch, 1) for _ in range(3))
-    generation, _ = max(write(prompts[:1], NEW_TOKENS) for _ in range(3))
-    return dict(prefill=rows_a_second * sum(map(len, batch)) / len(batch), generation=generation,
-                texts=list(zip(greedy, sampled)))
+    eos = tokenizer.eos_token or "\0"
+    texts = [[text.split(eos)[0] for text in tokenizer.batch_decode(pair)]
+             for pair in zip(greedy, sampled)]
+    batch = [row["input_ids"] for row in rows[:batch_size]]
+    reading, _ = min(write(batch, 1) for _ in range(3))
+    writing, _ = min(write(prompts[:1], NEW_TOKENS) for _ in range(3))
+    return dict(prefill=sum(map(len, batch)) / reading, generation=len(greedy[0]) / writing,
+                texts=texts)
 
 
 def measure_model(cfg, label, name, teacher, tokenizer, rows):
@@ -4550,28 +4501,28 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
         rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
         limit = max(len(row["input_ids"]) for row in rows)
         check_model(root, f"{label} {name!r}", limit, packed=False)
-    same = own_tokenizer is tokenizer
+    same = own_tokenizer is tokenizer or None   # None: what needs one vocabulary is unknown
     teacher = teacher or root
-    reference = teacher if same else root   # itself: nothing that needs one vocabulary counts
-    sums, bins = score(
-        cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
-    print0(f"layers of {label}, then what it writes, by the clock ...")
+    reference = teacher if same else root
     layers = []
-    if reference is not root:   # on the same rows on every rank
-        layers = compare_layers(
-            root, teacher, collate(list(itertools.islice(rows, 8192 // cfg.seq_len + 1))))
+    with evaluating(teacher), evaluating(root):
+        sums, bins = score(
+            cfg, root, reference, rows, vocabulary_of(own_tokenizer), f"evaluating {label}")
+        print0(f"layers of {label}, then what it writes, by the clock ...")
+        if reference is not root:   # on the same rows on every rank
+            layers = compare_layers(root, teacher, collate(rows[:8192 // cfg.seq_len + 1]))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trial = try_out(root, own_tokenizer, rows, cfg.batch_size, limit)
-    memory = torch.cuda.max_memory_allocated() - allocated or None
     parameters = root.model.num_parameters()
     # a hub name, or a checkpoint, whose files hold more than the weights: as saved
     disk = sum(file.stat().st_size for file in Path(name).glob("model*.safetensors"))
-    disk = disk or parameters * compute_dtype(cfg).itemsize
-    figures = dict(name=name, same_tokenizer=same, parameters=parameters, disk=disk, memory=memory,
+    figures = dict(name=name, same_tokenizer=same, parameters=parameters,
+                   disk=disk or parameters * compute_dtype(cfg).itemsize,
+                   memory=torch.cuda.max_memory_allocated() - allocated or None,
                    layers=layers, sums=sums, bins=bins, curves=curves, **trial)
     figures["own"] = score_own_texts(   # optional: on_policy
-        cfg, root, teacher if same else None, tokenizer, rows)
+        cfg, root, same and teacher, tokenizer, rows)
     return root, figures
 
 
@@ -4586,13 +4537,12 @@ def interval(top, bottom, seed):
     middle = top.sum() / bottom.sum()
     off = []
     for _ in range(2000):
-        picks = rng.integers(0, n, n)
+        picks = rng.choice(n, n)
         off.append(top[picks].sum() / bottom[picks].sum() - middle)
     # The bootstrap's variance is (n - 1) / n of what it estimates; t's 97.5 % point with n - 1
     # degrees of freedom is about 1 + 1.21 / (n - 1) times the normal's.
     widen = math.sqrt(n / (n - 1)) * (1 + 1.21 / (n - 1))
-    low, high = middle + widen * np.quantile(off, (0.025, 0.975))
-    return middle, low, high
+    return middle, *(middle + widen * np.quantile(off, (0.025, 0.975)))
 
 
 def judge_models(models, sizes, seed):
@@ -4612,12 +4562,12 @@ def judge_models(models, sizes, seed):
             verdict = "better"
         elif low > 0:
             verdict = "worse"
-        same = figures.pop("same_tokenizer")   # what needs one vocabulary
+        same = figures.pop("same_tokenizer")
         bins = figures["bins"]
         layers = figures["layers"]
         figures.update(
             tokens=int(tokens), accuracy=right / tokens,
-            agreement=agreed / tokens if same else None, kl=kl / tokens if same else None,
+            agreement=same and agreed / tokens, kl=same and kl / tokens,
             ece=sum(abs(hits - p) for _, hits, p in bins) / tokens,
             student_against_it=dict(difference=difference, interval=[low, high], verdict=verdict))
         figures["curves"].update(
@@ -4630,27 +4580,26 @@ def judge_models(models, sizes, seed):
 
 
 def draw_report(path, models):
-    """Shades and markers tell models apart in grey too."""
+    """Markers tell models apart in grey too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    figure = Figure(figsize=(13, 10), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
-    for panel, (title, x, y) in zip(panels, PANELS):
-        panel.set(title=title, xlabel=x, ylabel=y)
+    for panel, (title, x) in zip(panels, PANELS.items()):
+        panel.set(title=title, xlabel=x)
     _, layers, quality, reliability = panels
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    quality.set_xscale("log")
-    reliability.plot([0, 1], [0, 1], color="0.85")
+    layers.locator_params("x", integer=True)
+    reliability.plot([0, 1], "0.85")
     for i, (label, figures) in enumerate(models.items()):
-        color, marker = STYLES[i % len(STYLES)]
+        marker = "sD^o"[i % 4]
         for key, (panel, line) in CURVES.items():
             points = figures["curves"].get(key)
             if points:
-                panels[panel].plot(*zip(*points), line.replace("o", marker), color=color)
+                panels[panel].plot(*zip(*points), line.replace("o", marker), color=f"C{i}")
         size = figures["parameters"] * 1.05**i   # aside a little: models of one size are common
-        quality.plot([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
-                     color=color, label=label)
+        quality.semilogx([size] * 3, [*figures["bits_95"], figures["bits"]], marker + "-",
+                         color=f"C{i}", label=label)
     figure.legend(loc="outside lower center", ncols=len(models))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def show_number(x):
@@ -4666,7 +4615,7 @@ def show_figure(figures, teacher, key):
     if key + "_95" in figures:
         low, high = map(show_number, figures[key + "_95"])
         shown += f" ({low} to {high})"
-    if figures is not teacher and teacher[key] and value is not None:   # the teacher's KL is 0
+    if figures is not teacher and teacher[key] and value:   # the teacher's KL is 0
         shown += f", {show_number(value / teacher[key])} x"
     return shown
 
@@ -4674,25 +4623,21 @@ def show_figure(figures, teacher, key):
 def write_report(folder, setting, models, prompts):
     """The beginning of report.md, verdicts and the table, is printed too. The picture comes last:
     what it is made from stands by then."""
-    lines = [f"# {models['student']['name']}: the report", ""]
+    lines = [f"# {models['student']['name']}: the report\n"]
     for label, figures in models.items():
         against = figures["student_against_it"]
         if label != "student":
             lines.append(AGAINST.format(label, *against["interval"], **against))
-    rows = []
-    for key, title in METRICS.items():
-        cells = [show_figure(figures, models["teacher"], key) for figures in models.values()]
-        rows.append([title, *cells])
-    settings = ", ".join(f"{key} {value}" for key, value in setting.items())
-    lines += ["", table(["", *models], rows), "", f"{settings}. {LEGEND}", ""]
+    rows = [[title, *[show_figure(figures, models["teacher"], key) for figures in models.values()]]
+            for key, title in METRICS.items()]
+    lines += ["", table(["", *models], rows), f"\nOf {setting}. {LEGEND}\n"]
     print0("\n".join(lines))
-    lines += ["![report.png: training, layers, quality against size, reliability](report.png)", ""]
+    lines.append("![report.png: training, layers, quality against size, reliability](report.png)")
     for i, prompt in enumerate(prompts):   # indented is code: nothing to escape
-        lines += ["## Greedy, then sampled, after", "", f"    {prompt!r}", ""]
+        lines.append(f"\n## Greedy, then sampled, after\n\n    {prompt!r}\n")
         for label, figures in models.items():
             lines += [f"    {label}: {text!r}" for text in figures["texts"][i]]
-        lines.append("")
-    Path(folder, "report.md").write_text("\n".join(lines), encoding="utf-8")
+    Path(folder, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
     write_json(dict(setting=setting, models=models, prompts=prompts), f"{folder}/report.json")
     try:
         draw_report(f"{folder}/report.png", models)
@@ -4706,14 +4651,14 @@ def report(cfg):
     if cfg.student == "demo":   # none was named
         names["student"] = f"{cfg.output_dir}/final"
     for path in cfg.compare:   # under the names of their folders
-        label = os.path.basename(path.rstrip("/").removesuffix("/final"))
+        label = Path(path.rstrip("/").removesuffix("/final")).name
         names[path if label in names else label] = path
     for label, name in names.items():   # a name that is no model is refused before any work
         if not is_checkpoint(name):
             with phase(f"looking for {label} {name}"):
                 AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg, cfg.tokenizer, cfg.teacher, names["student"])
-    _, rows = load_data(cfg, tokenizer)
+    rows = list(load_data(cfg, tokenizer)[1])
     if len(rows) < 2:
         raise UserError(f"{cfg.dataset!r}: one held-out sequence has no interval; bring more text "
                         "or lower --seq_len")
