@@ -1875,7 +1875,8 @@ def find_checkpoint(resume, output_dir):
             return path, state
         print0(f"checkpoint {path} is not what was written, passed over")
     if paths:
-        raise UserError(f"'{paths[0]}' is no readable checkpoint; start over with --resume never")
+        raise UserError(f"'{paths[0]}' is no readable checkpoint: take another, or start over with "
+                        "--resume never")
     return None, None
 
 
@@ -4756,8 +4757,7 @@ def explain(cfg, error, words):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, ON_INTERRUPT)
     code = run_config(CONFIG)
-    if WORLD > 1:   # an orderly end would wait for ranks that are gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    for stream in filter(None, (sys.stdout, sys.stderr)):   # None: it was never open
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)   # an orderly end waits for ranks that are gone, and once crashed in a library
