@@ -1156,7 +1156,7 @@ def collate(rows):
     one before a target, as no row begins with one."""
     tables = []   # of each token: its id, is it a target, its place in its document: 1, 2, ...
     for row in rows:
-        places = np.arange(len(row["input_ids"])) + 1
+        places = np.arange(len(row["input_ids"]))
         for start in row["starts"]:
             places[start:] -= places[start] - 1
         tables.append(torch.tensor(np.stack([row["input_ids"], row["targets"], places], 1)))

@@ -6528,7 +6528,7 @@ def break_file(path, draw):
     if path.suffix not in (".json", ".jsonl") or not content or draw.random() < 0.4:
         path.write_bytes(break_bytes(content, draw))
         return
-    lines = [content] if path.suffix == ".json" else content.splitlines()
+    lines = [content] if path.suffix == ".json" else content.strip().splitlines()
     i = draw.randrange(len(lines))
     lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
     path.write_bytes(b"\n".join(lines) + b"\n")
