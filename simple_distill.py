@@ -45,6 +45,7 @@ import resource
 import shlex   # optional: cache
 import shutil
 import signal
+import socket
 import sys
 import sysconfig   # optional: demo generate
 import tempfile
@@ -72,6 +73,7 @@ from config import (
 
 if __name__ == "__main__":   # --help and a typo are answered before the slow imports below
     CONFIG = parse_or_exit(sys.argv[1:])
+    ON_INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)   # in those: a quiet end
 
 import datasets
 import huggingface_hub   # optional: demo
@@ -156,13 +158,18 @@ def process_group():
     global HOST, STORE
     patience = dict(timeout=datetime.timedelta(minutes=15))
     STORE = dist.HashStore()   # alone, without opening a port
-    with phase(f"starting rank {RANK} of {WORLD}"):
+    address = os.environ.get("MASTER_ADDR", "localhost")
+    with phase(f"starting rank {RANK} of {WORLD}, which meet at {address}"):
         if CUDA:
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")   # TF32
         else:
             keep_freed_memory()
-        if "RANK" in os.environ:
+        if not RANK < WORLD:   # it would wait for a rank 0
+            raise UserError(f"there is no rank {RANK} of {WORLD}: see RANK and WORLD_SIZE")
+        if os.environ.keys() & {"RANK", "WORLD_SIZE"}:
+            # at once; the rendezvous asks for a quarter of an hour
+            socket.getaddrinfo(address, None)
             STORE = next(rendezvous("env://", **patience))[0]
         dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=STORE, rank=RANK,
                                 world_size=WORLD, **patience)
@@ -812,10 +819,23 @@ def tokenize(cfg, raw, tokenizer, split):
         for start in starts:
             yield from encode(rows_from_columns(raw[start:start + ROWS_AT_ONCE]))
 
+    def sums():
+        return {str(path): checksum(path) for path in folder.rglob("*.arrow")}
+
+    fingerprint = fingerprint_rows(raw, encode)
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "simple_distill", fingerprint)
     with phase(f"tokenising {split}"), node_first():
+        written = read_json(folder / "sums.json")
+        if written and written != sums():   # half a file, as a full disk leaves it
+            print0(f"{folder} is damaged, and made anew")
+            shutil.rmtree(folder)
+            written = None
         rows, dropped = kept_rows(datasets.Dataset.from_generator(
-            encode_from, FEATURES, num_proc=cfg.num_proc, fingerprint=fingerprint_rows(raw, encode),
+            encode_from, FEATURES, cache_dir=str(folder), num_proc=cfg.num_proc,
+            fingerprint=fingerprint,
             gen_kwargs={"starts": list(range(0, len(raw), ROWS_AT_ONCE))}))
+        if not written:
+            write_json(sums(), folder / "sums.json")
     reasons = dict(dropped.most_common(5))
     if not rows:
         raise UserError(f"{split}: none of the {len(raw)} rows of {cfg.dataset!r} has a target "
@@ -1137,7 +1157,7 @@ def collate(rows):
     one before a target, as no row begins with one."""
     tables = []   # of each token: its id, is it a target, its place in its document: 1, 2, ...
     for row in rows:
-        places = np.arange(len(row["input_ids"])) + 1
+        places = np.arange(len(row["input_ids"]))
         for start in row["starts"]:
             places[start:] -= places[start] - 1
         tables.append(torch.tensor(np.stack([row["input_ids"], row["targets"], places], 1)))
@@ -1269,6 +1289,8 @@ def load_model(cfg, role):
     cut = re.fullmatch(r"layers:(\d+)", getattr(cfg, role))
     name = cfg.teacher if cut else getattr(cfg, role)
     config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    if learns:   # loaded in full it would still say so
+        refuse_quantised(config)
     kept_layers = None
     if cut:
         config, kept_layers = cut_layers(config, int(cut[1]))
@@ -1286,7 +1308,7 @@ def load_model(cfg, role):
     if learns and cfg.gradient_checkpointing:
         # its newer name, and its older one
         getattr(root.model, "activation_checkpointing_enable",
-                root.model.gradient_checkpointing_enable)()
+                root.model.gradient_checkpointing_enable)({"use_reentrant": False})
         # transformers makes the embeddings ask for gradients; frozen layers would be recomputed
         root.model.disable_input_require_grads()
     if cfg.compile:
@@ -1307,14 +1329,24 @@ def read_model(name, config, kept_layers, seed, options):
     if name.endswith(".json"):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **options)
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    if info["missing_keys"]:   # transformers would fill them with random numbers
-        raise UserError(f"{name!r} lacks weights, {min(info['missing_keys'])} among them; is "
-                        "it whole?")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    refuse_quantised(model.config)
+    # transformers would fill them with random numbers
+    wrong = sorted(map(str, info["missing_keys"] | info["mismatched_keys"]))
+    if wrong:
+        raise UserError(f"{name!r} lacks weights, or has them in other shapes than its config: "
+                        f"{wrong[0]} among {len(wrong)}; is it whole?")
     if kept_layers:
         path, layers = layers_of(model)
         model.set_submodule(path, nn.ModuleList(layers[i] for i in kept_layers))
     return model
+
+
+def refuse_quantised(config):
+    """Codes are no weights, and would be taken for them."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError("it is quantised; take a dequantised copy (or, of a teacher, serve it)")
 
 
 def identity_of(model):
@@ -1708,11 +1740,16 @@ def make_schedule(cfg, steps):
     """-> a function step -> multiplier of all rates. It follows from the step alone: there is
     nothing to save or to replay."""
     with phase(f"making the schedule {cfg.lr_scheduler} {cfg.lr_scheduler_kwargs or ''}"):
-        return get_scheduler(
+        multiplier_at = get_scheduler(
             cfg.lr_scheduler,
             torch.optim.SGD([torch.zeros(1)], cfg.learning_rate),   # unused, but min_lr is of it
             round(cfg.warmup_ratio * steps), steps,
             json.loads(cfg.lr_scheduler_kwargs or "{}")).lr_lambdas[0]
+        values = [multiplier_at(int(step)) for step in np.linspace(0, steps - 1, 10_000)]
+        low, high = np.min(values), np.max(values)
+        if not (low >= 0 and 0 < high < math.inf):   # also nan
+            raise ValueError(f"of {steps} steps the rate is {low:g} to {high:g} times its peak")
+        return multiplier_at
 
 
 def set_rates(optimizer, multiplier):
@@ -1841,7 +1878,8 @@ def find_checkpoint(resume, output_dir):
             return path, state
         print0(f"checkpoint {path} is not what was written, passed over")
     if paths:
-        raise UserError(f"'{paths[0]}' is no readable checkpoint; start over with --resume never")
+        raise UserError(f"'{paths[0]}' is no readable checkpoint: take another, or start over with "
+                        "--resume never")
     return None, None
 
 
@@ -2059,7 +2097,7 @@ def load_everything(cfg):
 
 def start_run(cfg):
     """Load everything and check that it belongs together -> Run; None where it is finished."""
-    make_schedule(cfg, steps=1)   # would it? Before any model is loaded
+    make_schedule(cfg, cfg.max_steps or 1000)   # would it? Before any model is loaded
     load = load_everything
     if cfg.cache_dir:   # optional: cache
         cfg = take_from_cache(cfg)
@@ -4856,9 +4894,9 @@ def explain(cfg, error, words):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, ON_INTERRUPT)
     code = run_config(CONFIG)
-    if WORLD > 1:   # an orderly end would wait for ranks that are gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    for stream in filter(None, (sys.stdout, sys.stderr)):   # None: it was never open
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)   # an orderly end waits for ranks that are gone, and once crashed in a library

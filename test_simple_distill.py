@@ -876,6 +876,10 @@ BAD_INPUT = [
     "--lr_scheduler cosine_with_min_lr -> min_lr",
     '--lr_scheduler cosine --lr_scheduler_kwargs {"num_cycle":2} -> num_cycle',
     "--lr_scheduler cosine --lr_scheduler_kwargs { -> cosine JSON",
+    '--lr_scheduler cosine --lr_scheduler_kwargs {"num_cycles":NaN} -> cosine peak',
+    '--lr_scheduler polynomial --lr_scheduler_kwargs {"lr_end":-5} -> polynomial peak',
+    '--lr_scheduler inverse_sqrt --lr_scheduler_kwargs {"timescale":0} -> inverse_sqrt',
+    "--lr_scheduler linear --warmup_ratio 1 --max_steps 1 -> linear 0",
     "--lr_multipliers zzz=1 -> zzz",
     "--default_lr_multiplier 0 -> frozen",
     "--teacher /nowhere -> teacher /nowhere",
@@ -885,6 +889,10 @@ BAD_INPUT = [
     "--teacher no_json -> teacher",
     "--teacher cut_off -> teacher",
     "--teacher missing -> layers.2",
+    "--teacher shapes -> shapes down_proj torch.Size",
+    "--teacher codes -> codes quantised",
+    "--student codes -> codes quantised",
+    "--teacher codes --student layers:1 -> layers:1 quantised",
     "--student novel -> student novel",
     "--dataset /nowhere.jsonl -> /nowhere.jsonl",
     "--train_split tarin -> tarin",
@@ -913,12 +921,14 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     for name, body in BAD_FILES.items():
         (folder / name).write_bytes(body)
-    for name in ("no_json", "cut_off", "missing", "novel"):
+    for name in ("no_json", "cut_off", "missing", "novel", "shapes", "codes"):
         tiny_model(folder / name)
     os.truncate(folder / "no_json/config.json", 9)
     os.truncate(folder / "cut_off/model.safetensors", 999)
     edit_config(num_hidden_layers=3)(folder / "missing")
     edit_config(model_type="novel")(folder / "novel")
+    edit_config(intermediate_size=60)(folder / "shapes")
+    edit_config(quantization_config={"quant_method": "of tomorrow"})(folder / "codes")
     return folder
 
 
@@ -1119,6 +1129,39 @@ def test_runtime_only_the_host_waits_for_a_day():
         for group in (torch.distributed.group.WORLD, sd.HOST):
             limits.append(group._get_backend(torch.device("cpu")).options._timeout)
     assert limits == [datetime.timedelta(minutes=15), datetime.timedelta(days=1)]
+
+
+@pytest.mark.parametrize("environment, told", [
+    ("RANK=1 WORLD_SIZE=1", "no rank 1 of 1"),
+    ("WORLD_SIZE=2", "RANK expected"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=nowhere.invalid MASTER_PORT=1", "nowhere.invalid"),
+])
+def test_runtime_a_mistake_of_a_launcher_is_said_at_once(monkeypatch, environment, told):
+    for name, value in (item.split("=") for item in environment.split()):
+        monkeypatch.setenv(name, value)
+        if "MASTER" not in name:
+            monkeypatch.setattr(sd, name.removesuffix("_SIZE"), int(value))
+    with pytest.raises(config.UserError, match=told), sd.process_group():
+        pass
+
+
+def test_runtime_ctrl_c_during_the_imports_is_quiet(tmp_path):
+    (tmp_path / "datasets.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    process = spawn(env={"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (-signal.SIGINT, "")   # to a shell that is 130
+
+
+def test_runtime_a_run_needs_no_open_streams(trio, out):
+    """As some schedulers start jobs."""
+    words = [sys.executable, HERE / "simple_distill.py", *words_of(
+        flags(**PLAIN, **trio, output_dir=out, max_steps=1))]
+    ran = subprocess.run(f"{shlex.join(map(str, words))} <&- >&- 2>&-", shell=True)
+    assert ran.returncode == 0
+    assert os.path.exists(f"{out}/final/config.json")
 
 
 def test_runtime_any_number_of_signals_only_asks_to_stop():
@@ -1764,6 +1807,22 @@ def test_data_several_processes_and_the_disk_give_the_same_rows(tmp_path):
     found = [line for line in ran.stdout.splitlines() if line.startswith("rows:")]
     assert found == found[:1] * 4 != [], (found, ran.stderr)
     assert "KeyError" in found[0].split("of 2500 raw rows dropped 5: {")[1]
+
+
+@pytest.mark.parametrize("left", [b"", bytes(20_000), b"cut", None])
+def test_data_a_damaged_file_of_rows_is_made_anew(tmp_path, monkeypatch, capsys, left):
+    """As a full disk leaves it, or whoever cleaned up."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write_splits(tmp_path / "d", talk(40), talk(2))
+    before = list(map(ids_of, rows_of(path)))
+    for file in (tmp_path / "cache").rglob("generator-train.arrow"):
+        content = file.read_bytes()
+        file.unlink()   # what is mapped stays
+        if left is not None:
+            file.write_bytes(content[:-200] if left == b"cut" else left)
+    capsys.readouterr()
+    assert list(map(ids_of, rows_of(path))) == before
+    assert capsys.readouterr().out.count("made anew") == 2
 
 
 def test_data_rows_are_made_anew_where_what_shapes_them_has_changed(tmp_path, monkeypatch):
@@ -6858,7 +6917,7 @@ def break_file(path, draw):
     if path.suffix not in (".json", ".jsonl") or not content or draw.random() < 0.4:
         path.write_bytes(break_bytes(content, draw))
         return
-    lines = [content] if path.suffix == ".json" else content.splitlines()
+    lines = [content] if path.suffix == ".json" else content.strip().splitlines()
     i = draw.randrange(len(lines))
     lines[i] = json.dumps(break_json(json.loads(lines[i]), draw)).encode()
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -6948,6 +7007,34 @@ def fuzz_model(draw):
     return TRAIN.replace("--alpha 1", "--alpha 0.5 --teacher user/model")
 
 
+def fuzz_quantised(draw):
+    method = draw.choice(["fp8", "gptq", "bitsandbytes", "mxfp4", "awq", *ODD])
+    said = draw.choice([{"quant_method": method}, {"bits": 4}, *ODD_JSON])
+    edit_json(Path("user/model/config.json"), quantization_config=said)
+    return TRAIN + draw.choice([
+        " --student user/model", " --alpha 0.5 --teacher user/model",
+        " --teacher user/model --student layers:1"])
+
+
+def fuzz_schedules(draw):
+    name = draw.choice(list(transformers.SchedulerType)).value
+    knob = draw.choice("num_cycles min_lr min_lr_rate power lr_end timescale num_decay_steps "
+                       "min_lr_ratio num_stable_steps decay_type patience".split())
+    kwargs = json.dumps({knob: draw.choice([*ODD_JSON[:-1], math.nan, -math.inf])})
+    return f"{TRAIN} --lr_scheduler {name} --lr_scheduler_kwargs {shlex.quote(kwargs)}"
+
+
+def fuzz_kept(draw):
+    """Token rows that are half there."""
+    cli(*TRAIN.split(), "--dry_run", "true")
+    for path in Path("kept").rglob("*.arrow"):
+        content = path.read_bytes()
+        path.unlink()
+        left = content[:draw.randrange(len(content))]
+        path.write_bytes(draw.choice([left, left.ljust(len(content), b"\0")]))
+    return TRAIN
+
+
 def fuzz_output(draw):
     """What an earlier run left; without its mark it is a folder of the user's."""
     words = TRAIN.removesuffix("1")
@@ -6977,6 +7064,7 @@ def fuzz_leftovers(draw):   # optional: generate
 @pytest.mark.campaign
 @pytest.mark.parametrize("kind, cases", [
     ("flags", 110), ("file", 60), ("rows", 60), ("model", 60), ("output", 40),
+    ("quantised", 30), ("schedules", 40), ("kept", 10),
     ("cache", 50),       # optional: cache
     ("leftovers", 30),   # optional: generate
 ])
@@ -6988,6 +7076,8 @@ def test_runs_fuzz(tmp_path, good, monkeypatch, kind, cases):
         case = tmp_path / f"{kind}-{number}"
         shutil.copytree(good, case / "user")
         monkeypatch.chdir(case)
+        if kind == "kept":
+            monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", case / "kept")
         words = globals()[f"fuzz_{kind}"](random.Random(f"{kind} {number}"))
         watched = [Path("user")]
         if os.path.exists("out") and not os.path.exists(f"out/{sd.MARK}"):
@@ -7041,6 +7131,54 @@ def test_runs_fuzz_of_the_environment(tmp_path, labels_only):
         process = spawn(*flags(**fields, output_dir=tmp_path / f"out{number}"), env=env)
         shown, _ = process.communicate(timeout=120)
         assert process.returncode in (0, 2) and "Traceback" not in shown, (env, shown[-600:])
+
+
+# ---- Gemma 3: a BOS before all, and an id of which the head has no row
+
+GEMMA3 = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+GEMMA3_RUNS = {
+    "online": "--max_steps 2",
+    "stream": "--max_steps 2 --streaming true",   # optional: streaming
+    "cache": "--mode cache --cache_dir {0}",   # optional: cache
+    "on_policy": "--max_steps 2 --on_policy 1 --max_new_tokens 8",   # optional: on_policy
+    "generate": (   # optional: generate
+        "--mode generate --provider local --max_tokens 8 --prompts_file {0}"),
+    "eval": "--mode eval",   # optional: eval
+}
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory):
+    """-> fields of its teacher and its student"""
+    tokenizer = tiny_tokenizer(GEMMA3, bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [
+        "<start_of_turn>", "<end_of_turn>", "<image_soft_token>"]})
+    folder = tmp_path_factory.mktemp("gemma3")
+    return {role: tiny_model(folder / role, len(tokenizer) - 1, width, tokenizer=tokenizer,
+                             cls="Gemma3TextConfig", head_dim=8, eos_token_id=[0, 264])
+            for role, width in (("teacher", 32), ("student", 16))}
+
+
+@pytest.mark.parametrize("mode", GEMMA3_RUNS)
+def test_runs_of_gemma_3(out, tmp_path, gemma3, chat, mode):
+    there = tmp_path / "there"
+    words = GEMMA3_RUNS[mode].format(there).split()
+    fields = gemma3 | dict(dataset=chat, seq_len=64)
+    if mode == "generate":   # optional: generate
+        write_jsonl(there, [{"prompt": "hello"}])
+        fields = dict(teacher=gemma3["teacher"])
+    cli(*flags(**fields, output_dir=out), *words)
+    if mode == "cache":   # optional: cache
+        cli(*flags(student=gemma3["student"], cache_dir=there, max_steps=2, output_dir=out))
+
+
+def test_runs_of_gemma_3_refuse_rows_with_an_id_beyond_the_head(out, tmp_path, gemma3):
+    rows = [{"text": "a picture: <image_soft_token> !"}] * 40
+    err = distil(out, rc=2, **gemma3, dataset=write_jsonl(tmp_path / "d.jsonl", rows)).err
+    assert "token 265, '<image_soft_token>', beyond the 265 ids" in err
 
 
 # --------------------------------------------------------------------------------------------------
