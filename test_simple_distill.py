@@ -3234,6 +3234,8 @@ def test_train_wandb_gets_the_same_keys_and_the_whole_config(out, labels_only, w
     distil(out, rc=2, **labels_only, max_steps=30, use_wandb=True, resume="never",
            learning_rate=1e38, max_grad_norm=0)
     assert run.finish.mock_calls == [mock.call(exit_code=code) for code in (0, 0, 1)]
+    distil(out, **labels_only, max_steps=1, resume="never")
+    assert wandb.init.call_count == 3
 
 
 @pytest.mark.campaign
