@@ -2475,10 +2475,11 @@ def finish(run):
                        model_card(run, results), run.saved_digest)
         print0(f"\n{results}\n")
         print0(sample_in_words(run))   # optional: on_policy generate eval
-        print0(f"\ndone in {run.steps} steps, {describe_peak()}: {final}")
     if run.save_problem:
         raise UserError(f"the run could not be saved in {run.cfg.output_dir!r}: "
                         f"{run.save_problem}; mend that, then run it again without --resume")
+    if done:
+        print0(f"\ndone in {run.steps} steps, {describe_peak()}: {final}")
     return done
 
 
