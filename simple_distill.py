@@ -428,7 +428,9 @@ def forward_kl_terms(p, exp_y, teacher_total, difference, shift, p_weight_from_c
     q = exp_y.div_(teacher_total)
     if p_weight_from_ce == 0:   # always so where T is not 1; exactly 0 where p equals q
         return kl, p.sub_(q).mul_(kl_weight)
-    return kl, p.mul_(p_weight_from_ce + kl_weight).sub_(q, alpha=kl_weight)
+    if p_weight_from_ce + kl_weight != 1:   # never so, but in a fork that weighs otherwise
+        p.mul_(p_weight_from_ce + kl_weight)
+    return kl, p.sub_(q, alpha=kl_weight)
 
 
 def pulled_terms(p, pull, p_weight_from_ce, kl_weight):
@@ -524,10 +526,14 @@ def chunk_terms(student_CV, labels_C, target, *, alpha, temperature, divergence,
 
     if ce_grad is not None:
         grad.add_(ce_grad)
-    # a scatter would force the compiler to a [C, V] in fp32 and three kernels
-    is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
-    grad.add_(is_label_CV, alpha=-alpha)
-    return ce, kl * temperature ** 2, grad.mul_(slope).to(student_CV.dtype)
+    if torch.compiler.is_compiling():   # a scatter would force a [C, V] in fp32 and three kernels
+        is_label_CV = torch.arange(grad.shape[-1], device=grad.device) == labels_C1
+        grad.add_(is_label_CV, alpha=-alpha)
+    else:
+        grad.scatter_add_(-1, labels_C1, grad.new_full(labels_C1.shape, -alpha))
+    if student_scaling != (1.0, None):
+        grad.mul_(slope)
+    return ce, kl * temperature ** 2, grad.to(student_CV.dtype)
 
 
 @functools.cache   # so that nothing is compiled twice
