@@ -6461,18 +6461,20 @@ def test_eval_same_numbers_on_two_ranks(reported):
 
 def test_eval_refusals(reported, tmp_path):
     """Each names what is wrong: a student that is no model, damaged weights, a damaged log, prompts
-    that another tokenizer would count, a held-out part of one row."""
+    that another tokenizer would count, a head that nobody knows, a held-out part of one row."""
     model = shutil.copytree("student", tmp_path / "model")
     (tmp_path / "log.jsonl").write_text('{"train/loss": 1.5}\n')
     talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
     damaged = shutil.copytree("student", tmp_path / "of/damaged")
     os.truncate(damaged / "model.safetensors", 5000)
+    odd_model(tmp_path / "odd")
     for student, more, said in (
         ("nowhere", {}, "while looking for student "),
         ("data.jsonl", {}, "while looking for student "),
         (damaged, {}, f"while reading student {damaged}"),
         (model, {}, f"while reading student {model}: KeyError"),
         ("stranger", dict(dataset=talks), "plain text"),
+        (tmp_path / "odd", dict(trust_remote_code=True), "head_of()"),
         ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
         words = report_words(output_dir="refused", student=student, **more)
