@@ -6467,14 +6467,14 @@ def test_eval_refusals(reported, tmp_path):
     talks = write_jsonl(tmp_path / "talk.jsonl", talk(40))
     damaged = shutil.copytree("student", tmp_path / "of/damaged")
     os.truncate(damaged / "model.safetensors", 5000)
-    odd_model(tmp_path / "odd")
+    odd_model(tmp_path / "of/odd")
     for student, more, said in (
         ("nowhere", {}, "while looking for student "),
         ("data.jsonl", {}, "while looking for student "),
         (damaged, {}, f"while reading student {damaged}"),
         (model, {}, f"while reading student {model}: KeyError"),
         ("stranger", dict(dataset=talks), "plain text"),
-        (tmp_path / "odd", dict(trust_remote_code=True), "head_of()"),
+        (tmp_path / "of/odd", dict(trust_remote_code=True), "head_of()"),
         ("run/final", dict(eval_samples=1), "one held-out sequence"),
     ):
         words = report_words(output_dir="refused", student=student, **more)
