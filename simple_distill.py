@@ -187,7 +187,7 @@ def first_to_fail():
     their connection to it."""
     try:
         return STORE is None or STORE.add("failed", 1) == 1
-    except RuntimeError:   # the store went with the rank that was first
+    except RuntimeError:   # the store is gone: another rank was first
         return False
 
 
@@ -1143,8 +1143,8 @@ def count_rows(rows):
 
 @dataclass
 class Batch:
-    """A micro-batch of one rank: B sequences, T positions, N counted tokens. Only host code looks
-    at labels, so that nothing waits for the GPU to count them."""
+    """A micro-batch of one rank: B sequences, T positions, N counted tokens. Labels stay on the
+    host until the loss takes them, so that nothing waits for the GPU to count them."""
     rows: list                # the token rows it is made of
     input_ids: torch.Tensor   # [B, T], padded on the right: under a causal mask no token sees it
     positions: torch.Tensor   # [N] of the counted tokens in the flattened batch
@@ -1857,7 +1857,7 @@ def checksums(folder, files):
 
 def checksum(path):
     try:
-        return zlib.crc32(path.read_bytes())   # no larger than what a save puts together
+        return zlib.crc32(path.read_bytes())   # of a checkpoint or of token rows: half a GB or so
     except OSError:
         return None
 
