@@ -1,21 +1,21 @@
 #!/usr/bin/env python
 """Distil a large language model into a small one: the whole trainer, to be read and changed.
 
-    python simple_distill.py                                  # the demo: no download, no GPU
+    python simple_distill.py   # no download, no GPU   # optional: demo
     python simple_distill.py --teacher T --student S --dataset D              # online distillation
-    python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C   # the teacher once
-    python simple_distill.py --student S --cache_dir C                        # ... then from disk
-    python simple_distill.py --teacher T --student S --dataset D --teacher_url U  # or a server's
-    python simple_distill.py --teacher T --student S --dataset D --blockwise  # block by block
-    python simple_distill.py --teacher T --student S --dataset D --on_policy 0.5   # own texts too
-    python simple_distill.py --mode generate --api_model M             # a dataset from an API
-    python simple_distill.py --mode eval --student out/final --teacher T --dataset D --compare OTHER
+    python simple_distill.py --mode cache --teacher T --dataset D --cache_dir C   # optional: cache
+    python simple_distill.py --student S --cache_dir C   # ... then from disk   # optional: cache
+    python simple_distill.py --teacher T --student S --teacher_url U   # optional: served
+    python simple_distill.py --teacher T --student S --dataset D --blockwise   # optional: blockwise
+    python simple_distill.py --teacher T --student S --on_policy 0.5   # optional: on_policy
+    python simple_distill.py --mode generate --api_model M   # optional: generate
+    python simple_distill.py --mode eval --student out/final --teacher T   # optional: eval
     ./launch.sh ...                                           # the same on many devices
 
 First the core, which every fork needs: Runtime, Losses, Data, Models and FSDP, Optimiser,
 Checkpoints, Train. Whoever wants to understand or change plain distillation can stop there. Then
-the optional chapters, each of which can be deleted (README, "Changing it"): streaming, demo, cache,
-served, blockwise, on_policy, generate, eval. The knobs are config.py's.
+the optional chapters, each of which can be deleted (README, "Changing it"). The knobs are
+config.py's.
 
 Shapes, as suffixes: B sequences, T positions, N counted tokens, C those of a chunk, D width, V
 vocabulary, K kept teacher entries a token.
