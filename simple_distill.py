@@ -1207,10 +1207,15 @@ def batch_of_step(count, seed, global_batch, step):
     return shuffled(count, seed, epoch)[place * global_batch:][:global_batch].tolist()
 
 
-def micro_batches(run, rows):
-    """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row."""
+def micro_batches(run, rows, step=None):
+    """This rank's rows of a step -> a Batch a micro-step, the last ones maybe without any row.
+    step: for which they are read ahead."""
     if run.server:   # optional: served
-        rows = with_answers(*run.server, rows)
+        wanted = True
+        if step is not None and student_writes(run.cfg, step):   # optional: on_policy
+            wanted = False   # it takes their prompts alone
+        if wanted:
+            rows = with_answers(*run.server, rows)
     return [collate(rows[start:start + run.batch_size])
             for start in range(0, run.micro_steps * run.batch_size, run.batch_size)]
 
@@ -2234,12 +2239,12 @@ def my_batches(run):
     """-> endless (this rank's micro-batches of a step, position after it), from where the run is
     on. Rank r takes every WORLD-th sequence of a global batch."""
     if run.cfg.streaming:   # optional: streaming
-        for rows, position in batches_of_stream(run):
-            yield micro_batches(run, rows[RANK::WORLD]), position
+        for step, (rows, position) in enumerate(batches_of_stream(run), run.progress.step):
+            yield micro_batches(run, rows[RANK::WORLD], step), position
     for step in itertools.count(run.progress.step):
         numbers = batch_of_step(len(run.rows), run.cfg.seed, run.global_batch, step)
         rows = [run.rows[i] for i in numbers[RANK::WORLD]]
-        yield micro_batches(run, rows), None
+        yield micro_batches(run, rows, step), None
 
 
 def resume(run):
@@ -3362,7 +3367,7 @@ def ask_row(client, model, manifest, row, tokenizer=None):
         if len(entries) < size or label not in [i for _, i, _ in entries]:
             raise ValueError(f"for token {label} came {len(entries)}: {entries}")
         table.append(sorted({(logp, i) for logp, i, _ in entries}, reverse=True)[:size])
-    logp_NK, ids_NK = torch.tensor(table)[targets].unbind(-1)
+    logp_NK, ids_NK = torch.tensor(np.array(table)[targets]).unbind(-1)
     total = logp_NK.exp().sum(-1).max()
     if not (total <= 1.01 and ids_NK.max() < manifest["vocabulary"]):
         raise ValueError(f"probabilities add up to {total:.2f}, ids to {ids_NK.max():.0f} of "
@@ -3799,10 +3804,13 @@ def batches_by_student(run, batches):
     by the weights that it has then, not ahead, as rows are read. Block-wise phases before the last
     one keep their rows."""
     for micro, position in batches:
-        draw = int(digest("on policy", run.cfg.seed, run.progress.step), 16)   # of 64 bits
-        if draw < run.cfg.on_policy * 2**64 and run.stage is run.stages[-1]:
+        if student_writes(run.cfg, run.progress.step) and run.stage is run.stages[-1]:
             micro = write_batches(run, micro)
         yield micro, position
+
+
+def student_writes(cfg, step):
+    return int(digest("on policy", cfg.seed, step), 16) < cfg.on_policy * 2**64   # of 64 bits
 
 
 def write_batches(run, micro):

@@ -4385,6 +4385,21 @@ def test_served_works_where_a_teacher_does(served, teacher, student, text, tmp_p
             column(tmp_path / "here", key), abs=5e-3)
 
 
+def test_served_is_not_asked_of_rows_that_the_student_rewrites(   # optional: on_policy
+        served, student, text, tmp_path):
+    fields = served_fields(served, student=student, dataset=text, max_steps=9, batch_size=2,
+                           max_new_tokens=6, on_policy_prompt=5)
+    asked = []
+    for share in (0.001, 1):
+        before = next(served.numbers)
+        distil(tmp_path / f"{share}", **fields, on_policy=share)
+        asked.append(next(served.numbers) - before)
+    # two batches of two are read ahead, which the first run asks for, the second does not
+    assert asked[0] - asked[1] == 4
+    assert "a step on policy takes" in distil(tmp_path / "dry", **fields, on_policy=1,
+                                              dry_run=True).out
+
+
 # ---- what goes wrong
 
 
