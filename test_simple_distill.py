@@ -4507,6 +4507,21 @@ def test_served_a_trainer_that_is_killed(served, student, text, tmp_path, kills)
     assert same(final_weights(out), final_weights(whole))
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(9, marks=pytest.mark.campaign)])
+def test_served_a_filler_that_is_killed(served, student, fill, cache_words, tmp_path, kills):
+    """The same files as from one that was left alone."""
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    fields = served_fields(served, student=student)
+    fill(whole, **fields)
+    for i in range(kills):
+        worker = Fork(tmp_path / "log.txt", *cache_words(cache_dir=cache, **fields))
+        while len(chunk_files(cache)) <= i:
+            assert worker.poll() is None
+        worker.signal(signal.SIGKILL).wait()
+    fill(cache, **fields)
+    assert chunk_files(cache) == chunk_files(whole)
+
+
 @pytest.mark.parametrize("words, message", [
     ("--temperature 2", "temperature is 2.0"),
     ("--divergence reverse", "divergence is reverse"),
