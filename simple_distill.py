@@ -2016,7 +2016,8 @@ class Stage:
 class Progress:
     """Where a run is: what a checkpoint keeps beside the tensors."""
     step: int = 0
-    tokens: int = 0                         # trained on so far
+    tokens: int = 0                         # trained on so far ...
+    seconds: float = 0.0                    # ... in this time: evaluations and saves do not count
     position: Any = None                    # of a stream
     best_loss: float = math.inf
     first_scores: dict = None               # held-out scores before training
@@ -2057,8 +2058,8 @@ class Run:
     saved_step: int = None
     save_problem: str = None      # why the last checkpoint could not be saved
     last_scores: dict = None      # of the newest evaluation
-    window_start: float = 0.0     # since when the tokens below are counted, for the speed
-    window_tokens: float = 0.0
+    clock: float = 0.0            # up to when progress.seconds counts
+    logged: tuple = (0, 0.0)      # its tokens and seconds at the last line of the log
 
     @property
     def steps(self):
@@ -2231,7 +2232,8 @@ def begin(run, stages):
         run.bar = stack.enter_context(Bar(
             total=run.steps, initial=progress.step, disable=RANK > 0, dynamic_ncols=True,
             mininterval=0.5))
-        run.window_start = time.time()
+        run.clock = time.time()
+        run.logged = progress.tokens, progress.seconds
         yield
 
 
@@ -2291,7 +2293,7 @@ def train_stage(run, stage):
         sums, grad_norm = one_step(run, stage, micro, tokens)
         progress.step += 1
         progress.tokens += int(tokens)
-        run.window_tokens += tokens
+        count_time(run)
         run.bar.update()
         stop_after_bad_steps(run)
         if progress.step % run.cfg.log_steps == 0 or progress.step == stage.end:
@@ -2346,21 +2348,29 @@ def stop_after_bad_steps(run):
 
 def log_step(run, stage, sums, grad_norm, rate):
     loss, ce, kl = all_sum(*sums.tolist())
-    now = time.time()
-    speed = run.window_tokens / (now - run.window_start)
-    run.window_start = now
-    run.window_tokens = 0.0
+    count_time(run)   # a GPU has only now done what it was told
+    progress = run.progress
+    tokens, seconds = run.logged
+    run.logged = progress.tokens, progress.seconds
+    speed = (progress.tokens - tokens) / (progress.seconds - seconds)
     skipped = int(run.scale_state["skipped"].item())
     entry = {
         "train/loss": loss, "train/ce_loss": ce, "train/kl_loss": kl, "train/learning_rate": rate,
         "train/grad_norm": grad_norm.item(), "train/epoch": run.epoch,
-        "train/step": run.progress.step, "train/tokens_per_second": speed,
-        "train/skipped_steps": skipped}
+        "train/step": progress.step, "train/tokens_per_second": speed,
+        "train/seconds": progress.seconds, "train/skipped_steps": skipped}
     if run.cfg.on_policy:   # optional: on_policy
         entry |= take_rollout_figures(run)
     log(run, entry)
     run.bar.set_postfix_str(f"{stage.name} loss {loss:.4f} ce {ce:.4f} kl {kl:.4f} lr {rate:.1e} "
                             f"{speed:,.0f} tok/s skipped {skipped}")
+
+
+def count_time(run):
+    """What passed since it was counted last was training."""
+    now = time.time()
+    run.progress.seconds += now - run.clock
+    run.clock = now
 
 
 def log(run, entry):
@@ -2379,7 +2389,6 @@ def evaluate_and_save(run, stage):
     progress = run.progress
     if run.saved_step == progress.step:   # resumed here: it was done before it was saved
         return
-    paused = time.time()
     last = progress.step == run.steps
     judged = stage.mean_over == "labels"   # while blocks are matched there is nothing to see
     if last or (judged and is_due(progress.step, run.cfg.eval_steps)):
@@ -2392,7 +2401,7 @@ def evaluate_and_save(run, stage):
                *[f"{key} {value:.4f}" for key, value in run.last_scores.items()])
     if last or is_due(progress.step, run.cfg.save_steps):
         save(run)
-    run.window_start += time.time() - paused   # the speed is of training alone
+    run.clock = time.time()   # the speed is of training alone
 
 
 def is_due(step, every):
@@ -2521,6 +2530,7 @@ def model_card(run, results):
     cfg = run.cfg
     bases = [cfg.student] if cfg.alpha == 1 else [cfg.student, cfg.teacher]
     bases = [name for name in bases if not os.path.exists(name) and ":" not in name]
+    hardware = torch.cuda.get_device_name() if CUDA else "CPU"
     return f"""\
 ---
 library_name: transformers
@@ -2533,6 +2543,7 @@ license:   # fill in, for example apache-2.0
 # A student of simple_distill
 
 {facts_of(run)}
+- trained: {run.progress.tokens:,} targets in {run.progress.seconds:,.0f} s on {WORLD} x {hardware}
 
 On what was held out:
 
@@ -2780,32 +2791,52 @@ def is_whole_demo(cfg, files):   # optional: eval
 
 
 def answer_demo(cfg):   # optional: eval
-    """Was the teacher worth it? A student of the same start, data and steps learns from the labels
-    alone, the report compares both, and one line says how that came out. -> False when a signal
-    stopped it: the next run goes on where this one was."""
-    control = f"{cfg.output_dir}/labels-only"
-    resume = "never" if cfg.resume == "never" else "auto"   # a PATH is of the other student
-    print0(f"\ndemo: and now the same student on labels alone, in {control}")
-    with claim(control, "train"):
-        if not train(dataclasses.replace(
-                cfg, alpha=1.0, output_dir=control, resume=resume, use_wandb=False)):
-            return False
+    """Was the teacher worth it? Two students of the same start and data learn from the labels
+    alone, one for as many steps, one for as long. The report compares all, and one line says how
+    that came out. -> False when a signal stopped it: the next run goes on where this one was."""
+    steps, seconds = trained(cfg.output_dir)
+    wanted = steps
+    for name in CONTROLS:
+        control = f"{cfg.output_dir}/{name}"
+        resume = "never" if cfg.resume == "never" else "auto"   # a PATH is of the other student
+        print0(f"\ndemo: and now the same student on labels alone, {wanted} steps, in {control}")
+        with claim(control, "train"):
+            if not train(dataclasses.replace(cfg, alpha=1.0, max_steps=wanted, output_dir=control,
+                                             resume=resume, use_wandb=False)):
+                return False
+        wanted = math.ceil(steps * seconds / trained(control)[1])   # as many as take its time
     figures = report(dataclasses.replace(
-        cfg, mode="eval", student=f"{cfg.output_dir}/final", compare=[f"{control}/final"]))
+        cfg, mode="eval", student=f"{cfg.output_dir}/final",
+        compare=[f"{cfg.output_dir}/{name}/final" for name in CONTROLS]))
     if RANK == 0:
-        print0(did_teacher_pay(figures["student"], figures["labels-only"]))
+        print0(did_teacher_pay(figures))
     return True
 
 
-def did_teacher_pay(student, control):   # optional: eval
-    """From the report's figures of both."""
-    verdict = control["student_against_it"]
-    low, high = verdict["interval"]
-    answer = {"better": "The teacher paid", "worse": "The teacher did not pay"}.get(
-        verdict["verdict"], "Whether the teacher paid, this run cannot tell")
-    return (f"{answer}: held-out perplexity {student['perplexity']:.2f}, on labels alone "
-            f"{control['perplexity']:.2f} after the same steps; "
-            f"{verdict['difference']:+.4f} bits a byte (95 %: {low:+.4f} to {high:+.4f})")
+CONTROLS = {   # of the demo, by the names of their folders   # optional: eval
+    "labels-only": "the same steps", "labels-longer": "the same time"}
+
+
+def trained(output_dir):   # optional: eval
+    """-> steps and seconds of a run that is done."""
+    return from_rank0(RANK == 0 and read_curves(f"{output_dir}/final")["train/seconds"][-1])
+
+
+def did_teacher_pay(figures):   # optional: eval
+    """From the report's figures."""
+    sentences = []
+    for name, measure in CONTROLS.items():
+        ours, control = figures["student"], figures[name]
+        verdict = control["student_against_it"]
+        low, high = verdict["interval"]
+        answer = {"better": "The teacher paid", "worse": "The teacher did not pay"}.get(
+            verdict["verdict"], "Whether the teacher paid, this run cannot tell")
+        sentences.append(
+            f"{answer}: held-out perplexity {ours['perplexity']:.2f}, on labels alone "
+            f"{control['perplexity']:.2f} after {measure} ({ours['seconds']:.0f} and "
+            f"{control['seconds']:.0f} s); {verdict['difference']:+.4f} bits a byte (95 %: "
+            f"{low:+.4f} to {high:+.4f})")
+    return "\n".join(sentences)
 
 
 def demo_files(cfg, folder):
@@ -4463,7 +4494,7 @@ METRICS = dict(   # as the table names them, in its order
     agreement="top-1 as the teacher", kl="KL to the teacher",
     own="divergence on own texts",   # optional: on_policy
     ece="calibration error",
-    parameters="parameters", disk="bytes on disk",
+    seconds="seconds of training", parameters="parameters", disk="bytes on disk",
     prefill="prefill tokens/s", generation="generation tokens/s", memory="peak memory, bytes",
 )
 LEGEND = (
@@ -4506,17 +4537,18 @@ def load_any(cfg, name):
     return root
 
 
-def read_losses(name):
-    """{key: [(step, value), ...]} from log.jsonl of the run that a model directory or a checkpoint
-    is of; nothing where there is none."""
+def read_curves(name):
+    """{key: [(step, value), ...]}, losses and seconds, from log.jsonl of the run that a model
+    directory or a checkpoint is of; nothing where there is none."""
     path = Path(name, "../.." if is_checkpoint(name) else "..", "log.jsonl")
     text = path.read_text("utf-8") if path.is_file() else ""
-    losses = collections.defaultdict(list)
+    curves = collections.defaultdict(list)
     for entry in map(json.loads, text.split("\n")[:-1]):   # a run may be writing its last one
         for key, value in entry.items():
-            if key.endswith("loss") and value:   # 0: there is no such term; None: not finite
-                losses[key].append((entry[f"{key.split('/')[0]}/step"], value))
-    return losses
+            # 0: there is no such term; None: not finite
+            if key.endswith(("loss", "/seconds")) and value:
+                curves[key].append((entry[f"{key.split('/')[0]}/step"], value))
+    return curves
 
 
 def rows_for(cfg, name, tokenizer, rows):
@@ -4652,7 +4684,7 @@ def measure_model(cfg, label, name, teacher, tokenizer, rows):
     allocated = torch.cuda.memory_allocated()
     with phase(f"reading {label} {name}"):
         root = load_any(cfg, name)
-        curves = read_losses(name) if teacher else {}   # its own are of another run
+        curves = read_curves(name) if teacher else {}   # its own are of another run
         rows, own_tokenizer = rows_for(cfg, name, tokenizer, rows)
         limit = max(len(row["input_ids"]) for row in rows)
         check_model(root, f"{label} {name!r}", limit, packed=False)
@@ -4717,6 +4749,7 @@ def judge_models(models, sizes, seed):
             verdict = "better"
         elif low > 0:
             verdict = "worse"
+        _, figures["seconds"] = figures["curves"].get("train/seconds", [(0, None)])[-1]
         same = figures.pop("same_tokenizer")
         bins = figures["bins"]
         layers = figures["layers"]

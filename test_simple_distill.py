@@ -2717,8 +2717,10 @@ def test_checkpoints_resume_goes_on_as_if_it_had_not_stopped(tmp_path, online):
     assert "step-00000005" in distil(parts, **fields, max_steps=12).out
     assert_same_run(parts, whole)
     assert same(checkpoint(parts, 12), checkpoint(whole, 12))
-    progress = state_of(whole, 12)["progress"]
-    assert state_of(parts, 12)["progress"] == progress
+    progress, of_parts = [state_of(out, 12)["progress"] for out in (whole, parts)]
+    assert 0 < progress.pop("seconds") and log(parts, "train")[4]["train/seconds"] < of_parts.pop(
+        "seconds") == log(parts, "train")[-1]["train/seconds"]   # those of both parts
+    assert of_parts == progress
     assert progress["step"] == 12 and progress["best_loss"] == min(column(whole, "eval/loss"))
 
 
@@ -2969,7 +2971,7 @@ def logged_losses(entry, kind="train"):
 
 TRAIN_KEYS = set(
     "train/loss train/ce_loss train/kl_loss train/learning_rate train/grad_norm train/epoch "
-    "train/step train/tokens_per_second train/skipped_steps".split())
+    "train/step train/tokens_per_second train/seconds train/skipped_steps".split())
 EVAL_KEYS = set(
     "eval/loss eval/ce_loss eval/kl_loss eval/perplexity eval/min_loss eval/epoch "
     "eval/step".split())
@@ -3172,7 +3174,9 @@ def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teach
     assert card.data.pipeline_tag == "text-generation"
     assert not card.data.base_model and not card.data.license
     parameters = load(f"{out}/final").num_parameters()
+    tokens = state_of(out, 2)["progress"]["tokens"]
     for fact in (shown[shown.index("|   "):shown.index("\n\nsample: ")],
+                 f"trained: {tokens} targets in 0 s on 1 x CPU",
                  f"/student, {parameters:,} parameters", "/teacher", "/data, split train",
                  "0.25 x cross-entropy + 0.75 x T^2 x KL (reverse), T 2", "2 steps of 1 sequences"):
         assert fact in card.text, card.text
@@ -3188,7 +3192,7 @@ def test_train_closing_table_and_card_say_what_was_measured(out, tmp_path, teach
 def test_train_model_card_names_what_is_on_the_hub(monkeypatch, student, teacher, alpha, bases):
     monkeypatch.setattr(sd, "facts_of", str)
     cfg = config.Config(student=str(student), teacher=teacher, alpha=alpha)
-    card = sd.model_card(types.SimpleNamespace(cfg=cfg), "")
+    card = sd.model_card(types.SimpleNamespace(cfg=cfg, progress=sd.Progress()), "")
     assert f"\nbase_model: {json.dumps(bases)}\n" in card
 
 
@@ -3667,7 +3671,8 @@ def test_demo_is_made_of_the_modules_of_a_library(tmp_path, monkeypatch):
 
 def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(   # optional: eval
         out, trio, capsys):
-    """The control is the run with --alpha 1, and what is done is not trained again."""
+    """The control is the run with --alpha 1, as is one as long, and what is done is not trained
+    again."""
     fields = {**PLAIN, **trio, "max_steps": 4, "save_steps": 4}
     alone = f"{out}-alone"
     distil(out, **fields)
@@ -3680,14 +3685,20 @@ def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(
             assert sd.answer_demo(cfg)
         shown = capsys.readouterr().out
         assert ("done in" in shown) == (resume == "auto")
-        lines.add(shown.strip().splitlines()[-1])
+        lines.add("\n".join(shown.strip().splitlines()[-2:]))
         assert same(final_weights(control), final_weights(alone))
         assert quiet_log(control) == quiet_log(alone)
-    line, = lines
+    text, = lines
     models = sd.read_json(f"{out}/report.json")["models"]
-    assert list(models) == ["teacher", "student", "labels-only"]
-    ours, theirs = [column(folder, "eval/perplexity")[-1] for folder in (out, control)]
-    assert f"perplexity {ours:.2f}, on labels alone {theirs:.2f} " in line
+    assert list(models) == ["teacher", "student", "labels-only", "labels-longer"]
+    ours, *controls = [log(out + folder) for folder in ("", "/labels-only", "/labels-longer")]
+    seconds, same_steps, same_time = [run[-2]["train/seconds"] for run in (ours, *controls)]
+    steps = controls[1][-2]["train/step"]
+    assert steps == math.ceil(4 * seconds / same_steps)
+    for line, control, shown in zip(text.splitlines(), controls, (same_steps, same_time)):
+        ours_, theirs = [run[-1]["eval/perplexity"] for run in (ours, control)]
+        assert f"perplexity {ours_:.2f}, on labels alone {theirs:.2f} after" in line
+        assert f"({seconds:.0f} and {shown:.0f} s)" in line
 
 
 @pytest.mark.parametrize("verdict, says", [
@@ -3697,9 +3708,12 @@ def test_demo_trains_the_same_on_labels_alone_and_says_whether_the_teacher_paid(
 ])
 def test_demo_says_truthfully_whether_the_teacher_paid(verdict, says):   # optional: eval
     against = dict(verdict=verdict, difference=-0.2, interval=[-0.31, 0.04])
-    line = sd.did_teacher_pay({"perplexity": 40}, {"perplexity": 50, "student_against_it": against})
-    assert line == (f"{says} held-out perplexity 40.00, on labels alone 50.00 after the same steps;"
-                    " -0.2000 bits a byte (95 %: -0.3100 to +0.0400)")
+    control = dict(perplexity=50, seconds=1.2, student_against_it=against)
+    shown = sd.did_teacher_pay({"student": dict(perplexity=40, seconds=2), "labels-only": control,
+                                "labels-longer": control})
+    for line, measure in zip(shown.splitlines(), ("steps", "time"), strict=True):
+        assert line == (f"{says} held-out perplexity 40.00, on labels alone 50.00 after the same "
+                        f"{measure} (2 and 1 s); -0.2000 bits a byte (95 %: -0.3100 to +0.0400)")
 
 
 def run_the_demo(out, home, *words):
@@ -3721,7 +3735,9 @@ def test_demo_from_nothing_to_a_better_student(out, tmp_path):
     assert made == {"corpus", "tokenizer", "student", "teacher-shape"}
     shown = run_the_demo(out, home)
     assert "first the teacher" in shown
-    assert shown.splitlines()[-1].startswith("The teacher paid: ")   # optional: eval
+    steps, seconds = shown.splitlines()[-2:]   # optional: eval
+    assert steps.startswith("The teacher paid: ") and "the same steps" in steps   # optional: eval
+    assert seconds.startswith("The teacher did not pay: ")   # optional: eval
     knobs = read_config(out)
     assert all(knobs[name].startswith(home) for name in ("teacher", "student", "dataset"))
     assert not os.path.exists(f"{out}/demo")
