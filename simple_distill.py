@@ -2790,6 +2790,10 @@ def is_whole_demo(cfg, files):   # optional: eval
     return {*files} == {"teacher", "student", "dataset"} and not any(others)
 
 
+CONTROLS = {   # of the demo, by the names of their folders   # optional: eval
+    "labels-only": "the same steps", "labels-longer": "the same time"}
+
+
 def answer_demo(cfg):   # optional: eval
     """Was the teacher worth it? Two students of the same start and data learn from the labels
     alone, one for as many steps, one for as long. The report compares all, and one line says how
@@ -2813,13 +2817,10 @@ def answer_demo(cfg):   # optional: eval
     return True
 
 
-CONTROLS = {   # of the demo, by the names of their folders   # optional: eval
-    "labels-only": "the same steps", "labels-longer": "the same time"}
-
-
 def trained(output_dir):   # optional: eval
-    """-> steps and seconds of a run that is done."""
-    return from_rank0(RANK == 0 and read_curves(f"{output_dir}/final")["train/seconds"][-1])
+    """-> steps and seconds of a run that is done. The disk is shared."""
+    with phase(f"looking for train/seconds in {output_dir}/log.jsonl (--resume never writes it)"):
+        return read_curves(f"{output_dir}/final")["train/seconds"][-1]
 
 
 def did_teacher_pay(figures):   # optional: eval
