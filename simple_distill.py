@@ -1213,7 +1213,7 @@ def micro_batches(run, rows, step=None):
     if run.server:   # optional: served
         wanted = True
         if step is not None and student_writes(run.cfg, step):   # optional: on_policy
-            wanted = False   # it takes their prompts alone
+            wanted = False   # it takes their prompts alone (and a server has no blocks before)
         if wanted:
             rows = with_answers(*run.server, rows)
     return [collate(rows[start:start + run.batch_size])
@@ -2796,8 +2796,9 @@ CONTROLS = {   # of the demo, by the names of their folders   # optional: eval
 
 def answer_demo(cfg):   # optional: eval
     """Was the teacher worth it? Two students of the same start and data learn from the labels
-    alone, one for as many steps, one for as long. The report compares all, and one line says how
-    that came out. -> False when a signal stopped it: the next run goes on where this one was."""
+    alone, one for as many steps, one for as long. The report compares all, and a line for each
+    says how that came out. -> False when a signal stopped it: the next run goes on where this one
+    was."""
     steps, seconds = trained(cfg.output_dir)
     wanted = steps
     for name in CONTROLS:
@@ -2808,7 +2809,8 @@ def answer_demo(cfg):   # optional: eval
             if not train(dataclasses.replace(cfg, alpha=1.0, max_steps=wanted, output_dir=control,
                                              resume=resume, use_wandb=False)):
                 return False
-        wanted = math.ceil(steps * seconds / trained(control)[1])   # as many as take its time
+        # for the next one: in steps as long as these, as many as take the student's time
+        wanted = math.ceil(steps * seconds / trained(control)[1])
     figures = report(dataclasses.replace(
         cfg, mode="eval", student=f"{cfg.output_dir}/final",
         compare=[f"{cfg.output_dir}/{name}/final" for name in CONTROLS]))
