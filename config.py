@@ -248,8 +248,7 @@ class Config:
 
     section("optimiser", "AdamW, its rates and what they are in time", "train")
     learning_rate: float = knob(
-        1e-4, "peak; a student with cut (layers:N) or random weights wants 3e-4 or more", above=0,
-        demo=4e-3)
+        1e-4, "peak; cut (layers:N) or random weights want 3e-4 or more", above=0, demo=4e-3)
     warmup_ratio: float = knob(
         0.03, "share of the steps spent warming up",
         at_least=0, at_most=1, needs=scheduler_that_warms_up, demo=0.05)
